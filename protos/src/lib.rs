@@ -1,0 +1,39 @@
+//! What travels between husk's host and guest: generated messages and stubs, ports, limits and frames.
+//!
+//! No behaviour of either side lives here.
+
+pub mod frame;
+pub mod metered;
+
+#[allow(missing_docs, clippy::all)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+pub use generated::{bundle, bundle_ttrpc, events, events_ttrpc, stdio, stdio_ttrpc, system, system_ttrpc};
+pub use {protobuf, ttrpc};
+
+/// Version of the wire between host and guest. A host refuses a guest that says another one in its `Hello`.
+pub const PROTOCOL: u32 = 1;
+
+/// CID by which a guest reaches its host (`VMADDR_CID_HOST`, vsock(7)).
+pub const HOST_CID: u32 = 2;
+
+/// Guest port: containerd's Task service, and husk's System and Bundle.
+pub const PORT_TASK: u32 = 1024;
+/// Guest port: the Stdio service, one stream a connection.
+pub const PORT_STDIO: u32 = 1025;
+/// Host port: a guest that is ready connects here and sends one `Hello` frame.
+pub const PORT_READY: u32 = 1026;
+/// Guest port: the Events service. The host's port of the same number is the metadata service.
+pub const PORT_EVENTS: u32 = 1027;
+
+/// Most bytes in one chunk of a stdio stream.
+pub const STDIO_CHUNK: usize = 32 * 1024;
+/// Bytes of one connection that may be read from its socket but not yet be consumed: see [`metered`].
+pub const RECEIVE_WINDOW: usize = 256 * 1024;
+
+/// Tag of the virtio-fs share that holds the containers' root filesystems and bind mounts.
+pub const SHARE_TAG: &str = "husk";
+/// Where the guest mounts the share.
+pub const SHARE_PATH: &str = "/run/husk/share";

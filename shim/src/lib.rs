@@ -1,0 +1,1 @@
+//! husk's host side: boots a virtual machine for each sandbox and relays containerd's calls to the guest.
