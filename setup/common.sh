@@ -16,9 +16,10 @@ die() {
 }
 
 # logged NAME COMMAND...: the command's noise goes to .cache/log/NAME.log; a line every few seconds tells how far it is.
+# A function given as the command has to join its steps by &&: `set -e` does not reach into it.
 # The command stays in the foreground (a shell's background job would not see Ctrl-C) and the ticking is what is in the back.
 logged() {
-    log=$LOGS/$1.log
+    logged_step=$1 log=$LOGS/$1.log
     shift
     : >"$log"
     ticking "$log" &
@@ -29,7 +30,7 @@ logged() {
     wait "$ticker" 2>/dev/null || :
     [ "$status" -eq 0 ] && return 0
     tail -n 25 "$log" >&2
-    die "'$1' failed with status $status; the lines above are the end of $log" "${NEXT_STEP:-read that log, then run the same command again}"
+    die "step '$logged_step' failed with status $status; the lines above are the end of $log" "${NEXT_STEP:-read that log, then run the same command again}"
 }
 
 # A script may replace this by what it knows better: it is given the log, and answers how far the step is.
