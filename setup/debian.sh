@@ -20,8 +20,8 @@ in_suite() {
         mirror=$(debian_mirror)
         mkdir -p "$private/lists/partial" "$private/archives/partial" "$private/parts"
         cat >"$private/sources.list" <<-END
-		deb $mirror $suite main
-		deb-src $mirror $suite main
+		deb [target=Packages] $mirror $suite main
+		deb-src [target=Sources] $mirror $suite main
 		END
         cat >"$private/apt.conf" <<-END
 		Dir::Etc::SourceList "$private/sources.list";
