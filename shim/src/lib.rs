@@ -1,1 +1,3 @@
 //! husk's host side: boots a virtual machine for each sandbox and relays containerd's calls to the guest.
+
+pub mod vsock;
