@@ -2,5 +2,6 @@
 // The programs for bare test VMs (`src/bin/`) are built for musl, without the harness.
 #![cfg(not(target_env = "musl"))]
 
+pub mod guest;
 pub mod pattern;
 pub mod vm;
