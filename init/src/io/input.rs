@@ -20,11 +20,11 @@ use super::watch_fd;
 /// How a pump ended, with the bytes that reached the pipe.
 pub enum End {
     /// Nothing more is to come.
-    OfInput(u64),
+    Finished(u64),
     /// Nobody is there to read what is still to come.
-    OfReaders(u64),
+    Unread(u64),
     /// The stream broke off; another may go on.
-    OfStream(OwnedFd, Error),
+    Broken(OwnedFd, Error),
 }
 
 /// Writes what comes on the stream into the pipe.
@@ -39,7 +39,7 @@ pub async fn pump(
         Ok(pipe) => pipe,
         Err(error) => {
             let (fd, error) = error.into_parts();
-            return End::OfStream(fd, Error::internal("watch a pipe", &error));
+            return End::Broken(fd, Error::internal("watch a pipe", &error));
         }
     };
     let mut written = 0;
@@ -51,15 +51,15 @@ pub async fn pump(
             Ok(()) = exited.changed() => {
                 // Somebody else may still hold the other end; otherwise nobody will ever read, nor this stream be told.
                 if has_no_reader(&pipe) {
-                    return End::OfReaders(written);
+                    return End::Unread(written);
                 }
                 continue;
             }
         };
         let chunk = match chunk {
             Ok(Some(chunk)) => chunk,
-            Ok(None) => return End::OfInput(written),
-            Err(error) => return End::OfStream(pipe.into_inner(), Error::internal("receive input", &error)),
+            Ok(None) => return End::Finished(written),
+            Err(error) => return End::Broken(pipe.into_inner(), Error::internal("receive input", &error)),
         };
         let wrote = tokio::select! {
             wrote = write_all(&pipe, &chunk.data, &mut written) => wrote,
@@ -69,9 +69,9 @@ pub async fn pump(
             Ok(()) => meter.consumed(&chunk),
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 meter.consumed(&chunk);
-                return End::OfReaders(written);
+                return End::Unread(written);
             }
-            Err(error) => return End::OfStream(pipe.into_inner(), Error::internal("write a pipe", &error)),
+            Err(error) => return End::Broken(pipe.into_inner(), Error::internal("write a pipe", &error)),
         }
     }
 }
@@ -91,7 +91,7 @@ pub async fn discard(stream: &mut ServerStreamReceiver<InputChunk>, meter: &Mete
 }
 
 fn aborted(pipe: AsyncFd<OwnedFd>) -> End {
-    End::OfStream(pipe.into_inner(), Error::new(Kind::Aborted, "the connection ended"))
+    End::Broken(pipe.into_inner(), Error::new(Kind::Aborted, "the connection ended"))
 }
 
 /// `written` counts on even if the future is dropped in between.

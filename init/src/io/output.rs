@@ -18,9 +18,9 @@ use super::watch_fd;
 /// How a pump ended.
 pub enum End {
     /// The last writer has closed the pipe, and all was sent.
-    OfPipe,
+    Finished,
     /// The stream cannot be sent to any more; the pipe may have more.
-    OfStream(OwnedFd, Error),
+    Broken(OwnedFd, Error),
 }
 
 /// What is still to be sent before the stream says that the process has exited.
@@ -46,7 +46,7 @@ pub async fn pump(
         Ok(pipe) => pipe,
         Err(error) => {
             let (fd, error) = error.into_parts();
-            return End::OfStream(fd, Error::internal("watch a pipe", &error));
+            return End::Broken(fd, Error::internal("watch a pipe", &error));
         }
     };
     let mut mark = Mark::Alive;
@@ -54,23 +54,23 @@ pub async fn pump(
         if mark == Mark::Alive && *exited.borrow() {
             match in_pipe(&pipe) {
                 Ok(left) => mark = Mark::Due(left),
-                Err(error) => return End::OfStream(pipe.into_inner(), Error::internal("look into a pipe", &error)),
+                Err(error) => return End::Broken(pipe.into_inner(), Error::internal("look into a pipe", &error)),
             }
         }
         if mark == Mark::Due(0) {
             let chunk = OutputChunk { exited: true, ..Default::default() };
             if let Err(error) = stream.send(&chunk).await {
-                return End::OfStream(pipe.into_inner(), lost(&error));
+                return End::Broken(pipe.into_inner(), lost(&error));
             }
             mark = Mark::Sent;
         }
         let most = if let Mark::Due(left) = mark { left.min(STDIO_CHUNK) } else { STDIO_CHUNK };
         let mut ready = tokio::select! {
             biased;
-            () = gone.wait() => return End::OfStream(pipe.into_inner(), Error::new(Kind::Aborted, "the connection ended")),
+            () = gone.wait() => return End::Broken(pipe.into_inner(), Error::new(Kind::Aborted, "the connection ended")),
             ready = pipe.readable() => match ready {
                 Ok(ready) => ready,
-                Err(error) => return End::OfStream(pipe.into_inner(), Error::internal("wait for a pipe", &error)),
+                Err(error) => return End::Broken(pipe.into_inner(), Error::internal("wait for a pipe", &error)),
             },
             // An error says that the process's record is gone, and with it any exit: then only the pipe's end is left to wait for.
             Ok(()) = exited.changed(), if mark == Mark::Alive => continue,
@@ -82,18 +82,18 @@ pub async fn pump(
                 data.truncate(read);
                 let chunk = OutputChunk { data, ..Default::default() };
                 if let Err(error) = stream.send(&chunk).await {
-                    return End::OfStream(pipe.into_inner(), lost(&error));
+                    return End::Broken(pipe.into_inner(), lost(&error));
                 }
                 if let Mark::Due(left) = &mut mark {
                     *left -= read;
                 }
             }
             Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-            Ok(Err(error)) => return End::OfStream(pipe.into_inner(), Error::internal("read a pipe", &error)),
+            Ok(Err(error)) => return End::Broken(pipe.into_inner(), Error::internal("read a pipe", &error)),
             Err(_would_block) => {}
         }
     }
-    End::OfPipe
+    End::Finished
 }
 
 fn lost(error: &ttrpc::Error) -> Error {

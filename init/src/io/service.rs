@@ -47,11 +47,11 @@ impl Stdio for Service {
         };
         let Some(fd) = slot.attach(name)? else { return Ok(()) };
         match output::pump(fd, streams.exited.subscribe(), &stream, &mut gone).await {
-            output::End::OfPipe => {
+            output::End::Finished => {
                 slot.detach(None);
                 Ok(())
             }
-            output::End::OfStream(fd, error) => {
+            output::End::Broken(fd, error) => {
                 slot.detach(Some(fd));
                 Err(error.into())
             }
@@ -83,16 +83,16 @@ impl Stdio for Service {
         };
         let Some(fd) = streams.stdin.attach("stdin")? else { return Ok(InputResponse::new()) };
         match input::pump(fd, streams.exited.subscribe(), &mut stream, &self.meter, &mut gone).await {
-            input::End::OfInput(written) => {
+            input::End::Finished(written) => {
                 streams.stdin.detach(None);
                 Ok(InputResponse { written, ..Default::default() })
             }
-            input::End::OfReaders(written) => {
+            input::End::Unread(written) => {
                 streams.stdin.detach(None);
                 input::discard(&mut stream, &self.meter, &mut gone).await;
                 Ok(InputResponse { written, ..Default::default() })
             }
-            input::End::OfStream(fd, error) => {
+            input::End::Broken(fd, error) => {
                 streams.stdin.detach(Some(fd));
                 Err(error.into())
             }
