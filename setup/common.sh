@@ -41,7 +41,7 @@ ticking() {
     # The sleep must not hold our output open, or whoever reads it through a pipe waits for it.
     while sleep 5 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
         seconds=$((seconds + 5))
-        printf '      %4d s  %s\n' "$seconds" "$(progress "$1")" >&2
+        printf 'husk: %s, %d s: %s\n' "$logged_step" "$seconds" "$(progress "$1")" >&2
     done
 }
 
@@ -68,5 +68,6 @@ one_at_a_time() {
     lock=$1
     shift
     [ "${HUSK_LOCKED:-}" != "$lock" ] || return 0
+    flock --nonblock "$CACHE/keys/$lock.lock" true || say "waiting for another run of $0"
     HUSK_LOCKED=$lock exec flock "$CACHE/keys/$lock.lock" "$0" "$@"
 }
