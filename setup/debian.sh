@@ -3,6 +3,7 @@
 
 # The address of the archive that this machine's own release comes from.
 debian_mirror() {
+    local codename mirror
     codename=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
     mirror=$(apt-get indextargets --format '$(CREATED_BY) $(RELEASE) $(COMPONENT) $(REPO_URI)' 2>/dev/null |
         awk -v codename="$codename" '$1 == "Packages" && $3 == "main" && ($2 == codename || $2 == "stable") { print $4; exit }')
@@ -13,7 +14,7 @@ debian_mirror() {
 
 # in_suite SUITE APT-TOOL ARGUMENTS...: runs apt-get or apt-cache with that suite as the only source.
 in_suite() {
-    suite=$1
+    local suite="$1"
     shift
     # Steps that run at the same time share the lists.
     (flock 9 && private_lists "$suite") 9>"$CACHE/keys/apt.lock" || return 1
@@ -21,7 +22,7 @@ in_suite() {
 }
 
 private_lists() {
-    private=$CACHE/apt/$1
+    local private="$CACHE/apt/$1" mirror
     if [ "$(cat "$private/apt.conf" 2>/dev/null)" = "$(private_conf "$private")" ] &&
         [ -n "$(find "$private/lists" -name '*_Packages*' -mmin -720 2>/dev/null | head -n 1)" ]; then
         return
@@ -53,7 +54,7 @@ private_conf() {
 
 # unpacked SUITE FOLDER PACKAGE...: the packages' files (newest version of the suite; PACKAGE=VERSION pins) under FOLDER.
 unpacked() {
-    suite=$1 folder=$2
+    local suite="$1" folder="$2"
     shift 2
     in_suite "$suite" true
     fetch_and_unpack "$folder" env APT_CONFIG="$CACHE/apt/$suite/apt.conf" apt-get download "$@"
@@ -61,14 +62,15 @@ unpacked() {
 
 # unpacked_own FOLDER PACKAGE...: the same, from the machine's own sources.
 unpacked_own() {
-    folder=$1
+    local folder="$1"
     shift
     fetch_and_unpack "$folder" apt-get -o APT::Sandbox::User=root download "$@"
 }
 
 fetch_and_unpack() {
-    folder=$1
+    local folder="$1"
     shift
+    local package debs
     for package in "$@"; do :; done
     debs=$(mktemp -d "$CACHE/debs.XXXXXX")
     mkdir -p "$folder"
