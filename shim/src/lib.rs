@@ -1,3 +1,19 @@
 //! husk's host side: boots a virtual machine for each sandbox and relays containerd's calls to the guest.
 
+pub mod bootstrap;
+pub mod cgroup;
+pub mod console;
+pub mod container;
+pub mod events;
+pub mod guest;
+pub mod io;
+pub mod journal;
+pub mod logging;
+pub mod prepare;
+pub mod process;
+pub mod sandbox;
+pub mod serve;
+pub mod service;
+pub mod state;
+pub mod vm;
 pub mod vsock;
