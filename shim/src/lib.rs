@@ -1,7 +1,9 @@
 //! husk's host side: boots a virtual machine for each sandbox and relays containerd's calls to the guest.
 
+pub mod annotations;
 pub mod bootstrap;
 pub mod cgroup;
+pub mod config;
 pub mod console;
 pub mod container;
 pub mod events;
@@ -11,6 +13,7 @@ pub mod journal;
 pub mod logging;
 pub mod prepare;
 pub mod process;
+pub mod rootfs;
 pub mod sandbox;
 pub mod serve;
 pub mod service;

@@ -17,6 +17,7 @@ use tokio::sync::watch;
 
 use super::launch::Child;
 use super::{Machine, Sockets, Spec, Vmm};
+use crate::cgroup::{CgroupError, Hierarchies};
 use crate::console::Console;
 use crate::guest::Guest;
 use crate::journal::Journal;
@@ -44,6 +45,8 @@ pub struct Plan {
     pub boot_timeout: Duration,
     /// For one call to the guest.
     pub call_timeout: Duration,
+    /// The cgroup that the VM's processes live in, as the OCI runtime spec writes it; their parent's if none.
+    pub cgroup: Option<String>,
 }
 
 /// Why a VM did not come up.
@@ -58,6 +61,9 @@ pub enum Error {
     /// The vsock device.
     #[error("vsock device: {0}")]
     Vsock(#[from] crate::vsock::Error),
+    /// The cgroup.
+    #[error("{0}")]
+    Cgroup(#[from] CgroupError),
     /// The journal.
     #[error("{0}")]
     State(#[from] StateError),
@@ -123,8 +129,11 @@ impl Vm {
         let console = UnixStream::from_std(console).map_err(io("register the console"))?;
         let console = Console::start(console, &journal.dir().join("console.log")).map_err(io("open console.log"))?;
 
+        let cgroups = join_later(plan, journal)?;
+        let again = cgroups.iter().map(File::try_clone).collect::<std::io::Result<_>>().map_err(io("duplicate a descriptor"))?;
         let log = open_log(&journal.dir().join("virtiofsd.log")).map_err(io("open virtiofsd.log"))?;
-        let (share, share_socket) = virtiofsd::start(&plan.virtiofsd, &plan.share, journal.dir(), log)?;
+        let (share, share_socket) =
+            virtiofsd::start(&plan.virtiofsd, &plan.share, journal.dir(), log, again)?;
         let share = Arc::new(share);
         let kill_share = Otherwise::new({
             let share = share.clone();
@@ -133,7 +142,7 @@ impl Vm {
         journal.record(&Owner::Sandbox, [Step::Process { id: share.process(), name: "virtiofsd".into() }])?;
 
         let log = open_log(&journal.dir().join("qemu.log")).map_err(io("open qemu.log"))?;
-        let sockets = Sockets { vsock, share: Some(share_socket), console: console_theirs.into(), log };
+        let sockets = Sockets { vsock, share: Some(share_socket), console: console_theirs.into(), log, cgroups };
         let machine: Arc<dyn Machine> = vmm.start(&plan.spec, sockets).await?.into();
         let kill_machine = Otherwise::new({
             let machine = machine.clone();
@@ -235,6 +244,15 @@ impl Drop for Vm {
 
 fn open_log(path: &Path) -> std::io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o600).open(path)
+}
+
+/// The files by which the VM's processes enter their cgroup, which is made if need be.
+fn join_later(plan: &Plan, journal: &Journal) -> Result<Vec<File>, Error> {
+    let Some(path) = &plan.cgroup else { return Ok(Vec::new()) };
+    let cgroup = Hierarchies::of_host()?.create(&mut |steps| journal.record(&Owner::Sandbox, steps), path)?;
+    let open = |path: &PathBuf| OpenOptions::new().write(true).open(path);
+    let opened = cgroup.procs_files().iter().map(open).collect::<std::io::Result<_>>();
+    opened.map_err(|source| Error::Io { what: "open cgroup.procs of the VM's cgroup", source })
 }
 
 /// A part of the VM dies with the whole, and the whole with each part.
