@@ -29,6 +29,10 @@ use crate::vsock::Device;
 const GUEST_CID: u64 = 3;
 /// How long QEMU may take to end after the guest has said that it goes.
 const EXIT: Duration = Duration::from_secs(3);
+/// How long the machine's end may be noticed after its sockets'.
+const MACHINE_BEHIND: Duration = Duration::from_millis(200);
+/// Lines of the console that explain an end.
+const CONSOLE_LINES: usize = 24;
 /// How long the console's last words may take to arrive when the machine has ended.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
@@ -157,7 +161,7 @@ impl Vm {
         };
         let ended = |cause: String| async {
             console.ended(LAST_WORDS).await;
-            let mut last = console.tail(12);
+            let mut last = console.tail(CONSOLE_LINES);
             if let Ok(words) = std::fs::read_to_string(journal.dir().join("qemu.log")) {
                 last = format!("{last}\n{}", words.trim()).trim().to_owned();
             }
@@ -166,9 +170,12 @@ impl Vm {
         let (stream, hello) = tokio::select! {
             hello = hello => hello?,
             cause = machine.exited() => return Err(ended(cause).await),
-            exit = share.exited() => return Err(ended(format!("virtiofsd {exit}")).await),
+            exit = share.exited() => {
+                let cause = cause_of(&*machine, format!("virtiofsd {exit}")).await;
+                return Err(ended(cause).await);
+            }
             () = tokio::time::sleep(plan.boot_timeout) => {
-                return Err(Error::Deadline { deadline: plan.boot_timeout, console: console.tail(12) });
+                return Err(Error::Deadline { deadline: plan.boot_timeout, console: console.tail(CONSOLE_LINES) });
             }
         };
         let guest = Arc::new(Guest::connect(device, &hello, plan.call_timeout).await?);
@@ -209,7 +216,7 @@ impl Vm {
 
     /// The console's last lines.
     pub fn console_tail(&self) -> String {
-        self.console.tail(12)
+        self.console.tail(CONSOLE_LINES)
     }
 
     /// Ends the VM: asks the guest, and kills it if it does not go.
@@ -255,6 +262,11 @@ fn join_later(plan: &Plan, journal: &Journal) -> Result<Vec<File>, Error> {
     opened.map_err(|source| Error::Io { what: "open cgroup.procs of the VM's cgroup", source })
 }
 
+/// When a part of the VM has ended, the end of the machine may be what explains it, and only be noticed a moment later.
+async fn cause_of(machine: &dyn Machine, otherwise: String) -> String {
+    tokio::time::timeout(MACHINE_BEHIND, machine.exited()).await.unwrap_or(otherwise)
+}
+
 /// A part of the VM dies with the whole, and the whole with each part.
 async fn watch_death(
     machine: Arc<dyn Machine>,
@@ -265,15 +277,9 @@ async fn watch_death(
     let mut byte = [0];
     let cause = tokio::select! {
         cause = machine.exited() => cause,
-        exit = share.exited() => format!("virtiofsd {exit}"),
-        // The guest says nothing more on this connection: whatever comes is its end. The machine's own end, which explains it, may
-        // be a moment behind.
-        _ = hello.read(&mut byte) => {
-            match tokio::time::timeout(Duration::from_millis(200), machine.exited()).await {
-                Ok(cause) => cause,
-                Err(_) => "the guest's connection was lost".to_owned(),
-            }
-        }
+        exit = share.exited() => cause_of(&*machine, format!("virtiofsd {exit}")).await,
+        // The guest says nothing more on this connection: whatever comes is its end.
+        _ = hello.read(&mut byte) => cause_of(&*machine, "the guest's connection was lost".to_owned()).await,
     };
     // virtiofsd follows by itself.
     machine.kill();
