@@ -274,7 +274,7 @@ mod tests {
             (
                 "/linux/namespaces",
                 json!([{"type": "network", "path": "/var/run/netns/cni-1"}]),
-                "linux.namespaces: network by the path /var/run/netns/cni-1 is not in the guest",
+                "linux.namespaces: net by the path /var/run/netns/cni-1 is not in the guest",
             ),
             (
                 "/linux/seccomp",

@@ -40,10 +40,8 @@ fn listen() -> io::Result<ExitCode> {
     check(unsafe { libc::bind(listener.as_raw_fd(), (&raw const address).cast(), ADDRESS_LEN) })?;
     // SAFETY: no memory is passed.
     check(unsafe { libc::listen(listener.as_raw_fd(), 1024) })?;
-    // Says to whoever reads the console, and to the host's port 99, that connections are taken from now on.
-    if let Ok(mut ready) = dial(99) {
-        ready.write_all(b"ready\n")?;
-    }
+    // Says that connections are taken from now on. A host that does not want to know refuses.
+    drop(dial(99));
     loop {
         // SAFETY: null says that the peer's address is not wanted.
         let fd = check(unsafe { libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) })?;
