@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::events::task::TaskExit;
 use husk_tests::bundle;
-use husk_tests::command;
 use husk_tests::containerd::Containerd;
 use husk_tests::fifo;
 use husk_tests::shim::{Shim, Streams, feed};
@@ -233,19 +232,6 @@ fn closing_stdin_ends_it_though_its_fifo_stays_open() -> Result<()> {
     shim.task.close_stdin(&id, "")?;
     let rest = stdout.read_to_end(DEADLINE)?;
     ensure!(rest == b"last end\n", "{:?}", String::from_utf8_lossy(&rest));
-    Ok(())
-}
-
-#[test]
-fn a_log_file_in_the_hosts_file_system_gets_the_output() -> Result<()> {
-    let containerd = Containerd::shared()?;
-    let folder = tempfile::tempdir()?;
-    let log = folder.path().join("log");
-    let uri = format!("file://{}", log.display());
-    let container = containerd.detached(&["--log-uri", &uri], "log", &["sh", "-c", "echo kept; echo too >&2"])?;
-    container.await_status("STOPPED")?;
-    let complete = || fs::read_to_string(&log).ok().filter(|text| text.contains("kept") && text.contains("too"));
-    command::wait_for(Duration::from_secs(10), "the log has both lines", complete)?;
     Ok(())
 }
 
