@@ -65,6 +65,24 @@ pub struct Containerd {
     ended: Mutex<mpsc::Receiver<std::io::Result<ExitStatus>>>,
 }
 
+/// A containerd whose shims read a husk configuration of the test's own.
+pub struct Configured {
+    /// The daemon.
+    pub containerd: Containerd,
+    _folder: tempfile::TempDir,
+}
+
+impl Configured {
+    /// Starts one; `config` is the text of the configuration file.
+    pub fn start(config: &str) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("config.toml");
+        std::fs::write(&path, config)?;
+        let env = vec![("HUSK_CONFIG".to_owned(), path.display().to_string())];
+        Ok(Self { containerd: Containerd::with(Setup { env, ..Setup::default() })?, _folder: folder })
+    }
+}
+
 /// What is special about a daemon.
 #[derive(Default)]
 pub struct Setup {
@@ -198,6 +216,15 @@ impl Containerd {
     /// Folder with its programs.
     pub fn bin(&self) -> &Path {
         &self.bin
+    }
+
+    /// The shim process that serves `id`, and what that has started.
+    pub fn shim_of(&self, id: &str) -> Result<(Process, Vec<Process>)> {
+        let ours = |process: &Process| process.name.starts_with("containerd-shim") && process.command.contains(id);
+        let shim = process::descendants(self.pid).into_iter().find(ours);
+        let shim = shim.with_context(|| format!("no shim has {id} in its command line"))?;
+        let below = process::descendants(shim.pid);
+        Ok((shim, below))
     }
 
     /// A container id that nobody has had.
