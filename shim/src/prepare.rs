@@ -108,6 +108,7 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str) -> Result<Prepared, E
         accel,
         board: config.board,
         vcpus,
+        tsc_khz: None,
         memory_mib,
         kernel: artifacts.kernel,
         initrd: artifacts.initrd,
@@ -172,6 +173,8 @@ pub fn plan(prepared: &Prepared, share: PathBuf) -> (Box<dyn Vmm>, Plan) {
     // The guest has no clock of its own: it begins with the host's time, as late as possible.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     spec.kernel_params.push(format!("husk.epoch_ns={}", now.as_nanos()));
+    // Late as well: the longer it is measured, the better.
+    spec.tsc_khz = vm::tsc::khz();
     let plan = Plan {
         spec,
         virtiofsd: prepared.virtiofsd.clone(),

@@ -134,6 +134,7 @@ fn adjust_oom_score(pid: u32) {
 
 /// Serves the sandbox `flags.id` until it has ended.
 pub fn serve(flags: &Flags) -> Result<()> {
+    crate::vm::tsc::begin();
     // SAFETY: `start` has put the listening socket there, and nobody else in this process uses that number.
     let listener = unsafe { OwnedFd::from_raw_fd(LISTENER) };
     nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
