@@ -21,7 +21,6 @@ use ttrpc::r#async::{Client, ClientStreamReceiver, ClientStreamSender};
 use crate::vsock::Device;
 
 /// Most bytes of one event, stdio chunk or other streamed message with its envelope; what a receive window has to hold.
- 
 const _: () = assert!(RECEIVE_WINDOW >= 2 * husk_protos::STDIO_CHUNK);
 
 /// Why the guest could not be reached.
