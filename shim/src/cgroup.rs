@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-use crate::state::{Owner, State, StateError, Step};
+use crate::state::{Recorder, StateError, Step};
 
 /// How often making a cgroup begins anew when another shim removes an empty parent at that very moment.
 const CREATE_ATTEMPTS: u32 = 16;
@@ -106,6 +106,11 @@ fn slice_path(slice: &str) -> Option<PathBuf> {
     Some(path)
 }
 
+/// Whether the host has cgroup v2 alone; false also when that cannot be found out.
+pub fn host_is_unified() -> bool {
+    Hierarchies::of_host().is_ok_and(|host| host.unified)
+}
+
 impl Hierarchies {
     /// Finds the host's hierarchies.
     ///
@@ -154,19 +159,19 @@ impl Hierarchies {
     ///
     /// # Errors
     /// When the path is malformed, or a cgroup cannot be made.
-    pub fn create(&self, state: &mut State, owner: &Owner, cgroups_path: &str) -> Result<HostCgroup, CgroupError> {
+    pub fn create(&self, record: Recorder<'_>, cgroups_path: &str) -> Result<HostCgroup, CgroupError> {
         let relative = relative_path(cgroups_path)?;
         let mut procs = Vec::new();
         for root in &self.roots {
             let leaf = root.join(&relative);
-            make(state, owner, root, &leaf)?;
+            make(record, root, &leaf)?;
             procs.push(leaf.join("cgroup.procs"));
         }
         Ok(HostCgroup { procs })
     }
 }
 
-fn make(state: &mut State, owner: &Owner, root: &Path, leaf: &Path) -> Result<(), CgroupError> {
+fn make(record: Recorder<'_>, root: &Path, leaf: &Path) -> Result<(), CgroupError> {
     // Those that another sandbox of husk made are recorded too: whichever of the two ends last removes them.
     let mut ours: Vec<PathBuf> = leaf
         .ancestors()
@@ -175,13 +180,11 @@ fn make(state: &mut State, owner: &Owner, root: &Path, leaf: &Path) -> Result<()
         .map(Into::into)
         .collect();
     ours.reverse();
-    state.record(
-        owner,
-        ours.iter().map(|path| match path == leaf {
-            true => Step::Cgroup { path: path.clone() },
-            false => Step::CgroupParent { path: path.clone() },
-        }),
-    )?;
+    let steps = ours.iter().map(|path| match path == leaf {
+        true => Step::Cgroup { path: path.clone() },
+        false => Step::CgroupParent { path: path.clone() },
+    });
+    record(steps.collect())?;
     let mut result = Ok(());
     for _ in 0..CREATE_ATTEMPTS {
         result = fs::create_dir_all(leaf);
@@ -243,6 +246,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::state::{Owner, State};
 
     #[test]
     fn paths_of_both_forms() {
@@ -300,8 +304,10 @@ mod tests {
         let mut states = ["s1", "s2"].map(|id| State::create(base.path(), "ns", id).unwrap());
         let host = Hierarchies::of_host().unwrap();
         assert!(!host.roots.is_empty());
-        let [one, two] = [0, 1]
-            .map(|n| host.create(&mut states[n], &Owner::Sandbox, &format!("/husk-test-cgroup/s{n}")).unwrap().procs);
+        let [one, two] = [0, 1].map(|n| {
+            let record = &mut |steps| states[n].record(&Owner::Sandbox, steps);
+            host.create(record, &format!("/husk-test-cgroup/s{n}")).unwrap().procs
+        });
         let mut child = Command::new("sleep").arg("600").spawn().unwrap();
         for procs in &one {
             fs::write(procs, child.id().to_string()).unwrap();

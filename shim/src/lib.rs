@@ -11,6 +11,7 @@ pub mod journal;
 pub mod logging;
 pub mod prepare;
 pub mod process;
+pub mod rootfs;
 pub mod sandbox;
 pub mod serve;
 pub mod service;

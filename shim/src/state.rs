@@ -83,6 +83,9 @@ pub enum Owner {
     Container(String),
 }
 
+/// Writes down the steps of one owner, before their effects: [`State::record`] for those who need not know the state.
+pub type Recorder<'a> = &'a mut dyn FnMut(Vec<Step>) -> Result<(), StateError>;
+
 #[derive(Debug, Serialize, Deserialize)]
 struct Entry {
     owner: Owner,

@@ -136,7 +136,8 @@ fn everything_is_undone_by_whoever_comes_later_and_nothing_else() {
     fs::create_dir(&empty).unwrap();
     fs::write(&file, "").unwrap();
 
-    let made = Hierarchies::of_host().unwrap().create(&mut state, &owner, "/husk-test-undo/s1").unwrap();
+    let made =
+        Hierarchies::of_host().unwrap().create(&mut |steps| state.record(&owner, steps), "/husk-test-undo/s1").unwrap();
     let (mut ours, ours_id) = sleeper();
     let (mut grandchild, grandchild_id) = sleeper();
     let (mut theirs, theirs_id) = sleeper();
