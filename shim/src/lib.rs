@@ -1,7 +1,9 @@
 //! husk's host side: boots a virtual machine for each sandbox and relays containerd's calls to the guest.
 
+pub mod annotations;
 pub mod bootstrap;
 pub mod cgroup;
+pub mod config;
 pub mod console;
 pub mod container;
 pub mod events;

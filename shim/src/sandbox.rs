@@ -23,6 +23,7 @@ use crate::guest;
 use crate::io::Stdio;
 use crate::journal::Journal;
 use crate::prepare::{self, Prepared};
+use crate::rootfs::share::{Share, ShareError};
 use crate::state::{Owner, StateError};
 use crate::vm::boot::{self, Vm};
 
@@ -89,15 +90,7 @@ pub enum Error {
     State(#[from] StateError),
     /// The root filesystem or a bind mount.
     #[error("{0}")]
-    Share(String),
-    /// The bundle cannot be read.
-    #[error("read {}: {source}", path.display())]
-    Bundle {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    Share(#[from] ShareError),
     /// Something inside the shim ended unexpectedly.
     #[error("{0}")]
     Task(String),
@@ -129,6 +122,7 @@ enum Slot {
 
 struct Inner {
     machine: Machine,
+    share: Option<Share>,
     containers: HashMap<String, Slot>,
 }
 
@@ -149,7 +143,7 @@ impl Sandbox {
             id: id.to_owned(),
             journal,
             publisher,
-            inner: Mutex::new(Inner { machine: Machine::None, containers: HashMap::new() }),
+            inner: Mutex::new(Inner { machine: Machine::None, share: None, containers: HashMap::new() }),
             ended: watch::channel(false).0,
         })
     }
@@ -191,14 +185,20 @@ impl Sandbox {
             return Err(Error::Unsupported(format!("checkpoint {:?}: restoring is not supported", request.checkpoint)));
         }
         let prepared = prepare::prepare(&request, &self.id)?;
+        for note in &prepared.rewritten.notes {
+            tracing::info!(container = id, note, "spec changed for the guest");
+        }
+        let note = serde_json::json!({"bundle": request.bundle});
+        self.journal.with(|state| state.set_container(&id, note))?;
+        let share = self.share()?;
         // The root filesystem is mounted while the VM boots: mounts made later propagate into the share.
-        let share = prepare::share(&self.journal)?;
-        let (vm, mounted) =
-            tokio::join!(self.vm(&prepared, &share), prepare::mount(&self.journal, &share, &request, &prepared));
+        let (vm, mounted) = tokio::join!(self.vm(&prepared, &share), self.mount(&share, &request, &prepared));
         let vm = vm?;
-        mounted.map_err(Error::Share)?;
+        mounted?;
 
-        let bundle = PutBundleRequest { id: id.clone(), spec: prepared.spec.clone(), ..Default::default() };
+        let spec = serde_json::to_vec(&prepared.rewritten.spec)
+            .map_err(|error| Error::Task(format!("encode the guest's spec: {error}")))?;
+        let bundle = PutBundleRequest { id: id.clone(), spec, ..Default::default() };
         let bundle = vm.guest.bundle.put(vm.guest.context(), &bundle).await?;
         let guest_request = CreateTaskRequest {
             id: id.clone(),
@@ -239,8 +239,33 @@ impl Sandbox {
         }
     }
 
+    /// The share of the sandbox, made by its first container.
+    fn share(&self) -> Result<Share, Error> {
+        let mut inner = self.lock();
+        if let Some(share) = &inner.share {
+            return Ok(share.clone());
+        }
+        let mut record = |steps| self.journal.record(&Owner::Sandbox, steps);
+        let share = Share::create(self.journal.dir(), &mut record)?;
+        inner.share = Some(share.clone());
+        Ok(share)
+    }
+
+    /// Puts a container's root filesystem and bind mounts into the share. On a thread for it: a mount can take its time.
+    async fn mount(&self, share: &Share, request: &CreateTaskRequest, prepared: &Prepared) -> Result<(), Error> {
+        let (share, journal) = (share.clone(), self.journal.clone());
+        let (id, mounts, rewritten) = (request.id.clone(), request.rootfs.clone(), prepared.rewritten.clone());
+        let mounted = tokio::task::spawn_blocking(move || {
+            let owner = Owner::Container(id.clone());
+            let mut record = |steps| journal.record(&owner, steps);
+            share.add_container(&mut record, &id, &mounts, &rewritten.rootfs, &rewritten.binds)
+        });
+        mounted.await.map_err(|error| Error::Task(format!("mount: {error}")))??;
+        Ok(())
+    }
+
     /// The VM, booted if it is not up.
-    async fn vm(self: &Arc<Self>, prepared: &Prepared, share: &std::path::Path) -> Result<Arc<Vm>, Error> {
+    async fn vm(self: &Arc<Self>, prepared: &Prepared, share: &Share) -> Result<Arc<Vm>, Error> {
         let mut booting = {
             let mut inner = self.lock();
             match &inner.machine {
@@ -250,7 +275,7 @@ impl Sandbox {
                 Machine::None => {
                     let (done, booting) = watch::channel(None);
                     inner.machine = Machine::Booting(booting.clone());
-                    let (sandbox, prepared, share) = (self.clone(), prepared.clone(), share.to_owned());
+                    let (sandbox, prepared, share) = (self.clone(), prepared.clone(), share.path().to_owned());
                     tokio::spawn(async move {
                         let booted = sandbox.boot(&prepared, share).await.map_err(Arc::new);
                         let mut inner = sandbox.lock();
@@ -631,4 +656,3 @@ async fn delete_without_guest(container: &Container, process: &Process) -> Resul
         ..Default::default()
     })
 }
-

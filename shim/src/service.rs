@@ -70,7 +70,7 @@ fn reply(error: Error) -> ttrpc::Error {
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Boot(_) | Error::Guest(_) | Error::Dead { .. } => Code::UNAVAILABLE,
-        Error::State(_) | Error::Share(_) | Error::Bundle { .. } | Error::Task(_) => Code::INTERNAL,
+        Error::State(_) | Error::Share(_) | Error::Task(_) => Code::INTERNAL,
     };
     status(code, error.to_string())
 }
@@ -158,7 +158,11 @@ impl Task for Tasks {
         Err(unimplemented("ResizePty"))
     }
 
-    async fn update(&self, _: &TtrpcContext, _: containerd_shim_protos::api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        _: containerd_shim_protos::api::UpdateTaskRequest,
+    ) -> ttrpc::Result<Empty> {
         Err(unimplemented("Update"))
     }
 

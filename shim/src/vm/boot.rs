@@ -17,6 +17,7 @@ use tokio::sync::watch;
 
 use super::launch::Child;
 use super::{Machine, Sockets, Spec, Vmm};
+use crate::cgroup::{CgroupError, Hierarchies};
 use crate::console::Console;
 use crate::guest::Guest;
 use crate::journal::Journal;
@@ -28,6 +29,10 @@ use crate::vsock::Device;
 const GUEST_CID: u64 = 3;
 /// How long QEMU may take to end after the guest has said that it goes.
 const EXIT: Duration = Duration::from_secs(3);
+/// How long the machine's end may be noticed after its sockets'.
+const MACHINE_BEHIND: Duration = Duration::from_millis(200);
+/// Lines of the console that explain an end.
+const CONSOLE_LINES: usize = 24;
 /// How long the console's last words may take to arrive when the machine has ended.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
@@ -44,6 +49,8 @@ pub struct Plan {
     pub boot_timeout: Duration,
     /// For one call to the guest.
     pub call_timeout: Duration,
+    /// The cgroup that the VM's processes live in, as the OCI runtime spec writes it; their parent's if none.
+    pub cgroup: Option<String>,
 }
 
 /// Why a VM did not come up.
@@ -58,6 +65,9 @@ pub enum Error {
     /// The vsock device.
     #[error("vsock device: {0}")]
     Vsock(#[from] crate::vsock::Error),
+    /// The cgroup.
+    #[error("{0}")]
+    Cgroup(#[from] CgroupError),
     /// The journal.
     #[error("{0}")]
     State(#[from] StateError),
@@ -123,8 +133,14 @@ impl Vm {
         let console = UnixStream::from_std(console).map_err(io("register the console"))?;
         let console = Console::start(console, &journal.dir().join("console.log")).map_err(io("open console.log"))?;
 
+        let cgroups = join_later(plan, journal)?;
+        let again = cgroups
+            .iter()
+            .map(File::try_clone)
+            .collect::<std::io::Result<_>>()
+            .map_err(io("duplicate a descriptor"))?;
         let log = open_log(&journal.dir().join("virtiofsd.log")).map_err(io("open virtiofsd.log"))?;
-        let (share, share_socket) = virtiofsd::start(&plan.virtiofsd, &plan.share, journal.dir(), log)?;
+        let (share, share_socket) = virtiofsd::start(&plan.virtiofsd, &plan.share, journal.dir(), log, again)?;
         let share = Arc::new(share);
         let kill_share = Otherwise::new({
             let share = share.clone();
@@ -133,7 +149,7 @@ impl Vm {
         journal.record(&Owner::Sandbox, [Step::Process { id: share.process(), name: "virtiofsd".into() }])?;
 
         let log = open_log(&journal.dir().join("qemu.log")).map_err(io("open qemu.log"))?;
-        let sockets = Sockets { vsock, share: Some(share_socket), console: console_theirs.into(), log };
+        let sockets = Sockets { vsock, share: Some(share_socket), console: console_theirs.into(), log, cgroups };
         let machine: Arc<dyn Machine> = vmm.start(&plan.spec, sockets).await?.into();
         let kill_machine = Otherwise::new({
             let machine = machine.clone();
@@ -148,7 +164,7 @@ impl Vm {
         };
         let ended = |cause: String| async {
             console.ended(LAST_WORDS).await;
-            let mut last = console.tail(12);
+            let mut last = console.tail(CONSOLE_LINES);
             if let Ok(words) = std::fs::read_to_string(journal.dir().join("qemu.log")) {
                 last = format!("{last}\n{}", words.trim()).trim().to_owned();
             }
@@ -157,9 +173,12 @@ impl Vm {
         let (stream, hello) = tokio::select! {
             hello = hello => hello?,
             cause = machine.exited() => return Err(ended(cause).await),
-            exit = share.exited() => return Err(ended(format!("virtiofsd {exit}")).await),
+            exit = share.exited() => {
+                let cause = cause_of(&*machine, format!("virtiofsd {exit}")).await;
+                return Err(ended(cause).await);
+            }
             () = tokio::time::sleep(plan.boot_timeout) => {
-                return Err(Error::Deadline { deadline: plan.boot_timeout, console: console.tail(12) });
+                return Err(Error::Deadline { deadline: plan.boot_timeout, console: console.tail(CONSOLE_LINES) });
             }
         };
         let guest = Arc::new(Guest::connect(device, &hello, plan.call_timeout).await?);
@@ -200,7 +219,7 @@ impl Vm {
 
     /// The console's last lines.
     pub fn console_tail(&self) -> String {
-        self.console.tail(12)
+        self.console.tail(CONSOLE_LINES)
     }
 
     /// Ends the VM: asks the guest, and kills it if it does not go.
@@ -237,6 +256,20 @@ fn open_log(path: &Path) -> std::io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o600).open(path)
 }
 
+/// The files by which the VM's processes enter their cgroup, which is made if need be.
+fn join_later(plan: &Plan, journal: &Journal) -> Result<Vec<File>, Error> {
+    let Some(path) = &plan.cgroup else { return Ok(Vec::new()) };
+    let cgroup = Hierarchies::of_host()?.create(&mut |steps| journal.record(&Owner::Sandbox, steps), path)?;
+    let open = |path: &PathBuf| OpenOptions::new().write(true).open(path);
+    let opened = cgroup.procs_files().iter().map(open).collect::<std::io::Result<_>>();
+    opened.map_err(|source| Error::Io { what: "open cgroup.procs of the VM's cgroup", source })
+}
+
+/// When a part of the VM has ended, the end of the machine may be what explains it, and only be noticed a moment later.
+async fn cause_of(machine: &dyn Machine, otherwise: String) -> String {
+    tokio::time::timeout(MACHINE_BEHIND, machine.exited()).await.unwrap_or(otherwise)
+}
+
 /// A part of the VM dies with the whole, and the whole with each part.
 async fn watch_death(
     machine: Arc<dyn Machine>,
@@ -247,15 +280,9 @@ async fn watch_death(
     let mut byte = [0];
     let cause = tokio::select! {
         cause = machine.exited() => cause,
-        exit = share.exited() => format!("virtiofsd {exit}"),
-        // The guest says nothing more on this connection: whatever comes is its end. The machine's own end, which explains it, may
-        // be a moment behind.
-        _ = hello.read(&mut byte) => {
-            match tokio::time::timeout(Duration::from_millis(200), machine.exited()).await {
-                Ok(cause) => cause,
-                Err(_) => "the guest's connection was lost".to_owned(),
-            }
-        }
+        exit = share.exited() => cause_of(&*machine, format!("virtiofsd {exit}")).await,
+        // The guest says nothing more on this connection: whatever comes is its end.
+        _ = hello.read(&mut byte) => cause_of(&*machine, "the guest's connection was lost".to_owned()).await,
     };
     // virtiofsd follows by itself.
     machine.kill();

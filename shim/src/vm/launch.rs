@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
@@ -44,6 +44,8 @@ pub struct Launch {
     pub user: Option<(u32, u32)>,
     /// Its standard output and error.
     pub output: File,
+    /// The `cgroup.procs` of each cgroup that it lives in, opened for writing.
+    pub cgroups: Vec<File>,
 }
 
 type Job = (Command, mpsc::SyncSender<io::Result<u32>>);
@@ -71,15 +73,18 @@ impl Launch {
         let mut command = Command::new(&self.program);
         let error = self.output.try_clone().map_err(failed("duplicate the log's descriptor"))?;
         command.args(&self.args).stdin(Stdio::null()).stdout(self.output).stderr(error);
-        if let Some((uid, gid)) = self.user {
-            command.uid(uid).gid(gid);
-        }
+        let (user, cgroups) = (self.user, self.cgroups);
         let shim = std::process::id();
         let fds: Vec<(i32, i32)> = self.fds.iter().map(|(fd, target)| (fd.as_raw_fd(), *target)).collect();
         // SAFETY: only async-signal-safe calls between fork and exec, on memory that was allocated before; the descriptors stay
         // open in `self.fds` until the spawn is done.
         unsafe {
             command.pre_exec(move || {
+                // Here and not by Command, which would change the user first.
+                join(&cgroups)?;
+                if let Some((uid, gid)) = user {
+                    become_user(uid, gid)?;
+                }
                 die_with(shim)?;
                 place(&fds)
             })
@@ -97,6 +102,25 @@ fn clone_error(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), error.to_string())
 }
 
+/// In the child: into its cgroups, before it has allocated anything that would be somebody else's.
+fn join(cgroups: &[File]) -> io::Result<()> {
+    for procs in cgroups {
+        // 0 stands for the writer (cgroup-v2.rst; the same on v1).
+        let mut procs = procs;
+        procs.write_all(b"0")?;
+    }
+    Ok(())
+}
+
+/// In the child.
+fn become_user(uid: u32, gid: u32) -> io::Result<()> {
+    let (uid, gid) = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(gid));
+    nix::unistd::setgroups(&[])?;
+    nix::unistd::setresgid(gid, gid, gid)?;
+    nix::unistd::setresuid(uid, uid, uid)?;
+    Ok(())
+}
+
 /// In the child, after a change of user (which would reset it, prctl(2)): SIGKILL when the shim ends.
 fn die_with(shim: u32) -> io::Result<()> {
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
@@ -111,6 +135,9 @@ fn die_with(shim: u32) -> io::Result<()> {
 /// another's source.
 fn place(fds: &[(i32, i32)]) -> io::Result<()> {
     let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    // Whatever the shim itself was given without close-on-exec is not for them.
+    // SAFETY: it changes a flag of descriptors and touches no memory.
+    check(unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) })?;
     for (index, (fd, _)) in fds.iter().enumerate() {
         // SAFETY: dup3 on numbers touches no memory.
         check(unsafe { libc::dup3(*fd, PARKING + index as i32, libc::O_CLOEXEC) })?;
@@ -152,7 +179,10 @@ impl Child {
         let id = id.map_err(failed("read the child's start time"))?;
         let open = || pidfd_open(pid).and_then(|fd| fd.ok_or_else(|| io::ErrorKind::NotFound.into()));
         let pidfd = open().map_err(failed("open the child's pidfd"))?;
-        let waiter = open().and_then(AsyncFd::register).map_err(failed("watch the child"))?;
+        let waiter = open().map_err(failed("open the child's pidfd"))?;
+        // SAFETY: an OwnedFd stays open, and the same, as long as the AsyncFd that owns it.
+        let waiter =
+            unsafe { AsyncFd::register(waiter) }.map_err(|error| failed("watch the child")(error.into_parts().1))?;
         let (end, ended) = watch::channel(None);
         tokio::spawn(async move { end.send_replace(Some(wait(waiter).await)) });
         Ok(Self { id, pidfd, ended })
@@ -202,17 +232,25 @@ async fn wait(pidfd: AsyncFd<OwnedFd>) -> Ended {
     Ended(ExitStatus::from_raw(raw))
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Seek, Write};
+    use std::io::{Read, Seek};
     use std::os::unix::net::UnixStream;
 
     fn shell(script: &str, output: &File, fds: Vec<(OwnedFd, i32)>, user: Option<(u32, u32)>) -> Child {
         let args = ["-c".into(), script.into()].to_vec();
         // Not sh: dash has no redirection to descriptors of two digits.
-        Launch { program: "/bin/bash".into(), args, fds, user, output: output.try_clone().unwrap() }.spawn().unwrap()
+        Launch {
+            program: "/bin/bash".into(),
+            args,
+            fds,
+            user,
+            output: output.try_clone().unwrap(),
+            cgroups: Vec::new(),
+        }
+        .spawn()
+        .unwrap()
     }
 
     fn written(mut file: File) -> String {
@@ -269,14 +307,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_program_that_is_not_there_is_an_error() {
-        let mut output = tempfile::tempfile().unwrap();
-        output.write_all(b"").unwrap();
+        let output = tempfile::tempfile().unwrap();
         let launch = Launch {
             program: "/nonexistent/program".into(),
             args: Vec::new(),
             fds: Vec::new(),
             user: None,
             output,
+            cgroups: Vec::new(),
         };
         assert_eq!(launch.spawn().unwrap_err().to_string(), "start: No such file or directory (os error 2)");
     }

@@ -56,7 +56,7 @@ pub struct Spec {
     pub user: Option<(u32, u32)>,
 }
 
-/// The sockets that join a machine to the shim; each is one end of a connected pair.
+/// The open files that join a machine to the shim; each socket is one end of a connected pair.
 #[derive(Debug)]
 pub struct Sockets {
     /// vhost-user front end of the vsock device.
@@ -67,6 +67,8 @@ pub struct Sockets {
     pub console: OwnedFd,
     /// Where the machine's process writes its complaints.
     pub log: std::fs::File,
+    /// The `cgroup.procs` of the cgroups that it lives in, opened for writing.
+    pub cgroups: Vec<std::fs::File>,
 }
 
 /// Why a machine could not be started.

@@ -49,7 +49,11 @@ pub enum VirtiofsdError {
 /// # Errors
 ///
 /// [`VirtiofsdError::NotFound`], with all the places.
-pub fn find(configured: Option<&Path>, beside: Option<&Path>, path: Option<OsString>) -> Result<PathBuf, VirtiofsdError> {
+pub fn find(
+    configured: Option<&Path>,
+    beside: Option<&Path>,
+    path: Option<OsString>,
+) -> Result<PathBuf, VirtiofsdError> {
     let candidates: Vec<PathBuf> = match configured {
         Some(configured) => vec![configured.to_owned()],
         None => {
@@ -80,7 +84,13 @@ fn arguments(share: &Path) -> Vec<OsString> {
 /// # Errors
 ///
 /// When the socket cannot be made or the program not be started; then nothing is left.
-pub fn start(program: &Path, share: &Path, private: &Path, log: File) -> Result<(Child, OwnedFd), VirtiofsdError> {
+pub fn start(
+    program: &Path,
+    share: &Path,
+    private: &Path,
+    log: File,
+    cgroups: Vec<File>,
+) -> Result<(Child, OwnedFd), VirtiofsdError> {
     let socket = |what| move |source| VirtiofsdError::Socket { what, source };
     let folder = File::open(private).map_err(socket("open the state folder"))?;
     // By descriptor: the whole path may be longer than a socket's name can be (107 bytes, unix(7)).
@@ -96,6 +106,7 @@ pub fn start(program: &Path, share: &Path, private: &Path, log: File) -> Result<
         // It sets up namespaces and serves files of every owner; its sandbox takes the rest away.
         user: None,
         output: log,
+        cgroups,
     };
     let child = launch.spawn().map_err(|source| VirtiofsdError::Launch { program: program.to_owned(), source })?;
     Ok((child, connected.into()))

@@ -52,6 +52,7 @@ impl Vmm for Qemu {
             fds: inherited.0,
             user: spec.user,
             output: sockets.log,
+            cgroups: sockets.cgroups,
         };
         let child =
             launch.spawn().map_err(|source| Error::Spawn { program: self.program.display().to_string(), source })?;
