@@ -72,16 +72,41 @@ impl ProcessId {
         Ok(self.exists()?.then_some(fd))
     }
 
+    /// Its children; none when it is gone, or when the kernel cannot tell (CONFIG_PROC_CHILDREN).
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn children(self) -> io::Result<Vec<Self>> {
+        let mut children = Vec::new();
+        let listed = match fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)) {
+            Ok(text) if self.exists()? => text,
+            Err(e) if e.kind() != io::ErrorKind::NotFound && e.raw_os_error() != Some(libc::ESRCH) => return Err(e),
+            _ => return Ok(children),
+        };
+        for pid in listed.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()) {
+            children.extend(Self::of(pid)?);
+        }
+        Ok(children)
+    }
+
+    /// Sends SIGKILL, and returns a handle to wait by; `None` when it had ended before.
+    ///
+    /// # Errors
+    /// What the system calls say.
+    pub fn send_kill(self) -> io::Result<Option<OwnedFd>> {
+        let Some(fd) = self.pidfd()? else { return Ok(None) };
+        match pidfd_send_signal(&fd, libc::SIGKILL) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+            other => other.map(|()| Some(fd)),
+        }
+    }
+
     /// Sends SIGKILL and waits until the process is dead. Its exit status is left to its parent.
     ///
     /// # Errors
     /// `TimedOut` when it is still there after `within`; otherwise what the system calls say.
     pub fn kill(self, within: Duration) -> io::Result<Killed> {
-        let Some(fd) = self.pidfd()? else { return Ok(Killed::AlreadyGone) };
-        match pidfd_send_signal(&fd, libc::SIGKILL) {
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(Killed::AlreadyGone),
-            other => other?,
-        }
+        let Some(fd) = self.send_kill()? else { return Ok(Killed::AlreadyGone) };
         if wait_dead(&fd, within)? {
             Ok(Killed::Now)
         } else {
@@ -165,6 +190,22 @@ mod tests {
         for broken in ["", "7 (sh", "7 (sh) S 1", "7 (sh) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 x"] {
             assert_eq!(start_time(broken), None, "{broken}");
         }
+    }
+
+    #[test]
+    fn children_are_found() {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", "sleep 600 >/dev/null & echo; wait"]).stdout(std::process::Stdio::piped());
+        let mut parent = command.spawn().unwrap();
+        let mut said = [0];
+        io::Read::read_exact(parent.stdout.as_mut().unwrap(), &mut said).unwrap();
+        let id = ProcessId::of(parent.id()).unwrap().unwrap();
+        let children = id.children().unwrap();
+        assert_eq!(children.len(), 1);
+        id.kill(Duration::from_secs(5)).unwrap();
+        parent.wait().unwrap();
+        assert_eq!(children[0].kill(Duration::from_secs(5)).unwrap(), Killed::Now);
+        assert_eq!(id.children().unwrap(), []);
     }
 
     #[test]

@@ -204,11 +204,8 @@ pub fn delete(flags: &Flags) -> Result<()> {
         Err(StateError::NotFound(_)) => {}
         Err(error) => return Err(error.into()),
     }
-    let response = DeleteResponse {
-        exit_status: KILLED,
-        exited_at: MessageField::some(Timestamp::now()),
-        ..Default::default()
-    };
+    let response =
+        DeleteResponse { exit_status: KILLED, exited_at: MessageField::some(Timestamp::now()), ..Default::default() };
     io::stdout().write_all(&response.write_to_bytes()?).context("write stdout")
 }
 
