@@ -61,6 +61,18 @@ impl ProcessId {
         Ok(Self::of(self.pid)? == Some(self))
     }
 
+    /// Whether this very process still runs. One that has ended and is not waited for yet (a zombie) does not: whoever adopted it may take
+    /// its time.
+    ///
+    /// # Errors
+    /// When it cannot be looked for.
+    pub fn runs(self) -> io::Result<bool> {
+        match self.pidfd()? {
+            Some(fd) => Ok(!wait_dead(fd, Duration::ZERO)?),
+            None => Ok(false),
+        }
+    }
+
     /// A handle on this very process, or `None` when it is gone.
     ///
     /// # Errors
@@ -216,9 +228,11 @@ mod tests {
         assert_eq!(earlier.kill(Duration::from_secs(5)).unwrap(), Killed::AlreadyGone);
         assert!(id.exists().unwrap());
         assert!(!wait_dead(pidfd_open(id.pid).unwrap().unwrap(), Duration::from_millis(5)).unwrap());
+        assert!(id.runs().unwrap());
         assert_eq!(id.kill(Duration::from_secs(5)).unwrap(), Killed::Now);
+        assert!(id.exists().unwrap() && !id.runs().unwrap(), "a zombie is there and does not run");
         child.wait().unwrap();
-        assert!(!id.exists().unwrap());
+        assert!(!id.exists().unwrap() && !id.runs().unwrap());
         assert_eq!(id.kill(Duration::from_secs(5)).unwrap(), Killed::AlreadyGone);
     }
 }

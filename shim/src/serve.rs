@@ -22,7 +22,7 @@ use crate::bootstrap::{self, Start};
 use crate::events::Publisher;
 use crate::journal::Journal;
 use crate::prepare::sandbox_of;
-use crate::process::{ProcessId, pidfd_open, wait_dead};
+use crate::process::{ProcessId, wait_dead};
 use crate::sandbox::Sandbox;
 use crate::state::{Owner, State, StateError, Step, base};
 
@@ -233,10 +233,8 @@ fn clean_up(state: State, deadline: Instant) -> Result<()> {
 }
 
 fn ended(shim: ProcessId, within: Duration) -> io::Result<bool> {
-    let Some(handle) = pidfd_open(shim.pid)? else { return Ok(true) };
-    // Only after the handle is open: then it is this very process.
-    if !shim.exists()? {
-        return Ok(true);
+    match shim.pidfd()? {
+        Some(handle) => wait_dead(&handle, within),
+        None => Ok(true),
     }
-    wait_dead(&handle, within)
 }
