@@ -158,7 +158,7 @@ fn prefixed(prefix: &str, path: &Path) -> OsString {
 }
 
 /// An initramfs (Documentation/driver-api/early-userspace/buffer-format.rst) with `/init`, and `/dev/console` for its output.
-fn cpio(init: &[u8]) -> Vec<u8> {
+pub fn cpio(init: &[u8]) -> Vec<u8> {
     let mut archive = Vec::with_capacity(init.len() + 1024);
     let entries: [(&str, u32, u32, u32, &[u8]); 4] = [
         ("dev", 0o040755, 0, 0, &[]),
