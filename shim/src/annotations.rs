@@ -77,7 +77,8 @@ mod tests {
     #[test]
     fn what_is_wrong_is_told_at_once_by_name_and_value() {
         let config = Config { allowed_annotations: vec![VCPUS.to_owned(), MEMORY_MIB.to_owned()], ..Config::default() };
-        let pairs = [("io.husk.vcpus", "0"), ("io.husk.memory_mib", "lots"), ("io.husk.vsock", "true"), ("io.husk.cpus", "1")];
+        let pairs =
+            [("io.husk.vcpus", "0"), ("io.husk.memory_mib", "lots"), ("io.husk.vsock", "true"), ("io.husk.cpus", "1")];
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [

@@ -40,7 +40,9 @@ pub struct Start {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// There is no address to send events to.
-    #[error("containerd gave no TTRPC address (TTRPC_ADDRESS in the environment, or containerd_ttrpc_address in the bootstrap parameters)")]
+    #[error(
+        "containerd gave no TTRPC address (TTRPC_ADDRESS in the environment, or containerd_ttrpc_address in the bootstrap parameters)"
+    )]
     NoTtrpcAddress,
     /// A value is missing.
     #[error("flag -{0} is missing")]
@@ -108,7 +110,12 @@ mod tests {
     use protobuf::well_known_types::any::Any;
 
     fn flags() -> containerd_shim::Flags {
-        containerd_shim::Flags { id: "c1".into(), namespace: "default".into(), address: "/run/c.sock".into(), ..Default::default() }
+        containerd_shim::Flags {
+            id: "c1".into(),
+            namespace: "default".into(),
+            address: "/run/c.sock".into(),
+            ..Default::default()
+        }
     }
 
     fn bootstrap(id: &str) -> Vec<u8> {
@@ -126,8 +133,9 @@ mod tests {
 
     #[test]
     fn the_form_of_the_call_decides_the_form_of_the_answer() {
-        let options =
-            Any { type_url: "containerd.runc.v1.Options".into(), value: vec![1, 2], ..Default::default() }.write_to_bytes().unwrap();
+        let options = Any { type_url: "containerd.runc.v1.Options".into(), value: vec![1, 2], ..Default::default() }
+            .write_to_bytes()
+            .unwrap();
         let table: &[(&str, Vec<u8>, Reply, &str)] = &[
             ("nothing on stdin", vec![], Reply::Address, "/run/env.ttrpc"),
             ("runtime options on stdin", options, Reply::Address, "/run/env.ttrpc"),

@@ -106,11 +106,6 @@ fn slice_path(slice: &str) -> Option<PathBuf> {
     Some(path)
 }
 
-/// Whether the host has cgroup v2 alone; false also when that cannot be found out.
-pub fn host_is_unified() -> bool {
-    Hierarchies::of_host().is_ok_and(|host| host.unified)
-}
-
 impl Hierarchies {
     /// Finds the host's hierarchies.
     ///

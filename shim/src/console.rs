@@ -52,10 +52,7 @@ impl Console {
 }
 
 fn last_lines(bytes: &[u8], lines: usize) -> String {
-    let text: String = String::from_utf8_lossy(bytes)
-        .chars()
-        .filter(|&c| c == '\n' || !c.is_control())
-        .collect();
+    let text: String = String::from_utf8_lossy(bytes).chars().filter(|&c| c == '\n' || !c.is_control()).collect();
     let all: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
     all[all.len().saturating_sub(lines)..].join("\n")
 }

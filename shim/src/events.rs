@@ -12,8 +12,8 @@ use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::{mpsc, oneshot};
-use ttrpc::context::with_duration;
 use ttrpc::r#async::Client;
+use ttrpc::context::with_duration;
 
 /// Events that wait for containerd. Past that, those who publish wait.
 const QUEUE: usize = 1024;

@@ -14,14 +14,13 @@ use husk_protos::{
     events_ttrpc::EventsClient, stdio_ttrpc::StdioClient, system_ttrpc::SystemClient,
 };
 use protobuf::Message;
-use ttrpc::context::{Context, with_duration};
 use ttrpc::r#async::transport::Socket;
 use ttrpc::r#async::{Client, ClientStreamReceiver, ClientStreamSender};
+use ttrpc::context::{Context, with_duration};
 
 use crate::vsock::Device;
 
 /// Most bytes of one event, stdio chunk or other streamed message with its envelope; what a receive window has to hold.
- 
 const _: () = assert!(RECEIVE_WINDOW >= 2 * husk_protos::STDIO_CHUNK);
 
 /// Why the guest could not be reached.
@@ -36,7 +35,9 @@ pub enum Error {
         source: crate::vsock::Error,
     },
     /// It speaks another version of the wire.
-    #[error("the guest's init {version} speaks protocol {theirs}, this shim {PROTOCOL}: use the initrd that came with the shim")]
+    #[error(
+        "the guest's init {version} speaks protocol {theirs}, this shim {PROTOCOL}: use the initrd that came with the shim"
+    )]
     Protocol {
         /// The init's version.
         version: String,
@@ -125,8 +126,7 @@ impl Guest {
     ) -> Result<ClientStreamSender<InputChunk, InputResponse>, Error> {
         let (client, _meter) = self.stream_client(PORT_STDIO).await?;
         let stream = StdioClient::new(client).input(Context::default()).await?;
-        let first =
-            InputChunk { container_id: container.to_owned(), exec_id: exec.to_owned(), ..Default::default() };
+        let first = InputChunk { container_id: container.to_owned(), exec_id: exec.to_owned(), ..Default::default() };
         stream.send(&first).await?;
         Ok(stream)
     }

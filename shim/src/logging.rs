@@ -122,7 +122,9 @@ mod tests {
     #[test]
     fn values_are_quoted_where_they_would_not_read_back() {
         let mut fields = Fields::default();
-        for (name, value) in [("a", "plain/path-1"), ("b", "two words"), ("c", "x=\"y\""), ("d", ""), ("e", "line\nbreak")] {
+        for (name, value) in
+            [("a", "plain/path-1"), ("b", "two words"), ("c", "x=\"y\""), ("d", ""), ("e", "line\nbreak")]
+        {
             fields.push(name, value);
         }
         assert_eq!(fields.rest, " a=plain/path-1 b=\"two words\" c=\"x=\\\"y\\\"\" d=\"\" e=\"line\\nbreak\"");

@@ -12,6 +12,7 @@ use oci_spec::runtime::Spec;
 use crate::annotations;
 use crate::cgroup::Hierarchies;
 use crate::config::{self, Accel, Config};
+use crate::rootfs::spec::parse::parse;
 use crate::rootfs::spec::{Context, Rewritten, rewrite};
 use crate::vm::boot::Plan;
 use crate::vm::qemu::Qemu;
@@ -48,7 +49,8 @@ pub struct Prepared {
 /// Reads a bundle's `config.json`.
 fn read_spec(bundle: &Path) -> Result<Spec, Error> {
     let path = bundle.join("config.json");
-    Spec::load(&path).map_err(|error| Error::one(format!("read {}: {error}", path.display())))
+    let bytes = std::fs::read(&path).map_err(|error| Error::one(format!("read {}: {error}", path.display())))?;
+    parse(&bytes).map_err(|problems| Error(texts(&problems.0)))
 }
 
 /// The sandbox that the container of this bundle belongs to: its pod's, or one of its own.
@@ -89,9 +91,8 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str) -> Result<Prepared, E
     let rewritten = rewrite(spec, &context).map_err(|problems| check(texts(&problems.0))).ok();
     let artifacts = config.artifacts(beside).map_err(|missing| check(texts(&missing))).ok();
     let path = std::env::var_os("PATH");
-    let virtiofsd = virtiofsd::find(config.virtiofsd.as_deref(), beside, path)
-        .map_err(|error| check(vec![error.to_string()]))
-        .ok();
+    let virtiofsd =
+        virtiofsd::find(config.virtiofsd.as_deref(), beside, path).map_err(|error| check(vec![error.to_string()])).ok();
     let qemu = find_qemu(&config.qemu).map_err(|error| check(vec![error])).ok();
     let accel = accelerator(config.accel).map_err(|error| check(vec![error])).ok();
 
@@ -108,6 +109,7 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str) -> Result<Prepared, E
         accel,
         board: config.board,
         vcpus,
+        tsc_khz: None,
         memory_mib,
         kernel: artifacts.kernel,
         initrd: artifacts.initrd,
@@ -172,6 +174,8 @@ pub fn plan(prepared: &Prepared, share: PathBuf) -> (Box<dyn Vmm>, Plan) {
     // The guest has no clock of its own: it begins with the host's time, as late as possible.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     spec.kernel_params.push(format!("husk.epoch_ns={}", now.as_nanos()));
+    // Late as well: the longer it is measured, the better.
+    spec.tsc_khz = vm::tsc::khz();
     let plan = Plan {
         spec,
         virtiofsd: prepared.virtiofsd.clone(),

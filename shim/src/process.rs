@@ -61,6 +61,18 @@ impl ProcessId {
         Ok(Self::of(self.pid)? == Some(self))
     }
 
+    /// Whether this very process still runs. One that has ended and is not waited for yet (a zombie) does not: whoever adopted it may take
+    /// its time.
+    ///
+    /// # Errors
+    /// When it cannot be looked for.
+    pub fn runs(self) -> io::Result<bool> {
+        match self.pidfd()? {
+            Some(fd) => Ok(!wait_dead(fd, Duration::ZERO)?),
+            None => Ok(false),
+        }
+    }
+
     /// A handle on this very process, or `None` when it is gone.
     ///
     /// # Errors
@@ -72,16 +84,41 @@ impl ProcessId {
         Ok(self.exists()?.then_some(fd))
     }
 
+    /// Its children; none when it is gone, or when the kernel cannot tell (CONFIG_PROC_CHILDREN).
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn children(self) -> io::Result<Vec<Self>> {
+        let mut children = Vec::new();
+        let listed = match fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)) {
+            Ok(text) if self.exists()? => text,
+            Err(e) if e.kind() != io::ErrorKind::NotFound && e.raw_os_error() != Some(libc::ESRCH) => return Err(e),
+            _ => return Ok(children),
+        };
+        for pid in listed.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()) {
+            children.extend(Self::of(pid)?);
+        }
+        Ok(children)
+    }
+
+    /// Sends SIGKILL, and returns a handle to wait by; `None` when it had ended before.
+    ///
+    /// # Errors
+    /// What the system calls say.
+    pub fn send_kill(self) -> io::Result<Option<OwnedFd>> {
+        let Some(fd) = self.pidfd()? else { return Ok(None) };
+        match pidfd_send_signal(&fd, libc::SIGKILL) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+            other => other.map(|()| Some(fd)),
+        }
+    }
+
     /// Sends SIGKILL and waits until the process is dead. Its exit status is left to its parent.
     ///
     /// # Errors
     /// `TimedOut` when it is still there after `within`; otherwise what the system calls say.
     pub fn kill(self, within: Duration) -> io::Result<Killed> {
-        let Some(fd) = self.pidfd()? else { return Ok(Killed::AlreadyGone) };
-        match pidfd_send_signal(&fd, libc::SIGKILL) {
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(Killed::AlreadyGone),
-            other => other?,
-        }
+        let Some(fd) = self.send_kill()? else { return Ok(Killed::AlreadyGone) };
         if wait_dead(&fd, within)? {
             Ok(Killed::Now)
         } else {
@@ -168,6 +205,22 @@ mod tests {
     }
 
     #[test]
+    fn children_are_found() {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", "sleep 600 >/dev/null & echo; wait"]).stdout(std::process::Stdio::piped());
+        let mut parent = command.spawn().unwrap();
+        let mut said = [0];
+        io::Read::read_exact(parent.stdout.as_mut().unwrap(), &mut said).unwrap();
+        let id = ProcessId::of(parent.id()).unwrap().unwrap();
+        let children = id.children().unwrap();
+        assert_eq!(children.len(), 1);
+        id.kill(Duration::from_secs(5)).unwrap();
+        parent.wait().unwrap();
+        assert_eq!(children[0].kill(Duration::from_secs(5)).unwrap(), Killed::Now);
+        assert_eq!(id.children().unwrap(), []);
+    }
+
+    #[test]
     fn a_reused_pid_is_not_killed() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let id = ProcessId::of(child.id()).unwrap().unwrap();
@@ -175,9 +228,11 @@ mod tests {
         assert_eq!(earlier.kill(Duration::from_secs(5)).unwrap(), Killed::AlreadyGone);
         assert!(id.exists().unwrap());
         assert!(!wait_dead(pidfd_open(id.pid).unwrap().unwrap(), Duration::from_millis(5)).unwrap());
+        assert!(id.runs().unwrap());
         assert_eq!(id.kill(Duration::from_secs(5)).unwrap(), Killed::Now);
+        assert!(id.exists().unwrap() && !id.runs().unwrap(), "a zombie is there and does not run");
         child.wait().unwrap();
-        assert!(!id.exists().unwrap());
+        assert!(!id.exists().unwrap() && !id.runs().unwrap());
         assert_eq!(id.kill(Duration::from_secs(5)).unwrap(), Killed::AlreadyGone);
     }
 }

@@ -656,4 +656,3 @@ async fn delete_without_guest(container: &Container, process: &Process) -> Resul
         ..Default::default()
     })
 }
-

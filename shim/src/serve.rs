@@ -22,7 +22,7 @@ use crate::bootstrap::{self, Start};
 use crate::events::Publisher;
 use crate::journal::Journal;
 use crate::prepare::sandbox_of;
-use crate::process::{ProcessId, pidfd_open, wait_dead};
+use crate::process::{ProcessId, wait_dead};
 use crate::sandbox::Sandbox;
 use crate::state::{Owner, State, StateError, Step, base};
 
@@ -134,6 +134,7 @@ fn adjust_oom_score(pid: u32) {
 
 /// Serves the sandbox `flags.id` until it has ended.
 pub fn serve(flags: &Flags) -> Result<()> {
+    crate::vm::tsc::begin();
     // SAFETY: `start` has put the listening socket there, and nobody else in this process uses that number.
     let listener = unsafe { OwnedFd::from_raw_fd(LISTENER) };
     nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
@@ -203,11 +204,8 @@ pub fn delete(flags: &Flags) -> Result<()> {
         Err(StateError::NotFound(_)) => {}
         Err(error) => return Err(error.into()),
     }
-    let response = DeleteResponse {
-        exit_status: KILLED,
-        exited_at: MessageField::some(Timestamp::now()),
-        ..Default::default()
-    };
+    let response =
+        DeleteResponse { exit_status: KILLED, exited_at: MessageField::some(Timestamp::now()), ..Default::default() };
     io::stdout().write_all(&response.write_to_bytes()?).context("write stdout")
 }
 
@@ -235,10 +233,8 @@ fn clean_up(state: State, deadline: Instant) -> Result<()> {
 }
 
 fn ended(shim: ProcessId, within: Duration) -> io::Result<bool> {
-    let Some(handle) = pidfd_open(shim.pid)? else { return Ok(true) };
-    // Only after the handle is open: then it is this very process.
-    if !shim.exists()? {
-        return Ok(true);
+    match shim.pidfd()? {
+        Some(handle) => wait_dead(&handle, within),
+        None => Ok(true),
     }
-    wait_dead(&handle, within)
 }

@@ -158,7 +158,11 @@ impl Task for Tasks {
         Err(unimplemented("ResizePty"))
     }
 
-    async fn update(&self, _: &TtrpcContext, _: containerd_shim_protos::api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        _: containerd_shim_protos::api::UpdateTaskRequest,
+    ) -> ttrpc::Result<Empty> {
         Err(unimplemented("Update"))
     }
 

@@ -241,13 +241,13 @@ impl State {
         self.save()
     }
 
-    /// Whether the shim of this sandbox is still there.
+    /// Whether the shim of this sandbox still runs.
     ///
     /// # Errors
     /// When `/proc` cannot be read.
     pub fn shim_lives(&self) -> Result<bool, StateError> {
         match self.contents.shim {
-            Some(shim) => shim.exists().map_err(io_error("look for the shim in", Path::new("/proc"))),
+            Some(shim) => shim.runs().map_err(io_error("look for the shim in", Path::new("/proc"))),
             None => Ok(false),
         }
     }

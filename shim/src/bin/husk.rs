@@ -96,8 +96,7 @@ fn name(path: &std::path::Path) -> Option<String> {
 }
 
 fn find(id: &str) -> Result<State> {
-    let mut matching: Vec<State> =
-        sandboxes()?.into_iter().filter(|state| state.sandbox().starts_with(id)).collect();
+    let mut matching: Vec<State> = sandboxes()?.into_iter().filter(|state| state.sandbox().starts_with(id)).collect();
     if let Some(exact) = matching.iter().position(|state| state.sandbox() == id) {
         return Ok(matching.swap_remove(exact));
     }

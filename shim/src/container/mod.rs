@@ -175,8 +175,8 @@ impl Relay {
             topics::TASK_EXIT_EVENT_TOPIC => self.exited(container, &payload, at).await,
             topics::TASK_DELETE_EVENT_TOPIC => {
                 self.publisher.publish(&event.topic, payload.clone(), at).await;
-                let of_init =
-                    TaskDelete::parse_from_bytes(&payload.value).is_ok_and(|event| event.id.is_empty() || event.id == container.id);
+                let of_init = TaskDelete::parse_from_bytes(&payload.value)
+                    .is_ok_and(|event| event.id.is_empty() || event.id == container.id);
                 if of_init {
                     self.deleted.send_replace(true);
                 }
@@ -221,7 +221,11 @@ impl Relay {
             process.set_pid(event.pid);
             self.exit(container, &process, event.exit_status, event.exited_at.clone().unwrap_or(at)).await;
         } else {
-            tracing::warn!(container = container.id, exec = exec_id, "the guest reports the exit of a process that it was not asked for");
+            tracing::warn!(
+                container = container.id,
+                exec = exec_id,
+                "the guest reports the exit of a process that it was not asked for"
+            );
         }
     }
 

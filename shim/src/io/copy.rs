@@ -44,10 +44,11 @@ impl Output {
     ) -> Result<Self, Error> {
         let field = if kind == StreamKind::STREAM_KIND_STDERR { "stderr" } else { "stdout" };
         let path = fifo_path(field, address)?;
-        let fifo = pipe::OpenOptions::new()
-            .read_write(true)
-            .open_sender(path)
-            .map_err(|source| Error::Open { field, path: path.to_owned(), source })?;
+        let fifo = pipe::OpenOptions::new().read_write(true).open_sender(path).map_err(|source| Error::Open {
+            field,
+            path: path.to_owned(),
+            source,
+        })?;
         let (sender, progress) = watch::channel(Progress { complete: false, at: Instant::now() });
         let (guest, container, exec) = (guest.clone(), container.to_owned(), exec.to_owned());
         let task = tokio::spawn(async move {
@@ -141,10 +142,11 @@ impl Input {
     /// It is opened for writing too, so that a client who goes away does not end the process's input: only [`Input::close`] does.
     pub fn start(guest: &Arc<Guest>, container: &str, exec: &str, address: &str) -> Result<Self, Error> {
         let path = fifo_path("stdin", address)?;
-        let fifo = pipe::OpenOptions::new()
-            .read_write(true)
-            .open_receiver(path)
-            .map_err(|source| Error::Open { field: "stdin", path: path.to_owned(), source })?;
+        let fifo = pipe::OpenOptions::new().read_write(true).open_receiver(path).map_err(|source| Error::Open {
+            field: "stdin",
+            path: path.to_owned(),
+            source,
+        })?;
         let close = Arc::new(Notify::new());
         let (guest, container, exec, closed) = (guest.clone(), container.to_owned(), exec.to_owned(), close.clone());
         let task = tokio::spawn(async move {

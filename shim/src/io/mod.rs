@@ -62,7 +62,10 @@ mod tests {
         let table = [
             ("/run/a/stdout", Ok("/run/a/stdout")),
             ("fifo:///run/a", Ok("/run/a")),
-            ("binary:///usr/bin/logger?x=y", Err("stdout \"binary:///usr/bin/logger?x=y\": only fifos are supported, not binary://")),
+            (
+                "binary:///usr/bin/logger?x=y",
+                Err("stdout \"binary:///usr/bin/logger?x=y\": only fifos are supported, not binary://"),
+            ),
             ("file:///tmp/log", Err("stdout \"file:///tmp/log\": only fifos are supported, not file://")),
         ];
         for (value, expected) in table {

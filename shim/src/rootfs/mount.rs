@@ -123,7 +123,7 @@ pub struct Options {
 ///
 /// # Errors
 /// The first option that husk cannot honour.
-pub fn parse_options<'a>(options: &'a [String]) -> Result<Options, &'a str> {
+pub fn parse_options(options: &[String]) -> Result<Options, &str> {
     let mut parsed = Options { bind: None, attributes: 0, flags: MsFlags::empty(), data: Vec::new() };
     for option in options {
         let (attribute, flag, set) = match option.as_str() {
@@ -190,8 +190,8 @@ pub fn mount_data(fs_type: &str, options: &[String]) -> Result<(Option<PathBuf>,
 
 /// The deepest folder that all layers lie in, and the layers relative to it.
 fn common_folder(lower: &str) -> Option<(PathBuf, String)> {
-    // A backslash escapes a colon or a comma in a name (overlayfs.rst): such names are left alone.
-    if lower.contains('\\') {
+    // A backslash escapes a colon or a comma in a name (overlayfs.rst): such names are left alone, and so are relative ones.
+    if lower.contains('\\') || !lower.split(':').all(|layer| layer.starts_with('/')) {
         return None;
     }
     let layers: Vec<&Path> = lower.split(':').map(Path::new).collect();

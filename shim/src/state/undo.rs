@@ -22,7 +22,8 @@ const CGROUP_PAUSE: (Duration, Duration) = (Duration::from_micros(200), Duration
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "snake_case")]
 pub enum Step {
-    /// A process was started: it is killed, and its death awaited. Its exit status is left to its parent.
+    /// A process was started: it and its children are killed, and their death awaited. Its exit status is left to its
+    /// parent.
     Process {
         /// Pid and start time: a process that got the pid later is left alone.
         #[serde(flatten)]
@@ -88,7 +89,13 @@ impl Step {
     pub(super) fn undo(&self, deadline: Instant) -> io::Result<()> {
         let left = || deadline.saturating_duration_since(Instant::now()).max(LEAST_WAIT);
         match self {
-            Step::Process { id, .. } => id.kill(left()).map(drop),
+            Step::Process { id, .. } => {
+                // virtiofsd's worker is PID 1 of a namespace of its own, so the SIGTERM that it asked for when its
+                // parent dies does not reach it: it would serve on.
+                let children = id.children()?;
+                id.kill(left())?;
+                children.into_iter().try_for_each(|child| child.kill(left()).map(drop))
+            }
             Step::Mount { path } => unmount(path),
             Step::Dir { path } => gone_is_fine(fs::remove_dir(path)),
             Step::Tree { path } => tree::remove(path),

@@ -21,6 +21,7 @@ use crate::cgroup::{CgroupError, Hierarchies};
 use crate::console::Console;
 use crate::guest::Guest;
 use crate::journal::Journal;
+use crate::process::ProcessId;
 use crate::state::{Owner, StateError, Step};
 use crate::vm::virtiofsd;
 use crate::vsock::Device;
@@ -115,6 +116,7 @@ pub struct Vm {
     pub hello: Hello,
     machine: Arc<dyn Machine>,
     share: Arc<Child>,
+    share_workers: Vec<ProcessId>,
     console: Console,
     stopping: AtomicBool,
     dead: watch::Receiver<Option<String>>,
@@ -134,10 +136,13 @@ impl Vm {
         let console = Console::start(console, &journal.dir().join("console.log")).map_err(io("open console.log"))?;
 
         let cgroups = join_later(plan, journal)?;
-        let again = cgroups.iter().map(File::try_clone).collect::<std::io::Result<_>>().map_err(io("duplicate a descriptor"))?;
+        let again = cgroups
+            .iter()
+            .map(File::try_clone)
+            .collect::<std::io::Result<_>>()
+            .map_err(io("duplicate a descriptor"))?;
         let log = open_log(&journal.dir().join("virtiofsd.log")).map_err(io("open virtiofsd.log"))?;
-        let (share, share_socket) =
-            virtiofsd::start(&plan.virtiofsd, &plan.share, journal.dir(), log, again)?;
+        let (share, share_socket) = virtiofsd::start(&plan.virtiofsd, &plan.share, journal.dir(), log, again)?;
         let share = Arc::new(share);
         let kill_share = Otherwise::new({
             let share = share.clone();
@@ -178,6 +183,11 @@ impl Vm {
                 return Err(Error::Deadline { deadline: plan.boot_timeout, console: console.tail(CONSOLE_LINES) });
             }
         };
+        // virtiofsd serves from a child that is the first process of its own namespace, and does not die with it. It has answered the guest by now,
+        // so the child is there.
+        let workers = share.process().children().map_err(io("list virtiofsd's children"))?;
+        let step = |id: &ProcessId| Step::Process { id: *id, name: "virtiofsd's worker".into() };
+        journal.record(&Owner::Sandbox, workers.iter().map(step))?;
         let guest = Arc::new(Guest::connect(device, &hello, plan.call_timeout).await?);
 
         let (death, dead) = watch::channel(None);
@@ -188,6 +198,7 @@ impl Vm {
             hello,
             machine: machine.clone(),
             share: share.clone(),
+            share_workers: workers,
             console,
             stopping: AtomicBool::new(false),
             dead,
@@ -233,8 +244,12 @@ impl Vm {
             }
         }
         self.machine.kill();
-        // virtiofsd ends by itself when the machine has let go of it. Killing it before would leave its sandboxed child behind for a moment,
-        // and with it the mounts.
+        // virtiofsd would end by itself, some time after the machine has let go of it; ends with its worker at once.
+        for worker in &self.share_workers {
+            if let Err(error) = worker.send_kill() {
+                tracing::warn!(pid = worker.pid, %error, "virtiofsd's worker cannot be killed");
+            }
+        }
         let gone = async { tokio::join!(self.machine.exited(), self.share.exited()) };
         if tokio::time::timeout(EXIT, gone).await.is_err() {
             tracing::error!("a process of the VM is still there after its end");

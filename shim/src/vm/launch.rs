@@ -16,8 +16,11 @@ use tokio::sync::watch;
 
 use crate::process::{ProcessId, pidfd_open, pidfd_send_signal};
 
-/// Where the descriptors that a child inherits are parked between fork and exec, above all numbers that they may have to end up at.
-const PARKING: i32 = 512;
+/// The first number for descriptors that a child inherits. Far above those in use when it is started, because `Command` has a
+/// socket of its own there, by which it learns of a failed exec, and that must not be overwritten.
+pub const FIRST_FD: i32 = 900;
+/// Where they are parked between fork and exec: above all numbers that they may end up at, and below 1024, the usual limit.
+const PARKING: i32 = 960;
 
 /// Why a program could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +41,7 @@ pub struct Launch {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
-    /// Descriptors, and the numbers at which the program finds them (from 3 to 511). It inherits no others.
+    /// Descriptors, and the numbers at which the program finds them (from [`FIRST_FD`] to 959). It inherits no others.
     pub fds: Vec<(OwnedFd, i32)>,
     /// Whom it runs as (uid, gid), without supplementary groups; root if none.
     pub user: Option<(u32, u32)>,
@@ -181,8 +184,8 @@ impl Child {
         let pidfd = open().map_err(failed("open the child's pidfd"))?;
         let waiter = open().map_err(failed("open the child's pidfd"))?;
         // SAFETY: an OwnedFd stays open, and the same, as long as the AsyncFd that owns it.
-        let waiter = unsafe { AsyncFd::register(waiter) }
-            .map_err(|error| failed("watch the child")(error.into_parts().1))?;
+        let waiter =
+            unsafe { AsyncFd::register(waiter) }.map_err(|error| failed("watch the child")(error.into_parts().1))?;
         let (end, ended) = watch::channel(None);
         tokio::spawn(async move { end.send_replace(Some(wait(waiter).await)) });
         Ok(Self { id, pidfd, ended })
@@ -232,7 +235,6 @@ async fn wait(pidfd: AsyncFd<OwnedFd>) -> Ended {
     Ended(ExitStatus::from_raw(raw))
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,7 +244,16 @@ mod tests {
     fn shell(script: &str, output: &File, fds: Vec<(OwnedFd, i32)>, user: Option<(u32, u32)>) -> Child {
         let args = ["-c".into(), script.into()].to_vec();
         // Not sh: dash has no redirection to descriptors of two digits.
-        Launch { program: "/bin/bash".into(), args, fds, user, output: output.try_clone().unwrap(), cgroups: Vec::new() }.spawn().unwrap()
+        Launch {
+            program: "/bin/bash".into(),
+            args,
+            fds,
+            user,
+            output: output.try_clone().unwrap(),
+            cgroups: Vec::new(),
+        }
+        .spawn()
+        .unwrap()
     }
 
     fn written(mut file: File) -> String {

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 pub mod boot;
 pub mod launch;
 pub mod qemu;
+pub mod tsc;
 pub mod virtiofsd;
 
 /// How guest instructions are executed.
@@ -44,6 +45,8 @@ pub struct Spec {
     pub board: Board,
     /// Virtual CPUs, at least 1.
     pub vcpus: u32,
+    /// Frequency of the host's time stamp counter, kHz, if it is known.
+    pub tsc_khz: Option<u64>,
     /// Guest memory, MiB.
     pub memory_mib: u64,
     /// ELF kernel with a PVH entry.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use super::launch::{Child, Launch, LaunchError};
 
 /// The number at which virtiofsd inherits its listening socket.
-const LISTENER: i32 = 3;
+const LISTENER: i32 = super::launch::FIRST_FD;
 /// Where distributions put it, outside of PATH. /usr/lib/qemu/virtiofsd is not among them: that is the old one in C, with other options.
 const PLACES: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/libexec/qemu/virtiofsd"];
 
@@ -49,7 +49,11 @@ pub enum VirtiofsdError {
 /// # Errors
 ///
 /// [`VirtiofsdError::NotFound`], with all the places.
-pub fn find(configured: Option<&Path>, beside: Option<&Path>, path: Option<OsString>) -> Result<PathBuf, VirtiofsdError> {
+pub fn find(
+    configured: Option<&Path>,
+    beside: Option<&Path>,
+    path: Option<OsString>,
+) -> Result<PathBuf, VirtiofsdError> {
     let candidates: Vec<PathBuf> = match configured {
         Some(configured) => vec![configured.to_owned()],
         None => {
@@ -69,6 +73,8 @@ fn arguments(share: &Path) -> Vec<OsString> {
     args.extend(["--sandbox=namespace", "--announce-submounts"].map(OsString::from));
     // Extended attributes carry file capabilities of images (ping's, for one).
     args.extend(["--xattr", "--cache=auto", "--log-level=warn"].map(OsString::from));
+    // File handles would take the capability to open any file of the host by number.
+    args.push("--inode-file-handles=never".into());
     args
 }
 
@@ -132,7 +138,7 @@ mod tests {
     #[test]
     fn the_share_is_sandboxed_and_mounts_are_announced() {
         let args = arguments(Path::new("/run/husk/a/b/share"));
-        for wanted in ["--fd=3", "--shared-dir", "/run/husk/a/b/share", "--sandbox=namespace", "--announce-submounts"] {
+        for wanted in ["--fd=900", "--shared-dir", "/run/husk/a/b/share", "--sandbox=namespace", "--announce-submounts"] {
             assert!(args.iter().any(|arg| arg == wanted), "{wanted} in {args:?}");
         }
     }

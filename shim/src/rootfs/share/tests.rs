@@ -11,10 +11,22 @@ use super::*;
 use crate::state::{Owner, State};
 
 struct Fixture {
-    base: tempfile::TempDir,
-    state: State,
+    state: Option<State>,
     share: Share,
     server: Child,
+    base: tempfile::TempDir,
+}
+
+/// So that a test that fails leaves nothing either.
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        let undone = self.state.take().map(|state| state.undo_all(Duration::from_secs(5)));
+        let killed = self.server.kill().and_then(|()| self.server.wait());
+        if !std::thread::panicking() {
+            assert!(matches!(undone, None | Some(Ok(()))), "{undone:?}");
+            killed.unwrap();
+        }
+    }
 }
 
 impl Fixture {
@@ -31,16 +43,22 @@ impl Fixture {
             Command::new("unshare").args(["-m", "--propagation", "slave", "sh", "-c", &script]).spawn().unwrap();
         fs::read(&ready).unwrap();
         fs::remove_file(&ready).unwrap();
-        Self { base, state, share, server }
+        Self { state: Some(state), share, server, base }
     }
 
     fn add(&mut self, id: &str, mounts: &[Mount], rootfs: &Path, binds: &[Bind]) -> Result<(), ShareError> {
         let owner = Owner::Container(id.into());
-        self.share.add_container(&mut |steps| self.state.record(&owner, steps), id, mounts, rootfs, binds)
+        self.share.add_container(
+            &mut |steps| self.state.as_mut().unwrap().record(&owner, steps),
+            id,
+            mounts,
+            rootfs,
+            binds,
+        )
     }
 
     fn undo(&mut self, id: &str) {
-        self.state.undo(&Owner::Container(id.into()), Duration::from_secs(5)).unwrap();
+        self.state.as_mut().unwrap().undo(&Owner::Container(id.into()), Duration::from_secs(5)).unwrap();
     }
 
     fn dir(&self, name: &str) -> PathBuf {
@@ -55,16 +73,15 @@ impl Fixture {
         Path::new(&format!("/proc/{}/root", self.server.id())).join(share).join(path)
     }
 
+    /// Ends the sandbox, and looks at what it left.
     fn end(mut self) {
         let base = self.base.path().to_str().unwrap().to_owned();
-        self.state.undo_all(Duration::from_secs(5)).unwrap();
+        self.state.take().unwrap().undo_all(Duration::from_secs(5)).unwrap();
         for table in ["/proc/self/mountinfo".to_owned(), format!("/proc/{}/mountinfo", self.server.id())] {
             let text = fs::read_to_string(&table).unwrap();
             let left: Vec<_> = text.lines().filter(|line| line.contains(&base)).collect();
             assert_eq!(left, Vec::<&str>::new(), "{table}");
         }
-        self.server.kill().unwrap();
-        self.server.wait().unwrap();
         assert!(!self.base.path().join("ns").exists());
     }
 }
@@ -177,14 +194,14 @@ fn a_read_only_bind_is_so_for_the_server_with_all_that_is_below() {
     assert_eq!(write("c1/mounts/8"), Some(libc::EROFS));
     assert_eq!(write("c1/mounts/9/new"), None);
     assert_eq!(write("c1/mounts/9/sub/new"), None);
-    assert_eq!(write("c1/mounts/3/sub/new"), None);
+    assert_eq!(write("c1/mounts/3/sub/flat"), None);
     assert!(data.join("new").exists() && data.join("sub/new").exists());
     assert_eq!(fs::read_to_string(fixture.served("c1/mounts/8")).unwrap(), "text");
     fixture.undo("c1");
     // Only our copies of the tree are gone.
     assert!(data.join("sub/new").exists());
     nix::mount::umount(&data.join("sub")).unwrap();
-    assert!(!data.join("sub/new").exists());
+    assert!(!data.join("sub/new").exists() && data.join("sub/flat").exists());
     fixture.end();
 }
 

@@ -13,7 +13,8 @@ use super::{Problem, Problems};
 pub fn parse(json: &[u8]) -> Result<Spec, Problems> {
     let not_a_spec =
         |e: serde_json::Error| Problems(vec![Problem { field: "spec".into(), value: None, why: e.to_string() }]);
-    let given: Value = serde_json::from_slice(json).map_err(not_a_spec)?;
+    // An object, because serde would take a list for the same fields in their order.
+    let given = Value::Object(serde_json::from_slice(json).map_err(not_a_spec)?);
     // From the bytes again, because only then the message says where the mistake is.
     let spec: Spec = serde_json::from_slice(json).map_err(not_a_spec)?;
     let understood = serde_json::to_value(&spec).map_err(not_a_spec)?;

@@ -2,6 +2,9 @@
 
 use crate::vm::{Accel, Board, Spec};
 
+/// Frequency of QEMU's emulated APIC timer (hw/intc/apic.c counts nanoseconds), kHz.
+const APIC_TIMER_KHZ: u64 = 1_000_000;
+
 /// Numbers of the descriptors that QEMU inherits. It opens nothing by path but its own firmware, so it can run as a user who may
 /// see none of husk's files, and no socket of it has a name.
 #[derive(Debug, Clone, Copy)]
@@ -83,8 +86,19 @@ fn cpu(accel: Accel) -> &'static str {
 
 fn append(spec: &Spec) -> String {
     // reboot=t and panic=-1: with -no-reboot, both a shutdown and a panic end QEMU, and without ACPI a triple fault is the way.
-    let mut words = vec!["console=ttyS0", "quiet", "reboot=t", "panic=-1"];
-    words.extend(spec.kernel_params.iter().map(String::as_str));
+    let mut words = ["console=ttyS0", "quiet", "reboot=t", "panic=-1"].map(String::from).to_vec();
+    // Under KVM, kvmclock and the TSC's deadline timer make this needless. Otherwise the guest's counter is the host's, or the instructions
+    // counted, one a nanosecond.
+    let tsc_khz = match spec.accel {
+        Accel::Kvm => None,
+        Accel::Tcg => spec.tsc_khz,
+        Accel::TcgCounted => Some(1_000_000),
+    };
+    if let Some(khz) = tsc_khz {
+        words.push(format!("tsc_early_khz={khz}"));
+        words.push(format!("lapic_timer_khz={APIC_TIMER_KHZ}"));
+    }
+    words.extend(spec.kernel_params.iter().cloned());
     words.join(" ")
 }
 
@@ -98,6 +112,7 @@ mod tests {
             accel: Accel::Tcg,
             board: Board::Microvm,
             vcpus: 2,
+            tsc_khz: None,
             memory_mib: 256,
             kernel: "/k".into(),
             initrd: "/i".into(),
@@ -142,6 +157,18 @@ mod tests {
             ("no instruction count", |_| (), "-icount", &[]),
             ("instruction count", |spec| spec.accel = Accel::TcgCounted, "-icount", &["shift=0,sleep=off"]),
             ("vcpus", |_| (), "-smp", &["2"]),
+            (
+                "the counter's frequency under software",
+                |spec| spec.tsc_khz = Some(2_400_000),
+                "-append",
+                &["console=ttyS0 quiet reboot=t panic=-1 tsc_early_khz=2400000 lapic_timer_khz=1000000 husk.log=warn"],
+            ),
+            (
+                "no frequency under hardware",
+                |spec| (spec.accel, spec.tsc_khz) = (Accel::Kvm, Some(2_400_000)),
+                "-append",
+                &["console=ttyS0 quiet reboot=t panic=-1 husk.log=warn"],
+            ),
             (
                 "the kernel's parameters come last",
                 |_| (),

@@ -10,7 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::net::UnixStream;
 
-use super::launch::{Child, Launch};
+use super::launch::{Child, FIRST_FD, Launch};
 use super::{Error, Machine, Sockets, Spec, Vmm};
 use crate::process::ProcessId;
 
@@ -19,9 +19,6 @@ pub mod qmp;
 
 /// For the greeting and each command.
 const QMP_DEADLINE: Duration = Duration::from_secs(10);
-
-/// The first descriptor that QEMU inherits; below are its standard streams.
-const FIRST_FD: i32 = 3;
 
 /// Runs machines with one QEMU binary.
 #[derive(Debug, Clone)]

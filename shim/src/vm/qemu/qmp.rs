@@ -116,11 +116,9 @@ impl Qmp {
             }
             match answer.await {
                 Ok(Ok(value)) => Ok(value),
-                Ok(Err(refusal)) => Err(Error::Refused {
-                    command: command.to_owned(),
-                    class: refusal.class,
-                    description: refusal.desc,
-                }),
+                Ok(Err(refusal)) => {
+                    Err(Error::Refused { command: command.to_owned(), class: refusal.class, description: refusal.desc })
+                }
                 Err(_) => Err(Error::Closed),
             }
         };
@@ -153,9 +151,8 @@ async fn read_loop(mut reader: impl AsyncBufRead + Unpin, pending: Pending, even
             }
             continue;
         }
-        let waiting = line
-            .id
-            .and_then(|id| pending.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).remove(&id));
+        let waiting =
+            line.id.and_then(|id| pending.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).remove(&id));
         let Some(waiting) = waiting else { continue };
         let result = match line.error {
             Some(refusal) => Err(refusal),
