@@ -271,8 +271,19 @@ impl Containerd {
 
     /// `ctr run --detach`; killed and removed when dropped.
     pub fn detached(&self, flags: &[&str], name: &str, args: &[&str]) -> Result<Container<'_>> {
+        self.detached_with(self.runtime, flags, name, args)
+    }
+
+    /// The same with another runtime than the daemon's usual one.
+    pub fn detached_with(
+        &self,
+        runtime: Runtime,
+        flags: &[&str],
+        name: &str,
+        args: &[&str],
+    ) -> Result<Container<'_>> {
         let container = Container { containerd: self, id: self.id(name) };
-        let ctr = self.ctr(["run", "--detach", "--runtime", self.runtime.name()]);
+        let ctr = self.ctr(["run", "--detach", "--runtime", runtime.name()]);
         ctr.args(flags).args([&self.image, container.id()]).args(args).ok()?;
         Ok(container)
     }

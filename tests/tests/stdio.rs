@@ -95,13 +95,13 @@ fn output_of_a_fast_exit_is_complete() -> Result<()> {
 }
 
 #[test]
-fn output_of_200_fast_execs_is_complete() -> Result<()> {
+fn output_of_100_fast_execs_is_complete() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("fast-execs");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
     shim.create(&Default::default())?;
     shim.task.start(&id, "")?;
-    for round in 0..200 {
+    for round in 0..100 {
         let exec = format!("e{round}");
         let (io, mut stdout, mut stderr) = shim.streams(&exec)?;
         let script = format!("echo {round}; echo {round} >&2; exit {}", round % 100);
