@@ -95,7 +95,7 @@ impl Kit {
     pub async fn boot_floor(&self, accel: Accel, init: &Path) -> Result<(Hello, Duration)> {
         let (vmm, mut plan) = self.plan(accel);
         plan.spec.initrd = self.folder.path().join("floor.img");
-        std::fs::write(&plan.spec.initrd, vm::cpio(&std::fs::read(init)?))?;
+        std::fs::write(&plan.spec.initrd, vm::cpio(&std::fs::read(init)?, &[]))?;
         let started = Instant::now();
         let (device, vsock) = Device::start(3)?;
         let mut ready = device.listen(PORT_READY)?;
