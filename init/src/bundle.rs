@@ -30,7 +30,8 @@ impl Service {
         Self { tasks, shared: Mutex::new(false) }
     }
 
-    /// Mounts the share with the first bundle, the first to need it: a guest that is only booted does not wait for virtiofsd.
+    /// Mounts the share with the first bundle whose spec names it: a guest that is only booted does not wait for virtiofsd, and a
+    /// container with its root file system elsewhere needs none.
     fn mount_share(&self) -> Result<(), Error> {
         let mut shared = self.shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if *shared {
@@ -57,7 +58,9 @@ impl Service {
         for file in &request.files {
             check_name(&file.name)?;
         }
-        self.mount_share()?;
+        if names_share(&request.spec) {
+            self.mount_share()?;
+        }
         let folder = places::bundle(&request.id);
         write_bundle(&folder, request)?;
         Ok(folder.to_string_lossy().into_owned())
@@ -75,6 +78,10 @@ impl Service {
             _ => Ok(()),
         }
     }
+}
+
+fn names_share(spec: &[u8]) -> bool {
+    spec.windows(SHARE_PATH.len()).any(|part| part == SHARE_PATH.as_bytes())
 }
 
 fn write_bundle(folder: &Path, request: &PutBundleRequest) -> Result<(), Error> {

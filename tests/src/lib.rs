@@ -12,6 +12,7 @@ pub mod command;
 pub mod containerd;
 pub mod events;
 pub mod fifo;
+pub mod guest;
 pub mod leftovers;
 pub mod pattern;
 pub mod process;

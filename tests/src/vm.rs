@@ -26,27 +26,78 @@ pub struct Vm {
     folder: tempfile::TempDir,
 }
 
+/// What a bare VM is made of.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The machine that QEMU plays.
+    pub machine: Machine,
+    /// A static program, its `/init`.
+    pub init: PathBuf,
+    /// Further files of its initramfs; the folders that they are in are made.
+    pub files: Vec<File>,
+    /// Its memory, MiB.
+    pub memory: u32,
+    /// Added to the kernel's command line.
+    pub kernel_parameters: String,
+    /// The guest's clock counts its instructions, one a nanosecond, instead of time: measures are the same whatever else the machine does.
+    pub instruction_clock: bool,
+}
+
+/// A file, or with `link` a symbolic link.
+#[derive(Clone, Debug)]
+pub struct File {
+    /// Where it stands, without the first slash.
+    pub path: String,
+    /// What is in it; a link's target.
+    pub content: Vec<u8>,
+    /// Whether it is a symbolic link. Other files may be executed.
+    pub link: bool,
+}
+
+impl Config {
+    /// A VM with nothing but `init`.
+    pub fn bare(machine: Machine, init: &Path) -> Self {
+        Config {
+            machine,
+            init: init.into(),
+            files: Vec::new(),
+            memory: 256,
+            kernel_parameters: String::new(),
+            instruction_clock: false,
+        }
+    }
+}
+
 impl Vm {
     /// Boots `init` (a static program) with `vsock` as QEMU's end of the vhost-user connection.
     pub fn boot(machine: Machine, init: &Path, vsock: OwnedFd) -> Result<Vm> {
+        Self::boot_with(&Config::bare(machine, init), vsock)
+    }
+
+    /// Boots a VM with `vsock` as QEMU's end of the vhost-user connection.
+    pub fn boot_with(config: &Config, vsock: OwnedFd) -> Result<Vm> {
         let kernel = workspace().join("out/vmlinux");
         ensure!(kernel.is_file(), "there is no kernel at {}: build it first", kernel.display());
         let folder = tempfile::tempdir().context("make a folder for the VM")?;
         let initrd = folder.path().join("initrd");
-        let init = std::fs::read(init).with_context(|| format!("read {}", init.display()))?;
-        std::fs::write(&initrd, cpio(&init)).context("write the initramfs")?;
-        let (options, device) = match machine {
+        let init = std::fs::read(&config.init).with_context(|| format!("read {}", config.init.display()))?;
+        std::fs::write(&initrd, cpio(&init, &config.files)).context("write the initramfs")?;
+        let (options, device) = match config.machine {
             Machine::Microvm => ("microvm,acpi=off", "vhost-user-vsock-device"),
             Machine::Q35 => ("q35", "vhost-user-vsock-pci"),
         };
         let fd = vsock.as_raw_fd();
+        let memory = config.memory;
+        let parameters = format!("console=ttyS0 quiet panic=-1 reboot=t {}", config.kernel_parameters);
         let mut command = Command::new("qemu-system-x86_64");
         command
-            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1", "-m", "256"])
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"])
+            .args(["-m", &memory.to_string()])
             .args(["-machine", &format!("{options},accel=tcg,memory-backend=mem")])
-            .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
+            .args(["-object", &format!("memory-backend-memfd,id=mem,size={memory}M,share=on")])
             .args(["-chardev", &format!("socket,id=vs,fd={fd}"), "-device", &format!("{device},chardev=vs")])
-            .args(["-append", "console=ttyS0 quiet panic=-1 reboot=t"])
+            .args(["-append", &parameters])
+            .args(if config.instruction_clock { &["-icount", "shift=0,sleep=off"][..] } else { &[] })
             .arg("-kernel")
             .arg(kernel)
             .arg("-initrd")
@@ -147,7 +198,8 @@ pub fn guest_program(name: &str) -> Result<PathBuf> {
     Ok(target.join("x86_64-unknown-linux-musl/release").join(name))
 }
 
-fn workspace() -> PathBuf {
+/// The repository.
+pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
 
@@ -157,15 +209,23 @@ fn prefixed(prefix: &str, path: &Path) -> OsString {
     argument
 }
 
-/// An initramfs (Documentation/driver-api/early-userspace/buffer-format.rst) with `/init`, and `/dev/console` for its output.
-pub fn cpio(init: &[u8]) -> Vec<u8> {
+/// An initramfs (Documentation/driver-api/early-userspace/buffer-format.rst) with `/init`, `/dev/console` for its
+/// output, and the given files.
+pub fn cpio(init: &[u8], files: &[File]) -> Vec<u8> {
     let mut archive = Vec::with_capacity(init.len() + 1024);
-    let entries: [(&str, u32, u32, u32, &[u8]); 4] = [
-        ("dev", 0o040755, 0, 0, &[]),
-        ("dev/console", 0o020600, 5, 1, &[]),
-        ("init", 0o100755, 0, 0, init),
-        ("TRAILER!!!", 0, 0, 0, &[]),
-    ];
+    let mut entries: Vec<(&str, u32, u32, u32, &[u8])> =
+        vec![("dev", 0o040755, 0, 0, &[]), ("dev/console", 0o020600, 5, 1, &[]), ("init", 0o100755, 0, 0, init)];
+    // Sorted, each folder comes before what is in it.
+    let folders: std::collections::BTreeSet<&str> = files
+        .iter()
+        .flat_map(|file| file.path.match_indices('/').map(|(end, _)| &file.path[..end]))
+        .filter(|folder| *folder != "dev")
+        .collect();
+    entries.extend(folders.into_iter().map(|folder| (folder, 0o040755, 0, 0, &[][..])));
+    for File { path, content, link } in files {
+        entries.push((path, if *link { 0o120777 } else { 0o100755 }, 0, 0, content));
+    }
+    entries.push(("TRAILER!!!", 0, 0, 0, &[]));
     for (inode, (name, mode, major, minor, data)) in entries.into_iter().enumerate() {
         let fields =
             [inode as u32 + 1, mode, 0, 0, 1, 0, data.len() as u32, 0, 0, major, minor, name.len() as u32 + 1, 0];

@@ -10,11 +10,11 @@ use std::time::Duration;
 use nix::fcntl::OFlag;
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
 use nix::sys::signal::SigSet;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 use tokio::net::UnixDatagram;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 use tracing::level_filters::LevelFilter;
 
@@ -41,12 +41,19 @@ pub struct Streams {
 pub struct Workers {
     reaper: Arc<Reaper>,
     log: LevelFilter,
+    places: Semaphore,
 }
+
+/// Workers at a time for each processor, and at least. More of them would not be faster together, but each would be slower: with two
+/// hundred at once all would pass their deadline.
+const PLACES_PER_CPU: usize = 2;
+const PLACES_MIN: usize = 4;
 
 impl Workers {
     /// Workers that log at `log`, reaped by `reaper`.
     pub fn new(reaper: Arc<Reaper>, log: LevelFilter) -> Self {
-        Self { reaper, log }
+        let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
+        Self { reaper, log, places: Semaphore::new(PLACES_MIN.max(PLACES_PER_CPU * cpus)) }
     }
 
     /// Has a worker do `request`. `creation` proves that the reaper keeps the exits of whatever it makes.
@@ -56,6 +63,8 @@ impl Workers {
     /// the container's cgroup, which is the caller's to kill.
     pub async fn run(&self, creation: &Creation, request: &Request, streams: Streams) -> Result<Reply, Error> {
         let failed = |what: &str, source: io::Error| Error::internal(format_args!("{what} a worker"), &source);
+        // Nobody closes the semaphore; without a place the worker would start all the same.
+        let _place = self.places.acquire().await;
         let message = serde_json::to_vec(request).map_err(|e| failed("encode a request for", e.into()))?;
         let (worker, ours) = self.spawn(streams).map_err(|e| failed("start", e))?;
         let mut worker = Worker { pid: worker, exit: creation.exit_of(worker), reaper: &self.reaper };
@@ -123,7 +132,8 @@ impl Worker<'_> {
         let received = tokio::select! {
             biased;
             received = socket.recv(&mut buffer) => received,
-            exit = &mut self.exit => match socket.try_recv(&mut buffer) {
+            // Its last words may have come with its end. Not by try_recv: the runtime may not have heard of them yet, and would not look.
+            exit = &mut self.exit => match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
                 Ok(received) if received > 0 => Ok(received),
                 _ => return Err(died(exit.ok())),
             },

@@ -33,7 +33,7 @@ pub struct Streams {
     lingering: BTreeSet<(Instant, Id)>,
 }
 
-/// How far [`Streams::from_guest`] came.
+/// How far [`Streams::take_from_guest`] came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moved {
     /// All that there is; the next kick says when there is more.
@@ -57,7 +57,7 @@ impl Streams {
     }
 
     /// Takes packets of the guest.
-    pub fn from_guest(&mut self, memory: &GuestMemoryMmap, ring: &mut Ring) -> Moved {
+    pub fn take_from_guest(&mut self, memory: &GuestMemoryMmap, ring: &mut Ring) -> Moved {
         let mut moved = Moved::More;
         ring.mute_kicks(memory);
         for _ in 0..BATCH {
@@ -139,7 +139,7 @@ impl Streams {
     }
 
     /// Sends packets to the guest. True when there is more to send and there may be room.
-    pub fn to_guest(&mut self, memory: &GuestMemoryMmap, ring: &mut Ring) -> bool {
+    pub fn give_to_guest(&mut self, memory: &GuestMemoryMmap, ring: &mut Ring) -> bool {
         let mut more = true;
         for _ in 0..BATCH {
             let Some(turn) = self.table.turn() else {

@@ -132,8 +132,8 @@ impl Worker {
     fn move_packets(&mut self) -> bool {
         let mut backend = lock(&self.backend);
         let Backend { memory, rings: [rx, tx], .. } = &mut *backend;
-        let from = self.streams.from_guest(memory, tx);
-        let more_to = self.streams.to_guest(memory, rx);
+        let from = self.streams.take_from_guest(memory, tx);
+        let more_to = self.streams.give_to_guest(memory, rx);
         let relieved = from == Moved::Congested && !self.streams.is_congested();
         from == Moved::More || more_to || relieved
     }
@@ -143,7 +143,7 @@ impl Worker {
         let Backend { memory, rings: [_, tx], .. } = &mut *backend;
         // A full ring's worth. A guest that goes on sending meanwhile is not waited for.
         for _ in 0..=usize::from(RING_MAX) / BATCH {
-            if self.streams.from_guest(memory, tx) != Moved::More {
+            if self.streams.take_from_guest(memory, tx) != Moved::More {
                 break;
             }
         }
