@@ -8,6 +8,7 @@ use containerd_shim_protos::api::Mount;
 use serde_json::{Value, json};
 
 use crate::containerd::{Containerd, NAMESPACE};
+use crate::fifo;
 
 /// Capabilities of containerd's default spec (containerd, oci/spec.go, `defaultUnixCaps`).
 const CAPABILITIES: [&str; 14] = [
@@ -88,6 +89,8 @@ pub struct Bundle {
     pub path: PathBuf,
     /// As the test sees it.
     pub outside: PathBuf,
+    /// What a shim logs: containerd makes this fifo in each bundle.
+    pub log: fifo::Reader,
     /// What Create gets as `rootfs`: an overlay over the test image, the form of containerd's default snapshotter.
     pub rootfs: Vec<Mount>,
 }
@@ -101,6 +104,7 @@ impl Bundle {
             fs::create_dir_all(outside.join(folder)).with_context(|| format!("bundle folder {}", outside.display()))?;
         }
         fs::write(outside.join("config.json"), serde_json::to_vec_pretty(spec)?)?;
+        let log = fifo::Reader::make(&outside.join("log"))?;
         let lower = containerd.unpacked_image()?;
         let rootfs = Mount {
             type_: "overlay".into(),
@@ -112,6 +116,6 @@ impl Bundle {
             ],
             ..Default::default()
         };
-        Ok(Self { id: id.to_owned(), path, outside, rootfs: vec![rootfs] })
+        Ok(Self { id: id.to_owned(), path, outside, log, rootfs: vec![rootfs] })
     }
 }

@@ -32,9 +32,9 @@ impl Reader {
     }
 
     /// What is in the fifo at this moment, without waiting for more.
-    pub fn available(&mut self) -> Result<Vec<u8>> {
+    pub fn available(&self) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        match self.file.read_to_end(&mut bytes) {
+        match (&self.file).read_to_end(&mut bytes) {
             Err(e) if e.kind() != ErrorKind::WouldBlock => Err(e).context("read fifo"),
             _ => Ok(bytes),
         }

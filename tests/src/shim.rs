@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -170,7 +169,6 @@ pub struct Shim<'a> {
     pub task: Task,
     /// The path of its socket, as it says itself.
     pub socket: PathBuf,
-    log: Mutex<fifo::Reader>,
 }
 
 impl<'a> Shim<'a> {
@@ -178,8 +176,6 @@ impl<'a> Shim<'a> {
     pub fn start(containerd: &'a Containerd, id: &str, spec: &Value) -> Result<Self> {
         let bundle = Bundle::write(containerd, id, spec)?;
         let events = Sink::start()?;
-        // containerd makes this fifo in the bundle, and the shim's log goes there.
-        let log = fifo::Reader::make(&bundle.outside.join("log"))?;
         let started = action(containerd, &bundle, &events, &Bootstrap::Flags, "start")?.ok()?;
         let socket = address(&started.text())?;
         let api = match (containerd.runtime(), containerd.version()) {
@@ -187,7 +183,7 @@ impl<'a> Shim<'a> {
             _ => Api::V2,
         };
         let task = Task::connect(&containerd.path(&socket), api)?;
-        Ok(Self { containerd, bundle, events, task, socket, log: Mutex::new(log) })
+        Ok(Self { containerd, bundle, events, task, socket })
     }
 
     /// A second client, for the service under another name.
@@ -233,8 +229,7 @@ impl<'a> Shim<'a> {
 
     /// What it has logged since this was last asked.
     pub fn log(&self) -> String {
-        let mut log = self.log.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        log.available().map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+        self.bundle.log.available().map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
 
     /// Runs `delete` of the shim's binary, as containerd does for a shim that is gone.

@@ -41,7 +41,8 @@ fn start_prints_an_address_and_nothing_on_stderr() -> Result<()> {
     ensure!(started.stderr.is_empty(), "{started}");
     let socket = containerd.path(address(&started.text())?);
     ensure!(socket.exists(), "{started}");
-    Task::connect(&socket, Api::V2)?.shutdown(&id, true)?;
+    let state = Task::connect(&socket, Api::V2)?.state(&id, "");
+    ensure!(code(&state) == Some(Code::NOT_FOUND), "{state:?}");
     Ok(())
 }
 
@@ -59,8 +60,8 @@ fn start_understands_the_parameters_of_containerd_2_3() -> Result<()> {
     let result = BootstrapResult::parse_from_bytes(&started.stdout).with_context(|| started.to_string())?;
     ensure!(result.version == 3 && result.protocol == "ttrpc", "{result:?}");
     let task = Task::connect(&containerd.path(address(&result.address)?), Api::V3)?;
-    ensure!(code(&task.state(&id, "")) == Some(Code::NOT_FOUND));
-    task.shutdown(&id, true)?;
+    let state = task.state(&id, "");
+    ensure!(code(&state) == Some(Code::NOT_FOUND), "{state:?}");
     Ok(())
 }
 

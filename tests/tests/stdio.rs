@@ -131,7 +131,7 @@ fn when_the_exit_is_announced_all_output_is_there() -> Result<()> {
     let wanted = sequence(8_000);
     for round in 0..20 {
         let exec = format!("e{round}");
-        let (io, mut stdout, _stderr) = shim.streams(&exec)?;
+        let (io, stdout, _stderr) = shim.streams(&exec)?;
         shim.task.exec(&id, &exec, &bundle::process(&["seq", "1", "8000"]), &io)?;
         shim.task.start(&id, &exec)?;
         let events = shim.events.until("/tasks/exit", DEADLINE)?;

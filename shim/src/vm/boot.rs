@@ -167,16 +167,35 @@ impl Vm {
         let ended = |cause: String| async {
             console.ended(LAST_WORDS).await;
             let mut last = console.tail(CONSOLE_LINES);
-            if let Ok(words) = std::fs::read_to_string(journal.dir().join("qemu.log")) {
-                last = format!("{last}\n{}", words.trim()).trim().to_owned();
+            for log in ["qemu.log", "virtiofsd.log"] {
+                if let Ok(words) = std::fs::read_to_string(journal.dir().join(log)) {
+                    last = format!("{last}\n{}", words.trim()).trim().to_owned();
+                }
             }
             Error::Ended { cause, console: last }
         };
+        // A virtiofsd that fails takes the machine with it; one that the machine has let go of ends well.
+        let with_share = |cause: String| async {
+            match tokio::time::timeout(MACHINE_BEHIND, share.exited()).await {
+                Ok(exit) if !exit.0.success() => format!("{cause}; virtiofsd {exit}"),
+                _ => cause,
+            }
+        };
         let (stream, hello) = tokio::select! {
-            hello = hello => hello?,
-            cause = machine.exited() => return Err(ended(cause).await),
+            hello = hello => match hello {
+                Ok(hello) => hello,
+                // The connection goes with the machine, whose end says more.
+                Err(error) => match tokio::time::timeout(MACHINE_BEHIND, machine.exited()).await {
+                    Ok(cause) => return Err(ended(with_share(cause).await).await),
+                    Err(_) => return Err(error),
+                },
+            },
+            cause = machine.exited() => return Err(ended(with_share(cause).await).await),
             exit = share.exited() => {
-                let cause = cause_of(&*machine, format!("virtiofsd {exit}")).await;
+                let cause = match tokio::time::timeout(MACHINE_BEHIND, machine.exited()).await {
+                    Ok(cause) => with_share(cause).await,
+                    Err(_) => format!("virtiofsd {exit}"),
+                };
                 return Err(ended(cause).await);
             }
             () = tokio::time::sleep(plan.boot_timeout) => {
