@@ -43,12 +43,8 @@ pub fn process(args: &[&str]) -> Value {
 
 /// The default spec of a container that runs `args`.
 pub fn spec(id: &str, args: &[&str]) -> Value {
-    let device = |kind: &str, major: i64, minor: Option<i64>| {
-        json!({"allow": true, "type": kind, "major": major, "minor": minor, "access": "rwm"})
-    };
-    let mount = |destination: &str, kind: &str, options: &[&str]| {
-        json!({"destination": destination, "type": kind, "source": kind, "options": options})
-    };
+    let device = |kind: &str, major: i64, minor: Option<i64>| json!({"allow": true, "type": kind, "major": major, "minor": minor, "access": "rwm"});
+    let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
     json!({
         "ociVersion": "1.0.2",
         "process": process(args),

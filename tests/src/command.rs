@@ -111,8 +111,10 @@ fn collect(mut child: Child, stdin: Option<Vec<u8>>, line: String, deadline: Dur
             );
         }
     };
-    let stdout = stdout.recv_timeout(left()).with_context(|| format!("`{line}` has ended, its stdout is still open"))?;
-    let stderr = stderr.recv_timeout(left()).with_context(|| format!("`{line}` has ended, its stderr is still open"))?;
+    let stdout =
+        stdout.recv_timeout(left()).with_context(|| format!("`{line}` has ended, its stdout is still open"))?;
+    let stderr =
+        stderr.recv_timeout(left()).with_context(|| format!("`{line}` has ended, its stderr is still open"))?;
     Ok(Output { status, stdout, stderr, took: started.elapsed(), line })
 }
 

@@ -275,13 +275,7 @@ impl Containerd {
     }
 
     /// The same with another runtime than the daemon's usual one.
-    pub fn detached_with(
-        &self,
-        runtime: Runtime,
-        flags: &[&str],
-        name: &str,
-        args: &[&str],
-    ) -> Result<Container<'_>> {
+    pub fn detached_with(&self, runtime: Runtime, flags: &[&str], name: &str, args: &[&str]) -> Result<Container<'_>> {
         let container = Container { containerd: self, id: self.id(name) };
         let ctr = self.ctr(["run", "--detach", "--runtime", runtime.name()]);
         ctr.args(flags).args([&self.image, container.id()]).args(args).ok()?;

@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::api::{Empty, ForwardRequest};
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::{Events, create_events, ttrpc};
 use serde_json::Value;
 

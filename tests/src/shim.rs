@@ -208,9 +208,10 @@ impl<'a> Shim<'a> {
 
     /// Create with these streams; the pid.
     pub fn create(&self, io: &Streams) -> Result<u32> {
-        let answer: api::CreateTaskResponse = self.task.call("Create", &self.create_request(io)).map_err(|e| {
-            anyhow::anyhow!("create {}: {e}\n--- shim's log ---\n{}", self.bundle.id, self.log())
-        })?;
+        let answer: api::CreateTaskResponse = self
+            .task
+            .call("Create", &self.create_request(io))
+            .map_err(|e| anyhow::anyhow!("create {}: {e}\n--- shim's log ---\n{}", self.bundle.id, self.log()))?;
         Ok(answer.pid)
     }
 
@@ -302,7 +303,14 @@ pub fn action(
             Some(params.write_to_bytes()?)
         }
     };
-    command::run({ command.arg(action); command }, stdin, ACTION)
+    command::run(
+        {
+            command.arg(action);
+            command
+        },
+        stdin,
+        ACTION,
+    )
 }
 
 /// The socket's path out of what `start` has printed: a bare address, or JSON with one (containerd 2.x).

@@ -45,7 +45,9 @@ fn nothing_is_left_after_a_run() -> Result<()> {
     let folder = tempfile::tempdir()?;
     fs::write(folder.path().join("kept"), "kept")?;
     let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", folder.path().display());
-    containerd.run(&["--mount", &mount], &containerd.id("run"), &["sh", "-c", "echo x > /new; exit 5"]).expect_code(5)?;
+    containerd
+        .run(&["--mount", &mount], &containerd.id("run"), &["sh", "-c", "echo x > /new; exit 5"])
+        .expect_code(5)?;
     before.expect_none_since(&containerd)?;
     ensure!(fs::read_to_string(folder.path().join("kept"))? == "kept");
     Ok(())

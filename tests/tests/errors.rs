@@ -61,7 +61,12 @@ fn without_qemu_it_names_the_program() -> Result<()> {
 
 #[test]
 fn a_qemu_that_fails_is_named_with_its_status() -> Result<()> {
-    husk_refuses("a_qemu_that_fails_is_named_with_its_status", "qemu = \"/bin/false\"", &[], &["QEMU exited with status 1"])
+    husk_refuses(
+        "a_qemu_that_fails_is_named_with_its_status",
+        "qemu = \"/bin/false\"",
+        &[],
+        &["QEMU exited with status 1"],
+    )
 }
 
 #[test]
@@ -72,7 +77,12 @@ fn without_virtiofsd_it_names_the_program() -> Result<()> {
 
 #[test]
 fn a_virtiofsd_that_fails_ends_the_create() -> Result<()> {
-    husk_refuses("a_virtiofsd_that_fails_ends_the_create", "virtiofsd = \"/bin/false\"", &[], &["virtiofsd exited with status 1"])
+    husk_refuses(
+        "a_virtiofsd_that_fails_ends_the_create",
+        "virtiofsd = \"/bin/false\"",
+        &[],
+        &["virtiofsd exited with status 1"],
+    )
 }
 
 #[test]

@@ -156,7 +156,8 @@ fn masked_paths_are_empty_and_read_only_paths_refuse_writes() -> Result<()> {
     let script = "wc -c < /proc/version; ls -A /etc | wc -l; echo 1 > /proc/sys/kernel/panic; touch /var/new; \
         ls -d /var; touch /tmp/fine && echo fine";
     let (_, out) = run("masked", script, |spec| {
-        let more = [("maskedPaths", ["/proc/version", "/etc", "/not/there"]), ("readonlyPaths", ["/var", "/nor", "/or"])];
+        let more =
+            [("maskedPaths", ["/proc/version", "/etc", "/not/there"]), ("readonlyPaths", ["/var", "/nor", "/or"])];
         for (list, more) in more {
             spec["linux"][list].as_array_mut().expect("the default spec has it").extend(more.map(Value::from));
         }
@@ -270,8 +271,7 @@ fn an_exec_runs_as_its_own_process_spec_says() -> Result<()> {
 #[test]
 fn a_limit_that_can_not_be_applied_fails_the_call_by_name() -> Result<()> {
     let husk = Runtime::under_test() == Runtime::Husk;
-    let message =
-        refusal("unified", |spec| spec["linux"]["resources"]["unified"] = json!({"memory.nonsense": "1"}))?;
+    let message = refusal("unified", |spec| spec["linux"]["resources"]["unified"] = json!({"memory.nonsense": "1"}))?;
     ensure!(message.contains("memory.nonsense") || !husk, "{message}");
     let message = refusal("cpuset", |spec| spec["linux"]["resources"]["cpu"] = json!({"cpus": "4000"}))?;
     ensure!(message.contains("cpuset"), "{message}");

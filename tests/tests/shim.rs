@@ -87,7 +87,8 @@ fn what_is_not_there_yet_answers_unimplemented() -> Result<()> {
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "unimplemented")?;
     let task = &shim.task;
-    let pause: ttrpc::Result<api::Empty> = task.call("Pause", &api::PauseRequest { id: id.clone(), ..Default::default() });
+    let pause: ttrpc::Result<api::Empty> =
+        task.call("Pause", &api::PauseRequest { id: id.clone(), ..Default::default() });
     let resume: ttrpc::Result<api::Empty> =
         task.call("Resume", &api::ResumeRequest { id: id.clone(), ..Default::default() });
     let checkpoint: ttrpc::Result<api::Empty> =

@@ -138,7 +138,8 @@ mod tests {
     #[test]
     fn the_share_is_sandboxed_and_mounts_are_announced() {
         let args = arguments(Path::new("/run/husk/a/b/share"));
-        for wanted in ["--fd=900", "--shared-dir", "/run/husk/a/b/share", "--sandbox=namespace", "--announce-submounts"] {
+        for wanted in ["--fd=900", "--shared-dir", "/run/husk/a/b/share", "--sandbox=namespace", "--announce-submounts"]
+        {
             assert!(args.iter().any(|arg| arg == wanted), "{wanted} in {args:?}");
         }
     }

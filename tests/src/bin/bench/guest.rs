@@ -59,11 +59,8 @@ impl Kit {
         let bundle = folder.path().join("bundle");
         std::fs::create_dir(&bundle)?;
         std::fs::write(bundle.join("config.json"), bundle::spec(CONTAINER, &["true"]).to_string())?;
-        let request = api::CreateTaskRequest {
-            id: CONTAINER.into(),
-            bundle: bundle.display().to_string(),
-            ..Default::default()
-        };
+        let request =
+            api::CreateTaskRequest { id: CONTAINER.into(), bundle: bundle.display().to_string(), ..Default::default() };
         let prepared = prepare::prepare(&request, CONTAINER)?;
         Ok(Self { folder, prepared })
     }

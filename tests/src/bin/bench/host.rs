@@ -82,8 +82,18 @@ pub fn run(report: &mut Report) -> Result<()> {
         }
         report.row(&format!("  PSS of {name}, without guest memory"), "MiB", &values, Wanted::Any);
     }
-    report.row("host's memory per VM, without guest memory", "MiB", &[(Column::Husk, own as f64 / KIB_PER_MIB)], Wanted::Any);
-    report.row("guest memory that the host has had to give", "MiB", &[(Column::Husk, guest as f64 / KIB_PER_MIB)], Wanted::Any);
+    report.row(
+        "host's memory per VM, without guest memory",
+        "MiB",
+        &[(Column::Husk, own as f64 / KIB_PER_MIB)],
+        Wanted::Any,
+    );
+    report.row(
+        "guest memory that the host has had to give",
+        "MiB",
+        &[(Column::Husk, guest as f64 / KIB_PER_MIB)],
+        Wanted::Any,
+    );
 
     let count = || parts.iter().map(|(_, all)| all.iter().map(|p| switches(p)).sum::<u64>()).collect::<Vec<_>>();
     let (before, runc_before) = (count(), switches(&runc_shim));

@@ -161,9 +161,8 @@ impl fmt::Display for Report {
                     for (column, _) in COLUMNS {
                         write!(f, "{:>11}", value(values, column).map(short).unwrap_or_default())?;
                     }
-                    let verdict = verdict(values, *wanted).map(|(most, met)| {
-                        format!("<= {} {}", short(most), if met { "PASS" } else { "OVER" })
-                    });
+                    let verdict = verdict(values, *wanted)
+                        .map(|(most, met)| format!("<= {} {}", short(most), if met { "PASS" } else { "OVER" }));
                     writeln!(f, "  {unit:<14}{}", verdict.unwrap_or_default())?;
                 }
                 Line::Note(text) => writeln!(f, "  {text}")?,

@@ -1,6 +1,9 @@
 //! One sandbox: its VM and its containers. What containerd asks of a task is looked up and relayed here; what the guest reports
 //! is routed to the container that it is about.
 
+mod error;
+mod without_guest;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -8,12 +11,10 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::{
     CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, PidsRequest, PidsResponse,
-    StartRequest, StateRequest, StateResponse, Status,
+    StartRequest, StateRequest, StateResponse,
 };
-use containerd_shim_protos::events::task::TaskDelete;
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use protobuf::well_known_types::timestamp::Timestamp;
-use protobuf::{EnumOrUnknown, MessageField};
 use tokio::sync::watch;
 
 use crate::container::process::{Exit, Process};
@@ -23,9 +24,12 @@ use crate::guest;
 use crate::io::Stdio;
 use crate::journal::Journal;
 use crate::prepare::{self, Prepared};
-use crate::rootfs::share::{Share, ShareError};
-use crate::state::{Owner, StateError};
+use crate::rootfs::share::Share;
+use crate::state::Owner;
 use crate::vm::boot::{self, Vm};
+
+pub use error::Error;
+use error::not_found;
 
 /// How long containerd may take to accept the last events before the shim ends without.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -33,74 +37,6 @@ const FLUSH: Duration = Duration::from_secs(2);
 const DELETE_EVENT: Duration = Duration::from_secs(1);
 /// What stands in a guest's request for a stream that is carried over vsock.
 const STREAM: &str = "stream";
-
-/// Why a call failed.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No such container or process.
-    #[error("{what} {id:?}: not found")]
-    NotFound {
-        /// task or process.
-        what: &'static str,
-        /// Its id.
-        id: String,
-    },
-    /// The id is taken.
-    #[error("{what} {id:?}: already exists")]
-    AlreadyExists {
-        /// task or process.
-        what: &'static str,
-        /// Its id.
-        id: String,
-    },
-    /// It still runs.
-    #[error("process {id:?} of task {task:?} must be stopped before deletion")]
-    NotStopped {
-        /// The container.
-        task: String,
-        /// The exec; the container's own id for its init.
-        id: String,
-    },
-    /// The VM is on its way out.
-    #[error("the sandbox is stopping: its last container has been deleted")]
-    Stopping,
-    /// The VM is gone.
-    #[error("the VM is gone: {cause}")]
-    Dead {
-        /// Why.
-        cause: String,
-    },
-    /// The request, the spec, the annotations or the configuration are wrong.
-    #[error("{0}")]
-    Invalid(#[from] prepare::Error),
-    /// The streams that were asked for.
-    #[error("{0}")]
-    Stdio(#[from] crate::io::Error),
-    /// Asked for, but not supported.
-    #[error("{0}")]
-    Unsupported(String),
-    /// The VM did not come up.
-    #[error("{0}")]
-    Boot(#[from] Arc<boot::Error>),
-    /// The guest refused, or could not be reached.
-    #[error("{0}")]
-    Guest(#[from] guest::Error),
-    /// The state on disk.
-    #[error("{0}")]
-    State(#[from] StateError),
-    /// The root filesystem or a bind mount.
-    #[error("{0}")]
-    Share(#[from] ShareError),
-    /// Something inside the shim ended unexpectedly.
-    #[error("{0}")]
-    Task(String),
-}
-
-impl From<ttrpc::Error> for Error {
-    fn from(error: ttrpc::Error) -> Self {
-        Self::Guest(guest::Error::Call(error))
-    }
-}
 
 /// Where the VM is in its life, as far as containers are concerned.
 enum Machine {
@@ -409,7 +345,7 @@ impl Sandbox {
         let (container, process) = self.process(id, exec_id)?;
         let response = match self.live_vm() {
             Ok(vm) => self.delete_in_guest(&vm, &container, &process).await?,
-            Err(Error::Dead { .. }) => delete_without_guest(&container, &process).await?,
+            Err(Error::Dead { .. }) => without_guest::delete(&container, &process).await?,
             Err(error) => return Err(error),
         };
         process.detach();
@@ -436,7 +372,7 @@ impl Sandbox {
         match vm.guest.task.delete(vm.guest.context(), &request).await {
             Ok(response) => Ok(response),
             // It died under the call: the exit is what it is then.
-            Err(_) if vm.cause_of_death().is_some() => delete_without_guest(container, process).await,
+            Err(_) if vm.cause_of_death().is_some() => without_guest::delete(container, process).await,
             Err(error) => Err(error.into()),
         }
     }
@@ -509,11 +445,11 @@ impl Sandbox {
                 let request = StateRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
                 match vm.guest.task.state(vm.guest.context(), &request).await {
                     Ok(state) => state,
-                    Err(_) if vm.cause_of_death().is_some() => state_without_guest(&process),
+                    Err(_) if vm.cause_of_death().is_some() => without_guest::state(&process),
                     Err(error) => return Err(error.into()),
                 }
             }
-            Err(Error::Dead { .. }) => state_without_guest(&process),
+            Err(Error::Dead { .. }) => without_guest::state(&process),
             Err(error) => return Err(error),
         };
         state.id = if exec_id.is_empty() { id.to_owned() } else { exec_id.to_owned() };
@@ -605,10 +541,6 @@ fn alive(vm: &Arc<Vm>) -> Result<Arc<Vm>, Error> {
     }
 }
 
-fn not_found(what: &'static str, id: &str) -> Error {
-    Error::NotFound { what, id: id.to_owned() }
-}
-
 /// What a stream is in a request to the guest: carried, or not there.
 fn stream_word(address: &str) -> String {
     if address.is_empty() { String::new() } else { STREAM.to_owned() }
@@ -616,43 +548,4 @@ fn stream_word(address: &str) -> String {
 
 fn now() -> Timestamp {
     Timestamp::now()
-}
-
-/// The guest is gone, but what is known of the process is still answered.
-fn state_without_guest(process: &Process) -> StateResponse {
-    let exit = process.exit();
-    StateResponse {
-        pid: process.pid(),
-        status: EnumOrUnknown::new(if exit.is_some() { Status::STOPPED } else { Status::UNKNOWN }),
-        exit_status: exit.as_ref().map_or(0, |exit| exit.status),
-        exited_at: exit.map_or_else(MessageField::none, |exit| MessageField::some(exit.at)),
-        ..Default::default()
-    }
-}
-
-/// With the guest, everything has ended: what remains is to wait for the record of it, and to report the deletion in its place.
-async fn delete_without_guest(container: &Container, process: &Process) -> Result<DeleteResponse, Error> {
-    let exit = match tokio::time::timeout(Duration::from_secs(10), process.exited()).await {
-        Ok(Some(exit)) => exit,
-        _ => {
-            let id = if process.exec_id.is_empty() { &container.id } else { &process.exec_id };
-            return Err(Error::NotStopped { task: container.id.clone(), id: id.clone() });
-        }
-    };
-    if process.exec_id.is_empty() {
-        let event = TaskDelete {
-            container_id: container.id.clone(),
-            pid: process.pid(),
-            exit_status: exit.status,
-            exited_at: MessageField::some(exit.at.clone()),
-            ..Default::default()
-        };
-        container.deleted_without_guest(event, now()).await;
-    }
-    Ok(DeleteResponse {
-        pid: process.pid(),
-        exit_status: exit.status,
-        exited_at: MessageField::some(exit.at),
-        ..Default::default()
-    })
 }
