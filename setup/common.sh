@@ -74,5 +74,5 @@ one_at_a_time() {
     shift
     [ "${HUSK_LOCKED:-}" != "$lock" ] || return 0
     flock --nonblock "$CACHE/keys/$lock.lock" true || say "waiting for another run of $0"
-    HUSK_LOCKED=$lock exec flock "$CACHE/keys/$lock.lock" "$0" "$@"
+    HUSK_LOCKED=$lock exec flock --close "$CACHE/keys/$lock.lock" "$0" "$@"
 }
