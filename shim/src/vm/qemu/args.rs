@@ -61,9 +61,10 @@ pub fn arguments(spec: &Spec, fds: &Fds) -> Vec<String> {
 
 fn machine(spec: &Spec) -> String {
     match spec.board {
-        // acpi=off: with ACPI, under TCG, a tenth of the boots never see the first timer tick and hang.
+        // acpi=off: with ACPI, under TCG, a tenth of the boots never see the first timer tick and hang. rtc=on: without it, the kernel waits
+        // two seconds for a clock that is not there.
         Board::Microvm => {
-            "microvm,acpi=off,rtc=off,isa-serial=on,auto-kernel-cmdline=on,memory-backend=memory".to_owned()
+            "microvm,acpi=off,rtc=on,isa-serial=on,auto-kernel-cmdline=on,memory-backend=memory".to_owned()
         }
         Board::Q35 => "q35,memory-backend=memory".to_owned(),
     }
