@@ -19,6 +19,7 @@ mod system;
 mod task;
 mod worker;
 
+use std::panic::catch_unwind;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -42,8 +43,11 @@ fn main() -> ExitCode {
         eprintln!("husk-init is the init of a husk guest: it only runs as PID 1");
         return ExitCode::FAILURE;
     }
-    if let Err(error) = live() {
-        console::last_words(&format!("{error:#}"));
+    match catch_unwind(live) {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => console::last_words(&format!("{error:#}")),
+        // The panic's own message is on the console already.
+        Err(_) => console::last_words("the init panicked"),
     }
     end()
 }

@@ -93,6 +93,7 @@ impl Vm {
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"])
             .args(["-m", &memory.to_string()])
+            .args(["-cpu", "max"])
             .args(["-machine", &format!("{options},accel=tcg,memory-backend=mem")])
             .args(["-object", &format!("memory-backend-memfd,id=mem,size={memory}M,share=on")])
             .args(["-chardev", &format!("socket,id=vs,fd={fd}"), "-device", &format!("{device},chardev=vs")])

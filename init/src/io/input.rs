@@ -19,8 +19,10 @@ use super::watch_fd;
 
 /// How a pump ended, with the bytes that reached the pipe.
 pub enum End {
-    /// Nothing more is to come, or nobody is there to read it.
-    Closed(u64),
+    /// Nothing more is to come.
+    OfInput(u64),
+    /// Nobody is there to read what is still to come.
+    OfReaders(u64),
     /// The stream broke off; another may go on.
     OfStream(OwnedFd, Error),
 }
@@ -49,14 +51,14 @@ pub async fn pump(
             Ok(()) = exited.changed() => {
                 // Somebody else may still hold the other end; otherwise nobody will ever read, nor this stream be told.
                 if has_no_reader(&pipe) {
-                    return End::Closed(written);
+                    return End::OfReaders(written);
                 }
                 continue;
             }
         };
         let chunk = match chunk {
             Ok(Some(chunk)) => chunk,
-            Ok(None) => return End::Closed(written),
+            Ok(None) => return End::OfInput(written),
             Err(error) => return End::OfStream(pipe.into_inner(), Error::internal("receive input", &error)),
         };
         let wrote = tokio::select! {
@@ -65,8 +67,25 @@ pub async fn pump(
         };
         match wrote {
             Ok(()) => meter.consumed(&chunk),
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return End::Closed(written),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                meter.consumed(&chunk);
+                return End::OfReaders(written);
+            }
             Err(error) => return End::OfStream(pipe.into_inner(), Error::internal("write a pipe", &error)),
+        }
+    }
+}
+
+/// Takes what is still to come, and throws it away. A client's TTRPC cannot hear an answer while it sends: one that is left with a full
+/// window would never learn that nobody reads.
+pub async fn discard(stream: &mut ServerStreamReceiver<InputChunk>, meter: &Meter, gone: &mut Gone) {
+    loop {
+        tokio::select! {
+            chunk = stream.recv() => match chunk {
+                Ok(Some(chunk)) => meter.consumed(&chunk),
+                Ok(None) | Err(_) => return,
+            },
+            () = gone.wait() => return,
         }
     }
 }

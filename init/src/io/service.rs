@@ -83,8 +83,13 @@ impl Stdio for Service {
         };
         let Some(fd) = streams.stdin.attach("stdin")? else { return Ok(InputResponse::new()) };
         match input::pump(fd, streams.exited.subscribe(), &mut stream, &self.meter, &mut gone).await {
-            input::End::Closed(written) => {
+            input::End::OfInput(written) => {
                 streams.stdin.detach(None);
+                Ok(InputResponse { written, ..Default::default() })
+            }
+            input::End::OfReaders(written) => {
+                streams.stdin.detach(None);
+                input::discard(&mut stream, &self.meter, &mut gone).await;
                 Ok(InputResponse { written, ..Default::default() })
             }
             input::End::OfStream(fd, error) => {
