@@ -1,3 +1,107 @@
-//! Not written yet.
+//! husk's guest: PID 1 and agent in one binary.
+//!
+//! As PID 1 it boots the guest and serves the host over vsock until it is told to end. Under the name of a worker
+//! ([`worker::NAME`]) it does one operation on a container.
 
-fn main() {}
+mod boot;
+mod bundle;
+mod cgroup;
+mod console;
+mod error;
+mod events;
+mod events_service;
+mod io;
+mod log;
+mod places;
+mod reaper;
+mod serve;
+mod system;
+mod task;
+mod worker;
+
+use std::panic::catch_unwind;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use husk_protos::{HOST_CID, PORT_READY, frame};
+use nix::sys::reboot::{RebootMode, reboot};
+use tokio::sync::mpsc;
+use tokio_vsock::{VsockAddr, VsockStream};
+
+use boot::{Cmdline, Timeline};
+
+fn main() -> ExitCode {
+    let mut args = std::env::args();
+    if args.next().as_deref() == Some(worker::NAME) {
+        return match worker::serve::run(&args.next().unwrap_or_default()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_nobody_to_tell) => ExitCode::FAILURE,
+        };
+    }
+    if std::process::id() != 1 {
+        eprintln!("husk-init is the init of a husk guest: it only runs as PID 1");
+        return ExitCode::FAILURE;
+    }
+    match catch_unwind(live) {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => console::last_words(&format!("{error:#}")),
+        // The panic's own message is on the console already.
+        Err(_) => console::last_words("the init panicked"),
+    }
+    end()
+}
+
+/// The whole life of a guest. Comes back when it is to end.
+fn live() -> anyhow::Result<()> {
+    let mut timeline = Timeline::default();
+    let cmdline = boot::boot(&mut timeline)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let result = runtime.block_on(serve(cmdline, timeline));
+    // Tasks that wait for something must not keep the guest from its end.
+    std::mem::forget(runtime);
+    result
+}
+
+async fn serve(cmdline: Cmdline, mut timeline: Timeline) -> anyhow::Result<()> {
+    let ports = serve::Ports::bind()?;
+    timeline.mark("listening");
+    let reaper = reaper::Reaper::start().context("listen to SIGCHLD")?;
+    let events = Arc::new(events::Events::default());
+    let streams = Arc::new(io::Streams::default());
+    let workers = worker::client::Workers::new(reaper.clone(), cmdline.log);
+    let tasks = task::Tasks::new(reaper, workers, events.clone(), streams.clone());
+    std::fs::create_dir_all(places::STATE).context("make the folder of the containers' states")?;
+
+    timeline.mark("ready");
+    let hello = system::hello(&timeline);
+    let (end, mut ended) = mpsc::channel(1);
+    let task = task::service::Service { tasks: tasks.clone(), end };
+    let mut calls = containerd_shim_protos::shim_async::create_task(Arc::new(task));
+    calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::Service::new(tasks))));
+    calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::Service { hello: hello.clone() })));
+    let _server = ports.serve(calls, streams, events).await?;
+
+    // Its end tells the host that the guest is gone: it is held until then.
+    let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, PORT_READY)).await.context("dial the host")?;
+    frame::write(&mut host, &hello).await.context("say hello to the host")?;
+
+    ended.recv().await;
+    // Lets the answer to the shutdown out: each of ttrpc's tasks that it goes through is ready to run, and takes a turn or two.
+    for _ in 0..ANSWER_TURNS {
+        tokio::task::yield_now().await;
+    }
+    Ok(())
+}
+
+/// Turns of the runtime in which an answer has passed from its handler through ttrpc's connection to the socket.
+const ANSWER_TURNS: usize = 32;
+
+/// Ends the guest: `reboot=t` on its kernel's command line and QEMU's `-no-reboot` make it QEMU's exit.
+fn end() -> ExitCode {
+    nix::unistd::sync();
+    let Err(error) = reboot(RebootMode::RB_AUTOBOOT);
+    console::last_words(&format!("reboot: {error}"));
+    // PID 1's exit is a kernel panic, which with `panic=-1` is a reboot too.
+    ExitCode::FAILURE
+}

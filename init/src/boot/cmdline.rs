@@ -1,0 +1,81 @@
+//! The `husk.*` words of the kernel command line. Parsing is pure; nothing here acts on what it finds.
+
+use tracing::level_filters::LevelFilter;
+
+/// What the kernel command line asks of the init.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cmdline {
+    /// `husk.log=`: least severe level that is written to the console. Default `warn`, so that a boot is quiet.
+    pub log: LevelFilter,
+    /// `husk.hostname=`: the guest's own host name. Default `husk`.
+    pub hostname: String,
+    /// `husk.epoch_ns=`: host's wall clock at the guest's start, nanoseconds since 1970. A microvm may have no clock of its own.
+    pub epoch_ns: Option<u64>,
+    /// Words of ours that mean nothing, and why: to be logged, because nobody else will ever tell the host.
+    pub problems: Vec<String>,
+}
+
+impl Default for Cmdline {
+    fn default() -> Self {
+        Self { log: LevelFilter::WARN, hostname: "husk".into(), epoch_ns: None, problems: Vec::new() }
+    }
+}
+
+/// Longest host name that the kernel takes (`__NEW_UTS_LEN`).
+const HOSTNAME_MAX: usize = 64;
+
+/// Reads `/proc/cmdline`'s text. Words that are not `husk.*` belong to somebody else; of a repeated word the last counts.
+pub fn parse(text: &str) -> Cmdline {
+    let mut cmdline = Cmdline::default();
+    for word in text.split_ascii_whitespace().filter(|word| word.starts_with("husk.")) {
+        let (key, value) = word.split_once('=').unwrap_or((word, ""));
+        let understood = match key {
+            "husk.log" => value.parse().map(|level| cmdline.log = level).is_ok(),
+            "husk.hostname" => is_hostname(value).then(|| cmdline.hostname = value.to_owned()).is_some(),
+            "husk.epoch_ns" => value.parse().map(|ns| cmdline.epoch_ns = Some(ns)).is_ok(),
+            _ => {
+                cmdline.problems.push(format!("unknown kernel parameter {key}"));
+                continue;
+            }
+        };
+        if !understood {
+            cmdline.problems.push(format!("kernel parameter {key} has the bad value {value:?}"));
+        }
+    }
+    cmdline
+}
+
+fn is_hostname(name: &str) -> bool {
+    (1..=HOSTNAME_MAX).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_understood_or_named() {
+        let default = Cmdline::default;
+        let bad = |problem: &str| Cmdline { problems: vec![problem.into()], ..default() };
+        let cases = [
+            ("", default()),
+            ("console=ttyS0 reboot=t panic=-1 ro\n", default()),
+            ("husk.log=debug", Cmdline { log: LevelFilter::DEBUG, ..default() }),
+            ("husk.log=off quiet", Cmdline { log: LevelFilter::OFF, ..default() }),
+            ("husk.log=debug husk.log=info", Cmdline { log: LevelFilter::INFO, ..default() }),
+            ("husk.log=loud", bad("kernel parameter husk.log has the bad value \"loud\"")),
+            ("husk.hostname=pod-1.example", Cmdline { hostname: "pod-1.example".into(), ..default() }),
+            ("husk.hostname=", bad("kernel parameter husk.hostname has the bad value \"\"")),
+            ("husk.hostname=a/b", bad("kernel parameter husk.hostname has the bad value \"a/b\"")),
+            ("husk.epoch_ns=1763000000000000000", Cmdline { epoch_ns: Some(1_763_000_000_000_000_000), ..default() }),
+            ("husk.epoch_ns=-1", bad("kernel parameter husk.epoch_ns has the bad value \"-1\"")),
+            ("husk.colour=red", bad("unknown kernel parameter husk.colour")),
+            ("husk.colour", bad("unknown kernel parameter husk.colour")),
+            ("nothusk.log=off", default()),
+        ];
+        for (text, want) in cases {
+            assert_eq!(parse(text), want, "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! What PID 1 does once, before it serves anybody: each step in its own file, the order in [`boot`].
+//!
+//! A step that fails ends the guest: the host learns the reason from the console and the end from QEMU's exit.
+
+mod clock;
+mod cmdline;
+mod devices;
+mod mounts;
+mod network;
+mod own;
+mod root;
+mod timeline;
+
+use std::io;
+
+pub use cmdline::Cmdline;
+pub use timeline::{Timeline, boottime_ns};
+
+use crate::{cgroup, console};
+
+/// A step of the boot that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {source}")]
+pub struct Error {
+    what: String,
+    source: io::Error,
+}
+
+/// Names the step in an error.
+trait Step<T> {
+    fn step(self, what: impl FnOnce() -> String) -> Result<T, Error>;
+}
+
+impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
+    fn step(self, what: impl FnOnce() -> String) -> Result<T, Error> {
+        self.map_err(|source| Error { what: what(), source: source.into() })
+    }
+}
+
+/// Makes the guest ready to run containers, and answers what it was asked to be.
+///
+/// # Errors
+/// The first step that failed. The guest is then good for nothing.
+pub fn boot(timeline: &mut Timeline) -> Result<Cmdline, Error> {
+    timeline.mark("init");
+    root::make_movable()?;
+    mounts::mount_all()?;
+    console::take_over();
+    timeline.mark("mounts");
+
+    let cmdline = cmdline::parse(&std::fs::read_to_string("/proc/cmdline").step(|| "read /proc/cmdline".into())?);
+    crate::log::start(cmdline.log);
+    for problem in &cmdline.problems {
+        tracing::warn!("{problem}");
+    }
+    clock::set(cmdline.epoch_ns)?;
+    cgroup::set_up().step(|| "set up the cgroups".into())?;
+    timeline.mark("cgroups");
+
+    network::loopback_up()?;
+    own::set_hostname(&cmdline.hostname)?;
+    own::raise_limits()?;
+    own::protect_from_oom()?;
+    devices::credit_entropy()?;
+    timeline.mark("system");
+    Ok(cmdline)
+}

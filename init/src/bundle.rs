@@ -1,0 +1,165 @@
+//! The Bundle service: a container's spec and small files, and the share that holds its root file system.
+
+use std::fs;
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use husk_protos::bundle::{BundleFile, PutBundleRequest, PutBundleResponse, RemoveBundleRequest, RemoveBundleResponse};
+use husk_protos::{SHARE_PATH, SHARE_TAG};
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use ttrpc::r#async::TtrpcContext;
+
+use crate::error::{Error, Kind};
+use crate::places;
+use crate::task::Tasks;
+
+/// The Bundle service.
+pub struct Service {
+    tasks: Arc<Tasks>,
+    /// The share is there.
+    shared: Mutex<bool>,
+}
+
+impl Service {
+    /// For bundles of these tasks.
+    pub fn new(tasks: Arc<Tasks>) -> Self {
+        Self { tasks, shared: Mutex::new(false) }
+    }
+
+    /// Mounts the share with the first bundle whose spec names it: a guest that is only booted does not wait for virtiofsd, and a
+    /// container with its root file system elsewhere needs none.
+    fn mount_share(&self) -> Result<(), Error> {
+        let mut shared = self.shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if *shared {
+            return Ok(());
+        }
+        let failed = |what: &str, e: &dyn std::error::Error| {
+            Error::internal(format_args!("{what} the share at {SHARE_PATH}"), e)
+        };
+        fs::create_dir_all(SHARE_PATH).map_err(|e| failed("make a folder for", &e))?;
+        match mount(Some(SHARE_TAG), SHARE_PATH, Some("virtiofs"), MsFlags::empty(), None::<&str>) {
+            Ok(()) => *shared = true,
+            // virtiofs says EINVAL when no device has the tag.
+            Err(Errno::EINVAL | Errno::ENODEV | Errno::ENOENT) => {
+                let what = format!("the guest has no virtio-fs device with the tag {SHARE_TAG}: is virtiofsd running?");
+                return Err(Error::new(Kind::FailedPrecondition, what));
+            }
+            Err(error) => return Err(failed("mount", &error)),
+        }
+        Ok(())
+    }
+
+    fn put(&self, request: &PutBundleRequest) -> Result<String, Error> {
+        places::check_id(&request.id)?;
+        for file in &request.files {
+            check_name(&file.name)?;
+        }
+        if names_share(&request.spec) {
+            self.mount_share()?;
+        }
+        let folder = places::bundle(&request.id);
+        write_bundle(&folder, request)?;
+        Ok(folder.to_string_lossy().into_owned())
+    }
+
+    fn remove(&self, id: &str) -> Result<(), Error> {
+        places::check_id(id)?;
+        if self.tasks.has(id) {
+            return Err(Error::new(Kind::FailedPrecondition, format!("the bundle of {id} goes with its task")));
+        }
+        match fs::remove_dir_all(places::bundle(id)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(Error::internal(format_args!("remove the bundle of {id}"), &error))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn names_share(spec: &[u8]) -> bool {
+    spec.windows(SHARE_PATH.len()).any(|part| part == SHARE_PATH.as_bytes())
+}
+
+fn write_bundle(folder: &Path, request: &PutBundleRequest) -> Result<(), Error> {
+    let failed = |e: io::Error| Error::internal(format_args!("write the bundle {}", folder.display()), &e);
+    if let Some(parent) = folder.parent() {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(failed)?;
+    }
+    fs::DirBuilder::new().mode(0o700).create(folder).map_err(|e| match e.kind() {
+        ErrorKind::AlreadyExists => Error::new(Kind::AlreadyExists, format!("bundle {} exists", request.id)),
+        _ => failed(e),
+    })?;
+    let spec =
+        BundleFile { name: "config.json".into(), content: request.spec.clone(), mode: 0o600, ..Default::default() };
+    let written = std::iter::once(&spec).chain(&request.files).try_for_each(|file| {
+        let path = folder.join(&file.name);
+        fs::OpenOptions::new().write(true).create_new(true).mode(file.mode & 0o777).open(path)?.write_all(&file.content)
+    });
+    written.map_err(|error| {
+        if let Err(error) = fs::remove_dir_all(folder) {
+            tracing::error!(bundle = %folder.display(), %error, "remove a bundle that could not be written");
+        }
+        failed(error)
+    })
+}
+
+/// A plain name, and none of the init's own in the folder.
+fn check_name(name: &str) -> Result<(), Error> {
+    let plain = !name.is_empty() && name.len() <= 255 && !name.contains(['/', '\0']) && name != "." && name != "..";
+    let ours = name == "config.json" || name == "rootfs" || (name.starts_with("exec-") && name.ends_with(".json"));
+    if plain && !ours {
+        Ok(())
+    } else {
+        Err(Error::new(Kind::InvalidArgument, format!("{name:?} is no name for a bundle's file")))
+    }
+}
+
+#[async_trait]
+impl husk_protos::bundle_ttrpc::Bundle for Service {
+    async fn put(&self, _: &TtrpcContext, request: PutBundleRequest) -> ttrpc::Result<PutBundleResponse> {
+        Ok(PutBundleResponse { path: self.put(&request)?, ..Default::default() })
+    }
+
+    async fn remove(&self, _: &TtrpcContext, request: RemoveBundleRequest) -> ttrpc::Result<RemoveBundleResponse> {
+        self.remove(&request.id)?;
+        Ok(RemoveBundleResponse::new())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bundle_is_written_once_and_whole() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = place.path().join("bundles/c");
+        let file =
+            |name: &str| BundleFile { name: name.into(), content: b"x".into(), mode: 0o640, ..Default::default() };
+        let request =
+            PutBundleRequest { id: "c".into(), spec: b"{}".into(), files: vec![file("hosts")], ..Default::default() };
+        write_bundle(&folder, &request).unwrap();
+        assert_eq!(fs::read(folder.join("config.json")).unwrap(), b"{}");
+        assert_eq!(fs::read(folder.join("hosts")).unwrap(), b"x");
+        assert_eq!(write_bundle(&folder, &request).unwrap_err().kind, Kind::AlreadyExists);
+
+        let twice = PutBundleRequest { files: vec![file("a"), file("a")], ..request };
+        let other = place.path().join("bundles/d");
+        assert_eq!(write_bundle(&other, &twice).unwrap_err().kind, Kind::Internal);
+        assert!(!other.exists());
+    }
+
+    #[test]
+    fn a_file_of_a_bundle_stays_in_it() {
+        for good in ["hosts", "resolv.conf", "a.json"] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+        for bad in ["", ".", "..", "a/b", "/a", "config.json", "rootfs", "exec-1.json", "a\0"] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The guest's cgroups: PID 1's own, and one for each container below the containers' one.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::time::timeout;
+
+use crate::io::watch_fd;
+
+/// Where cgroup2 is mounted.
+pub const ROOT: &str = "/sys/fs/cgroup";
+/// PID 1's own, with its workers.
+pub const OWN: &str = "/sys/fs/cgroup/husk";
+/// The containers' parent.
+pub const CONTAINERS: &str = "/sys/fs/cgroup/containers";
+/// [`CONTAINERS`] as a spec's cgroupsPath sees it.
+pub const CONTAINERS_IN_SPEC: &str = "/containers";
+
+/// Memory that reclaim leaves to PID 1 (`memory.min`), bytes: twice what it may weigh when idle.
+const OWN_MEMORY_MIN: &str = "8388608";
+
+/// Makes the groups and delegates every controller of the kernel down to the containers. PID 1 moves into its own.
+pub fn set_up() -> io::Result<()> {
+    let controllers: String = fs::read_to_string(format!("{ROOT}/cgroup.controllers"))?
+        .split_ascii_whitespace()
+        .map(|controller| format!("+{controller} "))
+        .collect();
+    fs::create_dir(OWN)?;
+    fs::create_dir(CONTAINERS)?;
+    // A group with members of its own cannot delegate (no internal processes): PID 1 leaves the root first.
+    fs::write(format!("{OWN}/cgroup.procs"), "0")?;
+    fs::write(format!("{ROOT}/cgroup.subtree_control"), &controllers)?;
+    fs::write(format!("{CONTAINERS}/cgroup.subtree_control"), &controllers)?;
+    match fs::write(format!("{OWN}/memory.min"), OWN_MEMORY_MIN) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            tracing::warn!("the kernel has no memory controller: the init's memory is not protected");
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// The cgroup of a container.
+pub fn of(container: &str) -> PathBuf {
+    Path::new(CONTAINERS).join(container)
+}
+
+/// Kills everything in a group and below it. A group that is not there has nothing to kill.
+pub fn kill(group: &Path) -> io::Result<()> {
+    missing_is_fine(fs::write(group.join("cgroup.kill"), "1"))
+}
+
+/// The processes of a group and of all below it.
+pub fn processes(group: &Path) -> io::Result<Vec<i32>> {
+    let mut pids: Vec<i32> =
+        fs::read_to_string(group.join("cgroup.procs"))?.lines().filter_map(|pid| pid.parse().ok()).collect();
+    for below in below(group)? {
+        match processes(&below) {
+            Ok(more) => pids.extend(more),
+            // The container may remove groups of its own at any time.
+            Err(error) if is_gone(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(pids)
+}
+
+/// Number of groups below `group`, at any depth.
+pub fn count_below(group: &Path) -> io::Result<u32> {
+    below(group)?.iter().try_fold(0, |sum, group| Ok(sum + 1 + count_below(group)?))
+}
+
+/// Kills what is in the group, waits until it is empty, and removes it with all below it. A group that is not there is removed.
+///
+/// # Errors
+/// `TimedOut` when something in it survives the kill longer than `deadline`; or what the kernel said.
+pub async fn remove(group: &Path, deadline: Duration) -> io::Result<()> {
+    // Nearly always it is empty by now, because its init was the last to go.
+    match remove_tree(group) {
+        Err(error) if error.kind() == ErrorKind::ResourceBusy => {}
+        done => return done,
+    }
+    kill(group)?;
+    timeout(deadline, wait_empty(group)).await.map_err(|_| {
+        io::Error::new(ErrorKind::TimedOut, format!("{} is not empty {deadline:?} after the kill", group.display()))
+    })??;
+    remove_tree(group)
+}
+
+fn remove_tree(group: &Path) -> io::Result<()> {
+    match fs::remove_dir(group) {
+        // EBUSY is said for members and for groups below alike.
+        Err(error) if error.kind() == ErrorKind::ResourceBusy => {
+            for below in below(group)? {
+                remove_tree(&below)?;
+            }
+            missing_is_fine(fs::remove_dir(group))
+        }
+        other => missing_is_fine(other),
+    }
+}
+
+async fn wait_empty(group: &Path) -> io::Result<()> {
+    let path = group.join("cgroup.events");
+    let file = match fs::File::open(&path) {
+        Err(error) if is_gone(&error) => return Ok(()),
+        other => watch_fd(other?.into(), Interest::PRIORITY)?,
+    };
+    loop {
+        // Read before the wait: a change after the read wakes the wait (cgroup-v2.rst, "cgroup.events").
+        match fs::read_to_string(&path) {
+            Ok(events) if events.lines().any(|line| line == "populated 0") => return Ok(()),
+            Ok(_) => file.ready(Interest::PRIORITY).await?.clear_ready(),
+            Err(error) if is_gone(&error) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn below(group: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(group) {
+        Err(error) if is_gone(&error) => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut groups = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            groups.push(entry.path());
+        }
+    }
+    Ok(groups)
+}
+
+fn missing_is_fine(result: io::Result<()>) -> io::Result<()> {
+    result.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) })
+}
+
+/// ENOENT when a group's name is gone, ENODEV when one of its files was open and the group went.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
+}

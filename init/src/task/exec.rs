@@ -1,0 +1,95 @@
+//! Execs: added, started, ended.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use containerd_shim_protos::api::ExecProcessRequest;
+
+use super::Tasks;
+use super::container::Container;
+use super::create::wanted;
+use super::process::{Process, State, Stdio, Step};
+use crate::error::{Error, Kind};
+use crate::io::ProcessStreams;
+use crate::places;
+use crate::reaper::Exit;
+use crate::worker::{Reply, Request};
+
+/// Exit status of an exec that never came to run, as runc's command has it.
+const NEVER_RAN: u32 = 255;
+
+impl Tasks {
+    /// Adds an exec to a container, to be started later.
+    ///
+    /// # Errors
+    /// AlreadyExists; NotFound without the container; FailedPrecondition when its init has ended.
+    pub fn add_exec(&self, request: ExecProcessRequest) -> Result<(), Error> {
+        let container = self.container(&request.id)?;
+        let exec = request.exec_id.as_str();
+        places::check_id(exec)?;
+        if request.terminal {
+            return Err(Error::new(Kind::Unimplemented, format!("exec {exec}: terminals are not implemented")));
+        }
+        if matches!(container.init.state(), State::Stopped { .. } | State::Deleted) {
+            return Err(Error::new(
+                Kind::FailedPrecondition,
+                format!("cannot exec in {}: its init has ended", request.id),
+            ));
+        }
+        let stdio = Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
+        let (streams, ends) = ProcessStreams::new(wanted(&stdio)).map_err(|e| Error::internal("make pipes", &e))?;
+        let process = Process::new(&request.id, exec, stdio, streams.clone(), State::Added, Some(ends));
+        container.add_exec(process.clone())?;
+        let path = spec_path(&container, exec);
+        if let Err(error) = std::fs::write(&path, &request.spec.value) {
+            container.remove_exec(exec);
+            return Err(Error::internal(format_args!("write {}", path.display()), &error));
+        }
+        self.streams.add(&request.id, exec, streams);
+        self.tell_exec_added(&process);
+        Ok(())
+    }
+
+    pub(super) async fn start_exec(self: &Arc<Self>, container: &Arc<Container>, exec: &str) -> Result<i32, Error> {
+        let process = container.process(exec)?;
+        let running = matches!(container.init.state(), State::Running { .. });
+        if !running {
+            return Err(Error::new(
+                Kind::FailedPrecondition,
+                format!("cannot exec in {}: its init does not run", container.id),
+            ));
+        }
+        let live = container.begin_exec()?;
+        process.step(Step::Start)?;
+        let creation = self.reaper.creation();
+        let request = Request::Exec { id: container.id.clone(), process: spec_path(container, exec) };
+        let pid = match self.workers.run(&creation, &request, process.take_ends()).await {
+            Ok(Reply::Executed(pid)) => pid,
+            other => {
+                process.end(Exit { status: NEVER_RAN, at: SystemTime::now() });
+                return Err(other.map_or_else(
+                    |error| error,
+                    |reply| Error::new(Kind::Internal, format!("exec {exec}: a worker answered {reply:?}")),
+                ));
+            }
+        };
+        let exit = creation.exit_of(pid);
+        process.step(Step::Started(pid))?;
+        self.tell_started(&process);
+        let tasks = self.clone();
+        tokio::spawn(async move {
+            if let Ok(exit) = exit.await {
+                process.ended(exit).await;
+                tasks.tell_exited(&process, exit);
+            }
+            // The init's exit may be told from here on.
+            drop(live);
+        });
+        Ok(pid)
+    }
+}
+
+/// Where an exec's process waits for its start, in the spec's JSON.
+pub(super) fn spec_path(container: &Container, exec: &str) -> std::path::PathBuf {
+    container.bundle().join(format!("exec-{exec}.json"))
+}

@@ -1,0 +1,212 @@
+//! containerd's Task service: maps each call onto the containers, and nothing else.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+    ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
+    StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::shim_async::Task;
+use futures::FutureExt;
+use protobuf::MessageField;
+use tokio::sync::mpsc;
+use ttrpc::r#async::TtrpcContext;
+
+use super::Tasks;
+use super::process::State;
+use super::tell::timestamp;
+use crate::cgroup;
+use crate::error::{Error, Kind};
+use crate::reaper::Exit;
+
+/// The Task service.
+pub struct Service {
+    /// What it serves.
+    pub tasks: Arc<Tasks>,
+    /// Takes one message: the guest is to end.
+    pub end: mpsc::Sender<()>,
+}
+
+type Answer<T> = ttrpc::Result<T>;
+
+/// Runs a call that changes something to its end, whatever becomes of the connection: ttrpc drops the handlers of one that has ended, and a
+/// create dropped half-way would leave its half. A panic becomes an error.
+async fn finish<T: Send + 'static>(call: impl Future<Output = Result<T, Error>> + Send + 'static) -> Answer<T> {
+    match tokio::spawn(call).await {
+        Ok(result) => Ok(result?),
+        Err(_) => Err(panicked().into()),
+    }
+}
+
+/// Runs a call that may be dropped at any time. A panic becomes an error.
+async fn answer<T>(call: impl Future<Output = Result<T, Error>>) -> Answer<T> {
+    match AssertUnwindSafe(call).catch_unwind().await {
+        Ok(result) => Ok(result?),
+        Err(_) => Err(panicked().into()),
+    }
+}
+
+fn panicked() -> Error {
+    Error::new(Kind::Internal, "the handler panicked; its message is on the guest's console")
+}
+
+fn unimplemented<T>(call: &str) -> Answer<T> {
+    Err(Error::new(Kind::Unimplemented, format!("{call} is not implemented by the guest")).into())
+}
+
+fn exit_of(state: State) -> Option<Exit> {
+    if let State::Stopped { exit, .. } = state { Some(exit) } else { None }
+}
+
+#[async_trait]
+impl Task for Service {
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
+        let tasks = self.tasks.clone();
+        let pid = finish(async move { tasks.create(request).await }).await?;
+        Ok(CreateTaskResponse { pid: pid as u32, ..Default::default() })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
+        let tasks = self.tasks.clone();
+        let pid = finish(async move { tasks.start(&request.id, &request.exec_id).await }).await?;
+        Ok(StartResponse { pid: pid as u32, ..Default::default() })
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
+        let tasks = self.tasks.clone();
+        let deleted = finish(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
+        Ok(DeleteResponse {
+            pid: deleted.pid as u32,
+            exit_status: deleted.exit.status,
+            exited_at: MessageField::some(timestamp(deleted.exit.at)),
+            ..Default::default()
+        })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
+        answer(async { self.tasks.add_exec(request) }).await.map(|()| Empty::new())
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
+        answer(async { self.tasks.kill(&request.id, &request.exec_id, request.signal, request.all) })
+            .await
+            .map(|()| Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
+        answer(async {
+            let process = self.tasks.container(&request.id)?.process(&request.exec_id)?;
+            let exit = process.wait().await;
+            Ok(WaitResponse {
+                exit_status: exit.status,
+                exited_at: MessageField::some(timestamp(exit.at)),
+                ..Default::default()
+            })
+        })
+        .await
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
+        answer(async {
+            let container = self.tasks.container(&request.id)?;
+            let process = container.process(&request.exec_id)?;
+            let state = process.state();
+            let status = match state {
+                State::Added | State::Created { .. } | State::Starting { .. } => Status::CREATED,
+                State::Running { .. } => Status::RUNNING,
+                State::Stopped { .. } | State::Deleted => Status::STOPPED,
+            };
+            let exit = exit_of(state);
+            Ok(StateResponse {
+                id: container.id.clone(),
+                exec_id: process.exec.clone(),
+                bundle: container.bundle().to_string_lossy().into_owned(),
+                pid: state.pid() as u32,
+                status: status.into(),
+                stdin: process.stdio.stdin.clone(),
+                stdout: process.stdio.stdout.clone(),
+                stderr: process.stdio.stderr.clone(),
+                terminal: false,
+                exit_status: exit.map_or(0, |exit| exit.status),
+                exited_at: exit.map(|exit| timestamp(exit.at)).into(),
+                ..Default::default()
+            })
+        })
+        .await
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
+        answer(async {
+            let container = self.tasks.container(&request.id)?;
+            let pids = cgroup::processes(&container.group())
+                .map_err(|e| Error::internal(format_args!("list the processes of {}", container.id), &e))?;
+            let processes = pids.into_iter().map(|pid| ProcessInfo { pid: pid as u32, ..Default::default() }).collect();
+            Ok(PidsResponse { processes, ..Default::default() })
+        })
+        .await
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
+        answer(async {
+            let container = self.tasks.container(&request.id)?;
+            Ok(ConnectResponse {
+                shim_pid: std::process::id(),
+                task_pid: container.init.state().pid() as u32,
+                version: env!("CARGO_PKG_VERSION").into(),
+                ..Default::default()
+            })
+        })
+        .await
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
+        answer(async {
+            let process = self.tasks.container(&request.id)?.process(&request.exec_id)?;
+            if request.stdin {
+                process.streams.close_stdin();
+            }
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
+        let tasks = self.tasks.clone();
+        finish(async move {
+            tasks.stop_all().await;
+            Ok(())
+        })
+        .await?;
+        // Full means that another shutdown has said it already.
+        let _ = self.end.try_send(());
+        Ok(Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> Answer<Empty> {
+        unimplemented("Pause")
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> Answer<Empty> {
+        unimplemented("Resume")
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Answer<Empty> {
+        unimplemented("Checkpoint")
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, _: ResizePtyRequest) -> Answer<Empty> {
+        unimplemented("ResizePty")
+    }
+
+    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> Answer<Empty> {
+        unimplemented("Update")
+    }
+
+    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> Answer<StatsResponse> {
+        unimplemented("Stats")
+    }
+}

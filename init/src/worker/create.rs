@@ -1,0 +1,66 @@
+//! Create: from a bundle to a container whose init waits for its start.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::syscall::syscall::SyscallType;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use super::executor::Workload;
+use super::serve::explain;
+use super::{Created, devices, guard, spec};
+use crate::error::{Error, Kind};
+use crate::{cgroup, places};
+
+/// Makes the container. On failure PID 1 removes what stands in the container's cgroup and state folder.
+pub fn create(id: &str, bundle: &Path) -> Result<Created, Error> {
+    let config = bundle.join("config.json");
+    let mut spec = Spec::load(&config)
+        .map_err(|e| Error::new(Kind::InvalidArgument, format!("spec of {id}: {}", crate::error::chain(&e))))?;
+    spec::check(&spec)
+        .map_err(|problems| Error::new(Kind::InvalidArgument, format!("spec of {id}: {}", problems.join("; "))))?;
+    let (changed, ignored) = spec::adapt(&mut spec, id);
+    if changed {
+        spec.save(&config).map_err(|e| Error::internal(format_args!("write {}", config.display()), &e))?;
+    }
+
+    // Made before libcontainer looks for it: it would enable every controller anew at each level. The device rules hold before the
+    // first process is in it, and its devices are made under them, as runc does it.
+    let group = cgroup::of(id);
+    fs::create_dir(&group).map_err(|e| match e.kind() {
+        ErrorKind::AlreadyExists => Error::new(Kind::AlreadyExists, format!("cgroup of {id} exists")),
+        _ => Error::internal(format_args!("create cgroup of {id}"), &e),
+    })?;
+    devices::restrict(&group, spec::device_rules(&spec))
+        .map_err(|e| Error::internal(format_args!("apply the device rules of {id}"), &e))?;
+    guard::load_unless_wanted(&spec)?;
+
+    let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
+        .with_executor(Workload::default())
+        .with_root_path(places::STATE)
+        .and_then(|builder| builder.as_init(bundle).as_sibling(true).with_systemd(false).with_detach(true).build())
+        .map_err(|e| explain("create", id, &e))?;
+    answer(container, &spec, ignored)
+}
+
+fn answer(mut container: Container, spec: &Spec, ignored: Vec<String>) -> Result<Created, Error> {
+    let id = container.id().to_owned();
+    let pid = container.pid().ok_or_else(|| Error::new(Kind::Internal, format!("{id} was created without a pid")))?;
+    let hooks = spec.hooks().as_ref();
+    let poststart_hooks = hooks.is_some_and(|hooks| hooks.poststart().as_ref().is_some_and(|list| !list.is_empty()));
+    let poststop_hooks = hooks.is_some_and(|hooks| hooks.poststop().as_ref().is_some_and(|list| !list.is_empty()));
+    if !poststart_hooks {
+        // PID 1 starts such a container by itself, without a worker. libcontainer's own record, which it reads again for every exec, says
+        // already now what will be true then; nobody asks it in between.
+        container.set_status(ContainerStatus::Running).save().map_err(|e| explain("record", &id, &e))?;
+    }
+    let own_pid_namespace = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref())
+        .is_some_and(|all| all.iter().any(|one| one.typ() == LinuxNamespaceType::Pid && one.path().is_none()));
+    Ok(Created { pid: pid.as_raw(), own_pid_namespace, poststart_hooks, poststop_hooks, ignored })
+}

@@ -1,0 +1,132 @@
+//! The filter that keeps containers off the host's vsock ports, whatever seccomp profile they have or have not.
+//!
+//! It is a filter of its own, in plain BPF: compiling one with libseccomp costs millions of instructions, and a container without a
+//! profile would pay them for two rules. Filters add up, the strictest answer counts; the container's own comes on top.
+
+use std::io;
+
+use libc::{sock_filter, sock_fprog};
+use oci_spec::runtime::Spec;
+
+use crate::error::Error;
+
+/// The annotation that lets a container use AF_VSOCK, if it is `true`.
+const WANTED: &str = "io.husk.vsock";
+
+/// `AUDIT_ARCH_*` of linux/audit.h: the ELF machine, with the bits for 64-bit and little-endian.
+#[cfg(target_arch = "x86_64")]
+const ARCH: u32 = 0xC000_003E;
+#[cfg(target_arch = "aarch64")]
+const ARCH: u32 = 0xC000_00B7;
+
+/// Set in the numbers of x32's syscalls, which share the architecture.
+const X32_BIT: u32 = 0x4000_0000;
+
+/// Loads the guard into this process, and so into all that it will start, unless the spec's annotation asks for vsock.
+///
+/// The worker is its own first subject: nothing that it does needs either syscall.
+pub fn load_unless_wanted(spec: &Spec) -> Result<(), Error> {
+    let wanted = spec.annotations().as_ref().and_then(|all| all.get(WANTED)).is_some_and(|value| value == "true");
+    if wanted { Ok(()) } else { load(&program()).map_err(|e| Error::internal("refuse AF_VSOCK by seccomp", &e)) }
+}
+
+fn load(program: &[sock_filter]) -> io::Result<()> {
+    let program = sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+    // SAFETY: seccomp(2) copies the program, whose pointer and length describe a live slice. PID 1 has CAP_SYS_ADMIN, so it needs no
+    // no_new_privs, which the container's spec decides.
+    let done = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// socket(AF_VSOCK, …) fails with EAFNOSUPPORT, as on a kernel without vsock. io_uring_setup fails with EPERM, because
+/// IORING_OP_SOCKET makes sockets that no filter sees. A foreign architecture (none runs on husk's kernel) fails with ENOSYS.
+fn program() -> Vec<sock_filter> {
+    // struct seccomp_data: nr at 0, arch at 4, args[0] at 16. The domain is an int: its low half, which comes first in little-endian.
+    const NR: u32 = 0;
+    const ARCHITECTURE: u32 = 4;
+    const DOMAIN: u32 = 16;
+    vec![
+        load_word(ARCHITECTURE),
+        skip_if_equal(ARCH, 1),
+        answer(refuse(libc::ENOSYS)),
+        load_word(NR),
+        instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, !X32_BIT),
+        skip_unless_equal(libc::SYS_io_uring_setup as u32, 1),
+        answer(refuse(libc::EPERM)),
+        skip_unless_equal(libc::SYS_socket as u32, 3),
+        load_word(DOMAIN),
+        skip_unless_equal(libc::AF_VSOCK as u32, 1),
+        answer(refuse(libc::EAFNOSUPPORT)),
+        answer(libc::SECCOMP_RET_ALLOW),
+    ]
+}
+
+fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code: code as u16, jt, jf, k }
+}
+
+fn load_word(offset: u32) -> sock_filter {
+    instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset)
+}
+
+fn skip_if_equal(value: u32, skip: u8) -> sock_filter {
+    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, skip, 0, value)
+}
+
+fn skip_unless_equal(value: u32, skip: u8) -> sock_filter {
+    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, skip, value)
+}
+
+fn answer(value: u32) -> sock_filter {
+    instruction(libc::BPF_RET | libc::BPF_K, 0, 0, value)
+}
+
+fn refuse(errno: i32) -> u32 {
+    libc::SECCOMP_RET_ERRNO | errno as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs the program as the kernel would; knows the instructions that it uses.
+    fn run(program: &[sock_filter], arch: u32, nr: u32, arg0: u64) -> u32 {
+        let mut data = [0u8; 64];
+        data[0..4].copy_from_slice(&nr.to_le_bytes());
+        data[4..8].copy_from_slice(&arch.to_le_bytes());
+        data[16..24].copy_from_slice(&arg0.to_le_bytes());
+        let (mut accumulator, mut at) = (0u32, 0);
+        loop {
+            let sock_filter { code, jt, jf, k } = program[at];
+            at += 1;
+            match code as u32 {
+                0x20 => accumulator = u32::from_le_bytes(data[k as usize..k as usize + 4].try_into().unwrap()),
+                0x54 => accumulator &= k,
+                0x15 => at += if accumulator == k { jt } else { jf } as usize,
+                0x06 => return k,
+                other => panic!("unknown instruction {other:#x}"),
+            }
+        }
+    }
+
+    #[test]
+    fn only_vsock_and_the_way_around_are_refused() {
+        let program = program();
+        let (socket, uring) = (libc::SYS_socket as u32, libc::SYS_io_uring_setup as u32);
+        let vsock = libc::AF_VSOCK as u64;
+        let no = |errno| 0x0005_0000 | errno as u32;
+        let cases = [
+            (ARCH, socket, vsock, no(libc::EAFNOSUPPORT)),
+            (ARCH, socket | X32_BIT, vsock, no(libc::EAFNOSUPPORT)),
+            (ARCH, socket, vsock | 1 << 32, no(libc::EAFNOSUPPORT)),
+            (ARCH, socket, libc::AF_INET as u64, libc::SECCOMP_RET_ALLOW),
+            (ARCH, socket, libc::AF_UNIX as u64, libc::SECCOMP_RET_ALLOW),
+            (ARCH, uring, 8, no(libc::EPERM)),
+            (ARCH, libc::SYS_read as u32, vsock, libc::SECCOMP_RET_ALLOW),
+            (0x4000_0003, socket, libc::AF_INET as u64, no(libc::ENOSYS)),
+        ];
+        for (arch, nr, arg0, want) in cases {
+            assert_eq!(run(&program, arch, nr, arg0), want, "arch {arch:#x} nr {nr:#x} arg {arg0:#x}");
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! The worker's life: one request in, one reply out.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::panic::catch_unwind;
+use std::sync::Mutex;
+
+use libcontainer::container::Container;
+use libcontainer::error::LibcontainerError;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::fmt::{self, time};
+
+use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, create, exec};
+use crate::error::{Error, Kind, chain};
+use crate::places;
+
+/// Most of a diagnosis that goes into an error, bytes. What comes last is nearest to the cause's consequence; the cause comes first.
+const DIAGNOSIS_MAX: u64 = 4096;
+
+/// Serves the request on [`CONTROL_FD`]. Its process ends afterwards, whatever came of it.
+///
+/// # Errors
+/// When the request cannot be received or the reply not be sent: nobody is there to be told.
+pub fn run(level: &str) -> io::Result<()> {
+    // SAFETY: PID 1 puts its socket on this descriptor for every worker, and nothing else in this process has taken it.
+    let control = UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
+    fcntl(&control, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    let diagnosis = Diagnosis::start(level.parse().unwrap_or(LevelFilter::WARN))?;
+
+    let mut message = vec![0; MESSAGE_MAX];
+    let received = control.recv(&mut message)?;
+    let reply = match serde_json::from_slice(&message[..received]) {
+        Ok(request) => {
+            catch_unwind(|| serve(&request)).unwrap_or_else(|_| Err(Error::new(Kind::Internal, "a worker panicked")))
+        }
+        Err(error) => Err(Error::internal("understand a request", &error)),
+    };
+    let reply = reply.unwrap_or_else(|error| Reply::Failed(diagnosis.explain(error)));
+    control.send(&serde_json::to_vec(&reply)?)?;
+    Ok(())
+}
+
+fn serve(request: &Request) -> Result<Reply, Error> {
+    // PID 1's is not for its children. A spec's own value is set by libcontainer later.
+    fs::write("/proc/self/oom_score_adj", "0").map_err(|e| Error::internal("reset oom_score_adj", &e))?;
+    match request {
+        Request::Create { id, bundle } => create::create(id, bundle).map(Reply::Created),
+        Request::Exec { id, process } => exec::exec(id, process).map(Reply::Executed),
+        Request::Start { id } => load(id)?.start().map(|()| Reply::Done).map_err(|e| explain("start", id, &e)),
+        Request::Delete { id } => load(id)?.delete(false).map(|()| Reply::Done).map_err(|e| explain("delete", id, &e)),
+    }
+}
+
+/// libcontainer's record of a container.
+pub(super) fn load(id: &str) -> Result<Container, Error> {
+    Container::load(places::state(id)).map_err(|e| explain("load", id, &e))
+}
+
+/// libcontainer's error, as the kind that it is.
+pub(super) fn explain(what: &str, id: &str, error: &LibcontainerError) -> Error {
+    let kind = match error {
+        LibcontainerError::Exist => Kind::AlreadyExists,
+        LibcontainerError::NoDirectory => Kind::NotFound,
+        LibcontainerError::IncorrectStatus(_) => Kind::FailedPrecondition,
+        LibcontainerError::InvalidSpec(_) | LibcontainerError::InvalidInput(_) | LibcontainerError::InvalidID(_) => {
+            Kind::InvalidArgument
+        }
+        _ => Kind::Internal,
+    };
+    Error::new(kind, format!("{what} {id}: {}", chain(error)))
+}
+
+/// What libcontainer logs while it fails. Its errors often say no more than "failed syscall"; which one and on what stands only in its
+/// log, written by processes that it has forked. A memory file that all of them share collects it.
+struct Diagnosis(File);
+
+impl Diagnosis {
+    fn start(level: LevelFilter) -> io::Result<Self> {
+        let file = File::from(memfd_create(c"diagnosis", MFdFlags::MFD_CLOEXEC)?);
+        let writer = Mutex::new(file.try_clone()?);
+        if level > LevelFilter::INFO {
+            // A developer reads along on the console, with all its processes in order.
+            let console = File::options().append(true).open("/dev/console")?;
+            install(level, Mutex::new(console));
+        } else {
+            install(LevelFilter::ERROR, writer);
+        }
+        Ok(Self(file))
+    }
+
+    fn explain(mut self, mut error: Error) -> Error {
+        let mut text = String::new();
+        let read =
+            self.0.seek(SeekFrom::Start(0)).and_then(|_| (&self.0).take(DIAGNOSIS_MAX).read_to_string(&mut text));
+        // The first line comes from deepest inside.
+        if let (Ok(_), Some(line)) = (read, text.lines().next()) {
+            error.message = format!("{} ({})", error.message, line.trim());
+        }
+        error
+    }
+}
+
+fn install(level: LevelFilter, writer: Mutex<File>) {
+    let subscriber = fmt::Subscriber::builder()
+        .with_max_level(level)
+        .with_timer(time::uptime())
+        .with_ansi(false)
+        .with_target(false)
+        .with_writer(writer)
+        .finish();
+    // The worker has just begun: there is no other subscriber that could stand in the way.
+    let _ = tracing::subscriber::set_global_default(subscriber);
+}

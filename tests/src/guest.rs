@@ -1,0 +1,256 @@
+//! A VM with the real init and a busybox, driven over vsock without a shim: for tests of the guest alone.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, DeleteResponse, StartRequest, WaitRequest};
+use containerd_shim_protos::shim_async::TaskClient;
+use husk_protos::bundle::PutBundleRequest;
+use husk_protos::bundle_ttrpc::BundleClient;
+use husk_protos::frame;
+use husk_protos::stdio::{InputChunk, OutputRequest, StreamKind};
+use husk_protos::stdio_ttrpc::StdioClient;
+use husk_protos::system::{Hello, InfoRequest, InfoResponse};
+use husk_protos::system_ttrpc::SystemClient;
+use husk_protos::{PORT_READY, PORT_STDIO, PORT_TASK};
+use husk_shim::vsock::{Device, Listener};
+use serde_json::{Value, json};
+use tokio::net::UnixStream;
+use tokio::sync::{Mutex, MutexGuard};
+use tokio::time::timeout;
+use ttrpc::r#async::Client;
+use ttrpc::r#async::transport::Socket;
+use ttrpc::context::{self, Context as CallContext};
+
+use crate::vm::{Config, File, Machine, Vm, workspace};
+
+/// Any single step of a test, on a machine that emulates its guest and has other work.
+pub const STEP: Duration = Duration::from_secs(120);
+
+/// One VM at a time: a machine with two processors is busy enough with one that is emulated.
+static TURN: Mutex<()> = Mutex::const_new(());
+
+/// A guest that has said hello.
+pub struct Guest {
+    /// To connect with.
+    pub device: Device,
+    /// To look at, and to wait for its end.
+    pub vm: Vm,
+    /// Its first words.
+    pub hello: Hello,
+    /// The Task service.
+    pub task: TaskClient,
+    /// The Bundle service.
+    pub bundle: BundleClient,
+    /// The System service.
+    pub system: SystemClient,
+    /// Its end is the guest's.
+    pub ready: UnixStream,
+    _listener: Listener,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// The VM that [`Guest::boot`] boots: `out/husk-init`, and a busybox tree at `/rootfs`.
+pub fn config() -> Result<Config> {
+    let init = workspace().join("out/husk-init");
+    ensure!(init.is_file(), "there is no init at {}: build it first", init.display());
+    let output = Command::new(workspace().join("rootfs/busybox")).output().context("run rootfs/busybox")?;
+    ensure!(output.status.success(), "rootfs/busybox: {}", String::from_utf8_lossy(&output.stderr));
+    let busybox = PathBuf::from(String::from_utf8(output.stdout)?.trim());
+    let content = std::fs::read(&busybox).with_context(|| format!("read {}", busybox.display()))?;
+
+    let mut files = vec![File { path: "rootfs/bin/busybox".into(), content, link: false }];
+    for applet in [
+        "sh", "true", "cat", "echo", "sleep", "grep", "id", "dd", "head", "ls", "mknod", "hostname", "wc", "kill",
+        "yes",
+    ] {
+        files.push(File { path: format!("rootfs/bin/{applet}"), content: b"busybox".into(), link: true });
+    }
+    for folder in ["proc", "sys", "dev", "tmp", "run"] {
+        files.push(File { path: format!("rootfs/{folder}/.keep"), content: Vec::new(), link: false });
+    }
+    Ok(Config { files, memory: 512, ..Config::bare(Machine::Microvm, &init) })
+}
+
+/// A spec as `ctr run` makes it, for these arguments.
+pub fn spec(args: &[&str]) -> Value {
+    let capabilities = json!([
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FOWNER",
+        "CAP_KILL",
+        "CAP_SETGID",
+        "CAP_SETUID",
+        "CAP_SETPCAP",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_NET_RAW",
+        "CAP_SYS_CHROOT",
+        "CAP_MKNOD",
+        "CAP_AUDIT_WRITE"
+    ]);
+    json!({
+        "ociVersion": "1.0.2-dev",
+        "process": {
+            "user": {"uid": 0, "gid": 0, "additionalGids": [0]},
+            "args": args,
+            "env": ["PATH=/bin"],
+            "cwd": "/",
+            "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
+            "noNewPrivileges": true
+        },
+        "root": {"path": "/rootfs", "readonly": true},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+                "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+                "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+                "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
+            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+            {"destination": "/run", "type": "tmpfs", "source": "tmpfs",
+                "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]}
+        ],
+        "linux": {
+            "resources": {"devices": [{"allow": false, "access": "rwm"}]},
+            "cgroupsPath": "/default/c",
+            "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}],
+            "maskedPaths": ["/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
+                "/proc/timer_stats", "/proc/sched_debug", "/sys/firmware", "/proc/scsi"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+        }
+    })
+}
+
+/// A context with a deadline for one call.
+pub fn call() -> CallContext {
+    context::with_duration(STEP)
+}
+
+impl Guest {
+    /// Boots one.
+    pub async fn boot() -> Result<Guest> {
+        Self::boot_with(config()?).await
+    }
+
+    /// Boots one of this configuration.
+    pub async fn boot_with(config: Config) -> Result<Guest> {
+        let turn = TURN.lock().await;
+        let (device, qemus_end) = Device::start(3)?;
+        let mut listener = device.listen(PORT_READY)?;
+        let vm = Vm::boot_with(&config, qemus_end)?;
+        let mut ready = match timeout(STEP, listener.accept()).await {
+            Ok(Ok(ready)) => ready,
+            other => bail!("the guest did not come up ({other:?}); its console:\n{}", vm.console()),
+        };
+        let hello = timeout(STEP, frame::read(&mut ready)).await.context("the guest did not say hello")??;
+        let client = client(&device, PORT_TASK).await?;
+        Ok(Guest {
+            task: TaskClient::new(client.clone()),
+            bundle: BundleClient::new(client.clone()),
+            system: SystemClient::new(client),
+            device,
+            vm,
+            hello,
+            ready,
+            _listener: listener,
+            _turn: turn,
+        })
+    }
+
+    /// A connection to a port, for one stream or many calls.
+    pub async fn connect(&self, port: u32) -> Result<Client> {
+        client(&self.device, port).await
+    }
+
+    /// Puts a bundle and creates its container, with those of the streams of which the letter (i, o, e) is in `streams`.
+    pub async fn create(&self, id: &str, spec: &Value, streams: &str) -> Result<u32> {
+        let put = PutBundleRequest { id: id.into(), spec: serde_json::to_vec(spec)?, ..Default::default() };
+        let bundle = self.bundle.put(call(), &put).await.context("put the bundle")?.path;
+        let stream = |letter| if streams.contains(letter) { "stream".to_owned() } else { String::new() };
+        let (stdin, stdout, stderr) = (stream('i'), stream('o'), stream('e'));
+        let request = CreateTaskRequest { id: id.into(), bundle, stdin, stdout, stderr, ..Default::default() };
+        Ok(self.task.create(call(), &request).await?.pid)
+    }
+
+    /// Starts a container or an exec.
+    pub async fn start(&self, id: &str, exec: &str) -> Result<u32> {
+        let request = StartRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
+        Ok(self.task.start(call(), &request).await?.pid)
+    }
+
+    /// Waits for a process's exit status.
+    pub async fn wait(&self, id: &str, exec: &str) -> Result<u32> {
+        let request = WaitRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
+        Ok(self.task.wait(call(), &request).await?.exit_status)
+    }
+
+    /// Deletes a process.
+    pub async fn delete(&self, id: &str, exec: &str) -> Result<DeleteResponse> {
+        let request = DeleteRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
+        Ok(self.task.delete(call(), &request).await?)
+    }
+
+    /// Runs a container to its end and answers its status and output.
+    pub async fn run(&self, id: &str, spec: &Value) -> Result<(u32, String)> {
+        self.create(id, spec, "oe").await?;
+        let output = async { tokio::try_join!(self.output(id, "", false), self.output(id, "", true)) };
+        let ((stdout, stderr), status) = tokio::try_join!(output, async {
+            self.start(id, "").await?;
+            self.wait(id, "").await
+        })?;
+        self.delete(id, "").await?;
+        Ok((status, String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned()))
+    }
+
+    /// Everything that a process writes to its stdout or stderr.
+    pub async fn output(&self, id: &str, exec: &str, stderr: bool) -> Result<Vec<u8>> {
+        let kind = if stderr { StreamKind::STREAM_KIND_STDERR } else { StreamKind::STREAM_KIND_STDOUT };
+        let request =
+            OutputRequest { container_id: id.into(), exec_id: exec.into(), kind: kind.into(), ..Default::default() };
+        let client = StdioClient::new(self.connect(PORT_STDIO).await?);
+        let mut stream = client.output(context::with_timeout(0), &request).await?;
+        let mut all = Vec::new();
+        while let Some(chunk) = timeout(STEP, stream.recv()).await.context("no output")?? {
+            all.extend(chunk.data);
+        }
+        Ok(all)
+    }
+
+    /// Writes to a process's stdin and closes it. Answers what reached it.
+    pub async fn input(&self, id: &str, exec: &str, data: &[u8]) -> Result<u64> {
+        let client = StdioClient::new(self.connect(PORT_STDIO).await?);
+        let mut stream = client.input(context::with_timeout(0)).await?;
+        let name = InputChunk { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
+        stream.send(&name).await?;
+        for part in data.chunks(husk_protos::STDIO_CHUNK) {
+            // The process may close its end before all is sent; the answer tells how much it had.
+            if stream.send(&InputChunk { data: part.into(), ..Default::default() }).await.is_err() {
+                break;
+            }
+        }
+        Ok(timeout(STEP, stream.close_and_recv()).await.context("the input was not answered")??.written)
+    }
+
+    /// What the guest says of itself.
+    pub async fn info(&self) -> Result<InfoResponse> {
+        Ok(self.system.info(call(), &InfoRequest::new()).await?)
+    }
+
+    /// Ends the guest and waits for QEMU's end.
+    pub async fn shut_down(mut self) -> Result<String> {
+        // The answer and the guest's end race; either says that it worked.
+        let _ = self.task.shutdown(call(), &Default::default()).await;
+        let console = self.vm.console();
+        tokio::task::spawn_blocking(move || self.vm.wait(STEP)).await??;
+        Ok(console)
+    }
+}
+
+async fn client(device: &Device, port: u32) -> Result<Client> {
+    Ok(Client::new(Socket::new(device.connect(port, STEP).await?)))
+}

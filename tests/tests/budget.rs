@@ -1,0 +1,95 @@
+//! What the init costs: its size, its memory, its boot, and that it does nothing when nothing is asked of it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use husk_protos::system::InfoResponse;
+use husk_tests::guest::{Guest, config, spec};
+use husk_tests::vm::{Config, workspace};
+
+const MIB: u64 = 1 << 20;
+
+/// Under the instruction clock a nanosecond is an instruction.
+async fn boot_counted() -> Result<Guest> {
+    Guest::boot_with(Config {
+        instruction_clock: true,
+        kernel_parameters: std::env::var("KP").unwrap_or_default(),
+        ..config()?
+    })
+    .await
+}
+
+#[test]
+fn the_init_is_at_most_5_mib() -> Result<()> {
+    let size = std::fs::metadata(workspace().join("out/husk-init"))?.len();
+    println!("{size} bytes");
+    ensure!(size <= 5 * MIB, "{size} bytes");
+    Ok(())
+}
+
+#[tokio::test]
+async fn from_its_first_instruction_to_ready_the_init_needs_at_most_8_million() -> Result<()> {
+    let guest = boot_counted().await?;
+    let mut last = None;
+    for milestone in &guest.hello.timeline {
+        let step = milestone.boottime_ns - last.unwrap_or(milestone.boottime_ns);
+        println!("{:>12} {:>12} +{step}", milestone.name, milestone.boottime_ns);
+        last = Some(milestone.boottime_ns);
+    }
+    let at = |name: &str| -> Result<u64> {
+        let milestone = guest.hello.timeline.iter().find(|milestone| milestone.name == name);
+        Ok(milestone.with_context(|| format!("no milestone {name}"))?.boottime_ns)
+    };
+    let cost = at("ready")? - at("init")?;
+    ensure!(cost <= 8_000_000, "{cost} instructions");
+    guest.shut_down().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_idle_init_holds_at_most_4_mib_and_sleeps() -> Result<()> {
+    let guest = Guest::boot().await?;
+    ensure!(guest.run("c", &spec(&["true"])).await?.0 == 0);
+    // Lets the ends of the container's connections pass.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let before = guest.info().await?;
+    println!("RSS {} KiB, {} fds", before.init_rss_bytes / 1024, before.init_open_fds);
+    ensure!(before.init_rss_bytes <= 4 * MIB, "{} bytes", before.init_rss_bytes);
+    // The thing that is measured, not a wait for it.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let after = guest.info().await?;
+    // The question itself wakes it up a few times, however long the pause before.
+    let again = guest.info().await?;
+    let woken = |from: &InfoResponse, to: &InfoResponse| to.init_context_switches - from.init_context_switches;
+    println!("switches: {} in 5 s, {} at once", woken(&before, &after), woken(&after, &again));
+    ensure!(woken(&before, &after) <= woken(&after, &again) + 1);
+    guest.shut_down().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_a_container_costs_is_known() -> Result<()> {
+    let guest = boot_counted().await?;
+    // What the page cache and the kernel's caches hold from the second time on.
+    ensure!(guest.run("first", &spec(&["true"])).await?.0 == 0);
+    let begin = guest.info().await?;
+    guest.create("c", &spec(&["true"]), "").await?;
+    let created = guest.info().await?;
+    guest.start("c", "").await?;
+    ensure!(guest.wait("c", "").await? == 0);
+    let ended = guest.info().await?;
+    guest.delete("c", "").await?;
+    let deleted = guest.info().await?;
+    println!("thousand instructions   init and workers   container");
+    for (name, from, to) in
+        [("create", &begin, &created), ("start, run, exit", &created, &ended), ("delete", &ended, &deleted)]
+    {
+        println!(
+            "{name:>22} {:>17} {:>11}",
+            to.init_cpu_usec - from.init_cpu_usec,
+            to.containers_cpu_usec as i64 - from.containers_cpu_usec as i64
+        );
+    }
+    guest.shut_down().await?;
+    Ok(())
+}
