@@ -24,7 +24,6 @@ pub async fn run(count: usize, report: &mut Report) -> Result<()> {
             eprintln!("{round} boots, {} failed", failures.len());
         }
     }
-    report.section("boots in a row");
     report.row("boots", "", &[(Column::Husk, count as f64)], Wanted::Any);
     let name = format!("not ready within {} s, or failed", BOOT.as_secs());
     report.row(&name, "", &[(Column::Husk, failures.len() as f64)], Wanted::AtMost(0.0));

@@ -9,6 +9,7 @@ use containerd_shim_protos::api;
 use husk_protos::PORT_READY;
 use husk_protos::bundle::PutBundleRequest;
 use husk_protos::system::{Hello, InfoRequest, InfoResponse};
+use husk_shim::console::Console;
 use husk_shim::journal::Journal;
 use husk_shim::prepare::{self, Prepared};
 use husk_shim::state::State;
@@ -26,6 +27,8 @@ pub const BOOT: Duration = Duration::from_secs(30);
 const END: Duration = Duration::from_secs(20);
 /// How long an idle guest is watched.
 const IDLE: Duration = Duration::from_secs(5);
+/// Of a console that explains a failure.
+const LINES: usize = 12;
 const CONTAINER: &str = "bench";
 
 /// The limits.
@@ -44,6 +47,8 @@ pub struct Kit {
 impl Kit {
     /// Prepares a container as the shim would, with a root filesystem out of the test image.
     pub fn new() -> Result<Self> {
+        // As the shim does it first of all: what it knows by the time of the boot is passed to the guest.
+        husk_shim::vm::tsc::begin();
         let folder = tempfile::Builder::new().prefix("husk-bench").tempdir()?;
         let config = folder.path().join("config.toml");
         let out = repository().join("out");
@@ -97,6 +102,9 @@ impl Kit {
         let (device, vsock) = Device::start(3)?;
         let mut ready = device.listen(PORT_READY)?;
         let (console, console_theirs) = std::os::unix::net::UnixStream::pair()?;
+        console.set_nonblocking(true)?;
+        let console = tokio::net::UnixStream::from_std(console)?;
+        let console = Console::start(console, &self.folder.path().join("floor.log"))?;
         let sockets = Sockets {
             vsock,
             share: None,
@@ -113,8 +121,8 @@ impl Kit {
         let took = started.elapsed();
         machine.kill();
         tokio::time::timeout(END, machine.exited()).await.context("QEMU does not end")?;
-        drop(console);
-        Ok((hello.context("the floor did not get ready")??, took))
+        let hello = hello.map_err(anyhow::Error::from).flatten();
+        Ok((hello.with_context(|| format!("the floor did not get ready: {}", console.tail(LINES)))?, took))
     }
 }
 

@@ -49,6 +49,9 @@ impl Report {
         let mut machine = Map::new();
         machine.insert("kernel".into(), json!(uname.release().to_string_lossy()));
         machine.insert("cpus".into(), json!(std::thread::available_parallelism()?.get()));
+        // Wall-clock values of a busy machine say little.
+        let load = std::fs::read_to_string("/proc/loadavg")?;
+        machine.insert("load average".into(), json!(load.split_whitespace().next()));
         Ok(Self { lines: Vec::new(), machine, samples: Map::new() })
     }
 
