@@ -88,7 +88,11 @@ impl Vm {
         };
         let fd = vsock.as_raw_fd();
         let memory = config.memory;
-        let parameters = format!("console=ttyS0 quiet panic=-1 reboot=t {}", config.kernel_parameters);
+        let parameters = format!(
+            "console=ttyS0 quiet panic=-1 reboot=t {} {}",
+            config.kernel_parameters,
+            std::env::var("KP").unwrap_or_default()
+        );
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"])

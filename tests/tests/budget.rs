@@ -72,6 +72,7 @@ async fn what_a_container_costs_is_known() -> Result<()> {
     let guest = boot_counted().await?;
     // What the page cache and the kernel's caches hold from the second time on.
     ensure!(guest.run("first", &spec(&["true"])).await?.0 == 0);
+    let before = guest.info().await?;
     let begin = guest.info().await?;
     guest.create("c", &spec(&["true"]), "").await?;
     let created = guest.info().await?;
@@ -80,14 +81,18 @@ async fn what_a_container_costs_is_known() -> Result<()> {
     let ended = guest.info().await?;
     guest.delete("c", "").await?;
     let deleted = guest.info().await?;
-    println!("thousand instructions   init and workers   container");
-    for (name, from, to) in
-        [("create", &begin, &created), ("start, run, exit", &created, &ended), ("delete", &ended, &deleted)]
-    {
+    println!("thousand instructions   init and workers   container   until then");
+    for (name, from, to) in [
+        ("nothing", &before, &begin),
+        ("create", &begin, &created),
+        ("start, run, exit", &created, &ended),
+        ("delete", &ended, &deleted),
+    ] {
         println!(
-            "{name:>22} {:>17} {:>11}",
+            "{name:>22} {:>17} {:>11} {:>12}",
             to.init_cpu_usec - from.init_cpu_usec,
-            to.containers_cpu_usec as i64 - from.containers_cpu_usec as i64
+            to.containers_cpu_usec as i64 - from.containers_cpu_usec as i64,
+            (to.uptime_ns - from.uptime_ns) / 1000
         );
     }
     guest.shut_down().await?;

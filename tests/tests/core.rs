@@ -307,8 +307,11 @@ async fn a_shutdown_stops_what_runs_and_ends_the_vm() -> Result<()> {
     for (id, trap) in [("deaf", "trap '' TERM"), ("polite", "trap 'exit 3' TERM")] {
         let script = format!("{trap}; echo set; sleep 1000 & wait; wait");
         guest.create(id, &spec(&["sh", "-c", &script]), "o").await?;
-        let request =
-            OutputRequest { container_id: id.into(), kind: StreamKind::STREAM_KIND_STDOUT.into(), ..Default::default() };
+        let request = OutputRequest {
+            container_id: id.into(),
+            kind: StreamKind::STREAM_KIND_STDOUT.into(),
+            ..Default::default()
+        };
         let client = StdioClient::new(guest.connect(PORT_STDIO).await?);
         let mut stream = client.output(context::with_timeout(0), &request).await?;
         guest.start(id, "").await?;

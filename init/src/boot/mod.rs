@@ -14,6 +14,7 @@ mod timeline;
 use std::io;
 
 pub use cmdline::Cmdline;
+pub use own::randomize_addresses;
 pub use timeline::{Timeline, boottime_ns};
 
 use crate::{cgroup, console};
@@ -61,6 +62,7 @@ pub fn boot(timeline: &mut Timeline) -> Result<Cmdline, Error> {
     own::set_hostname(&cmdline.hostname)?;
     own::raise_limits()?;
     own::protect_from_oom()?;
+    own::keep_addresses()?;
     devices::credit_entropy()?;
     timeline.mark("system");
     Ok(cmdline)

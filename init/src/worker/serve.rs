@@ -16,7 +16,7 @@ use tracing_subscriber::fmt::{self, time};
 
 use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, create, exec};
 use crate::error::{Error, Kind, chain};
-use crate::places;
+use crate::{boot, places};
 
 /// Most of a diagnosis that goes into an error, bytes. What comes last is nearest to the cause's consequence; the cause comes first.
 const DIAGNOSIS_MAX: u64 = 4096;
@@ -45,6 +45,7 @@ pub fn run(level: &str) -> io::Result<()> {
 }
 
 fn serve(request: &Request) -> Result<Reply, Error> {
+    boot::randomize_addresses().map_err(|e| Error::internal("reset the personality", &e))?;
     // PID 1's is not for its children. A spec's own value is set by libcontainer later.
     fs::write("/proc/self/oom_score_adj", "0").map_err(|e| Error::internal("reset oom_score_adj", &e))?;
     match request {
