@@ -3,6 +3,7 @@
 
 # The address of the archive that this machine's own release comes from.
 debian_mirror() {
+    local codename mirror
     codename=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
     mirror=$(apt-get indextargets --format '$(CREATED_BY) $(RELEASE) $(COMPONENT) $(REPO_URI)' 2>/dev/null |
         awk -v codename="$codename" '$1 == "Packages" && $3 == "main" && ($2 == codename || $2 == "stable") { print $4; exit }')
@@ -13,38 +14,49 @@ debian_mirror() {
 
 # in_suite SUITE APT-TOOL ARGUMENTS...: runs apt-get or apt-cache with that suite as the only source.
 in_suite() {
-    suite=$1
+    local suite="$1"
     shift
-    private=$CACHE/apt/$suite
-    if [ ! -f "$private/fetched" ] || [ -n "$(find "$private/fetched" -mmin +720)" ]; then
-        mirror=$(debian_mirror)
-        mkdir -p "$private/lists/partial" "$private/archives/partial" "$private/parts"
-        cat >"$private/sources.list" <<-END
-		deb [target=Packages] $mirror $suite main
-		deb-src [target=Sources] $mirror $suite main
-		END
-        cat >"$private/apt.conf" <<-END
-		Dir::Etc::SourceList "$private/sources.list";
-		Dir::Etc::SourceParts "$private/parts";
-		Dir::Etc::Preferences "$private/none";
-		Dir::Etc::PreferencesParts "$private/parts";
-		Dir::State::Lists "$private/lists";
-		Dir::Cache "$private";
-		APT::Sandbox::User "root";
-		Acquire::Languages "none";
-		Acquire::Retries "3";
-		END
-        say "reading the package lists of Debian $suite"
-        NEXT_STEP="see that the mirror $mirror can be reached, and has $suite" \
-            logged "apt-$suite" env APT_CONFIG="$private/apt.conf" apt-get update
-        touch "$private/fetched"
+    # Steps that run at the same time share the lists.
+    (flock 9 && private_lists "$suite") 9>"$CACHE/keys/apt.lock" || return 1
+    APT_CONFIG=$CACHE/apt/$suite/apt.conf "$@"
+}
+
+private_lists() {
+    local private="$CACHE/apt/$1" mirror
+    if [ "$(cat "$private/apt.conf" 2>/dev/null)" = "$(private_conf "$private")" ] &&
+        [ -n "$(find "$private/lists" -name '*_Packages*' -mmin -720 2>/dev/null | head -n 1)" ]; then
+        return
     fi
-    APT_CONFIG=$private/apt.conf "$@"
+    mirror=$(debian_mirror)
+    rm -rf "$private"
+    mkdir -p "$private/lists/partial" "$private/archives/partial" "$private/parts"
+    printf 'deb [target=Packages] %s %s main\ndeb-src [target=Sources] %s %s main\n' "$mirror" "$1" "$mirror" "$1" >"$private/sources.list"
+    private_conf "$private" >"$private/apt.conf"
+    say "reading the package lists of Debian $1"
+    NEXT_STEP="see that the mirror $mirror can be reached, and has $1" logged "apt-$1" env APT_CONFIG="$private/apt.conf" apt-get update
+    # apt keeps the archive's dates; these say when the lists were read.
+    find "$private/lists" -type f -exec touch {} +
+}
+
+# A mirror may be a snapshot, whose date of expiry is over; the signatures are checked all the same.
+private_conf() {
+    cat <<-END
+	Dir::Etc::SourceList "$1/sources.list";
+	Dir::Etc::SourceParts "$1/parts";
+	Dir::Etc::Preferences "$1/none";
+	Dir::Etc::PreferencesParts "$1/parts";
+	Dir::State::Lists "$1/lists";
+	Dir::Cache "$1";
+	APT::Sandbox::User "root";
+	Acquire::Languages "none";
+	Acquire::Retries "3";
+	Acquire::Check-Valid-Until "false";
+	END
 }
 
 # unpacked SUITE FOLDER PACKAGE...: the packages' files (newest version of the suite; PACKAGE=VERSION pins) under FOLDER.
 unpacked() {
-    suite=$1 folder=$2
+    local suite="$1" folder="$2"
     shift 2
     in_suite "$suite" true
     fetch_and_unpack "$folder" env APT_CONFIG="$CACHE/apt/$suite/apt.conf" apt-get download "$@"
@@ -52,19 +64,21 @@ unpacked() {
 
 # unpacked_own FOLDER PACKAGE...: the same, from the machine's own sources.
 unpacked_own() {
-    folder=$1
+    local folder="$1"
     shift
     fetch_and_unpack "$folder" apt-get -o APT::Sandbox::User=root download "$@"
 }
 
 fetch_and_unpack() {
-    folder=$1
+    local folder="$1"
     shift
+    local package debs
+    for package in "$@"; do :; done
     debs=$(mktemp -d "$CACHE/debs.XXXXXX")
     mkdir -p "$folder"
     (
         cd "$debs"
-        NEXT_STEP="see that the archive still has these packages, and run it again" logged download "$@"
+        NEXT_STEP="see that the archive still has these packages, and run it again" logged "download-${package%%=*}" "$@"
         for deb in *.deb; do dpkg-deb -x "$deb" "$folder"; done
     )
     rm -rf "$debs"

@@ -216,7 +216,7 @@ fn prefixed(prefix: &str, path: &Path) -> OsString {
 
 /// An initramfs (Documentation/driver-api/early-userspace/buffer-format.rst) with `/init`, `/dev/console` for its
 /// output, and the given files.
-fn cpio(init: &[u8], files: &[File]) -> Vec<u8> {
+pub fn cpio(init: &[u8], files: &[File]) -> Vec<u8> {
     let mut archive = Vec::with_capacity(init.len() + 1024);
     let mut entries: Vec<(&str, u32, u32, u32, &[u8])> =
         vec![("dev", 0o040755, 0, 0, &[]), ("dev/console", 0o020600, 5, 1, &[]), ("init", 0o100755, 0, 0, init)];

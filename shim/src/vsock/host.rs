@@ -59,7 +59,7 @@ impl HostSide {
     /// Watches the socket under `id`, edge-triggered: a stream that has bytes, or is closed, while the guest gives no credit must not
     /// keep the thread awake.
     pub fn watch(&self, epoll: &Epoll, id: Id) -> io::Result<()> {
-        epoll.ctl(ControlOperation::Add, self.socket.as_raw_fd(), EpollEvent::new(interest(false), id))
+        epoll.ctl(ControlOperation::Add, self.socket.as_raw_fd(), EpollEvent::new(interest(self.waits_for_room), id))
     }
 
     /// Watches for room too, or no more. Not at all times: each read at the other end would wake the device.

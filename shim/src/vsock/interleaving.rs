@@ -205,7 +205,8 @@ impl World {
     }
 
     fn peer_hears(&mut self, header: &Header, payload: &[u8]) {
-        let who = if header.src_port == HOST_PORT { header.dst_port } else { header.dst_port } as usize;
+        // The guest's port tells which one it is, whoever asked.
+        let who = header.dst_port as usize;
         let peer = &mut self.peers[who];
         peer.device_alloc = header.buf_alloc;
         peer.device_forwarded = header.fwd_cnt;

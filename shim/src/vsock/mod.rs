@@ -11,6 +11,7 @@
 //! | `ring.rs`       | a virtqueue with its notifications                                              |
 //! | `backend.rs`    | QEMU's vhost-user requests                                                      |
 //! | `host.rs`       | the device's end of a stream                                                    |
+//! | `streams.rs`    | packets between rings and streams                                               |
 //! | `worker.rs`     | the thread that drives all of these                                             |
 //! | `shared.rs`     | what that thread shares with the [`Device`]                                     |
 
@@ -20,10 +21,13 @@ mod credit;
 mod header;
 mod host;
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod interleaving;
 mod ring;
 mod scatter;
 mod shared;
+mod streams;
 mod table;
 mod worker;
 

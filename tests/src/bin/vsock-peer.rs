@@ -16,6 +16,8 @@ const OURS: u64 = 1;
 const THEIRS: u64 = 2;
 
 static RELEASED: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
+/// How many sinks are done, and the bytes that they have seen.
+static TALLY: (Mutex<(u64, u64)>, Condvar) = (Mutex::new((0, 0)), Condvar::new());
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
@@ -61,6 +63,8 @@ fn listen() -> io::Result<ExitCode> {
 /// |-----------------------|---------------------------------------------------------------------------------------|
 /// | `echo`                | sends back what comes, until the end of file                                          |
 /// | `sink`                | checks what comes to the end of file, answers `<bytes>`                               |
+/// | `tally N`             | answers how many bytes the sinks have seen together, once N of them are done          |
+/// | `say N PORT`          | sends N bytes; then connects to the host's PORT, which says that they are on the way  |
 /// | `source N BLOCK`      | sends N bytes in writes of BLOCK, ends sending, waits for the host's end of file      |
 /// | `duplex N BLOCK`      | both at once: N bytes are sent, then `<bytes>` that came, as a line                   |
 /// | `stall`               | answers `ok`, reads nothing until there was a `release`, then goes on as `sink`       |
@@ -83,6 +87,17 @@ fn serve(mut stream: File, line: &str) -> io::Result<()> {
             }
         }
         Some("sink") => sink(&mut stream),
+        Some("tally") => {
+            let tally = TALLY.0.lock().map_err(|_| io::ErrorKind::Other)?;
+            let tally = TALLY.1.wait_while(tally, |tally| tally.0 < number(1)).map_err(|_| io::ErrorKind::Other)?;
+            writeln!(stream, "{}", tally.1)
+        }
+        Some("say") => {
+            pattern::write(&mut stream, OURS, number(1), 65536)?;
+            drop(dial(number(2) as u32));
+            // Keeps the stream open: its end is to come from the VM's.
+            wait_for_release()
+        }
         Some("source") => {
             pattern::write(&mut stream, OURS, number(1), number(2) as usize)?;
             shutdown(&stream, libc::SHUT_WR)?;
@@ -131,6 +146,12 @@ fn serve(mut stream: File, line: &str) -> io::Result<()> {
 
 fn sink(stream: &mut File) -> io::Result<()> {
     let result = pattern::check(stream, THEIRS, u64::MAX);
+    if let Ok(bytes) = result
+        && let Ok(mut tally) = TALLY.0.lock()
+    {
+        *tally = (tally.0 + 1, tally.1 + bytes);
+        TALLY.1.notify_all();
+    }
     match result {
         Ok(bytes) => writeln!(stream, "{bytes}"),
         Err(error) => writeln!(stream, "{error}"),

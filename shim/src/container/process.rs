@@ -1,0 +1,188 @@
+//! One process of a container as the shim keeps it: its streams, and its exit once it is known.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use husk_protos::stdio::StreamKind;
+use protobuf::well_known_types::timestamp::Timestamp;
+use tokio::sync::watch;
+
+use crate::guest::Guest;
+use crate::io::{self, Input, Output, Stdio};
+
+/// How long output may stand still before an exit is reported without it. A reader who takes anything at all within this time gets
+/// everything before the exit is reported.
+const READER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How a process ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Exit {
+    /// 0..255, or 128 and the signal's number.
+    pub status: u32,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// What is known of a process's end.
+#[derive(Debug, Clone, PartialEq)]
+enum End {
+    /// Nothing yet.
+    Open,
+    /// How it was.
+    Exited(Exit),
+    /// There will be none: the process never came to be.
+    Forgotten,
+}
+
+/// One process: a container's init, or an exec.
+#[derive(Debug)]
+pub struct Process {
+    /// Empty for the init.
+    pub exec_id: String,
+    /// As containerd asked for.
+    pub stdio: Stdio,
+    pid: AtomicU32,
+    end: watch::Sender<End>,
+    streams: Mutex<Streams>,
+}
+
+#[derive(Debug, Default)]
+struct Streams {
+    input: Option<Input>,
+    outputs: Vec<std::sync::Arc<Output>>,
+}
+
+impl Process {
+    /// A process that does not run yet.
+    pub fn new(exec_id: &str, stdio: Stdio) -> Self {
+        Self {
+            exec_id: exec_id.to_owned(),
+            stdio,
+            pid: AtomicU32::new(0),
+            end: watch::channel(End::Open).0,
+            streams: Mutex::default(),
+        }
+    }
+
+    /// Its pid in the guest; 0 before it has one.
+    pub fn pid(&self) -> u32 {
+        self.pid.load(Ordering::Relaxed)
+    }
+
+    /// Its pid is known now.
+    pub fn set_pid(&self, pid: u32) {
+        self.pid.store(pid, Ordering::Relaxed);
+    }
+
+    /// Its exit, if it is known.
+    pub fn exit(&self) -> Option<Exit> {
+        match &*self.end.borrow() {
+            End::Exited(exit) => Some(exit.clone()),
+            End::Open | End::Forgotten => None,
+        }
+    }
+
+    /// Waits for its exit, as long as it takes. None if the process was forgotten instead.
+    pub async fn exited(&self) -> Option<Exit> {
+        let mut end = self.end.subscribe();
+        match end.wait_for(|end| *end != End::Open).await.as_deref() {
+            Ok(End::Exited(exit)) => Some(exit.clone()),
+            Ok(End::Open | End::Forgotten) | Err(_) => None,
+        }
+    }
+
+    /// It never came to be: whoever waits for its exit shall not any longer.
+    pub fn forget(&self) {
+        self.detach();
+        self.finish(End::Forgotten);
+    }
+
+    /// Opens its streams and begins to copy. On an error none is left open.
+    pub fn attach(&self, guest: &std::sync::Arc<Guest>, container: &str) -> Result<(), io::Error> {
+        let mut streams = Streams::default();
+        let mut open = || -> Result<(), io::Error> {
+            for (address, kind) in [
+                (&self.stdio.stdout, StreamKind::STREAM_KIND_STDOUT),
+                (&self.stdio.stderr, StreamKind::STREAM_KIND_STDERR),
+            ] {
+                if !address.is_empty() {
+                    let output = Output::start(guest, container, &self.exec_id, kind, address)?;
+                    streams.outputs.push(std::sync::Arc::new(output));
+                }
+            }
+            if !self.stdio.stdin.is_empty() {
+                streams.input = Some(Input::start(guest, container, &self.exec_id, &self.stdio.stdin)?);
+            }
+            Ok(())
+        };
+        let opened = open();
+        let previous = std::mem::replace(&mut *self.streams(), streams);
+        previous.abort();
+        if opened.is_err() {
+            self.detach();
+        }
+        opened
+    }
+
+    /// Ends all copies and closes the fifos.
+    pub fn detach(&self) {
+        std::mem::take(&mut *self.streams()).abort();
+    }
+
+    /// Its input ends after what has been written so far.
+    pub fn close_stdin(&self) {
+        if let Some(input) = &self.streams().input {
+            input.close();
+        }
+    }
+
+    /// Waits until its output has been delivered, or nobody takes it. False if some of it was not.
+    pub async fn drained(&self) -> bool {
+        let outputs = self.streams().outputs.clone();
+        let mut all = true;
+        for output in outputs {
+            all &= output.drained(READER_PATIENCE).await;
+        }
+        all
+    }
+
+    /// Records its exit; the first record counts. Its input ends here.
+    pub fn record_exit(&self, exit: Exit) -> bool {
+        if let Some(input) = self.streams().input.take() {
+            input.abort();
+        }
+        self.finish(End::Exited(exit))
+    }
+
+    fn finish(&self, how: End) -> bool {
+        self.end.send_if_modified(|end| {
+            let open = *end == End::Open;
+            if open {
+                *end = how;
+            }
+            open
+        })
+    }
+
+    fn streams(&self) -> std::sync::MutexGuard<'_, Streams> {
+        self.streams.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.detach();
+    }
+}
+
+impl Streams {
+    fn abort(self) {
+        if let Some(input) = self.input {
+            input.abort();
+        }
+        for output in self.outputs {
+            output.abort();
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! The copies: guest stream → fifo for output, fifo → guest stream for input.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_protos::STDIO_CHUNK;
+use husk_protos::stdio::{InputChunk, StreamKind};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
+use tokio::sync::{Notify, watch};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+use super::{Error, fifo_path};
+use crate::guest::Guest;
+
+/// How far a copy of output has come.
+#[derive(Debug, Clone, Copy)]
+struct Progress {
+    /// All that the process itself wrote has been delivered.
+    complete: bool,
+    /// When bytes last moved.
+    at: Instant,
+}
+
+/// A running copy of a process's stdout or stderr. Dropping it does not end it: a grandchild may still write.
+#[derive(Debug)]
+pub struct Output {
+    progress: watch::Receiver<Progress>,
+    task: AbortHandle,
+}
+
+impl Output {
+    /// Opens the fifo at `address` and begins to copy into it.
+    ///
+    /// The fifo is opened for reading too: opening does not wait for a reader then, a reader may go and another come, and none of it ends the
+    /// process's output. The reader sees the end when the copy has ended.
+    pub fn start(
+        guest: &Arc<Guest>,
+        container: &str,
+        exec: &str,
+        kind: StreamKind,
+        address: &str,
+    ) -> Result<Self, Error> {
+        let field = if kind == StreamKind::STREAM_KIND_STDERR { "stderr" } else { "stdout" };
+        let path = fifo_path(field, address)?;
+        let fifo = pipe::OpenOptions::new().read_write(true).open_sender(path).map_err(|source| Error::Open {
+            field,
+            path: path.to_owned(),
+            source,
+        })?;
+        let (sender, progress) = watch::channel(Progress { complete: false, at: Instant::now() });
+        let (guest, container, exec) = (guest.clone(), container.to_owned(), exec.to_owned());
+        let task = tokio::spawn(async move {
+            if let Err(error) = copy_output(&guest, &container, &exec, kind, fifo, &sender).await {
+                tracing::warn!(container, exec, stream = field, %error, "output ended early");
+            }
+            sender.send_modify(|progress| progress.complete = true);
+        });
+        Ok(Self { progress, task: task.abort_handle() })
+    }
+
+    /// Waits until all that the process wrote before its exit is in the fifo. Gives up, and returns false, when nothing has moved for
+    /// `patience`: then there is a reader who does not read, and the exit must not wait for it any longer.
+    pub async fn drained(&self, patience: Duration) -> bool {
+        let mut progress = self.progress.clone();
+        loop {
+            let deadline = {
+                let now = progress.borrow_and_update();
+                if now.complete {
+                    return true;
+                }
+                now.at + patience
+            };
+            tokio::select! {
+                changed = progress.changed() => {
+                    if changed.is_err() {
+                        return true;
+                    }
+                }
+                () = tokio::time::sleep_until(deadline) => {
+                    if progress.has_changed().unwrap_or(false) {
+                        continue;
+                    }
+                    return false;
+                }
+            }
+        }
+    }
+
+    /// Ends the copy and closes the fifo.
+    pub fn abort(&self) {
+        self.task.abort();
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum CopyError {
+    #[error("{0}")]
+    Guest(#[from] crate::guest::Error),
+    #[error("guest stream: {0}")]
+    Stream(#[from] ttrpc::Error),
+    #[error("write fifo: {0}")]
+    Write(std::io::Error),
+    #[error("read fifo: {0}")]
+    Read(std::io::Error),
+}
+
+async fn copy_output(
+    guest: &Guest,
+    container: &str,
+    exec: &str,
+    kind: StreamKind,
+    mut fifo: pipe::Sender,
+    progress: &watch::Sender<Progress>,
+) -> Result<(), CopyError> {
+    let mut stream = guest.output(container, exec, kind).await?;
+    while let Some(chunk) = stream.recv().await? {
+        let mut rest = chunk.data.as_slice();
+        while !rest.is_empty() {
+            let written = fifo.write(rest).await.map_err(CopyError::Write)?;
+            rest = &rest[written..];
+            progress.send_modify(|progress| progress.at = Instant::now());
+        }
+        if chunk.exited {
+            progress.send_modify(|progress| progress.complete = true);
+        }
+    }
+    Ok(())
+}
+
+/// A running copy of a process's stdin.
+#[derive(Debug)]
+pub struct Input {
+    close: Arc<Notify>,
+    task: AbortHandle,
+}
+
+impl Input {
+    /// Opens the fifo at `address` and begins to copy from it.
+    ///
+    /// It is opened for writing too, so that a client who goes away does not end the process's input: only [`Input::close`] does.
+    pub fn start(guest: &Arc<Guest>, container: &str, exec: &str, address: &str) -> Result<Self, Error> {
+        let path = fifo_path("stdin", address)?;
+        let fifo = pipe::OpenOptions::new().read_write(true).open_receiver(path).map_err(|source| Error::Open {
+            field: "stdin",
+            path: path.to_owned(),
+            source,
+        })?;
+        let close = Arc::new(Notify::new());
+        let (guest, container, exec, closed) = (guest.clone(), container.to_owned(), exec.to_owned(), close.clone());
+        let task = tokio::spawn(async move {
+            if let Err(error) = copy_input(&guest, &container, &exec, fifo, &closed).await {
+                tracing::warn!(container, exec, stream = "stdin", %error, "input ended early");
+            }
+        });
+        Ok(Self { close, task: task.abort_handle() })
+    }
+
+    /// What is in the fifo now still goes to the process; then its input ends. Calling it again is harmless.
+    pub fn close(&self) {
+        // A permit is kept if the copy is not waiting at this moment.
+        self.close.notify_one();
+    }
+
+    /// Ends the copy without further ado.
+    pub fn abort(&self) {
+        self.task.abort();
+    }
+}
+
+async fn copy_input(
+    guest: &Guest,
+    container: &str,
+    exec: &str,
+    mut fifo: pipe::Receiver,
+    close: &Notify,
+) -> Result<(), CopyError> {
+    let mut stream = guest.input(container, exec).await?;
+    let mut buffer = vec![0; STDIO_CHUNK];
+    loop {
+        let read = tokio::select! {
+            read = fifo.read(&mut buffer) => read.map_err(CopyError::Read)?,
+            () = close.notified() => break,
+        };
+        send(&stream, &buffer[..read]).await?;
+    }
+    // The client wrote all it had before it asked to close, so what is not in the fifo by now is not coming.
+    // Asked of the fifo itself: the runtime may not have heard yet that it is readable, and would say that nothing is there.
+    loop {
+        match nix::unistd::read(&fifo, &mut buffer) {
+            Ok(read) => send(&stream, &buffer[..read]).await?,
+            Err(nix::errno::Errno::EAGAIN) => break,
+            Err(errno) => return Err(CopyError::Read(errno.into())),
+        }
+    }
+    stream.close_and_recv().await?;
+    Ok(())
+}
+
+async fn send(
+    stream: &ttrpc::r#async::ClientStreamSender<InputChunk, husk_protos::stdio::InputResponse>,
+    data: &[u8],
+) -> Result<(), CopyError> {
+    Ok(stream.send(&InputChunk { data: data.to_vec(), ..Default::default() }).await?)
+}

@@ -1,0 +1,84 @@
+//! The sandbox's state as its asynchronous parts share it: one writer at a time, and what may block does so on a thread made for it.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use crate::state::{Owner, State, StateError, Step};
+
+/// How long undoing may take: most of it is waiting for killed processes to be gone.
+const UNDO: Duration = Duration::from_secs(4);
+
+/// A handle on the state of one sandbox. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    dir: PathBuf,
+    /// None once everything has been undone.
+    state: Arc<Mutex<Option<State>>>,
+}
+
+impl Journal {
+    /// Shares `state`.
+    pub fn new(state: State) -> Self {
+        Self { dir: state.dir().to_owned(), state: Arc::new(Mutex::new(Some(state))) }
+    }
+
+    /// The sandbox's folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Does something with the state: recording a step, noting a container. Nothing that waits.
+    ///
+    /// # Errors
+    ///
+    /// Those of `work`; [`StateError::NotFound`] when everything has been undone already.
+    pub fn with<T>(&self, work: impl FnOnce(&mut State) -> Result<T, StateError>) -> Result<T, StateError> {
+        match self.lock().as_mut() {
+            Some(state) => work(state),
+            None => Err(StateError::NotFound(self.dir.clone())),
+        }
+    }
+
+    /// Writes steps down before their effects are made.
+    pub fn record(&self, owner: &Owner, steps: impl IntoIterator<Item = Step>) -> Result<(), StateError> {
+        self.with(|state| state.record(owner, steps))
+    }
+
+    /// Undoes what `owner` made.
+    pub async fn undo(&self, owner: Owner) -> Result<(), StateError> {
+        self.blocking(move |state| match state.as_mut() {
+            Some(state) => state.undo(&owner, UNDO),
+            None => Ok(()),
+        })
+        .await
+    }
+
+    /// Undoes everything, and removes the sandbox's folder. Without effect the second time.
+    pub async fn undo_all(&self) -> Result<(), StateError> {
+        self.blocking(|state| match state.take() {
+            Some(state) => state.undo_all(UNDO),
+            None => Ok(()),
+        })
+        .await
+    }
+
+    async fn blocking(
+        &self,
+        work: impl FnOnce(&mut Option<State>) -> Result<(), StateError> + Send + 'static,
+    ) -> Result<(), StateError> {
+        let state = self.state.clone();
+        let done = tokio::task::spawn_blocking(move || work(&mut lock(&state))).await;
+        done.unwrap_or_else(|error| {
+            Err(StateError::Io { what: "undo steps of", path: self.dir.clone(), source: std::io::Error::other(error) })
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<State>> {
+        lock(&self.state)
+    }
+}
+
+fn lock(state: &Mutex<Option<State>>) -> MutexGuard<'_, Option<State>> {
+    state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}

@@ -1,0 +1,132 @@
+//! The shim's log: one `key=value` line an event, into the fifo that containerd reads (`log` in the bundle).
+
+use std::fmt::{self, Write as _};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Mutex;
+
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+/// Opens containerd's fifo and makes it the log of this process, each line with the sandbox's id and namespace.
+///
+/// # Errors
+///
+/// If the fifo cannot be opened, or a log has been set up before.
+pub fn init(fifo: &Path, debug: bool, namespace: &str, sandbox: &str) -> io::Result<()> {
+    // For reading too: so that opening does not wait for containerd, and its restart does not become EPIPE here.
+    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(fifo)?;
+    tracing_subscriber::fmt()
+        .with_max_level(if debug { Level::DEBUG } else { Level::INFO })
+        .event_format(KeyValue { namespace: namespace.to_owned(), sandbox: sandbox.to_owned() })
+        .with_writer(Mutex::new(Fifo { file, dropped: 0 }))
+        .try_init()
+        .map_err(io::Error::other)?;
+    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "the shim panicked")));
+    Ok(())
+}
+
+/// Nobody may be reading: a full fifo costs lines, never time. How many it cost is said when there is room again.
+struct Fifo {
+    file: File,
+    dropped: u64,
+}
+
+impl Write for Fifo {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if self.dropped > 0 {
+            let notice = format!("level=warning msg=\"log lines dropped: nobody read them\" lines={}\n", self.dropped);
+            if self.file.write_all(notice.as_bytes()).is_ok() {
+                self.dropped = 0;
+            }
+        }
+        if self.file.write_all(line).is_err() {
+            self.dropped += 1;
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct KeyValue {
+    namespace: String,
+    sandbox: String,
+}
+
+impl<S, N> FormatEvent<S, N> for KeyValue
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(&self, _: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        let level = match *event.metadata().level() {
+            Level::ERROR => "error",
+            Level::WARN => "warning",
+            Level::INFO => "info",
+            Level::DEBUG => "debug",
+            Level::TRACE => "trace",
+        };
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        write!(writer, "level={level} msg={:?}", fields.message)?;
+        write!(writer, " runtime=io.containerd.husk.v1 namespace={} sandbox={}", self.namespace, self.sandbox)?;
+        writeln!(writer, "{}", fields.rest)
+    }
+}
+
+#[derive(Default)]
+struct Fields {
+    message: String,
+    rest: String,
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        let value = format!("{value:?}");
+        if field.name() == "message" {
+            self.message = value;
+        } else {
+            self.push(field.name(), &value);
+        }
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "message" {
+            self.message = value.to_owned();
+        } else {
+            self.push(field.name(), value);
+        }
+    }
+}
+
+impl Fields {
+    fn push(&mut self, name: &str, value: &str) {
+        let plain = !value.is_empty() && value.chars().all(|c| c.is_ascii_graphic() && !matches!(c, '"' | '=' | '\\'));
+        // Writing to a String cannot fail.
+        let _ = if plain { write!(self.rest, " {name}={value}") } else { write!(self.rest, " {name}={value:?}") };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_quoted_where_they_would_not_read_back() {
+        let mut fields = Fields::default();
+        for (name, value) in
+            [("a", "plain/path-1"), ("b", "two words"), ("c", "x=\"y\""), ("d", ""), ("e", "line\nbreak")]
+        {
+            fields.push(name, value);
+        }
+        assert_eq!(fields.rest, " a=plain/path-1 b=\"two words\" c=\"x=\\\"y\\\"\" d=\"\" e=\"line\\nbreak\"");
+    }
+}

@@ -1,0 +1,188 @@
+//! From what containerd asks, what the operator configured and what the host has, to what is to be done: everything is read and checked
+//! before anything is made, and all that is wrong is told at once.
+
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use containerd_shim_protos::api::CreateTaskRequest;
+use oci_spec::runtime::Spec;
+
+use crate::annotations;
+use crate::cgroup::Hierarchies;
+use crate::config::{self, Accel, Config};
+use crate::rootfs::spec::parse::parse;
+use crate::rootfs::spec::{Context, Rewritten, rewrite};
+use crate::vm::boot::Plan;
+use crate::vm::qemu::Qemu;
+use crate::vm::{self, Vmm, virtiofsd};
+
+/// By this annotation the CRI plugin tells which pod a container belongs to.
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+/// One of the two is there where KVM runs guests in hardware. `/dev/kvm` alone does not tell.
+const KVM_MODULES: [&str; 2] = ["/sys/module/kvm_intel", "/sys/module/kvm_amd"];
+
+/// All that is wrong with a request.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.join("; "))]
+pub struct Error(pub Vec<String>);
+
+impl Error {
+    fn one(error: impl Display) -> Self {
+        Self(vec![error.to_string()])
+    }
+}
+
+/// A container, ready to be made.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// What the guest gets, and what the host does for it.
+    pub rewritten: Rewritten,
+    /// The machine, should it have to be booted for this container.
+    machine: vm::Spec,
+    qemu: PathBuf,
+    virtiofsd: PathBuf,
+    config: Config,
+}
+
+/// Reads a bundle's `config.json`.
+fn read_spec(bundle: &Path) -> Result<Spec, Error> {
+    let path = bundle.join("config.json");
+    let bytes = std::fs::read(&path).map_err(|error| Error::one(format!("read {}: {error}", path.display())))?;
+    parse(&bytes).map_err(|problems| Error(texts(&problems.0)))
+}
+
+/// The sandbox that the container of this bundle belongs to: its pod's, or one of its own.
+///
+/// # Errors
+///
+/// When the bundle cannot be read.
+pub fn sandbox_of(bundle: &Path, id: &str) -> Result<String, Error> {
+    let spec = read_spec(bundle)?;
+    let pod = spec.annotations().as_ref().and_then(|annotations| annotations.get(SANDBOX_ID));
+    Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
+}
+
+/// Reads and checks everything that a container needs.
+///
+/// # Errors
+///
+/// All that is wrong at once.
+pub fn prepare(request: &CreateTaskRequest, sandbox: &str) -> Result<Prepared, Error> {
+    let config = config::load().map_err(Error::one)?;
+    let bundle = Path::new(&request.bundle);
+    let spec = read_spec(bundle)?;
+    let own = std::env::current_exe().ok();
+    let beside = own.as_deref().and_then(Path::parent);
+
+    let mut wrong = Vec::new();
+    let mut check = |problems: Vec<String>| wrong.extend(problems);
+    let no_annotations = HashMap::new();
+    let annotations = annotations::read(spec.annotations().as_ref().unwrap_or(&no_annotations), &config)
+        .map_err(|problems| check(texts(&problems)))
+        .ok();
+    let context = Context {
+        id: &request.id,
+        bundle,
+        host_is_unified: Hierarchies::of_host().map_err(Error::one)?.unified(),
+        inspect: &crate::rootfs::share::inspect,
+    };
+    let rewritten = rewrite(spec, &context).map_err(|problems| check(texts(&problems.0))).ok();
+    let artifacts = config.artifacts(beside).map_err(|missing| check(texts(&missing))).ok();
+    let path = std::env::var_os("PATH");
+    let virtiofsd =
+        virtiofsd::find(config.virtiofsd.as_deref(), beside, path).map_err(|error| check(vec![error.to_string()])).ok();
+    let qemu = find_qemu(&config.qemu).map_err(|error| check(vec![error])).ok();
+    let accel = accelerator(config.accel).map_err(|error| check(vec![error])).ok();
+
+    let (Some(annotations), Some(rewritten), Some(artifacts), Some(virtiofsd), Some(qemu), Some(accel)) =
+        (annotations, rewritten, artifacts, virtiofsd, qemu, accel)
+    else {
+        return Err(Error(wrong));
+    };
+    let (vcpus, memory_mib) = config.size(&annotations, rewritten.limits);
+    let mut kernel_params = vec![format!("husk.log={}", config.log_level)];
+    kernel_params.extend(config.kernel_params.iter().cloned());
+    let machine = vm::Spec {
+        name: format!("husk-{sandbox}"),
+        accel,
+        board: config.board,
+        vcpus,
+        tsc_khz: None,
+        memory_mib,
+        kernel: artifacts.kernel,
+        initrd: artifacts.initrd,
+        kernel_params,
+        user: Some(user(&config, accel)),
+    };
+    Ok(Prepared { rewritten, machine, qemu, virtiofsd, config })
+}
+
+fn texts(problems: &[impl ToString]) -> Vec<String> {
+    problems.iter().map(ToString::to_string).collect()
+}
+
+fn find_qemu(configured: &Path) -> Result<PathBuf, String> {
+    let looked: Vec<PathBuf> = if configured.components().count() > 1 {
+        vec![configured.to_owned()]
+    } else {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).map(|folder| folder.join(configured)).collect()
+    };
+    looked.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
+        let places: Vec<_> = looked.iter().map(|path| path.display().to_string()).collect();
+        format!(
+            "no QEMU found; looked for {}: install it (Debian: apt-get install qemu-system-x86), or set `qemu` in {}",
+            places.join(", "),
+            config::PATH
+        )
+    })
+}
+
+fn accelerator(wanted: Accel) -> Result<vm::Accel, String> {
+    let kvm = KVM_MODULES.iter().any(|module| Path::new(module).exists()) && Path::new("/dev/kvm").exists();
+    match wanted {
+        Accel::Tcg => Ok(vm::Accel::Tcg),
+        Accel::Auto | Accel::Kvm if kvm => Ok(vm::Accel::Kvm),
+        Accel::Kvm => Err(format!(
+            "accel = \"kvm\": no hardware virtualisation here (it takes /dev/kvm, and {} or {}); set accel = \"tcg\" to do without",
+            KVM_MODULES[0], KVM_MODULES[1]
+        )),
+        Accel::Auto => {
+            tracing::warn!("no hardware virtualisation (kvm_intel or kvm_amd): VMs run in software (TCG), and slowly");
+            Ok(vm::Accel::Tcg)
+        }
+    }
+}
+
+/// Who QEMU runs as: nobody of importance, but in the group that may open /dev/kvm if that is what it takes.
+fn user(config: &Config, accel: vm::Accel) -> (u32, u32) {
+    use std::os::unix::fs::MetadataExt;
+    let (uid, gid) = config.qemu_user;
+    match (accel, std::fs::metadata("/dev/kvm")) {
+        (vm::Accel::Kvm, Ok(device)) if device.mode() & 0o006 != 0o006 && device.mode() & 0o060 == 0o060 => {
+            (uid, device.gid())
+        }
+        _ => (uid, gid),
+    }
+}
+
+/// What boots the machine of `prepared`, on the folder `share`.
+pub fn plan(prepared: &Prepared, share: PathBuf) -> (Box<dyn Vmm>, Plan) {
+    let mut spec = prepared.machine.clone();
+    // The guest has no clock of its own: it begins with the host's time, as late as possible.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    spec.kernel_params.push(format!("husk.epoch_ns={}", now.as_nanos()));
+    // Late as well: the longer it is measured, the better.
+    spec.tsc_khz = vm::tsc::khz();
+    let plan = Plan {
+        spec,
+        virtiofsd: prepared.virtiofsd.clone(),
+        share,
+        boot_timeout: prepared.config.boot_timeout,
+        call_timeout: prepared.config.call_timeout,
+        cgroup: prepared.rewritten.cgroups_path.clone(),
+    };
+    (Box::new(Qemu { program: prepared.qemu.clone() }), plan)
+}

@@ -1,0 +1,297 @@
+//! The share with real mounts, so as root, seen as virtiofsd sees it: from a mount namespace that is a slave of ours.
+
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixListener;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use nix::mount::{MsFlags, mount};
+
+use super::*;
+use crate::state::{Owner, State};
+
+struct Fixture {
+    state: Option<State>,
+    share: Share,
+    server: Child,
+    base: tempfile::TempDir,
+}
+
+/// So that a test that fails leaves nothing either.
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        let undone = self.state.take().map(|state| state.undo_all(Duration::from_secs(5)));
+        let killed = self.server.kill().and_then(|()| self.server.wait());
+        if !std::thread::panicking() {
+            assert!(matches!(undone, None | Some(Ok(()))), "{undone:?}");
+            killed.unwrap();
+        }
+    }
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let base = tempfile::tempdir().unwrap();
+        let mut state = State::create(base.path(), "ns", "s1").unwrap();
+        let dir = state.dir().to_path_buf();
+        let share = Share::create(&dir, &mut |steps| state.record(&Owner::Sandbox, steps)).unwrap();
+        // As virtiofsd's sandbox does it: a namespace of its own, slave of the host's. It says when it is there.
+        let ready = base.path().join("ready");
+        nix::unistd::mkfifo(&ready, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let script = format!("echo > {}; exec sleep 600", ready.display());
+        let server =
+            Command::new("unshare").args(["-m", "--propagation", "slave", "sh", "-c", &script]).spawn().unwrap();
+        fs::read(&ready).unwrap();
+        fs::remove_file(&ready).unwrap();
+        Self { state: Some(state), share, server, base }
+    }
+
+    fn add(&mut self, id: &str, mounts: &[Mount], rootfs: &Path, binds: &[Bind]) -> Result<(), ShareError> {
+        let owner = Owner::Container(id.into());
+        self.share.add_container(
+            &mut |steps| self.state.as_mut().unwrap().record(&owner, steps),
+            id,
+            mounts,
+            rootfs,
+            binds,
+        )
+    }
+
+    fn undo(&mut self, id: &str) {
+        self.state.as_mut().unwrap().undo(&Owner::Container(id.into()), Duration::from_secs(5)).unwrap();
+    }
+
+    fn dir(&self, name: &str) -> PathBuf {
+        let dir = self.base.path().join(name);
+        fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+
+    /// A path of the share as the server sees it.
+    fn served(&self, path: &str) -> PathBuf {
+        let share = self.share.path().strip_prefix("/").unwrap();
+        Path::new(&format!("/proc/{}/root", self.server.id())).join(share).join(path)
+    }
+
+    /// Ends the sandbox, and looks at what it left.
+    fn end(mut self) {
+        let base = self.base.path().to_str().unwrap().to_owned();
+        self.state.take().unwrap().undo_all(Duration::from_secs(5)).unwrap();
+        for table in ["/proc/self/mountinfo".to_owned(), format!("/proc/{}/mountinfo", self.server.id())] {
+            let text = fs::read_to_string(&table).unwrap();
+            let left: Vec<_> = text.lines().filter(|line| line.contains(&base)).collect();
+            assert_eq!(left, Vec::<&str>::new(), "{table}");
+        }
+        assert!(!self.base.path().join("ns").exists());
+    }
+}
+
+fn overlay(options: &[String]) -> Mount {
+    Mount { type_: "overlay".into(), source: "overlay".into(), options: options.to_vec(), ..Default::default() }
+}
+
+fn bind_mount(source: &Path, options: &[&str]) -> Mount {
+    let options = options.iter().map(ToString::to_string).collect();
+    Mount { type_: "bind".into(), source: source.to_str().unwrap().into(), options, ..Default::default() }
+}
+
+fn wanted(index: usize, source: &Path) -> Bind {
+    Bind {
+        index,
+        source: source.into(),
+        is_dir: source.is_dir(),
+        read_only: false,
+        recursive: true,
+        follows_host: false,
+    }
+}
+
+fn errno(result: io::Result<()>) -> Option<i32> {
+    result.err().and_then(|e| e.raw_os_error())
+}
+
+fn tmpfs(path: &Path) {
+    fs::create_dir_all(path).unwrap();
+    mount(Some("husk-test"), path, Some("tmpfs"), MsFlags::empty(), Some("size=1m")).unwrap();
+}
+
+#[test]
+fn an_overlay_mounted_later_is_seen_and_written_by_the_server() {
+    let mut fixture = Fixture::new();
+    let layers = ["lower1", "lower2", "upper", "work"].map(|name| fixture.dir(name));
+    fs::write(layers[0].join("one"), "1").unwrap();
+    fs::write(layers[1].join("two"), "2").unwrap();
+    let [lower1, lower2, upper, work] = layers.each_ref().map(|path| path.display());
+    let options = [
+        format!("lowerdir={lower1}:{lower2}"),
+        format!("upperdir={upper}"),
+        format!("workdir={work}"),
+        "index=off".into(),
+    ];
+    fixture.add("c1", &[overlay(&options)], Path::new("/nonexistent"), &[]).unwrap();
+    assert_eq!(fs::read_to_string(fixture.served("c1/rootfs/one")).unwrap(), "1");
+    fs::write(fixture.served("c1/rootfs/three"), "3").unwrap();
+    assert_eq!(fs::read_to_string(layers[2].join("three")).unwrap(), "3");
+    // Held open by the server, as virtiofsd does until the guest forgets.
+    let held = fs::File::open(fixture.served("c1/rootfs/one")).unwrap();
+    fixture.undo("c1");
+    assert!(!fixture.share.path().join("c1").exists());
+    assert!(!fixture.served("c1").exists());
+    drop(held);
+    fixture.end();
+}
+
+#[test]
+fn an_overlay_of_a_hundred_layers_is_mounted() {
+    let mut fixture = Fixture::new();
+    let long = "a-folder-with-a-name-that-is-long-enough-for-a-page-to-be-too-small";
+    let root = fixture.dir(long);
+    let layers: Vec<_> = (1..=100).map(|n| fixture.dir(&format!("{long}/{n}/fs"))).collect();
+    fs::write(layers[99].join("deep"), "x").unwrap();
+    let lower = layers.iter().map(|path| path.to_str().unwrap()).collect::<Vec<_>>().join(":");
+    assert!(lower.len() > 4096);
+    let before = std::env::current_dir().unwrap();
+    fixture.add("c1", &[overlay(&[format!("lowerdir={lower}")])], &root, &[]).unwrap();
+    assert_eq!(fs::read_to_string(fixture.served("c1/rootfs/deep")).unwrap(), "x");
+    assert_eq!(std::env::current_dir().unwrap(), before);
+    fixture.end();
+}
+
+#[test]
+fn a_guest_can_put_nothing_beside_the_containers() {
+    let mut fixture = Fixture::new();
+    let image = fixture.dir("image");
+    fixture.add("c1", &[], &image, &[]).unwrap();
+    let served = |path: &str| fixture.served(path);
+    for (what, result) in [
+        ("a link where the next container goes", symlink("/etc", served("c2"))),
+        ("a folder", fs::create_dir(served("c2"))),
+        ("a container's folder moved away", fs::rename(served("c1"), served("c0"))),
+        ("a file beside the root", fs::write(served("c1/mounts/0"), "")),
+        ("a mode", fs::set_permissions(served("c1"), std::os::unix::fs::PermissionsExt::from_mode(0o777))),
+    ] {
+        assert_eq!(errno(result), Some(libc::EROFS), "{what}");
+    }
+    fs::write(served("c1/rootfs/mine"), "").unwrap();
+    assert!(image.join("mine").exists());
+    fixture.end();
+}
+
+#[test]
+fn a_read_only_bind_is_so_for_the_server_with_all_that_is_below() {
+    let mut fixture = Fixture::new();
+    let (image, data) = (fixture.dir("image"), fixture.dir("data"));
+    tmpfs(&data.join("sub"));
+    let file = fixture.base.path().join("file");
+    fs::write(&file, "text").unwrap();
+    let read_only = |index, source: &Path| Bind { read_only: true, ..wanted(index, source) };
+    let flat = Bind { recursive: false, ..wanted(3, &data) };
+    let binds = [read_only(7, &data), read_only(8, &file), wanted(9, &data), flat];
+    fixture.add("c1", &[], &image, &binds).unwrap();
+    let write = |path: &str| errno(fs::write(fixture.served(path), "x"));
+    assert_eq!(write("c1/mounts/7/new"), Some(libc::EROFS));
+    assert_eq!(write("c1/mounts/7/sub/new"), Some(libc::EROFS));
+    assert_eq!(write("c1/mounts/8"), Some(libc::EROFS));
+    assert_eq!(write("c1/mounts/9/new"), None);
+    assert_eq!(write("c1/mounts/9/sub/new"), None);
+    assert_eq!(write("c1/mounts/3/sub/flat"), None);
+    assert!(data.join("new").exists() && data.join("sub/new").exists());
+    assert_eq!(fs::read_to_string(fixture.served("c1/mounts/8")).unwrap(), "text");
+    fixture.undo("c1");
+    // Only our copies of the tree are gone.
+    assert!(data.join("sub/new").exists());
+    nix::mount::umount(&data.join("sub")).unwrap();
+    assert!(!data.join("sub/new").exists() && data.join("sub/flat").exists());
+    fixture.end();
+}
+
+#[test]
+fn mounts_of_the_host_come_later_only_when_asked_for() {
+    let mut fixture = Fixture::new();
+    let (image, data) = (fixture.dir("image"), fixture.dir("data"));
+    tmpfs(&data);
+    fs::create_dir(data.join("sub")).unwrap();
+    mount(None::<&str>, &data, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
+    let follows = Bind { follows_host: true, ..wanted(1, &data) };
+    fixture.add("c1", &[], &image, &[follows, wanted(2, &data)]).unwrap();
+    tmpfs(&data.join("sub"));
+    fs::write(data.join("sub/later"), "").unwrap();
+    assert!(fixture.served("c1/mounts/1/sub/later").exists());
+    assert!(!fixture.served("c1/mounts/2/sub/later").exists());
+    fixture.undo("c1");
+    assert!(data.join("sub/later").exists(), "ending a container must not unmount the host's");
+    nix::mount::umount(&data.join("sub")).unwrap();
+    nix::mount::umount(&data).unwrap();
+    fixture.end();
+}
+
+#[test]
+fn stacked_and_linked_roots() {
+    let mut fixture = Fixture::new();
+    let (first, second) = (fixture.dir("first"), fixture.dir("second"));
+    fs::write(second.join("top"), "").unwrap();
+    let link = fixture.base.path().join("link");
+    symlink(&second, &link).unwrap();
+    let mounts = [bind_mount(&first, &["rbind", "rw"]), bind_mount(&link, &["rbind", "ro"])];
+    fixture.add("c1", &mounts, Path::new("/nonexistent"), &[]).unwrap();
+    assert!(fixture.served("c1/rootfs/top").exists());
+    assert_eq!(errno(fs::write(fixture.served("c1/rootfs/new"), "")), Some(libc::EROFS));
+    fixture.undo("c1");
+    // The same name again, on the plain folder.
+    fixture.add("c1", &[], &link, &[]).unwrap();
+    assert!(fixture.served("c1/rootfs/top").exists());
+    fixture.end();
+}
+
+#[test]
+fn what_fails_is_named_and_leaves_nothing() {
+    let mut fixture = Fixture::new();
+    let image = fixture.dir("image");
+    let gone = Path::new("/nonexistent/source");
+    let mut below = bind_mount(&image, &["bind"]);
+    below.target = "etc".into();
+    let mut fuse = overlay(&[]);
+    fuse.type_ = "fuse3.fuse-overlayfs".into();
+    for (mounts, rootfs, binds, want) in [
+        (vec![], gone, vec![], "mount root.path \"/nonexistent/source\" on "),
+        (vec![], image.as_path(), vec![Bind { is_dir: true, ..wanted(3, gone) }], "mount mounts[3].source \"/nonexist"),
+        (vec![bind_mount(gone, &["rbind"])], gone, vec![], "mount rootfs[0] (bind \"/nonexistent/source\") on "),
+        (vec![bind_mount(&image, &["bind"]), overlay(&["x=y".into()])], gone, vec![], "mount rootfs[1] (overlay \"o"),
+        (vec![overlay(&["loop".into()])], gone, vec![], "rootfs[0].options \"loop\": is not supported"),
+        (vec![below], gone, vec![], "rootfs[0].target \"etc\": mounts below the root"),
+        (vec![fuse], gone, vec![], "rootfs[0].type \"fuse3.fuse-overlayfs\": filesystems that need"),
+    ] {
+        let error = fixture.add("c1", &mounts, rootfs, &binds).unwrap_err().to_string();
+        assert!(error.starts_with(want), "{want}\n{error}");
+        fixture.undo("c1");
+        assert_eq!(fs::read_dir(fixture.share.path()).unwrap().count(), 0);
+    }
+    assert!(fixture.add("../x", &[], &image, &[]).is_err());
+    fixture.add("c1", &[], &image, &[]).unwrap();
+    let again = fixture.add("c1", &[], &image, &[]).unwrap_err().to_string();
+    assert!(again.starts_with("create ") && again.ends_with("exists"), "{again}");
+    fixture.end();
+}
+
+#[test]
+fn what_is_at_a_path() {
+    let base = tempfile::tempdir().unwrap();
+    let path = |name: &str| base.path().join(name);
+    let _socket = UnixListener::bind(path("socket")).unwrap();
+    nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    fs::write(path("file"), "").unwrap();
+    symlink("file", path("link")).unwrap();
+    symlink("nowhere", path("dangling")).unwrap();
+    let null = Kind::CharDevice { major: 1, minor: 3 };
+    for (given, real, kind) in [
+        (path("socket"), path("socket"), Kind::Socket),
+        (path("fifo"), path("fifo"), Kind::Fifo),
+        (path("link"), path("file"), Kind::File),
+        (base.path().join("."), base.path().into(), Kind::Dir),
+        ("/dev/null".into(), "/dev/null".into(), null),
+    ] {
+        let real = fs::canonicalize(real).unwrap();
+        assert_eq!(inspect(&given).unwrap(), Source { path: real, kind }, "{}", given.display());
+    }
+    assert!(inspect(&path("dangling")).is_err());
+}

@@ -1,0 +1,342 @@
+//! A running VM with all that belongs to it: the machine, the share's virtiofsd, the vsock device, the console, and the guest
+//! that answered. Boots it, notices its death, and ends it.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use containerd_shim_protos::api::ShutdownRequest;
+use husk_protos::PORT_READY;
+use husk_protos::system::Hello;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+
+use super::launch::Child;
+use super::{Machine, Sockets, Spec, Vmm};
+use crate::cgroup::{CgroupError, Hierarchies};
+use crate::console::Console;
+use crate::guest::Guest;
+use crate::journal::Journal;
+use crate::process::ProcessId;
+use crate::state::{Owner, StateError, Step};
+use crate::vm::virtiofsd;
+use crate::vsock::Device;
+
+/// CID of every guest: each has a vsock device of its own, so they need not differ. 0 to 2 are reserved (vsock(7)).
+const GUEST_CID: u64 = 3;
+/// How long QEMU may take to end after the guest has said that it goes.
+const EXIT: Duration = Duration::from_secs(3);
+/// How long the machine's end may be noticed after its sockets'.
+const MACHINE_BEHIND: Duration = Duration::from_millis(200);
+/// Lines of the console that explain an end.
+const CONSOLE_LINES: usize = 24;
+/// How long the console's last words may take to arrive when the machine has ended.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// What a VM is booted from.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The machine.
+    pub spec: Spec,
+    /// virtiofsd's program.
+    pub virtiofsd: PathBuf,
+    /// The folder that the guest sees.
+    pub share: PathBuf,
+    /// From QEMU's start to the guest's hello.
+    pub boot_timeout: Duration,
+    /// For one call to the guest.
+    pub call_timeout: Duration,
+    /// The cgroup that the VM's processes live in, as the OCI runtime spec writes it; their parent's if none.
+    pub cgroup: Option<String>,
+}
+
+/// Why a VM did not come up.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The machine's process.
+    #[error("{0}")]
+    Machine(#[from] super::Error),
+    /// The share's process.
+    #[error("{0}")]
+    Virtiofsd(#[from] virtiofsd::VirtiofsdError),
+    /// The vsock device.
+    #[error("vsock device: {0}")]
+    Vsock(#[from] crate::vsock::Error),
+    /// The cgroup.
+    #[error("{0}")]
+    Cgroup(#[from] CgroupError),
+    /// The journal.
+    #[error("{0}")]
+    State(#[from] StateError),
+    /// A file or socket of the VM.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// The VM ended before it was ready.
+    #[error("the VM ended while it booted: {cause}{}", lines("its console's last lines", console))]
+    Ended {
+        /// Which part ended, and how.
+        cause: String,
+        /// The console's last lines.
+        console: String,
+    },
+    /// The VM did not get ready in time.
+    #[error("the VM was not ready after {} ms{}", deadline.as_millis(), lines("its console's last lines", console))]
+    Deadline {
+        /// How long it was waited for.
+        deadline: Duration,
+        /// The console's last lines.
+        console: String,
+    },
+    /// Its first words were not understood.
+    #[error("the guest's hello: {0}")]
+    Hello(#[from] husk_protos::frame::Error),
+    /// It said hello, but could not be called.
+    #[error("{0}")]
+    Guest(#[from] crate::guest::Error),
+}
+
+fn lines(title: &str, text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!("; {title}:\n{text}") }
+}
+
+/// A VM whose guest is ready, until it dies.
+pub struct Vm {
+    /// The guest's services.
+    pub guest: Arc<Guest>,
+    /// The guest's first words.
+    pub hello: Hello,
+    machine: Arc<dyn Machine>,
+    share: Arc<Child>,
+    share_workers: Vec<ProcessId>,
+    console: Console,
+    stopping: AtomicBool,
+    dead: watch::Receiver<Option<String>>,
+}
+
+impl Vm {
+    /// Boots a VM. On an error its processes have been killed; what the journal records is for the caller to undo.
+    pub async fn boot(vmm: &dyn Vmm, plan: &Plan, journal: &Journal) -> Result<Arc<Self>, Error> {
+        let io = |what| move |source| Error::Io { what, source };
+        let (device, vsock) = Device::start(GUEST_CID)?;
+        // Before the guest runs, or its dial could find nobody.
+        let mut ready = device.listen(PORT_READY)?;
+        let (console, console_theirs) =
+            std::os::unix::net::UnixStream::pair().map_err(io("make a socket pair for the console"))?;
+        console.set_nonblocking(true).map_err(io("make the console non-blocking"))?;
+        let console = UnixStream::from_std(console).map_err(io("register the console"))?;
+        let console = Console::start(console, &journal.dir().join("console.log")).map_err(io("open console.log"))?;
+
+        let cgroups = join_later(plan, journal)?;
+        let again = cgroups
+            .iter()
+            .map(File::try_clone)
+            .collect::<std::io::Result<_>>()
+            .map_err(io("duplicate a descriptor"))?;
+        let log = open_log(&journal.dir().join("virtiofsd.log")).map_err(io("open virtiofsd.log"))?;
+        let (share, share_socket) = virtiofsd::start(&plan.virtiofsd, &plan.share, journal.dir(), log, again)?;
+        let share = Arc::new(share);
+        let kill_share = Otherwise::new({
+            let share = share.clone();
+            move || share.kill()
+        });
+        journal.record(&Owner::Sandbox, [Step::Process { id: share.process(), name: "virtiofsd".into() }])?;
+
+        let log = open_log(&journal.dir().join("qemu.log")).map_err(io("open qemu.log"))?;
+        let sockets = Sockets { vsock, share: Some(share_socket), console: console_theirs.into(), log, cgroups };
+        let machine: Arc<dyn Machine> = vmm.start(&plan.spec, sockets).await?.into();
+        let kill_machine = Otherwise::new({
+            let machine = machine.clone();
+            move || machine.kill()
+        });
+        journal.record(&Owner::Sandbox, [Step::Process { id: machine.process(), name: "qemu".into() }])?;
+
+        let hello = async {
+            let mut stream = ready.accept().await?;
+            let hello: Hello = husk_protos::frame::read(&mut stream).await?;
+            Ok::<_, Error>((stream, hello))
+        };
+        let ended = |cause: String| async {
+            console.ended(LAST_WORDS).await;
+            let mut last = console.tail(CONSOLE_LINES);
+            for log in ["qemu.log", "virtiofsd.log"] {
+                if let Ok(words) = std::fs::read_to_string(journal.dir().join(log)) {
+                    last = format!("{last}\n{}", words.trim()).trim().to_owned();
+                }
+            }
+            Error::Ended { cause, console: last }
+        };
+        // A virtiofsd that fails takes the machine with it; one that the machine has let go of ends well.
+        let with_share = |cause: String| async {
+            match tokio::time::timeout(MACHINE_BEHIND, share.exited()).await {
+                Ok(exit) if !exit.0.success() => format!("{cause}; virtiofsd {exit}"),
+                _ => cause,
+            }
+        };
+        let (stream, hello) = tokio::select! {
+            hello = hello => match hello {
+                Ok(hello) => hello,
+                // The connection goes with the machine, whose end says more.
+                Err(error) => match tokio::time::timeout(MACHINE_BEHIND, machine.exited()).await {
+                    Ok(cause) => return Err(ended(with_share(cause).await).await),
+                    Err(_) => return Err(error),
+                },
+            },
+            cause = machine.exited() => return Err(ended(with_share(cause).await).await),
+            exit = share.exited() => {
+                let cause = match tokio::time::timeout(MACHINE_BEHIND, machine.exited()).await {
+                    Ok(cause) => with_share(cause).await,
+                    Err(_) => format!("virtiofsd {exit}"),
+                };
+                return Err(ended(cause).await);
+            }
+            () = tokio::time::sleep(plan.boot_timeout) => {
+                return Err(Error::Deadline { deadline: plan.boot_timeout, console: console.tail(CONSOLE_LINES) });
+            }
+        };
+        // virtiofsd serves from a child that is the first process of its own namespace, and does not die with it. It has answered the guest by now,
+        // so the child is there.
+        let workers = share.process().children().map_err(io("list virtiofsd's children"))?;
+        let step = |id: &ProcessId| Step::Process { id: *id, name: "virtiofsd's worker".into() };
+        journal.record(&Owner::Sandbox, workers.iter().map(step))?;
+        let guest = Arc::new(Guest::connect(device, &hello, plan.call_timeout).await?);
+
+        let (death, dead) = watch::channel(None);
+        kill_machine.succeeded();
+        kill_share.succeeded();
+        let vm = Arc::new(Self {
+            guest,
+            hello,
+            machine: machine.clone(),
+            share: share.clone(),
+            share_workers: workers,
+            console,
+            stopping: AtomicBool::new(false),
+            dead,
+        });
+        tokio::spawn(watch_death(machine, share, stream, death));
+        Ok(vm)
+    }
+
+    /// Resolves when the VM is dead, with the cause. May be called any number of times.
+    pub async fn died(&self) -> String {
+        match self.dead.clone().wait_for(Option::is_some).await {
+            Ok(cause) => cause.clone().unwrap_or_default(),
+            Err(_) => "nobody watches it any more".to_owned(),
+        }
+    }
+
+    /// Why it is dead, if it is.
+    pub fn cause_of_death(&self) -> Option<String> {
+        self.dead.borrow().clone()
+    }
+
+    /// Whether its end was asked for.
+    pub fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// The console's last lines.
+    pub fn console_tail(&self) -> String {
+        self.console.tail(CONSOLE_LINES)
+    }
+
+    /// Ends the VM: asks the guest, and kills it if it does not go.
+    pub async fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        if self.cause_of_death().is_none() {
+            let request = ShutdownRequest { now: true, ..Default::default() };
+            if let Err(error) = self.guest.task.shutdown(self.guest.context(), &request).await {
+                // The guest may have been faster to go than its answer to arrive.
+                tracing::debug!(%error, "no answer to the guest's shutdown");
+            }
+            if tokio::time::timeout(EXIT, self.machine.exited()).await.is_err() {
+                tracing::warn!(deadline_ms = EXIT.as_millis() as u64, "the VM did not end by itself and is killed");
+            }
+        }
+        self.machine.kill();
+        // virtiofsd would end by itself, some time after the machine has let go of it; ends with its worker at once.
+        for worker in &self.share_workers {
+            if let Err(error) = worker.send_kill() {
+                tracing::warn!(pid = worker.pid, %error, "virtiofsd's worker cannot be killed");
+            }
+        }
+        let gone = async { tokio::join!(self.machine.exited(), self.share.exited()) };
+        if tokio::time::timeout(EXIT, gone).await.is_err() {
+            tracing::error!("a process of the VM is still there after its end");
+            self.share.kill();
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.machine.kill();
+    }
+}
+
+fn open_log(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(0o600).open(path)
+}
+
+/// The files by which the VM's processes enter their cgroup, which is made if need be.
+fn join_later(plan: &Plan, journal: &Journal) -> Result<Vec<File>, Error> {
+    let Some(path) = &plan.cgroup else { return Ok(Vec::new()) };
+    let cgroup = Hierarchies::of_host()?.create(&mut |steps| journal.record(&Owner::Sandbox, steps), path)?;
+    let open = |path: &PathBuf| OpenOptions::new().write(true).open(path);
+    let opened = cgroup.procs_files().iter().map(open).collect::<std::io::Result<_>>();
+    opened.map_err(|source| Error::Io { what: "open cgroup.procs of the VM's cgroup", source })
+}
+
+/// When a part of the VM has ended, the end of the machine may be what explains it, and only be noticed a moment later.
+async fn cause_of(machine: &dyn Machine, otherwise: String) -> String {
+    tokio::time::timeout(MACHINE_BEHIND, machine.exited()).await.unwrap_or(otherwise)
+}
+
+/// A part of the VM dies with the whole, and the whole with each part.
+async fn watch_death(
+    machine: Arc<dyn Machine>,
+    share: Arc<Child>,
+    mut hello: UnixStream,
+    death: watch::Sender<Option<String>>,
+) {
+    let mut byte = [0];
+    let cause = tokio::select! {
+        cause = machine.exited() => cause,
+        exit = share.exited() => cause_of(&*machine, format!("virtiofsd {exit}")).await,
+        // The guest says nothing more on this connection: whatever comes is its end.
+        _ = hello.read(&mut byte) => cause_of(&*machine, "the guest's connection was lost".to_owned()).await,
+    };
+    // virtiofsd follows by itself.
+    machine.kill();
+    death.send_replace(Some(cause));
+}
+
+/// Something to be done unless the boot succeeds.
+struct Otherwise<F: FnOnce()>(Option<F>);
+
+impl<F: FnOnce()> Otherwise<F> {
+    fn new(action: F) -> Self {
+        Self(Some(action))
+    }
+
+    fn succeeded(mut self) {
+        self.0 = None;
+    }
+}
+
+impl<F: FnOnce()> Drop for Otherwise<F> {
+    fn drop(&mut self) {
+        if let Some(action) = self.0.take() {
+            action();
+        }
+    }
+}

@@ -1,0 +1,324 @@
+//! Starting the programs that a VM consists of, so that none of them outlives the shim, and waiting for their end.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{LazyLock, mpsc};
+
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+use crate::process::{ProcessId, pidfd_open, pidfd_send_signal};
+
+/// The first number for descriptors that a child inherits. Far above those in use when it is started, because `Command` has a
+/// socket of its own there, by which it learns of a failed exec, and that must not be overwritten.
+pub const FIRST_FD: i32 = 900;
+/// Where they are parked between fork and exec: above all numbers that they may end up at, and below 1024, the usual limit.
+const PARKING: i32 = 960;
+
+/// Why a program could not be started.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {source}")]
+pub struct LaunchError {
+    what: &'static str,
+    source: io::Error,
+}
+
+fn failed(what: &'static str) -> impl Fn(io::Error) -> LaunchError {
+    move |source| LaunchError { what, source }
+}
+
+/// A program, and what it gets.
+#[derive(Debug)]
+pub struct Launch {
+    /// The binary.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Descriptors, and the numbers at which the program finds them (from [`FIRST_FD`] to 959). It inherits no others.
+    pub fds: Vec<(OwnedFd, i32)>,
+    /// Whom it runs as (uid, gid), without supplementary groups; root if none.
+    pub user: Option<(u32, u32)>,
+    /// Its standard output and error.
+    pub output: File,
+    /// The `cgroup.procs` of each cgroup that it lives in, opened for writing.
+    pub cgroups: Vec<File>,
+}
+
+type Job = (Command, mpsc::SyncSender<io::Result<u32>>);
+
+/// The thread that forks all children. The death signal that a child asks for is sent when the *thread* ends that forked it
+/// (prctl(2)), so it has to be one that lives as long as the process.
+static SPAWNER: LazyLock<io::Result<mpsc::SyncSender<Job>>> = LazyLock::new(|| {
+    let (jobs, queue) = mpsc::sync_channel::<Job>(8);
+    std::thread::Builder::new().name("spawner".into()).spawn(move || {
+        for (mut command, done) in queue {
+            // Whoever asked waits for the answer, and for nothing else.
+            let _ = done.send(command.spawn().map(|child| child.id()));
+        }
+    })?;
+    Ok(jobs)
+});
+
+impl Launch {
+    /// Starts the program. It is killed when the calling process ends, however that comes.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started; then there is no process.
+    pub fn spawn(self) -> Result<Child, LaunchError> {
+        let mut command = Command::new(&self.program);
+        let error = self.output.try_clone().map_err(failed("duplicate the log's descriptor"))?;
+        command.args(&self.args).stdin(Stdio::null()).stdout(self.output).stderr(error);
+        let (user, cgroups) = (self.user, self.cgroups);
+        let shim = std::process::id();
+        let fds: Vec<(i32, i32)> = self.fds.iter().map(|(fd, target)| (fd.as_raw_fd(), *target)).collect();
+        // SAFETY: only async-signal-safe calls between fork and exec, on memory that was allocated before; the descriptors stay
+        // open in `self.fds` until the spawn is done.
+        unsafe {
+            command.pre_exec(move || {
+                // Here and not by Command, which would change the user first.
+                join(&cgroups)?;
+                if let Some((uid, gid)) = user {
+                    become_user(uid, gid)?;
+                }
+                die_with(shim)?;
+                place(&fds)
+            })
+        };
+        let jobs = SPAWNER.as_ref().map_err(|error| failed("start the spawner thread")(clone_error(error)))?;
+        let (done, answer) = mpsc::sync_channel(1);
+        let gone = || failed("start")(io::Error::other("the spawner thread has ended"));
+        jobs.send((command, done)).map_err(|_| gone())?;
+        let pid = answer.recv().map_err(|_| gone())?.map_err(failed("start"))?;
+        Child::adopt(pid)
+    }
+}
+
+fn clone_error(error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), error.to_string())
+}
+
+/// In the child: into its cgroups, before it has allocated anything that would be somebody else's.
+fn join(cgroups: &[File]) -> io::Result<()> {
+    for procs in cgroups {
+        // 0 stands for the writer (cgroup-v2.rst; the same on v1).
+        let mut procs = procs;
+        procs.write_all(b"0")?;
+    }
+    Ok(())
+}
+
+/// In the child.
+fn become_user(uid: u32, gid: u32) -> io::Result<()> {
+    let (uid, gid) = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(gid));
+    nix::unistd::setgroups(&[])?;
+    nix::unistd::setresgid(gid, gid, gid)?;
+    nix::unistd::setresuid(uid, uid, uid)?;
+    Ok(())
+}
+
+/// In the child, after a change of user (which would reset it, prctl(2)): SIGKILL when the shim ends.
+fn die_with(shim: u32) -> io::Result<()> {
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+    // It may have ended before the call: then nobody would ever send the signal.
+    if nix::unistd::getppid().as_raw() as u32 != shim {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    Ok(())
+}
+
+/// In the child: moves each descriptor to its number, without close-on-exec. By way of numbers far above, because a target may be
+/// another's source.
+fn place(fds: &[(i32, i32)]) -> io::Result<()> {
+    let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    // Whatever the shim itself was given without close-on-exec is not for them.
+    // SAFETY: it changes a flag of descriptors and touches no memory.
+    check(unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) })?;
+    for (index, (fd, _)) in fds.iter().enumerate() {
+        // SAFETY: dup3 on numbers touches no memory.
+        check(unsafe { libc::dup3(*fd, PARKING + index as i32, libc::O_CLOEXEC) })?;
+    }
+    for (index, (_, target)) in fds.iter().enumerate() {
+        // SAFETY: as above.
+        check(unsafe { libc::dup2(PARKING + index as i32, *target) })?;
+    }
+    Ok(())
+}
+
+/// How a child ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended(pub ExitStatus);
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.0.code(), self.0.signal()) {
+            (Some(code), _) => write!(f, "exited with status {code}"),
+            (_, Some(signal)) => write!(f, "was killed by signal {signal}"),
+            _ => write!(f, "ended with {}", self.0),
+        }
+    }
+}
+
+/// A child of the shim. Whoever drops it leaves the process running.
+#[derive(Debug)]
+pub struct Child {
+    id: ProcessId,
+    pidfd: OwnedFd,
+    ended: watch::Receiver<Option<Ended>>,
+}
+
+impl Child {
+    /// Takes charge of a child that was just started, and of waiting for it.
+    fn adopt(pid: u32) -> Result<Self, LaunchError> {
+        // It is our child and not yet waited for, so the pid cannot be anybody else's.
+        let id = ProcessId::of(pid).and_then(|id| id.ok_or_else(|| io::ErrorKind::NotFound.into()));
+        let id = id.map_err(failed("read the child's start time"))?;
+        let open = || pidfd_open(pid).and_then(|fd| fd.ok_or_else(|| io::ErrorKind::NotFound.into()));
+        let pidfd = open().map_err(failed("open the child's pidfd"))?;
+        let waiter = open().map_err(failed("open the child's pidfd"))?;
+        // SAFETY: an OwnedFd stays open, and the same, as long as the AsyncFd that owns it.
+        let waiter =
+            unsafe { AsyncFd::register(waiter) }.map_err(|error| failed("watch the child")(error.into_parts().1))?;
+        let (end, ended) = watch::channel(None);
+        tokio::spawn(async move { end.send_replace(Some(wait(waiter).await)) });
+        Ok(Self { id, pidfd, ended })
+    }
+
+    /// Its pid and start time.
+    pub fn process(&self) -> ProcessId {
+        self.id
+    }
+
+    /// Waits for its end, as long as it takes; any number of times.
+    pub async fn exited(&self) -> Ended {
+        let ended = self.ended.clone().wait_for(Option::is_some).await.map_or(None, |ended| *ended);
+        match ended {
+            Some(ended) => ended,
+            // Only when the runtime shuts down.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Sends SIGKILL.
+    pub fn kill(&self) {
+        match pidfd_send_signal(&self.pidfd, libc::SIGKILL) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            Err(error) => tracing::error!(pid = self.id.pid, %error, "cannot be killed"),
+        }
+    }
+}
+
+/// The only wait for this child in the process.
+async fn wait(pidfd: AsyncFd<OwnedFd>) -> Ended {
+    // Readable means that it has ended (pidfd_open(2)). An error here would be one of epoll: then waiting below says what it is.
+    let _ = pidfd.readable().await;
+    let raw = match waitid(Id::PIDFd(std::os::fd::AsFd::as_fd(pidfd.get_ref())), WaitPidFlag::WEXITED) {
+        Ok(WaitStatus::Exited(_, code)) => code << 8,
+        Ok(WaitStatus::Signaled(_, signal, _)) => signal as i32,
+        Ok(other) => {
+            tracing::error!(?other, "a wait for an exit returned something else");
+            0
+        }
+        Err(errno) => {
+            tracing::error!(%errno, "a child could not be waited for");
+            0
+        }
+    };
+    Ended(ExitStatus::from_raw(raw))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Seek};
+    use std::os::unix::net::UnixStream;
+
+    fn shell(script: &str, output: &File, fds: Vec<(OwnedFd, i32)>, user: Option<(u32, u32)>) -> Child {
+        let args = ["-c".into(), script.into()].to_vec();
+        // Not sh: dash has no redirection to descriptors of two digits.
+        Launch {
+            program: "/bin/bash".into(),
+            args,
+            fds,
+            user,
+            output: output.try_clone().unwrap(),
+            cgroups: Vec::new(),
+        }
+        .spawn()
+        .unwrap()
+    }
+
+    fn written(mut file: File) -> String {
+        let mut text = String::new();
+        file.rewind().unwrap();
+        file.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[tokio::test]
+    async fn descriptors_arrive_at_their_numbers_and_no_others() {
+        let output = tempfile::tempfile().unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (other, crossed) = UnixStream::pair().unwrap();
+        // Each at the number that the other has here.
+        let numbers = (theirs.as_raw_fd(), crossed.as_raw_fd());
+        let fds = vec![(theirs.into(), numbers.1), (crossed.into(), numbers.0)];
+        let script = format!("echo a >&{}; echo b >&{}; ls /proc/self/fd | wc -l", numbers.1, numbers.0);
+        let child = shell(&script, &output, fds, None);
+        assert_eq!(child.exited().await.to_string(), "exited with status 0");
+        for (mut end, expected) in [(ours, "a\n"), (other, "b\n")] {
+            let mut text = String::new();
+            end.read_to_string(&mut text).unwrap();
+            assert_eq!(text, expected);
+        }
+        // Standard streams, the two, and the one that ls itself has open.
+        assert_eq!(written(output).trim(), "6");
+    }
+
+    #[tokio::test]
+    async fn the_end_is_told_as_it_was() {
+        let output = tempfile::tempfile().unwrap();
+        let child = shell("exit 7", &output, Vec::new(), None);
+        assert_eq!(child.exited().await.to_string(), "exited with status 7");
+        let child = shell("sleep 60", &output, Vec::new(), None);
+        child.kill();
+        assert_eq!(child.exited().await.to_string(), "was killed by signal 9");
+        assert_eq!(child.exited().await.to_string(), "was killed by signal 9", "and again");
+        child.kill();
+    }
+
+    #[tokio::test]
+    async fn another_user_has_no_privileges_left_and_still_dies_with_us() {
+        let output = tempfile::tempfile().unwrap();
+        let script = "grep -E '^(Uid|Gid|Groups|CapEff)' /proc/self/status";
+        let child = shell(script, &output, Vec::new(), Some((65534, 65533)));
+        child.exited().await;
+        let text = written(output);
+        let fields: Vec<&str> = text.split_whitespace().collect();
+        assert_eq!(fields[..5], ["Uid:", "65534", "65534", "65534", "65534"], "{text}");
+        assert!(text.contains("Gid:\t65533"), "{text}");
+        assert!(text.contains("CapEff:\t0000000000000000"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_an_error() {
+        let output = tempfile::tempfile().unwrap();
+        let launch = Launch {
+            program: "/nonexistent/program".into(),
+            args: Vec::new(),
+            fds: Vec::new(),
+            user: None,
+            output,
+            cgroups: Vec::new(),
+        };
+        assert_eq!(launch.spawn().unwrap_err().to_string(), "start: No such file or directory (os error 2)");
+    }
+}

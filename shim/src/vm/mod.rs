@@ -1,0 +1,127 @@
+//! One virtual machine, whatever runs it: the [`Vmm`] trait and what it is told and answers.
+//!
+//! What runs inside (the guest's calls) is in `guest`; what containerd sees of it is in `sandbox`.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+
+pub mod boot;
+pub mod launch;
+pub mod qemu;
+pub mod tsc;
+pub mod virtiofsd;
+
+/// How guest instructions are executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accel {
+    /// The processor's own virtualisation.
+    Kvm,
+    /// Translation in software.
+    Tcg,
+    /// [`Accel::Tcg`] with one nanosecond of guest time for each guest instruction: a measure that does not depend on
+    /// the machine's load. For benchmarks.
+    TcgCounted,
+}
+
+/// The board that the guest sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Board {
+    /// QEMU's microvm: virtio-mmio, no ACPI, no PCI.
+    Microvm,
+    /// QEMU's q35, for what microvm has not.
+    Q35,
+}
+
+/// What a virtual machine is made of.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// Shows in the process list.
+    pub name: String,
+    /// How instructions are executed.
+    pub accel: Accel,
+    /// Which board.
+    pub board: Board,
+    /// Virtual CPUs, at least 1.
+    pub vcpus: u32,
+    /// Frequency of the host's time stamp counter, kHz, if it is known.
+    pub tsc_khz: Option<u64>,
+    /// Guest memory, MiB.
+    pub memory_mib: u64,
+    /// ELF kernel with a PVH entry.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+    /// Kernel parameters beside those that the board needs.
+    pub kernel_params: Vec<String>,
+    /// Who the machine's process runs as (uid, gid); root if none.
+    pub user: Option<(u32, u32)>,
+}
+
+/// The open files that join a machine to the shim; each socket is one end of a connected pair.
+#[derive(Debug)]
+pub struct Sockets {
+    /// vhost-user front end of the vsock device.
+    pub vsock: OwnedFd,
+    /// vhost-user front end of the share; none for a machine without one.
+    pub share: Option<OwnedFd>,
+    /// The serial console.
+    pub console: OwnedFd,
+    /// Where the machine's process writes its complaints.
+    pub log: std::fs::File,
+    /// The `cgroup.procs` of the cgroups that it lives in, opened for writing.
+    pub cgroups: Vec<std::fs::File>,
+}
+
+/// Why a machine could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file that the machine needs cannot be opened.
+    #[error("open {what} {}: {source}", path.display())]
+    Open {
+        /// Which file.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The process could not be started.
+    #[error("start {program}: {source}")]
+    Spawn {
+        /// What was started.
+        program: String,
+        /// Why not.
+        source: launch::LaunchError,
+    },
+    /// The machine's control connection failed.
+    #[error("QMP: {0}")]
+    Qmp(#[from] qemu::qmp::Error),
+    /// A system call failed.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+/// Something that runs virtual machines.
+#[async_trait]
+pub trait Vmm: Send + Sync {
+    /// Starts a machine. Returns when its process runs; the guest says itself when it is ready.
+    async fn start(&self, spec: &Spec, sockets: Sockets) -> Result<Box<dyn Machine>, Error>;
+}
+
+/// A machine that was started.
+#[async_trait]
+pub trait Machine: Send + Sync {
+    /// Its process, for the journal.
+    fn process(&self) -> crate::process::ProcessId;
+    /// Resolves when the process has ended, with how it ended. May be called any number of times.
+    async fn exited(&self) -> String;
+    /// Ends the process at once.
+    fn kill(&self);
+}

@@ -1,0 +1,201 @@
+//! QEMU's argument list, as a pure function of what the machine shall be.
+
+use crate::vm::{Accel, Board, Spec};
+
+/// Frequency of QEMU's emulated APIC timer (hw/intc/apic.c counts nanoseconds), kHz.
+const APIC_TIMER_KHZ: u64 = 1_000_000;
+
+/// Numbers of the descriptors that QEMU inherits. It opens nothing by path but its own firmware, so it can run as a user who may
+/// see none of husk's files, and no socket of it has a name.
+#[derive(Debug, Clone, Copy)]
+pub struct Fds {
+    /// The kernel, readable.
+    pub kernel: i32,
+    /// The initramfs, readable.
+    pub initrd: i32,
+    /// The console's socket.
+    pub console: i32,
+    /// QMP's socket.
+    pub qmp: i32,
+    /// The vsock device's vhost-user socket.
+    pub vsock: i32,
+    /// virtiofsd's vhost-user socket.
+    pub share: Option<i32>,
+}
+
+/// The arguments after the program's name.
+pub fn arguments(spec: &Spec, fds: &Fds) -> Vec<String> {
+    let mut args = Vec::with_capacity(48);
+    let mut push = |words: &[&str]| args.extend(words.iter().map(|word| word.to_string()));
+
+    // QEMU takes a comma in a value doubled.
+    push(&["-name", &format!("{},debug-threads=on", spec.name.replace(',', ",,"))]);
+    push(&["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
+    push(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
+    push(&["-machine", &machine(spec)]);
+    push(&["-accel", accel(spec.accel)]);
+    if spec.accel == Accel::TcgCounted {
+        push(&["-icount", "shift=0,sleep=off"]);
+    }
+    push(&["-cpu", cpu(spec.accel)]);
+    push(&["-smp", &spec.vcpus.to_string()]);
+    push(&["-m", &format!("{}M", spec.memory_mib)]);
+    // vhost-user back ends map the guest's memory, so it has to be shareable.
+    push(&["-object", &format!("memory-backend-memfd,id=memory,size={}M,share=on", spec.memory_mib)]);
+    push(&["-kernel", &format!("/dev/fd/{}", fds.kernel), "-initrd", &format!("/dev/fd/{}", fds.initrd)]);
+    push(&["-append", &append(spec)]);
+    push(&["-chardev", &format!("socket,id=console,fd={}", fds.console), "-serial", "chardev:console"]);
+    push(&["-chardev", &format!("socket,id=qmp,fd={}", fds.qmp), "-mon", "chardev=qmp,mode=control"]);
+    let bus = match spec.board {
+        Board::Microvm => "device",
+        Board::Q35 => "pci",
+    };
+    push(&["-chardev", &format!("socket,id=vsock,fd={}", fds.vsock)]);
+    push(&["-device", &format!("vhost-user-vsock-{bus},chardev=vsock")]);
+    if let Some(share) = fds.share {
+        push(&["-chardev", &format!("socket,id=share,fd={share}")]);
+        push(&["-device", &format!("vhost-user-fs-{bus},chardev=share,tag={}", husk_protos::SHARE_TAG)]);
+    }
+    args
+}
+
+fn machine(spec: &Spec) -> String {
+    match spec.board {
+        // acpi=off: with ACPI, under TCG, a tenth of the boots never see the first timer tick and hang. rtc=on: without it, the kernel waits
+        // two seconds for a clock that is not there.
+        Board::Microvm => {
+            "microvm,acpi=off,rtc=on,isa-serial=on,auto-kernel-cmdline=on,memory-backend=memory".to_owned()
+        }
+        Board::Q35 => "q35,memory-backend=memory".to_owned(),
+    }
+}
+
+fn accel(accel: Accel) -> &'static str {
+    match accel {
+        Accel::Kvm => "kvm",
+        Accel::Tcg => "tcg,thread=multi",
+        Accel::TcgCounted => "tcg,thread=single",
+    }
+}
+
+fn cpu(accel: Accel) -> &'static str {
+    match accel {
+        Accel::Kvm => "host",
+        Accel::Tcg | Accel::TcgCounted => "max",
+    }
+}
+
+fn append(spec: &Spec) -> String {
+    // reboot=t and panic=-1: with -no-reboot, both a shutdown and a panic end QEMU, and without ACPI a triple fault is the way.
+    // no_timer_check: on a host under load the timer's first ticks come so late that the kernel panics for want of a timer.
+    // rcu_expedited: mounts and cgroups wait for grace periods, which otherwise take ticks of a guest that has nothing else to do.
+    let mut words = ["console=ttyS0", "quiet", "reboot=t", "panic=-1", "no_timer_check", "rcupdate.rcu_expedited=1"].map(String::from).to_vec();
+    // Under KVM, kvmclock and the TSC's deadline timer make this needless. Otherwise the guest's counter is the host's, or the instructions
+    // counted, one a nanosecond.
+    let tsc_khz = match spec.accel {
+        Accel::Kvm => None,
+        Accel::Tcg => spec.tsc_khz,
+        Accel::TcgCounted => Some(1_000_000),
+    };
+    if let Some(khz) = tsc_khz {
+        words.push(format!("tsc_early_khz={khz}"));
+        words.push(format!("lapic_timer_khz={APIC_TIMER_KHZ}"));
+    }
+    words.extend(spec.kernel_params.iter().cloned());
+    words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> Spec {
+        Spec {
+            name: "husk-a,b".into(),
+            accel: Accel::Tcg,
+            board: Board::Microvm,
+            vcpus: 2,
+            tsc_khz: None,
+            memory_mib: 256,
+            kernel: "/k".into(),
+            initrd: "/i".into(),
+            kernel_params: vec!["husk.log=warn".into()],
+            user: None,
+        }
+    }
+
+    const FDS: Fds = Fds { kernel: 10, initrd: 11, console: 12, qmp: 13, vsock: 14, share: Some(15) };
+
+    /// The value that follows each occurrence of `option`.
+    fn values<'a>(args: &'a [String], option: &str) -> Vec<&'a str> {
+        args.windows(2).filter(|pair| pair[0] == option).map(|pair| pair[1].as_str()).collect()
+    }
+
+    #[test]
+    fn each_choice_has_its_arguments() {
+        type Change = fn(&mut Spec);
+        let table: &[(&str, Change, &str, &[&str])] = &[
+            ("commas in names are doubled", |_| (), "-name", &["husk-a,,b,debug-threads=on"]),
+            (
+                "the guest's memory is shareable",
+                |_| (),
+                "-object",
+                &["memory-backend-memfd,id=memory,size=256M,share=on"],
+            ),
+            ("files go by descriptor", |_| (), "-kernel", &["/dev/fd/10"]),
+            (
+                "microvm's devices",
+                |_| (),
+                "-device",
+                &["vhost-user-vsock-device,chardev=vsock", "vhost-user-fs-device,chardev=share,tag=husk"],
+            ),
+            (
+                "q35's devices",
+                |spec| spec.board = Board::Q35,
+                "-device",
+                &["vhost-user-vsock-pci,chardev=vsock", "vhost-user-fs-pci,chardev=share,tag=husk"],
+            ),
+            ("kvm", |spec| spec.accel = Accel::Kvm, "-cpu", &["host"]),
+            ("tcg", |_| (), "-cpu", &["max"]),
+            ("no instruction count", |_| (), "-icount", &[]),
+            ("instruction count", |spec| spec.accel = Accel::TcgCounted, "-icount", &["shift=0,sleep=off"]),
+            ("vcpus", |_| (), "-smp", &["2"]),
+            (
+                "the counter's frequency under software",
+                |spec| spec.tsc_khz = Some(2_400_000),
+                "-append",
+                &["console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 tsc_early_khz=2400000 lapic_timer_khz=1000000 husk.log=warn"],
+            ),
+            (
+                "no frequency under hardware",
+                |spec| (spec.accel, spec.tsc_khz) = (Accel::Kvm, Some(2_400_000)),
+                "-append",
+                &["console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 husk.log=warn"],
+            ),
+            (
+                "the kernel's parameters come last",
+                |_| (),
+                "-append",
+                &["console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 husk.log=warn"],
+            ),
+        ];
+        for (name, change, option, expected) in table {
+            let mut spec = spec();
+            change(&mut spec);
+            assert_eq!(values(&arguments(&spec, &FDS), option), *expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_machine_without_a_share_has_no_device_for_it() {
+        let args = arguments(&spec(), &Fds { share: None, ..FDS });
+        assert_eq!(values(&args, "-device"), ["vhost-user-vsock-device,chardev=vsock"]);
+    }
+
+    #[test]
+    fn it_never_reboots_and_always_runs_in_the_sandbox() {
+        let args = arguments(&spec(), &FDS);
+        assert!(args.iter().any(|arg| arg == "-no-reboot"));
+        assert_eq!(values(&args, "-sandbox").len(), 1);
+    }
+}

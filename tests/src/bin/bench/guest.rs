@@ -1,0 +1,261 @@
+//! The guest without containerd and shim: booted by the shim crate's own code from the production's own plan.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::api;
+use husk_protos::PORT_READY;
+use husk_protos::bundle::PutBundleRequest;
+use husk_protos::system::{Hello, InfoRequest, InfoResponse};
+use husk_shim::console::Console;
+use husk_shim::journal::Journal;
+use husk_shim::prepare::{self, Prepared};
+use husk_shim::state::State;
+use husk_shim::vm::boot::{Plan, Vm};
+use husk_shim::vm::{Accel, Machine, Sockets, Vmm};
+use husk_shim::vsock::Device;
+use husk_tests::artifacts::{built, repository};
+use husk_tests::{bundle, command, vm};
+
+use crate::report::{Column, Report, Wanted};
+
+/// A boot that takes longer hangs.
+pub const BOOT: Duration = Duration::from_secs(30);
+/// A stopped VM has to be gone by then.
+const END: Duration = Duration::from_secs(20);
+/// How long an idle guest is watched.
+const IDLE: Duration = Duration::from_secs(5);
+/// Of a console that explains a failure.
+const LINES: usize = 12;
+const CONTAINER: &str = "bench";
+
+/// The issue's limits.
+const MOST_BINARY_MIB: f64 = 5.0;
+const MOST_RSS_MIB: f64 = 4.0;
+const MOST_READY_MINSTR: f64 = 8.0;
+
+const MIB: f64 = (1 << 20) as f64;
+
+/// Everything that VMs are booted from, in a folder of its own.
+pub struct Kit {
+    folder: tempfile::TempDir,
+    prepared: Prepared,
+}
+
+impl Kit {
+    /// Prepares a container as the shim would, with a root filesystem out of the test image.
+    pub fn new() -> Result<Self> {
+        // As the shim does it first of all: what it knows by the time of the boot is passed to the guest.
+        husk_shim::vm::tsc::begin();
+        let folder = tempfile::Builder::new().prefix("husk-bench").tempdir()?;
+        let config = folder.path().join("config.toml");
+        let out = repository().join("out");
+        std::fs::write(&config, format!("image_dir = {:?}\naccel = \"tcg\"\n", out.display()))?;
+        let path = format!("{}:{}", out.display(), std::env::var("PATH").unwrap_or_default());
+        // SAFETY: no other thread reads the environment: those that run wait for processes that have ended, or read pipes.
+        unsafe {
+            std::env::set_var("HUSK_CONFIG", &config);
+            std::env::set_var("PATH", path);
+        }
+        let rootfs = folder.path().join("share").join(CONTAINER).join("rootfs");
+        unpack_image(&rootfs)?;
+        let bundle = folder.path().join("bundle");
+        std::fs::create_dir(&bundle)?;
+        std::fs::write(bundle.join("config.json"), bundle::spec(CONTAINER, &["true"]).to_string())?;
+        let request =
+            api::CreateTaskRequest { id: CONTAINER.into(), bundle: bundle.display().to_string(), ..Default::default() };
+        let prepared = prepare::prepare(&request, CONTAINER)?;
+        Ok(Self { folder, prepared })
+    }
+
+    fn plan(&self, accel: Accel) -> (Box<dyn Vmm>, Plan) {
+        let (vmm, mut plan) = prepare::plan(&self.prepared, self.folder.path().join("share"));
+        plan.spec.accel = accel;
+        plan.boot_timeout = BOOT;
+        // The VM stays in the benchmark's own cgroup.
+        plan.cgroup = None;
+        (vmm, plan)
+    }
+
+    /// Boots husk's guest; how long it took until it could be called.
+    pub async fn boot(&self, accel: Accel) -> Result<(Booted, Duration)> {
+        let (vmm, plan) = self.plan(accel);
+        let journal = Journal::new(State::create(&self.folder.path().join("state"), "bench", CONTAINER)?);
+        let started = Instant::now();
+        match Vm::boot(vmm.as_ref(), &plan, &journal).await {
+            Ok(vm) => Ok((Booted { vm, journal }, started.elapsed())),
+            Err(error) => {
+                journal.undo_all().await?;
+                Err(error).context("boot husk's guest")
+            }
+        }
+    }
+
+    /// Boots the floor; its first words, and how long it took until they came.
+    pub async fn boot_floor(&self, accel: Accel, init: &Path) -> Result<(Hello, Duration)> {
+        let (vmm, mut plan) = self.plan(accel);
+        plan.spec.initrd = self.folder.path().join("floor.img");
+        std::fs::write(&plan.spec.initrd, vm::cpio(&std::fs::read(init)?, &[]))?;
+        let started = Instant::now();
+        let (device, vsock) = Device::start(3)?;
+        let mut ready = device.listen(PORT_READY)?;
+        let (console, console_theirs) = std::os::unix::net::UnixStream::pair()?;
+        console.set_nonblocking(true)?;
+        let console = tokio::net::UnixStream::from_std(console)?;
+        let console = Console::start(console, &self.folder.path().join("floor.log"))?;
+        let sockets = Sockets {
+            vsock,
+            share: None,
+            console: console_theirs.into(),
+            log: tempfile::tempfile()?,
+            cgroups: Vec::new(),
+        };
+        let machine: Arc<dyn Machine> = vmm.start(&plan.spec, sockets).await?.into();
+        let hello = async {
+            let mut stream = ready.accept().await?;
+            anyhow::Ok(husk_protos::frame::read(&mut stream).await?)
+        };
+        let hello = tokio::time::timeout(BOOT, hello).await;
+        let took = started.elapsed();
+        machine.kill();
+        tokio::time::timeout(END, machine.exited()).await.context("QEMU does not end")?;
+        let hello = hello.map_err(anyhow::Error::from).flatten();
+        Ok((hello.with_context(|| format!("the floor did not get ready: {}", console.tail(LINES)))?, took))
+    }
+}
+
+/// Unpacks the layers of the test image, which is an OCI layout.
+fn unpack_image(rootfs: &Path) -> Result<()> {
+    let image = built("images/busybox.tar")?;
+    std::fs::create_dir_all(rootfs)?;
+    let script = r#"set -e
+layout=$(mktemp -d); trap 'rm -rf "$layout"' EXIT
+tar -x -f "$1" -C "$layout"
+for blob in "$layout"/blobs/sha256/*; do
+    # Whatever is an archive is a layer.
+    if tar -t -f "$blob" >/dev/null 2>&1; then tar -x -f "$blob" -C "$2"; fi
+done
+test -e "$2/bin/sh""#;
+    let mut unpack = std::process::Command::new("sh");
+    unpack.args(["-c", script, "sh"]).arg(&image).arg(rootfs);
+    command::run(unpack, None, Duration::from_secs(60))?.ok()?;
+    Ok(())
+}
+
+/// The floor's program.
+pub fn floor_init() -> Result<PathBuf> {
+    vm::guest_program("floor-init")
+}
+
+/// A guest of husk's that is ready.
+pub struct Booted {
+    /// The VM.
+    pub vm: Arc<Vm>,
+    journal: Journal,
+}
+
+impl Booted {
+    async fn info(&self) -> Result<InfoResponse> {
+        Ok(self.vm.guest.system.info(self.vm.guest.context(), &InfoRequest::new()).await?)
+    }
+
+    /// Ends it and removes what it made.
+    pub async fn stop(self) -> Result<()> {
+        tokio::time::timeout(END, self.vm.stop()).await.context("the VM does not stop")?;
+        self.journal.undo_all().await?;
+        Ok(())
+    }
+}
+
+/// Millions of instructions since the kernel's clock began: under `-icount shift=0` one lasts a nanosecond.
+fn minstr(hello: &Hello, milestone: &str) -> Result<f64> {
+    let found = hello.timeline.iter().find(|step| step.name == milestone);
+    Ok(found.with_context(|| format!("no milestone {milestone:?} in {:?}", hello.timeline))?.boottime_ns as f64 / 1e6)
+}
+
+/// Millions of instructions between two reports, of PID 1 with its workers, and of containers.
+fn spent(from: &InfoResponse, to: &InfoResponse) -> (f64, f64) {
+    // A microsecond is a thousand instructions.
+    let million = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
+    (million(from.init_cpu_usec, to.init_cpu_usec), million(from.containers_cpu_usec, to.containers_cpu_usec))
+}
+
+/// Boots and one container, in instructions.
+pub async fn run(report: &mut Report) -> Result<()> {
+    let kit = Kit::new()?;
+    let (floor, _) = kit.boot_floor(Accel::TcgCounted, &floor_init()?).await?;
+    let (booted, _) = kit.boot(Accel::TcgCounted).await?;
+    let hello = booted.vm.hello.clone();
+    let to_init = [(Column::Husk, minstr(&hello, "init")?), (Column::Floor, minstr(&floor, "init")?)];
+    report.row("kernel's clock starts -> PID 1", "M instr", &to_init, Wanted::Any);
+    let to_ready = |hello: &Hello| Ok::<_, anyhow::Error>(minstr(hello, "ready")? - minstr(hello, "init")?);
+    let ready = [(Column::Husk, to_ready(&hello)?), (Column::Floor, to_ready(&floor)?)];
+    report.row("PID 1 -> ready", "M instr", &ready, Wanted::AtMost(MOST_READY_MINSTR));
+    for pair in hello.timeline.windows(2) {
+        let name = format!("  {} -> {}", pair[0].name, pair[1].name);
+        let took = pair[1].boottime_ns.saturating_sub(pair[0].boottime_ns) as f64 / 1e6;
+        report.row(&name, "M instr", &[(Column::Husk, took)], Wanted::Any);
+    }
+    one_container(&booted, &kit, report).await?;
+    booted.stop().await
+}
+
+async fn one_container(booted: &Booted, kit: &Kit, report: &mut Report) -> Result<()> {
+    let guest = &booted.vm.guest;
+    let spec = serde_json::to_vec(&kit.prepared.rewritten.spec)?;
+    let put = PutBundleRequest { id: CONTAINER.into(), spec, ..Default::default() };
+    let path = guest.bundle.put(guest.context(), &put).await?.path;
+
+    // What a report itself costs is known from two in a row.
+    let before = booted.info().await?;
+    let from = booted.info().await?;
+    let (cost, _) = spent(&before, &from);
+    let create = api::CreateTaskRequest { id: CONTAINER.into(), bundle: path, ..Default::default() };
+    guest.task.create(guest.context(), &create).await?;
+    let created = booted.info().await?;
+    let start = api::StartRequest { id: CONTAINER.into(), ..Default::default() };
+    guest.task.start(guest.context(), &start).await?;
+    let wait = api::WaitRequest { id: CONTAINER.into(), ..Default::default() };
+    let status = guest.task.wait(guest.context(), &wait).await?.exit_status;
+    ensure!(status == 0, "the container ended with {status}");
+    let ended = booted.info().await?;
+    let delete = api::DeleteRequest { id: CONTAINER.into(), ..Default::default() };
+    guest.task.delete(guest.context(), &delete).await?;
+    let deleted = booted.info().await?;
+
+    let steps =
+        [("Create", &from, &created), ("Start, run `true`, Wait", &created, &ended), ("Delete", &ended, &deleted)];
+    let mut sum = 0.0;
+    for (name, from, to) in steps {
+        let (init, containers) = spent(from, to);
+        let total = (init - cost).max(0.0) + containers;
+        sum += total;
+        report.row(&format!("  {name}"), "M instr", &[(Column::Husk, total)], Wanted::Any);
+    }
+    report.row("Create + Start + Wait + Delete, idle time excluded", "M instr", &[(Column::Husk, sum)], Wanted::Any);
+    Ok(())
+}
+
+/// Sizes of the init, and what it does when there is nothing to do.
+pub async fn footprint(report: &mut Report) -> Result<()> {
+    let binary = built("husk-init")?.metadata()?.len() as f64 / MIB;
+    report.row("size of the init's binary", "MiB", &[(Column::Husk, binary)], Wanted::AtMost(MOST_BINARY_MIB));
+    let kit = Kit::new()?;
+    let (booted, _) = kit.boot(Accel::Tcg).await?;
+    let before = booted.info().await?;
+    let from = booted.info().await?;
+    // The one thing that is measured here is that nothing happens.
+    tokio::time::sleep(IDLE).await;
+    let to = booted.info().await?;
+    let rss = to.init_rss_bytes as f64 / MIB;
+    report.row("RSS of the init, idle", "MiB", &[(Column::Husk, rss)], Wanted::AtMost(MOST_RSS_MIB));
+    let used = to.memory_total_bytes.saturating_sub(to.memory_available_bytes) as f64 / MIB;
+    report.row("memory that the guest does not have for containers", "MiB", &[(Column::Husk, used)], Wanted::Any);
+    let per_report = from.init_context_switches.saturating_sub(before.init_context_switches);
+    let switches = to.init_context_switches.saturating_sub(from.init_context_switches).saturating_sub(per_report);
+    let rate = switches as f64 / IDLE.as_secs_f64();
+    report.row("wake-ups of the init, idle guest", "per s", &[(Column::Husk, rate)], Wanted::AtMost(0.0));
+    booted.stop().await
+}

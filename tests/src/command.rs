@@ -1,0 +1,153 @@
+//! Runs a program to its end, or to a deadline.
+
+use std::fmt;
+use std::io::{Read, Write};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::process;
+
+/// Most bytes of output that are kept: a test that makes more has gone wrong.
+const MOST_OUTPUT: u64 = 512 * 1024 * 1024;
+
+/// How a program ended and what it said.
+pub struct Output {
+    /// As waited for.
+    pub status: ExitStatus,
+    /// Everything from its stdout.
+    pub stdout: Vec<u8>,
+    /// Everything from its stderr.
+    pub stderr: Vec<u8>,
+    /// From start to end, streams included.
+    pub took: Duration,
+    /// The command line, for messages.
+    line: String,
+}
+
+impl Output {
+    /// Exit code, 128 + n for signal n.
+    pub fn code(&self) -> i32 {
+        use std::os::unix::process::ExitStatusExt;
+        self.status.code().unwrap_or_else(|| 128 + self.status.signal().unwrap_or_default())
+    }
+
+    /// Stdout as text, without the last line's end.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).trim_end().to_owned()
+    }
+
+    /// Stderr as text.
+    pub fn errors(&self) -> String {
+        String::from_utf8_lossy(&self.stderr).into_owned()
+    }
+
+    /// Itself if the exit code is `code`; otherwise an error with all that was said.
+    pub fn expect_code(self, code: i32) -> Result<Self> {
+        if self.code() != code {
+            bail!("wanted exit code {code}: {self}");
+        }
+        Ok(self)
+    }
+
+    /// Itself if the exit code is 0.
+    pub fn ok(self) -> Result<Self> {
+        self.expect_code(0)
+    }
+}
+
+impl fmt::Display for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shorten = |bytes: &[u8]| String::from_utf8_lossy(&bytes[..bytes.len().min(4096)]).into_owned();
+        write!(f, "`{}` ended with {} after {:.1?}", self.line, self.code(), self.took)?;
+        write!(f, "\n--- stdout ---\n{}\n--- stderr ---\n{}", shorten(&self.stdout), shorten(&self.stderr))
+    }
+}
+
+impl fmt::Debug for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Runs `command` with `stdin` to its end. After `deadline` it and all that it started are killed, and that is an error.
+pub fn run(mut command: Command, stdin: Option<Vec<u8>>, deadline: Duration) -> Result<Output> {
+    let line = describe(&command);
+    command.stdin(if stdin.is_some() { Stdio::piped() } else { Stdio::null() });
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().with_context(|| format!("start `{line}`"))?;
+    collect(child, stdin, line, deadline)
+}
+
+/// Waits for a child whose streams are piped; see [`run`].
+fn collect(mut child: Child, stdin: Option<Vec<u8>>, line: String, deadline: Duration) -> Result<Output> {
+    let started = Instant::now();
+    let pid = child.id() as i32;
+    if let (Some(bytes), Some(mut pipe)) = (stdin, child.stdin.take()) {
+        // A program that ends before it has read everything is no error of the writer.
+        thread::spawn(move || drop(pipe.write_all(&bytes)));
+    }
+    let stdout = drain(child.stdout.take());
+    let stderr = drain(child.stderr.take());
+    let (ended, end) = mpsc::channel();
+    thread::spawn(move || drop(ended.send(child.wait())));
+    let left = || deadline.saturating_sub(started.elapsed());
+    let status = match end.recv_timeout(left()) {
+        Ok(status) => status.with_context(|| format!("wait for `{line}`"))?,
+        Err(_) => {
+            let tree: Vec<String> = process::descendants(pid).into_iter().map(|p| p.command).collect();
+            process::kill_tree(pid);
+            let grace = Duration::from_secs(2);
+            let (out, err) =
+                (stdout.recv_timeout(grace).unwrap_or_default(), stderr.recv_timeout(grace).unwrap_or_default());
+            bail!(
+                "`{line}` was not done after {deadline:?}\n--- stdout ---\n{}\n--- stderr ---\n{}\n--- below it ---\n{}",
+                String::from_utf8_lossy(&out),
+                String::from_utf8_lossy(&err),
+                tree.join("\n")
+            );
+        }
+    };
+    let stdout =
+        stdout.recv_timeout(left()).with_context(|| format!("`{line}` has ended, its stdout is still open"))?;
+    let stderr =
+        stderr.recv_timeout(left()).with_context(|| format!("`{line}` has ended, its stderr is still open"))?;
+    Ok(Output { status, stdout, stderr, took: started.elapsed(), line })
+}
+
+/// Reads a stream to its end in a thread of its own.
+fn drain(stream: Option<impl Read + Send + 'static>) -> mpsc::Receiver<Vec<u8>> {
+    let (done, result) = mpsc::channel();
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(stream) = stream {
+            // What was read before an error is what the test gets to see.
+            let _ = stream.take(MOST_OUTPUT).read_to_end(&mut bytes);
+        }
+        drop(done.send(bytes));
+    });
+    result
+}
+
+/// The command line, for messages.
+pub fn describe(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
+
+/// Polls `probe` until it gives a value; the last resort where nothing tells that something has happened.
+pub fn wait_for<T>(deadline: Duration, what: &str, mut probe: impl FnMut() -> Option<T>) -> Result<T> {
+    let started = Instant::now();
+    loop {
+        if let Some(value) = probe() {
+            return Ok(value);
+        }
+        if started.elapsed() > deadline {
+            bail!("{what}: not within {deadline:?}");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,480 @@
+//! A containerd of one's own: its `/run`, its mounts and its processes live in namespaces that vanish with it.
+//!
+//! The daemon lives in a PID namespace and in a mount namespace whose `/run` is an empty tmpfs. So its paths are the usual
+//! ones and yet private, a test sees every process and mount that a shim leaves behind and no others, and when the test
+//! ends, however it ends, the kernel ends the daemon, its shims and their VMs and drops their mounts.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use crate::artifacts::{Runtime, Version, built, repository};
+use crate::command::{self, Output};
+use crate::process::{self, Process};
+
+/// containerd's namespace that all tests use.
+pub const NAMESPACE: &str = "husk-test";
+/// Longest that a daemon may take until it serves.
+const START: Duration = Duration::from_secs(30);
+/// Longest for one `ctr`: VMs without an accelerator, on a machine that does other things as well.
+const CTR: Duration = Duration::from_secs(90);
+/// Lines of the daemon's log that are kept for failure messages.
+const LOG_LINES: usize = 2000;
+
+const CONFIG: &str = r#"version = 2
+root = "/run/containerd/root"
+state = "/run/containerd/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
+  "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt"]
+[grpc]
+address = "/run/containerd/containerd.sock"
+"#;
+
+/// Process 1 is a shell that reaps what shims leave to it, as a machine's init does; containerd itself reaps only its own.
+/// A shell ignores SIGINT and SIGQUIT for what it runs in the background, and containers would inherit that.
+const STAGE: &str = r#"set -e
+mount --make-rshared /
+mount -t tmpfs -o mode=755 tmpfs /run
+mkdir -p /run/containerd /run/lock
+printf %s "$HUSK_TEST_CONFIG" > /run/containerd/config.toml
+unset HUSK_TEST_CONFIG
+env --default-signal=INT,QUIT "$0" --log-level "${HUSK_TEST_LOG:-info}" -c /run/containerd/config.toml &
+wait $!"#;
+
+/// A running daemon with the test image in it.
+pub struct Containerd {
+    version: Version,
+    runtime: Runtime,
+    bin: PathBuf,
+    pid: i32,
+    token: String,
+    image: String,
+    next: AtomicU32,
+    unpacked: OnceLock<Result<(), String>>,
+    log: Arc<Mutex<VecDeque<String>>>,
+    ended: Mutex<mpsc::Receiver<std::io::Result<ExitStatus>>>,
+}
+
+/// A containerd whose shims read a husk configuration of the test's own.
+pub struct Configured {
+    /// The daemon.
+    pub containerd: Containerd,
+    _folder: tempfile::TempDir,
+}
+
+impl Configured {
+    /// Starts one; `config` is the text of the configuration file.
+    pub fn start(config: &str) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("config.toml");
+        std::fs::write(&path, config)?;
+        let env = vec![("HUSK_CONFIG".to_owned(), path.display().to_string())];
+        Ok(Self { containerd: Containerd::with(Setup { env, ..Setup::default() })?, _folder: folder })
+    }
+}
+
+/// What is special about a daemon.
+#[derive(Default)]
+pub struct Setup {
+    /// [`Version::default_for_tests`] if not given.
+    pub version: Option<Version>,
+    /// [`Runtime::under_test`] if not given.
+    pub runtime: Option<Runtime>,
+    /// Environment of the daemon, and so of its shims.
+    pub env: Vec<(String, String)>,
+}
+
+impl Containerd {
+    /// Starts one of the given version for the runtime under test.
+    pub fn start(version: Version) -> Result<Self> {
+        Self::with(Setup { version: Some(version), ..Setup::default() })
+    }
+
+    /// The daemon that the tests of one binary share; it ends with the process.
+    pub fn shared() -> Result<&'static Self> {
+        Self::shared_of(Version::default_for_tests())
+    }
+
+    /// The shared one of this version.
+    pub fn shared_of(version: Version) -> Result<&'static Self> {
+        static SHARED: [OnceLock<Result<Containerd, String>>; 3] = [const { OnceLock::new() }; 3];
+        let shared = SHARED[version as usize].get_or_init(|| Self::start(version).map_err(|e| format!("{e:?}")));
+        shared.as_ref().map_err(|e| anyhow!("{e}"))
+    }
+
+    /// Starts one with these particulars.
+    pub fn with(setup: Setup) -> Result<Self> {
+        static DAEMONS: AtomicU32 = AtomicU32::new(0);
+        let version = setup.version.unwrap_or_else(Version::default_for_tests);
+        let runtime = setup.runtime.unwrap_or_else(Runtime::under_test);
+        let token = format!("{}x{}", std::process::id(), DAEMONS.fetch_add(1, Ordering::Relaxed));
+        let bin = version.bin()?;
+        let tarball = built("images/busybox.tar")?;
+        let out = repository().join("out");
+        if runtime == Runtime::Husk {
+            built(runtime.shim())?;
+        }
+
+        let name = format!("husk-tests-{token}");
+        let address = SocketAddr::from_abstract_name(&name).context("name the readiness socket")?;
+        let ready = UnixDatagram::bind_addr(&address).context("bind the readiness socket")?;
+        let path = format!("{}:{}:{}", out.display(), bin.display(), std::env::var("PATH").unwrap_or_default());
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--pid", "--fork", "--kill-child=KILL", "--propagation", "slave", "--mount-proc"]);
+        command.args(["sh", "-c", STAGE]).arg(bin.join("containerd"));
+        command.env("PATH", path).env("NOTIFY_SOCKET", format!("@{name}")).env("HUSK_TEST_CONFIG", CONFIG);
+        command.envs(setup.env);
+
+        let log = Arc::new(Mutex::new(VecDeque::new()));
+        let (pid, ended) = keep(command, log.clone())?;
+        let mut daemon = Self {
+            version,
+            runtime,
+            bin,
+            pid,
+            token,
+            image: String::new(),
+            next: AtomicU32::new(0),
+            unpacked: OnceLock::new(),
+            log,
+            ended: Mutex::new(ended),
+        };
+        daemon.await_ready(&ready).with_context(|| daemon.log_tail())?;
+        daemon.image = daemon.import(&tarball).with_context(|| daemon.log_tail())?;
+        Ok(daemon)
+    }
+
+    /// Blocks until the daemon says that it serves, or has ended, or the deadline is over.
+    fn await_ready(&mut self, ready: &UnixDatagram) -> Result<()> {
+        let unshare = self.pid;
+        ready.set_read_timeout(Some(Duration::from_millis(200)))?;
+        let mut message = [0; 256];
+        command::wait_for(START, "containerd says that it serves", || match ready.recv(&mut message) {
+            Ok(length) if message[..length].starts_with(b"READY=1") => Some(Ok(())),
+            _ => Process::read(unshare).is_none_or(|p| p.zombie).then(|| bail!("containerd has ended")),
+        })??;
+        self.pid = process::descendants(unshare)
+            .into_iter()
+            .find(|process| process.parent == unshare)
+            .map(|process| process.pid)
+            .context("containerd has no process")?;
+        Ok(())
+    }
+
+    fn import(&self, tarball: &Path) -> Result<String> {
+        self.ctr(["image", "import"]).arg(tarball.display()).ok()?;
+        let images = self.ctr(["image", "ls", "-q"]).ok()?.text();
+        Ok(images.lines().next().context("no image after the import")?.to_owned())
+    }
+
+    /// Where the image's files are, read-only, for callers that mount them by themselves.
+    pub fn unpacked_image(&self) -> Result<&'static str> {
+        const FOLDER: &str = "/run/image";
+        let mount = || {
+            std::fs::create_dir_all(self.path(FOLDER))?;
+            self.ctr(["image", "mount", &self.image, FOLDER]).ok().map(drop)
+        };
+        let unpacked = self.unpacked.get_or_init(|| mount().map_err(|e| format!("{e:?}")));
+        unpacked.as_ref().map(|()| FOLDER).map_err(|e| anyhow!("{e}"))
+    }
+
+    /// Its release line.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// The shim that its containers run with.
+    pub fn runtime(&self) -> Runtime {
+        self.runtime
+    }
+
+    /// Name of the busybox image in it.
+    pub fn image(&self) -> &str {
+        &self.image
+    }
+
+    /// Process 1 of its PID namespace, as the test sees it: everything that it and its shims start is below.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Part of every container id that it hands out, and of nobody else's.
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
+    /// Folder with its programs.
+    pub fn bin(&self) -> &Path {
+        &self.bin
+    }
+
+    /// The shim process that serves `id`, and what that has started.
+    pub fn shim_of(&self, id: &str) -> Result<(Process, Vec<Process>)> {
+        let ours = |process: &Process| process.name.starts_with("containerd-shim") && process.command.contains(id);
+        let shim = process::descendants(self.pid).into_iter().find(ours);
+        let shim = shim.with_context(|| format!("no shim has {id} in its command line"))?;
+        let below = process::descendants(shim.pid);
+        Ok((shim, below))
+    }
+
+    /// A container id that nobody has had.
+    pub fn id(&self, name: &str) -> String {
+        format!("{name}-{}-{}", self.token, self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The path by which the test reaches what the daemon calls `path`.
+    pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
+        let path = path.as_ref();
+        Path::new("/proc").join(self.pid.to_string()).join("root").join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// A command that will run in the daemon's mount and PID namespaces.
+    pub fn enter(&self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &self.pid.to_string(), "--mount", "--pid", "--"]).arg(program.as_ref());
+        command
+    }
+
+    /// Runs a shell command in the daemon's namespaces.
+    pub fn sh(&self, script: &str) -> Result<Output> {
+        let mut command = self.enter("sh");
+        command.args(["-c", script]);
+        command::run(command, None, CTR)?.ok()
+    }
+
+    /// A `ctr` call to be completed.
+    pub fn ctr<'a>(&'a self, args: impl IntoIterator<Item = &'a str>) -> Ctr<'a> {
+        let args = args.into_iter().map(str::to_owned).collect();
+        Ctr { containerd: self, args, stdin: None, deadline: CTR }
+    }
+
+    /// `ctr run --rm` with the runtime and the image under test.
+    pub fn run<'a>(&'a self, flags: &[&str], id: &str, args: &[&str]) -> Ctr<'a> {
+        let ctr = self.ctr(["run", "--rm", "--runtime", self.runtime.name()]);
+        ctr.args(flags).args([&self.image, id]).args(args)
+    }
+
+    /// Runs a shell script in a container of its own and gives what it printed.
+    pub fn script(&self, flags: &[&str], name: &str, script: &str) -> Result<String> {
+        Ok(self.run(flags, &self.id(name), &["sh", "-c", script]).ok()?.text())
+    }
+
+    /// `ctr run --detach`; killed and removed when dropped.
+    pub fn detached(&self, flags: &[&str], name: &str, args: &[&str]) -> Result<Container<'_>> {
+        self.detached_with(self.runtime, flags, name, args)
+    }
+
+    /// The same with another runtime than the daemon's usual one.
+    pub fn detached_with(&self, runtime: Runtime, flags: &[&str], name: &str, args: &[&str]) -> Result<Container<'_>> {
+        let container = Container { containerd: self, id: self.id(name) };
+        let ctr = self.ctr(["run", "--detach", "--runtime", runtime.name()]);
+        ctr.args(flags).args([&self.image, container.id()]).args(args).ok()?;
+        Ok(container)
+    }
+
+    /// The last lines of the daemon's log, shims' lines included.
+    pub fn log_tail(&self) -> String {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines: Vec<_> = log.iter().skip(log.len().saturating_sub(40)).cloned().collect();
+        format!("containerd {}'s last words:\n{}", self.version.name(), lines.join("\n"))
+    }
+
+    /// Lines of the daemon's log with `needle` in them.
+    pub fn logged(&self, needle: &str) -> Vec<String> {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        log.iter().filter(|line| line.contains(needle)).cloned().collect()
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        // The kernel ends all others of the namespace with its process 1.
+        if let Some(process) = Process::read(self.pid) {
+            process.kill();
+        }
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if ended.recv_timeout(Duration::from_secs(10)).is_err() && !thread::panicking() {
+            panic!("containerd did not end within 10 s of its SIGKILL");
+        }
+        remove_cgroups(&self.token);
+    }
+}
+
+/// Spawns the daemon from a thread that lives as long as the daemon does: the parent-death signal follows the thread that
+/// forked (prctl(2)), not the process.
+fn keep(
+    mut command: Command,
+    log: Arc<Mutex<VecDeque<String>>>,
+) -> Result<(i32, mpsc::Receiver<std::io::Result<ExitStatus>>)> {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    // SAFETY: prctl(2) is async-signal-safe and touches nothing of the parent's memory.
+    unsafe {
+        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        })
+    };
+    let (started, start) = mpsc::channel();
+    let (done, ended) = mpsc::channel();
+    thread::spawn(move || {
+        let mut child = match command.spawn() {
+            Ok(child) => child,
+            Err(e) => return drop(started.send(Err(e))),
+        };
+        let stderr = child.stderr.take();
+        drop(started.send(Ok(child.id() as i32)));
+        for line in stderr.map(BufReader::new).into_iter().flat_map(BufRead::lines).map_while(Result::ok) {
+            let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
+            log.push_back(line);
+            if log.len() > LOG_LINES {
+                log.pop_front();
+            }
+        }
+        drop(done.send(child.wait()));
+    });
+    let pid = start.recv().context("the daemon's thread has ended")?.context("start unshare")?;
+    Ok((pid, ended))
+}
+
+/// Removes what containers with `token` in their ids have left in the cgroup hierarchies.
+fn remove_cgroups(token: &str) {
+    for folder in crate::leftovers::cgroups(token).iter().rev() {
+        // One that is in use or gone is not ours to remove any more.
+        let _ = std::fs::remove_dir(folder);
+    }
+}
+
+/// A `ctr` call in the making.
+pub struct Ctr<'a> {
+    containerd: &'a Containerd,
+    args: Vec<String>,
+    stdin: Option<Vec<u8>>,
+    deadline: Duration,
+}
+
+impl Ctr<'_> {
+    /// Adds an argument.
+    pub fn arg(mut self, arg: impl ToString) -> Self {
+        self.args.push(arg.to_string());
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args(mut self, args: impl IntoIterator<Item = impl AsRef<str>>) -> Self {
+        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self
+    }
+
+    /// Gives it a stdin; without one it is /dev/null.
+    pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.stdin = Some(bytes.into());
+        self
+    }
+
+    /// Instead of the usual deadline.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// As a command, for callers that don't want to wait for its end.
+    pub fn command(&self) -> Command {
+        let mut command = self.containerd.enter(self.containerd.bin.join("ctr"));
+        command.args(["--namespace", NAMESPACE]).args(&self.args);
+        command
+    }
+
+    /// Runs it to its end, whatever that is.
+    pub fn output(self) -> Result<Output> {
+        let command = self.command();
+        command::run(command, self.stdin, self.deadline).with_context(|| self.containerd.log_tail())
+    }
+
+    /// Runs it and wants exit code 0.
+    pub fn ok(self) -> Result<Output> {
+        self.expect_code(0)
+    }
+
+    /// Runs it and wants this exit code.
+    pub fn expect_code(self, code: i32) -> Result<Output> {
+        let containerd = self.containerd;
+        self.output()?.expect_code(code).with_context(|| containerd.log_tail())
+    }
+}
+
+/// A container that runs in the background.
+pub struct Container<'a> {
+    containerd: &'a Containerd,
+    id: String,
+}
+
+impl Container<'_> {
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// `ctr task exec` of a command in it.
+    pub fn exec(&self, args: &[&str]) -> Ctr<'_> {
+        let id = self.containerd.id("exec");
+        self.containerd.ctr(["task", "exec", "--exec-id"]).arg(id).arg(&self.id).args(args)
+    }
+
+    /// What a shell script prints in it.
+    pub fn script(&self, script: &str) -> Result<String> {
+        Ok(self.exec(&["sh", "-c", script]).ok()?.text())
+    }
+
+    /// `ctr task kill`.
+    pub fn kill(&self, signal: &str) -> Result<Output> {
+        self.containerd.ctr(["task", "kill", "--signal", signal, &self.id]).ok()
+    }
+
+    /// `ctr task rm`; the exit status that it reports.
+    pub fn delete_task(&self) -> Result<i32> {
+        let deleted = self.containerd.ctr(["task", "rm", &self.id]).output()?;
+        // Some versions end with the status, others only warn of it.
+        match (deleted.code(), deleted.errors().rsplit_once("non-zero exit code ")) {
+            (0, Some((_, status))) => {
+                let digits: String = status.chars().take_while(char::is_ascii_digit).collect();
+                Ok(digits.parse()?)
+            }
+            (0, None) => Ok(0),
+            (code, _) if deleted.errors().is_empty() => Ok(code),
+            _ => bail!("{deleted}"),
+        }
+    }
+
+    /// The status column of `ctr task ls`; nothing when there is no such task.
+    pub fn status(&self) -> Result<Option<String>> {
+        let list = self.containerd.ctr(["task", "ls"]).ok()?.text();
+        let line = list.lines().find(|line| line.split_whitespace().next() == Some(&self.id));
+        Ok(line.and_then(|line| line.split_whitespace().nth(2)).map(str::to_owned))
+    }
+
+    /// Waits until `ctr task ls` shows this status.
+    pub fn await_status(&self, status: &str) -> Result<()> {
+        let what = format!("task {} is {status}", self.id);
+        command::wait_for(Duration::from_secs(30), &what, || {
+            self.status().map(|now| (now.as_deref() == Some(status)).then_some(())).transpose()
+        })?
+    }
+}
+
+impl Drop for Container<'_> {
+    fn drop(&mut self) {
+        // Already gone is fine: the tests that delete by themselves come here too.
+        let _ = self.containerd.ctr(["task", "rm", "--force", &self.id]).deadline(Duration::from_secs(30)).output();
+        let _ = self.containerd.ctr(["container", "rm", &self.id]).deadline(Duration::from_secs(30)).output();
+    }
+}

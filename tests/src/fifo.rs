@@ -1,0 +1,85 @@
+//! The client's ends of the fifos that carry a process's standard streams, as containerd's clients hold them.
+
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+
+/// Makes a fifo at `path`.
+pub fn make(path: &Path) -> Result<()> {
+    mkfifo(path, Mode::from_bits_truncate(0o600)).with_context(|| format!("mkfifo {}", path.display()))
+}
+
+/// The reading end of a fifo.
+pub struct Reader {
+    path: PathBuf,
+    file: File,
+}
+
+impl Reader {
+    /// Makes the fifo and opens it; a writer need not be there yet.
+    pub fn make(path: &Path) -> Result<Self> {
+        make(path)?;
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        Ok(Self { path: path.to_path_buf(), file })
+    }
+
+    /// What is in the fifo at this moment, without waiting for more.
+    pub fn available(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        match (&self.file).read_to_end(&mut bytes) {
+            Err(e) if e.kind() != ErrorKind::WouldBlock => Err(e).context("read fifo"),
+            _ => Ok(bytes),
+        }
+    }
+
+    /// At most `most` bytes, as soon as there are some; nothing at the end of the stream.
+    pub fn read(&mut self, most: usize, deadline: Duration) -> Result<Vec<u8>> {
+        let started = Instant::now();
+        let mut bytes = vec![0; most];
+        loop {
+            let left = deadline.saturating_sub(started.elapsed());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            // Before its first writer a fifo is neither readable nor hung up: pipe(7), poll(2).
+            if poll(&mut [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)], timeout)? == 0 {
+                bail!("nothing came through {} within {deadline:?}", self.path.display());
+            }
+            match self.file.read(&mut bytes) {
+                Ok(length) => {
+                    bytes.truncate(length);
+                    return Ok(bytes);
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e).context("read fifo"),
+            }
+        }
+    }
+
+    /// Everything until the last writer has closed.
+    pub fn read_to_end(&mut self, deadline: Duration) -> Result<Vec<u8>> {
+        let started = Instant::now();
+        let mut all = Vec::new();
+        loop {
+            let left = deadline.saturating_sub(started.elapsed());
+            let bytes = self.read(64 * 1024, left).with_context(|| format!("after {} bytes", all.len()))?;
+            if bytes.is_empty() {
+                return Ok(all);
+            }
+            all.extend_from_slice(&bytes);
+        }
+    }
+}
+
+/// Makes a fifo and opens its writing end before there is a reader.
+pub fn writer(path: &Path) -> Result<File> {
+    make(path)?;
+    // Opened both ways because opening only for writing would wait for the reader: fifo(7).
+    Ok(OpenOptions::new().read(true).write(true).open(path)?)
+}

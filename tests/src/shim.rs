@@ -1,0 +1,331 @@
+//! A shim without containerd's hand between: started by the test as containerd would, called over raw TTRPC.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use containerd_shim_protos::api;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::ttrpc::{self, Code, proto::Request};
+use serde_json::Value;
+
+use crate::artifacts::{Runtime, Version, built};
+use crate::bundle::Bundle;
+use crate::command::{self, Output};
+use crate::containerd::{Containerd, NAMESPACE};
+use crate::events::Sink;
+use crate::fifo;
+
+/// Longest for one call: a Create boots a VM without an accelerator.
+const CALL: Duration = Duration::from_secs(60);
+/// Longest that containerd waits for `start` and `delete` is 10 s and 5 s; this leaves room for a busy machine.
+const ACTION: Duration = Duration::from_secs(30);
+
+/// The Task service's name in containerd 1.x and in 2.x; the messages are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Api {
+    /// `containerd.task.v2.Task`
+    V2,
+    /// `containerd.task.v3.Task`
+    V3,
+}
+
+impl Api {
+    fn service(self) -> &'static str {
+        match self {
+            Self::V2 => "containerd.task.v2.Task",
+            Self::V3 => "containerd.task.v3.Task",
+        }
+    }
+}
+
+/// A client of the Task service.
+#[derive(Clone)]
+pub struct Task {
+    client: ttrpc::Client,
+    api: Api,
+}
+
+impl Task {
+    /// Connects to a shim's socket.
+    pub fn connect(socket: &Path, api: Api) -> Result<Self> {
+        let address = format!("unix://{}", socket.display());
+        let client = ttrpc::Client::connect(&address).with_context(|| format!("connect to the shim's {address}"))?;
+        Ok(Self { client, api })
+    }
+
+    /// Any method, under the service name of this client.
+    pub fn call<Q: Message, A: Message>(&self, method: &str, request: &Q) -> ttrpc::Result<A> {
+        let request = Request {
+            service: self.api.service().into(),
+            method: method.into(),
+            timeout_nano: CALL.as_nanos() as i64,
+            payload: request.write_to_bytes().map_err(|e| ttrpc::Error::Others(e.to_string()))?,
+            ..Default::default()
+        };
+        let answer = self.client.request(request)?;
+        A::parse_from_bytes(&answer.payload).map_err(|e| ttrpc::Error::Others(format!("decode {method}'s answer: {e}")))
+    }
+
+    /// Start; the pid.
+    pub fn start(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
+        let request = api::StartRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
+        self.call("Start", &request).map(|answer: api::StartResponse| answer.pid)
+    }
+
+    /// State.
+    pub fn state(&self, id: &str, exec: &str) -> ttrpc::Result<api::StateResponse> {
+        self.call("State", &api::StateRequest { id: id.into(), exec_id: exec.into(), ..Default::default() })
+    }
+
+    /// Wait; the exit status.
+    pub fn wait(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
+        let request = api::WaitRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
+        self.call("Wait", &request).map(|answer: api::WaitResponse| answer.exit_status)
+    }
+
+    /// Kill.
+    pub fn kill(&self, id: &str, exec: &str, signal: u32) -> ttrpc::Result<()> {
+        let request = api::KillRequest { id: id.into(), exec_id: exec.into(), signal, ..Default::default() };
+        self.call("Kill", &request).map(|_: api::Empty| ())
+    }
+
+    /// CloseIO of stdin.
+    pub fn close_stdin(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
+        let request = api::CloseIORequest { id: id.into(), exec_id: exec.into(), stdin: true, ..Default::default() };
+        self.call("CloseIO", &request).map(|_: api::Empty| ())
+    }
+
+    /// Delete; the exit status.
+    pub fn delete(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
+        let request = api::DeleteRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
+        self.call("Delete", &request).map(|answer: api::DeleteResponse| answer.exit_status)
+    }
+
+    /// Exec of a process as [`crate::bundle::process`] makes it.
+    pub fn exec(&self, id: &str, exec: &str, process: &Value, io: &Streams) -> Result<()> {
+        let spec = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
+            value: serde_json::to_vec(process)?,
+            ..Default::default()
+        };
+        let request = api::ExecProcessRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            stdin: io.stdin.clone(),
+            stdout: io.stdout.clone(),
+            stderr: io.stderr.clone(),
+            spec: MessageField::some(spec),
+            ..Default::default()
+        };
+        self.call("Exec", &request).map(|_: api::Empty| ()).with_context(|| format!("exec {exec}"))
+    }
+
+    /// Shutdown.
+    pub fn shutdown(&self, id: &str, now: bool) -> ttrpc::Result<()> {
+        let request = api::ShutdownRequest { id: id.into(), now, ..Default::default() };
+        self.call("Shutdown", &request).map(|_: api::Empty| ())
+    }
+}
+
+/// Code of a refused call; nothing for other kinds of failure.
+pub fn code<T>(answer: &ttrpc::Result<T>) -> Option<Code> {
+    match answer {
+        Err(ttrpc::Error::RpcStatus(status)) => Some(status.code()),
+        _ => None,
+    }
+}
+
+/// Paths of a process's standard streams; empty means none.
+#[derive(Debug, Clone, Default)]
+pub struct Streams {
+    /// Read by the process.
+    pub stdin: String,
+    /// Written by the process.
+    pub stdout: String,
+    /// Written by the process.
+    pub stderr: String,
+}
+
+/// How containerd starts a shim.
+pub enum Bootstrap {
+    /// Up to 2.2: flags and environment.
+    Flags,
+    /// From 2.3: `BootstrapParams` on stdin.
+    Params,
+}
+
+/// A serving shim with its bundle.
+pub struct Shim<'a> {
+    containerd: &'a Containerd,
+    /// Its first container's bundle.
+    pub bundle: Bundle,
+    /// What it publishes.
+    pub events: Sink,
+    /// Its Task service.
+    pub task: Task,
+    /// The path of its socket, as it says itself.
+    pub socket: PathBuf,
+}
+
+impl<'a> Shim<'a> {
+    /// Starts the shim under test for a container with this spec; it serves when this returns.
+    pub fn start(containerd: &'a Containerd, id: &str, spec: &Value) -> Result<Self> {
+        let bundle = Bundle::write(containerd, id, spec)?;
+        let events = Sink::start()?;
+        let started = action(containerd, &bundle, &events, &Bootstrap::Flags, "start")?.ok()?;
+        let socket = address(&started.text())?;
+        let api = match (containerd.runtime(), containerd.version()) {
+            (Runtime::Runc, Version::V2_1) => Api::V3,
+            _ => Api::V2,
+        };
+        let task = Task::connect(&containerd.path(&socket), api)?;
+        Ok(Self { containerd, bundle, events, task, socket })
+    }
+
+    /// A second client, for the service under another name.
+    pub fn client(&self, api: Api) -> Result<Task> {
+        Task::connect(&self.containerd.path(&self.socket), api)
+    }
+
+    /// The containerd in whose corner it lives.
+    pub fn containerd(&self) -> &'a Containerd {
+        self.containerd
+    }
+
+    /// Makes fifos for a process; the reading ends of stdout and stderr, and the paths for the request.
+    pub fn streams(&self, name: &str) -> Result<(Streams, fifo::Reader, fifo::Reader)> {
+        let inside = |stream: &str| self.bundle.path.join(format!("{name}.{stream}"));
+        let outside = |stream: &str| self.bundle.outside.join(format!("{name}.{stream}"));
+        let (stdout, stderr) = (fifo::Reader::make(&outside("out"))?, fifo::Reader::make(&outside("err"))?);
+        let text = |path: PathBuf| path.display().to_string();
+        let streams = Streams { stdin: String::new(), stdout: text(inside("out")), stderr: text(inside("err")) };
+        Ok((streams, stdout, stderr))
+    }
+
+    /// Create with these streams; the pid.
+    pub fn create(&self, io: &Streams) -> Result<u32> {
+        let answer: api::CreateTaskResponse = self
+            .task
+            .call("Create", &self.create_request(io))
+            .map_err(|e| anyhow::anyhow!("create {}: {e}\n--- shim's log ---\n{}", self.bundle.id, self.log()))?;
+        Ok(answer.pid)
+    }
+
+    /// What [`Self::create`] sends.
+    pub fn create_request(&self, io: &Streams) -> api::CreateTaskRequest {
+        api::CreateTaskRequest {
+            id: self.bundle.id.clone(),
+            bundle: self.bundle.path.display().to_string(),
+            rootfs: self.bundle.rootfs.clone(),
+            stdin: io.stdin.clone(),
+            stdout: io.stdout.clone(),
+            stderr: io.stderr.clone(),
+            ..Default::default()
+        }
+    }
+
+    /// What it has logged since this was last asked.
+    pub fn log(&self) -> String {
+        self.bundle.log.available().map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
+    /// Runs `delete` of the shim's binary, as containerd does for a shim that is gone.
+    pub fn delete_action(&self) -> Result<Output> {
+        action(self.containerd, &self.bundle, &self.events, &Bootstrap::Flags, "delete")
+    }
+
+    /// Runs the container to its end: exit status, stdout, stderr. It is deleted afterwards.
+    pub fn run(&self) -> Result<(u32, String, String)> {
+        let (io, mut stdout, mut stderr) = self.streams("init")?;
+        self.create(&io)?;
+        let id = &self.bundle.id;
+        let logged = |e: ttrpc::Error| anyhow::anyhow!("{id}: {e}\n--- shim's log ---\n{}", self.log());
+        self.task.start(id, "").map_err(logged)?;
+        let status = self.task.wait(id, "").map_err(logged)?;
+        let (out, err) = (stdout.read_to_end(CALL)?, stderr.read_to_end(CALL)?);
+        self.task.delete(id, "").map_err(logged)?;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim_end().to_owned();
+        Ok((status, text(out), text(err)))
+    }
+}
+
+impl Drop for Shim<'_> {
+    fn drop(&mut self) {
+        // Whatever state the test has left it in; what fails here is ended with the containerd.
+        let _ = self.task.kill(&self.bundle.id, "", 9);
+        let _ = self.task.delete(&self.bundle.id, "");
+        let _ = self.task.shutdown(&self.bundle.id, true);
+    }
+}
+
+/// Runs the shim's binary with an action as containerd does.
+pub fn action(
+    containerd: &Containerd,
+    bundle: &Bundle,
+    events: &Sink,
+    bootstrap: &Bootstrap,
+    action: &str,
+) -> Result<Output> {
+    let runtime = containerd.runtime();
+    let binary = match runtime {
+        Runtime::Husk => built(runtime.shim())?,
+        Runtime::Runc => containerd.bin().join(runtime.shim()),
+    };
+    let socket = "/run/containerd/containerd.sock";
+    let mut command: Command = containerd.enter("sh");
+    // Not exec: a shim looks at its parent, which must be in the same PID namespace.
+    command.args(["-c", r#"cd "$0" && "$@"; exit $?"#]).arg(&bundle.path).arg(binary);
+    command.args(["-namespace", NAMESPACE, "-id", &bundle.id, "-address", socket]);
+    command.arg("-publish-binary").arg(containerd.bin().join("containerd"));
+    if action == "delete" {
+        command.arg("-bundle").arg(&bundle.path);
+    }
+    let stdin = match bootstrap {
+        Bootstrap::Flags => {
+            command.env("TTRPC_ADDRESS", events.address()).env("GRPC_ADDRESS", socket);
+            command.env("NAMESPACE", NAMESPACE);
+            None
+        }
+        Bootstrap::Params => {
+            let params = containerd_shim_protos::bootstrap_api::BootstrapParams {
+                instance_id: bundle.id.clone(),
+                namespace: NAMESPACE.into(),
+                containerd_version: "2.3.0".into(),
+                containerd_ttrpc_address: events.address().into(),
+                containerd_grpc_address: socket.into(),
+                containerd_binary: containerd.bin().join("containerd").display().to_string(),
+                ..Default::default()
+            };
+            Some(params.write_to_bytes()?)
+        }
+    };
+    command::run(
+        {
+            command.arg(action);
+            command
+        },
+        stdin,
+        ACTION,
+    )
+}
+
+/// The socket's path out of what `start` has printed: a bare address, or JSON with one (containerd 2.x).
+pub fn address(printed: &str) -> Result<PathBuf> {
+    let address = match serde_json::from_str::<Value>(printed) {
+        Ok(json) => json["address"].as_str().unwrap_or_default().to_owned(),
+        Err(_) => printed.to_owned(),
+    };
+    match address.strip_prefix("unix://") {
+        Some(path) => Ok(path.into()),
+        None => bail!("`start` printed no address of a socket: {printed:?}"),
+    }
+}
+
+/// Writes all of `bytes` to a stdin fifo and closes it.
+pub fn feed(mut stdin: std::fs::File, bytes: Vec<u8>) {
+    std::thread::spawn(move || drop(stdin.write_all(&bytes)));
+}

@@ -1,0 +1,177 @@
+//! Files: root filesystems of both snapshotters, and folders and files of the host inside a container.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use husk_tests::artifacts::Runtime;
+use husk_tests::command::wait_for;
+use husk_tests::containerd::Containerd;
+
+/// `--mount` of a host path.
+fn bind(source: &Path, destination: &str, options: &str) -> String {
+    format!("type=bind,src={},dst={destination},options={options}", source.display())
+}
+
+/// Does with a root filesystem what programs do with one, and prints a line for each thing that worked.
+const EVERYDAY: &str = r#"
+cd /root
+echo content > file && [ "$(cat file)" = content ] && echo write
+echo more >> file && [ "$(wc -l < file)" = 2 ] && echo append
+mkdir -p a/b/c && mv a/b/c a/d && rmdir a/b a/d a && echo folders
+ln -s file soft && [ "$(readlink soft)" = file ] && cat soft > /dev/null && echo symlink
+ln file hard && [ "$(stat -c %h file)" = 2 ] && echo hardlink
+chmod 640 file && chown 1000:1001 file && [ "$(stat -c '%a %u %g' file)" = "640 1000 1001" ] && echo owner
+touch -d '2020-01-02 03:04:05' file && [ "$(stat -c %Y file)" = 1577934245 ] && echo time
+mkfifo pipe && [ -p pipe ] && echo fifo
+exec 3<file && rm file hard && [ "$(cat <&3 | head -1)" = content ] && echo unlinked
+mv /etc/group /etc/renamed && [ ! -e /etc/group ] && grep -q root /etc/renamed && echo lower-rename
+rm /etc/renamed && [ ! -e /etc/renamed ] && echo lower-remove
+rm -r /home && mkdir /home && [ -z "$(ls -A /home)" ] && echo opaque
+dd if=/dev/urandom of=big bs=64k count=64 2>/dev/null && cp big copy && cmp big copy && echo big
+for i in $(seq 300); do echo $i > many.$i; done && [ "$(ls | grep -c many)" = 300 ] && rm many.* && echo many
+sync && echo sync
+"#;
+
+fn everyday_work(flags: &[&str]) -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let done = containerd.script(flags, "everyday", EVERYDAY)?;
+    let wanted = "write append folders symlink hardlink owner time fifo unlinked lower-rename lower-remove opaque big \
+        many sync";
+    ensure!(done.split_whitespace().eq(wanted.split_whitespace()), "done: {done}\nwanted: {wanted}");
+    Ok(())
+}
+
+#[test]
+fn the_root_filesystem_of_overlayfs_does_what_programs_want() -> Result<()> {
+    everyday_work(&[])
+}
+
+#[test]
+fn the_root_filesystem_of_the_native_snapshotter_does_what_programs_want() -> Result<()> {
+    everyday_work(&["--snapshotter", "native"])
+}
+
+#[test]
+fn what_a_container_writes_is_not_in_the_next_one() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    containerd.script(&[], "first", "echo secret > /root/kept; rm /etc/passwd")?;
+    let seen = containerd.script(&[], "second", "ls /root; wc -l < /etc/passwd")?;
+    ensure!(!seen.contains("kept") && seen.trim() != "0", "{seen}");
+    Ok(())
+}
+
+#[test]
+fn a_folder_of_the_host_is_shared_both_ways() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let folder = tempfile::tempdir()?;
+    fs::write(folder.path().join("from-host"), "hello")?;
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
+    let script = "cat /data/from-host; echo answer > /data/from-guest; chown 1234:5678 /data/from-guest; \
+        chmod 604 /data/from-guest; mkdir /data/folder; rm /data/from-host";
+    let seen = containerd.script(&["--mount", &bind(folder.path(), "/data", "rbind:rw")], "folder", script)?;
+    ensure!(seen == "hello", "{seen}");
+    let answer = folder.path().join("from-guest");
+    let metadata = answer.metadata().context("the container's file is not on the host")?;
+    ensure!(fs::read_to_string(answer)? == "answer\n" && metadata.mode() & 0o777 == 0o604, "{metadata:?}");
+    ensure!((metadata.uid(), metadata.gid()) == (1234, 5678), "{metadata:?}");
+    ensure!(folder.path().join("folder").is_dir() && !folder.path().join("from-host").exists());
+    Ok(())
+}
+
+#[test]
+fn a_large_file_of_the_host_is_read_whole_and_written_whole() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let folder = tempfile::tempdir()?;
+    let bytes: Vec<u8> = (0..24_000_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    fs::write(folder.path().join("large"), &bytes)?;
+    let script = "sha256sum < /data/large; cp /data/large /data/copy; sha256sum < /data/copy";
+    let sums = containerd.script(&["--mount", &bind(folder.path(), "/data", "rbind:rw")], "large", script)?;
+    let sums: Vec<&str> = sums.lines().collect();
+    ensure!(sums.len() == 2 && sums[0] == sums[1], "{sums:?}");
+    ensure!(fs::read(folder.path().join("copy"))? == bytes, "the copy differs on the host");
+    Ok(())
+}
+
+#[test]
+fn a_read_only_folder_refuses_every_kind_of_write() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let folder = tempfile::tempdir()?;
+    fs::write(folder.path().join("file"), "kept")?;
+    let script = "touch /data/new; echo x > /data/file; rm /data/file; chmod 777 /data/file; \
+        mount -o remount,rw /data && echo x > /data/file; cat /data/file";
+    // Even a container that may remount has to find it read-only: the host's side enforces it.
+    let flags = ["--mount", &bind(folder.path(), "/data", "rbind:ro"), "--cap-add", "CAP_SYS_ADMIN"];
+    let ran = containerd.run(&flags, &containerd.id("ro"), &["sh", "-c", script]).output()?;
+    if containerd.runtime() == Runtime::Husk {
+        ensure!(fs::read_to_string(folder.path().join("file"))? == "kept", "{ran}");
+    }
+    ensure!(ran.errors().matches("Read-only file system").count() >= 4, "{ran}");
+    ensure!(!folder.path().join("new").exists(), "{ran}");
+    Ok(())
+}
+
+#[test]
+fn a_single_file_of_the_host_can_be_read_and_written() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let folder = tempfile::tempdir()?;
+    let (file, fixed, neighbour) = (folder.path().join("file"), folder.path().join("ro"), folder.path().join("next"));
+    fs::write(&file, "host\n")?;
+    fs::write(&fixed, "fixed\n")?;
+    fs::write(&neighbour, "unseen\n")?;
+    let flags = ["--mount", &bind(&file, "/etc/mine", "rbind:rw"), "--mount", &bind(&fixed, "/new/ro", "rbind:ro")];
+    let script = "cat /etc/mine /new/ro; echo guest >> /etc/mine; ls /new; echo x >> /new/ro";
+    let ran = containerd.run(&flags, &containerd.id("file"), &["sh", "-c", script]).output()?;
+    ensure!(ran.text() == "host\nfixed\nro", "{ran}");
+    ensure!(ran.errors().contains("Read-only file system"), "{ran}");
+    ensure!(fs::read_to_string(&file)? == "host\nguest\n" && fs::read_to_string(&fixed)? == "fixed\n");
+    Ok(())
+}
+
+#[test]
+fn a_mount_below_a_shared_folder_is_seen_and_also_one_made_later() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let top = Path::new("/run").join(containerd.id("shared"));
+    let folder = top.display();
+    containerd.sh(&format!(
+        "mkdir -p {folder}/early {folder}/late && mount -t tmpfs t {folder}/early && echo early > {folder}/early/file"
+    ))?;
+    let flags = ["--mount", &bind(&top, "/data", "rbind:rslave:rw")];
+    let container = containerd.detached(&flags, "later", &["sleep", "1000"])?;
+    ensure!(container.script("cat /data/early/file")? == "early");
+
+    containerd.sh(&format!("mount -t tmpfs t {folder}/late && echo late > {folder}/late/file"))?;
+    // A guest may remember for a moment that the file was not there.
+    let seen = || container.script("cat /data/late/file").ok();
+    let late = wait_for(Duration::from_secs(10), "the later mount is seen", seen)?;
+    ensure!(late == "late", "{late}");
+    Ok(())
+}
+
+#[test]
+fn a_tmpfs_of_the_spec_has_its_size_and_is_the_guests() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let mount = "type=tmpfs,src=tmpfs,dst=/scratch,options=size=1m:mode=711";
+    let script = "grep ' /scratch ' /proc/mounts; stat -c %a /scratch; \
+        dd if=/dev/zero of=/scratch/x bs=64k count=40 2>/dev/null || echo full";
+    let seen = containerd.script(&["--mount", mount], "tmpfs", script)?;
+    ensure!(seen.starts_with("tmpfs /scratch tmpfs ") && seen.contains("size=1024k"), "{seen}");
+    ensure!(seen.ends_with("711\nfull"), "{seen}");
+    Ok(())
+}
+
+#[test]
+fn an_exec_and_the_container_see_the_same_files() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let folder = tempfile::tempdir()?;
+    let flags = ["--mount", &bind(folder.path(), "/data", "rbind:rw")];
+    let container = containerd.detached(&flags, "same", &["sleep", "1000"])?;
+    container.script("echo one > /root/file; echo two > /data/file")?;
+    ensure!(container.script("cat /root/file /data/file")? == "one\ntwo");
+    fs::write(folder.path().join("file"), "three\n")?;
+    let fresh = || container.script("cat /data/file").ok().filter(|text| text == "three");
+    wait_for(Duration::from_secs(10), "what the host wrote is seen", fresh)?;
+    Ok(())
+}
