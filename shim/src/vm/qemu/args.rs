@@ -89,7 +89,9 @@ fn append(spec: &Spec) -> String {
     // reboot=t and panic=-1: with -no-reboot, both a shutdown and a panic end QEMU, and without ACPI a triple fault is the way.
     // no_timer_check: on a host under load the timer's first ticks come so late that the kernel panics for want of a timer.
     // rcu_expedited: mounts and cgroups wait for grace periods, which otherwise take ticks of a guest that has nothing else to do.
-    let mut words = ["console=ttyS0", "quiet", "reboot=t", "panic=-1", "no_timer_check", "rcupdate.rcu_expedited=1"].map(String::from).to_vec();
+    let mut words = ["console=ttyS0", "quiet", "reboot=t", "panic=-1", "no_timer_check", "rcupdate.rcu_expedited=1"]
+        .map(String::from)
+        .to_vec();
     // Under KVM, kvmclock and the TSC's deadline timer make this needless. Otherwise the guest's counter is the host's, or the instructions
     // counted, one a nanosecond.
     let tsc_khz = match spec.accel {
@@ -164,7 +166,9 @@ mod tests {
                 "the counter's frequency under software",
                 |spec| spec.tsc_khz = Some(2_400_000),
                 "-append",
-                &["console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 tsc_early_khz=2400000 lapic_timer_khz=1000000 husk.log=warn"],
+                &[
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 tsc_early_khz=2400000 lapic_timer_khz=1000000 husk.log=warn",
+                ],
             ),
             (
                 "no frequency under hardware",
