@@ -15,6 +15,7 @@ use ttrpc::r#async::TtrpcContext;
 
 use crate::error::{Error, Kind};
 use crate::places;
+use crate::rpc::answer;
 use crate::task::Tasks;
 
 /// The Bundle service.
@@ -121,12 +122,12 @@ fn check_name(name: &str) -> Result<(), Error> {
 #[async_trait]
 impl husk_protos::bundle_ttrpc::Bundle for Service {
     async fn put(&self, _: &TtrpcContext, request: PutBundleRequest) -> ttrpc::Result<PutBundleResponse> {
-        Ok(PutBundleResponse { path: self.put(&request)?, ..Default::default() })
+        let path = answer(async { self.put(&request) }).await?;
+        Ok(PutBundleResponse { path, ..Default::default() })
     }
 
     async fn remove(&self, _: &TtrpcContext, request: RemoveBundleRequest) -> ttrpc::Result<RemoveBundleResponse> {
-        self.remove(&request.id)?;
-        Ok(RemoveBundleResponse::new())
+        answer(async { self.remove(&request.id) }).await.map(|()| RemoveBundleResponse::new())
     }
 }
 

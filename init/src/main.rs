@@ -14,6 +14,7 @@ mod io;
 mod log;
 mod places;
 mod reaper;
+mod rpc;
 mod serve;
 mod system;
 mod task;

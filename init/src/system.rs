@@ -12,6 +12,7 @@ use ttrpc::r#async::TtrpcContext;
 use crate::boot::{Timeline, boottime_ns};
 use crate::cgroup;
 use crate::error::Error;
+use crate::rpc::answer;
 
 /// The System service.
 pub struct Service {
@@ -34,7 +35,7 @@ pub fn hello(timeline: &Timeline) -> Hello {
 #[async_trait]
 impl System for Service {
     async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> ttrpc::Result<InfoResponse> {
-        let mut info = measure().map_err(|e| Error::internal("measure the guest", &e))?;
+        let mut info = answer(async { measure().map_err(|e| Error::internal("measure the guest", &e)) }).await?;
         info.hello = Some(self.hello.clone()).into();
         Ok(info)
     }

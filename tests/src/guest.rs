@@ -243,8 +243,11 @@ impl Guest {
 
     /// Ends the guest and waits for QEMU's end.
     pub async fn shut_down(mut self) -> Result<String> {
-        // The answer and the guest's end race; either says that it worked.
-        let _ = self.task.shutdown(call(), &Default::default()).await;
+        // The answer and the end of the guest race: a connection that ends is as good as the answer.
+        let answer = self.task.shutdown(call(), &Default::default()).await;
+        if let Err(ttrpc::Error::RpcStatus(status)) = answer {
+            bail!("shutdown was refused: {status}");
+        }
         let console = self.vm.console();
         tokio::task::spawn_blocking(move || self.vm.wait(STEP)).await??;
         Ok(console)

@@ -22,7 +22,7 @@ async fn boot_counted() -> Result<Guest> {
 #[test]
 fn the_init_is_at_most_5_mib() -> Result<()> {
     let size = std::fs::metadata(workspace().join("out/husk-init"))?.len();
-    println!("{size} bytes");
+    eprintln!("{size} bytes");
     ensure!(size <= 5 * MIB, "{size} bytes");
     Ok(())
 }
@@ -33,7 +33,7 @@ async fn from_its_first_instruction_to_ready_the_init_needs_at_most_8_million() 
     let mut last = None;
     for milestone in &guest.hello.timeline {
         let step = milestone.boottime_ns - last.unwrap_or(milestone.boottime_ns);
-        println!("{:>12} {:>12} +{step}", milestone.name, milestone.boottime_ns);
+        eprintln!("{:>12} {:>12} +{step}", milestone.name, milestone.boottime_ns);
         last = Some(milestone.boottime_ns);
     }
     let at = |name: &str| -> Result<u64> {
@@ -53,7 +53,7 @@ async fn an_idle_init_holds_at_most_4_mib_and_sleeps() -> Result<()> {
     // Lets the ends of the container's connections pass.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = guest.info().await?;
-    println!("RSS {} KiB, {} fds", before.init_rss_bytes / 1024, before.init_open_fds);
+    eprintln!("RSS {} KiB, {} fds", before.init_rss_bytes / 1024, before.init_open_fds);
     ensure!(before.init_rss_bytes <= 4 * MIB, "{} bytes", before.init_rss_bytes);
     // The thing that is measured, not a wait for it.
     tokio::time::sleep(Duration::from_secs(5)).await;
@@ -61,7 +61,7 @@ async fn an_idle_init_holds_at_most_4_mib_and_sleeps() -> Result<()> {
     // The question itself wakes it up a few times, however long the pause before.
     let again = guest.info().await?;
     let woken = |from: &InfoResponse, to: &InfoResponse| to.init_context_switches - from.init_context_switches;
-    println!("switches: {} in 5 s, {} at once", woken(&before, &after), woken(&after, &again));
+    eprintln!("switches: {} in 5 s, {} at once", woken(&before, &after), woken(&after, &again));
     ensure!(woken(&before, &after) <= woken(&after, &again) + 1);
     guest.shut_down().await?;
     Ok(())
@@ -81,14 +81,14 @@ async fn what_a_container_costs_is_known() -> Result<()> {
     let ended = guest.info().await?;
     guest.delete("c", "").await?;
     let deleted = guest.info().await?;
-    println!("thousand instructions   init and workers   container   until then");
+    eprintln!("thousand instructions   init and workers   container   until then");
     for (name, from, to) in [
         ("nothing", &before, &begin),
         ("create", &begin, &created),
         ("start, run, exit", &created, &ended),
         ("delete", &ended, &deleted),
     ] {
-        println!(
+        eprintln!(
             "{name:>22} {:>17} {:>11} {:>12}",
             to.init_cpu_usec - from.init_cpu_usec,
             to.containers_cpu_usec as i64 - from.containers_cpu_usec as i64,

@@ -96,7 +96,7 @@ async fn two_hundred_containers_that_exit_at_once_are_all_accounted_for() -> Res
         async move { one(number).await.with_context(|| format!("container {number}")) }
     });
     futures::future::try_join_all(all).await.with_context(|| guest.vm.console())?;
-    println!("{CONTAINERS} containers in {:?}", began.elapsed());
+    eprintln!("{CONTAINERS} containers in {:?}", began.elapsed());
     nothing_leaked(&guest, &before).await?;
     guest.shut_down().await?;
     Ok(())
@@ -244,8 +244,8 @@ async fn what_is_refused_is_named_and_leaves_nothing() -> Result<()> {
             "SCMP_ARCH_VAX",
         ),
         ("/process/args", json!(["absent"]), Code::INTERNAL, "exec: \"absent\": executable file not found in $PATH"),
-        ("/root/path", json!("/nowhere"), Code::INTERNAL, "No such file or directory"),
-        ("/process/cwd", json!("/absent"), Code::INTERNAL, "ENOENT"),
+        ("/root/path", json!("/nowhere"), Code::INVALID_ARGUMENT, "root.path: /nowhere: No such file or directory"),
+        ("/process/cwd", json!("/proc/absent"), Code::INTERNAL, "ENOENT"),
         ("/linux/resources/unified", json!({"memory.absent": "1"}), Code::INTERNAL, "memory.absent"),
     ];
     for (pointer, value, wanted, names) in cases {
@@ -256,6 +256,22 @@ async fn what_is_refused_is_named_and_leaves_nothing() -> Result<()> {
         nothing_leaked(&guest, &before).await.context(pointer)?;
     }
     ensure!(guest.run("bad", &spec(&["true"])).await?.0 == 0, "the id is free again");
+    nothing_leaked(&guest, &before).await?;
+    guest.shut_down().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_create_that_hangs_is_ended_by_its_deadline_and_leaves_nothing() -> Result<()> {
+    let guest = Guest::boot().await?;
+    ensure!(guest.run("first", &spec(&["true"])).await?.0 == 0);
+    let before = guest.info().await?;
+    let mut hangs = spec(&["true"]);
+    hangs["hooks"] = json!({"createRuntime": [{"path": "/rootfs/bin/busybox", "args": ["sleep", "1000"]}]});
+    let (code, message) = code(guest.create("c", &hangs, "oe").await)?;
+    ensure!(code == Code::DEADLINE_EXCEEDED, "{code:?} {message}");
+    let remove = husk_protos::bundle::RemoveBundleRequest { id: "c".into(), ..Default::default() };
+    guest.bundle.remove(call(), &remove).await?;
     nothing_leaked(&guest, &before).await?;
     guest.shut_down().await?;
     Ok(())
@@ -327,7 +343,7 @@ async fn a_shutdown_stops_what_runs_and_ends_the_vm() -> Result<()> {
     let mut guest = guest;
     let mut ready = std::mem::replace(&mut guest.ready, tokio::net::UnixStream::pair()?.0);
     let console = guest.shut_down().await?;
-    println!("ended after {:?}\n{console}", began.elapsed());
+    eprintln!("ended after {:?}\n{console}", began.elapsed());
     ensure!(ready.read(&mut end).await? == 0, "the ready connection's end tells of the guest's");
     ensure!(began.elapsed() > Duration::from_secs(3), "the deaf one has its time");
     ensure!(waited.await?? == 3, "the polite one said so itself");

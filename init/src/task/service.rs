@@ -1,6 +1,5 @@
 //! containerd's Task service: maps each call onto the containers, and nothing else.
 
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -11,7 +10,6 @@ use containerd_shim_protos::api::{
     StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::Task;
-use futures::FutureExt;
 use protobuf::MessageField;
 use tokio::sync::mpsc;
 use ttrpc::r#async::TtrpcContext;
@@ -22,6 +20,7 @@ use super::tell::timestamp;
 use crate::cgroup;
 use crate::error::{Error, Kind};
 use crate::reaper::Exit;
+use crate::rpc::{Answer, answer, finish};
 
 /// The Task service.
 pub struct Service {
@@ -29,29 +28,6 @@ pub struct Service {
     pub tasks: Arc<Tasks>,
     /// Takes one message: the guest is to end.
     pub end: mpsc::Sender<()>,
-}
-
-type Answer<T> = ttrpc::Result<T>;
-
-/// Runs a call that changes something to its end, whatever becomes of the connection: ttrpc drops the handlers of one that has ended, and a
-/// create dropped half-way would leave its half. A panic becomes an error.
-async fn finish<T: Send + 'static>(call: impl Future<Output = Result<T, Error>> + Send + 'static) -> Answer<T> {
-    match tokio::spawn(call).await {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(panicked().into()),
-    }
-}
-
-/// Runs a call that may be dropped at any time. A panic becomes an error.
-async fn answer<T>(call: impl Future<Output = Result<T, Error>>) -> Answer<T> {
-    match AssertUnwindSafe(call).catch_unwind().await {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(panicked().into()),
-    }
-}
-
-fn panicked() -> Error {
-    Error::new(Kind::Internal, "the handler panicked; its message is on the guest's console")
 }
 
 fn unimplemented<T>(call: &str) -> Answer<T> {

@@ -1,13 +1,15 @@
 //! Create: from a bundle to a container whose init waits for its start.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use pathrs::Root;
 
 use super::executor::Workload;
 use super::serve::explain;
@@ -27,6 +29,8 @@ pub fn create(id: &str, bundle: &Path) -> Result<Created, Error> {
         spec.save(&config).map_err(|e| Error::internal(format_args!("write {}", config.display()), &e))?;
     }
 
+    prepare_root(&spec, bundle)?;
+
     // Made before libcontainer looks for it: it would enable every controller anew at each level. The device rules hold before the
     // first process is in it, and its devices are made under them, as runc does it.
     let group = cgroup::of(id);
@@ -44,6 +48,27 @@ pub fn create(id: &str, bundle: &Path) -> Result<Created, Error> {
         .and_then(|builder| builder.as_init(bundle).as_sibling(true).with_systemd(false).with_detach(true).build())
         .map_err(|e| explain("create", id, &e))?;
     answer(container, &spec, ignored)
+}
+
+/// Names a root that is not there, and makes the process's working folder in it, as runc does.
+fn prepare_root(spec: &Spec, bundle: &Path) -> Result<(), Error> {
+    let Some(root) = spec.root().as_ref().map(|root| bundle.join(root.path())) else { return Ok(()) };
+    let bad = |e: &dyn std::error::Error| {
+        Error::new(Kind::InvalidArgument, format!("root.path: {}: {}", root.display(), crate::error::chain(e)))
+    };
+    if !fs::metadata(&root).map_err(|e| bad(&e))?.is_dir() {
+        return Err(bad(&std::io::Error::from(ErrorKind::NotADirectory)));
+    }
+    let Some(cwd) = spec.process().as_ref().map(|process| process.cwd()) else { return Ok(()) };
+    // The quick look may follow a link out of the root; what is made is made inside, whatever links are in it.
+    if !root.join(cwd.strip_prefix("/").unwrap_or(cwd)).is_dir() {
+        let made = Root::open(&root).and_then(|root| root.mkdir_all(cwd, &Permissions::from_mode(0o755)));
+        if let Err(error) = made {
+            // A read-only root, or a mount of the spec that will bring it: if not, entering it fails by name.
+            tracing::debug!(cwd = %cwd.display(), %error, "make the working folder");
+        }
+    }
+    Ok(())
 }
 
 fn answer(mut container: Container, spec: &Spec, ignored: Vec<String>) -> Result<Created, Error> {

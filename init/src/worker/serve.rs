@@ -86,9 +86,10 @@ impl Diagnosis {
         if level > LevelFilter::INFO {
             // A developer reads along on the console, with all its processes in order.
             let console = File::options().append(true).open("/dev/console")?;
-            install(level, Mutex::new(console));
+            install(lines().with_max_level(level).with_timer(time::uptime()).with_writer(Mutex::new(console)).finish());
         } else {
-            install(LevelFilter::ERROR, writer);
+            let lines = lines().with_max_level(LevelFilter::ERROR).without_time().with_level(false);
+            install(lines.with_writer(writer).finish());
         }
         Ok(Self(file))
     }
@@ -97,22 +98,20 @@ impl Diagnosis {
         let mut text = String::new();
         let read =
             self.0.seek(SeekFrom::Start(0)).and_then(|_| (&self.0).take(DIAGNOSIS_MAX).read_to_string(&mut text));
-        // The first line comes from deepest inside.
-        if let (Ok(_), Some(line)) = (read, text.lines().next()) {
-            error.message = format!("{} ({})", error.message, line.trim());
+        // The first line comes from deepest inside. Often the error has its end already.
+        let told = |line: &str| line.split_once(": ").is_some_and(|(_, end)| error.message.contains(end));
+        if let (Ok(_), Some(line)) = (read, text.lines().next().map(str::trim).filter(|line| !told(line))) {
+            error.message = format!("{} ({line})", error.message);
         }
         error
     }
 }
 
-fn install(level: LevelFilter, writer: Mutex<File>) {
-    let subscriber = fmt::Subscriber::builder()
-        .with_max_level(level)
-        .with_timer(time::uptime())
-        .with_ansi(false)
-        .with_target(false)
-        .with_writer(writer)
-        .finish();
+fn lines() -> fmt::SubscriberBuilder {
+    fmt::Subscriber::builder().with_ansi(false).with_target(false)
+}
+
+fn install(subscriber: impl tracing::Subscriber + Send + Sync) {
     // The worker has just begun: there is no other subscriber that could stand in the way.
     let _ = tracing::subscriber::set_global_default(subscriber);
 }
