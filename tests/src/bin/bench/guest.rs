@@ -44,6 +44,14 @@ pub struct Kit {
     prepared: Prepared,
 }
 
+impl Drop for Kit {
+    fn drop(&mut self) {
+        // The file goes with the folder, and the containerds that are started later inherit the environment.
+        // SAFETY: as where it is set: no other thread reads the environment.
+        unsafe { std::env::remove_var("HUSK_CONFIG") };
+    }
+}
+
 impl Kit {
     /// Prepares a container as the shim would, with a root filesystem out of the test image.
     pub fn new() -> Result<Self> {
