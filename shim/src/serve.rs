@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use containerd_shim::{Flags, StartOpts};
 use containerd_shim_protos::api::DeleteResponse;
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -200,7 +200,7 @@ pub fn delete(flags: &Flags) -> Result<()> {
     let bundle = if flags.bundle.is_empty() { Path::new(".") } else { Path::new(&flags.bundle) };
     let sandbox = sandbox_of(bundle, &flags.id).unwrap_or_else(|_| flags.id.clone());
     match State::load(&base(), &flags.namespace, &sandbox) {
-        Ok(state) => clean_up(state, deadline)?,
+        Ok(state) => clean_up(state, &flags.id, deadline)?,
         Err(StateError::NotFound(_)) => {}
         Err(error) => return Err(error.into()),
     }
@@ -209,27 +209,27 @@ pub fn delete(flags: &Flags) -> Result<()> {
     io::stdout().write_all(&response.write_to_bytes()?).context("write stdout")
 }
 
-fn clean_up(state: State, deadline: Instant) -> Result<()> {
-    if let Some(shim) = state.shim()
-        && state.shim_lives()?
-    {
-        if !state.containers().is_empty() {
-            // It serves other containers of the pod; what was this one's it has undone itself.
-            return Ok(());
-        }
-        // It is on its way out: what it still does, it does better itself.
-        let half = deadline.saturating_duration_since(Instant::now()) / 2;
-        if !ended(shim, half)? {
-            shim.kill(Duration::from_millis(500)).context("end the shim")?;
-        }
-        // It has removed its state by now, or was killed before.
-        return match State::load(&base(), state.namespace(), state.sandbox()) {
-            Ok(left) => Ok(left.undo_all(deadline.saturating_duration_since(Instant::now()))?),
-            Err(StateError::NotFound(_)) => Ok(()),
-            Err(error) => Err(error.into()),
-        };
+fn clean_up(state: State, container: &str, deadline: Instant) -> Result<()> {
+    let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+    let Some(shim) = state.shim().filter(|_| state.shim_lives().unwrap_or(true)) else {
+        return Ok(state.undo_all(left(deadline))?);
+    };
+    let others = state.containers().keys().any(|id| id != container);
+    if others && !state.containers().contains_key(container) {
+        // It serves others of the pod; what was this one's it has undone itself.
+        return Ok(());
     }
-    Ok(state.undo_all(deadline.saturating_duration_since(Instant::now()))?)
+    // containerd asks for this when it has lost the shim. A killed one's sockets close before it counts as dead, and one on its way out does
+    // what is left to do better itself.
+    if !ended(shim, left(deadline) / 2)? {
+        ensure!(!others, "the shim, process {}, lives, and serves {container:?} and others of its pod", shim.pid);
+        shim.kill(Duration::from_millis(500)).context("end the shim")?;
+    }
+    match State::load(&base(), state.namespace(), state.sandbox()) {
+        Ok(state) => Ok(state.undo_all(left(deadline))?),
+        Err(StateError::NotFound(_)) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn ended(shim: ProcessId, within: Duration) -> io::Result<bool> {

@@ -50,9 +50,18 @@ impl Process {
 
     /// Sends SIGKILL if it is still the same process.
     pub fn kill(&self) {
+        self.signal(Signal::SIGKILL);
+    }
+
+    /// Sends SIGSTOP if it is still the same process: it is there, and does nothing any more.
+    pub fn stop(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    fn signal(&self, signal: Signal) {
         if self.is_alive() {
-            // A process that ended in between is what was wanted.
-            let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+            // A process that ended in between is no error: the caller looks at what became of it.
+            let _ = kill(Pid::from_raw(self.pid), signal);
         }
     }
 }

@@ -13,6 +13,7 @@ use husk_tests::bundle::{self, Bundle};
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Sink;
+use husk_tests::process::Process;
 use husk_tests::shim::{Api, Bootstrap, Shim, Streams, Task, action, address, code};
 
 fn is_husk(test: &str) -> bool {
@@ -195,6 +196,19 @@ fn after_shutdown_the_process_and_its_socket_are_gone() -> Result<()> {
     wait_for(Duration::from_secs(20), "the shim, its children and its socket are gone", gone)
 }
 
+/// Runs `delete` as containerd does, and looks at what it says and leaves.
+fn expect_cleaned_up(shim: &Shim, id: &str, below: &[Process]) -> Result<()> {
+    let deleted = shim.delete_action()?.ok()?;
+    ensure!(deleted.took < Duration::from_secs(5), "containerd gives it 5 s: {deleted}");
+    let answer = api::DeleteResponse::parse_from_bytes(&deleted.stdout).with_context(|| deleted.to_string())?;
+    ensure!(answer.exit_status == 137, "{answer:?}");
+    let alive: Vec<_> = below.iter().filter(|process| process.is_alive()).collect();
+    ensure!(alive.is_empty(), "still there: {alive:#?}");
+    let state = shim.containerd().path(Path::new("/run/husk/husk-test").join(id));
+    ensure!(!state.exists(), "{} is still there", state.display());
+    Ok(())
+}
+
 #[test]
 fn delete_of_a_killed_shim_reports_137_and_cleans_up() -> Result<()> {
     let containerd = Containerd::shared()?;
@@ -202,15 +216,23 @@ fn delete_of_a_killed_shim_reports_137_and_cleans_up() -> Result<()> {
     let (process, below) = containerd.shim_of(&id)?;
     process.kill();
     wait_for(Duration::from_secs(5), "the shim is dead", || (!process.is_alive()).then_some(()))?;
-    let deleted = shim.delete_action()?.ok()?;
-    ensure!(deleted.took < Duration::from_secs(5), "containerd gives it 5 s: {deleted}");
-    let answer = api::DeleteResponse::parse_from_bytes(&deleted.stdout).with_context(|| deleted.to_string())?;
-    ensure!(answer.exit_status == 137, "{answer:?}");
-    let alive: Vec<_> = below.iter().filter(|process| process.is_alive()).collect();
-    ensure!(alive.is_empty(), "still there: {alive:#?}");
-    let state = containerd.path(Path::new("/run/husk/husk-test").join(&id));
-    ensure!(!state.exists(), "{} is still there", state.display());
+    expect_cleaned_up(&shim, &id, &below)?;
     // And once more, as containerd may after a restart.
     shim.delete_action()?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn delete_ends_a_shim_that_hangs_and_cleans_up() -> Result<()> {
+    if !is_husk("delete_ends_a_shim_that_hangs_and_cleans_up") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let (shim, id) = running(containerd, "hangs")?;
+    let (process, below) = containerd.shim_of(&id)?;
+    // A shim that is being killed and is not dead yet looks the same: there, and deaf.
+    process.stop();
+    expect_cleaned_up(&shim, &id, &below)?;
+    ensure!(!process.is_alive(), "the shim is still there");
     Ok(())
 }
