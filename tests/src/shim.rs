@@ -174,8 +174,12 @@ pub struct Shim<'a> {
 impl<'a> Shim<'a> {
     /// Starts the shim under test for a container with this spec; it serves when this returns.
     pub fn start(containerd: &'a Containerd, id: &str, spec: &Value) -> Result<Self> {
+        Self::start_with(containerd, id, spec, Sink::start()?)
+    }
+
+    /// The same, publishing to this sink.
+    pub fn start_with(containerd: &'a Containerd, id: &str, spec: &Value, events: Sink) -> Result<Self> {
         let bundle = Bundle::write(containerd, id, spec)?;
-        let events = Sink::start()?;
         let started = action(containerd, &bundle, &events, &Bootstrap::Flags, "start")?.ok()?;
         let socket = address(&started.text())?;
         let api = match (containerd.runtime(), containerd.version()) {
