@@ -98,7 +98,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline) -> anyhow::Result<()> {
 /// Turns of the runtime in which an answer has passed from its handler through ttrpc's connection to the socket.
 const ANSWER_TURNS: usize = 32;
 
-/// Ends the guest: `reboot=t` on its kernel's command line and QEMU's `-no-reboot` make it QEMU's exit.
+/// Ends the guest, unless the host is faster: `reboot=t` on its kernel's command line and QEMU's `-no-reboot` make it QEMU's exit.
 fn end() -> ExitCode {
     nix::unistd::sync();
     let Err(error) = reboot(RebootMode::RB_AUTOBOOT);

@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use husk_shim::vm::qemu::args::KERNEL_PARAMETERS;
 
 /// The machine that QEMU plays.
 #[derive(Clone, Copy, Debug)]
@@ -83,16 +84,12 @@ impl Vm {
         let init = std::fs::read(&config.init).with_context(|| format!("read {}", config.init.display()))?;
         std::fs::write(&initrd, cpio(&init, &config.files)).context("write the initramfs")?;
         let (options, device) = match config.machine {
-            Machine::Microvm => ("microvm,acpi=off", "vhost-user-vsock-device"),
+            Machine::Microvm => ("microvm,acpi=off,rtc=on", "vhost-user-vsock-device"),
             Machine::Q35 => ("q35", "vhost-user-vsock-pci"),
         };
         let fd = vsock.as_raw_fd();
         let memory = config.memory;
-        let parameters = format!(
-            "console=ttyS0 quiet panic=-1 reboot=t {} {}",
-            config.kernel_parameters,
-            std::env::var("KP").unwrap_or_default()
-        );
+        let parameters = format!("{} {}", KERNEL_PARAMETERS.join(" "), config.kernel_parameters);
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"])

@@ -154,6 +154,8 @@ impl Task for Service {
         let tasks = self.tasks.clone();
         finish(async move {
             tasks.stop_all().await;
+            // Before the answer: the host ends the VM as soon as it has it. Nothing else of this process is of use any more, so it may block.
+            nix::unistd::sync();
             Ok(())
         })
         .await?;

@@ -28,7 +28,7 @@ use crate::vsock::Device;
 
 /// CID of every guest: each has a vsock device of its own, so they need not differ. 0 to 2 are reserved (vsock(7)).
 const GUEST_CID: u64 = 3;
-/// How long QEMU may take to end after the guest has said that it goes.
+/// How long QEMU may take to end by itself, when the guest does not answer, and after it was killed.
 const EXIT: Duration = Duration::from_secs(3);
 /// How long the machine's end may be noticed after its sockets'.
 const MACHINE_BEHIND: Duration = Duration::from_millis(200);
@@ -254,12 +254,13 @@ impl Vm {
         self.stopping.store(true, Ordering::Relaxed);
         if self.cause_of_death().is_none() {
             let request = ShutdownRequest { now: true, ..Default::default() };
+            // With its answer the guest has stopped everything and written back what there was: what it would still do takes longer than
+            // to end it.
             if let Err(error) = self.guest.task.shutdown(self.guest.context(), &request).await {
-                // The guest may have been faster to go than its answer to arrive.
                 tracing::debug!(%error, "no answer to the guest's shutdown");
-            }
-            if tokio::time::timeout(EXIT, self.machine.exited()).await.is_err() {
-                tracing::warn!(deadline_ms = EXIT.as_millis() as u64, "the VM did not end by itself and is killed");
+                if tokio::time::timeout(EXIT, self.machine.exited()).await.is_err() {
+                    tracing::warn!(deadline_ms = EXIT.as_millis() as u64, "the VM did not end by itself and is killed");
+                }
             }
         }
         self.machine.kill();

@@ -75,6 +75,8 @@ impl Launch {
     pub fn spawn(self) -> Result<Child, LaunchError> {
         let mut command = Command::new(&self.program);
         let error = self.output.try_clone().map_err(failed("duplicate the log's descriptor"))?;
+        // containerd's environment is not for them: its LD_LIBRARY_PATH may name the bundle's folder.
+        command.env_clear();
         command.args(&self.args).stdin(Stdio::null()).stdout(self.output).stderr(error);
         let (user, cgroups) = (self.user, self.cgroups);
         let shim = std::process::id();

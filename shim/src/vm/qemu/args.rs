@@ -81,17 +81,26 @@ fn accel(accel: Accel) -> &'static str {
 fn cpu(accel: Accel) -> &'static str {
     match accel {
         Accel::Kvm => "host",
-        Accel::Tcg | Accel::TcgCounted => "max",
+        // With these two the kernel copies and clears by the byte, which is fast on a real CPU and one turn of a loop each here.
+        Accel::Tcg | Accel::TcgCounted => "max,-erms,-fsrm",
     }
 }
 
+/// What every guest's kernel is told (Documentation/admin-guide/kernel-parameters.txt).
+///
+/// reboot=t and panic=-1: with -no-reboot, both a shutdown and a panic end QEMU, and without ACPI a triple fault is the way.
+/// no_timer_check: the kernel counts ticks of QEMU's timer against the host's time stamp counter; on a host under load they come so late
+/// that it panics for want of a timer.
+/// rcu_expedited: mounts and cgroups wait for grace periods, which otherwise take ticks of a guest that has nothing else to do.
+pub const KERNEL_PARAMETERS: [&str; 6] =
+    ["console=ttyS0", "quiet", "reboot=t", "panic=-1", "no_timer_check", "rcupdate.rcu_expedited=1"];
+
 fn append(spec: &Spec) -> String {
-    // reboot=t and panic=-1: with -no-reboot, both a shutdown and a panic end QEMU, and without ACPI a triple fault is the way.
-    // no_timer_check: on a host under load the timer's first ticks come so late that the kernel panics for want of a timer.
-    // rcu_expedited: mounts and cgroups wait for grace periods, which otherwise take ticks of a guest that has nothing else to do.
-    let mut words = ["console=ttyS0", "quiet", "reboot=t", "panic=-1", "no_timer_check", "rcupdate.rcu_expedited=1"]
-        .map(String::from)
-        .to_vec();
+    let mut words = KERNEL_PARAMETERS.map(String::from).to_vec();
+    if spec.board == Board::Microvm {
+        // There is neither, so the kernel need not look.
+        words.extend(["acpi=off", "pci=off"].map(String::from));
+    }
     // Under KVM, kvmclock and the TSC's deadline timer make this needless. Otherwise the guest's counter is the host's, or the instructions
     // counted, one a nanosecond.
     let tsc_khz = match spec.accel {
@@ -101,6 +110,8 @@ fn append(spec: &Spec) -> String {
     };
     if let Some(khz) = tsc_khz {
         words.push(format!("tsc_early_khz={khz}"));
+        // The host vouches for it: nothing here could, the other clocks are emulated.
+        words.push("tsc=reliable".to_owned());
         words.push(format!("lapic_timer_khz={APIC_TIMER_KHZ}"));
     }
     words.extend(spec.kernel_params.iter().cloned());
@@ -158,7 +169,7 @@ mod tests {
                 &["vhost-user-vsock-pci,chardev=vsock", "vhost-user-fs-pci,chardev=share,tag=husk"],
             ),
             ("kvm", |spec| spec.accel = Accel::Kvm, "-cpu", &["host"]),
-            ("tcg", |_| (), "-cpu", &["max"]),
+            ("tcg", |_| (), "-cpu", &["max,-erms,-fsrm"]),
             ("no instruction count", |_| (), "-icount", &[]),
             ("instruction count", |spec| spec.accel = Accel::TcgCounted, "-icount", &["shift=0,sleep=off"]),
             ("vcpus", |_| (), "-smp", &["2"]),
@@ -167,12 +178,20 @@ mod tests {
                 |spec| spec.tsc_khz = Some(2_400_000),
                 "-append",
                 &[
-                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 tsc_early_khz=2400000 lapic_timer_khz=1000000 husk.log=warn",
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 acpi=off pci=off tsc_early_khz=2400000 tsc=reliable lapic_timer_khz=1000000 husk.log=warn",
                 ],
             ),
             (
                 "no frequency under hardware",
                 |spec| (spec.accel, spec.tsc_khz) = (Accel::Kvm, Some(2_400_000)),
+                "-append",
+                &[
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 acpi=off pci=off husk.log=warn",
+                ],
+            ),
+            (
+                "q35's kernel looks for ACPI and PCI",
+                |spec| spec.board = Board::Q35,
                 "-append",
                 &["console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 husk.log=warn"],
             ),
@@ -180,7 +199,9 @@ mod tests {
                 "the kernel's parameters come last",
                 |_| (),
                 "-append",
-                &["console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 husk.log=warn"],
+                &[
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 acpi=off pci=off husk.log=warn",
+                ],
             ),
         ];
         for (name, change, option, expected) in table {

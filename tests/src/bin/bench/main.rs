@@ -13,6 +13,8 @@ mod host;
 mod report;
 #[cfg(not(target_env = "musl"))]
 mod side;
+#[cfg(not(target_env = "musl"))]
+mod steps;
 
 #[cfg(not(target_env = "musl"))]
 fn main() -> anyhow::Result<()> {
@@ -33,7 +35,7 @@ mod run {
     use nix::sched::{CloneFlags, unshare};
 
     use crate::report::Report;
-    use crate::{boots, guest, host, side};
+    use crate::{boots, guest, host, side, steps};
 
     /// What the command line asks for.
     struct Wanted {
@@ -47,6 +49,7 @@ mod run {
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     enum Part {
         Ctr,
+        Steps,
         Guest,
         Boot,
         Footprint,
@@ -55,8 +58,9 @@ mod run {
     }
 
     /// Name on the command line, title in the table. All but the last are run when nothing else is said.
-    const PARTS: [(Part, &str, &str); 6] = [
+    const PARTS: [(Part, &str, &str); 7] = [
         (Part::Ctr, "ctr", "ctr, wall clock"),
+        (Part::Steps, "steps", "the calls of a `ctr run`, wall clock"),
         (Part::Guest, "guest", "guest, instructions (QEMU -icount shift=0)"),
         (Part::Boot, "boot", "boot, wall clock"),
         (Part::Footprint, "footprint", "the init"),
@@ -76,6 +80,7 @@ mod run {
             report.section(title);
             let done = match part {
                 Part::Ctr => side::run(wanted.rounds, &mut report),
+                Part::Steps => steps::run(wanted.rounds, &mut report),
                 Part::Guest => runtime.block_on(guest::run(&mut report)),
                 Part::Boot => runtime.block_on(boots::beside_the_floor(wanted.rounds, &mut report)),
                 Part::Footprint => runtime.block_on(guest::footprint(&mut report)),

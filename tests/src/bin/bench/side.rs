@@ -13,10 +13,11 @@ const STREAM: usize = 32 << 20;
 /// The limit for a whole `ctr run` under TCG.
 const TIMES_RUNC: f64 = 8.0;
 
-const BOTH: [(Column, Runtime); 2] = [(Column::Husk, Runtime::Husk), (Column::Runc, Runtime::Runc)];
+/// What is measured side by side.
+pub const BOTH: [(Column, Runtime); 2] = [(Column::Husk, Runtime::Husk), (Column::Runc, Runtime::Runc)];
 
 /// Milliseconds.
-fn ms(took: Duration) -> f64 {
+pub fn ms(took: Duration) -> f64 {
     took.as_secs_f64() * 1000.0
 }
 

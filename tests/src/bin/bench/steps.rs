@@ -1,0 +1,59 @@
+//! Where the time of a `ctr run` goes: each call that containerd makes of a shim, by itself.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use husk_tests::artifacts::Runtime;
+use husk_tests::bundle;
+use husk_tests::containerd::{Containerd, Setup};
+use husk_tests::shim::{Shim, Streams};
+
+use crate::report::{Column, Report, Wanted, percentile};
+use crate::side::{BOTH, ms};
+
+/// In the order in which containerd makes them.
+const STEPS: [&str; 6] = ["start (the shim)", "Create", "Start", "Wait", "Delete", "Shutdown, and the end of the shim"];
+
+/// Times the calls for a container that runs `true`.
+pub fn run(rounds: usize, report: &mut Report) -> Result<()> {
+    let mut all: Vec<(Column, Vec<[f64; STEPS.len()]>)> = Vec::new();
+    for (column, runtime) in BOTH {
+        let containerd = Containerd::with(Setup { runtime: Some(runtime), ..Setup::default() })?;
+        // The first one reads everything from the disk.
+        once(&containerd, runtime)?;
+        let rounds = (0..rounds).map(|_| once(&containerd, runtime)).collect::<Result<_>>()?;
+        all.push((column, rounds));
+    }
+    for (index, step) in STEPS.iter().enumerate() {
+        let median = |rounds: &[[f64; STEPS.len()]]| {
+            percentile(&rounds.iter().map(|round| round[index]).collect::<Vec<_>>(), 50)
+        };
+        let values: Vec<_> = all.iter().map(|(column, rounds)| (*column, median(rounds))).collect();
+        report.row(&format!("  {step}, p50"), "ms", &values, Wanted::Any);
+    }
+    Ok(())
+}
+
+fn once(containerd: &Containerd, runtime: Runtime) -> Result<[f64; STEPS.len()]> {
+    let id = containerd.id("steps");
+    let mut took = [0.0; STEPS.len()];
+    let mut since = Instant::now();
+    let mut lap = |step: usize| {
+        took[step] = ms(since.elapsed());
+        since = Instant::now();
+    };
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["true"]))?;
+    lap(0);
+    shim.create(&Streams::default())?;
+    lap(1);
+    shim.task.start(&id, "")?;
+    lap(2);
+    ensure!(shim.task.wait(&id, "")? == 0, "`true` failed under {}", runtime.name());
+    lap(3);
+    shim.task.delete(&id, "")?;
+    lap(4);
+    // The shim may be gone before its answer is out.
+    let _ = shim.task.shutdown(&id, false);
+    lap(5);
+    Ok(took)
+}
