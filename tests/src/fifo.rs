@@ -27,6 +27,11 @@ impl Reader {
     /// Makes the fifo and opens it; a writer need not be there yet.
     pub fn make(path: &Path) -> Result<Self> {
         make(path)?;
+        Self::open(path)
+    }
+
+    /// Opens one that is there.
+    pub fn open(path: &Path) -> Result<Self> {
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
         Ok(Self { path: path.to_path_buf(), file })
     }

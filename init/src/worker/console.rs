@@ -127,10 +127,13 @@ mod tests {
             let rights = if fds.is_empty() { &[][..] } else { &rights[..] };
             sendmsg::<UnixAddr>(theirs.as_raw_fd(), &[IoSlice::new(b"x")], rights, MsgFlags::empty(), None).unwrap();
         };
-        let (_read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
         send(&[write.as_raw_fd()]);
-        let taken = take_descriptor(ours.as_raw_fd()).unwrap();
-        assert!(nix::unistd::isatty(&taken).is_err() && taken.as_raw_fd() != write.as_raw_fd());
+        drop(write);
+        nix::unistd::write(take_descriptor(ours.as_raw_fd()).unwrap(), b"through").unwrap();
+        let mut text = String::new();
+        File::from(read).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "through", "and nobody else has it");
         send(&[]);
         assert_eq!(take_descriptor(ours.as_raw_fd()).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }

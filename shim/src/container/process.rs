@@ -52,6 +52,8 @@ struct Streams {
     input: Option<Input>,
     outputs: Vec<Arc<Output>>,
     loggers: Vec<Logger>,
+    /// A client has closed the input, perhaps before it was there: one whose own ends early asks for it before the start.
+    input_closed: bool,
 }
 
 impl Process {
@@ -110,8 +112,12 @@ impl Process {
             let output = sink.map(|sink| Output::start(guest, container, &self.exec_id, kind, sink));
             streams.outputs.extend(output.map(Arc::new));
         }
-        let previous = std::mem::replace(&mut *self.streams(), streams);
-        previous.abort();
+        let mut place = self.streams();
+        streams.input_closed = place.input_closed;
+        if let Some(input) = streams.input.as_ref().filter(|_| streams.input_closed) {
+            input.close();
+        }
+        std::mem::replace(&mut *place, streams).abort();
         Ok(())
     }
 
@@ -130,7 +136,9 @@ impl Process {
 
     /// Its input ends after what has been written so far.
     pub fn close_stdin(&self) {
-        if let Some(input) = &self.streams().input {
+        let mut streams = self.streams();
+        streams.input_closed = true;
+        if let Some(input) = &streams.input {
             input.close();
         }
     }
