@@ -171,7 +171,7 @@ fn a_file_is_made_appended_to_and_shared_by_both_streams() -> Result<()> {
 
     let other = folder.path().join("made/by/the/shim");
     let uri = format!("file://{}", other.display());
-    containerd.detached(&["--log-uri", &uri], "file-made", &["sh", "-c", "echo made; sleep 1000"])?;
+    let _container = containerd.detached(&["--log-uri", &uri], "file-made", &["sh", "-c", "echo made; sleep 1000"])?;
     wait_for(DEADLINE, "the file is written", || fs::read_to_string(&other).ok().filter(|text| text == "made\n"))?;
     Ok(())
 }
