@@ -30,10 +30,10 @@ impl Reader {
         Self::open(path)
     }
 
-    /// Opens one that is there.
+    /// Opens a fifo that somebody else has made.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-        Ok(Self { path: path.to_path_buf(), file })
+        let open = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        Ok(Self { path: path.to_path_buf(), file: open.with_context(|| format!("open {}", path.display()))? })
     }
 
     /// What is in the fifo at this moment, without waiting for more.
