@@ -298,8 +298,10 @@ impl Sandbox {
     pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
         let (container, process) = self.process(id, exec_id)?;
         let vm = self.live_vm()?;
-        if !exec_id.is_empty() {
-            process.attach(&vm.guest, id, &self.namespace).await?;
+        // Not by a second start, which the guest will refuse: the streams are the first one's.
+        let attaches = !exec_id.is_empty() && process.take_start();
+        if attaches {
+            process.attach(&vm.guest, id, &self.namespace).await.inspect_err(|_| process.give_start_back())?;
         }
         let request = StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
         match vm.guest.task.start(vm.guest.context(), &request).await {
@@ -308,8 +310,9 @@ impl Sandbox {
                 Ok(response.pid)
             }
             Err(error) => {
-                if !exec_id.is_empty() {
+                if attaches {
                     process.detach();
+                    process.give_start_back();
                 }
                 tracing::warn!(container = container.id, exec = exec_id, %error, "start failed");
                 Err(error.into())
