@@ -10,8 +10,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
     CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
-    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PidsRequest, PidsResponse, ShutdownRequest, StartRequest,
-    StartResponse, StateRequest, StateResponse, WaitRequest, WaitResponse,
+    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PidsRequest, PidsResponse, ResizePtyRequest,
+    ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
 use protobuf::MessageField;
@@ -67,6 +67,7 @@ fn reply(error: Error) -> ttrpc::Error {
         Error::NotFound { .. } => Code::NOT_FOUND,
         Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
         Error::Stopping | Error::NotStopped { .. } => Code::FAILED_PRECONDITION,
+        Error::Stdio(crate::io::Error::Logger { .. }) => Code::INTERNAL,
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Boot(_) | Error::Guest(_) | Error::Dead { .. } => Code::UNAVAILABLE,
@@ -150,12 +151,9 @@ impl Task for Tasks {
         Err(unimplemented("Checkpoint"))
     }
 
-    async fn resize_pty(
-        &self,
-        _: &TtrpcContext,
-        _: containerd_shim_protos::api::ResizePtyRequest,
-    ) -> ttrpc::Result<Empty> {
-        Err(unimplemented("ResizePty"))
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        self.sandbox.resize_pty(request).await.map_err(reply)?;
+        Ok(Empty::new())
     }
 
     async fn update(

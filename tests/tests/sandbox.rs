@@ -169,7 +169,8 @@ fn twenty_containers_in_one_vm_come_and_go_in_any_order_and_leave_nothing() -> R
     sees_all["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "uts"}]);
     let first = running(containerd, &pod, &pod, &sees_all)?;
     // Command lines, which kernel threads have none of, and the dead that nobody has waited for.
-    let script = "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done | sort | uniq; cat /proc/[0-9]*/stat | grep -c ') Z '";
+    let script = "all=$(for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done); echo \"$all\" | sort -u; \
+        cat /proc/[0-9]*/stat | grep -c ') Z '";
     let processes = |exec: &str| first.exec(exec, &["sh", "-c", script]);
     let ids: Vec<String> = (0..COUNT).map(|n| containerd.id(&format!("one-of-{n}"))).collect();
     let before = Leftovers::now(containerd);

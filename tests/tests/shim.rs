@@ -96,8 +96,6 @@ fn what_is_not_there_yet_answers_unimplemented() -> Result<()> {
         task.call("Checkpoint", &api::CheckpointTaskRequest { id: id.clone(), ..Default::default() });
     let update: ttrpc::Result<api::Empty> =
         task.call("Update", &api::UpdateTaskRequest { id: id.clone(), ..Default::default() });
-    let resize: ttrpc::Result<api::Empty> =
-        task.call("ResizePty", &api::ResizePtyRequest { id: id.clone(), ..Default::default() });
     let stats: ttrpc::Result<api::StatsResponse> =
         task.call("Stats", &api::StatsRequest { id: id.clone(), ..Default::default() });
     for (method, answer) in [
@@ -105,7 +103,6 @@ fn what_is_not_there_yet_answers_unimplemented() -> Result<()> {
         ("Resume", code(&resume)),
         ("Checkpoint", code(&checkpoint)),
         ("Update", code(&update)),
-        ("ResizePty", code(&resize)),
         ("Stats", code(&stats)),
     ] {
         ensure!(answer == Some(Code::UNIMPLEMENTED), "{method} answers {answer:?}");

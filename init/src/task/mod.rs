@@ -9,6 +9,7 @@ mod process;
 pub mod service;
 mod start;
 mod tell;
+mod terminal;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};

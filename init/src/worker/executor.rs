@@ -17,6 +17,8 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{AccessFlags, execve, faccessat};
 use oci_spec::runtime::{LinuxSeccomp, Spec};
 
+use super::console;
+
 /// A process of a container, about to be run.
 #[derive(Debug, Default, Clone)]
 pub struct Workload {
@@ -24,6 +26,8 @@ pub struct Workload {
     pub seccomp: Option<LinuxSeccomp>,
     /// The process was given CAP_SYS_ADMIN only to apply the filter, and must not keep it.
     pub drop_admin: bool,
+    /// Its streams are a terminal, which PID 1 gets ready first; see [`super::console`].
+    gated: bool,
     /// Environment as libcontainer completed it, from [`Executor::setup_envs`] to [`Executor::exec`].
     environment: RefCell<Vec<CString>>,
 }
@@ -32,6 +36,11 @@ impl Workload {
     /// A process that has `seccomp` still before it.
     pub fn with_seccomp(seccomp: LinuxSeccomp, drop_admin: bool) -> Self {
         Self { seccomp: Some(seccomp), drop_admin, ..Self::default() }
+    }
+
+    /// The same, behind a gate or not.
+    pub fn gated(self, gated: bool) -> Self {
+        Self { gated, ..self }
     }
 }
 
@@ -59,6 +68,9 @@ impl Executor for Workload {
             .map(|arg| CString::new(arg.as_bytes()))
             .collect::<Result<_, _>>()
             .map_err(|_| ExecutorError::InvalidArg)?;
+        if self.gated {
+            console::pass_gate().map_err(|e| ExecutorError::Other(format!("wait for the terminal: {e}")))?;
+        }
         // SAFETY: SIG_DFL installs no handler. Rust's start ignores SIGPIPE, which would be inherited: `yes | head` would not end.
         unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }.map_err(|e| ExecutorError::Execution(e.into()))?;
         if let Some(seccomp) = &self.seccomp {

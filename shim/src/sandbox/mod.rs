@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::{
     CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, PidsRequest, PidsResponse,
-    StartRequest, StateRequest, StateResponse,
+    ResizePtyRequest, StartRequest, StateRequest, StateResponse,
 };
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -65,6 +65,7 @@ struct Inner {
 /// The sandbox of one shim.
 pub struct Sandbox {
     id: String,
+    namespace: String,
     journal: Journal,
     publisher: Publisher,
     inner: Mutex<Inner>,
@@ -74,9 +75,10 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// An empty sandbox.
-    pub fn new(id: &str, journal: Journal, publisher: Publisher) -> Arc<Self> {
+    pub fn new(id: &str, namespace: &str, journal: Journal, publisher: Publisher) -> Arc<Self> {
         Arc::new(Self {
             id: id.to_owned(),
+            namespace: namespace.to_owned(),
             journal,
             publisher,
             inner: Mutex::new(Inner { machine: Machine::None, share: None, containers: HashMap::new() }),
@@ -114,9 +116,8 @@ impl Sandbox {
 
     async fn create_in_slot(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
         let id = request.id.clone();
-        if request.terminal {
-            return Err(Error::Unsupported("terminal: terminals are not supported yet; run without -t".to_owned()));
-        }
+        let stdio = Stdio::from(&request);
+        stdio.check()?;
         if !request.checkpoint.is_empty() {
             return Err(Error::Unsupported(format!("checkpoint {:?}: restoring is not supported", request.checkpoint)));
         }
@@ -143,13 +144,14 @@ impl Sandbox {
             .map_err(|error| Error::Task(format!("encode the guest's spec: {error}")))?;
         let bundle = PutBundleRequest { id: id.clone(), spec, ..Default::default() };
         let bundle = vm.guest.bundle.put(vm.guest.context(), &bundle).await?;
+        let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let guest_request = CreateTaskRequest {
             id: id.clone(),
             bundle: bundle.path,
             terminal: request.terminal,
-            stdin: stream_word(&request.stdin),
-            stdout: stream_word(&request.stdout),
-            stderr: stream_word(&request.stderr),
+            stdin,
+            stdout,
+            stderr,
             ..Default::default()
         };
         let container = Container::start(request, self.publisher.clone());
@@ -157,7 +159,7 @@ impl Sandbox {
         self.lock().containers.insert(id.clone(), Slot::Ready(container.clone()));
         let init = self.process(&id, "")?.1;
         let created = async {
-            init.attach(&vm.guest, &id)?;
+            init.attach(&vm.guest, &id, &self.namespace).await?;
             Ok::<_, Error>(vm.guest.task.create(vm.guest.context(), &guest_request).await?)
         };
         match created.await {
@@ -296,8 +298,10 @@ impl Sandbox {
     pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
         let (container, process) = self.process(id, exec_id)?;
         let vm = self.live_vm()?;
-        if !exec_id.is_empty() {
-            process.attach(&vm.guest, id)?;
+        // Not by a second start, which the guest will refuse: the streams are the first one's.
+        let attaches = !exec_id.is_empty() && process.take_start();
+        if attaches {
+            process.attach(&vm.guest, id, &self.namespace).await.inspect_err(|_| process.give_start_back())?;
         }
         let request = StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
         match vm.guest.task.start(vm.guest.context(), &request).await {
@@ -306,8 +310,9 @@ impl Sandbox {
                 Ok(response.pid)
             }
             Err(error) => {
-                if !exec_id.is_empty() {
+                if attaches {
                     process.detach();
+                    process.give_start_back();
                 }
                 tracing::warn!(container = container.id, exec = exec_id, %error, "start failed");
                 Err(error.into())
@@ -318,26 +323,15 @@ impl Sandbox {
     /// Adds an exec to a container.
     pub async fn exec(&self, request: ExecProcessRequest) -> Result<(), Error> {
         crate::state::check_identifier("exec id", &request.exec_id)?;
-        if request.terminal {
-            return Err(Error::Unsupported("terminal: terminals are not supported yet; exec without -t".to_owned()));
-        }
+        let stdio = Stdio::from(&request);
+        stdio.check()?;
+        let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let container = self.container(&request.id)?;
         let vm = self.live_vm()?;
-        let stdio = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
         if !container.add(Arc::new(Process::new(&request.exec_id, stdio))) {
             return Err(Error::AlreadyExists { what: "process", id: request.exec_id });
         }
-        let guest_request = ExecProcessRequest {
-            stdin: stream_word(&request.stdin),
-            stdout: stream_word(&request.stdout),
-            stderr: stream_word(&request.stderr),
-            ..request.clone()
-        };
+        let guest_request = ExecProcessRequest { stdin, stdout, stderr, ..request.clone() };
         if let Err(error) = vm.guest.task.exec(vm.guest.context(), &guest_request).await {
             if let Some(process) = container.remove(&request.exec_id) {
                 process.forget();
@@ -355,11 +349,12 @@ impl Sandbox {
             Err(Error::Dead { .. }) => without_guest::delete(&container, &process).await?,
             Err(error) => return Err(error),
         };
-        process.detach();
         if !exec_id.is_empty() {
+            process.finish_output().await;
             container.remove(exec_id);
             return Ok(response);
         }
+        container.finish_output().await;
         if tokio::time::timeout(DELETE_EVENT, container.delete_published()).await.is_err() {
             tracing::warn!(container = id, "the guest did not report the deletion");
         }
@@ -416,9 +411,11 @@ impl Sandbox {
             }
             Machine::None | Machine::Stopping => {}
         }
-        for container in self.containers() {
+        let containers = self.containers();
+        for container in &containers {
             container.died(now()).await;
         }
+        futures::future::join_all(containers.iter().map(|container| container.finish_output())).await;
         if let Err(error) = self.journal.undo_all().await {
             tracing::error!(%error, "something is left of the sandbox");
         }
@@ -479,6 +476,17 @@ impl Sandbox {
         let (_, process) = self.process(&request.id, &request.exec_id)?;
         match self.live_vm() {
             Ok(vm) => vm.guest.task.kill(vm.guest.context(), &request).await?,
+            Err(Error::Dead { .. }) => return Err(not_found("process", &process.exec_id)),
+            Err(error) => return Err(error),
+        };
+        Ok(())
+    }
+
+    /// Changes the size of a process's terminal.
+    pub async fn resize_pty(&self, request: ResizePtyRequest) -> Result<(), Error> {
+        let (_, process) = self.process(&request.id, &request.exec_id)?;
+        match self.live_vm() {
+            Ok(vm) => vm.guest.task.resize_pty(vm.guest.context(), &request).await?,
             Err(Error::Dead { .. }) => return Err(not_found("process", &process.exec_id)),
             Err(error) => return Err(error),
         };
@@ -546,11 +554,6 @@ fn alive(vm: &Arc<Vm>) -> Result<Arc<Vm>, Error> {
         Some(cause) => Err(Error::Dead { cause }),
         None => Ok(vm.clone()),
     }
-}
-
-/// What a stream is in a request to the guest: carried, or not there.
-fn stream_word(address: &str) -> String {
-    if address.is_empty() { String::new() } else { STREAM.to_owned() }
 }
 
 fn now() -> Timestamp {
