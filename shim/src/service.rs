@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
-    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PidsRequest, PidsResponse, ShutdownRequest, StartRequest,
-    StartResponse, StateRequest, StateResponse, WaitRequest, WaitResponse,
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+    ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
+    StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
 use protobuf::MessageField;
@@ -134,20 +135,28 @@ impl Task for Tasks {
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: containerd_shim_protos::api::PauseRequest) -> ttrpc::Result<Empty> {
-        Err(unimplemented("Pause"))
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.detached(|sandbox| async move { sandbox.pause(request).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: containerd_shim_protos::api::ResumeRequest) -> ttrpc::Result<Empty> {
-        Err(unimplemented("Resume"))
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.detached(|sandbox| async move { sandbox.resume(request).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn checkpoint(
-        &self,
-        _: &TtrpcContext,
-        _: containerd_shim_protos::api::CheckpointTaskRequest,
-    ) -> ttrpc::Result<Empty> {
-        Err(unimplemented("Checkpoint"))
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        self.detached(|sandbox| async move { sandbox.update(request).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        self.sandbox.stats(request).await.map_err(reply)
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        self.sandbox.checkpoint(&request.id).map_err(reply)?;
+        Ok(Empty::new())
     }
 
     async fn resize_pty(
@@ -156,22 +165,6 @@ impl Task for Tasks {
         _: containerd_shim_protos::api::ResizePtyRequest,
     ) -> ttrpc::Result<Empty> {
         Err(unimplemented("ResizePty"))
-    }
-
-    async fn update(
-        &self,
-        _: &TtrpcContext,
-        _: containerd_shim_protos::api::UpdateTaskRequest,
-    ) -> ttrpc::Result<Empty> {
-        Err(unimplemented("Update"))
-    }
-
-    async fn stats(
-        &self,
-        _: &TtrpcContext,
-        _: containerd_shim_protos::api::StatsRequest,
-    ) -> ttrpc::Result<containerd_shim_protos::api::StatsResponse> {
-        Err(unimplemented("Stats"))
     }
 }
 

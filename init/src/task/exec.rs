@@ -13,7 +13,7 @@ use crate::error::{Error, Kind};
 use crate::io::ProcessStreams;
 use crate::places;
 use crate::reaper::Exit;
-use crate::worker::{Reply, Request};
+use crate::worker::{Executed, Reply, Request};
 
 /// Exit status of an exec that never came to run, as runc's command has it.
 const NEVER_RAN: u32 = 255;
@@ -30,11 +30,10 @@ impl Tasks {
         if request.terminal {
             return Err(Error::new(Kind::Unimplemented, format!("exec {exec}: terminals are not implemented")));
         }
-        if matches!(container.init.state(), State::Stopped { .. } | State::Deleted) {
-            return Err(Error::new(
-                Kind::FailedPrecondition,
-                format!("cannot exec in {}: its init has ended", request.id),
-            ));
+        match container.init.state() {
+            // Added to a container that is about to start, it can be started with it.
+            State::Created { .. } | State::Starting { .. } => {}
+            _ => container.must_run("exec in")?,
         }
         let stdio = Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
         let (streams, ends) = ProcessStreams::new(wanted(&stdio)).map_err(|e| Error::internal("make pipes", &e))?;
@@ -52,19 +51,13 @@ impl Tasks {
 
     pub(super) async fn start_exec(self: &Arc<Self>, container: &Arc<Container>, exec: &str) -> Result<i32, Error> {
         let process = container.process(exec)?;
-        let running = matches!(container.init.state(), State::Running { .. });
-        if !running {
-            return Err(Error::new(
-                Kind::FailedPrecondition,
-                format!("cannot exec in {}: its init does not run", container.id),
-            ));
-        }
-        let live = container.begin_exec()?;
+        container.must_run("exec in")?;
+        let mut live = container.begin_exec()?;
         process.step(Step::Start)?;
         let creation = self.reaper.creation();
         let request = Request::Exec { id: container.id.clone(), process: spec_path(container, exec) };
-        let pid = match self.workers.run(&creation, &request, process.take_ends()).await {
-            Ok(Reply::Executed(pid)) => pid,
+        let Executed { pid, ignored } = match self.workers.run(&creation, &request, process.take_ends()).await {
+            Ok(Reply::Executed(executed)) => executed,
             other => {
                 process.end(Exit { status: NEVER_RAN, at: SystemTime::now() });
                 return Err(other.map_or_else(
@@ -73,13 +66,18 @@ impl Tasks {
                 ));
             }
         };
+        for ignored in &ignored {
+            tracing::info!(container = container.id, exec, "left out of the process: {ignored}");
+        }
+        live.started();
         let exit = creation.exit_of(pid);
         process.step(Step::Started(pid))?;
         self.tell_started(&process);
-        let tasks = self.clone();
+        let (tasks, container) = (self.clone(), container.clone());
         tokio::spawn(async move {
             if let Ok(exit) = exit.await {
                 process.ended(exit).await;
+                tasks.tell_kills(&container);
                 tasks.tell_exited(&process, exit);
             }
             // The init's exit may be told from here on.

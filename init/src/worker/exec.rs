@@ -1,42 +1,91 @@
 //! Exec: another process in a container that runs.
 
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
-use super::serve::{explain, load};
-use super::{guard, spec};
+use super::serve::{decode, explain, load};
+use super::{Executed, guard, spec};
 use crate::error::{Error, Kind};
-use crate::places;
+use crate::{cgroup, places};
 
-/// Runs the process and answers its pid in the guest's pid namespace.
-pub fn exec(id: &str, process: &Path) -> Result<i32, Error> {
+/// Runs the process.
+pub fn exec(id: &str, process: &Path) -> Result<Executed, Error> {
     let container = load(id)?;
     let config = container.bundle().join("config.json");
     let spec = Spec::load(&config).map_err(|e| Error::internal(format_args!("read {}", config.display()), &e))?;
 
-    let mut wanted = read(process)?;
-    let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
-    let (changed, workload) = spec::adapt_exec(&mut wanted, seccomp);
-    if changed {
-        let bytes = serde_json::to_vec(&wanted).map_err(|e| Error::internal("encode a process", &e))?;
-        std::fs::write(process, bytes).map_err(|e| Error::internal(format_args!("write {}", process.display()), &e))?;
+    if has_user_namespace(&spec) {
+        // libcontainer does not join it: the process would be the guest's root.
+        let what = format!("exec in {id}: linux.namespaces: execs in a user namespace are not supported");
+        return Err(Error::new(Kind::Unimplemented, what));
     }
+
+    let mut wanted = read(process)?;
+    let mut ignored = Vec::new();
+    let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
+    let (changed, workload) = spec::adapt_exec(&mut wanted, seccomp, &mut ignored);
+    if changed {
+        write(process, &wanted).map_err(|e| Error::internal(format_args!("write {}", process.display()), &e))?;
+    }
+    let below = delegate(id, &container)?;
     guard::load_unless_wanted(&spec)?;
     ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_executor(workload)
         .with_root_path(places::STATE)
-        .and_then(|builder| builder.as_tenant().with_process(Some(process)).with_detach(true).as_sibling(true).build())
-        .map(|pid| pid.as_raw())
+        .and_then(|builder| {
+            builder
+                .as_tenant()
+                .with_process(Some(process))
+                .with_sub_cgroup(below)
+                .with_detach(true)
+                .as_sibling(true)
+                .build()
+        })
+        .map(|pid| Executed { pid: pid.as_raw(), ignored })
         .map_err(|e| explain("exec in", id, &e))
 }
 
+fn has_user_namespace(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces.is_some_and(|all| all.iter().any(|one| one.typ() == LinuxNamespaceType::User))
+}
+
+/// The group to join below the container's own, if that has none to give: once it has controllers for groups below it, the kernel lets no
+/// process into it (cgroup-v2.rst, "No Internal Process Constraint"). It is the one that the init has moved to, as with runc.
+fn delegate(id: &str, container: &Container) -> Result<Option<String>, Error> {
+    let group = cgroup::of(id);
+    let failed = |e: std::io::Error| Error::internal(format_args!("find a cgroup for an exec in {id}"), &e);
+    if std::fs::read_to_string(group.join("cgroup.subtree_control")).map_err(failed)?.trim().is_empty() {
+        return Ok(None);
+    }
+    let pid = container.pid().map_or(0, |pid| pid.as_raw());
+    let of_init = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(failed)?;
+    let path = of_init.trim_end().strip_prefix("0::").unwrap_or_default();
+    let own = Path::new(cgroup::CONTAINERS_IN_SPEC).join(id);
+    let below = Path::new(path).strip_prefix(own).map_err(|_| {
+        let what = format!("exec in {id}: its cgroup is delegated, and its init has left it for {path}");
+        Error::new(Kind::FailedPrecondition, what)
+    })?;
+    Ok(Some(below.to_string_lossy().into_owned()))
+}
+
+/// With the writer that the libraries use too, as for [`decode`].
+fn write(path: &Path, process: &Process) -> std::io::Result<()> {
+    let mut file = BufWriter::new(File::create(path)?);
+    serde_json::to_writer(&mut file, process)?;
+    file.flush()
+}
+
 fn read(path: &Path) -> Result<Process, Error> {
-    let bytes = std::fs::read(path).map_err(|e| Error::internal(format_args!("read {}", path.display()), &e))?;
-    let process: Process = serde_json::from_slice(&bytes)
-        .map_err(|e| Error::new(Kind::InvalidArgument, format!("process of an exec: {e}")))?;
+    let file = File::open(path).map_err(|e| Error::internal(format_args!("read {}", path.display()), &e))?;
+    let process: Process =
+        decode(file).map_err(|e| Error::new(Kind::InvalidArgument, format!("process of an exec: {e}")))?;
     let problems = spec::check_process(&process);
     if problems.is_empty() { Ok(process) } else { Err(Error::new(Kind::InvalidArgument, problems.join("; "))) }
 }

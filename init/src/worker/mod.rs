@@ -14,6 +14,7 @@ mod executor;
 mod guard;
 pub mod serve;
 mod spec;
+mod update;
 
 use std::path::PathBuf;
 
@@ -52,6 +53,11 @@ pub enum Request {
         /// File with the process as the spec's `process`, in JSON.
         process: PathBuf,
     },
+    /// Give a container other limits: those that its standard input names as the spec's `linux.resources`, in JSON.
+    Update {
+        /// Container.
+        id: String,
+    },
     /// Remove a container that has ended, and run the spec's poststop hooks.
     Delete {
         /// Container.
@@ -64,9 +70,9 @@ pub enum Request {
 pub enum Reply {
     /// The container is there.
     Created(Created),
-    /// The process of this pid runs.
-    Executed(i32),
-    /// Started, or deleted.
+    /// The process runs.
+    Executed(Executed),
+    /// Started, updated, or deleted.
     Done,
     /// Nothing was made, or what was made is gone again.
     Failed(Error),
@@ -84,5 +90,14 @@ pub struct Created {
     /// Delete has to go through a worker.
     pub poststop_hooks: bool,
     /// What of the spec has no meaning in this guest and was left out: to be logged.
+    pub ignored: Vec<String>,
+}
+
+/// What PID 1 has to know of a new process.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Executed {
+    /// In the guest's pid namespace.
+    pub pid: i32,
+    /// As in [`Created`].
     pub ignored: Vec<String>,
 }

@@ -1,7 +1,7 @@
 //! The worker's life: one request in, one reply out.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::panic::catch_unwind;
@@ -11,10 +11,11 @@ use libcontainer::container::Container;
 use libcontainer::error::LibcontainerError;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde::de::DeserializeOwned;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::{self, time};
 
-use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, create, exec};
+use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, create, exec, update};
 use crate::error::{Error, Kind, chain};
 use crate::{boot, places};
 
@@ -51,6 +52,7 @@ fn serve(request: &Request) -> Result<Reply, Error> {
     match request {
         Request::Create { id, bundle } => create::create(id, bundle).map(Reply::Created),
         Request::Exec { id, process } => exec::exec(id, process).map(Reply::Executed),
+        Request::Update { id } => update::update(id).map(|()| Reply::Done),
         Request::Start { id } => load(id)?.start().map(|()| Reply::Done).map_err(|e| explain("start", id, &e)),
         Request::Delete { id } => load(id)?.delete(false).map(|()| Reply::Done).map_err(|e| explain("delete", id, &e)),
     }
@@ -59,6 +61,11 @@ fn serve(request: &Request) -> Result<Reply, Error> {
 /// libcontainer's record of a container.
 pub(super) fn load(id: &str) -> Result<Container, Error> {
     Container::load(places::state(id)).map_err(|e| explain("load", id, &e))
+}
+
+/// What a file has in JSON. With the reader that the libraries use too: another would be another copy of all that decodes a spec.
+pub(super) fn decode<T: DeserializeOwned>(file: File) -> serde_json::Result<T> {
+    serde_json::from_reader(BufReader::new(file))
 }
 
 /// libcontainer's error, as the kind that it is.

@@ -1,6 +1,7 @@
 //! One sandbox: its VM and its containers. What containerd asks of a task is looked up and relayed here; what the guest reports
 //! is routed to the container that it is about.
 
+mod control;
 mod error;
 mod without_guest;
 
@@ -10,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, PidsRequest, PidsResponse,
-    StartRequest, StateRequest, StateResponse,
+    CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, StartRequest, StateRequest, StateResponse,
+    Status,
 };
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -35,6 +36,8 @@ use error::not_found;
 const FLUSH: Duration = Duration::from_secs(2);
 /// How long the guest's report of a deletion may take to arrive after its answer.
 const DELETE_EVENT: Duration = Duration::from_secs(1);
+/// How long an exit that has happened in the guest may take to be recorded: until the output is delivered, or nobody takes it.
+const EXIT_RECORDED: Duration = Duration::from_secs(10);
 /// What stands in a guest's request for a stream that is carried over vsock.
 const STREAM: &str = "stream";
 
@@ -301,10 +304,25 @@ impl Sandbox {
             Err(error) => {
                 if !exec_id.is_empty() {
                     process.detach();
+                    self.settle_failed_start(&vm, &container, &process).await;
                 }
                 tracing::warn!(container = container.id, exec = exec_id, %error, "start failed");
                 Err(error.into())
             }
+        }
+    }
+
+    /// An exec that could not be started has ended in the guest, unless it may be tried again: then so it has for those who wait here.
+    async fn settle_failed_start(&self, vm: &Vm, container: &Container, process: &Process) {
+        let request = StateRequest { id: container.id.clone(), exec_id: process.exec_id.clone(), ..Default::default() };
+        match vm.guest.task.state(vm.guest.context(), &request).await {
+            Ok(state) if state.status == Status::STOPPED.into() => {
+                let at = state.exited_at.into_option().unwrap_or_else(now);
+                process.record_exit(Exit { status: state.exit_status, at });
+            }
+            Ok(_) => {}
+            // A VM that has died says so to everybody.
+            Err(error) => tracing::warn!(container = container.id, exec = process.exec_id, %error, "no state"),
         }
     }
 
@@ -348,11 +366,16 @@ impl Sandbox {
             Err(Error::Dead { .. }) => without_guest::delete(&container, &process).await?,
             Err(error) => return Err(error),
         };
-        process.detach();
         if !exec_id.is_empty() {
+            // Its exit may still be on its way from the guest, and nobody would publish it for a process that is not known.
+            if response.pid != 0 && tokio::time::timeout(EXIT_RECORDED, process.exited()).await.is_err() {
+                tracing::warn!(container = id, exec = exec_id, "the guest did not report the exit");
+            }
             container.remove(exec_id);
+            process.forget();
             return Ok(response);
         }
+        process.detach();
         if tokio::time::timeout(DELETE_EVENT, container.delete_published()).await.is_err() {
             tracing::warn!(container = id, "the guest did not report the deletion");
         }
@@ -465,24 +488,6 @@ impl Sandbox {
     pub async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit, Error> {
         let (_, process) = self.process(id, exec_id)?;
         process.exited().await.ok_or_else(|| not_found("process", exec_id))
-    }
-
-    /// Sends a signal.
-    pub async fn kill(&self, request: KillRequest) -> Result<(), Error> {
-        let (_, process) = self.process(&request.id, &request.exec_id)?;
-        match self.live_vm() {
-            Ok(vm) => vm.guest.task.kill(vm.guest.context(), &request).await?,
-            Err(Error::Dead { .. }) => return Err(not_found("process", &process.exec_id)),
-            Err(error) => return Err(error),
-        };
-        Ok(())
-    }
-
-    /// The pids of a container's processes, in the guest.
-    pub async fn pids(&self, request: PidsRequest) -> Result<PidsResponse, Error> {
-        self.container(&request.id)?;
-        let vm = self.live_vm()?;
-        Ok(vm.guest.task.pids(vm.guest.context(), &request).await?)
     }
 
     /// Ends a process's input.
