@@ -37,6 +37,7 @@ impl Tasks {
     /// FailedPrecondition unless it is paused.
     pub async fn resume(&self, id: &str) -> Result<(), Error> {
         let container = self.container(id)?;
+        container.must_be_there("resume")?;
         container.switch("resume", Freezer::Frozen, Freezer::Thawing)?;
         let thawed = freezer::thaw(&container.group(), SWITCH)
             .await

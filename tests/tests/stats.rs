@@ -1,0 +1,118 @@
+//! What a container uses: every field that the guest's kernel counts, under the names that containerd's clients know.
+
+use anyhow::{Result, ensure};
+use containerd_shim_protos::ttrpc::Code;
+use husk_tests::artifacts::{Runtime, Version};
+use husk_tests::bundle;
+use husk_tests::containerd::Containerd;
+use husk_tests::shim::{Shim, Streams, code};
+use serde_json::json;
+
+/// What `ctr task metrics` shows of a container that uses something.
+const SHOWN: [&str; 7] = [
+    "pids.current",
+    "cpu.usage_usec",
+    "cpu.user_usec",
+    "cpu.system_usec",
+    "memory.usage_in_bytes|memory.usage",
+    "memory.usage_limit|memory.limit_in_bytes|memory.usage_limit",
+    "memory.pgfault|memory.total_pgfault|memory.swap_usage",
+];
+
+#[test]
+fn stats_have_every_field_that_the_guests_kernel_counts() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("stats_have_every_field_that_the_guests_kernel_counts") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("stats");
+    let mut spec = bundle::spec(&id, &["sleep", "1000"]);
+    spec["linux"]["resources"]["memory"] = json!({"limit": 64 << 20});
+    spec["linux"]["resources"]["cpu"] = json!({"quota": 50_000, "period": 100_000});
+    spec["linux"]["resources"]["pids"] = json!({"limit": 77});
+    let shim = Shim::start(containerd, &id, &spec)?;
+    ensure!(code(&shim.task.stats(&id)) == Some(Code::NOT_FOUND), "there is no container yet");
+    shim.create(&Streams::default())?;
+    let created = shim.task.metrics(&id)?;
+    ensure!((created.pids.current, created.pids.limit) == (1, 77), "{created}");
+    shim.task.start(&id, "")?;
+    shim.script("works", "dd if=/dev/zero of=/run/file bs=1M count=8; head -c 3000000 /dev/urandom | md5sum")?;
+
+    let now = shim.task.metrics(&id)?;
+    let (cpu, memory) = (&now.cpu, &now.memory);
+    ensure!((now.pids.current, now.pids.limit) == (1, 77), "{now}");
+    ensure!(cpu.usage_usec > 0 && cpu.user_usec > 0 && cpu.system_usec > 0, "{now}");
+    ensure!(cpu.usage_usec > created.cpu.usage_usec && cpu.usage_usec < 60_000_000, "{now}");
+    ensure!(cpu.nr_periods > 0 && cpu.psi.some.is_some() && cpu.psi.full.is_some(), "{now}");
+    ensure!(
+        cpu.nr_throttled > 0 && cpu.throttled_usec > 0 && cpu.psi.some.total > 0,
+        "half a processor was enough: {now}"
+    );
+    ensure!(memory.usage_limit == 64 << 20 && memory.usage >= 8 << 20 && memory.max_usage >= memory.usage, "{now}");
+    ensure!(memory.shmem >= 8 << 20 && memory.file >= memory.shmem && memory.anon > 0, "{now}");
+    ensure!(memory.kernel_stack > 0 && memory.slab > 0 && memory.pgfault > 0 && memory.psi.is_some(), "{now}");
+    ensure!(memory.slab >= memory.slab_unreclaimable && memory.swap_limit == u64::MAX, "{now}");
+    ensure!(now.memory_events.is_some() && now.memory_events.oom_kill == 0, "{now}");
+    ensure!(now.io.is_some() && now.io.psi.is_some() && now.rdma.is_none(), "{now}");
+    let huge = now.hugetlb.iter().find(|huge| huge.pagesize == "2MB");
+    ensure!(huge.is_some_and(|huge| huge.current == 0 && huge.max == u64::MAX), "{now}");
+    ensure!(now.network.iter().any(|network| network.name == "lo"), "{now}");
+
+    shim.task.kill(&id, "", 9)?;
+    shim.task.wait(&id, "")?;
+    let stopped = shim.task.metrics(&id)?;
+    ensure!(stopped.pids.current == 0 && stopped.cpu.usage_usec >= cpu.usage_usec, "{stopped}");
+    shim.task.delete(&id, "")?;
+    ensure!(code(&shim.task.stats(&id)) == Some(Code::NOT_FOUND));
+    Ok(())
+}
+
+#[test]
+fn ctr_task_metrics_shows_them_on_every_containerd() -> Result<()> {
+    for version in [Version::V1_6, Version::V1_7, Version::V2_1] {
+        let containerd = Containerd::shared_of(version)?;
+        let container = containerd.detached(&["--memory-limit", "67108864"], "metrics", &["sleep", "1000"])?;
+        let shown = containerd.ctr(["task", "metrics", container.id()]).ok()?.text();
+        let value = |names: &str| {
+            let lines = shown.lines().filter_map(|line| line.split_once(char::is_whitespace));
+            let mut found = lines.filter(|(name, _)| names.split('|').any(|one| one == *name));
+            found.next().and_then(|(_, value)| value.trim().parse::<u64>().ok())
+        };
+        for names in SHOWN {
+            ensure!(value(names).is_some(), "{version:?} shows no {names}:\n{shown}");
+        }
+        ensure!(value(SHOWN[0]) == Some(1) && value(SHOWN[5]) == Some(64 << 20), "{version:?}:\n{shown}");
+        let json = containerd.ctr(["task", "metrics", "--format", "json", container.id()]).ok()?.text();
+        ensure!(serde_json::from_str::<serde_json::Value>(&json)?.is_object(), "{version:?}: {json}");
+    }
+    Ok(())
+}
+
+#[test]
+fn pids_name_the_execs_that_they_are() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("pids");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
+    let init = shim.create(&Streams::default())?;
+    ensure!(shim.task.pids(&id)?.iter().map(|process| process.pid).eq([init]), "before its start");
+    shim.task.start(&id, "")?;
+    shim.task.exec(&id, "one", &bundle::process(&["sh", "-c", "sleep 1000; true"]), &Streams::default())?;
+    let one = shim.task.start(&id, "one")?;
+    shim.script("sees-it", "until [ $(pidof sleep | wc -w) = 2 ]; do :; done")?;
+    let pids = shim.task.pids(&id)?;
+    ensure!(pids.len() == 3, "the init, the exec's shell, and what it runs: {pids:?}");
+    for process in pids {
+        match process.info.as_ref() {
+            // Field 1, a string of three bytes.
+            Some(info) => {
+                ensure!(
+                    info.type_url == "containerd.runc.v1.ProcessDetails" && info.value == b"\x0a\x03one",
+                    "{info:?}"
+                );
+                ensure!(process.pid == one, "{process:?}");
+            }
+            None => ensure!(process.pid != one, "{process:?} is nobody's"),
+        }
+    }
+    Ok(())
+}
