@@ -1,23 +1,12 @@
 //! What a container uses: every field that the guest's kernel counts, under the names that containerd's clients know.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::ttrpc::Code;
 use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
 use husk_tests::shim::{Shim, Streams, code};
 use serde_json::json;
-
-/// What `ctr task metrics` shows of a container that uses something.
-const SHOWN: [&str; 7] = [
-    "pids.current",
-    "cpu.usage_usec",
-    "cpu.user_usec",
-    "cpu.system_usec",
-    "memory.usage_in_bytes|memory.usage",
-    "memory.usage_limit|memory.limit_in_bytes|memory.usage_limit",
-    "memory.pgfault|memory.total_pgfault|memory.swap_usage",
-];
 
 #[test]
 fn stats_have_every_field_that_the_guests_kernel_counts() -> Result<()> {
@@ -69,19 +58,21 @@ fn stats_have_every_field_that_the_guests_kernel_counts() -> Result<()> {
 
 #[test]
 fn ctr_task_metrics_shows_them_on_every_containerd() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("ctr_task_metrics_shows_them_on_every_containerd") {
+        return Ok(());
+    }
     for version in [Version::V1_6, Version::V1_7, Version::V2_1] {
         let containerd = Containerd::shared_of(version)?;
         let container = containerd.detached(&["--memory-limit", "67108864"], "metrics", &["sleep", "1000"])?;
         let shown = containerd.ctr(["task", "metrics", container.id()]).ok()?.text();
-        let value = |names: &str| {
-            let lines = shown.lines().filter_map(|line| line.split_once(char::is_whitespace));
-            let mut found = lines.filter(|(name, _)| names.split('|').any(|one| one == *name));
-            found.next().and_then(|(_, value)| value.trim().parse::<u64>().ok())
+        let value = |name: &str| {
+            let mut lines = shown.lines().filter_map(|line| line.split_once(char::is_whitespace));
+            let value = lines.find(|(one, _)| *one == name).and_then(|(_, value)| value.trim().parse::<u64>().ok());
+            value.with_context(|| format!("{version:?} shows no {name}:\n{shown}"))
         };
-        for names in SHOWN {
-            ensure!(value(names).is_some(), "{version:?} shows no {names}:\n{shown}");
-        }
-        ensure!(value(SHOWN[0]) == Some(1) && value(SHOWN[5]) == Some(64 << 20), "{version:?}:\n{shown}");
+        ensure!(value("pids.current")? == 1 && value("memory.usage_limit")? == 64 << 20, "{version:?}:\n{shown}");
+        let cpu = ["cpu.usage_usec", "cpu.user_usec", "cpu.system_usec", "memory.usage"];
+        ensure!(cpu.iter().map(|name| value(name)).sum::<Result<u64>>()? > 0, "{version:?}:\n{shown}");
         let json = containerd.ctr(["task", "metrics", "--format", "json", container.id()]).ok()?.text();
         ensure!(serde_json::from_str::<serde_json::Value>(&json)?.is_object(), "{version:?}: {json}");
     }

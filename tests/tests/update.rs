@@ -1,9 +1,12 @@
 //! New limits for a container that runs: in place, seen from inside and in its stats, and all or none of them.
 
+use std::time::Duration;
+
 use anyhow::{Result, bail, ensure};
 use containerd_shim_protos::ttrpc::{self, Code};
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
+use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::shim::{Shim, Streams, code};
 use serde_json::{Value, json};
@@ -127,9 +130,10 @@ fn a_memory_limit_that_is_lowered_under_what_is_used_is_told_as_an_oom() -> Resu
     let process = bundle::process(&["sh", "-c", "head -c 20000000 /dev/zero | tail -c 20000000 | (sleep 1000; cat)"]);
     shim.task.exec(&id, "holds", &process, &Streams::default())?;
     shim.task.start(&id, "holds")?;
-    while shim.task.metrics(&id)?.memory.anon < 15_000_000 {}
+    let held = || shim.task.metrics(&id).map(|now| (now.memory.anon > 15_000_000).then_some(())).transpose();
+    wait_for(Duration::from_secs(20), "the memory is in use", held)??;
     shim.task.update(&id, &json!({"memory": {"limit": 8 << 20}}))?;
-    shim.events.until("/tasks/oom", std::time::Duration::from_secs(20))?;
+    shim.events.until("/tasks/oom", Duration::from_secs(20))?;
     ensure!(shim.task.metrics(&id)?.memory_events.oom_kill > 0);
     ensure!(shim.task.state(&id, "")?.status.value() == 2, "the init had no part in it");
     Ok(())

@@ -30,11 +30,7 @@ impl Tasks {
         if request.terminal {
             return Err(Error::new(Kind::Unimplemented, format!("exec {exec}: terminals are not implemented")));
         }
-        match container.init.state() {
-            // Added to a container that is about to start, it can be started with it.
-            State::Created { .. } | State::Starting { .. } => {}
-            _ => container.must_run("exec in")?,
-        }
+        may_exec(&container)?;
         let stdio = Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
         let (streams, ends) = ProcessStreams::new(wanted(&stdio)).map_err(|e| Error::internal("make pipes", &e))?;
         let process = Process::new(&request.id, exec, stdio, streams.clone(), State::Added, Some(ends));
@@ -51,7 +47,7 @@ impl Tasks {
 
     pub(super) async fn start_exec(self: &Arc<Self>, container: &Arc<Container>, exec: &str) -> Result<i32, Error> {
         let process = container.process(exec)?;
-        container.must_run("exec in")?;
+        may_exec(container)?;
         let mut live = container.begin_exec()?;
         process.step(Step::Start)?;
         let creation = self.reaper.creation();
@@ -84,6 +80,14 @@ impl Tasks {
             drop(live);
         });
         Ok(pid)
+    }
+}
+
+/// Also into a container whose init still waits for its start: its namespaces and its root are there.
+fn may_exec(container: &Container) -> Result<(), Error> {
+    match container.init.state() {
+        State::Created { .. } | State::Starting { .. } => Ok(()),
+        _ => container.must_run("exec in"),
     }
 }
 

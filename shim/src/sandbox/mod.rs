@@ -290,6 +290,10 @@ impl Sandbox {
 
     /// Starts a container's init, or an exec.
     pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
+        let init = self.process(id, "")?.1;
+        if !exec_id.is_empty() && init.exit().is_some() {
+            return Err(Error::Ended { task: id.to_owned() });
+        }
         let (container, process) = self.process(id, exec_id)?;
         let vm = self.live_vm()?;
         if !exec_id.is_empty() {
