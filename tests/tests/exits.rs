@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::ttrpc::Code;
+use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Published;
@@ -44,7 +45,12 @@ fn every_status_from_0_to_255_is_told_as_it_is() -> Result<()> {
     }
     shim.task.start(&id, "")?;
     ensure!(shim.task.wait(&id, "")? == 255 && shim.task.state(&id, "")?.exit_status == 255);
-    ensure!(code(&shim.task.start(&id, "before")) == Some(Code::FAILED_PRECONDITION));
+    let late = code(&shim.task.start(&id, "before"));
+    // runc's shim answers the one or the other, as it has heard of the end itself or not.
+    ensure!(matches!(late, Some(Code::FAILED_PRECONDITION | Code::UNKNOWN)), "{late:?}");
+    if Runtime::under_test() == Runtime::Husk {
+        ensure!(late == Some(Code::FAILED_PRECONDITION), "{late:?}");
+    }
     ensure!(shim.task.delete(&id, "")? == 255);
     Ok(())
 }

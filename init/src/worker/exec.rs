@@ -2,16 +2,20 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
+use nix::errno::Errno;
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+use pathrs::Root;
 
-use super::serve::{decode, explain, load};
+use super::executor::Refusal;
+use super::serve::{decode, explain_start, load};
 use super::{Executed, guard, spec};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, chain};
 use crate::{cgroup, places};
 
 /// Runs the process.
@@ -27,6 +31,7 @@ pub fn exec(id: &str, process: &Path) -> Result<Executed, Error> {
     }
 
     let mut wanted = read(process)?;
+    check_cwd(&container, wanted.cwd())?;
     let mut ignored = Vec::new();
     let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
     let (changed, workload) = spec::adapt_exec(&mut wanted, seccomp, &mut ignored);
@@ -35,8 +40,9 @@ pub fn exec(id: &str, process: &Path) -> Result<Executed, Error> {
     }
     let below = delegate(id, &container)?;
     guard::load_unless_wanted(&spec)?;
+    let refusal = Refusal::new().map_err(|e| Error::internal("make a memory file", &e))?;
     ContainerBuilder::new(id.to_owned(), SyscallType::default())
-        .with_executor(workload)
+        .with_executor(workload.refusing(&refusal))
         .with_root_path(places::STATE)
         .and_then(|builder| {
             builder
@@ -48,7 +54,25 @@ pub fn exec(id: &str, process: &Path) -> Result<Executed, Error> {
                 .build()
         })
         .map(|pid| Executed { pid: pid.as_raw(), ignored })
-        .map_err(|e| explain("exec in", id, &e))
+        .map_err(|e| explain_start("exec in", id, &refusal, &e))
+}
+
+/// Names a working folder that is not there: libcontainer says no more than that a syscall has failed.
+fn check_cwd(container: &Container, cwd: &Path) -> Result<(), Error> {
+    let pid = container.pid().map_or(0, |pid| pid.as_raw());
+    // Inside, whatever links are in it. The slash at the end makes the open follow procfs's link.
+    let there = Root::open(format!("/proc/{pid}/root/"))
+        .and_then(|root| root.resolve(cwd))
+        .map_err(|e| match e.kind() {
+            pathrs::error::ErrorKind::OsError(Some(errno)) => Errno::from_raw(errno).desc().to_lowercase(),
+            _ => chain(&e),
+        })
+        .and_then(|folder| match File::from(OwnedFd::from(folder)).metadata() {
+            Ok(metadata) if metadata.is_dir() => Ok(()),
+            Ok(_) => Err(Errno::ENOTDIR.desc().to_lowercase()),
+            Err(e) => Err(e.to_string()),
+        });
+    there.map_err(|why| Error::new(Kind::InvalidArgument, format!("process.cwd: chdir to {}: {why}", cwd.display())))
 }
 
 fn has_user_namespace(spec: &Spec) -> bool {

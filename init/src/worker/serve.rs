@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::{self, time};
 
+use super::executor::Refusal;
 use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, create, exec, update};
 use crate::error::{Error, Kind, chain};
 use crate::{boot, places};
@@ -80,6 +81,14 @@ pub(super) fn explain(what: &str, id: &str, error: &LibcontainerError) -> Error 
         _ => Kind::Internal,
     };
     Error::new(kind, format!("{what} {id}: {}", chain(error)))
+}
+
+/// What failed to begin a process: why its program cannot be run, if that is known, as runc says it; else libcontainer's error.
+pub(super) fn explain_start(what: &str, id: &str, refusal: &Refusal, error: &LibcontainerError) -> Error {
+    match refusal.heard() {
+        Some(why) => Error::new(Kind::Internal, format!("{what} {id}: unable to start container process: {why}")),
+        None => explain(what, id, error),
+    }
 }
 
 /// What libcontainer logs while it fails. Its errors often say no more than "failed syscall"; which one and on what stands only in its
