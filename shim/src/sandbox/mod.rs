@@ -479,7 +479,9 @@ impl Sandbox {
             Err(Error::Dead { .. }) => without_guest::state(&process),
             Err(error) => return Err(error),
         };
+        // As runc's shim has it: an exec's id stands in the place of the container's, and nowhere else.
         state.id = if exec_id.is_empty() { id.to_owned() } else { exec_id.to_owned() };
+        state.exec_id.clear();
         state.bundle = container.bundle.display().to_string();
         state.stdin = process.stdio.stdin.clone();
         state.stdout = process.stdio.stdout.clone();
