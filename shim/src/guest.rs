@@ -45,8 +45,16 @@ pub enum Error {
         theirs: u32,
     },
     /// A call failed.
-    #[error("{0}")]
+    #[error("{}", said(.0))]
     Call(#[from] ttrpc::Error),
+}
+
+/// A refusal in the guest's own words; whatever else went wrong in ttrpc's.
+fn said(error: &ttrpc::Error) -> String {
+    match error {
+        ttrpc::Error::RpcStatus(status) => format!("{} ({:?})", status.message, status.code()),
+        other => other.to_string(),
+    }
 }
 
 /// A stream with a connection to itself, and the meter that holds its sender back.

@@ -64,12 +64,12 @@ pub fn sandbox_of(bundle: &Path, id: &str) -> Result<String, Error> {
     Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
 }
 
-/// Reads and checks everything that a container needs.
+/// Reads and checks everything that a container needs. `is_init` tells the pids of the sandbox's containers.
 ///
 /// # Errors
 ///
 /// All that is wrong at once.
-pub fn prepare(request: &CreateTaskRequest, sandbox: &str) -> Result<Prepared, Error> {
+pub fn prepare(request: &CreateTaskRequest, sandbox: &str, is_init: &dyn Fn(u32) -> bool) -> Result<Prepared, Error> {
     let config = config::load().map_err(Error::one)?;
     let bundle = Path::new(&request.bundle);
     let spec = read_spec(bundle)?;
@@ -87,6 +87,7 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str) -> Result<Prepared, E
         bundle,
         host_is_unified: Hierarchies::of_host().map_err(Error::one)?.unified(),
         inspect: &crate::rootfs::share::inspect,
+        is_init,
     };
     let rewritten = rewrite(spec, &context).map_err(|problems| check(texts(&problems.0))).ok();
     let artifacts = config.artifacts(beside).map_err(|missing| check(texts(&missing))).ok();

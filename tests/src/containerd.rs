@@ -5,7 +5,8 @@
 //! ends, however it ends, the kernel ends the daemon, its shims and their VMs and drops their mounts.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader};
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader, Write};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::os::unix::process::CommandExt;
@@ -17,9 +18,12 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::artifacts::{Runtime, Version, built, repository};
 use crate::command::{self, Output};
+use crate::fifo;
 use crate::process::{self, Process};
 
 /// containerd's namespace that all tests use.
@@ -40,6 +44,9 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
 address = "/run/containerd/containerd.sock"
 "#;
 
+/// Where process 1 looks for leave to start containerd again when it has ended: a fifo, if the test wants that.
+const AGAIN: &str = "/run/again";
+
 /// Process 1 is a shell that reaps what shims leave to it, as a machine's init does; containerd itself reaps only its own.
 /// A shell ignores SIGINT and SIGQUIT for what it runs in the background, and containers would inherit that.
 const STAGE: &str = r#"set -e
@@ -48,8 +55,12 @@ mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/containerd /run/lock
 printf %s "$HUSK_TEST_CONFIG" > /run/containerd/config.toml
 unset HUSK_TEST_CONFIG
-env --default-signal=INT,QUIT "$0" --log-level "${HUSK_TEST_LOG:-info}" -c /run/containerd/config.toml &
-wait $!"#;
+while :; do
+  env --default-signal=INT,QUIT "$0" --log-level "${HUSK_TEST_LOG:-info}" -c /run/containerd/config.toml &
+  wait $! || [ -p /run/again ] || exit 1
+  [ -p /run/again ] || exit 0
+  read -r leave </run/again
+done"#;
 
 /// A running daemon with the test image in it.
 pub struct Containerd {
@@ -57,6 +68,7 @@ pub struct Containerd {
     runtime: Runtime,
     bin: PathBuf,
     pid: i32,
+    ready: UnixDatagram,
     token: String,
     image: String,
     next: AtomicU32,
@@ -92,6 +104,8 @@ pub struct Setup {
     pub runtime: Option<Runtime>,
     /// Environment of the daemon, and so of its shims.
     pub env: Vec<(String, String)>,
+    /// Lines of configuration beside the usual ones.
+    pub config: String,
 }
 
 impl Containerd {
@@ -132,7 +146,10 @@ impl Containerd {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--pid", "--fork", "--kill-child=KILL", "--propagation", "slave", "--mount-proc"]);
         command.args(["sh", "-c", STAGE]).arg(bin.join("containerd"));
-        command.env("PATH", path).env("NOTIFY_SOCKET", format!("@{name}")).env("HUSK_TEST_CONFIG", CONFIG);
+        command
+            .env("PATH", path)
+            .env("NOTIFY_SOCKET", format!("@{name}"))
+            .env("HUSK_TEST_CONFIG", format!("{CONFIG}{}", setup.config));
         command.envs(setup.env);
 
         let log = Arc::new(Mutex::new(VecDeque::new()));
@@ -142,6 +159,7 @@ impl Containerd {
             runtime,
             bin,
             pid,
+            ready,
             token,
             image: String::new(),
             next: AtomicU32::new(0),
@@ -149,26 +167,51 @@ impl Containerd {
             log,
             ended: Mutex::new(ended),
         };
-        daemon.await_ready(&ready).with_context(|| daemon.log_tail())?;
+        daemon.ready.set_read_timeout(Some(Duration::from_millis(200)))?;
+        daemon.await_ready().with_context(|| daemon.log_tail())?;
+        // Process 1 of its namespace.
+        daemon.pid = daemon.child().context("containerd has no process")?.pid;
         daemon.image = daemon.import(&tarball).with_context(|| daemon.log_tail())?;
         Ok(daemon)
     }
 
     /// Blocks until the daemon says that it serves, or has ended, or the deadline is over.
-    fn await_ready(&mut self, ready: &UnixDatagram) -> Result<()> {
-        let unshare = self.pid;
-        ready.set_read_timeout(Some(Duration::from_millis(200)))?;
+    fn await_ready(&self) -> Result<()> {
         let mut message = [0; 256];
-        command::wait_for(START, "containerd says that it serves", || match ready.recv(&mut message) {
+        command::wait_for(START, "containerd says that it serves", || match self.ready.recv(&mut message) {
             Ok(length) if message[..length].starts_with(b"READY=1") => Some(Ok(())),
-            _ => Process::read(unshare).is_none_or(|p| p.zombie).then(|| bail!("containerd has ended")),
-        })??;
-        self.pid = process::descendants(unshare)
-            .into_iter()
-            .find(|process| process.parent == unshare)
-            .map(|process| process.pid)
-            .context("containerd has no process")?;
+            _ => Process::read(self.pid).is_none_or(|p| p.zombie).then(|| bail!("containerd has ended")),
+        })?
+    }
+
+    /// The one process that the daemon's process 1, or before that is known `unshare`, has started itself.
+    fn child(&self) -> Option<Process> {
+        process::descendants(self.pid).into_iter().find(|process| process.parent == self.pid)
+    }
+
+    /// Ends containerd, and it alone, with this signal. What it has started goes on.
+    pub fn end(&self, signal: Signal) -> Result<()> {
+        let daemon = self.daemon()?;
+        fifo::make(&self.path(AGAIN))?;
+        kill(Pid::from_raw(daemon.pid), signal)?;
+        command::wait_for(START, "containerd ends", || (!daemon.is_alive()).then_some(()))
+    }
+
+    /// Starts containerd again after [`Self::end`]; it serves when this returns.
+    pub fn start_again(&self) -> Result<()> {
+        let again = self.path(AGAIN);
+        // Opened both ways because opening only for writing would wait for the shell: fifo(7).
+        let mut leave = OpenOptions::new().read(true).write(true).open(&again)?;
+        leave.write_all(b"\n")?;
+        self.await_ready().with_context(|| self.log_tail())?;
+        std::fs::remove_file(again)?;
         Ok(())
+    }
+
+    fn daemon(&self) -> Result<Process> {
+        let program = self.bin.join("containerd").display().to_string();
+        let ours = |process: &Process| process.parent == self.pid && process.command.starts_with(&program);
+        process::descendants(self.pid).into_iter().find(ours).context("containerd has no process")
     }
 
     fn import(&self, tarball: &Path) -> Result<String> {
@@ -225,6 +268,13 @@ impl Containerd {
         let shim = shim.with_context(|| format!("no shim has {id} in its command line"))?;
         let below = process::descendants(shim.pid);
         Ok((shim, below))
+    }
+
+    /// The socket of the shim that serves `id`, as the test reaches it.
+    pub fn shim_socket(&self, id: &str) -> Result<PathBuf> {
+        let bundle = self.path("/run/containerd/state/io.containerd.runtime.v2.task").join(NAMESPACE).join(id);
+        let address = std::fs::read_to_string(bundle.join("address")).context("the bundle's `address`")?;
+        Ok(self.path(address.strip_prefix("unix://").context("not a unix socket")?))
     }
 
     /// A container id that nobody has had.

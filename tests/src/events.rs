@@ -119,6 +119,7 @@ impl Published {
 pub struct Sink {
     server: Option<ttrpc::Server>,
     address: String,
+    sender: mpsc::Sender<Published>,
     events: Mutex<mpsc::Receiver<Published>>,
     _folder: tempfile::TempDir,
 }
@@ -138,14 +139,27 @@ impl Events for Forwarder {
 impl Sink {
     /// Starts to serve.
     pub fn start() -> Result<Self> {
+        let mut sink = Self::closed()?;
+        sink.open()?;
+        Ok(sink)
+    }
+
+    /// One that nobody reaches before [`Self::open`]: as a containerd that is down.
+    pub fn closed() -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("husk-events").tempdir()?;
         let address = folder.path().join("sock").display().to_string();
-        let (send, events) = mpsc::channel();
-        let service = Arc::new(Forwarder(Mutex::new(send)));
+        let (sender, events) = mpsc::channel();
+        Ok(Self { server: None, address, sender, events: Mutex::new(events), _folder: folder })
+    }
+
+    /// From now on it serves.
+    pub fn open(&mut self) -> Result<()> {
+        let service = Arc::new(Forwarder(Mutex::new(self.sender.clone())));
         let services: HashMap<_, _> = create_events(service);
-        let mut server = ttrpc::Server::new().bind(&format!("unix://{address}"))?.register_service(services);
+        let mut server = ttrpc::Server::new().bind(&format!("unix://{}", self.address))?.register_service(services);
         server.start()?;
-        Ok(Self { server: Some(server), address, events: Mutex::new(events), _folder: folder })
+        self.server = Some(server);
+        Ok(())
     }
 
     /// What a shim gets as `TTRPC_ADDRESS`.

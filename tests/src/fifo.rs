@@ -27,8 +27,13 @@ impl Reader {
     /// Makes the fifo and opens it; a writer need not be there yet.
     pub fn make(path: &Path) -> Result<Self> {
         make(path)?;
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-        Ok(Self { path: path.to_path_buf(), file })
+        Self::open(path)
+    }
+
+    /// Opens a fifo that somebody else has made.
+    pub fn open(path: &Path) -> Result<Self> {
+        let open = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        Ok(Self { path: path.to_path_buf(), file: open.with_context(|| format!("open {}", path.display()))? })
     }
 
     /// What is in the fifo at this moment, without waiting for more.

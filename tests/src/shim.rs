@@ -14,7 +14,7 @@ use containerd_shim_protos::ttrpc::{self, Code, proto::Request};
 use serde_json::Value;
 
 use crate::artifacts::{Runtime, Version, built};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, process};
 use crate::command::{self, Output};
 use crate::containerd::{Containerd, NAMESPACE};
 use crate::events::Sink;
@@ -223,8 +223,12 @@ pub struct Shim<'a> {
 impl<'a> Shim<'a> {
     /// Starts the shim under test for a container with this spec; it serves when this returns.
     pub fn start(containerd: &'a Containerd, id: &str, spec: &Value) -> Result<Self> {
+        Self::start_with(containerd, id, spec, Sink::start()?)
+    }
+
+    /// The same, publishing to this sink.
+    pub fn start_with(containerd: &'a Containerd, id: &str, spec: &Value, events: Sink) -> Result<Self> {
         let bundle = Bundle::write(containerd, id, spec)?;
-        let events = Sink::start()?;
         let started = action(containerd, &bundle, &events, &Bootstrap::Flags, "start")?.ok()?;
         let socket = address(&started.text())?;
         let api = match (containerd.runtime(), containerd.version()) {
@@ -334,12 +338,32 @@ impl<'a> Shim<'a> {
     }
 }
 
+impl Shim<'_> {
+    /// Runs a command in the container to its end: exit status and stdout. The exec is deleted afterwards.
+    pub fn exec(&self, exec: &str, args: &[&str]) -> Result<(u32, String)> {
+        let (io, mut stdout, _stderr) = self.streams(exec)?;
+        let id = &self.bundle.id;
+        self.task.exec(id, exec, &process(args), &io)?;
+        self.task.start(id, exec)?;
+        let status = self.task.wait(id, exec)?;
+        let text = String::from_utf8_lossy(&stdout.read_to_end(CALL)?).trim_end().to_owned();
+        self.task.delete(id, exec)?;
+        for stream in ["out", "err"] {
+            std::fs::remove_file(self.bundle.outside.join(format!("{exec}.{stream}")))?;
+        }
+        Ok((status, text))
+    }
+}
+
 impl Drop for Shim<'_> {
     fn drop(&mut self) {
         // Whatever state the test has left it in; what fails here is ended with the containerd.
-        let _ = self.task.kill(&self.bundle.id, "", 9);
-        let _ = self.task.delete(&self.bundle.id, "");
-        let _ = self.task.shutdown(&self.bundle.id, true);
+        let id = &self.bundle.id;
+        let _ = self.task.kill(id, "", 9);
+        let _ = self.task.wait(id, "");
+        let _ = self.task.delete(id, "");
+        // As containerd does: without effect while the sandbox has other containers.
+        let _ = self.task.shutdown(id, false);
     }
 }
 

@@ -4,6 +4,7 @@
 //! What cannot be meant in a guest is refused by name, all of it at once; what only makes sense on the host and loses
 //! nothing by going is removed with a note.
 
+mod namespaces;
 pub mod parse;
 
 use std::fmt;
@@ -91,6 +92,8 @@ pub struct Context<'a> {
     pub host_is_unified: bool,
     /// Looks a path up on the host, following links.
     pub inspect: &'a dyn Fn(&Path) -> io::Result<Source>,
+    /// Whether a pid is that of the init of one of the sandbox's containers, in the guest.
+    pub is_init: &'a dyn Fn(u32) -> bool,
 }
 
 /// A folder or file of the host that goes beside the container's root in the share.
@@ -364,15 +367,17 @@ impl Work<'_> {
             self.refuse("linux.netDevices", Some(name), "a network device of the host cannot be moved into a VM");
         }
         let mut namespaces = linux.namespaces_mut().take().unwrap_or_default();
+        for namespace in &mut namespaces {
+            // As good as none, and some clients write it.
+            if namespace.path().as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
+                namespace.set_path(None);
+            }
+        }
         for (index, namespace) in namespaces.iter().enumerate() {
-            let Some(path) = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty()) else { continue };
-            let why = match namespace.typ() {
-                LinuxNamespaceType::Network => {
-                    "joining a network namespace of the host (CNI) is not supported yet".into()
-                }
-                other => format!("joining a {other} namespace by its path on the host is not supported"),
-            };
-            self.refuse_path(format!("linux.namespaces[{index}].path"), path, why);
+            let Some(path) = namespace.path() else { continue };
+            if let Some(why) = namespaces::problem(namespace.typ(), path, self.context.is_init) {
+                self.refuse_path(format!("linux.namespaces[{index}].path"), path, why);
+            }
         }
         // On v1, a container without a cgroup namespace is shown its own part of each hierarchy. The guest has v2,
         // where only the namespace does that: without it, the mount would show the whole guest's cgroups.

@@ -123,7 +123,14 @@ impl Sandbox {
         if !request.checkpoint.is_empty() {
             return Err(Error::Unsupported(format!("checkpoint {:?}: restoring is not supported", request.checkpoint)));
         }
-        let prepared = prepare::prepare(&request, &self.id)?;
+        // Of those that live: the pid of one that has ended may be another process's by now.
+        let inits: Vec<u32> = self
+            .containers()
+            .iter()
+            .filter_map(|container| container.process("").filter(|init| init.exit().is_none()))
+            .map(|init| init.pid())
+            .collect();
+        let prepared = prepare::prepare(&request, &self.id, &|pid| inits.contains(&pid))?;
         for note in &prepared.rewritten.notes {
             tracing::info!(container = id, note, "spec changed for the guest");
         }

@@ -28,7 +28,11 @@ fn host(path: &Path) -> io::Result<Source> {
 
 fn run(spec: &Value, host_is_unified: bool) -> Result<Rewritten, Problems> {
     let spec = parse::parse(&serde_json::to_vec(spec).unwrap())?;
-    rewrite(spec, &Context { id: "c1", bundle: Path::new("/bundle"), host_is_unified, inspect: &host })
+    let is_init = |pid| pid == 40;
+    rewrite(
+        spec,
+        &Context { id: "c1", bundle: Path::new("/bundle"), host_is_unified, inspect: &host, is_init: &is_init },
+    )
 }
 
 fn plain() -> Value {
@@ -190,7 +194,7 @@ fn what_cannot_be_is_refused_by_name() {
         ),
         (
             with("/linux/namespaces/-", json!({"type": "ipc", "path": "/proc/7/ns/ipc"})),
-            r#"linux.namespaces[5].path "/proc/7/ns/ipc": joining a ipc namespace"#,
+            r#"linux.namespaces[5].path "/proc/7/ns/ipc": process 7 is not the init of a container of this sandbox"#,
         ),
         (
             with("/linux/devices", json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}])),

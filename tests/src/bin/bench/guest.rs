@@ -74,7 +74,7 @@ impl Kit {
         std::fs::write(bundle.join("config.json"), bundle::spec(CONTAINER, &["true"]).to_string())?;
         let request =
             api::CreateTaskRequest { id: CONTAINER.into(), bundle: bundle.display().to_string(), ..Default::default() };
-        let prepared = prepare::prepare(&request, CONTAINER)?;
+        let prepared = prepare::prepare(&request, CONTAINER, &|_| false)?;
         Ok(Self { folder, prepared })
     }
 

@@ -1,0 +1,87 @@
+//! Namespaces that a spec shares by path: those of another container of the same sandbox are the guest's, all others the host's.
+
+use std::path::{Component, Path};
+
+use oci_spec::runtime::LinuxNamespaceType;
+
+/// Why a namespace cannot be joined by this path; nothing if it can. `is_init` tells whether a pid is that of an init of the sandbox's
+/// containers: clients write what Create has answered, which is a pid of the guest, so the path holds there as it is.
+pub fn problem(kind: LinuxNamespaceType, path: &Path, is_init: &dyn Fn(u32) -> bool) -> Option<String> {
+    let Some((pid, name)) = process_and_name(path) else {
+        return Some(match kind {
+            LinuxNamespaceType::Network => {
+                "joining a network namespace of the host (CNI) is not supported yet".to_owned()
+            }
+            other => format!("joining a {other} namespace by its path on the host is not supported"),
+        });
+    };
+    if kind == LinuxNamespaceType::Mount {
+        return Some("a container cannot join a mount namespace: its root is made in one of its own".to_owned());
+    }
+    if name != file_of(kind) {
+        return Some(format!("is not a {kind} namespace, which would be /proc/{pid}/ns/{}", file_of(kind)));
+    }
+    (!is_init(pid)).then(|| format!("process {pid} is not the init of a container of this sandbox"))
+}
+
+/// The name under `/proc/<pid>/ns` (namespaces(7)).
+fn file_of(kind: LinuxNamespaceType) -> &'static str {
+    match kind {
+        LinuxNamespaceType::Mount => "mnt",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "net",
+        LinuxNamespaceType::Time => "time",
+    }
+}
+
+/// Takes `/proc/<pid>/ns/<name>` apart; nothing for any other path.
+fn process_and_name(path: &Path) -> Option<(u32, &str)> {
+    let mut parts = path.components();
+    let mut next = || match parts.next()? {
+        Component::Normal(part) => part.to_str(),
+        Component::RootDir => Some("/"),
+        _ => None,
+    };
+    let (root, proc, pid, ns, name) = (next()?, next()?, next()?, next()?, next()?);
+    let pid = pid.parse().ok().filter(|_| pid.bytes().all(|byte| byte.is_ascii_digit()))?;
+    (root == "/" && proc == "proc" && ns == "ns" && parts.next().is_none()).then_some((pid, name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_inits_of_the_same_sandbox_are_joined() {
+        use LinuxNamespaceType::{Cgroup, Ipc, Mount, Network, Pid, User, Uts};
+        let table = [
+            (Network, "/proc/40/ns/net", None),
+            (Ipc, "/proc/40/ns/ipc", None),
+            (Uts, "/proc/40/ns/uts", None),
+            (Pid, "/proc/40/ns/pid", None),
+            (User, "/proc/40/ns/user", None),
+            (Cgroup, "/proc/40/ns/cgroup", None),
+            (Network, "/proc/1/ns/net", Some("process 1 is not the init")),
+            (Network, "/proc/40/ns/ipc", Some("would be /proc/40/ns/net")),
+            (Mount, "/proc/40/ns/mnt", Some("mount namespace")),
+            (Network, "/run/netns/x", Some("of the host (CNI)")),
+            (Ipc, "/proc/self/ns/ipc", Some("ipc namespace by its path on the host")),
+            (Ipc, "/proc/40/../40/ns/ipc", Some("by its path on the host")),
+            (Ipc, "/proc/+40/ns/ipc", Some("by its path on the host")),
+            (Ipc, "/proc/40/ns/ipc/x", Some("by its path on the host")),
+            (Ipc, "proc/40/ns/ipc", Some("by its path on the host")),
+        ];
+        for (kind, path, wanted) in table {
+            let problem = problem(kind, Path::new(path), &|pid| pid == 40);
+            match (wanted, problem) {
+                (None, None) => {}
+                (Some(part), Some(text)) if text.contains(part) => {}
+                (wanted, problem) => panic!("{kind} {path}: {problem:?}, not {wanted:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! Containers of one sandbox share a shim and a VM, and nothing else unless their specs say so.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::ttrpc::Code;
+use husk_tests::artifacts::{Runtime, Version};
+use husk_tests::bundle;
+use husk_tests::command::wait_for;
+use husk_tests::containerd::Containerd;
+use husk_tests::leftovers::Leftovers;
+use husk_tests::shim::{Shim, Streams, code};
+use serde_json::{Value, json};
+
+/// The annotation by which the CRI plugin names the pod of a container.
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+
+/// The spec of a container of this sandbox.
+fn spec(sandbox: &str, id: &str, args: &[&str]) -> Value {
+    let mut spec = bundle::spec(id, args);
+    spec["annotations"] = json!({ SANDBOX_ID: sandbox });
+    spec
+}
+
+/// A container of this sandbox that has been created and started, without streams.
+fn running<'a>(containerd: &'a Containerd, sandbox: &str, id: &str, spec: &Value) -> Result<Shim<'a>> {
+    let shim = Shim::start(containerd, id, spec)?;
+    shim.create(&Streams::default()).with_context(|| format!("in sandbox {sandbox}"))?;
+    shim.task.start(id, "")?;
+    Ok(shim)
+}
+
+/// Ends and deletes a container, as a kubelet would.
+fn remove(shim: &Shim) -> Result<u32> {
+    let id = &shim.bundle.id;
+    shim.task.kill(id, "", 9)?;
+    shim.task.wait(id, "")?;
+    let status = shim.task.delete(id, "")?;
+    // The shim may be gone before its answer is out.
+    let _ = shim.task.shutdown(id, false);
+    Ok(status)
+}
+
+fn is_husk(test: &str) -> bool {
+    Runtime::under_test().is_husk_or_tell(test)
+}
+
+const SLEEP: [&str; 2] = ["sleep", "1000"];
+
+#[test]
+fn containers_of_a_sandbox_share_the_vm_and_not_their_files_or_cgroups() -> Result<()> {
+    if !is_husk("containers_of_a_sandbox_share_the_vm_and_not_their_files_or_cgroups") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let (pod, other) = (containerd.id("pod"), containerd.id("other"));
+    let first = running(containerd, &pod, &pod, &spec(&pod, &pod, &SLEEP))?;
+    let second = running(containerd, &pod, &other, &spec(&pod, &other, &SLEEP))?;
+    ensure!(first.socket == second.socket, "two shims: {:?} {:?}", first.socket, second.socket);
+    let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
+    ensure!(first.exec("boot", &boot)? == second.exec("boot", &boot)?, "two VMs");
+
+    ensure!(first.exec("write", &["sh", "-c", "echo first > /mine"])?.0 == 0);
+    ensure!(second.exec("read", &["test", "-e", "/mine"])?.0 == 1, "the second sees the first's file");
+    for namespace in ["pid", "ipc", "uts", "mnt", "net", "cgroup"] {
+        let link = ["readlink", &format!("/proc/self/ns/{namespace}")];
+        let (one, two) = (first.exec("ns", &link)?, second.exec("ns", &link)?);
+        ensure!(one.0 == 0 && two.0 == 0 && one != two, "{namespace}: {one:?} {two:?}");
+    }
+    // Four processes of its own: the cgroup's limit would count the other's as well.
+    let pids = ["cat", "/sys/fs/cgroup/cgroup.procs"];
+    ensure!(second.exec("pids", &pids)?.1.lines().count() == 2, "{:?}", second.exec("again", &pids)?);
+    Ok(())
+}
+
+#[test]
+fn a_sandbox_lives_until_its_last_container_is_deleted() -> Result<()> {
+    if !is_husk("a_sandbox_lives_until_its_last_container_is_deleted") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let (pod, other) = (containerd.id("lives"), containerd.id("second"));
+    let first = running(containerd, &pod, &pod, &spec(&pod, &pod, &SLEEP))?;
+    let second = running(containerd, &pod, &other, &spec(&pod, &other, &SLEEP))?;
+    let (process, below) = containerd.shim_of(&pod)?;
+
+    // Not only the last one that was made: the one that the VM was booted for goes as well.
+    ensure!(remove(&first)? == 137);
+    ensure!(process.is_alive() && below.iter().all(|process| process.is_alive()), "the sandbox ended with its first");
+    ensure!(second.exec("there", &["echo", "there"])? == (0, "there".to_owned()));
+    let third_id = containerd.id("third");
+    let third = running(containerd, &pod, &third_id, &spec(&pod, &third_id, &SLEEP))?;
+    ensure!(remove(&second)? == 137);
+    ensure!(third.exec("there", &["echo", "there"])? == (0, "there".to_owned()));
+    ensure!(remove(&third)? == 137);
+    let gone = || (!process.is_alive() && below.iter().all(|process| !process.is_alive())).then_some(());
+    wait_for(Duration::from_secs(20), "the shim and its children are gone", gone)
+}
+
+#[test]
+fn namespaces_of_the_first_container_are_joined_by_their_paths() -> Result<()> {
+    if !is_husk("namespaces_of_the_first_container_are_joined_by_their_paths") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let (pod, other) = (containerd.id("joined"), containerd.id("joins"));
+    let first = running(containerd, &pod, &pod, &spec(&pod, &pod, &SLEEP))?;
+    // What the CRI plugin takes for the paths.
+    let pid = first.task.state(&pod, "")?.pid;
+    let mut joins = spec(&pod, &other, &SLEEP);
+    joins["linux"]["namespaces"] = json!([
+        {"type": "mount"},
+        {"type": "network", "path": format!("/proc/{pid}/ns/net")},
+        {"type": "ipc", "path": format!("/proc/{pid}/ns/ipc")},
+        {"type": "uts", "path": format!("/proc/{pid}/ns/uts")},
+        {"type": "pid", "path": format!("/proc/{pid}/ns/pid")},
+    ]);
+    // A name belongs to whoever made the UTS namespace.
+    joins.as_object_mut().context("an object")?.remove("hostname");
+    let second = running(containerd, &pod, &other, &joins)?;
+    for namespace in ["net", "ipc", "uts", "pid"] {
+        let link = ["readlink", &format!("/proc/self/ns/{namespace}")];
+        let (one, two) = (first.exec("ns", &link)?, second.exec("ns", &link)?);
+        ensure!(one.0 == 0 && one == two, "{namespace}: {one:?} {two:?}");
+    }
+    ensure!(second.exec("name", &["hostname"])?.1 == "husk-test");
+    // Seen from the shared PID namespace: the second's process, by the first.
+    let seen = first.exec("ps", &["ps", "-o", "args"])?.1;
+    ensure!(seen.lines().filter(|line| line.starts_with("sleep")).count() == 2, "{seen}");
+    // An exit of the joined one, which is not the namespace's init, is still noticed.
+    ensure!(remove(&second)? == 137);
+    ensure!(first.exec("there", &["echo", "there"])? == (0, "there".to_owned()));
+    Ok(())
+}
+
+#[test]
+fn a_namespace_of_nobody_in_the_sandbox_is_refused_by_its_path() -> Result<()> {
+    if !is_husk("a_namespace_of_nobody_in_the_sandbox_is_refused_by_its_path") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let (pod, other) = (containerd.id("refuses"), containerd.id("refused"));
+    let _first = running(containerd, &pod, &pod, &spec(&pod, &pod, &SLEEP))?;
+    for path in ["/proc/1/ns/net", "/proc/self/ns/net", "/run/netns/host"] {
+        let mut wrong = spec(&pod, &other, &SLEEP);
+        wrong["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "network", "path": path}]);
+        let shim = Shim::start(containerd, &other, &wrong)?;
+        let request = shim.create_request(&Streams::default());
+        let created: containerd_shim_protos::ttrpc::Result<containerd_shim_protos::api::CreateTaskResponse> =
+            shim.task.call("Create", &request);
+        ensure!(code(&created) == Some(Code::INVALID_ARGUMENT), "{created:?}");
+        let text = format!("{created:?}");
+        ensure!(text.contains("linux.namespaces[1].path") && text.contains(path), "{text}");
+        std::fs::remove_dir_all(&shim.bundle.outside)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn twenty_containers_in_one_vm_come_and_go_in_any_order_and_leave_nothing() -> Result<()> {
+    if !is_husk("twenty_containers_in_one_vm_come_and_go_in_any_order_and_leave_nothing") {
+        return Ok(());
+    }
+    const COUNT: usize = 20;
+    let containerd = &Containerd::start(Version::default_for_tests())?;
+    let pod = containerd.id("crowd");
+    let mut sees_all = spec(&pod, &pod, &SLEEP);
+    sees_all["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "uts"}]);
+    let first = running(containerd, &pod, &pod, &sees_all)?;
+    // Command lines, which kernel threads have none of, and the dead that nobody has waited for.
+    let script = "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done | sort | uniq; cat /proc/[0-9]*/stat | grep -c ') Z '";
+    let processes = |exec: &str| first.exec(exec, &["sh", "-c", script]);
+    let ids: Vec<String> = (0..COUNT).map(|n| containerd.id(&format!("one-of-{n}"))).collect();
+    let before = Leftovers::now(containerd);
+    let listed = processes("before")?;
+    ensure!(listed.1.contains("sleep 1000"), "{listed:?}");
+
+    std::thread::scope(|scope| -> Result<()> {
+        let runs: Vec<_> = ids
+            .iter()
+            .enumerate()
+            .map(|(n, id)| {
+                let pod = &pod;
+                scope.spawn(move || -> Result<()> {
+                    // Half of them end by themselves, at once; the others are killed, so that deletions mix with creations.
+                    let script = format!("echo {n}; exit {n}");
+                    let (args, killed) =
+                        if n % 2 == 0 { (["sh", "-c", &script], false) } else { (["sleep", "1000", "1"], true) };
+                    let shim = Shim::start(containerd, id, &spec(pod, id, &args))?;
+                    if killed {
+                        shim.create(&Streams::default())?;
+                        shim.task.start(id, "")?;
+                        ensure!(remove(&shim)? == 137, "{id}");
+                    } else {
+                        let (status, out, err) = shim.run()?;
+                        ensure!((status as usize, &out) == (n, &n.to_string()), "{id}: {status} {out} {err}");
+                    }
+                    std::fs::remove_dir_all(&shim.bundle.outside)?;
+                    Ok(())
+                })
+            })
+            .collect();
+        let results: Vec<_> = runs.into_iter().map(|run| run.join()).collect();
+        for result in results {
+            result.map_err(|_| anyhow::anyhow!("a run panicked"))??;
+        }
+        Ok(())
+    })?;
+    before.expect_none_since(containerd)?;
+    let after = processes("after")?;
+    ensure!(after == listed, "in the guest: {after:?}, before: {listed:?}");
+    let left: HashSet<_> = std::fs::read_dir(containerd.path("/run/husk/husk-test").join(&pod).join("share"))?
+        .map(|entry| entry.map(|entry| entry.file_name()))
+        .collect::<std::io::Result<_>>()?;
+    ensure!(left.len() == 1, "in the share: {left:?}");
+    Ok(())
+}
