@@ -267,7 +267,7 @@ impl<'a> Shim<'a> {
     }
 
     /// Runs an exec to its end: exit status, stdout, stderr. It is deleted afterwards.
-    pub fn exec(&self, exec: &str, process: &Value) -> Result<(u32, String, String)> {
+    pub fn exec_process(&self, exec: &str, process: &Value) -> Result<(u32, String, String)> {
         let (io, mut stdout, mut stderr) = self.streams(exec)?;
         let id = &self.bundle.id;
         self.task.exec(id, exec, process, &io)?;
@@ -279,13 +279,22 @@ impl<'a> Shim<'a> {
         let status = self.task.wait(id, exec)?;
         let (out, err) = (stdout.read_to_end(CALL)?, stderr.read_to_end(CALL)?);
         self.task.delete(id, exec)?;
+        for stream in ["out", "err"] {
+            std::fs::remove_file(self.bundle.outside.join(format!("{exec}.{stream}")))?;
+        }
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim_end().to_owned();
         Ok((status, text(out), text(err)))
     }
 
+    /// The same for a command: exit status and stdout.
+    pub fn exec(&self, exec: &str, args: &[&str]) -> Result<(u32, String)> {
+        let (status, out, _) = self.exec_process(exec, &process(args))?;
+        Ok((status, out))
+    }
+
     /// Runs a shell script as an exec that has to succeed, and gives what it printed.
     pub fn script(&self, exec: &str, script: &str) -> Result<String> {
-        match self.exec(exec, &crate::bundle::process(&["sh", "-c", script]))? {
+        match self.exec_process(exec, &process(&["sh", "-c", script]))? {
             (0, out, _) => Ok(out),
             (status, out, err) => bail!("{script}: {status}\n{out}\n{err}"),
         }
@@ -335,23 +344,6 @@ impl<'a> Shim<'a> {
         self.task.delete(id, "").map_err(logged)?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim_end().to_owned();
         Ok((status, text(out), text(err)))
-    }
-}
-
-impl Shim<'_> {
-    /// Runs a command in the container to its end: exit status and stdout. The exec is deleted afterwards.
-    pub fn exec(&self, exec: &str, args: &[&str]) -> Result<(u32, String)> {
-        let (io, mut stdout, _stderr) = self.streams(exec)?;
-        let id = &self.bundle.id;
-        self.task.exec(id, exec, &process(args), &io)?;
-        self.task.start(id, exec)?;
-        let status = self.task.wait(id, exec)?;
-        let text = String::from_utf8_lossy(&stdout.read_to_end(CALL)?).trim_end().to_owned();
-        self.task.delete(id, exec)?;
-        for stream in ["out", "err"] {
-            std::fs::remove_file(self.bundle.outside.join(format!("{exec}.{stream}")))?;
-        }
-        Ok((status, text))
     }
 }
 

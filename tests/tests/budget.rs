@@ -50,6 +50,9 @@ async fn from_its_first_instruction_to_ready_the_init_needs_at_most_8_million() 
 async fn an_idle_init_holds_at_most_4_mib_and_sleeps() -> Result<()> {
     let guest = Guest::boot().await?;
     ensure!(guest.run("c", &spec(&["true"])).await?.0 == 0);
+    // A container that does nothing gives it nothing to do.
+    guest.create("idle", &spec(&["sleep", "1000"]), "").await?;
+    guest.start("idle", "").await?;
     // Lets the ends of the container's connections pass.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = guest.info().await?;

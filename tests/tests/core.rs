@@ -341,6 +341,10 @@ async fn a_shutdown_stops_what_runs_and_ends_the_vm() -> Result<()> {
         let request = containerd_shim_protos::api::WaitRequest { id: "polite".into(), ..Default::default() };
         polite.wait(call(), &request).await.map(|answer| answer.exit_status)
     });
+    // One that is paused hears of it as well.
+    let request = containerd_shim_protos::api::PauseRequest { id: "polite".into(), ..Default::default() };
+    guest.task.pause(call(), &request).await?;
+    ensure!(status(&guest, "polite", "").await? == Status::PAUSED);
     let began = Instant::now();
     let mut end = [0];
     let mut guest = guest;

@@ -79,7 +79,7 @@ fn life(containerd: &Containerd) -> Result<Vec<String>> {
     let (io, _stdout, _stderr) = shim.streams("init")?;
     shim.create(&io)?;
     task.start(&id, "")?;
-    shim.exec("ends", &bundle::process(&["sh", "-c", "exit 3"]))?;
+    shim.exec_process("ends", &bundle::process(&["sh", "-c", "exit 3"]))?;
     task.exec(&id, "fails", &bundle::process(&["/no/such"]), &Streams::default())?;
     ensure!(task.start(&id, "fails").is_err());
     task.delete(&id, "fails")?;
@@ -87,7 +87,7 @@ fn life(containerd: &Containerd) -> Result<Vec<String>> {
     task.pause(&id)?;
     task.resume(&id)?;
     task.delete(&id, "never")?;
-    ensure!(shim.exec("greedy", &bundle::process(&["tail", "/dev/zero"]))?.0 == 137);
+    ensure!(shim.exec_process("greedy", &bundle::process(&["tail", "/dev/zero"]))?.0 == 137);
     task.exec(&id, "stays", &bundle::process(&["sleep", "1000"]), &Streams::default())?;
     task.start(&id, "stays")?;
     task.kill(&id, "", 9)?;

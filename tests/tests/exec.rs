@@ -24,7 +24,7 @@ fn running<'a>(containerd: &'a Containerd, name: &str, change: impl FnOnce(&mut 
 fn words(shim: &Shim, exec: &str, script: &str, change: impl FnOnce(&mut Value)) -> Result<String> {
     let mut process = bundle::process(&["sh", "-c", script]);
     change(&mut process);
-    let (_, out, err) = shim.exec(exec, &process).with_context(|| exec.to_owned())?;
+    let (_, out, err) = shim.exec_process(exec, &process).with_context(|| exec.to_owned())?;
     Ok(format!("{out} {err}").split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
@@ -109,9 +109,9 @@ fn an_exec_that_cannot_be_is_named_as_runc_names_it_and_leaves_nothing() -> Resu
     let containerd = Containerd::shared()?;
     let shim = running(containerd, "cannot", |_| {})?;
     let id = shim.bundle.id.as_str();
-    let refusal = |exec: &str, change: &dyn Fn(&mut Value)| -> Result<String> {
-        let mut process = bundle::process(&["true"]);
-        change(&mut process);
+    let refusal = |exec: &str, args: Value, cwd: &str| -> Result<String> {
+        let mut process = bundle::process(&[]);
+        (process["args"], process["cwd"]) = (args, json!(cwd));
         shim.task.exec(id, exec, &process, &Default::default())?;
         let started = shim.task.start(id, exec);
         shim.task.delete(id, exec)?;
@@ -120,17 +120,17 @@ fn an_exec_that_cannot_be_is_named_as_runc_names_it_and_leaves_nothing() -> Resu
             other => Err(anyhow!("{exec}: {other:?}")),
         }
     };
-    let cases: [(&str, &dyn Fn(&mut Value), &str); 5] = [
-        ("absent", &|p| p["args"] = json!(["absent"]), r#"exec: "absent": executable file not found in $PATH"#),
-        ("path", &|p| p["args"] = json!(["/no/such"]), r#"exec: "/no/such": stat /no/such: no such file or directory"#),
-        ("file", &|p| p["args"] = json!(["/etc/passwd"]), r#"exec: "/etc/passwd": permission denied"#),
-        ("folder", &|p| p["args"] = json!(["/etc"]), r#"exec: "/etc": "#),
-        ("cwd", &|p| p["cwd"] = json!("/no/such"), "no such file or directory"),
+    let cases = [
+        ("absent", json!(["absent"]), "/", r#"exec: "absent": executable file not found in $PATH"#),
+        ("path", json!(["/no/such"]), "/", r#"exec: "/no/such": stat /no/such: no such file or directory"#),
+        ("file", json!(["/etc/passwd"]), "/", r#"exec: "/etc/passwd": permission denied"#),
+        ("folder", json!(["/etc"]), "/", r#"exec: "/etc": "#),
+        ("cwd", json!(["true"]), "/no/such", "no such file or directory"),
     ];
-    for (exec, change, wanted) in cases {
+    for (exec, args, cwd, wanted) in cases {
         // The second time shows that the id is free again.
         for _ in 0..2 {
-            let message = refusal(exec, change)?;
+            let message = refusal(exec, args.clone(), cwd)?;
             ensure!(message.contains(wanted), "{exec}: {message}");
         }
     }
@@ -204,7 +204,7 @@ fn a_hundred_execs_at_once_each_have_their_own_status_and_output() -> Result<()>
     let shim = running(containerd, "hundred", |_| {})?;
     let one = |number: u32| -> Result<()> {
         let script = format!("echo {number}; exit {number}");
-        let (status, out, _) = shim.exec(&format!("e{number}"), &bundle::process(&["sh", "-c", &script]))?;
+        let (status, out, _) = shim.exec_process(&format!("e{number}"), &bundle::process(&["sh", "-c", &script]))?;
         ensure!(status == number && out == number.to_string(), "exec {number}: {status} {out:?}");
         Ok(())
     };
@@ -230,7 +230,7 @@ fn an_exec_in_a_user_namespace_is_refused_by_name() -> Result<()> {
         spec["linux"]["uidMappings"] = mapping.clone();
         spec["linux"]["gidMappings"] = mapping;
     })?;
-    let refused = shim.exec("e", &bundle::process(&["id"])).err().context("it ran, as whom?")?;
+    let refused = shim.exec_process("e", &bundle::process(&["id"])).err().context("it ran, as whom?")?;
     ensure!(format!("{refused:#}").contains("linux.namespaces: execs in a user namespace"), "{refused:#}");
     ensure!(shim.task.pids(&shim.bundle.id)?.len() == 1, "something is left");
     Ok(())

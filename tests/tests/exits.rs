@@ -7,6 +7,7 @@ use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::ttrpc::Code;
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
+use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Published;
 use husk_tests::shim::{Shim, Streams, code};
@@ -40,7 +41,7 @@ fn every_status_from_0_to_255_is_told_as_it_is() -> Result<()> {
     shim.task.exec(&id, "before", &bundle::process(&["sleep", "1000"]), &Streams::default())?;
     for status in [0, 1, 2, 42, 125, 126, 127, 128, 129, 137, 143, 200, 254, 255] {
         let exec = format!("e{status}");
-        let ended = shim.exec(&exec, &bundle::process(&["sh", "-c", &format!("exit {status}")]))?.0;
+        let ended = shim.exec_process(&exec, &bundle::process(&["sh", "-c", &format!("exit {status}")]))?.0;
         ensure!(ended == status, "exit {status} is told as {ended}");
     }
     shim.task.start(&id, "")?;
@@ -81,6 +82,25 @@ fn the_inits_exit_is_told_after_those_of_its_execs() -> Result<()> {
 }
 
 #[test]
+fn the_exit_of_an_exec_that_is_deleted_at_once_is_told() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("at-once");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
+    shim.run_detached()?;
+    for number in 0..5 {
+        let exec = format!("e{number}");
+        shim.task.exec(&id, &exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
+        shim.task.start(&id, &exec)?;
+        shim.task.kill(&id, &exec, 9)?;
+        // Without waiting for its exit: as soon as there is one.
+        wait_for(DEADLINE, "it can be deleted", || shim.task.delete(&id, &exec).ok())?;
+        let ends = ends(&shim.events.until("/tasks/exit", DEADLINE)?)?;
+        ensure!(ends == [exec], "{ends:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn who_needs_more_memory_than_the_limit_ends_with_137_after_an_oom_event() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("oom");
@@ -90,7 +110,7 @@ fn who_needs_more_memory_than_the_limit_ends_with_137_after_an_oom_event() -> Re
     spec["linux"]["resources"]["memory"] = json!({"limit": 24 << 20, "swap": 24 << 20});
     let shim = Shim::start(containerd, &id, &spec)?;
     shim.run_detached()?;
-    let (status, ..) = shim.exec("greedy", &bundle::process(&greedy))?;
+    let (status, ..) = shim.exec_process("greedy", &bundle::process(&greedy))?;
     ensure!(status == 137, "{status}");
     let events = shim.events.until("/tasks/exit", DEADLINE)?;
     ensure!(ends(&events)? == ["oom", "greedy"], "{:?}", ends(&events)?);

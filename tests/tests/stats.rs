@@ -107,3 +107,17 @@ fn pids_name_the_execs_that_they_are() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn ctr_task_ps_shows_them_on_every_containerd() -> Result<()> {
+    for version in [Version::V1_6, Version::V1_7, Version::V2_1] {
+        let containerd = Containerd::shared_of(version)?;
+        let container = containerd.detached(&[], "ps", &["sleep", "1000"])?;
+        let exec = containerd.id("named");
+        containerd.ctr(["task", "exec", "--detach", "--exec-id", &exec, container.id(), "sleep", "1000"]).ok()?;
+        let shown = containerd.ctr(["task", "ps", container.id()]).ok()?.text();
+        let with = shown.lines().filter(|line| line.contains(&exec)).count();
+        ensure!(with == 1 && shown.lines().count() == 3, "{version:?}:\n{shown}");
+    }
+    Ok(())
+}

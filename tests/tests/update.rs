@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
+use containerd_shim_protos::api;
 use containerd_shim_protos::ttrpc::{self, Code};
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
@@ -63,7 +64,7 @@ fn limits_change_in_place_and_are_seen_from_inside_and_in_stats() -> Result<()> 
     // They hold: a fork too many fails.
     shim.task.update(&id, &json!({"pids": {"limit": 4}}))?;
     let (status, _, errors) =
-        shim.exec("forks", &bundle::process(&["sh", "-c", "sleep 5 & sleep 5 & sleep 5 & true"]))?;
+        shim.exec_process("forks", &bundle::process(&["sh", "-c", "sleep 5 & sleep 5 & sleep 5 & true"]))?;
     ensure!(status != 0 && errors.contains("fork"), "{status}: {errors}");
     shim.task.update(&id, &json!({"pids": {"limit": -1}, "memory": {"limit": -1}, "cpu": {"quota": -1}}))?;
     let metrics = shim.task.metrics(&id)?;
@@ -109,12 +110,17 @@ fn an_update_that_cannot_be_is_named_and_changes_nothing() -> Result<()> {
     for (mut resources, named) in cases {
         // In front of what cannot be, something that can.
         resources["pids"] = json!({"limit": 33});
-        resources["hugepageLimits"].as_array_mut().map(|all| all.insert(0, json!({"pageSize": "2MB", "limit": 0})));
+        if let Some(all) = resources["hugepageLimits"].as_array_mut() {
+            all.insert(0, json!({"pageSize": "2MB", "limit": 0}));
+        }
         let (code, message) = refused(&shim, &resources)?;
         ensure!(code == Code::INVALID_ARGUMENT && message.contains(named), "{resources}: {code:?} {message}");
         let after = shim.task.metrics(&id)?;
         ensure!(after.pids.limit == before.pids.limit && after.hugetlb == before.hugetlb, "{resources}: {after}");
     }
+    let none = api::UpdateTaskRequest { id: id.clone(), ..Default::default() };
+    let none = shim.task.call::<_, api::Empty>("Update", &none);
+    ensure!(code(&none) == Some(Code::INVALID_ARGUMENT), "an update of nothing: {none:?}");
     let (_, both) = refused(&shim, &json!({"cpu": {"cpus": "63"}, "memory": {"swappiness": 3}}))?;
     ensure!(both.contains("linux.resources.cpu.cpus") && both.contains("swappiness"), "not both: {both}");
     Ok(())
