@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind};
 
+/// The guest's own folder.
+pub const RUN: &str = "/run/husk";
 /// libcontainer's root: a folder for each container.
 pub const STATE: &str = "/run/husk/state";
 const BUNDLES: &str = "/run/husk/bundles";

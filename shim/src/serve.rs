@@ -134,6 +134,7 @@ fn adjust_oom_score(pid: u32) {
 
 /// Serves the sandbox `flags.id` until it has ended.
 pub fn serve(flags: &Flags) -> Result<()> {
+    crate::vm::launch::reserve().context("reserve descriptors")?;
     crate::vm::tsc::begin();
     // SAFETY: `start` has put the listening socket there, and nobody else in this process uses that number.
     let listener = unsafe { OwnedFd::from_raw_fd(LISTENER) };
@@ -158,7 +159,7 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     journal.record(&Owner::Sandbox, [Step::File { path: PathBuf::from(&flags.socket) }])?;
     let ttrpc_address = std::env::var("TTRPC_ADDRESS").context("TTRPC_ADDRESS")?;
     let publisher = Publisher::start(&ttrpc_address, &flags.namespace);
-    let sandbox = Sandbox::new(&flags.id, journal, publisher);
+    let sandbox = Sandbox::new(&flags.id, &flags.namespace, journal, publisher);
 
     // SAFETY: the descriptor is a listening unix socket, given up here and owned by the server from now on.
     let server = unsafe { ttrpc::r#async::Server::new().add_unix_listener(listener.into_raw_fd()) }?;

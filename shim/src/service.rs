@@ -11,8 +11,8 @@ use async_trait::async_trait;
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
     DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
-    ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
-    StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
+    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse,
+    StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
 use protobuf::MessageField;
@@ -68,6 +68,7 @@ fn reply(error: Error) -> ttrpc::Error {
         Error::NotFound { .. } => Code::NOT_FOUND,
         Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
         Error::Stopping | Error::NotStopped { .. } | Error::Ended { .. } => Code::FAILED_PRECONDITION,
+        Error::Stdio(crate::io::Error::Logger { .. }) => Code::INTERNAL,
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Boot(_) | Error::Guest(_) | Error::Dead { .. } => Code::UNAVAILABLE,
@@ -160,15 +161,8 @@ impl Task for Tasks {
         Ok(Empty::new())
     }
 
-    async fn resize_pty(
-        &self,
-        _: &TtrpcContext,
-        _: containerd_shim_protos::api::ResizePtyRequest,
-    ) -> ttrpc::Result<Empty> {
-        Err(unimplemented("ResizePty"))
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        self.sandbox.resize_pty(request).await.map_err(reply)?;
+        Ok(Empty::new())
     }
-}
-
-fn unimplemented(call: &str) -> ttrpc::Error {
-    status(Code::UNIMPLEMENTED, format!("{call} is not supported by io.containerd.husk.v1"))
 }

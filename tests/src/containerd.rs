@@ -332,6 +332,11 @@ impl Containerd {
         Ok(container)
     }
 
+    /// A container that the test makes by itself; killed and removed when dropped.
+    pub fn adopt(&self, id: &str) -> Container<'_> {
+        Container { containerd: self, id: id.to_owned() }
+    }
+
     /// The last lines of the daemon's log, shims' lines included.
     pub fn log_tail(&self) -> String {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);

@@ -67,6 +67,22 @@ impl Reader {
         }
     }
 
+    /// Reads on until `needle` has come, and gives all up to its end.
+    pub fn read_until(&mut self, needle: &str, deadline: Duration) -> Result<String> {
+        let started = Instant::now();
+        let mut all = Vec::new();
+        while !all.ends_with(needle.as_bytes()) {
+            let left = deadline.saturating_sub(started.elapsed());
+            // Byte by byte: what comes behind it is for the next one who reads.
+            let byte = self.read(1, left).with_context(|| format!("after {:?}", String::from_utf8_lossy(&all)))?;
+            if byte.is_empty() {
+                bail!("the stream has ended after {:?}, without {needle:?}", String::from_utf8_lossy(&all));
+            }
+            all.extend(byte);
+        }
+        Ok(String::from_utf8_lossy(&all).into_owned())
+    }
+
     /// Everything until the last writer has closed.
     pub fn read_to_end(&mut self, deadline: Duration) -> Result<Vec<u8>> {
         let started = Instant::now();

@@ -16,5 +16,6 @@ pub mod guest;
 pub mod leftovers;
 pub mod pattern;
 pub mod process;
+pub mod pty;
 pub mod shim;
 pub mod vm;

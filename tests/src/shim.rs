@@ -100,6 +100,13 @@ impl Task {
         self.call("CloseIO", &request).map(|_: api::Empty| ())
     }
 
+    /// ResizePty.
+    pub fn resize(&self, id: &str, exec: &str, height: u32, width: u32) -> ttrpc::Result<()> {
+        let request =
+            api::ResizePtyRequest { id: id.into(), exec_id: exec.into(), height, width, ..Default::default() };
+        self.call("ResizePty", &request).map(|_: api::Empty| ())
+    }
+
     /// Delete; the exit status.
     pub fn delete(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
         let request = api::DeleteRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
@@ -119,6 +126,7 @@ impl Task {
             stdin: io.stdin.clone(),
             stdout: io.stdout.clone(),
             stderr: io.stderr.clone(),
+            terminal: io.terminal,
             spec: MessageField::some(spec),
             ..Default::default()
         };
@@ -197,6 +205,8 @@ pub struct Streams {
     pub stdout: String,
     /// Written by the process.
     pub stderr: String,
+    /// All of them are one terminal.
+    pub terminal: bool,
 }
 
 /// How containerd starts a shim.
@@ -255,7 +265,7 @@ impl<'a> Shim<'a> {
         let outside = |stream: &str| self.bundle.outside.join(format!("{name}.{stream}"));
         let (stdout, stderr) = (fifo::Reader::make(&outside("out"))?, fifo::Reader::make(&outside("err"))?);
         let text = |path: PathBuf| path.display().to_string();
-        let streams = Streams { stdin: String::new(), stdout: text(inside("out")), stderr: text(inside("err")) };
+        let streams = Streams { stdout: text(inside("out")), stderr: text(inside("err")), ..Streams::default() };
         Ok((streams, stdout, stderr))
     }
 
@@ -300,6 +310,17 @@ impl<'a> Shim<'a> {
         }
     }
 
+    /// Makes the fifos of a process with a terminal: what is typed goes into the file, what is shown comes from the reader.
+    pub fn terminal(&self, name: &str) -> Result<(Streams, std::fs::File, fifo::Reader)> {
+        let path = |stream: &str| format!("{name}.{stream}");
+        let (typed, shown) = (path("typed"), path("shown"));
+        let ends =
+            (fifo::writer(&self.bundle.outside.join(&typed))?, fifo::Reader::make(&self.bundle.outside.join(&shown))?);
+        let inside = |name: &str| self.bundle.path.join(name).display().to_string();
+        let streams = Streams { stdin: inside(&typed), stdout: inside(&shown), terminal: true, ..Streams::default() };
+        Ok((streams, ends.0, ends.1))
+    }
+
     /// Create with these streams; the pid.
     pub fn create(&self, io: &Streams) -> Result<u32> {
         let answer: api::CreateTaskResponse = self
@@ -318,6 +339,7 @@ impl<'a> Shim<'a> {
             stdin: io.stdin.clone(),
             stdout: io.stdout.clone(),
             stderr: io.stderr.clone(),
+            terminal: io.terminal,
             ..Default::default()
         }
     }

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Result, ensure};
 use husk_tests::artifacts::Runtime;
-use husk_tests::containerd::{Configured, Containerd};
+use husk_tests::containerd::Configured;
 use husk_tests::leftovers::Leftovers;
 
 /// Runs a container that can't be had under this configuration; what `ctr` says of it.
@@ -110,18 +110,6 @@ fn a_bad_annotation_is_named_with_its_value_and_so_is_every_other() -> Result<()
 fn a_bad_configuration_is_named_by_file_key_and_value() -> Result<()> {
     let wanted = ["config.toml", "vcpus", "-2", "colour"];
     husk_refuses("a_bad_configuration_is_named_by_file_key_and_value", "vcpus = -2\ncolour = 1", &[], &wanted)
-}
-
-#[test]
-fn a_terminal_is_refused_until_there_is_one() -> Result<()> {
-    let flags = ["--tty"];
-    if !Runtime::under_test().is_husk_or_tell("a_terminal_is_refused_until_there_is_one") {
-        return Ok(());
-    }
-    let containerd = Containerd::shared()?;
-    let ran = containerd.run(&flags, &containerd.id("tty"), &["true"]).output()?;
-    ensure!(ran.code() != 0, "{ran}");
-    Ok(())
 }
 
 #[test]

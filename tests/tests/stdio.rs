@@ -1,23 +1,28 @@
 //! What a process reads and writes arrives whole, in order and in time.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::events::task::TaskExit;
-use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
-use husk_tests::fifo;
 use husk_tests::shim::{Shim, Streams, feed};
+use husk_tests::{bundle, command, fifo, process};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// What `seq 1 last` prints.
 fn sequence(last: usize) -> Vec<u8> {
-    (1..=last).flat_map(|n| format!("{n}\n").into_bytes()).collect()
+    sequence_with(last, "\n")
+}
+
+fn sequence_with(last: usize, end: &str) -> Vec<u8> {
+    (1..=last).flat_map(|n| format!("{n}{end}").into_bytes()).collect()
 }
 
 /// Fifos for all three streams of the init process; the test's ends of stdin, stdout and stderr.
@@ -39,7 +44,7 @@ fn expect_same(got: &[u8], wanted: &[u8]) -> Result<()> {
 #[test]
 fn stdin_passes_through_cat_unharmed_and_ends() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let bytes: Vec<u8> = (0..20_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let ran = containerd.run(&[], &containerd.id("cat"), &["cat"]).stdin(bytes.clone()).ok()?;
     expect_same(&ran.stdout, &bytes)
 }
@@ -253,5 +258,198 @@ fn many_clients_wait_for_one_exit() -> Result<()> {
         ensure!(matches!(status, Ok(137)), "{status:?}");
     }
     ensure!(shim.task.wait(&id, "")? == 137, "a wait after the exit");
+    Ok(())
+}
+
+#[test]
+fn a_checksum_taken_inside_is_the_one_outside() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let container = containerd.detached(&[], "sums", &["sleep", "1000"])?;
+    let bytes = sequence(1_000_000);
+    let inside = container.exec(&["sha256sum"]).stdin(bytes.clone()).ok()?.text();
+    let outside = command::run(Command::new("sha256sum"), Some(bytes), DEADLINE)?.ok()?.text();
+    ensure!(inside == outside && inside.len() > 64, "{inside} inside, {outside} outside");
+    Ok(())
+}
+
+#[test]
+fn sixty_four_mebibytes_are_complete() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let container = containerd.detached(&[], "much", &["sleep", "1000"])?;
+    let ran = container.exec(&["sh", "-c", "yes 0123456789abcde | head -c 67108864; exit 3"]).expect_code(3)?;
+    ensure!(ran.stdout.len() == 64 << 20, "{} bytes", ran.stdout.len());
+    let wrong = ran.stdout.chunks(16).position(|line| line != b"0123456789abcde\n");
+    ensure!(wrong.is_none(), "line {wrong:?} is another");
+    Ok(())
+}
+
+#[test]
+fn closing_stdin_again_is_harmless_and_closing_it_early_is_not_forgotten() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("closes");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "wc -c; exec sleep 1000"]))?;
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim)?;
+    shim.create(&io)?;
+    shim.task.start(&id, "")?;
+    stdin.write_all(b"four")?;
+    drop(stdin);
+    for _ in 0..3 {
+        shim.task.close_stdin(&id, "")?;
+    }
+    ensure!(stdout.read_until("\n", DEADLINE)? == "4\n");
+    shim.task.close_stdin(&id, "")?;
+    if !containerd.runtime().is_husk_or_tell("closing_it_early_is_not_forgotten") {
+        // runc's shim forgets it.
+        return Ok(());
+    }
+    let (mut io, mut stdout, _stderr) = shim.streams("early")?;
+    let mut stdin = fifo::writer(&shim.bundle.outside.join("early.in"))?;
+    io.stdin = shim.bundle.path.join("early.in").display().to_string();
+    shim.task.exec(&id, "early", &bundle::process(&["wc", "-c"]), &io)?;
+    // It stays open: what is in a fifo that nobody has open is lost.
+    stdin.write_all(b"seven..")?;
+    shim.task.close_stdin(&id, "early")?;
+    shim.task.start(&id, "early")?;
+    ensure!(stdout.read_to_end(DEADLINE)? == b"7\n");
+    Ok(())
+}
+
+#[test]
+fn a_stdin_goes_on_when_its_writer_leaves_and_another_comes() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("rejoins");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "cat; echo end"]))?;
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim)?;
+    shim.create(&io)?;
+    shim.task.start(&id, "")?;
+    stdin.write_all(b"first\n")?;
+    drop(stdin);
+    ensure!(stdout.read_until("\n", DEADLINE)? == "first\n");
+    for round in 0..3 {
+        let mut stdin = fs::OpenOptions::new().write(true).open(shim.bundle.outside.join("init.in"))?;
+        writeln!(stdin, "round {round}")?;
+        drop(stdin);
+        ensure!(stdout.read_until("\n", DEADLINE)? == format!("round {round}\n"));
+    }
+    shim.task.close_stdin(&id, "")?;
+    let rest = stdout.read_to_end(DEADLINE)?;
+    ensure!(rest == b"end\n", "{:?}", String::from_utf8_lossy(&rest));
+    Ok(())
+}
+
+#[test]
+fn a_process_that_never_reads_its_stdin_ends_as_it_likes() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("ends");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "sleep 1; exit 5"]))?;
+    let (io, stdin, _stdout, _stderr) = with_stdin(&shim)?;
+    shim.create(&io)?;
+    feed(stdin, sequence(2_000_000));
+    shim.task.start(&id, "")?;
+    let started = Instant::now();
+    shim.task.close_stdin(&id, "")?;
+    ensure!(started.elapsed() < Duration::from_secs(1), "CloseIO waited for a process that does not read");
+    ensure!(shim.task.wait(&id, "")? == 5);
+    ensure!(started.elapsed() < Duration::from_secs(10), "the exit waited for a stdin that nobody reads");
+    Ok(())
+}
+
+#[test]
+fn a_reader_that_goes_away_holds_the_process_and_the_next_one_goes_on() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("leaves");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "seq 1 300000; exit 4"]))?;
+    let (io, mut stdout, _stderr) = shim.streams("init")?;
+    shim.create(&io)?;
+    shim.task.start(&id, "")?;
+    let wanted = sequence(300_000);
+    let mut got = Vec::new();
+    // The fifo as such is never without a reader: only then is what is in it kept. That is so for containerd's clients too.
+    for _ in 0..5 {
+        let path = shim.bundle.outside.join("init.out");
+        let mut reader = fifo::Reader::open(&path)?;
+        got.extend(reader.read(100_000, DEADLINE)?);
+    }
+    got.extend(stdout.read_to_end(DEADLINE)?);
+    expect_same(&got, &wanted)?;
+    ensure!(shim.task.wait(&id, "")? == 4);
+    Ok(())
+}
+
+#[test]
+fn a_child_that_keeps_the_output_open_delays_neither_the_exit_nor_what_was_written_before() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("grandchild");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
+    shim.create(&Default::default())?;
+    shim.task.start(&id, "")?;
+    let in_terminal = |mut process: serde_json::Value| {
+        process["terminal"] = true.into();
+        process
+    };
+    let silent = "trap '' HUP; seq 1 8000; sleep 1000 & exit 5";
+    // It floods what its parent has left open; nobody reads more of it than the test.
+    let loud = "seq 1 8000; yes flood & exit 5";
+    for (exec, script, terminal) in [("silent", silent, false), ("loud", loud, false), ("terminal", silent, true)] {
+        let (_typed, _stderr);
+        let (io, mut stdout) = if terminal {
+            let (io, typed, shown) = shim.terminal(exec)?;
+            _typed = typed;
+            (io, shown)
+        } else {
+            let (io, stdout, stderr) = shim.streams(exec)?;
+            _stderr = stderr;
+            (io, stdout)
+        };
+        let process = bundle::process(&["sh", "-c", script]);
+        shim.task.exec(&id, exec, &if terminal { in_terminal(process) } else { process }, &io)?;
+        shim.task.start(&id, exec)?;
+        let started = Instant::now();
+        ensure!(shim.task.wait(&id, exec)? == 5);
+        ensure!(started.elapsed() < Duration::from_secs(15), "{exec}: the exit came after {:?}", started.elapsed());
+        let wanted = sequence_with(8_000, if terminal { "\r\n" } else { "\n" });
+        let mut got = Vec::new();
+        while got.len() < wanted.len() {
+            got.extend(stdout.read(wanted.len() - got.len(), DEADLINE)?);
+        }
+        expect_same(&got, &wanted).with_context(|| exec.to_owned())?;
+        shim.task.delete(&id, exec)?;
+        // With the process's record its streams end, whoever holds their other ends.
+        while !stdout.read(64 * 1024, DEADLINE).with_context(|| format!("{exec}: the end"))?.is_empty() {}
+    }
+    Ok(())
+}
+
+#[test]
+fn clients_attach_and_leave_and_attach_again() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let script = "while read line; do echo \"got $line\"; echo \"err $line\" >&2; done; echo end";
+    let container = containerd.detached(&[], "attach", &["sh", "-c", script])?;
+    for round in 0..4 {
+        let mut command = containerd.ctr(["task", "attach", container.id()]).command();
+        let mut client = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let mut stdin = client.stdin.take().context("stdin")?;
+        writeln!(stdin, "{round}")?;
+        for (stream, wanted) in [
+            (client.stdout.take().map(OwnedFd::from), format!("got {round}\n")),
+            (client.stderr.take().map(OwnedFd::from), format!("err {round}\n")),
+        ] {
+            let (send, line) = mpsc::channel();
+            let mut lines = BufReader::new(fs::File::from(stream.context("stream")?));
+            thread::spawn(move || {
+                let mut line = String::new();
+                send.send(lines.read_line(&mut line).map(|_| line))
+            });
+            let line = line.recv_timeout(DEADLINE).with_context(|| format!("round {round}: {wanted:?}"))??;
+            ensure!(line == wanted, "round {round}: {line:?}");
+        }
+        // Half of them end their stdin first, which must not end the container's.
+        if round % 2 == 0 {
+            drop(stdin);
+        }
+        process::kill_tree(client.id() as i32);
+        client.wait()?;
+    }
+    ensure!(container.status()?.as_deref() == Some("RUNNING"));
     Ok(())
 }

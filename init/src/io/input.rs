@@ -1,4 +1,4 @@
-//! From a stream to a process's pipe.
+//! From a stream to a process's pipe, or its terminal.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -67,7 +67,8 @@ pub async fn pump(
         };
         match wrote {
             Ok(()) => meter.consumed(&chunk),
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+            // EPIPE of a pipe, EIO of a terminal.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe || error.raw_os_error() == Some(libc::EIO) => {
                 meter.consumed(&chunk);
                 return End::Unread(written);
             }
@@ -111,14 +112,17 @@ async fn write_all(pipe: &AsyncFd<OwnedFd>, mut data: &[u8], written: &mut u64) 
     Ok(())
 }
 
-/// POLLERR on a pipe's write end: its last reader has closed (pipe(7), poll(2)).
+/// POLLERR on a pipe's write end: its last reader has closed (pipe(7), poll(2)). POLLHUP on a terminal's master: no process has it.
 fn has_no_reader(pipe: &AsyncFd<OwnedFd>) -> bool {
     let mut fds = [PollFd::new(pipe.get_ref().as_fd(), PollFlags::empty())];
     loop {
         match poll(&mut fds, PollTimeout::ZERO) {
             Err(Errno::EINTR) => {}
             Err(_) => return false,
-            Ok(_) => return fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR)),
+            Ok(_) => {
+                let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
+                return fds[0].revents().is_some_and(|events| events.intersects(gone));
+            }
         }
     }
 }

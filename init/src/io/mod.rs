@@ -1,4 +1,4 @@
-//! The standard streams of processes: pipes, and who is attached to them.
+//! The standard streams of processes: pipes, or a terminal, and who is attached to them.
 //!
 //! A stream has at most one reader or writer at a time: a second one is refused as long as the first one's connection lives. When
 //! it goes, the pipe stays, and with it what the process writes up to the pipe's capacity; the next one goes on where it stopped.
@@ -6,6 +6,9 @@
 mod input;
 mod output;
 pub mod service;
+mod terminal;
+
+pub use terminal::{Size, Wish};
 
 use std::collections::HashMap;
 use std::io;
@@ -52,6 +55,7 @@ pub struct ProcessStreams {
     stdin: Slot,
     stdout: Slot,
     stderr: Slot,
+    terminal: Option<terminal::Terminal>,
     exited: watch::Sender<bool>,
 }
 
@@ -75,7 +79,37 @@ impl ProcessStreams {
                 (*ours, *theirs) = (Slot::idle(read)?, Some(write));
             }
         }
-        Ok((Arc::new(Self { stdin, stdout, stderr, exited: watch::Sender::new(false) }), theirs))
+        let exited = watch::Sender::new(false);
+        Ok((Arc::new(Self { stdin, stdout, stderr, terminal: None, exited }), theirs))
+    }
+
+    /// Streams that will be a terminal.
+    pub fn terminal() -> Arc<Self> {
+        let [stdin, stdout, stderr] = [(); 3].map(|()| Slot::absent());
+        let terminal = Some(terminal::Terminal::default());
+        Arc::new(Self { stdin, stdout, stderr, terminal, exited: watch::Sender::new(false) })
+    }
+
+    /// The terminal is there: its master, of which those streams become copies that are wanted.
+    ///
+    /// # Errors
+    /// When the descriptors run out, or the pty is none.
+    pub fn open_terminal(&self, master: OwnedFd, wish: Wish, wanted: Wanted) -> io::Result<()> {
+        let Some(terminal) = &self.terminal else { return Err(io::ErrorKind::InvalidInput.into()) };
+        for (slot, wanted) in [(&self.stdin, wanted.stdin), (&self.stdout, wanted.stdout)] {
+            if wanted {
+                *slot.place() = Place::idle(master.try_clone()?)?;
+            }
+        }
+        terminal.open(master, wish)
+    }
+
+    /// Changes the size of the terminal, if there is one.
+    ///
+    /// # Errors
+    /// When it does not take it.
+    pub fn resize(&self, size: Size) -> io::Result<()> {
+        self.terminal.as_ref().map_or(Ok(()), |terminal| terminal.resize(size))
     }
 
     /// The process has exited: what is in its pipes now is what it wrote.
@@ -105,15 +139,21 @@ enum Place {
     Closed,
 }
 
+impl Place {
+    fn idle(fd: OwnedFd) -> io::Result<Self> {
+        // Only this end: the process's own end is another open file, and must block as programs expect.
+        fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        Ok(Self::Idle(fd))
+    }
+}
+
 impl Slot {
     fn absent() -> Self {
         Self(Mutex::new(Place::Absent))
     }
 
     fn idle(fd: OwnedFd) -> io::Result<Self> {
-        // Only this end: the process's own end is another open file, and must block as programs expect.
-        fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        Ok(Self(Mutex::new(Place::Idle(fd))))
+        Ok(Self(Mutex::new(Place::idle(fd)?)))
     }
 
     fn close(&self) {

@@ -1,4 +1,4 @@
-//! From a process's pipe to its stream.
+//! From a process's pipe, or its terminal, to its stream.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -15,6 +15,19 @@ use crate::serve::Gone;
 
 use super::watch_fd;
 
+/// More than a terminal holds of what was written to it: its two buffers have 8 KiB (pty_common_install) and 4 KiB (N_TTY_BUF_SIZE), and
+/// what is in the first cannot be asked for.
+const TERMINAL_HOLDS: usize = 64 * 1024;
+
+/// What output comes out of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// A pipe's reading end.
+    Pipe,
+    /// A terminal's master.
+    Terminal,
+}
+
 /// How a pump ended.
 pub enum End {
     /// The last writer has closed the pipe, and all was sent.
@@ -28,7 +41,7 @@ pub enum End {
 enum Mark {
     /// The process lives.
     Alive,
-    /// It has exited; this much of what it wrote is still in the pipe.
+    /// It has exited; this much of what it wrote is still in the pipe, or at most this much in the terminal.
     Due(usize),
     /// Said.
     Sent,
@@ -38,6 +51,7 @@ enum Mark {
 /// it and keeps the pipe open can neither delay the mark nor slip output before it.
 pub async fn pump(
     fd: OwnedFd,
+    source: Source,
     mut exited: watch::Receiver<bool>,
     stream: &ServerStreamSender<OutputChunk>,
     gone: &mut Gone,
@@ -52,7 +66,8 @@ pub async fn pump(
     let mut mark = Mark::Alive;
     loop {
         if mark == Mark::Alive && *exited.borrow() {
-            match in_pipe(&pipe) {
+            let left = if source == Source::Terminal { Ok(TERMINAL_HOLDS) } else { in_pipe(&pipe) };
+            match left {
                 Ok(left) => mark = Mark::Due(left),
                 Err(error) => return End::Broken(pipe.into_inner(), Error::internal("look into a pipe", &error)),
             }
@@ -65,20 +80,31 @@ pub async fn pump(
             mark = Mark::Sent;
         }
         let most = if let Mark::Due(left) = mark { left.min(STDIO_CHUNK) } else { STDIO_CHUNK };
-        let mut ready = tokio::select! {
-            biased;
-            () = gone.wait() => return End::Broken(pipe.into_inner(), Error::new(Kind::Aborted, "the connection ended")),
-            ready = pipe.readable() => match ready {
-                Ok(ready) => ready,
-                Err(error) => return End::Broken(pipe.into_inner(), Error::internal("wait for a pipe", &error)),
-            },
-            // An error says that the process's record is gone, and with it any exit: then only the pipe's end is left to wait for.
-            Ok(()) = exited.changed(), if mark == Mark::Alive => continue,
-        };
         let mut data = vec![0; most];
-        match ready.try_io(|pipe| Ok(nix::unistd::read(pipe.get_ref(), &mut data)?)) {
-            Ok(Ok(0)) => break,
-            Ok(Ok(read)) => {
+        let read = if source == Source::Terminal && matches!(mark, Mark::Due(_)) {
+            // Asked of the terminal itself: its EAGAIN comes only when all that was written has come through (n_tty_read).
+            read(&pipe, &mut data)
+        } else {
+            let mut ready = tokio::select! {
+                biased;
+                () = gone.wait() => return End::Broken(pipe.into_inner(), Error::new(Kind::Aborted, "the connection ended")),
+                ready = pipe.readable() => match ready {
+                    Ok(ready) => ready,
+                    Err(error) => return End::Broken(pipe.into_inner(), Error::internal("wait for a pipe", &error)),
+                },
+                // An error says that the process's record is gone, and with it any exit: then only the pipe's end is left to wait for.
+                Ok(()) = exited.changed(), if mark == Mark::Alive => continue,
+            };
+            match ready.try_io(|pipe| read(pipe, &mut data)) {
+                Ok(read) => read,
+                Err(_would_block) => continue,
+            }
+        };
+        match read {
+            Ok(0) => break,
+            // No process has the terminal any more (EIO, as of ptmx in the kernel's drivers/tty/n_tty.c); all was read before.
+            Err(error) if source == Source::Terminal && error.raw_os_error() == Some(libc::EIO) => break,
+            Ok(read) => {
                 data.truncate(read);
                 let chunk = OutputChunk { data, ..Default::default() };
                 if let Err(error) = stream.send(&chunk).await {
@@ -88,9 +114,9 @@ pub async fn pump(
                     *left -= read;
                 }
             }
-            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-            Ok(Err(error)) => return End::Broken(pipe.into_inner(), Error::internal("read a pipe", &error)),
-            Err(_would_block) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => mark = Mark::Due(0),
+            Err(error) => return End::Broken(pipe.into_inner(), Error::internal("read a pipe", &error)),
         }
     }
     End::Finished
@@ -98,6 +124,10 @@ pub async fn pump(
 
 fn lost(error: &ttrpc::Error) -> Error {
     Error::internal("send output", error)
+}
+
+fn read(pipe: &AsyncFd<OwnedFd>, data: &mut [u8]) -> io::Result<usize> {
+    Ok(nix::unistd::read(pipe.get_ref(), data)?)
 }
 
 /// Bytes in the pipe (FIONREAD, pipe(7)).

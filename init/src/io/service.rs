@@ -46,7 +46,8 @@ impl Stdio for Service {
             _ => return Err(Error::new(Kind::InvalidArgument, "kind must be stdout or stderr").into()),
         };
         let Some(fd) = slot.attach(name)? else { return Ok(()) };
-        match output::pump(fd, streams.exited.subscribe(), &stream, &mut gone).await {
+        let source = if streams.terminal.is_some() { output::Source::Terminal } else { output::Source::Pipe };
+        match output::pump(fd, source, streams.exited.subscribe(), &stream, &mut gone).await {
             output::End::Finished => {
                 slot.detach(None);
                 Ok(())

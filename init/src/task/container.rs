@@ -80,7 +80,7 @@ impl Container {
     pub fn new(init: Arc<Process>, created: &crate::worker::Created, kills: Kills) -> Arc<Self> {
         Arc::new(Self {
             id: init.container.clone(),
-            terminal: false,
+            terminal: init.stdio.terminal,
             init,
             own_pid_namespace: created.own_pid_namespace,
             poststart_hooks: created.poststart_hooks,

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 
-use super::Tasks;
 use super::container::Container;
 use super::process::{Process, State, Stdio};
+use super::{Tasks, terminal};
 use crate::cgroup::oom::Kills;
 use crate::error::{Error, Kind};
 use crate::io::{ProcessStreams, Wanted};
+use crate::worker::client::Streams;
 use crate::worker::{Reply, Request};
 use crate::{cgroup, places};
 
@@ -28,12 +29,19 @@ impl Tasks {
         places::check_id(id)?;
         check(&request)?;
         let reservation = self.reserve(id)?;
-        let stdio = Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
-        let (streams, ends) = ProcessStreams::new(wanted(&stdio)).map_err(|e| Error::internal("make pipes", &e))?;
+        let terminal = request.terminal;
+        let stdio = Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal };
+        let bundle = places::bundle(id);
+        let (streams, ends) = streams(&stdio)?;
 
         let creation = self.reaper.creation();
-        let bundle = places::bundle(id);
-        let asked = self.workers.run(&creation, &Request::Create { id: id.into(), bundle }, ends).await;
+        let asked = if terminal {
+            let wish = terminal::wish(id, None)?;
+            let request = |console| Request::Create { id: id.into(), bundle, console: Some(console) };
+            self.run_with_terminal(&creation, request, &streams, wanted(&stdio), wish).await
+        } else {
+            self.workers.run(&creation, &Request::Create { id: id.into(), bundle, console: None }, ends).await
+        };
         let created = match asked {
             Ok(Reply::Created(created)) => created,
             Ok(other) => {
@@ -78,9 +86,6 @@ impl Tasks {
 
 fn check(request: &CreateTaskRequest) -> Result<(), Error> {
     let unsupported = |what: &str| Err(Error::new(Kind::Unimplemented, format!("create {}: {what}", request.id)));
-    if request.terminal {
-        return unsupported("terminals are not implemented");
-    }
     if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {
         return unsupported("checkpoints are not implemented");
     }
@@ -99,6 +104,14 @@ fn check(request: &CreateTaskRequest) -> Result<(), Error> {
 /// A stream is wanted where the request names one.
 pub(super) fn wanted(stdio: &Stdio) -> Wanted {
     Wanted { stdin: !stdio.stdin.is_empty(), stdout: !stdio.stdout.is_empty(), stderr: !stdio.stderr.is_empty() }
+}
+
+/// A process's streams and its own ends of them, which for a terminal come with it.
+pub(super) fn streams(stdio: &Stdio) -> Result<(Arc<ProcessStreams>, Streams), Error> {
+    if stdio.terminal {
+        return Ok((ProcessStreams::terminal(), Streams::default()));
+    }
+    ProcessStreams::new(wanted(stdio)).map_err(|e| Error::internal("make pipes", &e))
 }
 
 /// Removes what a failed create may have left. libcontainer does it for some failures; a worker that was killed cannot.

@@ -5,14 +5,13 @@ use std::time::SystemTime;
 
 use containerd_shim_protos::api::ExecProcessRequest;
 
-use super::Tasks;
 use super::container::Container;
-use super::create::wanted;
+use super::create::{streams, wanted};
 use super::process::{Process, State, Stdio, Step};
+use super::{Tasks, terminal};
 use crate::error::{Error, Kind};
-use crate::io::ProcessStreams;
 use crate::places;
-use crate::reaper::Exit;
+use crate::reaper::{Creation, Exit};
 use crate::worker::{Executed, Reply, Request};
 
 /// Exit status of an exec that never came to run, as runc's command has it.
@@ -27,12 +26,10 @@ impl Tasks {
         let container = self.container(&request.id)?;
         let exec = request.exec_id.as_str();
         places::check_id(exec)?;
-        if request.terminal {
-            return Err(Error::new(Kind::Unimplemented, format!("exec {exec}: terminals are not implemented")));
-        }
         may_exec(&container)?;
-        let stdio = Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
-        let (streams, ends) = ProcessStreams::new(wanted(&stdio)).map_err(|e| Error::internal("make pipes", &e))?;
+        let terminal = request.terminal;
+        let stdio = Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal };
+        let (streams, ends) = streams(&stdio)?;
         let process = Process::new(&request.id, exec, stdio, streams.clone(), State::Added, Some(ends));
         container.add_exec(process.clone())?;
         let path = spec_path(&container, exec);
@@ -40,7 +37,9 @@ impl Tasks {
             container.remove_exec(exec);
             return Err(Error::internal(format_args!("write {}", path.display()), &error));
         }
-        self.streams.add(&request.id, exec, streams);
+        if !terminal {
+            self.streams.add(&request.id, exec, streams);
+        }
         self.tell_exec_added(&process);
         Ok(())
     }
@@ -51,8 +50,7 @@ impl Tasks {
         let mut live = container.begin_exec()?;
         process.step(Step::Start)?;
         let creation = self.reaper.creation();
-        let request = Request::Exec { id: container.id.clone(), process: spec_path(container, exec) };
-        let Executed { pid, ignored } = match self.workers.run(&creation, &request, process.take_ends()).await {
+        let Executed { pid, ignored } = match self.run_exec(container, &process, &creation).await {
             Ok(Reply::Executed(executed)) => executed,
             other => {
                 process.end(Exit { status: NEVER_RAN, at: SystemTime::now() });
@@ -80,6 +78,22 @@ impl Tasks {
             drop(live);
         });
         Ok(pid)
+    }
+}
+
+impl Tasks {
+    async fn run_exec(&self, container: &Container, process: &Process, creation: &Creation) -> Result<Reply, Error> {
+        let (id, path) = (container.id.clone(), spec_path(container, &process.exec));
+        if !process.stdio.terminal {
+            let request = Request::Exec { id, process: path, console: None };
+            return self.workers.run(creation, &request, process.take_ends()).await;
+        }
+        let wish = terminal::wish(&id, Some(&path))?;
+        let request = |console| Request::Exec { id, process: path, console: Some(console) };
+        let reply = self.run_with_terminal(creation, request, &process.streams, wanted(&process.stdio), wish).await?;
+        // Only now is there something to attach to.
+        self.streams.add(&container.id, &process.exec, process.streams.clone());
+        Ok(reply)
     }
 }
 

@@ -11,6 +11,7 @@ mod resources;
 pub mod service;
 mod start;
 mod tell;
+mod terminal;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};

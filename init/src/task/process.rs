@@ -114,6 +114,8 @@ pub struct Stdio {
     pub stdout: String,
     /// As in the request.
     pub stderr: String,
+    /// As in the request.
+    pub terminal: bool,
 }
 
 /// A process and its record.

@@ -19,6 +19,7 @@ use super::container::Freezer;
 use super::process::State;
 use super::tell::timestamp;
 use crate::error::{Error, Kind};
+use crate::io::Size;
 use crate::reaper::Exit;
 use crate::rpc::{Answer, answer, finish};
 
@@ -111,7 +112,7 @@ impl Task for Service {
                 stdin: process.stdio.stdin.clone(),
                 stdout: process.stdio.stdout.clone(),
                 stderr: process.stdio.stderr.clone(),
-                terminal: false,
+                terminal: process.stdio.terminal,
                 exit_status: exit.map_or(0, |exit| exit.status),
                 exited_at: exit.map(|exit| timestamp(exit.at)).into(),
                 ..Default::default()
@@ -178,8 +179,14 @@ impl Task for Service {
         unimplemented("Checkpoint")
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, _: ResizePtyRequest) -> Answer<Empty> {
-        unimplemented("ResizePty")
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
+        answer(async {
+            let short = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
+            let size = Size { height: short(request.height), width: short(request.width) };
+            self.tasks.resize(&request.id, &request.exec_id, size)
+        })
+        .await
+        .map(|()| Empty::new())
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {

@@ -18,7 +18,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 use tracing::level_filters::LevelFilter;
 
-use super::{CONTROL_FD, MESSAGE_MAX, NAME, Reply, Request};
+use super::{CONTROL_FD, GATE_FD, MESSAGE_MAX, NAME, Reply, Request};
 use crate::error::{Error, Kind};
 use crate::reaper::{Creation, Exit, Reaper};
 
@@ -34,6 +34,8 @@ pub struct Streams {
     pub stdout: Option<OwnedFd>,
     /// Write end of its stderr.
     pub stderr: Option<OwnedFd>,
+    /// What it waits for before it runs, if its streams are a terminal; see [`super::console`].
+    pub gate: Option<OwnedFd>,
 }
 
 /// Starts workers.
@@ -102,6 +104,9 @@ impl Workers {
             }
         }
         actions.add_dup2(theirs.as_raw_fd(), CONTROL_FD)?;
+        if let Some(gate) = &streams.gate {
+            actions.add_dup2(gate.as_raw_fd(), GATE_FD)?;
+        }
 
         let mut attributes = PosixSpawnAttr::init()?;
         attributes.set_sigdefault(&SigSet::all())?;

@@ -18,12 +18,13 @@ use crate::error::{Error, Kind};
 use crate::{cgroup, places};
 
 /// Makes the container. On failure PID 1 removes what stands in the container's cgroup and state folder.
-pub fn create(id: &str, bundle: &Path) -> Result<Created, Error> {
+pub fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<Created, Error> {
     let config = bundle.join("config.json");
     let mut spec = Spec::load(&config)
         .map_err(|e| Error::new(Kind::InvalidArgument, format!("spec of {id}: {}", crate::error::chain(&e))))?;
     spec::check(&spec)
         .map_err(|problems| Error::new(Kind::InvalidArgument, format!("spec of {id}: {}", problems.join("; "))))?;
+    spec::check_terminal(spec.process().as_ref(), console.is_some())?;
     let (changed, ignored) = spec::adapt(&mut spec, id);
     if changed {
         spec.save(&config).map_err(|e| Error::internal(format_args!("write {}", config.display()), &e))?;
@@ -44,7 +45,8 @@ pub fn create(id: &str, bundle: &Path) -> Result<Created, Error> {
 
     let refusal = Refusal::new().map_err(|e| Error::internal("make a memory file", &e))?;
     let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
-        .with_executor(Workload::default().refusing(&refusal))
+        .with_executor(Workload::default().gated(console.is_some()).refusing(&refusal))
+        .with_console_socket(console)
         .with_root_path(places::STATE)
         .and_then(|builder| builder.as_init(bundle).as_sibling(true).with_systemd(false).with_detach(true).build())
         .map_err(|e| explain_start("create", id, &refusal, &e))?;

@@ -19,7 +19,7 @@ use crate::error::{Error, Kind, chain};
 use crate::{cgroup, places};
 
 /// Runs the process.
-pub fn exec(id: &str, process: &Path) -> Result<Executed, Error> {
+pub fn exec(id: &str, process: &Path, console: Option<&Path>) -> Result<Executed, Error> {
     let container = load(id)?;
     let config = container.bundle().join("config.json");
     let spec = Spec::load(&config).map_err(|e| Error::internal(format_args!("read {}", config.display()), &e))?;
@@ -34,15 +34,21 @@ pub fn exec(id: &str, process: &Path) -> Result<Executed, Error> {
     check_cwd(&container, wanted.cwd())?;
     let mut ignored = Vec::new();
     let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
-    let (changed, workload) = spec::adapt_exec(&mut wanted, seccomp, &mut ignored);
+    let (mut changed, workload) = spec::adapt_exec(&mut wanted, seccomp, &mut ignored);
+    // The request's word counts, not the spec's, as with runc's shim.
+    if wanted.terminal().unwrap_or(false) != console.is_some() {
+        wanted.set_terminal(Some(console.is_some()));
+        changed = true;
+    }
     if changed {
         write(process, &wanted).map_err(|e| Error::internal(format_args!("write {}", process.display()), &e))?;
     }
     let below = delegate(id, &container)?;
     guard::load_unless_wanted(&spec)?;
     let refusal = Refusal::new().map_err(|e| Error::internal("make a memory file", &e))?;
-    ContainerBuilder::new(id.to_owned(), SyscallType::default())
-        .with_executor(workload.refusing(&refusal))
+    let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
+        .with_executor(workload.gated(console.is_some()).refusing(&refusal))
+        .with_console_socket(console)
         .with_root_path(places::STATE)
         .and_then(|builder| {
             builder
@@ -54,7 +60,24 @@ pub fn exec(id: &str, process: &Path) -> Result<Executed, Error> {
                 .build()
         })
         .map(|pid| Executed { pid: pid.as_raw(), ignored })
-        .map_err(|e| explain_start("exec in", id, &refusal, &e))
+        .map_err(|e| explain_start("exec in", id, &refusal, &e));
+    if let Some(console) = console {
+        remove_links(id, console)?;
+    }
+    built
+}
+
+/// libcontainer leaves a link to the console's socket in the container's folder, by a name of its own choice.
+fn remove_links(id: &str, console: &Path) -> Result<(), Error> {
+    let folder = places::state(id);
+    let failed = |e: std::io::Error| Error::internal(format_args!("remove a link in {}", folder.display()), &e);
+    for entry in std::fs::read_dir(&folder).map_err(failed)?.flatten() {
+        // Anything but a link to the socket is something else's.
+        if std::fs::read_link(entry.path()).is_ok_and(|target| target == console) {
+            std::fs::remove_file(entry.path()).map_err(failed)?;
+        }
+    }
+    Ok(())
 }
 
 /// Names a working folder that is not there: libcontainer says no more than that a syscall has failed.

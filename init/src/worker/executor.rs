@@ -20,6 +20,8 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{AccessFlags, execve, faccessat};
 use oci_spec::runtime::{LinuxSeccomp, Spec};
 
+use super::console;
+
 /// A process of a container, about to be run.
 #[derive(Debug, Default, Clone)]
 pub struct Workload {
@@ -29,6 +31,8 @@ pub struct Workload {
     pub drop_admin: bool,
     /// Where a process that cannot be run says why, to the worker that has cloned it.
     refusal: Refusal,
+    /// Its streams are a terminal, which PID 1 gets ready first; see [`super::console`].
+    gated: bool,
     /// Environment as libcontainer completed it, from [`Executor::setup_envs`] to [`Executor::exec`].
     environment: RefCell<Vec<CString>>,
 }
@@ -46,6 +50,11 @@ impl Workload {
 
     fn find(&self, spec: &Spec) -> Result<PathBuf, String> {
         find(spec).inspect_err(|why| self.refusal.say(why))
+    }
+
+    /// The same, behind a gate or not.
+    pub fn gated(self, gated: bool) -> Self {
+        Self { gated, ..self }
     }
 }
 
@@ -105,6 +114,9 @@ impl Executor for Workload {
             .map(|arg| CString::new(arg.as_bytes()))
             .collect::<Result<_, _>>()
             .map_err(|_| ExecutorError::InvalidArg)?;
+        if self.gated {
+            console::pass_gate().map_err(|e| ExecutorError::Other(format!("wait for the terminal: {e}")))?;
+        }
         // SAFETY: SIG_DFL installs no handler. Rust's start ignores SIGPIPE, which would be inherited: `yes | head` would not end.
         unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }.map_err(|e| ExecutorError::Execution(e.into()))?;
         if let Some(seccomp) = &self.seccomp {

@@ -7,6 +7,7 @@
 //! [`client`] is PID 1's side, [`serve`] the worker's.
 
 pub mod client;
+pub mod console;
 mod create;
 mod devices;
 mod exec;
@@ -28,6 +29,9 @@ pub const NAME: &str = "husk-worker";
 /// Descriptor of a worker's end of the socket pair.
 const CONTROL_FD: i32 = 3;
 
+/// Where a worker finds the gate of a process that gets a terminal; see [`console`].
+const GATE_FD: i32 = 4;
+
 /// Most bytes of a request or a reply. One message each way, kept whole by the socket (SOCK_SEQPACKET).
 const MESSAGE_MAX: usize = 64 * 1024;
 
@@ -40,6 +44,8 @@ pub enum Request {
         id: String,
         /// Folder of its config.json.
         bundle: PathBuf,
+        /// Socket that takes its terminal, if it is to have one.
+        console: Option<PathBuf>,
     },
     /// Start the init, and run the spec's poststart hooks.
     Start {
@@ -52,6 +58,8 @@ pub enum Request {
         id: String,
         /// File with the process as the spec's `process`, in JSON.
         process: PathBuf,
+        /// Socket that takes its terminal, if it is to have one.
+        console: Option<PathBuf>,
     },
     /// Give a container other limits: those that its standard input names as the spec's `linux.resources`, in JSON.
     Update {

@@ -16,7 +16,7 @@ use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::{self, time};
 
 use super::executor::Refusal;
-use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, create, exec, update};
+use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, console, create, exec, update};
 use crate::error::{Error, Kind, chain};
 use crate::{boot, places};
 
@@ -50,9 +50,12 @@ fn serve(request: &Request) -> Result<Reply, Error> {
     boot::randomize_addresses().map_err(|e| Error::internal("reset the personality", &e))?;
     // PID 1's is not for its children. A spec's own value is set by libcontainer later.
     fs::write("/proc/self/oom_score_adj", "0").map_err(|e| Error::internal("reset oom_score_adj", &e))?;
+    if let Request::Create { console: Some(_), .. } | Request::Exec { console: Some(_), .. } = request {
+        console::keep_gate().map_err(|e| Error::internal("keep the gate", &e))?;
+    }
     match request {
-        Request::Create { id, bundle } => create::create(id, bundle).map(Reply::Created),
-        Request::Exec { id, process } => exec::exec(id, process).map(Reply::Executed),
+        Request::Create { id, bundle, console } => create::create(id, bundle, console.as_deref()).map(Reply::Created),
+        Request::Exec { id, process, console } => exec::exec(id, process, console.as_deref()).map(Reply::Executed),
         Request::Update { id } => update::update(id).map(|()| Reply::Done),
         Request::Start { id } => load(id)?.start().map(|()| Reply::Done).map_err(|e| explain("start", id, &e)),
         Request::Delete { id } => load(id)?.delete(false).map(|()| Reply::Done).map_err(|e| explain("delete", id, &e)),

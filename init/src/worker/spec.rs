@@ -13,6 +13,7 @@ use oci_spec::runtime::{
 use super::devices::{self, Kind, Rule};
 use super::executor::Workload;
 use crate::cgroup::CONTAINERS_IN_SPEC;
+use crate::error::{self, Error};
 
 /// Refuses a spec of which something cannot be applied.
 ///
@@ -60,9 +61,6 @@ pub fn check(spec: &Spec) -> Result<(), Vec<String>> {
 /// What of a process cannot be applied; for an exec too.
 pub fn check_process(process: &Process) -> Vec<String> {
     let mut problems = Vec::new();
-    if process.terminal().unwrap_or(false) {
-        problems.push("process.terminal: terminals are not supported".into());
-    }
     if process.args().as_ref().is_none_or(|args| args.is_empty()) {
         problems.push("process.args: is empty".into());
     }
@@ -70,6 +68,19 @@ pub fn check_process(process: &Process) -> Vec<String> {
         problems.push(format!("process.cwd: {:?} is not absolute", process.cwd().display().to_string()));
     }
     problems
+}
+
+/// Refuses a process that says one thing about its terminal while the call that it came with says another.
+///
+/// # Errors
+/// InvalidArgument.
+pub fn check_terminal(process: Option<&Process>, asked: bool) -> Result<(), Error> {
+    let wanted = process.and_then(|process| process.terminal()).unwrap_or(false);
+    if wanted == asked {
+        return Ok(());
+    }
+    let text = format!("process.terminal: is {wanted} in the spec, {asked} in the request");
+    Err(Error::new(error::Kind::InvalidArgument, text))
 }
 
 fn check_mount(mount: &Mount) -> Option<String> {
@@ -281,7 +292,6 @@ mod tests {
     fn what_cannot_be_applied_is_refused_by_name() {
         let cases = [
             ("/ociVersion", json!("2.0.0"), "ociVersion: \"2.0.0\" is not 1.x"),
-            ("/process/terminal", json!(true), "process.terminal: terminals are not supported"),
             ("/process/args", json!([]), "process.args: is empty"),
             ("/process/cwd", json!("tmp"), "process.cwd: \"tmp\" is not absolute"),
             ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt: a guest has no resctrl file system"),

@@ -21,6 +21,8 @@ use process::{Exit, Process};
 
 /// Events of one container that wait for its output to be delivered.
 const QUEUE: usize = 64;
+/// How long the exit of a process that is gone may take to be recorded: until its output is delivered, or nobody takes it.
+pub const EXIT_RECORDED: std::time::Duration = std::time::Duration::from_secs(10);
 /// Exit status of what dies with its VM: as if by SIGKILL.
 const KILLED: u32 = 137;
 
@@ -72,6 +74,19 @@ impl Container {
     /// The process of that exec id; the init for an empty one.
     pub fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
         self.processes().get(exec_id).cloned()
+    }
+
+    /// Ends the output of all its processes; see [`Process::finish_output`].
+    pub async fn finish_output(&self) {
+        let processes: Vec<_> = self.processes().values().cloned().collect();
+        futures::future::join_all(processes.iter().map(|process| async {
+            // Until the exit is recorded, its output is still being waited for.
+            if process.pid() != 0 && tokio::time::timeout(EXIT_RECORDED, process.exited()).await.is_err() {
+                tracing::warn!(container = self.id, exec = process.exec_id, "its output ends before its exit is known");
+            }
+            process.finish_output().await;
+        }))
+        .await;
     }
 
     /// Adds an exec; false if that id is taken.

@@ -1,7 +1,7 @@
 //! One process of a container as the shim keeps it: its streams, and its exit once it is known.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_protos::stdio::StreamKind;
@@ -9,7 +9,7 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
 use crate::guest::Guest;
-use crate::io::{self, Input, Output, Stdio};
+use crate::io::{self, Input, Logger, Output, Outputs, Stdio};
 
 /// How long output may stand still before an exit is reported without it. A reader who takes anything at all within this time gets
 /// everything before the exit is reported.
@@ -50,7 +50,10 @@ pub struct Process {
 #[derive(Debug, Default)]
 struct Streams {
     input: Option<Input>,
-    outputs: Vec<std::sync::Arc<Output>>,
+    outputs: Vec<Arc<Output>>,
+    loggers: Vec<Logger>,
+    /// A client has closed the input, perhaps before it was there: one whose own ends early asks for it before the start.
+    input_closed: bool,
 }
 
 impl Process {
@@ -99,40 +102,43 @@ impl Process {
     }
 
     /// Opens its streams and begins to copy. On an error none is left open.
-    pub fn attach(&self, guest: &std::sync::Arc<Guest>, container: &str) -> Result<(), io::Error> {
-        let mut streams = Streams::default();
-        let mut open = || -> Result<(), io::Error> {
-            for (address, kind) in [
-                (&self.stdio.stdout, StreamKind::STREAM_KIND_STDOUT),
-                (&self.stdio.stderr, StreamKind::STREAM_KIND_STDERR),
-            ] {
-                if !address.is_empty() {
-                    let output = Output::start(guest, container, &self.exec_id, kind, address)?;
-                    streams.outputs.push(std::sync::Arc::new(output));
-                }
-            }
-            if !self.stdio.stdin.is_empty() {
-                streams.input = Some(Input::start(guest, container, &self.exec_id, &self.stdio.stdin)?);
-            }
-            Ok(())
-        };
-        let opened = open();
-        let previous = std::mem::replace(&mut *self.streams(), streams);
-        previous.abort();
-        if opened.is_err() {
-            self.detach();
+    pub async fn attach(&self, guest: &Arc<Guest>, container: &str, namespace: &str) -> Result<(), io::Error> {
+        let (stdout, stderr, loggers) = Outputs::open(&self.stdio, container, namespace).await?.into_parts();
+        let mut streams = Streams { loggers, ..Streams::default() };
+        if !self.stdio.stdin.is_empty() {
+            streams.input = Some(Input::start(guest, container, &self.exec_id, &self.stdio.stdin)?);
         }
-        opened
+        for (sink, kind) in [(stdout, StreamKind::STREAM_KIND_STDOUT), (stderr, StreamKind::STREAM_KIND_STDERR)] {
+            let output = sink.map(|sink| Output::start(guest, container, &self.exec_id, kind, sink));
+            streams.outputs.extend(output.map(Arc::new));
+        }
+        let mut place = self.streams();
+        streams.input_closed = place.input_closed;
+        if let Some(input) = streams.input.as_ref().filter(|_| streams.input_closed) {
+            input.close();
+        }
+        std::mem::replace(&mut *place, streams).abort();
+        Ok(())
     }
 
-    /// Ends all copies and closes the fifos.
+    /// Ends all copies at once, and the logging programs with them.
     pub fn detach(&self) {
         std::mem::take(&mut *self.streams()).abort();
     }
 
+    /// Ends all copies, and gives the logging programs the time to deal with what they have got.
+    pub async fn finish_output(&self) {
+        let mut streams = std::mem::take(&mut *self.streams());
+        let loggers = std::mem::take(&mut streams.loggers);
+        streams.abort();
+        futures::future::join_all(loggers.into_iter().map(Logger::end)).await;
+    }
+
     /// Its input ends after what has been written so far.
     pub fn close_stdin(&self) {
-        if let Some(input) = &self.streams().input {
+        let mut streams = self.streams();
+        streams.input_closed = true;
+        if let Some(input) = &streams.input {
             input.close();
         }
     }

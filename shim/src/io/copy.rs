@@ -1,17 +1,17 @@
-//! The copies: guest stream → fifo for output, fifo → guest stream for input.
+//! The copies: guest stream → sink for output, fifo → guest stream for input.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use husk_protos::STDIO_CHUNK;
 use husk_protos::stdio::{InputChunk, StreamKind};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::{Error, fifo_path};
+use super::{Error, Sink, fifo_path};
 use crate::guest::Guest;
 
 /// How far a copy of output has come.
@@ -31,46 +31,32 @@ pub struct Output {
 }
 
 impl Output {
-    /// Opens the fifo at `address` and begins to copy into it.
-    ///
-    /// The fifo is opened for reading too: opening does not wait for a reader then, a reader may go and another come, and none of it ends the
-    /// process's output. The reader sees the end when the copy has ended.
-    pub fn start(
-        guest: &Arc<Guest>,
-        container: &str,
-        exec: &str,
-        kind: StreamKind,
-        address: &str,
-    ) -> Result<Self, Error> {
-        let field = if kind == StreamKind::STREAM_KIND_STDERR { "stderr" } else { "stdout" };
-        let path = fifo_path(field, address)?;
-        let fifo = pipe::OpenOptions::new().read_write(true).open_sender(path).map_err(|source| Error::Open {
-            field,
-            path: path.to_owned(),
-            source,
-        })?;
+    /// Begins to copy what a process writes into the sink.
+    pub fn start(guest: &Arc<Guest>, container: &str, exec: &str, kind: StreamKind, sink: Sink) -> Self {
         let (sender, progress) = watch::channel(Progress { complete: false, at: Instant::now() });
         let (guest, container, exec) = (guest.clone(), container.to_owned(), exec.to_owned());
         let task = tokio::spawn(async move {
-            if let Err(error) = copy_output(&guest, &container, &exec, kind, fifo, &sender).await {
-                tracing::warn!(container, exec, stream = field, %error, "output ended early");
+            if let Err(error) = copy_output(&guest, &container, &exec, kind, sink, &sender).await {
+                tracing::warn!(container, exec, stream = ?kind, %error, "output ended early");
             }
             sender.send_modify(|progress| progress.complete = true);
         });
-        Ok(Self { progress, task: task.abort_handle() })
+        Self { progress, task: task.abort_handle() }
     }
 
-    /// Waits until all that the process wrote before its exit is in the fifo. Gives up, and returns false, when nothing has moved for
+    /// Waits until all that the process wrote before its exit has been delivered. Gives up, and returns false, when nothing has moved for
     /// `patience`: then there is a reader who does not read, and the exit must not wait for it any longer.
     pub async fn drained(&self, patience: Duration) -> bool {
         let mut progress = self.progress.clone();
+        // Not counted from when bytes last moved: a process may have been silent for long, and its last words be under way.
+        let begun = Instant::now();
         loop {
             let deadline = {
                 let now = progress.borrow_and_update();
                 if now.complete {
                     return true;
                 }
-                now.at + patience
+                now.at.max(begun) + patience
             };
             tokio::select! {
                 changed = progress.changed() => {
@@ -88,7 +74,7 @@ impl Output {
         }
     }
 
-    /// Ends the copy and closes the fifo.
+    /// Ends the copy and closes the sink.
     pub fn abort(&self) {
         self.task.abort();
     }
@@ -100,8 +86,6 @@ enum CopyError {
     Guest(#[from] crate::guest::Error),
     #[error("guest stream: {0}")]
     Stream(#[from] ttrpc::Error),
-    #[error("write fifo: {0}")]
-    Write(std::io::Error),
     #[error("read fifo: {0}")]
     Read(std::io::Error),
 }
@@ -111,16 +95,13 @@ async fn copy_output(
     container: &str,
     exec: &str,
     kind: StreamKind,
-    mut fifo: pipe::Sender,
+    mut sink: Sink,
     progress: &watch::Sender<Progress>,
 ) -> Result<(), CopyError> {
     let mut stream = guest.output(container, exec, kind).await?;
     while let Some(chunk) = stream.recv().await? {
-        let mut rest = chunk.data.as_slice();
-        while !rest.is_empty() {
-            let written = fifo.write(rest).await.map_err(CopyError::Write)?;
-            rest = &rest[written..];
-            progress.send_modify(|progress| progress.at = Instant::now());
+        if !chunk.data.is_empty() {
+            sink.write(chunk.data, || progress.send_modify(|progress| progress.at = Instant::now())).await;
         }
         if chunk.exited {
             progress.send_modify(|progress| progress.complete = true);

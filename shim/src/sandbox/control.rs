@@ -3,7 +3,8 @@
 //! What the guest answers goes on to containerd as messages of types that are set here: its clients decode whatever type they are told.
 
 use containerd_shim_protos::api::{
-    KillRequest, PauseRequest, PidsRequest, PidsResponse, ResumeRequest, StatsRequest, StatsResponse, UpdateTaskRequest,
+    KillRequest, PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StatsRequest, StatsResponse,
+    UpdateTaskRequest,
 };
 use husk_protos::{METRICS, PROCESS_DETAILS};
 
@@ -16,6 +17,17 @@ impl Sandbox {
         let (_, process) = self.process(&request.id, &request.exec_id)?;
         match self.live_vm() {
             Ok(vm) => vm.guest.task.kill(vm.guest.context(), &request).await?,
+            Err(Error::Dead { .. }) => return Err(not_found("process", &process.exec_id)),
+            Err(error) => return Err(error),
+        };
+        Ok(())
+    }
+
+    /// Changes the size of a process's terminal.
+    pub async fn resize_pty(&self, request: ResizePtyRequest) -> Result<(), Error> {
+        let (_, process) = self.process(&request.id, &request.exec_id)?;
+        match self.live_vm() {
+            Ok(vm) => vm.guest.task.resize_pty(vm.guest.context(), &request).await?,
             Err(Error::Dead { .. }) => return Err(not_found("process", &process.exec_id)),
             Err(error) => return Err(error),
         };

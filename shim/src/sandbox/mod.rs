@@ -19,7 +19,7 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
 use crate::container::process::{Exit, Process};
-use crate::container::{Container, container_of};
+use crate::container::{Container, EXIT_RECORDED, container_of};
 use crate::events::Publisher;
 use crate::guest;
 use crate::io::Stdio;
@@ -36,8 +36,6 @@ use error::not_found;
 const FLUSH: Duration = Duration::from_secs(2);
 /// How long the guest's report of a deletion may take to arrive after its answer.
 const DELETE_EVENT: Duration = Duration::from_secs(1);
-/// How long an exit that has happened in the guest may take to be recorded: until the output is delivered, or nobody takes it.
-const EXIT_RECORDED: Duration = Duration::from_secs(10);
 /// What stands in a guest's request for a stream that is carried over vsock.
 const STREAM: &str = "stream";
 
@@ -68,6 +66,7 @@ struct Inner {
 /// The sandbox of one shim.
 pub struct Sandbox {
     id: String,
+    namespace: String,
     journal: Journal,
     publisher: Publisher,
     inner: Mutex<Inner>,
@@ -77,9 +76,10 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// An empty sandbox.
-    pub fn new(id: &str, journal: Journal, publisher: Publisher) -> Arc<Self> {
+    pub fn new(id: &str, namespace: &str, journal: Journal, publisher: Publisher) -> Arc<Self> {
         Arc::new(Self {
             id: id.to_owned(),
+            namespace: namespace.to_owned(),
             journal,
             publisher,
             inner: Mutex::new(Inner { machine: Machine::None, share: None, containers: HashMap::new() }),
@@ -117,9 +117,7 @@ impl Sandbox {
 
     async fn create_in_slot(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
         let id = request.id.clone();
-        if request.terminal {
-            return Err(Error::Unsupported("terminal: terminals are not supported yet; run without -t".to_owned()));
-        }
+        stdio_of(&request).check()?;
         if !request.checkpoint.is_empty() {
             return Err(Error::Unsupported(format!("checkpoint {:?}: restoring is not supported", request.checkpoint)));
         }
@@ -150,9 +148,9 @@ impl Sandbox {
             id: id.clone(),
             bundle: bundle.path,
             terminal: request.terminal,
-            stdin: stream_word(&request.stdin),
-            stdout: stream_word(&request.stdout),
-            stderr: stream_word(&request.stderr),
+            stdin: stream_word(!request.stdin.is_empty()),
+            stdout: stream_word(request.terminal || !request.stdout.is_empty()),
+            stderr: stream_word(!request.terminal && !request.stderr.is_empty()),
             ..Default::default()
         };
         let container = Container::start(request, self.publisher.clone());
@@ -160,7 +158,7 @@ impl Sandbox {
         self.lock().containers.insert(id.clone(), Slot::Ready(container.clone()));
         let init = self.process(&id, "")?.1;
         let created = async {
-            init.attach(&vm.guest, &id)?;
+            init.attach(&vm.guest, &id, &self.namespace).await?;
             Ok::<_, Error>(vm.guest.task.create(vm.guest.context(), &guest_request).await?)
         };
         match created.await {
@@ -304,7 +302,7 @@ impl Sandbox {
         let (container, process) = self.process(id, exec_id)?;
         let vm = self.live_vm()?;
         if !exec_id.is_empty() {
-            process.attach(&vm.guest, id)?;
+            process.attach(&vm.guest, id, &self.namespace).await?;
         }
         let request = StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
         match vm.guest.task.start(vm.guest.context(), &request).await {
@@ -340,24 +338,22 @@ impl Sandbox {
     /// Adds an exec to a container.
     pub async fn exec(&self, request: ExecProcessRequest) -> Result<(), Error> {
         crate::state::check_identifier("exec id", &request.exec_id)?;
-        if request.terminal {
-            return Err(Error::Unsupported("terminal: terminals are not supported yet; exec without -t".to_owned()));
-        }
-        let container = self.container(&request.id)?;
-        let vm = self.live_vm()?;
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
+        stdio.check()?;
+        let container = self.container(&request.id)?;
+        let vm = self.live_vm()?;
         if !container.add(Arc::new(Process::new(&request.exec_id, stdio))) {
             return Err(Error::AlreadyExists { what: "process", id: request.exec_id });
         }
         let guest_request = ExecProcessRequest {
-            stdin: stream_word(&request.stdin),
-            stdout: stream_word(&request.stdout),
-            stderr: stream_word(&request.stderr),
+            stdin: stream_word(!request.stdin.is_empty()),
+            stdout: stream_word(request.terminal || !request.stdout.is_empty()),
+            stderr: stream_word(!request.terminal && !request.stderr.is_empty()),
             ..request.clone()
         };
         if let Err(error) = vm.guest.task.exec(vm.guest.context(), &guest_request).await {
@@ -382,11 +378,12 @@ impl Sandbox {
             if response.pid != 0 && tokio::time::timeout(EXIT_RECORDED, process.exited()).await.is_err() {
                 tracing::warn!(container = id, exec = exec_id, "the guest did not report the exit");
             }
+            process.finish_output().await;
             container.remove(exec_id);
             process.forget();
             return Ok(response);
         }
-        process.detach();
+        container.finish_output().await;
         if tokio::time::timeout(DELETE_EVENT, container.delete_published()).await.is_err() {
             tracing::warn!(container = id, "the guest did not report the deletion");
         }
@@ -445,6 +442,7 @@ impl Sandbox {
         }
         for container in self.containers() {
             container.died(now()).await;
+            container.finish_output().await;
         }
         if let Err(error) = self.journal.undo_all().await {
             tracing::error!(%error, "something is left of the sandbox");
@@ -559,9 +557,18 @@ fn alive(vm: &Arc<Vm>) -> Result<Arc<Vm>, Error> {
     }
 }
 
-/// What a stream is in a request to the guest: carried, or not there.
-fn stream_word(address: &str) -> String {
-    if address.is_empty() { String::new() } else { STREAM.to_owned() }
+/// What a stream is in a request to the guest: carried, or not there. A terminal's output always is: unread, it would stall the process.
+fn stream_word(carried: bool) -> String {
+    if carried { STREAM.to_owned() } else { String::new() }
+}
+
+fn stdio_of(request: &CreateTaskRequest) -> Stdio {
+    Stdio {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    }
 }
 
 fn now() -> Timestamp {

@@ -5,10 +5,9 @@ use containerd_shim_protos::events::task::TaskDelete;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 
-use super::EXIT_RECORDED;
 use super::error::Error;
-use crate::container::Container;
 use crate::container::process::Process;
+use crate::container::{Container, EXIT_RECORDED};
 
 /// The guest is gone, but what is known of the process is still answered.
 pub(super) fn state(process: &Process) -> StateResponse {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
@@ -21,6 +21,25 @@ use crate::process::{ProcessId, pidfd_open, pidfd_send_signal};
 pub const FIRST_FD: i32 = 900;
 /// Where they are parked between fork and exec: above all numbers that they may end up at, and below 1024, the usual limit.
 const PARKING: i32 = 960;
+
+/// Up to here, numbers can be given to children too, once [`reserve`] has been called.
+pub const LAST_RESERVED: i32 = 5;
+
+/// Takes all low numbers that nobody has, for good: then `Command`'s own socket is not among them, and no child's descriptor comes in its
+/// way. To be called first of all, when whoever has one keeps it.
+///
+/// # Errors
+/// When /dev/null cannot be opened.
+pub fn reserve() -> io::Result<()> {
+    loop {
+        let fd = File::open("/dev/null")?;
+        if fd.as_raw_fd() > LAST_RESERVED {
+            return Ok(());
+        }
+        // Kept open to the process's end.
+        let _ = fd.into_raw_fd();
+    }
+}
 
 /// Why a program could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +60,10 @@ pub struct Launch {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
-    /// Descriptors, and the numbers at which the program finds them (from [`FIRST_FD`] to 959). It inherits no others.
+    /// Its environment; the shim's own if none.
+    pub env: Option<Vec<(OsString, OsString)>>,
+    /// Descriptors, and the numbers at which the program finds them: from [`FIRST_FD`] to 959, or up to [`LAST_RESERVED`]. It inherits no
+    /// others.
     pub fds: Vec<(OwnedFd, i32)>,
     /// Whom it runs as (uid, gid), without supplementary groups; root if none.
     pub user: Option<(u32, u32)>,
@@ -76,6 +98,9 @@ impl Launch {
         let mut command = Command::new(&self.program);
         let error = self.output.try_clone().map_err(failed("duplicate the log's descriptor"))?;
         command.args(&self.args).stdin(Stdio::null()).stdout(self.output).stderr(error);
+        if let Some(env) = self.env {
+            command.env_clear().envs(env);
+        }
         let (user, cgroups) = (self.user, self.cgroups);
         let shim = std::process::id();
         let fds: Vec<(i32, i32)> = self.fds.iter().map(|(fd, target)| (fd.as_raw_fd(), *target)).collect();
@@ -208,10 +233,15 @@ impl Child {
 
     /// Sends SIGKILL.
     pub fn kill(&self) {
-        match pidfd_send_signal(&self.pidfd, libc::SIGKILL) {
+        self.signal(libc::SIGKILL);
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: i32) {
+        match pidfd_send_signal(&self.pidfd, signal) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
-            Err(error) => tracing::error!(pid = self.id.pid, %error, "cannot be killed"),
+            Err(error) => tracing::error!(pid = self.id.pid, signal, %error, "cannot be signalled"),
         }
     }
 }
@@ -247,6 +277,7 @@ mod tests {
         Launch {
             program: "/bin/bash".into(),
             args,
+            env: None,
             fds,
             user,
             output: output.try_clone().unwrap(),
@@ -314,6 +345,7 @@ mod tests {
         let launch = Launch {
             program: "/nonexistent/program".into(),
             args: Vec::new(),
+            env: None,
             fds: Vec::new(),
             user: None,
             output,

@@ -104,6 +104,7 @@ pub fn start(
     let launch = Launch {
         program: program.to_owned(),
         args: arguments(share),
+        env: None,
         fds: vec![(listener.into(), LISTENER)],
         // It sets up namespaces and serves files of every owner; its sandbox takes the rest away.
         user: None,

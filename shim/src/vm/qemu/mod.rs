@@ -46,6 +46,7 @@ impl Vmm for Qemu {
         let launch = Launch {
             program: self.program.clone(),
             args: args::arguments(spec, &fds).into_iter().map(Into::into).collect(),
+            env: None,
             fds: inherited.0,
             user: spec.user,
             output: sockets.log,
