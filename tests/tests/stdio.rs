@@ -453,3 +453,23 @@ fn clients_attach_and_leave_and_attach_again() -> Result<()> {
     ensure!(container.status()?.as_deref() == Some("RUNNING"));
     Ok(())
 }
+
+#[test]
+fn a_second_start_is_refused_and_takes_nothing_from_the_first() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("twice");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
+    shim.create(&Default::default())?;
+    shim.task.start(&id, "")?;
+    let (mut io, mut stdout, _stderr) = shim.streams("e")?;
+    let mut stdin = fifo::writer(&shim.bundle.outside.join("e.in"))?;
+    io.stdin = shim.bundle.path.join("e.in").display().to_string();
+    shim.task.exec(&id, "e", &bundle::process(&["sh", "-c", "echo begun; read line; echo got $line"]), &io)?;
+    shim.task.start(&id, "e")?;
+    ensure!(stdout.read_until("\n", DEADLINE)? == "begun\n");
+    ensure!(shim.task.start(&id, "e").is_err());
+    stdin.write_all(b"it\n")?;
+    ensure!(stdout.read_to_end(DEADLINE)? == b"got it\n");
+    ensure!(shim.task.wait(&id, "e")? == 0);
+    Ok(())
+}

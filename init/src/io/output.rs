@@ -80,10 +80,12 @@ pub async fn pump(
             mark = Mark::Sent;
         }
         let most = if let Mark::Due(left) = mark { left.min(STDIO_CHUNK) } else { STDIO_CHUNK };
-        let mut data = vec![0; most];
+        // Empty while it waits: an idle stream holds no memory.
+        let mut chunk = OutputChunk::new();
         let read = if source == Source::Terminal && matches!(mark, Mark::Due(_)) {
             // Asked of the terminal itself: its EAGAIN comes only when all that was written has come through (n_tty_read).
-            read(&pipe, &mut data)
+            chunk.data.resize(most, 0);
+            read(&pipe, &mut chunk.data)
         } else {
             let mut ready = tokio::select! {
                 biased;
@@ -95,7 +97,8 @@ pub async fn pump(
                 // An error says that the process's record is gone, and with it any exit: then only the pipe's end is left to wait for.
                 Ok(()) = exited.changed(), if mark == Mark::Alive => continue,
             };
-            match ready.try_io(|pipe| read(pipe, &mut data)) {
+            chunk.data.resize(most, 0);
+            match ready.try_io(|pipe| read(pipe, &mut chunk.data)) {
                 Ok(read) => read,
                 Err(_would_block) => continue,
             }
@@ -105,8 +108,7 @@ pub async fn pump(
             // No process has the terminal any more (EIO, as of ptmx in the kernel's drivers/tty/n_tty.c); all was read before.
             Err(error) if source == Source::Terminal && error.raw_os_error() == Some(libc::EIO) => break,
             Ok(read) => {
-                data.truncate(read);
-                let chunk = OutputChunk { data, ..Default::default() };
+                chunk.data.truncate(read);
                 if let Err(error) = stream.send(&chunk).await {
                     return End::Broken(pipe.into_inner(), lost(&error));
                 }

@@ -50,13 +50,7 @@ pub struct Container {
 impl Container {
     /// A container with its init process; events go to `publisher`.
     pub fn start(request: CreateTaskRequest, publisher: Publisher) -> Arc<Self> {
-        let stdio = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
-        let init = Arc::new(Process::new("", stdio));
+        let init = Arc::new(Process::new("", Stdio::from(&request)));
         let (happenings, receiver) = mpsc::channel(QUEUE);
         let (deleted_sender, deleted) = watch::channel(false);
         let container = Arc::new(Self {

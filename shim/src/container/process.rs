@@ -1,6 +1,6 @@
 //! One process of a container as the shim keeps it: its streams, and its exit once it is known.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -43,6 +43,7 @@ pub struct Process {
     /// As containerd asked for.
     pub stdio: Stdio,
     pid: AtomicU32,
+    starting: AtomicBool,
     end: watch::Sender<End>,
     streams: Mutex<Streams>,
 }
@@ -63,6 +64,7 @@ impl Process {
             exec_id: exec_id.to_owned(),
             stdio,
             pid: AtomicU32::new(0),
+            starting: AtomicBool::new(false),
             end: watch::channel(End::Open).0,
             streams: Mutex::default(),
         }
@@ -76,6 +78,16 @@ impl Process {
     /// Its pid is known now.
     pub fn set_pid(&self, pid: u32) {
         self.pid.store(pid, Ordering::Relaxed);
+    }
+
+    /// Whether the caller is the one who starts it, and opens its streams.
+    pub fn take_start(&self) -> bool {
+        !self.starting.swap(true, Ordering::Relaxed)
+    }
+
+    /// Its start has failed.
+    pub fn give_start_back(&self) {
+        self.starting.store(false, Ordering::Relaxed);
     }
 
     /// Its exit, if it is known.

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
+
 mod copy;
 mod destination;
 mod logger;
@@ -25,7 +27,37 @@ pub struct Stdio {
     pub terminal: bool,
 }
 
+impl From<&CreateTaskRequest> for Stdio {
+    fn from(request: &CreateTaskRequest) -> Self {
+        Self {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        }
+    }
+}
+
+impl From<&ExecProcessRequest> for Stdio {
+    fn from(request: &ExecProcessRequest) -> Self {
+        Self {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        }
+    }
+}
+
 impl Stdio {
+    /// What stands in a request to the guest for each stream, stdin first: `word` for one that is carried, or nothing. A terminal's output
+    /// always is: unread, it would stall the process.
+    pub fn in_guest(&self, word: &str) -> [String; 3] {
+        let stdout = self.terminal || !self.stdout.is_empty();
+        let stderr = !self.terminal && !self.stderr.is_empty();
+        [!self.stdin.is_empty(), stdout, stderr].map(|carried| if carried { word.to_owned() } else { String::new() })
+    }
+
     /// Checks that all three are of kinds that husk knows, before anything is made.
     ///
     /// # Errors

@@ -117,7 +117,8 @@ impl Sandbox {
 
     async fn create_in_slot(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
         let id = request.id.clone();
-        stdio_of(&request).check()?;
+        let stdio = Stdio::from(&request);
+        stdio.check()?;
         if !request.checkpoint.is_empty() {
             return Err(Error::Unsupported(format!("checkpoint {:?}: restoring is not supported", request.checkpoint)));
         }
@@ -144,13 +145,14 @@ impl Sandbox {
             .map_err(|error| Error::Task(format!("encode the guest's spec: {error}")))?;
         let bundle = PutBundleRequest { id: id.clone(), spec, ..Default::default() };
         let bundle = vm.guest.bundle.put(vm.guest.context(), &bundle).await?;
+        let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let guest_request = CreateTaskRequest {
             id: id.clone(),
             bundle: bundle.path,
             terminal: request.terminal,
-            stdin: stream_word(!request.stdin.is_empty()),
-            stdout: stream_word(request.terminal || !request.stdout.is_empty()),
-            stderr: stream_word(!request.terminal && !request.stderr.is_empty()),
+            stdin,
+            stdout,
+            stderr,
             ..Default::default()
         };
         let container = Container::start(request, self.publisher.clone());
@@ -301,8 +303,10 @@ impl Sandbox {
         }
         let (container, process) = self.process(id, exec_id)?;
         let vm = self.live_vm()?;
-        if !exec_id.is_empty() {
-            process.attach(&vm.guest, id, &self.namespace).await?;
+        // Not by a second start, which the guest will refuse: the streams are the first one's.
+        let attaches = !exec_id.is_empty() && process.take_start();
+        if attaches {
+            process.attach(&vm.guest, id, &self.namespace).await.inspect_err(|_| process.give_start_back())?;
         }
         let request = StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
         match vm.guest.task.start(vm.guest.context(), &request).await {
@@ -311,9 +315,10 @@ impl Sandbox {
                 Ok(response.pid)
             }
             Err(error) => {
-                if !exec_id.is_empty() {
+                if attaches {
                     process.detach();
                     self.settle_failed_start(&vm, &container, &process).await;
+                    process.give_start_back();
                 }
                 tracing::warn!(container = container.id, exec = exec_id, %error, "start failed");
                 Err(error.into())
@@ -338,24 +343,15 @@ impl Sandbox {
     /// Adds an exec to a container.
     pub async fn exec(&self, request: ExecProcessRequest) -> Result<(), Error> {
         crate::state::check_identifier("exec id", &request.exec_id)?;
-        let stdio = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
+        let stdio = Stdio::from(&request);
         stdio.check()?;
+        let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let container = self.container(&request.id)?;
         let vm = self.live_vm()?;
         if !container.add(Arc::new(Process::new(&request.exec_id, stdio))) {
             return Err(Error::AlreadyExists { what: "process", id: request.exec_id });
         }
-        let guest_request = ExecProcessRequest {
-            stdin: stream_word(!request.stdin.is_empty()),
-            stdout: stream_word(request.terminal || !request.stdout.is_empty()),
-            stderr: stream_word(!request.terminal && !request.stderr.is_empty()),
-            ..request.clone()
-        };
+        let guest_request = ExecProcessRequest { stdin, stdout, stderr, ..request.clone() };
         if let Err(error) = vm.guest.task.exec(vm.guest.context(), &guest_request).await {
             if let Some(process) = container.remove(&request.exec_id) {
                 process.forget();
@@ -440,10 +436,11 @@ impl Sandbox {
             }
             Machine::None | Machine::Stopping => {}
         }
-        for container in self.containers() {
+        let containers = self.containers();
+        for container in &containers {
             container.died(now()).await;
-            container.finish_output().await;
         }
+        futures::future::join_all(containers.iter().map(|container| container.finish_output())).await;
         if let Err(error) = self.journal.undo_all().await {
             tracing::error!(%error, "something is left of the sandbox");
         }
@@ -554,20 +551,6 @@ fn alive(vm: &Arc<Vm>) -> Result<Arc<Vm>, Error> {
     match vm.cause_of_death() {
         Some(cause) => Err(Error::Dead { cause }),
         None => Ok(vm.clone()),
-    }
-}
-
-/// What a stream is in a request to the guest: carried, or not there. A terminal's output always is: unread, it would stall the process.
-fn stream_word(carried: bool) -> String {
-    if carried { STREAM.to_owned() } else { String::new() }
-}
-
-fn stdio_of(request: &CreateTaskRequest) -> Stdio {
-    Stdio {
-        stdin: request.stdin.clone(),
-        stdout: request.stdout.clone(),
-        stderr: request.stderr.clone(),
-        terminal: request.terminal,
     }
 }
 
