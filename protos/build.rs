@@ -3,12 +3,14 @@
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 const FILES: [&str; 4] = ["proto/system.proto", "proto/bundle.proto", "proto/stdio.proto", "proto/events.proto"];
+/// Without a service.
+const MESSAGES: [&str; 1] = ["proto/runc_options.proto"];
 
 fn main() {
     println!("cargo:rerun-if-changed=proto");
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
     Codegen::new()
-        .inputs(FILES)
+        .inputs(FILES.iter().chain(&MESSAGES))
         .include("proto")
         .out_dir(&out)
         .rust_protobuf()

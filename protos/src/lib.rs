@@ -10,7 +10,9 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
-pub use generated::{bundle, bundle_ttrpc, events, events_ttrpc, stdio, stdio_ttrpc, system, system_ttrpc};
+pub use generated::{
+    bundle, bundle_ttrpc, events, events_ttrpc, runc_options, stdio, stdio_ttrpc, system, system_ttrpc,
+};
 pub use {protobuf, ttrpc};
 
 /// Version of the wire between host and guest. A host refuses a guest that says another one in its `Hello`.
@@ -33,6 +35,11 @@ pub const PORT_EVENTS: u32 = 1027;
 pub const STDIO_CHUNK: usize = 24 * 1024;
 /// Bytes of one connection that may be read from its socket but not yet be consumed: see [`metered`].
 pub const RECEIVE_WINDOW: usize = 256 * 1024;
+
+/// containerd's type of what a task uses.
+pub const METRICS: &str = "io.containerd.cgroups.v2.Metrics";
+/// containerd's type of what is known of one of a task's processes.
+pub const PROCESS_DETAILS: &str = "containerd.runc.v1.ProcessDetails";
 
 /// Tag of the virtio-fs share that holds the containers' root filesystems and bind mounts.
 pub const SHARE_TAG: &str = "husk";

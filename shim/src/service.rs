@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
-    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PidsRequest, PidsResponse, ResizePtyRequest,
-    ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, WaitRequest, WaitResponse,
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse,
+    StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
 use protobuf::MessageField;
@@ -66,7 +67,7 @@ fn reply(error: Error) -> ttrpc::Error {
         }
         Error::NotFound { .. } => Code::NOT_FOUND,
         Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-        Error::Stopping | Error::NotStopped { .. } => Code::FAILED_PRECONDITION,
+        Error::Stopping | Error::NotStopped { .. } | Error::Ended { .. } => Code::FAILED_PRECONDITION,
         Error::Stdio(crate::io::Error::Logger { .. }) => Code::INTERNAL,
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
@@ -121,7 +122,8 @@ impl Task for Tasks {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        let task_pid = self.sandbox.pid(&request.id).map_err(reply)?;
+        // Also without the task: containerd asks a shim that it has found again who it is.
+        let task_pid = self.sandbox.pid(&request.id).unwrap_or(0);
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
             task_pid,
@@ -135,44 +137,32 @@ impl Task for Tasks {
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: containerd_shim_protos::api::PauseRequest) -> ttrpc::Result<Empty> {
-        Err(unimplemented("Pause"))
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.detached(|sandbox| async move { sandbox.pause(request).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: containerd_shim_protos::api::ResumeRequest) -> ttrpc::Result<Empty> {
-        Err(unimplemented("Resume"))
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.detached(|sandbox| async move { sandbox.resume(request).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn checkpoint(
-        &self,
-        _: &TtrpcContext,
-        _: containerd_shim_protos::api::CheckpointTaskRequest,
-    ) -> ttrpc::Result<Empty> {
-        Err(unimplemented("Checkpoint"))
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        self.detached(|sandbox| async move { sandbox.update(request).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        self.sandbox.stats(request).await.map_err(reply)
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        self.sandbox.checkpoint(&request.id).map_err(reply)?;
+        Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
         self.sandbox.resize_pty(request).await.map_err(reply)?;
         Ok(Empty::new())
     }
-
-    async fn update(
-        &self,
-        _: &TtrpcContext,
-        _: containerd_shim_protos::api::UpdateTaskRequest,
-    ) -> ttrpc::Result<Empty> {
-        Err(unimplemented("Update"))
-    }
-
-    async fn stats(
-        &self,
-        _: &TtrpcContext,
-        _: containerd_shim_protos::api::StatsRequest,
-    ) -> ttrpc::Result<containerd_shim_protos::api::StatsResponse> {
-        Err(unimplemented("Stats"))
-    }
-}
-
-fn unimplemented(call: &str) -> ttrpc::Error {
-    status(Code::UNIMPLEMENTED, format!("{call} is not supported by io.containerd.husk.v1"))
 }

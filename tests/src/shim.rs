@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use containerd_shim_protos::api;
-use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+pub use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::ttrpc::{self, Code, proto::Request};
 use serde_json::Value;
@@ -132,6 +133,54 @@ impl Task {
         self.call("Exec", &request).map(|_: api::Empty| ()).with_context(|| format!("exec {exec}"))
     }
 
+    /// Kill of all processes of a container.
+    pub fn kill_all(&self, id: &str, signal: u32) -> ttrpc::Result<()> {
+        let request = api::KillRequest { id: id.into(), signal, all: true, ..Default::default() };
+        self.call("Kill", &request).map(|_: api::Empty| ())
+    }
+
+    /// Pause.
+    pub fn pause(&self, id: &str) -> ttrpc::Result<()> {
+        self.call("Pause", &api::PauseRequest { id: id.into(), ..Default::default() }).map(|_: api::Empty| ())
+    }
+
+    /// Resume.
+    pub fn resume(&self, id: &str) -> ttrpc::Result<()> {
+        self.call("Resume", &api::ResumeRequest { id: id.into(), ..Default::default() }).map(|_: api::Empty| ())
+    }
+
+    /// Pids.
+    pub fn pids(&self, id: &str) -> ttrpc::Result<Vec<api::ProcessInfo>> {
+        let request = api::PidsRequest { id: id.into(), ..Default::default() };
+        self.call("Pids", &request).map(|answer: api::PidsResponse| answer.processes)
+    }
+
+    /// Update with what a spec calls `linux.resources`.
+    pub fn update(&self, id: &str, resources: &Value) -> ttrpc::Result<()> {
+        let any = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
+            value: resources.to_string().into_bytes(),
+            ..Default::default()
+        };
+        let request = api::UpdateTaskRequest { id: id.into(), resources: Some(any).into(), ..Default::default() };
+        self.call("Update", &request).map(|_: api::Empty| ())
+    }
+
+    /// Stats, in whatever message.
+    pub fn stats(&self, id: &str) -> ttrpc::Result<Any> {
+        let request = api::StatsRequest { id: id.into(), ..Default::default() };
+        self.call("Stats", &request).map(|answer: api::StatsResponse| answer.stats.unwrap_or_default())
+    }
+
+    /// Stats as cgroup v2 has them.
+    pub fn metrics(&self, id: &str) -> Result<Metrics> {
+        let stats = self.stats(id)?;
+        match stats.type_url.as_str() {
+            "io.containerd.cgroups.v2.Metrics" => Ok(Metrics::parse_from_bytes(&stats.value)?),
+            other => bail!("stats of {id} are {other}"),
+        }
+    }
+
     /// Shutdown.
     pub fn shutdown(&self, id: &str, now: bool) -> ttrpc::Result<()> {
         let request = api::ShutdownRequest { id: id.into(), now, ..Default::default() };
@@ -220,6 +269,47 @@ impl<'a> Shim<'a> {
         Ok((streams, stdout, stderr))
     }
 
+    /// Creates and starts the container, whose id it gives back.
+    pub fn run_detached(&self) -> Result<&str> {
+        self.create(&Streams::default())?;
+        self.task.start(&self.bundle.id, "")?;
+        Ok(&self.bundle.id)
+    }
+
+    /// Runs an exec to its end: exit status, stdout, stderr. It is deleted afterwards.
+    pub fn exec_process(&self, exec: &str, process: &Value) -> Result<(u32, String, String)> {
+        let (io, mut stdout, mut stderr) = self.streams(exec)?;
+        let id = &self.bundle.id;
+        self.task.exec(id, exec, process, &io)?;
+        if let Err(error) = self.task.start(id, exec) {
+            // What a client does then.
+            self.task.delete(id, exec)?;
+            return Err(error.into());
+        }
+        let status = self.task.wait(id, exec)?;
+        let (out, err) = (stdout.read_to_end(CALL)?, stderr.read_to_end(CALL)?);
+        self.task.delete(id, exec)?;
+        for stream in ["out", "err"] {
+            std::fs::remove_file(self.bundle.outside.join(format!("{exec}.{stream}")))?;
+        }
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim_end().to_owned();
+        Ok((status, text(out), text(err)))
+    }
+
+    /// The same for a command: exit status and stdout.
+    pub fn exec(&self, exec: &str, args: &[&str]) -> Result<(u32, String)> {
+        let (status, out, _) = self.exec_process(exec, &process(args))?;
+        Ok((status, out))
+    }
+
+    /// Runs a shell script as an exec that has to succeed, and gives what it printed.
+    pub fn script(&self, exec: &str, script: &str) -> Result<String> {
+        match self.exec_process(exec, &process(&["sh", "-c", script]))? {
+            (0, out, _) => Ok(out),
+            (status, out, err) => bail!("{script}: {status}\n{out}\n{err}"),
+        }
+    }
+
     /// Makes the fifos of a process with a terminal: what is typed goes into the file, what is shown comes from the reader.
     pub fn terminal(&self, name: &str) -> Result<(Streams, std::fs::File, fifo::Reader)> {
         let path = |stream: &str| format!("{name}.{stream}");
@@ -276,23 +366,6 @@ impl<'a> Shim<'a> {
         self.task.delete(id, "").map_err(logged)?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim_end().to_owned();
         Ok((status, text(out), text(err)))
-    }
-}
-
-impl Shim<'_> {
-    /// Runs a command in the container to its end: exit status and stdout. The exec is deleted afterwards.
-    pub fn exec(&self, exec: &str, args: &[&str]) -> Result<(u32, String)> {
-        let (io, mut stdout, _stderr) = self.streams(exec)?;
-        let id = &self.bundle.id;
-        self.task.exec(id, exec, &process(args), &io)?;
-        self.task.start(id, exec)?;
-        let status = self.task.wait(id, exec)?;
-        let text = String::from_utf8_lossy(&stdout.read_to_end(CALL)?).trim_end().to_owned();
-        self.task.delete(id, exec)?;
-        for stream in ["out", "err"] {
-            std::fs::remove_file(self.bundle.outside.join(format!("{exec}.{stream}")))?;
-        }
-        Ok((status, text))
     }
 }
 

@@ -50,6 +50,9 @@ async fn from_its_first_instruction_to_ready_the_init_needs_at_most_8_million() 
 async fn an_idle_init_holds_at_most_4_mib_and_sleeps() -> Result<()> {
     let guest = Guest::boot().await?;
     ensure!(guest.run("c", &spec(&["true"])).await?.0 == 0);
+    // A container that does nothing gives it nothing to do.
+    guest.create("idle", &spec(&["sleep", "1000"]), "").await?;
+    guest.start("idle", "").await?;
     // Lets the ends of the container's connections pass.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = guest.info().await?;
@@ -58,11 +61,16 @@ async fn an_idle_init_holds_at_most_4_mib_and_sleeps() -> Result<()> {
     // The thing that is measured, not a wait for it.
     tokio::time::sleep(Duration::from_secs(5)).await;
     let after = guest.info().await?;
-    // The question itself wakes it up a few times, however long the pause before.
-    let again = guest.info().await?;
+    // The question itself wakes it up a few times, however long the pause before: not always as often.
     let woken = |from: &InfoResponse, to: &InfoResponse| to.init_context_switches - from.init_context_switches;
-    eprintln!("switches: {} in 5 s, {} at once", woken(&before, &after), woken(&after, &again));
-    ensure!(woken(&before, &after) <= woken(&after, &again) + 1);
+    let (mut last, mut question) = (after.clone(), 0);
+    for _ in 0..5 {
+        let again = guest.info().await?;
+        question = question.max(woken(&last, &again));
+        last = again;
+    }
+    eprintln!("switches: {} in 5 s, at most {question} at once", woken(&before, &after));
+    ensure!(woken(&before, &after) <= question + 1);
     guest.shut_down().await?;
     Ok(())
 }

@@ -88,25 +88,9 @@ fn what_is_not_there_yet_answers_unimplemented() -> Result<()> {
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "unimplemented")?;
     let task = &shim.task;
-    let pause: ttrpc::Result<api::Empty> =
-        task.call("Pause", &api::PauseRequest { id: id.clone(), ..Default::default() });
-    let resume: ttrpc::Result<api::Empty> =
-        task.call("Resume", &api::ResumeRequest { id: id.clone(), ..Default::default() });
     let checkpoint: ttrpc::Result<api::Empty> =
         task.call("Checkpoint", &api::CheckpointTaskRequest { id: id.clone(), ..Default::default() });
-    let update: ttrpc::Result<api::Empty> =
-        task.call("Update", &api::UpdateTaskRequest { id: id.clone(), ..Default::default() });
-    let stats: ttrpc::Result<api::StatsResponse> =
-        task.call("Stats", &api::StatsRequest { id: id.clone(), ..Default::default() });
-    for (method, answer) in [
-        ("Pause", code(&pause)),
-        ("Resume", code(&resume)),
-        ("Checkpoint", code(&checkpoint)),
-        ("Update", code(&update)),
-        ("Stats", code(&stats)),
-    ] {
-        ensure!(answer == Some(Code::UNIMPLEMENTED), "{method} answers {answer:?}");
-    }
+    ensure!(code(&checkpoint) == Some(Code::UNIMPLEMENTED), "{checkpoint:?}");
     Ok(())
 }
 

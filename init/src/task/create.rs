@@ -9,6 +9,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use super::container::Container;
 use super::process::{Process, State, Stdio};
 use super::{Tasks, terminal};
+use crate::cgroup::oom::Kills;
 use crate::error::{Error, Kind};
 use crate::io::{ProcessStreams, Wanted};
 use crate::worker::client::Streams;
@@ -56,18 +57,26 @@ impl Tasks {
             tracing::info!(container = id, "left out of the spec: {ignored}");
         }
 
-        let exit = creation.exit_of(created.pid);
+        let kills = match Kills::of(&cgroup::of(id)) {
+            Ok(kills) => kills,
+            Err(error) => {
+                clean(id).await;
+                return Err(Error::internal(format_args!("watch the memory of {id}"), &error));
+            }
+        };
+        let mut exit = creation.exit_of(created.pid);
         let init = Process::new(id, "", stdio, streams.clone(), State::Created { pid: created.pid }, None);
-        let container = Container::new(init, &created);
+        let container = Container::new(init, &created, kills);
         reservation.fill(container.clone());
         self.streams.add(id, "", streams);
         // Told before anybody can see an exit.
         self.tell_created(&container);
         let tasks = self.clone();
         tokio::spawn(async move {
-            if let Ok(exit) = exit.await {
+            if let Ok(exit) = tasks.tell_kills_until(&mut exit, &container).await {
                 container.settle_execs().await;
                 container.init.ended(exit).await;
+                tasks.tell_kills(&container);
                 tasks.tell_exited(&container.init, exit);
             }
         });

@@ -9,9 +9,10 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::Tasks;
-use super::container::Container;
+use super::container::{Container, Freezer};
 use super::exec::spec_path;
 use super::process::{State, Step};
+use crate::cgroup::freezer;
 use crate::error::{Error, Kind};
 use crate::reaper::Exit;
 use crate::worker::client::Streams;
@@ -109,6 +110,11 @@ impl Tasks {
             match self.reaper.kill(container.init.state().pid(), libc::SIGTERM) {
                 Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
                 Err(error) => tracing::error!(container = container.id, %error, "ask a container to end"),
+            }
+            if container.freezer() != Freezer::Thawed
+                && let Err(error) = freezer::thaw(&container.group(), KILL_WAIT).await
+            {
+                tracing::error!(container = container.id, %error, "let a paused container end");
             }
         }
         let ended = futures::future::join_all(containers.iter().map(|container| container.init.wait()));

@@ -12,7 +12,7 @@ use super::{Tasks, terminal};
 use crate::error::{Error, Kind};
 use crate::places;
 use crate::reaper::{Creation, Exit};
-use crate::worker::{Reply, Request};
+use crate::worker::{Executed, Reply, Request};
 
 /// Exit status of an exec that never came to run, as runc's command has it.
 const NEVER_RAN: u32 = 255;
@@ -26,12 +26,7 @@ impl Tasks {
         let container = self.container(&request.id)?;
         let exec = request.exec_id.as_str();
         places::check_id(exec)?;
-        if matches!(container.init.state(), State::Stopped { .. } | State::Deleted) {
-            return Err(Error::new(
-                Kind::FailedPrecondition,
-                format!("cannot exec in {}: its init has ended", request.id),
-            ));
-        }
+        may_exec(&container)?;
         let terminal = request.terminal;
         let stdio = Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal };
         let (streams, ends) = streams(&stdio)?;
@@ -51,18 +46,12 @@ impl Tasks {
 
     pub(super) async fn start_exec(self: &Arc<Self>, container: &Arc<Container>, exec: &str) -> Result<i32, Error> {
         let process = container.process(exec)?;
-        let running = matches!(container.init.state(), State::Running { .. });
-        if !running {
-            return Err(Error::new(
-                Kind::FailedPrecondition,
-                format!("cannot exec in {}: its init does not run", container.id),
-            ));
-        }
-        let live = container.begin_exec()?;
+        may_exec(container)?;
+        let mut live = container.begin_exec()?;
         process.step(Step::Start)?;
         let creation = self.reaper.creation();
-        let pid = match self.run_exec(container, &process, &creation).await {
-            Ok(Reply::Executed(pid)) => pid,
+        let Executed { pid, ignored } = match self.run_exec(container, &process, &creation).await {
+            Ok(Reply::Executed(executed)) => executed,
             other => {
                 process.end(Exit { status: NEVER_RAN, at: SystemTime::now() });
                 return Err(other.map_or_else(
@@ -71,13 +60,18 @@ impl Tasks {
                 ));
             }
         };
+        for ignored in &ignored {
+            tracing::info!(container = container.id, exec, "left out of the process: {ignored}");
+        }
+        live.started();
         let exit = creation.exit_of(pid);
         process.step(Step::Started(pid))?;
         self.tell_started(&process);
-        let tasks = self.clone();
+        let (tasks, container) = (self.clone(), container.clone());
         tokio::spawn(async move {
             if let Ok(exit) = exit.await {
                 process.ended(exit).await;
+                tasks.tell_kills(&container);
                 tasks.tell_exited(&process, exit);
             }
             // The init's exit may be told from here on.
@@ -100,6 +94,14 @@ impl Tasks {
         // Only now is there something to attach to.
         self.streams.add(&container.id, &process.exec, process.streams.clone());
         Ok(reply)
+    }
+}
+
+/// Also into a container whose init still waits for its start: its namespaces and its root are there.
+fn may_exec(container: &Container) -> Result<(), Error> {
+    match container.init.state() {
+        State::Created { .. } | State::Starting { .. } => Ok(()),
+        _ => container.must_run("exec in"),
     }
 }
 

@@ -20,16 +20,18 @@ impl Tasks {
     pub fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<(), Error> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
+        let pid = match process.state() {
+            State::Created { pid } | State::Running { pid } | State::Starting { pid: Some(pid) } => pid,
+            State::Added | State::Starting { pid: None } | State::Stopped { pid: 0, .. } => {
+                return Err(Error::new(Kind::FailedPrecondition, "process not created"));
+            }
+            // Others of the container may have outlived it.
+            State::Stopped { pid, .. } if all => pid,
+            State::Stopped { .. } | State::Deleted => return Err(finished()),
+        };
         if !(1..=SIGNAL_MAX).contains(&signal) {
             return Err(Error::new(Kind::InvalidArgument, format!("{signal} is not a signal")));
         }
-        let pid = match process.state() {
-            State::Created { pid } | State::Running { pid } | State::Starting { pid: Some(pid) } => pid,
-            State::Added | State::Starting { pid: None } => {
-                return Err(Error::new(Kind::FailedPrecondition, "process not created"));
-            }
-            State::Stopped { .. } | State::Deleted => return Err(finished()),
-        };
         if all {
             return kill_all(&container, signal as i32);
         }

@@ -83,7 +83,8 @@ impl State {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// As it stands in messages.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Added | Self::Created { .. } => "created",
             Self::Starting { .. } => "starting",

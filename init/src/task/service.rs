@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
     DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
-    ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
-    StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse,
+    StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::Task;
 use protobuf::MessageField;
@@ -15,9 +15,9 @@ use tokio::sync::mpsc;
 use ttrpc::r#async::TtrpcContext;
 
 use super::Tasks;
+use super::container::Freezer;
 use super::process::State;
 use super::tell::timestamp;
-use crate::cgroup;
 use crate::error::{Error, Kind};
 use crate::io::Size;
 use crate::reaper::Exit;
@@ -94,7 +94,12 @@ impl Task for Service {
             let state = process.state();
             let status = match state {
                 State::Added | State::Created { .. } | State::Starting { .. } => Status::CREATED,
-                State::Running { .. } => Status::RUNNING,
+                // Of execs too: what the container is, its processes are.
+                State::Running { .. } => match container.freezer() {
+                    Freezer::Thawed => Status::RUNNING,
+                    Freezer::Freezing => Status::PAUSING,
+                    Freezer::Frozen | Freezer::Thawing => Status::PAUSED,
+                },
                 State::Stopped { .. } | State::Deleted => Status::STOPPED,
             };
             let exit = exit_of(state);
@@ -118,10 +123,7 @@ impl Task for Service {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
         answer(async {
-            let container = self.tasks.container(&request.id)?;
-            let pids = cgroup::processes(&container.group())
-                .map_err(|e| Error::internal(format_args!("list the processes of {}", container.id), &e))?;
-            let processes = pids.into_iter().map(|pid| ProcessInfo { pid: pid as u32, ..Default::default() }).collect();
+            let processes = self.tasks.pids(&request.id)?;
             Ok(PidsResponse { processes, ..Default::default() })
         })
         .await
@@ -165,12 +167,14 @@ impl Task for Service {
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> Answer<Empty> {
-        unimplemented("Pause")
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
+        let tasks = self.tasks.clone();
+        finish(async move { tasks.pause(&request.id).await }).await.map(|()| Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> Answer<Empty> {
-        unimplemented("Resume")
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
+        let tasks = self.tasks.clone();
+        finish(async move { tasks.resume(&request.id).await }).await.map(|()| Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Answer<Empty> {
@@ -187,11 +191,16 @@ impl Task for Service {
         .map(|()| Empty::new())
     }
 
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> Answer<Empty> {
-        unimplemented("Update")
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
+        let tasks = self.tasks.clone();
+        finish(async move { tasks.update(request).await }).await.map(|()| Empty::new())
     }
 
-    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> Answer<StatsResponse> {
-        unimplemented("Stats")
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
+        answer(async {
+            let stats = MessageField::some(self.tasks.stats(&request.id)?);
+            Ok(StatsResponse { stats, ..Default::default() })
+        })
+        .await
     }
 }

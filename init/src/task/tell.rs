@@ -3,7 +3,8 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused, TaskResumed,
+    TaskStart,
 };
 use containerd_shim_protos::topics;
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -66,6 +67,46 @@ impl Tasks {
             ..Default::default()
         };
         self.events.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
+    }
+
+    pub(super) fn tell_paused(&self, container: &Container) {
+        let event = TaskPaused { container_id: container.id.clone(), ..Default::default() };
+        self.events.publish(topics::TASK_PAUSED_EVENT_TOPIC, &event);
+    }
+
+    pub(super) fn tell_resumed(&self, container: &Container) {
+        let event = TaskResumed { container_id: container.id.clone(), ..Default::default() };
+        self.events.publish(topics::TASK_RESUMED_EVENT_TOPIC, &event);
+    }
+
+    /// Tells of what the kernel has killed for want of memory since this was last done: one event, however many they were.
+    pub(super) fn tell_kills(&self, container: &Container) {
+        match container.kills.new_ones() {
+            Ok(0) => {}
+            Ok(_) => {
+                let event = TaskOOM { container_id: container.id.clone(), ..Default::default() };
+                self.events.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
+            }
+            Err(error) => tracing::error!(container = container.id, %error, "read what memory's want has killed"),
+        }
+    }
+
+    /// Waits for the end of a container's init, and tells of each such kill meanwhile. The last of them may come with the end: who tells that
+    /// asks once more before.
+    pub(super) async fn tell_kills_until<T>(&self, end: impl Future<Output = T>, container: &Container) -> T {
+        let mut end = std::pin::pin!(end);
+        loop {
+            tokio::select! {
+                end = &mut end => return end,
+                changed = container.kills.changed() => match changed {
+                    Ok(()) => self.tell_kills(container),
+                    Err(error) => {
+                        tracing::error!(container = container.id, %error, "watch a container's memory");
+                        return end.await;
+                    }
+                },
+            }
+        }
     }
 
     pub(super) fn tell_deleted(&self, container: &Container, pid: i32, exit: Exit) {

@@ -11,8 +11,8 @@ use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use pathrs::Root;
 
-use super::executor::Workload;
-use super::serve::explain;
+use super::executor::{Refusal, Workload};
+use super::serve::{explain, explain_start};
 use super::{Created, devices, guard, spec};
 use crate::error::{Error, Kind};
 use crate::{cgroup, places};
@@ -43,12 +43,13 @@ pub fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<Created
         .map_err(|e| Error::internal(format_args!("apply the device rules of {id}"), &e))?;
     guard::load_unless_wanted(&spec)?;
 
+    let refusal = Refusal::new().map_err(|e| Error::internal("make a memory file", &e))?;
     let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
-        .with_executor(Workload::default().gated(console.is_some()))
+        .with_executor(Workload::default().gated(console.is_some()).refusing(&refusal))
         .with_console_socket(console)
         .with_root_path(places::STATE)
         .and_then(|builder| builder.as_init(bundle).as_sibling(true).with_systemd(false).with_detach(true).build())
-        .map_err(|e| explain("create", id, &e))?;
+        .map_err(|e| explain_start("create", id, &refusal, &e))?;
     answer(container, &spec, ignored)
 }
 

@@ -6,13 +6,16 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::fs;
-use std::io::Write;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::fcntl::AtFlags;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{AccessFlags, execve, faccessat};
 use oci_spec::runtime::{LinuxSeccomp, Spec};
@@ -26,6 +29,8 @@ pub struct Workload {
     pub seccomp: Option<LinuxSeccomp>,
     /// The process was given CAP_SYS_ADMIN only to apply the filter, and must not keep it.
     pub drop_admin: bool,
+    /// Where a process that cannot be run says why, to the worker that has cloned it.
+    refusal: Refusal,
     /// Its streams are a terminal, which PID 1 gets ready first; see [`super::console`].
     gated: bool,
     /// Environment as libcontainer completed it, from [`Executor::setup_envs`] to [`Executor::exec`].
@@ -38,15 +43,56 @@ impl Workload {
         Self { seccomp: Some(seccomp), drop_admin, ..Self::default() }
     }
 
+    /// The same process, which says on `refusal` why it cannot be run.
+    pub fn refusing(self, refusal: &Refusal) -> Self {
+        Self { refusal: refusal.clone(), ..self }
+    }
+
+    fn find(&self, spec: &Spec) -> Result<PathBuf, String> {
+        find(spec).inspect_err(|why| self.refusal.say(why))
+    }
+
     /// The same, behind a gate or not.
     pub fn gated(self, gated: bool) -> Self {
         Self { gated, ..self }
     }
 }
 
+/// Why a program was not run, in a memory file that the worker shares with what it clones. libcontainer tells it too, in the middle of words of its
+/// own.
+#[derive(Debug, Default, Clone)]
+pub struct Refusal(Option<Rc<File>>);
+
+impl Refusal {
+    /// An empty one.
+    ///
+    /// # Errors
+    /// What memfd_create(2) said.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Some(Rc::new(File::from(memfd_create(c"refusal", MFdFlags::MFD_CLOEXEC)?)))))
+    }
+
+    fn say(&self, why: &str) {
+        if let Some(file) = &self.0 {
+            // Without it, libcontainer's words have to do.
+            let _ = file.write_at(why.as_bytes(), 0);
+        }
+    }
+
+    /// What was said, if anything.
+    pub fn heard(&self) -> Option<String> {
+        let mut why = [0; REFUSAL_MAX];
+        let length = self.0.as_ref()?.read_at(&mut why, 0).ok().filter(|length| *length > 0)?;
+        Some(String::from_utf8_lossy(&why[..length]).into_owned())
+    }
+}
+
+/// Most bytes of a reason: room for a path of PATH_MAX.
+const REFUSAL_MAX: usize = 8192;
+
 impl Executor for Workload {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        find(spec).map(drop).map_err(ExecutorValidationError::ArgValidationError)
+        self.find(spec).map(drop).map_err(ExecutorValidationError::ArgValidationError)
     }
 
     fn setup_envs(&self, environment: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
@@ -60,7 +106,7 @@ impl Executor for Workload {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let program = find(spec).map_err(ExecutorError::Other)?;
+        let program = self.find(spec).map_err(ExecutorError::Other)?;
         let path =
             CString::new(program.into_os_string().into_encoded_bytes()).map_err(|_| ExecutorError::InvalidArg)?;
         let args: Vec<CString> = arguments(spec)

@@ -15,6 +15,7 @@ mod executor;
 mod guard;
 pub mod serve;
 mod spec;
+mod update;
 
 use std::path::PathBuf;
 
@@ -60,6 +61,11 @@ pub enum Request {
         /// Socket that takes its terminal, if it is to have one.
         console: Option<PathBuf>,
     },
+    /// Give a container other limits: those that its standard input names as the spec's `linux.resources`, in JSON.
+    Update {
+        /// Container.
+        id: String,
+    },
     /// Remove a container that has ended, and run the spec's poststop hooks.
     Delete {
         /// Container.
@@ -72,9 +78,9 @@ pub enum Request {
 pub enum Reply {
     /// The container is there.
     Created(Created),
-    /// The process of this pid runs.
-    Executed(i32),
-    /// Started, or deleted.
+    /// The process runs.
+    Executed(Executed),
+    /// Started, updated, or deleted.
     Done,
     /// Nothing was made, or what was made is gone again.
     Failed(Error),
@@ -92,5 +98,14 @@ pub struct Created {
     /// Delete has to go through a worker.
     pub poststop_hooks: bool,
     /// What of the spec has no meaning in this guest and was left out: to be logged.
+    pub ignored: Vec<String>,
+}
+
+/// What PID 1 has to know of a new process.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Executed {
+    /// In the guest's pid namespace.
+    pub pid: i32,
+    /// As in [`Created`].
     pub ignored: Vec<String>,
 }

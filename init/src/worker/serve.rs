@@ -1,7 +1,7 @@
 //! The worker's life: one request in, one reply out.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::panic::catch_unwind;
@@ -11,10 +11,12 @@ use libcontainer::container::Container;
 use libcontainer::error::LibcontainerError;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde::de::DeserializeOwned;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::{self, time};
 
-use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, console, create, exec};
+use super::executor::Refusal;
+use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, console, create, exec, update};
 use crate::error::{Error, Kind, chain};
 use crate::{boot, places};
 
@@ -54,6 +56,7 @@ fn serve(request: &Request) -> Result<Reply, Error> {
     match request {
         Request::Create { id, bundle, console } => create::create(id, bundle, console.as_deref()).map(Reply::Created),
         Request::Exec { id, process, console } => exec::exec(id, process, console.as_deref()).map(Reply::Executed),
+        Request::Update { id } => update::update(id).map(|()| Reply::Done),
         Request::Start { id } => load(id)?.start().map(|()| Reply::Done).map_err(|e| explain("start", id, &e)),
         Request::Delete { id } => load(id)?.delete(false).map(|()| Reply::Done).map_err(|e| explain("delete", id, &e)),
     }
@@ -62,6 +65,11 @@ fn serve(request: &Request) -> Result<Reply, Error> {
 /// libcontainer's record of a container.
 pub(super) fn load(id: &str) -> Result<Container, Error> {
     Container::load(places::state(id)).map_err(|e| explain("load", id, &e))
+}
+
+/// What a file has in JSON. With the reader that the libraries use too: another would be another copy of all that decodes a spec.
+pub(super) fn decode<T: DeserializeOwned>(file: File) -> serde_json::Result<T> {
+    serde_json::from_reader(BufReader::new(file))
 }
 
 /// libcontainer's error, as the kind that it is.
@@ -76,6 +84,14 @@ pub(super) fn explain(what: &str, id: &str, error: &LibcontainerError) -> Error 
         _ => Kind::Internal,
     };
     Error::new(kind, format!("{what} {id}: {}", chain(error)))
+}
+
+/// What failed to begin a process: why its program cannot be run, if that is known, as runc says it; else libcontainer's error.
+pub(super) fn explain_start(what: &str, id: &str, refusal: &Refusal, error: &LibcontainerError) -> Error {
+    match refusal.heard() {
+        Some(why) => Error::new(Kind::Internal, format!("{what} {id}: unable to start container process: {why}")),
+        None => explain(what, id, error),
+    }
 }
 
 /// What libcontainer logs while it fails. Its errors often say no more than "failed syscall"; which one and on what stands only in its

@@ -130,6 +130,20 @@ fn check_resources(resources: &LinuxResources) -> Vec<String> {
     problems
 }
 
+/// What of an update cannot be applied to the container that was made from `spec`. Clients send all of its resources again with those that
+/// they change: what cannot change, but is as it was, is no problem.
+pub fn check_update(spec: &Spec, resources: &LinuxResources) -> Vec<String> {
+    let before = spec.linux().as_ref().and_then(|linux| linux.resources().clone()).unwrap_or_default();
+    let mut problems = check_resources(resources);
+    if resources.devices().as_ref().is_some_and(|rules| !rules.is_empty()) && resources.devices() != before.devices() {
+        problems.push("linux.resources.devices: cannot change while the container is there".into());
+    }
+    if resources.block_io().is_some() && resources.block_io() != before.block_io() {
+        problems.push("linux.resources.blockIO: the host's devices are not the guest's".into());
+    }
+    problems
+}
+
 /// Makes the spec one that libcontainer applies as it is meant. Answers whether anything changed, and what was left out without
 /// changing what the container may do.
 pub fn adapt(spec: &mut Spec, id: &str) -> (bool, Vec<String>) {
@@ -176,8 +190,8 @@ fn adapt_process(process: &mut Process, ignored: &mut Vec<String>) -> bool {
 
 /// Like [`adapt`], for an exec's process. libcontainer leaves execs without the container's filter, so the workload applies it: as the
 /// process that it will be, or with the one capability that this takes, which it then drops.
-pub fn adapt_exec(process: &mut Process, seccomp: Option<LinuxSeccomp>) -> (bool, Workload) {
-    let mut changed = adapt_process(process, &mut Vec::new());
+pub fn adapt_exec(process: &mut Process, seccomp: Option<LinuxSeccomp>, ignored: &mut Vec<String>) -> (bool, Workload) {
+    let mut changed = adapt_process(process, ignored);
     let Some(seccomp) = seccomp else { return (changed, Workload::default()) };
     let mut lent = false;
     if process.no_new_privileges() != Some(true)
@@ -363,17 +377,33 @@ mod tests {
         };
 
         let mut unprivileged = process(default_spec());
-        let (changed, workload) = adapt_exec(&mut unprivileged, Some(seccomp.clone()));
+        let (changed, workload) = adapt_exec(&mut unprivileged, Some(seccomp.clone()), &mut vec![]);
         assert!(!changed && workload.seccomp.is_some() && !workload.drop_admin && !admin(&unprivileged));
 
         let mut spec = default_spec();
         spec["process"]["noNewPrivileges"] = json!(false);
         let mut privileged = process(spec);
-        let (changed, workload) = adapt_exec(&mut privileged, Some(seccomp));
+        let (changed, workload) = adapt_exec(&mut privileged, Some(seccomp), &mut vec![]);
         assert!(changed && workload.drop_admin && admin(&privileged));
 
-        let (_, workload) = adapt_exec(&mut process(default_spec()), None);
+        let (_, workload) = adapt_exec(&mut process(default_spec()), None, &mut vec![]);
         assert!(workload.seccomp.is_none() && !workload.drop_admin);
+    }
+
+    #[test]
+    fn an_update_may_repeat_what_cannot_change() {
+        let spec = with(
+            "/linux/resources",
+            json!({"devices": [{"allow": false, "access": "rwm"}], "blockIO": {"weight": 10}}),
+        );
+        let check = |resources: Value| check_update(&spec, &serde_json::from_value(resources).unwrap());
+        assert_eq!(check(json!({"devices": [{"allow": false, "access": "rwm"}], "blockIO": {"weight": 10}})), [""; 0]);
+        assert_eq!(check(json!({"devices": []})), [""; 0]);
+        let changed =
+            json!({"devices": [{"allow": true, "access": "r"}], "blockIO": {"weight": 9}, "network": {"classID": 1}});
+        let problems = check(changed);
+        assert_eq!(problems.len(), 3, "{problems:?}");
+        assert!(problems[1].starts_with("linux.resources.devices: "), "{problems:?}");
     }
 
     #[test]

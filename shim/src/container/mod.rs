@@ -22,7 +22,7 @@ use process::{Exit, Process};
 /// Events of one container that wait for its output to be delivered.
 const QUEUE: usize = 64;
 /// How long the exit of a process that is gone may take to be recorded: until its output is delivered, or nobody takes it.
-const EXIT_RECORDED: std::time::Duration = std::time::Duration::from_secs(10);
+pub const EXIT_RECORDED: std::time::Duration = std::time::Duration::from_secs(10);
 /// Exit status of what dies with its VM: as if by SIGKILL.
 const KILLED: u32 = 137;
 

@@ -35,6 +35,12 @@ pub enum Error {
         /// The exec; the container's own id for its init.
         id: String,
     },
+    /// Its init does not run any more.
+    #[error("the init of task {task:?} has ended")]
+    Ended {
+        /// The container.
+        task: String,
+    },
     /// The VM is on its way out.
     #[error("the sandbox is stopping: its last container has been deleted")]
     Stopping,

@@ -1,6 +1,7 @@
 //! One sandbox: its VM and its containers. What containerd asks of a task is looked up and relayed here; what the guest reports
 //! is routed to the container that it is about.
 
+mod control;
 mod error;
 mod without_guest;
 
@@ -10,15 +11,15 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, PidsRequest, PidsResponse,
-    ResizePtyRequest, StartRequest, StateRequest, StateResponse,
+    CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, StartRequest, StateRequest, StateResponse,
+    Status,
 };
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
 use crate::container::process::{Exit, Process};
-use crate::container::{Container, container_of};
+use crate::container::{Container, EXIT_RECORDED, container_of};
 use crate::events::Publisher;
 use crate::guest;
 use crate::io::Stdio;
@@ -296,6 +297,10 @@ impl Sandbox {
 
     /// Starts a container's init, or an exec.
     pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
+        let init = self.process(id, "")?.1;
+        if !exec_id.is_empty() && init.exit().is_some() {
+            return Err(Error::Ended { task: id.to_owned() });
+        }
         let (container, process) = self.process(id, exec_id)?;
         let vm = self.live_vm()?;
         // Not by a second start, which the guest will refuse: the streams are the first one's.
@@ -312,11 +317,26 @@ impl Sandbox {
             Err(error) => {
                 if attaches {
                     process.detach();
+                    self.settle_failed_start(&vm, &container, &process).await;
                     process.give_start_back();
                 }
                 tracing::warn!(container = container.id, exec = exec_id, %error, "start failed");
                 Err(error.into())
             }
+        }
+    }
+
+    /// An exec that could not be started has ended in the guest, unless it may be tried again: then so it has for those who wait here.
+    async fn settle_failed_start(&self, vm: &Vm, container: &Container, process: &Process) {
+        let request = StateRequest { id: container.id.clone(), exec_id: process.exec_id.clone(), ..Default::default() };
+        match vm.guest.task.state(vm.guest.context(), &request).await {
+            Ok(state) if state.status == Status::STOPPED.into() => {
+                let at = state.exited_at.into_option().unwrap_or_else(now);
+                process.record_exit(Exit { status: state.exit_status, at });
+            }
+            Ok(_) => {}
+            // A VM that has died says so to everybody.
+            Err(error) => tracing::warn!(container = container.id, exec = process.exec_id, %error, "no state"),
         }
     }
 
@@ -350,8 +370,13 @@ impl Sandbox {
             Err(error) => return Err(error),
         };
         if !exec_id.is_empty() {
+            // Its exit may still be on its way from the guest, and nobody would publish it for a process that is not known.
+            if response.pid != 0 && tokio::time::timeout(EXIT_RECORDED, process.exited()).await.is_err() {
+                tracing::warn!(container = id, exec = exec_id, "the guest did not report the exit");
+            }
             process.finish_output().await;
             container.remove(exec_id);
+            process.forget();
             return Ok(response);
         }
         container.finish_output().await;
@@ -456,7 +481,9 @@ impl Sandbox {
             Err(Error::Dead { .. }) => without_guest::state(&process),
             Err(error) => return Err(error),
         };
+        // As runc's shim has it: an exec's id stands in the place of the container's, and nowhere else.
         state.id = if exec_id.is_empty() { id.to_owned() } else { exec_id.to_owned() };
+        state.exec_id.clear();
         state.bundle = container.bundle.display().to_string();
         state.stdin = process.stdio.stdin.clone();
         state.stdout = process.stdio.stdout.clone();
@@ -469,35 +496,6 @@ impl Sandbox {
     pub async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit, Error> {
         let (_, process) = self.process(id, exec_id)?;
         process.exited().await.ok_or_else(|| not_found("process", exec_id))
-    }
-
-    /// Sends a signal.
-    pub async fn kill(&self, request: KillRequest) -> Result<(), Error> {
-        let (_, process) = self.process(&request.id, &request.exec_id)?;
-        match self.live_vm() {
-            Ok(vm) => vm.guest.task.kill(vm.guest.context(), &request).await?,
-            Err(Error::Dead { .. }) => return Err(not_found("process", &process.exec_id)),
-            Err(error) => return Err(error),
-        };
-        Ok(())
-    }
-
-    /// Changes the size of a process's terminal.
-    pub async fn resize_pty(&self, request: ResizePtyRequest) -> Result<(), Error> {
-        let (_, process) = self.process(&request.id, &request.exec_id)?;
-        match self.live_vm() {
-            Ok(vm) => vm.guest.task.resize_pty(vm.guest.context(), &request).await?,
-            Err(Error::Dead { .. }) => return Err(not_found("process", &process.exec_id)),
-            Err(error) => return Err(error),
-        };
-        Ok(())
-    }
-
-    /// The pids of a container's processes, in the guest.
-    pub async fn pids(&self, request: PidsRequest) -> Result<PidsResponse, Error> {
-        self.container(&request.id)?;
-        let vm = self.live_vm()?;
-        Ok(vm.guest.task.pids(vm.guest.context(), &request).await?)
     }
 
     /// Ends a process's input.

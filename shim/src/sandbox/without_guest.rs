@@ -1,18 +1,13 @@
 //! What is still answered when the VM is dead: from the shim's own records, in the guest's place.
 
-use std::time::Duration;
-
 use containerd_shim_protos::api::{DeleteResponse, StateResponse, Status};
 use containerd_shim_protos::events::task::TaskDelete;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 
 use super::error::Error;
-use crate::container::Container;
 use crate::container::process::Process;
-
-/// How long the exits of a VM that has just died may take to be recorded: until the output is delivered, or nobody takes it.
-const EXIT_RECORDED: Duration = Duration::from_secs(10);
+use crate::container::{Container, EXIT_RECORDED};
 
 /// The guest is gone, but what is known of the process is still answered.
 pub(super) fn state(process: &Process) -> StateResponse {

@@ -1,14 +1,19 @@
 //! The guest's cgroups: PID 1's own, and one for each container below the containers' one.
 
+pub mod freezer;
+pub mod limits;
+pub mod oom;
+pub mod stats;
+mod watch;
+
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use tokio::io::Interest;
 use tokio::time::timeout;
 
-use crate::io::watch_fd;
+use watch::Watched;
 
 /// Where cgroup2 is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -104,19 +109,9 @@ fn remove_tree(group: &Path) -> io::Result<()> {
 }
 
 async fn wait_empty(group: &Path) -> io::Result<()> {
-    let path = group.join("cgroup.events");
-    let file = match fs::File::open(&path) {
-        Err(error) if is_gone(&error) => return Ok(()),
-        other => watch_fd(other?.into(), Interest::PRIORITY)?,
-    };
-    loop {
-        // Read before the wait: a change after the read wakes the wait (cgroup-v2.rst, "cgroup.events").
-        match fs::read_to_string(&path) {
-            Ok(events) if events.lines().any(|line| line == "populated 0") => return Ok(()),
-            Ok(_) => file.ready(Interest::PRIORITY).await?.clear_ready(),
-            Err(error) if is_gone(&error) => return Ok(()),
-            Err(error) => return Err(error),
-        }
+    match Watched::open(&group.join("cgroup.events")) {
+        Ok(events) => missing_is_fine(events.until("populated 0").await),
+        Err(error) => missing_is_fine(Err(error)),
     }
 }
 
@@ -137,6 +132,24 @@ fn below(group: &Path) -> io::Result<Vec<PathBuf>> {
 
 fn missing_is_fine(result: io::Result<()>) -> io::Result<()> {
     result.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) })
+}
+
+/// A file of a group; nothing when the kernel does not have it, or does not fill it (PSI that is switched off).
+fn read(group: &Path, file: &str) -> io::Result<Option<String>> {
+    match fs::read_to_string(group.join(file)) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(None),
+        Err(error) => Err(io::Error::new(error.kind(), format!("read {file}: {error}"))),
+    }
+}
+
+/// The number beside `key` in a file of lines with a key and a number each; zero when it is not there.
+fn number(text: &str, key: &str) -> u64 {
+    text.lines()
+        .filter_map(|line| line.split_once(' '))
+        .find(|(name, _)| *name == key)
+        .and_then(|(_, value)| value.parse().ok())
+        .unwrap_or(0)
 }
 
 /// ENOENT when a group's name is gone, ENODEV when one of its files was open and the group went.

@@ -1,0 +1,237 @@
+//! Further processes in a container that is there: all of their spec holds for them, and the container's own bounds do too.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use containerd_shim_protos::ttrpc;
+use husk_tests::artifacts::Runtime;
+use husk_tests::bundle;
+use husk_tests::containerd::Containerd;
+use husk_tests::shim::Shim;
+use serde_json::{Value, json};
+
+fn running<'a>(containerd: &'a Containerd, name: &str, change: impl FnOnce(&mut Value)) -> Result<Shim<'a>> {
+    let id = containerd.id(name);
+    let mut spec = bundle::spec(&id, &["sleep", "1000"]);
+    change(&mut spec);
+    let shim = Shim::start(containerd, &id, &spec)?;
+    shim.run_detached()?;
+    Ok(shim)
+}
+
+/// What a shell script prints as an exec whose process was changed, in words.
+fn words(shim: &Shim, exec: &str, script: &str, change: impl FnOnce(&mut Value)) -> Result<String> {
+    let mut process = bundle::process(&["sh", "-c", script]);
+    change(&mut process);
+    let (_, out, err) = shim.exec_process(exec, &process).with_context(|| exec.to_owned())?;
+    Ok(format!("{out} {err}").split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+#[test]
+fn all_of_an_execs_process_spec_holds() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let shim = running(containerd, "spec", |_| {})?;
+    let user = json!({"uid": 1000, "gid": 1001, "additionalGids": [5, 2000], "umask": 0o27});
+    let out = words(&shim, "user", "id -u; id -g; umask; id -G; touch /root/x", |process| process["user"] = user)?;
+    // runc 1.1 sets no umask for an exec.
+    let umask = if Runtime::under_test() == Runtime::Husk { "0027" } else { "0022" };
+    let wanted = format!("1000 1001 {umask} 1001 5 2000 ");
+    ensure!(out.starts_with(&wanted) && out.contains("Permission denied"), "{out}");
+
+    let limits = "ulimit -n; ulimit -Hn; ulimit -c; ulimit -u";
+    let out = words(&shim, "limits", limits, |process| {
+        let limit =
+            |kind: &str, soft: u64, hard: u64| json!({"type": format!("RLIMIT_{kind}"), "soft": soft, "hard": hard});
+        process["rlimits"] = json!([limit("NOFILE", 99, 199), limit("CORE", 0, 0), limit("NPROC", 50, 60)]);
+    })?;
+    ensure!(out == "99 199 0 50", "{out}");
+
+    let status = "grep -E '^(CapInh|CapPrm|CapEff|CapBnd|CapAmb|NoNewPrivs)' /proc/self/status; echo $HOME-$A";
+    let out = words(&shim, "caps", status, |process| {
+        // CHOWN is 0, KILL is 5.
+        let (one, two) = (json!(["CAP_KILL"]), json!(["CAP_KILL", "CAP_CHOWN"]));
+        process["capabilities"] =
+            json!({"bounding": two, "permitted": two, "effective": one, "inheritable": one, "ambient": one});
+        process["env"] = json!(["PATH=/bin", "A=b=c"]);
+    })?;
+    let wanted = ["Inh", "Prm", "Eff", "Bnd", "Amb"].iter().zip(["20", "21", "20", "21", "20"]);
+    // What a root's program may do comes from its user, too: execve(2) gives it the permitted ones.
+    let caps: Vec<String> = wanted.map(|(kind, set)| format!("Cap{kind}: {set:0>16}")).collect();
+    ensure!(out.ends_with("NoNewPrivs: 1 /root-b=c"), "{out}");
+    for part in [&caps[0], &caps[3]] {
+        ensure!(out.contains(part), "no {part}: {out}");
+    }
+    let out = words(&shim, "oom", "cat /proc/self/oom_score_adj", |process| process["oomScoreAdj"] = json!(77))?;
+    ensure!(out == "77", "{out}");
+
+    // What has no meaning in a guest is left out, and said in a log.
+    let out = words(&shim, "labels", "echo fine", |process| process["apparmorProfile"] = json!("docker-default"))?;
+    if Runtime::under_test() == Runtime::Husk {
+        ensure!(out == "fine", "{out}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_containers_seccomp_filter_holds_for_its_execs() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let shim = running(containerd, "filter", |spec| {
+        let rule = json!({"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38});
+        spec["linux"]["seccomp"] =
+            json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"], "syscalls": [rule]});
+    })?;
+    let script = "grep ^Seccomp: /proc/self/status; grep ^CapEff /proc/self/status; mkdir /tmp/new; rmdir /tmp/new";
+    let mut number = 0;
+    for no_new_privileges in [true, false] {
+        for uid in [0, 1000] {
+            for capabilities in [bundle::process(&[])["capabilities"].clone(), json!({})] {
+                number += 1;
+                let case = format!("noNewPrivileges {no_new_privileges}, user {uid}, {capabilities}");
+                let out = words(&shim, &format!("e{number}"), script, |process| {
+                    process["noNewPrivileges"] = json!(no_new_privileges);
+                    process["user"] = json!({"uid": uid, "gid": uid});
+                    process["capabilities"] = capabilities.clone();
+                })?;
+                ensure!(out.starts_with("Seccomp: 2 ") && out.contains("not implemented"), "{case}: {out}");
+                // CAP_SYS_ADMIN, bit 21, which loading a filter can take, is not there afterwards.
+                let effective = out.split_whitespace().nth(3).unwrap_or_default();
+                let effective = u64::from_str_radix(effective, 16).with_context(|| format!("{case}: {out}"))?;
+                ensure!(effective & 1 << 21 == 0, "{case}: {out}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_exec_that_cannot_be_is_named_as_runc_names_it_and_leaves_nothing() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let shim = running(containerd, "cannot", |_| {})?;
+    let id = shim.bundle.id.as_str();
+    let refusal = |exec: &str, args: Value, cwd: &str| -> Result<String> {
+        let mut process = bundle::process(&[]);
+        (process["args"], process["cwd"]) = (args, json!(cwd));
+        shim.task.exec(id, exec, &process, &Default::default())?;
+        let started = shim.task.start(id, exec);
+        shim.task.delete(id, exec)?;
+        match started {
+            Err(ttrpc::Error::RpcStatus(status)) => Ok(status.message),
+            other => Err(anyhow!("{exec}: {other:?}")),
+        }
+    };
+    let cases = [
+        ("absent", json!(["absent"]), "/", r#"exec: "absent": executable file not found in $PATH"#),
+        ("path", json!(["/no/such"]), "/", r#"exec: "/no/such": stat /no/such: no such file or directory"#),
+        ("file", json!(["/etc/passwd"]), "/", r#"exec: "/etc/passwd": permission denied"#),
+        ("folder", json!(["/etc"]), "/", r#"exec: "/etc": "#),
+        ("cwd", json!(["true"]), "/no/such", "no such file or directory"),
+    ];
+    for (exec, args, cwd, wanted) in cases {
+        // The second time shows that the id is free again.
+        for _ in 0..2 {
+            let message = refusal(exec, args.clone(), cwd)?;
+            ensure!(message.contains(wanted), "{exec}: {message}");
+        }
+    }
+    ensure!(shim.task.pids(&shim.bundle.id)?.len() == 1, "something is left");
+    ensure!(shim.script("after", "echo fine")? == "fine");
+    Ok(())
+}
+
+#[test]
+fn an_exec_that_did_not_start_keeps_nobody_waiting() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let shim = running(containerd, "failed", |_| {})?;
+    let id = shim.bundle.id.as_str();
+    shim.task.exec(id, "fails", &bundle::process(&["/no/such"]), &Default::default())?;
+    shim.task.exec(id, "never", &bundle::process(&["true"]), &Default::default())?;
+    ensure!(shim.task.start(id, "fails").is_err());
+    // The init's exit waits for nothing that is not there.
+    shim.task.kill(id, "", 9)?;
+    ensure!(shim.task.wait(id, "")? == 137);
+    let events = shim.events.until("/tasks/exit", Duration::from_secs(5))?;
+    ensure!(!events.iter().any(|event| event.topic == "/tasks/exec-started"), "{events:?}");
+    if Runtime::under_test() == Runtime::Husk {
+        ensure!(shim.task.wait(id, "fails")? == 255, "the status of an exec that did not start");
+        let waits = thread::spawn({
+            let (task, id) = (shim.task.clone(), id.to_owned());
+            move || task.wait(&id, "never")
+        });
+        shim.task.delete(id, "never")?;
+        ensure!(waits.join().map_err(|_| anyhow!("the wait panicked"))?.is_err(), "there is nothing to wait for");
+        shim.task.delete(id, "fails")?;
+    }
+    shim.task.delete(id, "")?;
+    Ok(())
+}
+
+#[test]
+fn a_container_that_delegates_its_cgroup_can_be_entered() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("a_container_that_delegates_its_cgroup_can_be_entered") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let script = "set -e; cd /sys/fs/cgroup; mkdir init other; echo 1 > init/cgroup.procs; \
+        echo '+memory +pids' > cgroup.subtree_control; echo ready; sleep 1000";
+    let id = containerd.id("delegates");
+    let mut spec = bundle::spec(&id, &["sh", "-c", script]);
+    if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+        namespaces.push(json!({"type": "cgroup"}));
+    }
+    for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+        if mount["type"] == "cgroup" {
+            mount["options"] = json!(["rw", "nosuid", "noexec", "nodev"]);
+        }
+    }
+    let shim = Shim::start(containerd, &id, &spec)?;
+    let (io, mut stdout, stderr) = shim.streams("init")?;
+    shim.create(&io)?;
+    shim.task.start(&id, "")?;
+    // Not by an exec that looks: while it is in the group, the group cannot be delegated.
+    let said = stdout.read(64, Duration::from_secs(20))?;
+    ensure!(said == b"ready\n", "{}", String::from_utf8_lossy(&stderr.available()?));
+    let out = shim.script("inside", "cat /sys/fs/cgroup/cgroup.subtree_control /proc/self/cgroup")?;
+    ensure!(out == "memory pids\n0::/init", "{out}");
+    let metrics = shim.task.metrics(&shim.bundle.id)?;
+    ensure!(metrics.pids.current == 1 && shim.task.pids(&shim.bundle.id)?.len() == 1, "{metrics}");
+    Ok(())
+}
+
+#[test]
+fn a_hundred_execs_at_once_each_have_their_own_status_and_output() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let shim = running(containerd, "hundred", |_| {})?;
+    let one = |number: u32| -> Result<()> {
+        let script = format!("echo {number}; exit {number}");
+        let (status, out, _) = shim.exec_process(&format!("e{number}"), &bundle::process(&["sh", "-c", &script]))?;
+        ensure!(status == number && out == number.to_string(), "exec {number}: {status} {out:?}");
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let all: Vec<_> = (0..100).map(|number| scope.spawn(move || one(number))).collect();
+        all.into_iter().try_for_each(|one| one.join().map_err(|_| anyhow!("an exec panicked"))?)
+    })?;
+    ensure!(shim.task.pids(&shim.bundle.id)?.len() == 1, "something is left");
+    Ok(())
+}
+
+#[test]
+fn an_exec_in_a_user_namespace_is_refused_by_name() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("an_exec_in_a_user_namespace_is_refused_by_name") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let shim = running(containerd, "userns", |spec| {
+        if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+            namespaces.push(json!({"type": "user"}));
+        }
+        let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+        spec["linux"]["uidMappings"] = mapping.clone();
+        spec["linux"]["gidMappings"] = mapping;
+    })?;
+    let refused = shim.exec_process("e", &bundle::process(&["id"])).err().context("it ran, as whom?")?;
+    ensure!(format!("{refused:#}").contains("linux.namespaces: execs in a user namespace"), "{refused:#}");
+    ensure!(shim.task.pids(&shim.bundle.id)?.len() == 1, "something is left");
+    Ok(())
+}

@@ -1,0 +1,127 @@
+//! How processes end: with which status, told in which order, and why.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
+use containerd_shim_protos::ttrpc::Code;
+use husk_tests::artifacts::Runtime;
+use husk_tests::bundle;
+use husk_tests::command::wait_for;
+use husk_tests::containerd::Containerd;
+use husk_tests::events::Published;
+use husk_tests::shim::{Shim, Streams, code};
+use serde_json::json;
+
+/// Longest for an event on a busy machine.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// The exits and OOMs among events, by the process's id; `oom` for an OOM.
+fn ends(events: &[Published]) -> Result<Vec<String>> {
+    let mut ends = Vec::new();
+    for event in events {
+        match event.topic.as_str() {
+            "/tasks/exit" => ends.push(event.decode::<TaskExit>()?.id),
+            "/tasks/oom" => {
+                event.decode::<TaskOOM>()?;
+                ends.push("oom".to_owned());
+            }
+            _ => {}
+        }
+    }
+    Ok(ends)
+}
+
+#[test]
+fn every_status_from_0_to_255_is_told_as_it_is() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("status");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "exit 255"]))?;
+    shim.create(&Streams::default())?;
+    shim.task.exec(&id, "before", &bundle::process(&["sleep", "1000"]), &Streams::default())?;
+    for status in [0, 1, 2, 42, 125, 126, 127, 128, 129, 137, 143, 200, 254, 255] {
+        let exec = format!("e{status}");
+        let ended = shim.exec_process(&exec, &bundle::process(&["sh", "-c", &format!("exit {status}")]))?.0;
+        ensure!(ended == status, "exit {status} is told as {ended}");
+    }
+    shim.task.start(&id, "")?;
+    ensure!(shim.task.wait(&id, "")? == 255 && shim.task.state(&id, "")?.exit_status == 255);
+    let late = code(&shim.task.start(&id, "before"));
+    // runc's shim answers the one or the other, as it has heard of the end itself or not.
+    ensure!(matches!(late, Some(Code::FAILED_PRECONDITION | Code::UNKNOWN)), "{late:?}");
+    if Runtime::under_test() == Runtime::Husk {
+        ensure!(late == Some(Code::FAILED_PRECONDITION), "{late:?}");
+    }
+    ensure!(shim.task.delete(&id, "")? == 255);
+    Ok(())
+}
+
+#[test]
+fn the_inits_exit_is_told_after_those_of_its_execs() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("order");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
+    shim.run_detached()?;
+    let execs: Vec<String> = (0..10).map(|number| format!("e{number}")).collect();
+    for exec in &execs {
+        shim.task.exec(&id, exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
+        shim.task.start(&id, exec)?;
+    }
+    shim.task.kill(&id, "", 9)?;
+    ensure!(shim.task.wait(&id, "")? == 137);
+    for exec in &execs {
+        ensure!(shim.task.wait(&id, exec)? == 137);
+        shim.task.delete(&id, exec)?;
+    }
+    shim.task.delete(&id, "")?;
+    let mut ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
+    ensure!(ends.pop() == Some(id), "the init's was not the last: {ends:?}");
+    ends.sort();
+    ensure!(ends == execs, "{ends:?}");
+    Ok(())
+}
+
+#[test]
+fn the_exit_of_an_exec_that_is_deleted_at_once_is_told() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("at-once");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
+    shim.run_detached()?;
+    for number in 0..5 {
+        let exec = format!("e{number}");
+        shim.task.exec(&id, &exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
+        shim.task.start(&id, &exec)?;
+        shim.task.kill(&id, &exec, 9)?;
+        // Without waiting for its exit: as soon as there is one.
+        wait_for(DEADLINE, "it can be deleted", || shim.task.delete(&id, &exec).ok())?;
+        let ends = ends(&shim.events.until("/tasks/exit", DEADLINE)?)?;
+        ensure!(ends == [exec], "{ends:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn who_needs_more_memory_than_the_limit_ends_with_137_after_an_oom_event() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("oom");
+    // tail keeps what it has read as long as no line ends.
+    let greedy = ["tail", "/dev/zero"];
+    let mut spec = bundle::spec(&id, &["sh", "-c", "until [ -e /run/go ]; do sleep 0.1; done; exec tail /dev/zero"]);
+    spec["linux"]["resources"]["memory"] = json!({"limit": 24 << 20, "swap": 24 << 20});
+    let shim = Shim::start(containerd, &id, &spec)?;
+    shim.run_detached()?;
+    let (status, ..) = shim.exec_process("greedy", &bundle::process(&greedy))?;
+    ensure!(status == 137, "{status}");
+    let events = shim.events.until("/tasks/exit", DEADLINE)?;
+    ensure!(ends(&events)? == ["oom", "greedy"], "{:?}", ends(&events)?);
+    ensure!(shim.task.state(&id, "")?.status.value() == 2, "the init had no part in it");
+
+    shim.task.exec(&id, "go", &bundle::process(&["mkdir", "/run/go"]), &Streams::default())?;
+    shim.task.start(&id, "go")?;
+    ensure!(shim.task.wait(&id, "")? == 137);
+    shim.task.delete(&id, "")?;
+    let ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
+    ensure!(ends.last() == Some(&id) && ends.iter().filter(|end| *end == "oom").count() == 1, "{ends:?}");
+    ensure!(ends.iter().position(|end| end == "oom") < ends.iter().position(|end| *end == id), "{ends:?}");
+    Ok(())
+}
