@@ -110,18 +110,19 @@ fn privileged_means_every_capability_and_no_path_masked_or_read_only() -> Result
 #[test]
 fn capabilities_are_added_and_dropped_by_name_and_the_default_seccomp_profile_holds() -> Result<()> {
     // SYS_ADMIN is 21, CHOWN 0, KILL 5 (linux/capability.h).
-    let script = "cat /proc/self/status; chown 1:1 /tmp; mount -t tmpfs t /tmp && echo mounted; unshare -m true; \
+    let script = "cat /proc/self/status; chown 1:1 /tmp; mount -t tmpfs t /tmp && echo mounted; unshare -U true && echo unshared; \
         touch /new; touch /run/x && echo fine";
     let added = ran(&["--cap-add", "CAP_SYS_ADMIN", "--cap-drop", "CAP_CHOWN"], script)?;
     ensure!(capabilities(&added)? & (1 << 21 | 1 | 1 << 5) == (1 << 21 | 1 << 5), "{added}");
-    ensure!(added.contains("chown:") && added.contains("mounted") && field(&added, "NoNewPrivs")? == "1", "{added}");
+    ensure!(added.contains("chown:") && added.contains("mounted") && added.contains("unshared"), "{added}");
+    ensure!(field(&added, "NoNewPrivs")? == "1", "{added}");
 
-    // The profile allows mount to those with SYS_ADMIN alone, and keyctl to nobody.
+    // Anybody may make a user namespace, but under the profile only those with SYS_ADMIN.
     let flags = ["--seccomp", "--read-only", "--allow-new-privs"];
     let filtered = ran(&flags, script)?;
     ensure!(field(&filtered, "Seccomp")? == "2" && field(&filtered, "NoNewPrivs")? == "0", "{filtered}");
     ensure!(capabilities(&filtered)? & (1 << 21 | 1) == 1 && !filtered.contains("mounted"), "{filtered}");
-    ensure!(filtered.contains("unshare:") && filtered.contains("not permitted"), "{filtered}");
+    ensure!(filtered.contains("unshare:") && !filtered.contains("unshared"), "{filtered}");
     ensure!(filtered.contains("touch: /new: Read-only file system") && filtered.ends_with("fine"), "{filtered}");
     Ok(())
 }
@@ -135,7 +136,7 @@ fn limits_hold_and_the_cgroup_is_the_one_that_was_asked_for() -> Result<()> {
     let flags = [&flags[..], &["--cgroup", &cgroup, "--mount", mount]].concat();
     let container = containerd.detached(&flags, "limited", &["sleep", "1000"])?;
     let (files, wanted) = match containerd.runtime() {
-        Runtime::Husk => ("cpu.max memory.max cpuset.cpus", "25000 100000\n67108864\n0"),
+        Runtime::Husk => ("cpu.max memory.max cpuset.cpus cpu.weight", "25000 100000\n67108864\n0\n59"),
         Runtime::Runc => ("cpu/cpu.cfs_quota_us memory/memory.limit_in_bytes cpuset/cpuset.cpus", "25000\n67108864\n0"),
     };
     let seen = container.script(&format!("cd /sys/fs/cgroup; cat {files}"))?;
@@ -192,6 +193,17 @@ fn a_mount_is_of_any_type_that_needs_nothing_of_the_host() -> Result<()> {
 }
 
 #[test]
+fn mounts_in_a_container_spread_as_its_root_was_told_to() -> Result<()> {
+    for (propagation, shared) in [("rshared", true), ("rslave", false)] {
+        let seen = ran(&["--rootfs-propagation", propagation], "grep ' / / ' /proc/self/mountinfo")?;
+        // runc 1.1 takes "rshared" and leaves the root private.
+        let shared = shared && newest()?.runtime() == Runtime::Husk;
+        ensure!(seen.contains(" shared:") == shared, "{propagation}: {seen}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_detached_container_has_its_pid_in_the_file_and_no_io_at_all_if_asked() -> Result<()> {
     let containerd = newest()?;
     let folder = tempfile::tempdir()?;
@@ -219,6 +231,10 @@ fn a_device_of_the_host_is_refused_with_its_path_and_numbers() -> Result<()> {
     let message = refused(&["--device", &disk, "--device", "/dev/kmsg"])?;
     let why = format!(".path \"{disk}\": device b 7:77 of the host cannot be used in a VM");
     ensure!(message.contains(&why) && !message.contains("kmsg"), "a guest has that one: {message}");
+    let zero = format!("/run/{}", containerd.id("zero"));
+    containerd.sh(&format!("mknod {zero} c 1 5"))?;
+    let message = refused(&["--device", &zero])?;
+    ensure!(message.contains(&format!("linux.devices: {zero} is not below /dev")), "{message}");
     // Without the flag it is neither there nor allowed.
     let seen = ran(
         &["--device", "/dev/kmsg"],
@@ -270,6 +286,13 @@ fn kernel_parameters_names_and_annotations_of_the_spec_are_there_before_the_proc
     let state: Value = serde_json::from_str(hooked).with_context(|| hooked.to_owned())?;
     ensure!(state["id"] == json!(id) && state["annotations"]["org.example.colour"] == json!("green"), "{state}");
     ensure!(state["bundle"].is_string(), "{state}");
+
+    // The process of a container whose hook fails does not run.
+    let failed = shim("bad-hook", "touch /ran", |spec| {
+        spec["hooks"] = json!({"startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "exit 3"]}]});
+    })?;
+    let (status, _, _) = failed.run()?;
+    ensure!(status != 0 && !failed.bundle.outside.join("upper/ran").exists(), "{status}");
 
     let message = refused_spec("sysctl", |spec| spec["linux"]["sysctl"] = json!({"kernel.shm_nonsense": "1"}))?;
     ensure!(message.contains("nonsense"), "{message}");

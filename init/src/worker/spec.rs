@@ -50,6 +50,17 @@ pub fn check(spec: &Spec) -> Result<(), Vec<String>> {
                         .push(format!("linux.namespaces: {kind} by the path {} is not in the guest", path.display()));
                 }
             }
+            if let Some(propagation) = linux.rootfs_propagation().as_deref()
+                && plain_propagation(propagation).is_none()
+            {
+                problems.push(format!("linux.rootfsPropagation: {propagation:?} is not a propagation"));
+            }
+            for device in linux.devices().iter().flatten() {
+                // libcontainer makes them nowhere else.
+                if !device.path().starts_with("/dev") {
+                    problems.push(format!("linux.devices: {} is not below /dev", device.path().display()));
+                }
+            }
             problems.extend(linux.seccomp().iter().flat_map(check_seccomp));
             problems.extend(linux.resources().iter().flat_map(check_resources));
         }
@@ -88,6 +99,17 @@ fn check_mount(mount: &Mount) -> Option<String> {
     let by_mapping = mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
     (by_option || by_mapping)
         .then(|| format!("mounts: {} cannot be id-mapped on a share", mount.destination().display()))
+}
+
+/// The name that libcontainer knows it by. It sets that of all mounts at once, so the recursive names mean the same; clients send both.
+fn plain_propagation(name: &str) -> Option<&'static str> {
+    match name {
+        "private" | "rprivate" => Some("private"),
+        "shared" | "rshared" => Some("shared"),
+        "slave" | "rslave" => Some("slave"),
+        "unbindable" | "runbindable" => Some("unbindable"),
+        _ => None,
+    }
 }
 
 fn check_seccomp(seccomp: &LinuxSeccomp) -> Vec<String> {
@@ -156,6 +178,11 @@ pub fn adapt(spec: &mut Spec, id: &str) -> (bool, Vec<String>) {
         if linux.mount_label().is_some() {
             ignored.push("linux.mountLabel: no SELinux in the guest".into());
             linux.set_mount_label(None);
+            changed = true;
+        }
+        let propagation = linux.rootfs_propagation().as_deref().and_then(plain_propagation).map(str::to_owned);
+        if *linux.rootfs_propagation() != propagation {
+            linux.set_rootfs_propagation(propagation);
             changed = true;
         }
         // Where the init looks for the container's cgroup. The host's path has no meaning here.
@@ -295,6 +322,12 @@ mod tests {
             ("/process/args", json!([]), "process.args: is empty"),
             ("/process/cwd", json!("tmp"), "process.cwd: \"tmp\" is not absolute"),
             ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt: a guest has no resctrl file system"),
+            ("/linux/rootfsPropagation", json!("rsalve"), "linux.rootfsPropagation: \"rsalve\" is not a propagation"),
+            (
+                "/linux/devices",
+                json!([{"path": "/run/zero", "type": "c", "major": 1, "minor": 5}]),
+                "linux.devices: /run/zero is not below /dev",
+            ),
             (
                 "/linux/namespaces",
                 json!([{"type": "network", "path": "/var/run/netns/cni-1"}]),
@@ -357,13 +390,16 @@ mod tests {
         spec["process"]["noNewPrivileges"] = json!(false);
         spec["process"]["apparmorProfile"] = json!("cri-containerd.apparmor.d");
         spec["linux"]["mountLabel"] = json!("system_u:object_r:svirt_t");
+        spec["linux"]["rootfsPropagation"] = json!("rslave");
         let mut spec: Spec = serde_json::from_value(spec).unwrap();
         let (changed, ignored) = adapt(&mut spec, "x");
         let process = spec.process().as_ref().unwrap();
         assert!(changed);
         assert_eq!(ignored.len(), 2, "{ignored:?}");
         assert_eq!((process.no_new_privileges(), process.apparmor_profile()), (None, &None));
-        assert_eq!(spec.linux().as_ref().unwrap().cgroups_path().as_deref(), Some(Path::new("/containers/x")));
+        let linux = spec.linux().as_ref().unwrap();
+        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/containers/x")));
+        assert_eq!(linux.rootfs_propagation().as_deref(), Some("slave"));
         assert_eq!(adapt(&mut spec, "x"), (false, vec![]), "once is enough");
     }
 
