@@ -198,7 +198,9 @@ mod tests {
                 "q35's kernel looks for ACPI and PCI",
                 |spec| spec.board = Board::Q35,
                 "-append",
-                &["console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 norandmaps husk.log=warn"],
+                &[
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 norandmaps husk.log=warn",
+                ],
             ),
             (
                 "the kernel's parameters come last",
