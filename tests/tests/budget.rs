@@ -11,12 +11,7 @@ const MIB: u64 = 1 << 20;
 
 /// Under the instruction clock a nanosecond is an instruction.
 async fn boot_counted() -> Result<Guest> {
-    Guest::boot_with(Config {
-        instruction_clock: true,
-        kernel_parameters: std::env::var("KP").unwrap_or_default(),
-        ..config()?
-    })
-    .await
+    Guest::boot_with(Config { instruction_clock: true, ..config()? }).await
 }
 
 #[test]

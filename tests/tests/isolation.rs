@@ -232,6 +232,14 @@ fn a_device_that_the_rules_leave_out_can_not_be_opened() -> Result<()> {
 }
 
 #[test]
+fn addresses_are_different_in_each_process() -> Result<()> {
+    let script = "for n in 1 2 3 4; do grep stack /proc/self/maps; done | sort -u | wc -l; cat /proc/sys/kernel/randomize_va_space";
+    let (status, out) = run("addresses", script, |_| ())?;
+    ensure!((status, out.as_str()) == (0, "4\n2"), "{status} {out}");
+    Ok(())
+}
+
+#[test]
 fn the_oom_score_is_the_specs_and_not_inherited() -> Result<()> {
     let (_, out) = run("oom", "cat /proc/self/oom_score_adj", |spec| spec["process"]["oomScoreAdj"] = json!(321))?;
     ensure!(out == "321", "{out}");

@@ -62,6 +62,7 @@ pub fn boot(timeline: &mut Timeline) -> Result<Cmdline, Error> {
     own::set_hostname(&cmdline.hostname)?;
     own::raise_limits()?;
     own::protect_from_oom()?;
+    own::randomize_containers()?;
     own::keep_addresses()?;
     devices::credit_entropy()?;
     timeline.mark("system");

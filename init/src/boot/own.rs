@@ -23,6 +23,13 @@ pub fn raise_limits() -> Result<(), Error> {
     setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY).step(|| "set the limit of processes".into())
 }
 
+/// Everything but PID 1 is loaded at addresses that nobody knows (kernel.randomize_va_space, proc_sys_kernel(5)), also where PID 1 itself was
+/// not: on an emulated processor the kernel is started with `norandmaps`, so that PID 1 and its workers, one program, share what was
+/// translated of it.
+pub fn randomize_containers() -> Result<(), Error> {
+    std::fs::write("/proc/sys/kernel/randomize_va_space", "2").step(|| "set kernel.randomize_va_space to 2".into())
+}
+
 /// Has the workers loaded at the same addresses every time (personality(2)). An emulated processor then knows their code from the last one: QEMU
 /// 7.2 translates code anew for each address that it runs at, which took more than half of a create. Each worker takes it back for what it
 /// starts: [`randomize_addresses`].

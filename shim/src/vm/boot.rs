@@ -2,6 +2,7 @@
 //! that answered. Boots it, notices its death, and ends it.
 
 use std::fs::{File, OpenOptions};
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -136,28 +137,35 @@ impl Vm {
         let console = Console::start(console, &journal.dir().join("console.log")).map_err(io("open console.log"))?;
 
         let cgroups = join_later(plan, journal)?;
-        let again = cgroups
-            .iter()
-            .map(File::try_clone)
-            .collect::<std::io::Result<_>>()
-            .map_err(io("duplicate a descriptor"))?;
-        let log = open_log(&journal.dir().join("virtiofsd.log")).map_err(io("open virtiofsd.log"))?;
-        let (share, share_socket) = virtiofsd::start(&plan.virtiofsd, &plan.share, journal.dir(), log, again)?;
-        let share = Arc::new(share);
-        let kill_share = Otherwise::new({
-            let share = share.clone();
-            move || share.kill()
-        });
-        journal.record(&Owner::Sandbox, [Step::Process { id: share.process(), name: "virtiofsd".into() }])?;
-
+        let (share_listener, share_socket) = virtiofsd::socket(journal.dir())?;
         let log = open_log(&journal.dir().join("qemu.log")).map_err(io("open qemu.log"))?;
-        let sockets = Sockets { vsock, share: Some(share_socket), console: console_theirs.into(), log, cgroups };
+        let sockets = Sockets { vsock, share: Some(share_socket), console: console_theirs.into(), log };
         let machine: Arc<dyn Machine> = vmm.start(&plan.spec, sockets).await?.into();
         let kill_machine = Otherwise::new({
             let machine = machine.clone();
             move || machine.kill()
         });
         journal.record(&Owner::Sandbox, [Step::Process { id: machine.process(), name: "qemu".into() }])?;
+
+        // Second, because it is ready much sooner; and it waits for its cgroup, which takes a grace period of the host's kernel, while QEMU
+        // starts. QEMU follows it there without waiting, before the guest has any memory.
+        let log = open_log(&journal.dir().join("virtiofsd.log")).map_err(io("open virtiofsd.log"))?;
+        let again = cgroups.iter().map(File::try_clone).collect::<std::io::Result<_>>();
+        let again = again.map_err(io("duplicate a descriptor"))?;
+        let share = virtiofsd::start(&plan.virtiofsd, &plan.share, share_listener, log, again)?;
+        let share = Arc::new(share);
+        let kill_share = Otherwise::new({
+            let share = share.clone();
+            move || share.kill()
+        });
+        journal.record(&Owner::Sandbox, [Step::Process { id: share.process(), name: "virtiofsd".into() }])?;
+        for mut procs in cgroups {
+            match procs.write_all(machine.process().pid.to_string().as_bytes()) {
+                // It has ended already: what it died of is told below.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                moved => moved.map_err(io("move QEMU to its cgroup"))?,
+            }
+        }
 
         let hello = async {
             let mut stream = ready.accept().await?;

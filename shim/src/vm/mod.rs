@@ -70,8 +70,6 @@ pub struct Sockets {
     pub console: OwnedFd,
     /// Where the machine's process writes its complaints.
     pub log: std::fs::File,
-    /// The `cgroup.procs` of the cgroups that it lives in, opened for writing.
-    pub cgroups: Vec<std::fs::File>,
 }
 
 /// Why a machine could not be started.

@@ -78,21 +78,15 @@ fn arguments(share: &Path) -> Vec<OsString> {
     args
 }
 
-/// Starts virtiofsd on the folder `share`. Returns it, and the connected socket for the machine: it needs nothing of virtiofsd to be
-/// ready, for the connection waits in the listener's queue.
+/// What virtiofsd will listen on, and the connected socket for the machine, which may use it before virtiofsd runs: the connection waits
+/// in the listener's queue.
 ///
 /// `private` is a folder that only root may enter; the socket has a name in it for a moment.
 ///
 /// # Errors
 ///
-/// When the socket cannot be made or the program not be started; then nothing is left.
-pub fn start(
-    program: &Path,
-    share: &Path,
-    private: &Path,
-    log: File,
-    cgroups: Vec<File>,
-) -> Result<(Child, OwnedFd), VirtiofsdError> {
+/// When the socket cannot be made.
+pub fn socket(private: &Path) -> Result<(UnixListener, OwnedFd), VirtiofsdError> {
     let socket = |what| move |source| VirtiofsdError::Socket { what, source };
     let folder = File::open(private).map_err(socket("open the state folder"))?;
     // By descriptor: the whole path may be longer than a socket's name can be (107 bytes, unix(7)).
@@ -100,7 +94,21 @@ pub fn start(
     let listener = UnixListener::bind(&path).map_err(socket("bind a socket"))?;
     let connected = UnixStream::connect(&path).map_err(socket("connect the socket"));
     std::fs::remove_file(&path).map_err(socket("remove the socket's name"))?;
-    let connected = connected?;
+    Ok((listener, connected?.into()))
+}
+
+/// Starts virtiofsd on the folder `share`, listening on what [`socket`] made.
+///
+/// # Errors
+///
+/// When the program cannot be started; then nothing is left.
+pub fn start(
+    program: &Path,
+    share: &Path,
+    listener: UnixListener,
+    log: File,
+    cgroups: Vec<File>,
+) -> Result<Child, VirtiofsdError> {
     let launch = Launch {
         program: program.to_owned(),
         args: arguments(share),
@@ -111,8 +119,7 @@ pub fn start(
         output: log,
         cgroups,
     };
-    let child = launch.spawn().map_err(|source| VirtiofsdError::Launch { program: program.to_owned(), source })?;
-    Ok((child, connected.into()))
+    launch.spawn().map_err(|source| VirtiofsdError::Launch { program: program.to_owned(), source })
 }
 
 #[cfg(test)]

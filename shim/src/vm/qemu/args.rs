@@ -102,6 +102,10 @@ fn append(spec: &Spec) -> String {
         // There is neither, so the kernel need not look.
         words.extend(["acpi=off", "pci=off"].map(String::from));
     }
+    if spec.accel != Accel::Kvm {
+        // For PID 1 alone, which undoes it for all others: it is loaded where its workers are, and translated once for both.
+        words.push("norandmaps".to_owned());
+    }
     // Under KVM, kvmclock and the TSC's deadline timer make this needless. Otherwise the guest's counter is the host's, or the instructions
     // counted, one a nanosecond.
     let tsc_khz = match spec.accel {
@@ -179,7 +183,7 @@ mod tests {
                 |spec| spec.tsc_khz = Some(2_400_000),
                 "-append",
                 &[
-                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 acpi=off pci=off tsc_early_khz=2400000 tsc=reliable lapic_timer_khz=1000000 husk.log=warn",
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 acpi=off pci=off norandmaps tsc_early_khz=2400000 tsc=reliable lapic_timer_khz=1000000 husk.log=warn",
                 ],
             ),
             (
@@ -194,14 +198,16 @@ mod tests {
                 "q35's kernel looks for ACPI and PCI",
                 |spec| spec.board = Board::Q35,
                 "-append",
-                &["console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 husk.log=warn"],
+                &[
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 norandmaps husk.log=warn",
+                ],
             ),
             (
                 "the kernel's parameters come last",
                 |_| (),
                 "-append",
                 &[
-                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 acpi=off pci=off husk.log=warn",
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 acpi=off pci=off norandmaps husk.log=warn",
                 ],
             ),
         ];

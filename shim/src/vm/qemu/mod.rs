@@ -50,7 +50,7 @@ impl Vmm for Qemu {
             fds: inherited.0,
             user: spec.user,
             output: sockets.log,
-            cgroups: sockets.cgroups,
+            cgroups: Vec::new(),
         };
         let child =
             launch.spawn().map_err(|source| Error::Spawn { program: self.program.display().to_string(), source })?;

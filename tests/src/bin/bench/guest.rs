@@ -113,13 +113,7 @@ impl Kit {
         console.set_nonblocking(true)?;
         let console = tokio::net::UnixStream::from_std(console)?;
         let console = Console::start(console, &self.folder.path().join("floor.log"))?;
-        let sockets = Sockets {
-            vsock,
-            share: None,
-            console: console_theirs.into(),
-            log: tempfile::tempfile()?,
-            cgroups: Vec::new(),
-        };
+        let sockets = Sockets { vsock, share: None, console: console_theirs.into(), log: tempfile::tempfile()? };
         let machine: Arc<dyn Machine> = vmm.start(&plan.spec, sockets).await?.into();
         let hello = async {
             let mut stream = ready.accept().await?;
