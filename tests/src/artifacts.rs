@@ -104,3 +104,21 @@ pub fn built(name: &str) -> Result<PathBuf> {
     path.metadata().with_context(|| format!("{} is missing: run `./task build` first", path.display()))?;
     Ok(path)
 }
+
+/// Each scenario, a function of a [`Version`] in the test file, as one test per containerd.
+#[macro_export]
+macro_rules! on_every_containerd {
+    ($($scenario:ident),* $(,)?) => {
+        $crate::on_every_containerd!(@ containerd_1_6 V1_6 $($scenario),*);
+        $crate::on_every_containerd!(@ containerd_1_7 V1_7 $($scenario),*);
+        $crate::on_every_containerd!(@ containerd_2_1 V2_1 $($scenario),*);
+    };
+    (@ $module:ident $version:ident $($scenario:ident),*) => {
+        mod $module {
+            $(#[test]
+            fn $scenario() -> ::anyhow::Result<()> {
+                super::$scenario($crate::artifacts::Version::$version)
+            })*
+        }
+    };
+}

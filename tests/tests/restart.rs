@@ -13,6 +13,7 @@ use husk_tests::containerd::{Containerd, Setup};
 use husk_tests::events::{Sink, Watch};
 use husk_tests::fifo;
 use husk_tests::leftovers::Leftovers;
+use husk_tests::on_every_containerd;
 use husk_tests::shim::{Api, Shim, Streams, Task};
 use nix::sys::signal::Signal;
 
@@ -23,23 +24,6 @@ interval = "1s"
 [plugins."io.containerd.monitor.container.v1.restart"]
 interval = "1s"
 "#;
-
-macro_rules! on_every_containerd {
-    ($($scenario:ident),* $(,)?) => {
-        on_every_containerd!(@ containerd_1_6 V1_6 $($scenario),*);
-        on_every_containerd!(@ containerd_1_7 V1_7 $($scenario),*);
-        on_every_containerd!(@ containerd_2_1 V2_1 $($scenario),*);
-    };
-    (@ $module:ident $version:ident $($scenario:ident),*) => {
-        mod $module {
-            use super::*;
-            $(#[test]
-            fn $scenario() -> Result<()> {
-                super::$scenario(Version::$version)
-            })*
-        }
-    };
-}
 
 on_every_containerd!(
     containers_outlive_a_stopped_containerd,

@@ -7,24 +7,7 @@ use husk_tests::artifacts::Version;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Watch;
-
-/// Each scenario as one test per containerd.
-macro_rules! on_every_containerd {
-    ($($scenario:ident),* $(,)?) => {
-        on_every_containerd!(@ containerd_1_6 V1_6 $($scenario),*);
-        on_every_containerd!(@ containerd_1_7 V1_7 $($scenario),*);
-        on_every_containerd!(@ containerd_2_1 V2_1 $($scenario),*);
-    };
-    (@ $module:ident $version:ident $($scenario:ident),*) => {
-        mod $module {
-            use super::*;
-            $(#[test]
-            fn $scenario() -> Result<()> {
-                super::$scenario(Containerd::shared_of(Version::$version)?)
-            })*
-        }
-    };
-}
+use husk_tests::on_every_containerd;
 
 on_every_containerd!(
     output_and_exit_status_reach_the_user,
@@ -35,7 +18,8 @@ on_every_containerd!(
     events_come_in_order_and_complete,
 );
 
-fn output_and_exit_status_reach_the_user(containerd: &Containerd) -> Result<()> {
+fn output_and_exit_status_reach_the_user(version: Version) -> Result<()> {
+    let containerd = Containerd::shared_of(version)?;
     let ran = containerd.run(&[], &containerd.id("zero"), &["sh", "-c", "echo out; echo err >&2"]).ok()?;
     ensure!(ran.text() == "out" && ran.errors().trim() == "err", "{ran}");
     for status in [7, 255] {
@@ -45,7 +29,8 @@ fn output_and_exit_status_reach_the_user(containerd: &Containerd) -> Result<()> 
     Ok(())
 }
 
-fn the_kernel_inside_is_not_the_hosts(containerd: &Containerd) -> Result<()> {
+fn the_kernel_inside_is_not_the_hosts(version: Version) -> Result<()> {
+    let containerd = Containerd::shared_of(version)?;
     if !containerd.runtime().is_husk_or_tell("the_kernel_inside_is_not_the_hosts") {
         return Ok(());
     }
@@ -60,7 +45,8 @@ fn the_kernel_inside_is_not_the_hosts(containerd: &Containerd) -> Result<()> {
     Ok(())
 }
 
-fn a_killed_container_says_137(containerd: &Containerd) -> Result<()> {
+fn a_killed_container_says_137(version: Version) -> Result<()> {
+    let containerd = Containerd::shared_of(version)?;
     let container = containerd.detached(&[], "killed", &["sleep", "1000"])?;
     container.kill("SIGKILL")?;
     container.await_status("STOPPED")?;
@@ -68,7 +54,8 @@ fn a_killed_container_says_137(containerd: &Containerd) -> Result<()> {
     Ok(())
 }
 
-fn a_container_in_the_background_can_be_entered_killed_and_deleted(containerd: &Containerd) -> Result<()> {
+fn a_container_in_the_background_can_be_entered_killed_and_deleted(version: Version) -> Result<()> {
+    let containerd = Containerd::shared_of(version)?;
     let script = "trap 'exit 42' TERM; echo started > /state; while :; do sleep 0.1; done";
     let container = containerd.detached(&[], "background", &["sh", "-c", script])?;
     ensure!(container.status()?.as_deref() == Some("RUNNING"));
@@ -89,7 +76,8 @@ fn a_container_in_the_background_can_be_entered_killed_and_deleted(containerd: &
     Ok(())
 }
 
-fn two_containers_at_once_do_not_meet(containerd: &Containerd) -> Result<()> {
+fn two_containers_at_once_do_not_meet(version: Version) -> Result<()> {
+    let containerd = Containerd::shared_of(version)?;
     let one = containerd.detached(&[], "one", &["sh", "-c", "echo 1 > /who; sleep 1000"])?;
     let two = containerd.detached(&[], "two", &["sh", "-c", "echo 2 > /who; sleep 1001"])?;
     let who = |container: &husk_tests::containerd::Container<'_>| {
@@ -104,7 +92,8 @@ fn two_containers_at_once_do_not_meet(containerd: &Containerd) -> Result<()> {
     Ok(())
 }
 
-fn events_come_in_order_and_complete(containerd: &Containerd) -> Result<()> {
+fn events_come_in_order_and_complete(version: Version) -> Result<()> {
+    let containerd = Containerd::shared_of(version)?;
     let watch = Watch::start(containerd)?;
     let container = containerd.detached(&[], "events", &["sleep", "1000"])?;
     containerd.ctr(["task", "exec", "--exec-id", "second", container.id(), "sh", "-c", "exit 3"]).expect_code(3)?;
