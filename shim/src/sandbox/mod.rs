@@ -1,41 +1,30 @@
-//! One sandbox: its VM and its containers. What containerd asks of a task is looked up and relayed here; what the guest reports
-//! is routed to the container that it is about.
+//! One sandbox: its VM and its containers. What containerd asks of a task is looked up and relayed here; how containers come and go is in
+//! [`create`] and [`end`].
 
 mod control;
+mod create;
+mod end;
 mod error;
 mod without_guest;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
-use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, StartRequest, StateRequest, StateResponse,
-    Status,
-};
-use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
+use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest, StateResponse, Status};
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
+use crate::container::Container;
 use crate::container::process::{Exit, Process};
-use crate::container::{Container, EXIT_RECORDED, container_of};
 use crate::events::Publisher;
-use crate::guest;
 use crate::io::Stdio;
 use crate::journal::Journal;
-use crate::prepare::{self, Prepared};
 use crate::rootfs::share::Share;
-use crate::state::Owner;
 use crate::vm::boot::{self, Vm};
 
 pub use error::Error;
 use error::not_found;
 
-/// How long containerd may take to accept the last events before the shim ends without.
-const FLUSH: Duration = Duration::from_secs(2);
-/// How long the guest's report of a deletion may take to arrive after its answer.
-const DELETE_EVENT: Duration = Duration::from_secs(1);
 /// What stands in a guest's request for a stream that is carried over vsock.
 const STREAM: &str = "stream";
 
@@ -91,208 +80,6 @@ impl Sandbox {
     pub async fn ended(&self) {
         // The sender is in self, so it cannot be gone.
         let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
-    }
-
-    /// Creates a container, and the VM if it is the first. Returns the pid of its init in the guest. On an error nothing is left of it.
-    pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
-        let id = request.id.clone();
-        crate::state::check_identifier("container id", &id)?;
-        {
-            let mut inner = self.lock();
-            if matches!(inner.machine, Machine::Stopping) {
-                return Err(Error::Stopping);
-            }
-            if inner.containers.contains_key(&id) {
-                return Err(Error::AlreadyExists { what: "task", id });
-            }
-            inner.containers.insert(id.clone(), Slot::Creating);
-        }
-        let created = self.create_in_slot(request).await;
-        if let Err(error) = &created {
-            tracing::warn!(container = id, %error, "create failed");
-            self.forget(&id).await;
-        }
-        created
-    }
-
-    async fn create_in_slot(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
-        let id = request.id.clone();
-        let stdio = Stdio::from(&request);
-        stdio.check()?;
-        if !request.checkpoint.is_empty() {
-            return Err(Error::Unsupported(format!("checkpoint {:?}: restoring is not supported", request.checkpoint)));
-        }
-        // Of those that live: the pid of one that has ended may be another process's by now.
-        let inits: Vec<u32> = self
-            .containers()
-            .iter()
-            .filter_map(|container| container.process("").filter(|init| init.exit().is_none()))
-            .map(|init| init.pid())
-            .collect();
-        let prepared = prepare::prepare(&request, &self.id, &|pid| inits.contains(&pid))?;
-        for note in &prepared.rewritten.notes {
-            tracing::info!(container = id, note, "spec changed for the guest");
-        }
-        let note = serde_json::json!({"bundle": request.bundle});
-        self.journal.with(|state| state.set_container(&id, note))?;
-        let share = self.share()?;
-        // The root filesystem is mounted while the VM boots: mounts made later propagate into the share.
-        let (vm, mounted) = tokio::join!(self.vm(&prepared, &share), self.mount(&share, &request, &prepared));
-        let vm = vm?;
-        mounted?;
-
-        let spec = serde_json::to_vec(&prepared.rewritten.spec)
-            .map_err(|error| Error::Task(format!("encode the guest's spec: {error}")))?;
-        let bundle = PutBundleRequest { id: id.clone(), spec, ..Default::default() };
-        let bundle = vm.guest.bundle.put(vm.guest.context(), &bundle).await?;
-        let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
-        let guest_request = CreateTaskRequest {
-            id: id.clone(),
-            bundle: bundle.path,
-            terminal: request.terminal,
-            stdin,
-            stdout,
-            stderr,
-            ..Default::default()
-        };
-        let container = Container::start(request, self.publisher.clone());
-        // In its place before the guest knows of it: its first events may be faster than the answer.
-        self.lock().containers.insert(id.clone(), Slot::Ready(container.clone()));
-        let init = self.process(&id, "")?.1;
-        let created = async {
-            init.attach(&vm.guest, &id, &self.namespace).await?;
-            Ok::<_, Error>(vm.guest.task.create(vm.guest.context(), &guest_request).await?)
-        };
-        match created.await {
-            Ok(response) => {
-                init.set_pid(response.pid);
-                tracing::info!(container = id, pid = response.pid, "container created");
-                Ok(response.pid)
-            }
-            Err(error) => {
-                init.forget();
-                let request = RemoveBundleRequest { id: id.clone(), ..Default::default() };
-                if let Err(error) = vm.guest.bundle.remove(vm.guest.context(), &request).await {
-                    tracing::warn!(container = id, %error, "the guest keeps the bundle of a container that was not created");
-                }
-                // A guest that did not answer in time may have created it after all.
-                let request = DeleteRequest { id: id.clone(), ..Default::default() };
-                if let Err(error) = vm.guest.task.delete(vm.guest.context(), &request).await {
-                    tracing::debug!(container = id, %error, "nothing to delete in the guest");
-                }
-                Err(vm.cause_of_death().map_or(error, |cause| Error::Dead { cause }))
-            }
-        }
-    }
-
-    /// The share of the sandbox, made by its first container.
-    fn share(&self) -> Result<Share, Error> {
-        let mut inner = self.lock();
-        if let Some(share) = &inner.share {
-            return Ok(share.clone());
-        }
-        let mut record = |steps| self.journal.record(&Owner::Sandbox, steps);
-        let share = Share::create(self.journal.dir(), &mut record)?;
-        inner.share = Some(share.clone());
-        Ok(share)
-    }
-
-    /// Puts a container's root filesystem and bind mounts into the share. On a thread for it: a mount can take its time.
-    async fn mount(&self, share: &Share, request: &CreateTaskRequest, prepared: &Prepared) -> Result<(), Error> {
-        let (share, journal) = (share.clone(), self.journal.clone());
-        let (id, mounts, rewritten) = (request.id.clone(), request.rootfs.clone(), prepared.rewritten.clone());
-        let mounted = tokio::task::spawn_blocking(move || {
-            let owner = Owner::Container(id.clone());
-            let mut record = |steps| journal.record(&owner, steps);
-            share.add_container(&mut record, &id, &mounts, &rewritten.rootfs, &rewritten.binds)
-        });
-        mounted.await.map_err(|error| Error::Task(format!("mount: {error}")))??;
-        Ok(())
-    }
-
-    /// The VM, booted if it is not up.
-    async fn vm(self: &Arc<Self>, prepared: &Prepared, share: &Share) -> Result<Arc<Vm>, Error> {
-        let mut booting = {
-            let mut inner = self.lock();
-            match &inner.machine {
-                Machine::Up(vm) => return alive(vm),
-                Machine::Stopping => return Err(Error::Stopping),
-                Machine::Booting(booting) => booting.clone(),
-                Machine::None => {
-                    let (done, booting) = watch::channel(None);
-                    inner.machine = Machine::Booting(booting.clone());
-                    let (sandbox, prepared, share) = (self.clone(), prepared.clone(), share.path().to_owned());
-                    tokio::spawn(async move {
-                        let booted = sandbox.boot(&prepared, share).await.map_err(Arc::new);
-                        let mut inner = sandbox.lock();
-                        // Unless somebody is tearing down already, and waits for this boot to end. A failed boot may be tried again, by the
-                        // next container.
-                        if matches!(inner.machine, Machine::Booting(_)) {
-                            inner.machine = booted.as_ref().map_or(Machine::None, |vm| Machine::Up(vm.clone()));
-                        }
-                        done.send_replace(Some(booted));
-                    });
-                    booting
-                }
-            }
-        };
-        let booted = booting
-            .wait_for(Option::is_some)
-            .await
-            .map_err(|_| Error::Task("the boot ended without a result".to_owned()))?
-            .clone();
-        match booted {
-            Some(result) => Ok(result?),
-            None => Err(Error::Task("the boot ended without a result".to_owned())),
-        }
-    }
-
-    async fn boot(self: &Arc<Self>, prepared: &Prepared, share: PathBuf) -> Result<Arc<Vm>, boot::Error> {
-        let (vmm, plan) = prepare::plan(prepared, share);
-        let began = std::time::Instant::now();
-        let vm = Vm::boot(&*vmm, &plan, &self.journal).await?;
-        tracing::info!(
-            ms = began.elapsed().as_millis() as u64,
-            kernel = vm.hello.kernel,
-            init = vm.hello.version,
-            "VM ready"
-        );
-        let events = vm.guest.events(0).await?;
-        tokio::spawn(self.clone().route_events(vm.clone(), events));
-        Ok(vm)
-    }
-
-    /// Carries the guest's events to their containers until the VM is gone; then tells the containers.
-    async fn route_events(self: Arc<Self>, vm: Arc<Vm>, mut events: guest::Metering<husk_protos::events::Event>) {
-        loop {
-            match events.recv().await {
-                Ok(Some(event)) => self.route(event).await,
-                Ok(None) => break,
-                Err(error) => {
-                    tracing::debug!(%error, "event stream ended");
-                    break;
-                }
-            }
-        }
-        let cause = vm.died().await;
-        if vm.stopping() {
-            return;
-        }
-        tracing::error!(cause, console = vm.console_tail(), "the VM died");
-        for container in self.containers() {
-            container.died(now()).await;
-        }
-    }
-
-    async fn route(&self, event: husk_protos::events::Event) {
-        let Some(id) = container_of(&event) else {
-            tracing::warn!(topic = event.topic, sequence = event.sequence, "the guest sent an event that is none");
-            return;
-        };
-        match self.container(&id) {
-            Ok(container) => container.guest_event(event).await,
-            Err(_) => tracing::debug!(container = id, topic = event.topic, "event of a container that is gone"),
-        }
     }
 
     /// Starts a container's init, or an exec.
@@ -358,111 +145,6 @@ impl Sandbox {
             }
             return Err(error.into());
         }
-        Ok(())
-    }
-
-    /// Deletes an exec or a container that has ended; with the last container the VM goes.
-    pub async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<DeleteResponse, Error> {
-        let (container, process) = self.process(id, exec_id)?;
-        let response = match self.live_vm() {
-            Ok(vm) => self.delete_in_guest(&vm, &container, &process).await?,
-            Err(Error::Dead { .. }) => without_guest::delete(&container, &process).await?,
-            Err(error) => return Err(error),
-        };
-        if !exec_id.is_empty() {
-            // Its exit may still be on its way from the guest, and nobody would publish it for a process that is not known.
-            if response.pid != 0 && tokio::time::timeout(EXIT_RECORDED, process.exited()).await.is_err() {
-                tracing::warn!(container = id, exec = exec_id, "the guest did not report the exit");
-            }
-            process.finish_output().await;
-            container.remove(exec_id);
-            process.forget();
-            return Ok(response);
-        }
-        container.finish_output().await;
-        if tokio::time::timeout(DELETE_EVENT, container.delete_published()).await.is_err() {
-            tracing::warn!(container = id, "the guest did not report the deletion");
-        }
-        self.forget(id).await;
-        tracing::info!(container = id, status = response.exit_status, "container deleted");
-        Ok(response)
-    }
-
-    async fn delete_in_guest(
-        &self,
-        vm: &Vm,
-        container: &Container,
-        process: &Process,
-    ) -> Result<DeleteResponse, Error> {
-        let request =
-            DeleteRequest { id: container.id.clone(), exec_id: process.exec_id.clone(), ..Default::default() };
-        match vm.guest.task.delete(vm.guest.context(), &request).await {
-            Ok(response) => Ok(response),
-            // It died under the call: the exit is what it is then.
-            Err(_) if vm.cause_of_death().is_some() => without_guest::delete(container, process).await,
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// A container is gone, or never came to be: undoes what it made on the host. If it was the last, the VM ends first, so that nothing
-    /// is unmounted from under it.
-    async fn forget(self: &Arc<Self>, id: &str) {
-        let last = {
-            let mut inner = self.lock();
-            inner.containers.remove(id);
-            let last = inner.containers.is_empty();
-            last.then(|| std::mem::replace(&mut inner.machine, Machine::Stopping))
-        };
-        match last {
-            // In the background: containerd has other things to do with the answer to Delete, and asks for Shutdown after it.
-            Some(machine) => drop(tokio::spawn(self.clone().tear_down(machine))),
-            None => {
-                if let Err(error) = self.journal.undo(Owner::Container(id.to_owned())).await {
-                    tracing::error!(container = id, %error, "something is left of the container");
-                }
-            }
-        }
-    }
-
-    /// Ends the VM and removes everything that the sandbox made. Whoever took the machine out of its place calls it, so it runs once.
-    async fn tear_down(self: Arc<Self>, machine: Machine) {
-        match machine {
-            Machine::Up(vm) => vm.stop().await,
-            Machine::Booting(mut booting) => {
-                let booted = booting.wait_for(Option::is_some).await.ok().and_then(|booted| booted.clone());
-                if let Some(Ok(vm)) = booted {
-                    vm.stop().await;
-                }
-            }
-            Machine::None | Machine::Stopping => {}
-        }
-        let containers = self.containers();
-        for container in &containers {
-            container.died(now()).await;
-        }
-        futures::future::join_all(containers.iter().map(|container| container.finish_output())).await;
-        if let Err(error) = self.journal.undo_all().await {
-            tracing::error!(%error, "something is left of the sandbox");
-        }
-        if !self.publisher.flush(FLUSH).await {
-            tracing::warn!("containerd did not take the last events");
-        }
-        self.ended.send_replace(true);
-    }
-
-    /// Ends the sandbox. Without `now`, only if it has no container: containerd asks it of every shim after every deletion.
-    pub async fn shutdown(self: &Arc<Self>, now: bool) -> Result<(), Error> {
-        let machine = {
-            let mut inner = self.lock();
-            if !inner.containers.is_empty() && !now {
-                return Ok(());
-            }
-            std::mem::replace(&mut inner.machine, Machine::Stopping)
-        };
-        if !matches!(machine, Machine::Stopping) {
-            tokio::spawn(self.clone().tear_down(machine));
-        }
-        self.ended().await;
         Ok(())
     }
 

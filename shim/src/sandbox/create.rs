@@ -1,0 +1,222 @@
+//! How a container comes to be: its files in the share, its VM if it is the first, its bundle and its process in the guest; and from then on
+//! the guest's reports on their way to it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
+use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
+use tokio::sync::watch;
+
+use super::{Error, Machine, STREAM, Sandbox, Slot, alive, now};
+use crate::container::{Container, container_of};
+use crate::guest;
+use crate::io::Stdio;
+use crate::prepare::{self, Prepared};
+use crate::rootfs::share::Share;
+use crate::state::Owner;
+use crate::vm::boot::{self, Vm};
+
+impl Sandbox {
+    /// Creates a container, and the VM if it is the first. Returns the pid of its init in the guest. On an error nothing is left of it.
+    pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+        let id = request.id.clone();
+        crate::state::check_identifier("container id", &id)?;
+        {
+            let mut inner = self.lock();
+            if matches!(inner.machine, Machine::Stopping) {
+                return Err(Error::Stopping);
+            }
+            if inner.containers.contains_key(&id) {
+                return Err(Error::AlreadyExists { what: "task", id });
+            }
+            inner.containers.insert(id.clone(), Slot::Creating);
+        }
+        let created = self.create_in_slot(request).await;
+        if let Err(error) = &created {
+            tracing::warn!(container = id, %error, "create failed");
+            self.forget(&id).await;
+        }
+        created
+    }
+
+    async fn create_in_slot(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+        let id = request.id.clone();
+        let stdio = Stdio::from(&request);
+        stdio.check()?;
+        if !request.checkpoint.is_empty() {
+            return Err(Error::Unsupported(format!("checkpoint {:?}: restoring is not supported", request.checkpoint)));
+        }
+        // Of those that live: the pid of one that has ended may be another process's by now.
+        let inits: Vec<u32> = self
+            .containers()
+            .iter()
+            .filter_map(|container| container.process("").filter(|init| init.exit().is_none()))
+            .map(|init| init.pid())
+            .collect();
+        let prepared = prepare::prepare(&request, &self.id, &|pid| inits.contains(&pid))?;
+        for note in &prepared.rewritten.notes {
+            tracing::info!(container = id, note, "spec changed for the guest");
+        }
+        let note = serde_json::json!({"bundle": request.bundle});
+        self.journal.with(|state| state.set_container(&id, note))?;
+        let share = self.share()?;
+        // The root filesystem is mounted while the VM boots: mounts made later propagate into the share.
+        let (vm, mounted) = tokio::join!(self.vm(&prepared, &share), self.mount(&share, &request, &prepared));
+        let vm = vm?;
+        mounted?;
+
+        let spec = serde_json::to_vec(&prepared.rewritten.spec)
+            .map_err(|error| Error::Task(format!("encode the guest's spec: {error}")))?;
+        let bundle = PutBundleRequest { id: id.clone(), spec, ..Default::default() };
+        let bundle = vm.guest.bundle.put(vm.guest.context(), &bundle).await?;
+        let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
+        let guest_request = CreateTaskRequest {
+            id: id.clone(),
+            bundle: bundle.path,
+            terminal: request.terminal,
+            stdin,
+            stdout,
+            stderr,
+            ..Default::default()
+        };
+        let container = Container::start(request, self.publisher.clone());
+        // In its place before the guest knows of it: its first events may be faster than the answer.
+        self.lock().containers.insert(id.clone(), Slot::Ready(container.clone()));
+        let init = self.process(&id, "")?.1;
+        let created = async {
+            init.attach(&vm.guest, &id, &self.namespace).await?;
+            Ok::<_, Error>(vm.guest.task.create(vm.guest.context(), &guest_request).await?)
+        };
+        match created.await {
+            Ok(response) => {
+                init.set_pid(response.pid);
+                tracing::info!(container = id, pid = response.pid, "container created");
+                Ok(response.pid)
+            }
+            Err(error) => {
+                init.forget();
+                let request = RemoveBundleRequest { id: id.clone(), ..Default::default() };
+                if let Err(error) = vm.guest.bundle.remove(vm.guest.context(), &request).await {
+                    tracing::warn!(container = id, %error, "the guest keeps the bundle of a container that was not created");
+                }
+                // A guest that did not answer in time may have created it after all.
+                let request = DeleteRequest { id: id.clone(), ..Default::default() };
+                if let Err(error) = vm.guest.task.delete(vm.guest.context(), &request).await {
+                    tracing::debug!(container = id, %error, "nothing to delete in the guest");
+                }
+                Err(vm.cause_of_death().map_or(error, |cause| Error::Dead { cause }))
+            }
+        }
+    }
+
+    /// The share of the sandbox, made by its first container.
+    fn share(&self) -> Result<Share, Error> {
+        let mut inner = self.lock();
+        if let Some(share) = &inner.share {
+            return Ok(share.clone());
+        }
+        let mut record = |steps| self.journal.record(&Owner::Sandbox, steps);
+        let share = Share::create(self.journal.dir(), &mut record)?;
+        inner.share = Some(share.clone());
+        Ok(share)
+    }
+
+    /// Puts a container's root filesystem and bind mounts into the share. On a thread for it: a mount can take its time.
+    async fn mount(&self, share: &Share, request: &CreateTaskRequest, prepared: &Prepared) -> Result<(), Error> {
+        let (share, journal) = (share.clone(), self.journal.clone());
+        let (id, mounts, rewritten) = (request.id.clone(), request.rootfs.clone(), prepared.rewritten.clone());
+        let mounted = tokio::task::spawn_blocking(move || {
+            let owner = Owner::Container(id.clone());
+            let mut record = |steps| journal.record(&owner, steps);
+            share.add_container(&mut record, &id, &mounts, &rewritten.rootfs, &rewritten.binds)
+        });
+        mounted.await.map_err(|error| Error::Task(format!("mount: {error}")))??;
+        Ok(())
+    }
+
+    /// The VM, booted if it is not up.
+    async fn vm(self: &Arc<Self>, prepared: &Prepared, share: &Share) -> Result<Arc<Vm>, Error> {
+        let mut booting = {
+            let mut inner = self.lock();
+            match &inner.machine {
+                Machine::Up(vm) => return alive(vm),
+                Machine::Stopping => return Err(Error::Stopping),
+                Machine::Booting(booting) => booting.clone(),
+                Machine::None => {
+                    let (done, booting) = watch::channel(None);
+                    inner.machine = Machine::Booting(booting.clone());
+                    let (sandbox, prepared, share) = (self.clone(), prepared.clone(), share.path().to_owned());
+                    tokio::spawn(async move {
+                        let booted = sandbox.boot(&prepared, share).await.map_err(Arc::new);
+                        let mut inner = sandbox.lock();
+                        // Unless somebody is tearing down already, and waits for this boot to end. A failed boot may be tried again, by the
+                        // next container.
+                        if matches!(inner.machine, Machine::Booting(_)) {
+                            inner.machine = booted.as_ref().map_or(Machine::None, |vm| Machine::Up(vm.clone()));
+                        }
+                        done.send_replace(Some(booted));
+                    });
+                    booting
+                }
+            }
+        };
+        let booted = booting
+            .wait_for(Option::is_some)
+            .await
+            .map_err(|_| Error::Task("the boot ended without a result".to_owned()))?
+            .clone();
+        match booted {
+            Some(result) => Ok(result?),
+            None => Err(Error::Task("the boot ended without a result".to_owned())),
+        }
+    }
+
+    async fn boot(self: &Arc<Self>, prepared: &Prepared, share: PathBuf) -> Result<Arc<Vm>, boot::Error> {
+        let (vmm, plan) = prepare::plan(prepared, share);
+        let began = std::time::Instant::now();
+        let vm = Vm::boot(&*vmm, &plan, &self.journal).await?;
+        tracing::info!(
+            ms = began.elapsed().as_millis() as u64,
+            kernel = vm.hello.kernel,
+            init = vm.hello.version,
+            "VM ready"
+        );
+        let events = vm.guest.events(0).await?;
+        tokio::spawn(self.clone().route_events(vm.clone(), events));
+        Ok(vm)
+    }
+
+    /// Carries the guest's events to their containers until the VM is gone; then tells the containers.
+    async fn route_events(self: Arc<Self>, vm: Arc<Vm>, mut events: guest::Metering<husk_protos::events::Event>) {
+        loop {
+            match events.recv().await {
+                Ok(Some(event)) => self.route(event).await,
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::debug!(%error, "event stream ended");
+                    break;
+                }
+            }
+        }
+        let cause = vm.died().await;
+        if vm.stopping() {
+            return;
+        }
+        tracing::error!(cause, console = vm.console_tail(), "the VM died");
+        for container in self.containers() {
+            container.died(now()).await;
+        }
+    }
+
+    async fn route(&self, event: husk_protos::events::Event) {
+        let Some(id) = container_of(&event) else {
+            tracing::warn!(topic = event.topic, sequence = event.sequence, "the guest sent an event that is none");
+            return;
+        };
+        match self.container(&id) {
+            Ok(container) => container.guest_event(event).await,
+            Err(_) => tracing::debug!(container = id, topic = event.topic, "event of a container that is gone"),
+        }
+    }
+}

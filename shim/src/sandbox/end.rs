@@ -1,0 +1,124 @@
+//! How containers and the sandbox end: deletion, and with the last container the VM and all that was made for it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::api::{DeleteRequest, DeleteResponse};
+
+use super::{Error, Machine, Sandbox, now, without_guest};
+use crate::container::process::Process;
+use crate::container::{Container, EXIT_RECORDED};
+use crate::state::Owner;
+use crate::vm::boot::Vm;
+
+/// How long containerd may take to accept the last events before the shim ends without.
+const FLUSH: Duration = Duration::from_secs(2);
+/// How long the guest's report of a deletion may take to arrive after its answer.
+const DELETE_EVENT: Duration = Duration::from_secs(1);
+
+impl Sandbox {
+    /// Deletes an exec or a container that has ended; with the last container the VM goes.
+    pub async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<DeleteResponse, Error> {
+        let (container, process) = self.process(id, exec_id)?;
+        let response = match self.live_vm() {
+            Ok(vm) => self.delete_in_guest(&vm, &container, &process).await?,
+            Err(Error::Dead { .. }) => without_guest::delete(&container, &process).await?,
+            Err(error) => return Err(error),
+        };
+        if !exec_id.is_empty() {
+            // Its exit may still be on its way from the guest, and nobody would publish it for a process that is not known.
+            if response.pid != 0 && tokio::time::timeout(EXIT_RECORDED, process.exited()).await.is_err() {
+                tracing::warn!(container = id, exec = exec_id, "the guest did not report the exit");
+            }
+            process.finish_output().await;
+            container.remove(exec_id);
+            process.forget();
+            return Ok(response);
+        }
+        container.finish_output().await;
+        if tokio::time::timeout(DELETE_EVENT, container.delete_published()).await.is_err() {
+            tracing::warn!(container = id, "the guest did not report the deletion");
+        }
+        self.forget(id).await;
+        tracing::info!(container = id, status = response.exit_status, "container deleted");
+        Ok(response)
+    }
+
+    async fn delete_in_guest(
+        &self,
+        vm: &Vm,
+        container: &Container,
+        process: &Process,
+    ) -> Result<DeleteResponse, Error> {
+        let request =
+            DeleteRequest { id: container.id.clone(), exec_id: process.exec_id.clone(), ..Default::default() };
+        match vm.guest.task.delete(vm.guest.context(), &request).await {
+            Ok(response) => Ok(response),
+            // It died under the call: the exit is what it is then.
+            Err(_) if vm.cause_of_death().is_some() => without_guest::delete(container, process).await,
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// A container is gone, or never came to be: undoes what it made on the host. If it was the last, the VM ends first, so that nothing
+    /// is unmounted from under it.
+    pub(super) async fn forget(self: &Arc<Self>, id: &str) {
+        let last = {
+            let mut inner = self.lock();
+            inner.containers.remove(id);
+            let last = inner.containers.is_empty();
+            last.then(|| std::mem::replace(&mut inner.machine, Machine::Stopping))
+        };
+        match last {
+            // In the background: containerd has other things to do with the answer to Delete, and asks for Shutdown after it.
+            Some(machine) => drop(tokio::spawn(self.clone().tear_down(machine))),
+            None => {
+                if let Err(error) = self.journal.undo(Owner::Container(id.to_owned())).await {
+                    tracing::error!(container = id, %error, "something is left of the container");
+                }
+            }
+        }
+    }
+
+    /// Ends the VM and removes everything that the sandbox made. Whoever took the machine out of its place calls it, so it runs once.
+    async fn tear_down(self: Arc<Self>, machine: Machine) {
+        match machine {
+            Machine::Up(vm) => vm.stop().await,
+            Machine::Booting(mut booting) => {
+                let booted = booting.wait_for(Option::is_some).await.ok().and_then(|booted| booted.clone());
+                if let Some(Ok(vm)) = booted {
+                    vm.stop().await;
+                }
+            }
+            Machine::None | Machine::Stopping => {}
+        }
+        let containers = self.containers();
+        for container in &containers {
+            container.died(now()).await;
+        }
+        futures::future::join_all(containers.iter().map(|container| container.finish_output())).await;
+        if let Err(error) = self.journal.undo_all().await {
+            tracing::error!(%error, "something is left of the sandbox");
+        }
+        if !self.publisher.flush(FLUSH).await {
+            tracing::warn!("containerd did not take the last events");
+        }
+        self.ended.send_replace(true);
+    }
+
+    /// Ends the sandbox. Without `now`, only if it has no container: containerd asks it of every shim after every deletion.
+    pub async fn shutdown(self: &Arc<Self>, now: bool) -> Result<(), Error> {
+        let machine = {
+            let mut inner = self.lock();
+            if !inner.containers.is_empty() && !now {
+                return Ok(());
+            }
+            std::mem::replace(&mut inner.machine, Machine::Stopping)
+        };
+        if !matches!(machine, Machine::Stopping) {
+            tokio::spawn(self.clone().tear_down(machine));
+        }
+        self.ended().await;
+        Ok(())
+    }
+}
