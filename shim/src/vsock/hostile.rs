@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Instant;
 
 use proptest::prelude::*;
 use tokio::sync::mpsc;
@@ -18,7 +19,7 @@ use super::WINDOW;
 use super::header::{HEADER_LEN, HOST_CID, Header, Op, Shut, TYPE_STREAM};
 use super::ring::Ring;
 use super::shared::Shared;
-use super::streams::{Moved, Streams};
+use super::streams::{LINGER, Moved, Streams};
 
 const CID: u64 = 3;
 const PORT: u32 = 1027;
@@ -114,7 +115,6 @@ impl Rig {
 
     /// Offers room of the given pieces and answers the packet that came, if one did.
     fn receive(&mut self, pieces: &[usize]) -> Option<(Header, Vec<u8>)> {
-        let before = self.used(&self.rx).0;
         let mut at = DATA + (2 << 20);
         for (n, &piece) in pieces.iter().enumerate() {
             let flags = if n + 1 < pieces.len() { NEXT | WRITE } else { WRITE };
@@ -122,6 +122,12 @@ impl Rig {
             at += piece as u64;
         }
         self.offer(&self.rx, 0);
+        self.take()
+    }
+
+    /// Answers the packet that came into room offered before, if one did.
+    fn take(&mut self) -> Option<(Header, Vec<u8>)> {
+        let before = self.used(&self.rx).0;
         self.streams.give_to_guest(&self.memory, &mut self.rx);
         let (used, len) = self.used(&self.rx);
         if used == before {
@@ -259,6 +265,51 @@ fn a_guest_that_ignores_its_credit_gets_an_rst() {
     }
     let rst = std::iter::from_fn(|| rig.receive(&[64])).find(|(header, _)| header.op == Some(Op::Rst));
     assert!(rst.is_some());
+}
+
+#[test]
+fn a_guest_without_room_is_asked_for_credit_once_until_it_gives_some() {
+    let mut rig = Rig::new();
+    let mut stream = rig.connect();
+    let update = |room: u32, taken: u32| Header { buf_alloc: room, fwd_cnt: taken, ..header(Op::CreditUpdate, 0) };
+    rig.send(&update(0, 0).encode(), &[], false);
+    stream.write_all(&payload(100)).expect("room");
+    rig.poll();
+    assert_eq!(rig.receive(&[256]).expect("a question").0.op, Some(Op::CreditRequest));
+    // However often it answers with nothing. There is room for one packet.
+    assert_eq!(rig.receive(&[256]), None);
+    for _ in 0..3 {
+        rig.send(&update(0, 0).encode(), &[], false);
+        rig.poll();
+        assert_eq!(rig.take(), None);
+    }
+    rig.send(&update(10, 0).encode(), &[], false);
+    let (data, got) = rig.take().expect("what there is credit for");
+    assert_eq!((data.op, got), (Some(Op::Rw), payload(100)[..10].to_vec()));
+    // It has given some, and that is used up: it may be asked again, once.
+    assert_eq!(rig.receive(&[256]).expect("a question").0.op, Some(Op::CreditRequest));
+    assert_eq!(rig.receive(&[256]), None);
+}
+
+#[test]
+fn a_stream_that_its_user_drops_lingers_for_a_guest_that_takes_nothing_and_no_longer() {
+    let mut rig = Rig::new();
+    let mut stream = rig.connect();
+    let full = Header { buf_alloc: 0, ..header(Op::CreditUpdate, 0) };
+    rig.send(&full.encode(), &[], false);
+    stream.write_all(&payload(100)).expect("room");
+    drop(stream);
+    rig.poll();
+    // The guest has been told of everything that can be told, and gives no credit for the rest.
+    while let Some((told, _)) = rig.receive(&[256]) {
+        assert_ne!(told.op, Some(Op::Rst), "given up at once");
+    }
+    let dropped = Instant::now();
+    let left = rig.streams.check_lingering(dropped).expect("it lingers");
+    assert!(left <= LINGER, "{left:?}");
+    assert_eq!(rig.streams.check_lingering(dropped + LINGER), None);
+    assert_eq!(rig.receive(&[256]).expect("the end").0.op, Some(Op::Rst));
+    assert_eq!(rig.receive(&[256]), None);
 }
 
 #[test]
