@@ -170,7 +170,7 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("catch SIGINT")?;
     tokio::select! {
-        () = sandbox.ended() => {}
+        () = sandbox.dismissed() => {}
         _ = terminate.recv() => sandbox.shutdown(true).await?,
         _ = interrupt.recv() => sandbox.shutdown(true).await?,
     }

@@ -204,6 +204,27 @@ fn delete_of_a_killed_shim_reports_137_and_cleans_up() -> Result<()> {
 }
 
 #[test]
+fn the_shim_stays_after_its_last_delete_until_it_is_dismissed() -> Result<()> {
+    if !is_husk("the_shim_stays_after_its_last_delete_until_it_is_dismissed") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let (shim, id) = running(containerd, "dismissed")?;
+    let (process, below) = containerd.shim_of(&id)?;
+    shim.task.kill(&id, "", 9)?;
+    shim.task.wait(&id, "")?;
+    shim.task.delete(&id, "")?;
+    let state = containerd.path(Path::new("/run/husk/husk-test").join(&id));
+    let cleaned = || (!state.exists() && below.iter().all(|process| !process.is_alive())).then_some(());
+    wait_for(Duration::from_secs(20), "all is cleaned up", cleaned)?;
+    // A client that is slow to take the answer to its Delete must find the connection open.
+    ensure!(code(&shim.task.state(&id, "")) == Some(Code::NOT_FOUND), "it does not answer any more");
+    // The shim may be gone before its answer is out.
+    let _ = shim.task.shutdown(&id, false);
+    wait_for(Duration::from_secs(5), "the shim is gone", || (!process.is_alive()).then_some(()))
+}
+
+#[test]
 fn delete_ends_a_shim_that_hangs_and_cleans_up() -> Result<()> {
     if !is_husk("delete_ends_a_shim_that_hangs_and_cleans_up") {
         return Ok(());

@@ -115,6 +115,7 @@ impl Sandbox {
             }
             std::mem::replace(&mut inner.machine, Machine::Stopping)
         };
+        self.dismissed.send_replace(true);
         if !matches!(machine, Machine::Stopping) {
             tokio::spawn(self.clone().tear_down(machine));
         }

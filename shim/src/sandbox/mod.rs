@@ -9,6 +9,7 @@ mod without_guest;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest, StateResponse, Status};
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -25,6 +26,8 @@ use crate::vm::boot::{self, Vm};
 pub use error::Error;
 use error::not_found;
 
+/// How long containerd may take to ask for the end after everything has ended.
+const DISMISSAL: Duration = Duration::from_secs(10);
 /// What stands in a guest's request for a stream that is carried over vsock.
 const STREAM: &str = "stream";
 
@@ -59,8 +62,10 @@ pub struct Sandbox {
     journal: Journal,
     publisher: Publisher,
     inner: Mutex<Inner>,
-    /// True when everything has been cleaned up and the shim may exit.
+    /// True when everything has been cleaned up.
     ended: watch::Sender<bool>,
+    /// True when containerd has asked for the end.
+    dismissed: watch::Sender<bool>,
 }
 
 impl Sandbox {
@@ -73,6 +78,7 @@ impl Sandbox {
             publisher,
             inner: Mutex::new(Inner { machine: Machine::None, share: None, containers: HashMap::new() }),
             ended: watch::channel(false).0,
+            dismissed: watch::channel(false).0,
         })
     }
 
@@ -80,6 +86,17 @@ impl Sandbox {
     pub async fn ended(&self) {
         // The sender is in self, so it cannot be gone.
         let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
+    }
+
+    /// Waits until everything has been cleaned up and containerd has asked for the end, which it does after each deletion. Not as soon as
+    /// everything is cleaned up: it may not have taken the answer to the deletion yet, and whoever finds a connection closed (containerd's
+    /// TTRPC client) may not look for an answer that came before.
+    pub async fn dismissed(&self) {
+        self.ended().await;
+        let mut dismissed = self.dismissed.subscribe();
+        if tokio::time::timeout(DISMISSAL, dismissed.wait_for(|dismissed| *dismissed)).await.is_err() {
+            tracing::warn!(waited_ms = DISMISSAL.as_millis() as u64, "containerd has not asked for the end");
+        }
     }
 
     /// Starts a container's init, or an exec.
