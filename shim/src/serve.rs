@@ -143,8 +143,8 @@ pub fn serve(flags: &Flags) -> Result<()> {
     // One thread: ttrpc keeps the order of a stream's messages only then, and an idle sandbox costs little.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let served = runtime.block_on(serve_sandbox(flags, UnixListener::from(listener)));
-    if !flags.socket.is_empty() {
-        // It may be gone: a `start` that found us ending has made its own.
+    // Otherwise it went with everything else that the journal names, and what is there now is the socket of a successor.
+    if served.is_err() && !flags.socket.is_empty() {
         let _ = fs::remove_file(&flags.socket);
     }
     // Nothing that still hangs in a blocking call may keep the process.
