@@ -14,7 +14,7 @@ use containerd_shim_protos::ttrpc::{self, Code, proto::Request};
 use serde_json::Value;
 
 use crate::artifacts::{Runtime, Version, built};
-use crate::bundle::{Bundle, process};
+use crate::bundle::{Bundle, process, spec};
 use crate::command::{self, Output};
 use crate::containerd::{Containerd, NAMESPACE};
 use crate::events::Sink;
@@ -247,6 +247,20 @@ impl<'a> Shim<'a> {
         };
         let task = Task::connect(&containerd.path(&socket), api)?;
         Ok(Self { containerd, bundle, events, task, socket })
+    }
+
+    /// The same, with its container created and started, which has no streams.
+    pub fn running(containerd: &'a Containerd, id: &str, spec: &Value) -> Result<Self> {
+        let shim = Self::start(containerd, id, spec)?;
+        shim.create(&Streams::default())?;
+        shim.task.start(id, "")?;
+        Ok(shim)
+    }
+
+    /// A running container that does nothing by itself.
+    pub fn idle(containerd: &'a Containerd, name: &str) -> Result<Self> {
+        let id = containerd.id(name);
+        Self::running(containerd, &id, &spec(&id, &["sleep", "1000"]))
     }
 
     /// A second client, for the service under another name.

@@ -254,9 +254,7 @@ fn the_oom_score_is_the_specs_and_not_inherited() -> Result<()> {
 fn an_exec_runs_as_its_own_process_spec_says() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("exec");
-    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    shim.create(&Streams::default())?;
-    shim.task.start(&id, "")?;
+    let shim = Shim::running(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
     let script = "id -u; id -g; pwd; echo $COLOUR; grep -E '^(CapEff|NoNewPrivs)' /proc/self/status; ulimit -n";
     let mut process = bundle::process(&["sh", "-c", script]);
     process["user"] = json!({"uid": 7, "gid": 8});

@@ -103,15 +103,6 @@ fn refusal<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> Result<(Option<Code>
     }
 }
 
-/// A container of its own that does nothing, for execs.
-fn idle<'a>(containerd: &'a Containerd, name: &str) -> Result<Shim<'a>> {
-    let id = containerd.id(name);
-    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    shim.create(&Default::default())?;
-    shim.task.start(&id, "")?;
-    Ok(shim)
-}
-
 #[test]
 fn a_logging_program_gets_both_streams_apart_its_arguments_and_its_environment() -> Result<()> {
     let containerd = Containerd::shared()?;
@@ -179,7 +170,7 @@ fn a_file_is_made_appended_to_and_shared_by_both_streams() -> Result<()> {
 #[test]
 fn a_terminals_output_goes_to_a_file_a_logging_program_or_nowhere() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let shim = idle(containerd, "terminals")?;
+    let shim = Shim::idle(containerd, "terminals")?;
     let id = shim.bundle.id.clone();
     let wanted = sequence(3000, "\r\n");
     let run = |exec: &str, io: &Streams| -> Result<u32> {
@@ -242,7 +233,7 @@ fn an_unknown_kind_of_output_is_refused_with_its_name_and_value() -> Result<()> 
         let (code, text) = refusal(created)?;
         ensure!(code == Some(Code::INVALID_ARGUMENT) && text.contains(wanted), "{text}");
     }
-    let shim = idle(containerd, "scheme-exec")?;
+    let shim = Shim::idle(containerd, "scheme-exec")?;
     let id = shim.bundle.id.clone();
     for (io, wanted) in &cases[..3] {
         let refused = shim.task.exec(&id, "e", &bundle::process(&["true"]), io).err().context("it was not refused")?;
@@ -259,7 +250,7 @@ fn a_logging_program_that_does_not_get_ready_is_named_and_leaves_nothing() -> Re
         // runc's shim takes a program's death for its readiness, and waits without a deadline.
         return Ok(());
     }
-    let shim = idle(containerd, "not-ready")?;
+    let shim = Shim::idle(containerd, "not-ready")?;
     let id = shim.bundle.id.clone();
     let cases = [
         ("exit 3", "exited with status 3 before it was ready"),
@@ -288,7 +279,7 @@ fn a_logging_program_that_dies_stalls_nothing() -> Result<()> {
         // There the process is the one that writes into the broken pipe, and is killed by it.
         return Ok(());
     }
-    let shim = idle(containerd, "dies")?;
+    let shim = Shim::idle(containerd, "dies")?;
     let id = shim.bundle.id.clone();
     let logger = Logger::new("head -c 1000 <&3 >$dir/stdout 3<&- 4<&- 5>&- & exec 3<&- 4<&- 5>&-; wait")?;
     shim.task.exec(&id, "e", &bundle::process(&["sh", "-c", "seq 1 300000; exit 6"]), &both(&logger.uri()))?;
@@ -302,7 +293,7 @@ fn a_logging_program_that_dies_stalls_nothing() -> Result<()> {
 #[test]
 fn a_logging_program_that_does_not_read_stalls_nothing_and_is_ended_with_its_container() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let shim = idle(containerd, "deaf")?;
+    let shim = Shim::idle(containerd, "deaf")?;
     let id = shim.bundle.id.clone();
     let logger = Logger::new("trap 'echo asked >$dir/asked; exit' TERM; exec 5>&-; while :; do sleep 0.05; done")?;
     shim.task.exec(&id, "e", &bundle::process(&["sh", "-c", "exec seq 1 5"]), &both(&logger.uri()))?;
@@ -354,7 +345,7 @@ fn no_logging_program_outlives_its_shim() -> Result<()> {
 #[test]
 fn a_path_that_is_no_fifo_is_written_to_as_a_file() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let shim = idle(containerd, "plain")?;
+    let shim = Shim::idle(containerd, "plain")?;
     let id = shim.bundle.id.clone();
     let folder = tempfile::tempdir()?;
     let plain = folder.path().join("plain");

@@ -23,14 +23,6 @@ fn spec(sandbox: &str, id: &str, args: &[&str]) -> Value {
     spec
 }
 
-/// A container of this sandbox that has been created and started, without streams.
-fn running<'a>(containerd: &'a Containerd, sandbox: &str, id: &str, spec: &Value) -> Result<Shim<'a>> {
-    let shim = Shim::start(containerd, id, spec)?;
-    shim.create(&Streams::default()).with_context(|| format!("in sandbox {sandbox}"))?;
-    shim.task.start(id, "")?;
-    Ok(shim)
-}
-
 /// Ends and deletes a container, as a kubelet would.
 fn remove(shim: &Shim) -> Result<u32> {
     let id = &shim.bundle.id;
@@ -55,8 +47,8 @@ fn containers_of_a_sandbox_share_the_vm_and_not_their_files_or_cgroups() -> Resu
     }
     let containerd = Containerd::shared()?;
     let (pod, other) = (containerd.id("pod"), containerd.id("other"));
-    let first = running(containerd, &pod, &pod, &spec(&pod, &pod, &SLEEP))?;
-    let second = running(containerd, &pod, &other, &spec(&pod, &other, &SLEEP))?;
+    let first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
+    let second = Shim::running(containerd, &other, &spec(&pod, &other, &SLEEP))?;
     ensure!(first.socket == second.socket, "two shims: {:?} {:?}", first.socket, second.socket);
     let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
     ensure!(first.exec("boot", &boot)? == second.exec("boot", &boot)?, "two VMs");
@@ -81,8 +73,8 @@ fn a_sandbox_lives_until_its_last_container_is_deleted() -> Result<()> {
     }
     let containerd = Containerd::shared()?;
     let (pod, other) = (containerd.id("lives"), containerd.id("second"));
-    let first = running(containerd, &pod, &pod, &spec(&pod, &pod, &SLEEP))?;
-    let second = running(containerd, &pod, &other, &spec(&pod, &other, &SLEEP))?;
+    let first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
+    let second = Shim::running(containerd, &other, &spec(&pod, &other, &SLEEP))?;
     let (process, below) = containerd.shim_of(&pod)?;
 
     // Not only the last one that was made: the one that the VM was booted for goes as well.
@@ -90,7 +82,7 @@ fn a_sandbox_lives_until_its_last_container_is_deleted() -> Result<()> {
     ensure!(process.is_alive() && below.iter().all(|process| process.is_alive()), "the sandbox ended with its first");
     ensure!(second.exec("there", &["echo", "there"])? == (0, "there".to_owned()));
     let third_id = containerd.id("third");
-    let third = running(containerd, &pod, &third_id, &spec(&pod, &third_id, &SLEEP))?;
+    let third = Shim::running(containerd, &third_id, &spec(&pod, &third_id, &SLEEP))?;
     ensure!(remove(&second)? == 137);
     ensure!(third.exec("there", &["echo", "there"])? == (0, "there".to_owned()));
     ensure!(remove(&third)? == 137);
@@ -105,7 +97,7 @@ fn namespaces_of_the_first_container_are_joined_by_their_paths() -> Result<()> {
     }
     let containerd = Containerd::shared()?;
     let (pod, other) = (containerd.id("joined"), containerd.id("joins"));
-    let first = running(containerd, &pod, &pod, &spec(&pod, &pod, &SLEEP))?;
+    let first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
     // What the CRI plugin takes for the paths.
     let pid = first.task.state(&pod, "")?.pid;
     let mut joins = spec(&pod, &other, &SLEEP);
@@ -118,7 +110,7 @@ fn namespaces_of_the_first_container_are_joined_by_their_paths() -> Result<()> {
     ]);
     // A name belongs to whoever made the UTS namespace.
     joins.as_object_mut().context("an object")?.remove("hostname");
-    let second = running(containerd, &pod, &other, &joins)?;
+    let second = Shim::running(containerd, &other, &joins)?;
     for namespace in ["net", "ipc", "uts", "pid"] {
         let link = ["readlink", &format!("/proc/self/ns/{namespace}")];
         let (one, two) = (first.exec("ns", &link)?, second.exec("ns", &link)?);
@@ -141,7 +133,7 @@ fn a_namespace_of_nobody_in_the_sandbox_is_refused_by_its_path() -> Result<()> {
     }
     let containerd = Containerd::shared()?;
     let (pod, other) = (containerd.id("refuses"), containerd.id("refused"));
-    let _first = running(containerd, &pod, &pod, &spec(&pod, &pod, &SLEEP))?;
+    let _first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
     for path in ["/proc/1/ns/net", "/proc/self/ns/net", "/run/netns/host"] {
         let mut wrong = spec(&pod, &other, &SLEEP);
         wrong["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "network", "path": path}]);
@@ -167,7 +159,7 @@ fn twenty_containers_in_one_vm_come_and_go_in_any_order_and_leave_nothing() -> R
     let pod = containerd.id("crowd");
     let mut sees_all = spec(&pod, &pod, &SLEEP);
     sees_all["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "uts"}]);
-    let first = running(containerd, &pod, &pod, &sees_all)?;
+    let first = Shim::running(containerd, &pod, &sees_all)?;
     // Command lines, which kernel threads have none of, and the dead that nobody has waited for.
     let script = "all=$(for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done); echo \"$all\" | sort -u; \
         cat /proc/[0-9]*/stat | grep -c ') Z '";

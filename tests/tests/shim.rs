@@ -14,18 +14,16 @@ use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Sink;
 use husk_tests::process::Process;
-use husk_tests::shim::{Api, Bootstrap, Shim, Streams, Task, action, address, code};
+use husk_tests::shim::{Api, Bootstrap, Shim, Task, action, address, code};
 
 fn is_husk(test: &str) -> bool {
     Runtime::under_test().is_husk_or_tell(test)
 }
 
-/// A running container.
+/// A running container, and its id.
 fn running<'a>(containerd: &'a Containerd, name: &str) -> Result<(Shim<'a>, String)> {
-    let id = containerd.id(name);
-    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    shim.create(&Streams::default())?;
-    shim.task.start(&id, "")?;
+    let shim = Shim::idle(containerd, name)?;
+    let id = shim.bundle.id.clone();
     Ok((shim, id))
 }
 

@@ -102,10 +102,8 @@ fn output_of_a_fast_exit_is_complete() -> Result<()> {
 #[test]
 fn output_of_100_fast_execs_is_complete() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let id = containerd.id("fast-execs");
-    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    shim.create(&Default::default())?;
-    shim.task.start(&id, "")?;
+    let shim = Shim::idle(containerd, "fast-execs")?;
+    let id = shim.bundle.id.clone();
     for round in 0..100 {
         let exec = format!("e{round}");
         let (io, mut stdout, mut stderr) = shim.streams(&exec)?;
@@ -128,10 +126,8 @@ fn when_the_exit_is_announced_all_output_is_there() -> Result<()> {
         // runc's shim announces the exit first and copies on.
         return Ok(());
     }
-    let id = containerd.id("announced");
-    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    shim.create(&Default::default())?;
-    shim.task.start(&id, "")?;
+    let shim = Shim::idle(containerd, "announced")?;
+    let id = shim.bundle.id.clone();
     shim.events.until("/tasks/start", DEADLINE)?;
     let wanted = sequence(8_000);
     for round in 0..20 {
@@ -176,10 +172,8 @@ fn a_slow_reader_gets_everything_even_after_the_exit() -> Result<()> {
 #[test]
 fn a_reader_that_stalls_holds_up_nobody_else() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let id = containerd.id("stalls");
-    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    shim.create(&Default::default())?;
-    shim.task.start(&id, "")?;
+    let shim = Shim::idle(containerd, "stalls")?;
+    let id = shim.bundle.id.clone();
 
     let (io, mut stalled, _err) = shim.streams("stalled")?;
     shim.task.exec(&id, "stalled", &bundle::process(&["seq", "1", "600000"]), &io)?;
@@ -243,10 +237,8 @@ fn closing_stdin_ends_it_though_its_fifo_stays_open() -> Result<()> {
 #[test]
 fn many_clients_wait_for_one_exit() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let id = containerd.id("waiters");
-    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    shim.create(&Default::default())?;
-    shim.task.start(&id, "")?;
+    let shim = Shim::idle(containerd, "waiters")?;
+    let id = shim.bundle.id.clone();
     let (send, statuses) = mpsc::channel();
     for _ in 0..5 {
         let (task, id, send) = (shim.task.clone(), id.clone(), send.clone());
@@ -379,10 +371,8 @@ fn a_reader_that_goes_away_holds_the_process_and_the_next_one_goes_on() -> Resul
 #[test]
 fn a_child_that_keeps_the_output_open_delays_neither_the_exit_nor_what_was_written_before() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let id = containerd.id("grandchild");
-    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    shim.create(&Default::default())?;
-    shim.task.start(&id, "")?;
+    let shim = Shim::idle(containerd, "grandchild")?;
+    let id = shim.bundle.id.clone();
     let in_terminal = |mut process: serde_json::Value| {
         process["terminal"] = true.into();
         process
@@ -457,10 +447,8 @@ fn clients_attach_and_leave_and_attach_again() -> Result<()> {
 #[test]
 fn a_second_start_is_refused_and_takes_nothing_from_the_first() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let id = containerd.id("twice");
-    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    shim.create(&Default::default())?;
-    shim.task.start(&id, "")?;
+    let shim = Shim::idle(containerd, "twice")?;
+    let id = shim.bundle.id.clone();
     let (mut io, mut stdout, _stderr) = shim.streams("e")?;
     let mut stdin = fifo::writer(&shim.bundle.outside.join("e.in"))?;
     io.stdin = shim.bundle.path.join("e.in").display().to_string();

@@ -27,15 +27,6 @@ fn spec(id: &str, args: &[&str]) -> Value {
     spec
 }
 
-/// A container that does nothing, for execs.
-fn idle<'a>(containerd: &'a Containerd, name: &str) -> Result<Shim<'a>> {
-    let id = containerd.id(name);
-    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    shim.create(&Default::default())?;
-    shim.task.start(&id, "")?;
-    Ok(shim)
-}
-
 fn exec_in_terminal(container: &Container<'_>, args: &[&str]) -> Result<Pty> {
     let containerd = Containerd::shared()?;
     let ctr = containerd.ctr(["task", "exec", "--tty", "--exec-id"]).arg(containerd.id("tty")).arg(container.id());
@@ -159,7 +150,7 @@ fn the_size_is_there_from_the_first_moment() -> Result<()> {
 #[test]
 fn state_tells_of_the_terminal_and_only_a_process_that_is_there_is_resized() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let shim = idle(containerd, "resizes")?;
+    let shim = Shim::idle(containerd, "resizes")?;
     let id = shim.bundle.id.clone();
     ensure!(!shim.task.state(&id, "")?.terminal);
     // Nothing to change, and no error either.
@@ -182,7 +173,7 @@ fn state_tells_of_the_terminal_and_only_a_process_that_is_there_is_resized() -> 
 #[test]
 fn what_is_shown_right_before_the_end_is_complete() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let shim = idle(containerd, "last-words")?;
+    let shim = Shim::idle(containerd, "last-words")?;
     let id = shim.bundle.id.clone();
     let wanted: String = (1..=3000).map(|n| format!("{n}\r\n")).collect();
     for round in 0..10 {
@@ -281,7 +272,7 @@ fn a_client_that_goes_leaves_the_process_alone_and_another_takes_over() -> Resul
 #[test]
 fn the_requests_word_on_the_terminal_counts_for_an_exec_and_the_spec_must_agree_for_a_container() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let shim = idle(containerd, "differ")?;
+    let shim = Shim::idle(containerd, "differ")?;
     let id = shim.bundle.id.clone();
     let test = process(&["sh", "-c", "test -t 1; echo $?"]);
     let (io, mut stdout, _stderr) = shim.streams("pipes")?;
