@@ -134,7 +134,6 @@ impl Containerd {
         let token = format!("{}x{}", std::process::id(), DAEMONS.fetch_add(1, Ordering::Relaxed));
         let bin = version.bin()?;
         let tarball = built("images/busybox.tar")?;
-        let out = repository().join("out");
         if runtime == Runtime::Husk {
             built(runtime.shim())?;
         }
@@ -142,12 +141,11 @@ impl Containerd {
         let name = format!("husk-tests-{token}");
         let address = SocketAddr::from_abstract_name(&name).context("name the readiness socket")?;
         let ready = UnixDatagram::bind_addr(&address).context("bind the readiness socket")?;
-        let path = format!("{}:{}:{}", out.display(), bin.display(), std::env::var("PATH").unwrap_or_default());
         let mut command = Command::new("unshare");
         command.args(["--mount", "--pid", "--fork", "--kill-child=KILL", "--propagation", "slave", "--mount-proc"]);
         command.args(["sh", "-c", STAGE]).arg(bin.join("containerd"));
         command
-            .env("PATH", path)
+            .env("PATH", search_path(&bin))
             .env("NOTIFY_SOCKET", format!("@{name}"))
             .env("HUSK_TEST_CONFIG", format!("{CONFIG}{}", setup.config));
         command.envs(setup.env);
@@ -254,6 +252,11 @@ impl Containerd {
     /// Part of every container id that it hands out, and of nobody else's.
     pub fn token(&self) -> &str {
         &self.token
+    }
+
+    /// PATH of the daemon, and so of its shims: husk's programs, and this containerd's with its runc, before the machine's.
+    pub fn search_path(&self) -> String {
+        search_path(&self.bin)
     }
 
     /// Folder with its programs.
@@ -532,4 +535,9 @@ impl Drop for Container<'_> {
         let _ = self.containerd.ctr(["task", "rm", "--force", &self.id]).deadline(Duration::from_secs(30)).output();
         let _ = self.containerd.ctr(["container", "rm", &self.id]).deadline(Duration::from_secs(30)).output();
     }
+}
+
+fn search_path(bin: &Path) -> String {
+    let out = repository().join("out");
+    format!("{}:{}:{}", out.display(), bin.display(), std::env::var("PATH").unwrap_or_default())
 }

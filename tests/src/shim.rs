@@ -410,6 +410,7 @@ pub fn action(
     };
     let socket = "/run/containerd/containerd.sock";
     let mut command: Command = containerd.enter("sh");
+    command.env("PATH", containerd.search_path());
     // Not exec: a shim looks at its parent, which must be in the same PID namespace.
     command.args(["-c", r#"cd "$0" && "$@"; exit $?"#]).arg(&bundle.path).arg(binary);
     command.args(["-namespace", NAMESPACE, "-id", &bundle.id, "-address", socket]);

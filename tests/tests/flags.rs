@@ -256,8 +256,7 @@ fn gpus_are_refused_because_a_program_of_the_host_cannot_reach_into_a_vm() -> Re
     let folder = tempfile::tempdir()?;
     std::os::unix::fs::symlink("/bin/true", folder.path().join("nvidia-container-cli"))?;
     let mut ctr = containerd.run(&["--gpus", "0"], &containerd.id("gpus"), &["true"]).command();
-    let path = std::env::var("PATH").unwrap_or_default();
-    ctr.env("PATH", format!("{}:{}:{path}", folder.path().display(), containerd.bin().display()));
+    ctr.env("PATH", format!("{}:{}", folder.path().display(), containerd.search_path()));
     let ran = command::run(ctr, None, Duration::from_secs(60))?;
     let program = containerd.bin().join("containerd").display().to_string();
     let why = format!("[0].path \"{program}\": a program of the host cannot act on a container in a VM");
