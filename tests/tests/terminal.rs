@@ -96,13 +96,24 @@ fn a_full_screen_program_draws_for_the_terminals_size() -> Result<()> {
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "screen", &["sleep", "1000"])?;
     container.script("seq 1 200 > /lines")?;
-    let mut vi = exec_in_terminal(
-        &container,
-        &["sh", "-c", "until [ \"$(stty size)\" = '33 101' ]; do sleep 0.1; done; exec vi /lines"],
-    )?;
-    // The last of 33 lines is the status line.
-    let screen = vi.expect("/lines", DEADLINE)?;
-    ensure!(screen.contains("32") && !screen.contains("33\r") && !screen.contains("34"), "{screen:?}");
+    let open = |program: &str| -> Result<Pty> {
+        let sized = format!("until [ \"$(stty size)\" = '33 101' ]; do sleep 0.1; done; exec {program} /lines");
+        let mut opened = exec_in_terminal(&container, &["sh", "-c", &sized])?;
+        // The last of 33 lines is the status line.
+        let screen = opened.expect("/lines", DEADLINE)?;
+        ensure!(screen.contains("32") && !screen.contains("33\r") && !screen.contains("34"), "{program}: {screen:?}");
+        Ok(opened)
+    };
+    let mut less = open("less")?;
+    less.send(" ")?;
+    less.expect("64\r", DEADLINE)?;
+    less.send("G")?;
+    less.expect("200\r", DEADLINE)?;
+    less.send("q")?;
+    let (rest, status) = less.finish(DEADLINE)?;
+    ensure!(status == 0, "{status}: {rest:?}");
+
+    let mut vi = open("vi")?;
     vi.send("dd:wq\r")?;
     let (rest, status) = vi.finish(DEADLINE)?;
     ensure!(status == 0, "{status}: {rest:?}");
