@@ -376,6 +376,29 @@ fn what_a_logging_program_has_started_is_killed_with_it() -> Result<()> {
 }
 
 #[test]
+fn a_fifo_named_as_a_file_does_not_wait_for_its_reader() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    if !containerd.runtime().is_husk_or_tell("a_fifo_named_as_a_file_does_not_wait_for_its_reader") {
+        // There the start waits for it.
+        return Ok(());
+    }
+    let shim = Shim::idle(containerd, "fifo-file")?;
+    let id = shim.bundle.id.clone();
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("fifo");
+    husk_tests::fifo::make(&path)?;
+    let io = Streams { stdout: format!("file://{}", path.display()), ..Streams::default() };
+    shim.task.exec(&id, "e", &bundle::process(&["sh", "-c", "echo out; exec sleep 1000"]), &io)?;
+    shim.task.start(&id, "e")?;
+    let mut reader = husk_tests::fifo::Reader::open(&path)?;
+    reader.read_until("out\n", DEADLINE)?;
+    shim.task.kill(&id, "e", 9)?;
+    ensure!(shim.task.wait(&id, "e")? == 137);
+    ensure!(reader.read_to_end(DEADLINE)?.is_empty());
+    Ok(())
+}
+
+#[test]
 fn a_path_that_is_no_fifo_is_written_to_as_a_file() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "plain")?;
