@@ -9,7 +9,8 @@ use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use tokio::sync::watch;
 
 use super::{Error, Machine, STREAM, Sandbox, Slot, alive, now};
-use crate::container::{Container, container_of};
+use crate::container::Container;
+use crate::container::told::{self, Refused};
 use crate::guest;
 use crate::io::Stdio;
 use crate::prepare::{self, Prepared};
@@ -80,7 +81,7 @@ impl Sandbox {
             stderr,
             ..Default::default()
         };
-        let container = Container::start(request, self.publisher.clone());
+        let container = Container::new(request, self.publisher.clone());
         // In its place before the guest knows of it: its first events may be faster than the answer.
         self.lock().containers.insert(id.clone(), Slot::Ready(container.clone()));
         let init = self.process(&id, "")?.1;
@@ -205,18 +206,24 @@ impl Sandbox {
         }
         tracing::error!(cause, console = vm.console_tail(), "the VM died");
         for container in self.containers() {
-            container.died(now()).await;
+            container.died(now());
         }
     }
 
     async fn route(&self, event: husk_protos::events::Event) {
-        let Some(id) = container_of(&event) else {
-            tracing::warn!(topic = event.topic, sequence = event.sequence, "the guest sent an event that is none");
-            return;
-        };
-        match self.container(&id) {
-            Ok(container) => container.guest_event(event).await,
-            Err(_) => tracing::debug!(container = id, topic = event.topic, "event of a container that is gone"),
+        let knows = |container: &str, exec: &str| self.process(container, exec).is_ok();
+        match told::read(&event, knows) {
+            Ok(told) => {
+                // It may be on its way out, but then nobody asks for what is told of it.
+                if let Ok(container) = self.container(&told.container) {
+                    container.told(told.news, told.at.unwrap_or_else(now)).await;
+                }
+            }
+            // As of a container that was not created in time, and was deleted then.
+            Err(gone @ Refused::Unknown { .. }) => tracing::debug!(sequence = event.sequence, %gone, "event not told"),
+            Err(problem) => {
+                tracing::warn!(sequence = event.sequence, %problem, "an event of the guest's is not believed");
+            }
         }
     }
 }

@@ -13,8 +13,8 @@ use crate::vm::boot::Vm;
 
 /// How long containerd may take to accept the last events before the shim ends without.
 const FLUSH: Duration = Duration::from_secs(2);
-/// How long the guest's report of a deletion may take to arrive after its answer.
-const DELETE_EVENT: Duration = Duration::from_secs(1);
+/// How long the guest's report of what it has done may take to arrive after its answer.
+const EVENT_BEHIND: Duration = Duration::from_secs(1);
 
 impl Sandbox {
     /// Deletes an exec or a container that has ended; with the last container the VM goes.
@@ -36,7 +36,7 @@ impl Sandbox {
             return Ok(response);
         }
         container.finish_output().await;
-        if tokio::time::timeout(DELETE_EVENT, container.delete_published()).await.is_err() {
+        if tokio::time::timeout(EVENT_BEHIND, container.delete_published()).await.is_err() {
             tracing::warn!(container = id, "the guest did not report the deletion");
         }
         self.forget(id).await;
@@ -53,7 +53,19 @@ impl Sandbox {
         let request =
             DeleteRequest { id: container.id.clone(), exec_id: process.exec_id.clone(), ..Default::default() };
         match vm.guest.task.delete(vm.guest.context(), &request).await {
-            Ok(response) => Ok(response),
+            Ok(response) => {
+                // Of what never ran nothing more is told; but that it was there may still be on its way, and would not be believed of a process
+                // that is not known.
+                let never_ran = response.pid == 0 && !process.exec_id.is_empty();
+                if never_ran && tokio::time::timeout(EVENT_BEHIND, process.announced()).await.is_err() {
+                    tracing::warn!(
+                        container = container.id,
+                        exec = process.exec_id,
+                        "the guest did not report the exec"
+                    );
+                }
+                Ok(response)
+            }
             // It died under the call: the exit is what it is then.
             Err(_) if vm.cause_of_death().is_some() => without_guest::delete(container, process).await,
             Err(error) => Err(error.into()),
@@ -94,7 +106,7 @@ impl Sandbox {
         }
         let containers = self.containers();
         for container in &containers {
-            container.died(now()).await;
+            container.died(now());
         }
         futures::future::join_all(containers.iter().map(|container| container.finish_output())).await;
         if let Err(error) = self.journal.undo_all().await {
