@@ -11,7 +11,7 @@ use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Published;
 use husk_tests::process::Process;
-use husk_tests::shim::{Shim, Streams, code};
+use husk_tests::shim::{Api, Shim, Streams, code};
 use serde_json::json;
 
 /// Longest for an event on a busy machine.
@@ -132,6 +132,38 @@ fn qemu(shim: &Shim) -> Result<Process> {
     let below = shim.containerd().shim_of(&shim.bundle.id)?.1;
     let found = below.iter().find(|process| process.name.starts_with("qemu")).cloned();
     found.with_context(|| format!("the shim has no QEMU: {below:#?}"))
+}
+
+#[test]
+fn an_exec_that_was_never_started_ends_with_its_vm_and_can_be_deleted() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("an_exec_that_was_never_started_ends_with_its_vm_and_can_be_deleted") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let shim = Shim::idle(containerd, "never")?;
+    let id = shim.bundle.id.clone();
+    for exec in ["waited", "deleted"] {
+        shim.task.exec(&id, exec, &bundle::process(&["true"]), &Streams::default())?;
+    }
+    // Somebody may be waiting already.
+    let early = shim.client(Api::V2)?;
+    let waiting = std::thread::spawn({
+        let id = id.clone();
+        move || early.wait(&id, "waited")
+    });
+    qemu(&shim)?.kill();
+    ensure!(waiting.join().map_err(|_| anyhow::anyhow!("the wait panicked"))?? == 137);
+    ensure!(shim.task.wait(&id, "waited")? == 137);
+    for exec in ["waited", "deleted"] {
+        let asked = Instant::now();
+        ensure!(shim.task.delete(&id, exec)? == 137);
+        ensure!(asked.elapsed() < Duration::from_secs(3), "Delete took {:?}", asked.elapsed());
+    }
+    ensure!(shim.task.wait(&id, "")? == 137);
+    shim.task.delete(&id, "")?;
+    let ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
+    ensure!(ends == [id], "an exec that never ran has ended: {ends:?}");
+    Ok(())
 }
 
 #[test]

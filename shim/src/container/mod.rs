@@ -172,8 +172,12 @@ impl Container {
         let mut processes: Vec<_> = self.processes().values().cloned().collect();
         processes.sort_by_key(|process| process.exec_id.is_empty());
         for process in processes {
-            if process.pid() != 0 || process.exec_id.is_empty() {
-                self.end(process, Exit { status: KILLED, at: at.clone() });
+            let exit = Exit { status: KILLED, at: at.clone() };
+            if process.pid() == 0 && !process.exec_id.is_empty() {
+                // It never ran, so nobody is told of an end; who waits for one, or deletes it, has it at once.
+                process.record_exit(exit);
+            } else {
+                self.end(process, exit);
             }
         }
     }

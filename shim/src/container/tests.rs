@@ -145,6 +145,16 @@ async fn what_dies_with_its_vm_is_waited_for_together_and_told_in_order() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_exec_that_never_ran_ends_with_its_vm_without_being_told_of() {
+    let (container, mut kept) = container();
+    let process = Arc::new(Process::new("never", Stdio::default()));
+    assert!(container.add(process.clone()));
+    container.died(at(2));
+    assert_eq!(process.exit(), Some(Exit { status: 137, at: at(2) }));
+    assert_eq!(published(&mut kept).await, ["exit c 137"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_first_report_of_an_end_counts_and_the_others_cost_nothing() {
     let (container, mut kept) = container();
     let read = exec(&container, "e", 2);
