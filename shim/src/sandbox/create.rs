@@ -1,5 +1,4 @@
-//! How a container comes to be: its files in the share, its VM if it is the first, its bundle and its process in the guest; and from then on
-//! the guest's reports on their way to it.
+//! How a container comes to be: its files in the share, its VM if it is the first, its bundle and its process in the guest.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,10 +7,8 @@ use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use tokio::sync::watch;
 
-use super::{Error, Machine, STREAM, Sandbox, Slot, alive, now};
+use super::{Error, Machine, STREAM, Sandbox, Slot, alive};
 use crate::container::Container;
-use crate::container::told::{self, Refused};
-use crate::guest;
 use crate::io::Stdio;
 use crate::prepare::{self, Prepared};
 use crate::rootfs::share::Share;
@@ -186,44 +183,5 @@ impl Sandbox {
         let events = vm.guest.events(0).await?;
         tokio::spawn(self.clone().route_events(vm.clone(), events));
         Ok(vm)
-    }
-
-    /// Carries the guest's events to their containers until the VM is gone; then tells the containers.
-    async fn route_events(self: Arc<Self>, vm: Arc<Vm>, mut events: guest::Metering<husk_protos::events::Event>) {
-        loop {
-            match events.recv().await {
-                Ok(Some(event)) => self.route(event).await,
-                Ok(None) => break,
-                Err(error) => {
-                    tracing::debug!(%error, "event stream ended");
-                    break;
-                }
-            }
-        }
-        let cause = vm.died().await;
-        if vm.stopping() {
-            return;
-        }
-        tracing::error!(cause, console = vm.console_tail(), "the VM died");
-        for container in self.containers() {
-            container.died(now());
-        }
-    }
-
-    async fn route(&self, event: husk_protos::events::Event) {
-        let knows = |container: &str, exec: &str| self.process(container, exec).is_ok();
-        match told::read(&event, knows) {
-            Ok(told) => {
-                // It may be on its way out, but then nobody asks for what is told of it.
-                if let Ok(container) = self.container(&told.container) {
-                    container.told(told.news, told.at.unwrap_or_else(now)).await;
-                }
-            }
-            // As of a container that was not created in time, and was deleted then.
-            Err(gone @ Refused::Unknown { .. }) => tracing::debug!(sequence = event.sequence, %gone, "event not told"),
-            Err(problem) => {
-                tracing::warn!(sequence = event.sequence, %problem, "an event of the guest's is not believed");
-            }
-        }
     }
 }

@@ -120,6 +120,8 @@ pub struct Vm {
     share_workers: Vec<ProcessId>,
     console: Console,
     stopping: AtomicBool,
+    /// Why it has to end, as soon as somebody says so.
+    condemned: watch::Sender<Option<String>>,
     dead: watch::Receiver<Option<String>>,
 }
 
@@ -218,6 +220,7 @@ impl Vm {
         let guest = Arc::new(Guest::connect(device, &hello, plan.call_timeout).await?);
 
         let (death, dead) = watch::channel(None);
+        let (condemned, sentence) = watch::channel(None);
         kill_machine.succeeded();
         kill_share.succeeded();
         let vm = Arc::new(Self {
@@ -228,9 +231,10 @@ impl Vm {
             share_workers: workers,
             console,
             stopping: AtomicBool::new(false),
+            condemned,
             dead,
         });
-        tokio::spawn(watch_death(machine, share, stream, death));
+        tokio::spawn(watch_death(machine, share, stream, sentence, death));
         Ok(vm)
     }
 
@@ -240,6 +244,11 @@ impl Vm {
             Ok(cause) => cause.clone().unwrap_or_default(),
             Err(_) => "nobody watches it any more".to_owned(),
         }
+    }
+
+    /// Has it killed, with this cause unless it is dying of another one.
+    pub fn condemn(&self, cause: String) {
+        self.condemned.send_replace(Some(cause));
     }
 
     /// Why it is dead, if it is.
@@ -310,11 +319,21 @@ async fn cause_of(machine: &dyn Machine, otherwise: String) -> String {
     tokio::time::timeout(MACHINE_BEHIND, machine.exited()).await.unwrap_or(otherwise)
 }
 
+async fn condemned(sentence: &mut watch::Receiver<Option<String>>) -> String {
+    // None: the VM's handle is gone, and with that the machine is killed.
+    let cause = sentence.wait_for(Option::is_some).await.map_or(None, |cause| cause.clone());
+    match cause {
+        Some(cause) => cause,
+        None => std::future::pending().await,
+    }
+}
+
 /// A part of the VM dies with the whole, and the whole with each part.
 async fn watch_death(
     machine: Arc<dyn Machine>,
     share: Arc<Child>,
     mut hello: UnixStream,
+    mut sentence: watch::Receiver<Option<String>>,
     death: watch::Sender<Option<String>>,
 ) {
     let mut byte = [0];
@@ -323,6 +342,7 @@ async fn watch_death(
         exit = share.exited() => cause_of(&*machine, format!("virtiofsd {exit}")).await,
         // The guest says nothing more on this connection: whatever comes is its end.
         _ = hello.read(&mut byte) => cause_of(&*machine, "the guest's connection was lost".to_owned()).await,
+        cause = condemned(&mut sentence) => cause_of(&*machine, cause).await,
     };
     // virtiofsd follows by itself.
     machine.kill();
