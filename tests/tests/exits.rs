@@ -223,3 +223,42 @@ fn a_reader_who_does_not_read_holds_up_no_other_exit() -> Result<()> {
     ensure!(shim.task.wait(&id, "unread")? == 137);
     Ok(())
 }
+
+#[test]
+fn a_shutdown_of_what_runs_loses_neither_its_last_words_nor_its_exit() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("a_shutdown_of_what_runs_loses_neither_its_last_words_nor_its_exit") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    for round in 0..3 {
+        let id = containerd.id("last-words");
+        // More than all buffers on the way hold, so that each is full when it ends.
+        let script = "trap 'seq 1 150000; exit 9' TERM; echo ready; while :; do sleep 0.05; done";
+        let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", script]))?;
+        let (io, mut stdout, _stderr) = shim.streams("init")?;
+        shim.create(&io)?;
+        shim.task.start(&id, "")?;
+        stdout.read_until("ready\n", DEADLINE)?;
+        let reading = std::thread::spawn(move || -> Result<Vec<u8>> {
+            let mut said = Vec::new();
+            loop {
+                let bytes = stdout.read(8 * 1024, DEADLINE)?;
+                if bytes.is_empty() {
+                    return Ok(said);
+                }
+                said.extend(bytes);
+                // A reader who takes his time: some 800 KiB a second.
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        // The shim may be gone before its answer is out.
+        let _ = shim.task.shutdown(&id, true);
+        let said = reading.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+        let wanted: String = (1..=150_000).map(|number| format!("{number}\n")).collect();
+        ensure!(said == wanted.as_bytes(), "round {round}: {} of {} bytes came", said.len(), wanted.len());
+        let events = shim.events.until("/tasks/exit", DEADLINE)?;
+        let exit: TaskExit = events.last().context("an event")?.decode()?;
+        ensure!(exit.id == id && exit.exit_status == 9, "round {round}: {exit:?}");
+    }
+    Ok(())
+}

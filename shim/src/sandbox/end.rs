@@ -9,7 +9,7 @@ use super::{Error, Machine, Sandbox, now, without_guest};
 use crate::container::process::Process;
 use crate::container::{Container, EXIT_RECORDED};
 use crate::state::Owner;
-use crate::vm::boot::Vm;
+use crate::vm::boot::{DELIVERED, Vm};
 
 /// How long containerd may take to accept the last events before the shim ends without.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -94,15 +94,23 @@ impl Sandbox {
 
     /// Ends the VM and removes everything that the sandbox made. Whoever took the machine out of its place calls it, so it runs once.
     async fn tear_down(self: Arc<Self>, machine: Machine) {
-        match machine {
-            Machine::Up(vm) => vm.stop().await,
+        let ended = || async {
+            let containers = self.containers();
+            futures::future::join_all(containers.iter().map(|container| container.ended())).await;
+        };
+        let vm = match machine {
+            Machine::Up(vm) => Some(vm),
             Machine::Booting(mut booting) => {
-                let booted = booting.wait_for(Option::is_some).await.ok().and_then(|booted| booted.clone());
-                if let Some(Ok(vm)) = booted {
-                    vm.stop().await;
-                }
+                booting.wait_for(Option::is_some).await.ok().and_then(|booted| booted.clone()?.ok())
             }
-            Machine::None | Machine::Stopping => {}
+            Machine::None | Machine::Stopping => None,
+        };
+        if let Some(vm) = vm {
+            vm.stop(ended()).await;
+            // Its last events are being read, and those of its processes that it told no end of end with it.
+            if tokio::time::timeout(DELIVERED, ended()).await.is_err() {
+                tracing::debug!("processes of the VM are not recorded as ended yet");
+            }
         }
         let containers = self.containers();
         for container in &containers {

@@ -31,6 +31,8 @@ use crate::vsock::Device;
 const GUEST_CID: u64 = 3;
 /// How long QEMU may take to end by itself, when the guest does not answer, and after it was killed.
 const EXIT: Duration = Duration::from_secs(3);
+/// How long a guest that has stopped everything is kept for what is still on its way from it.
+pub const DELIVERED: Duration = Duration::from_millis(500);
 /// How long the machine's end may be noticed after its sockets'.
 const MACHINE_BEHIND: Duration = Duration::from_millis(200);
 /// Lines of the console that explain an end.
@@ -266,17 +268,27 @@ impl Vm {
         self.console.tail(CONSOLE_LINES)
     }
 
-    /// Ends the VM: asks the guest, and kills it if it does not go.
-    pub async fn stop(&self) {
+    /// Ends the VM: asks the guest, and kills it if it does not go. What its last processes wrote, and how they ended, may still be on its way
+    /// when the guest has answered: `delivered` resolves when that has come, and is waited for a moment.
+    pub async fn stop(&self, delivered: impl Future<Output = ()>) {
         self.stopping.store(true, Ordering::Relaxed);
         if self.cause_of_death().is_none() {
             let request = ShutdownRequest { now: true, ..Default::default() };
             // With its answer the guest has stopped everything and written back what there was: what it would still do takes longer than
             // to end it.
-            if let Err(error) = self.guest.task.shutdown(self.guest.context(), &request).await {
-                tracing::debug!(%error, "no answer to the guest's shutdown");
-                if tokio::time::timeout(EXIT, self.machine.exited()).await.is_err() {
-                    tracing::warn!(deadline_ms = EXIT.as_millis() as u64, "the VM did not end by itself and is killed");
+            match self.guest.task.shutdown(self.guest.context(), &request).await {
+                Ok(_) => tokio::select! {
+                    _ = tokio::time::timeout(DELIVERED, delivered) => {}
+                    _ = self.machine.exited() => {}
+                },
+                Err(error) => {
+                    tracing::debug!(%error, "no answer to the guest's shutdown");
+                    if tokio::time::timeout(EXIT, self.machine.exited()).await.is_err() {
+                        tracing::warn!(
+                            deadline_ms = EXIT.as_millis() as u64,
+                            "the VM did not end by itself and is killed"
+                        );
+                    }
                 }
             }
         }
