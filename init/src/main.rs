@@ -23,10 +23,12 @@ mod worker;
 use std::panic::catch_unwind;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use husk_protos::{HOST_CID, PORT_READY, frame};
 use nix::sys::reboot::{RebootMode, reboot};
+use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 use tokio_vsock::{VsockAddr, VsockStream};
 
@@ -88,15 +90,13 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline) -> anyhow::Result<()> {
     frame::write(&mut host, &hello).await.context("say hello to the host")?;
 
     ended.recv().await;
-    // Lets the answer to the shutdown out: each of ttrpc's tasks that it goes through is ready to run, and takes a turn or two.
-    for _ in 0..ANSWER_TURNS {
-        tokio::task::yield_now().await;
-    }
+    // The answer is still to get out, and what the last processes wrote, and how they ended. The host ends the VM when it has all that.
+    let _ = tokio::time::timeout(HOST_ENDS, host.read_u8()).await;
     Ok(())
 }
 
-/// Turns of the runtime in which an answer has passed from its handler through ttrpc's connection to the socket.
-const ANSWER_TURNS: usize = 32;
+/// How long the host may take to end the VM after the answer to its shutdown: more than it waits for what is on its way to it.
+const HOST_ENDS: Duration = Duration::from_secs(1);
 
 /// Ends the guest, unless the host is faster: `reboot=t` on its kernel's command line and QEMU's `-no-reboot` make it QEMU's exit.
 fn end() -> ExitCode {

@@ -46,16 +46,26 @@ impl Publisher {
 
     /// Queues an event; waits while the queue is full.
     pub async fn publish(&self, topic: &str, event: Any, timestamp: Timestamp) {
-        let envelope = Envelope {
+        if self.queue.send(self.item(topic, event, timestamp)).await.is_err() {
+            tracing::error!(topic, "event lost: the publisher has ended");
+        }
+    }
+
+    /// Queues an event on which nothing depends; while the queue is full, because containerd has not been there for long, it is dropped.
+    pub fn offer(&self, topic: &str, event: Any, timestamp: Timestamp) {
+        if let Err(error) = self.queue.try_send(self.item(topic, event, timestamp)) {
+            tracing::warn!(topic, %error, "event dropped: containerd takes none");
+        }
+    }
+
+    fn item(&self, topic: &str, event: Any, timestamp: Timestamp) -> Item {
+        Item::Event(Box::new(Envelope {
             timestamp: MessageField::some(timestamp),
             namespace: self.namespace.clone(),
             topic: topic.to_owned(),
             event: MessageField::some(event),
             ..Default::default()
-        };
-        if self.queue.send(Item::Event(Box::new(envelope))).await.is_err() {
-            tracing::error!(topic, "event lost: the publisher has ended");
-        }
+        }))
     }
 
     /// Waits until all that was queued so far has been handed over; false if the deadline passed first.
@@ -63,6 +73,30 @@ impl Publisher {
         let (done, flushed) = oneshot::channel();
         let flush = async { self.queue.send(Item::Flush(done)).await.is_ok() && flushed.await.is_ok() };
         tokio::time::timeout(deadline, flush).await.unwrap_or(false)
+    }
+}
+
+#[cfg(test)]
+impl Publisher {
+    /// One that keeps what it is given for the test.
+    pub fn kept() -> (Self, Kept) {
+        let (queue, items) = mpsc::channel(QUEUE);
+        (Self { namespace: "test".to_owned(), queue }, Kept(items))
+    }
+}
+
+/// What a publisher of a test was given.
+#[cfg(test)]
+pub struct Kept(mpsc::Receiver<Item>);
+
+#[cfg(test)]
+impl Kept {
+    /// The next event; none if there is none yet.
+    pub fn take(&mut self) -> Option<Envelope> {
+        match self.0.try_recv() {
+            Ok(Item::Event(envelope)) => Some(*envelope),
+            Ok(Item::Flush(_)) | Err(_) => None,
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! How processes end: with which status, told in which order, and why.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::ttrpc::Code;
 use husk_tests::artifacts::Runtime;
@@ -10,7 +10,8 @@ use husk_tests::bundle;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Published;
-use husk_tests::shim::{Shim, Streams, code};
+use husk_tests::process::Process;
+use husk_tests::shim::{Api, Shim, Streams, code};
 use serde_json::json;
 
 /// Longest for an event on a busy machine.
@@ -123,5 +124,141 @@ fn who_needs_more_memory_than_the_limit_ends_with_137_after_an_oom_event() -> Re
     let ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
     ensure!(ends.last() == Some(&id) && ends.iter().filter(|end| *end == "oom").count() == 1, "{ends:?}");
     ensure!(ends.iter().position(|end| end == "oom") < ends.iter().position(|end| *end == id), "{ends:?}");
+    Ok(())
+}
+
+/// QEMU of the shim's VM.
+fn qemu(shim: &Shim) -> Result<Process> {
+    let below = shim.containerd().shim_of(&shim.bundle.id)?.1;
+    let found = below.iter().find(|process| process.name.starts_with("qemu")).cloned();
+    found.with_context(|| format!("the shim has no QEMU: {below:#?}"))
+}
+
+#[test]
+fn an_exec_that_was_never_started_ends_with_its_vm_and_can_be_deleted() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("an_exec_that_was_never_started_ends_with_its_vm_and_can_be_deleted") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let shim = Shim::idle(containerd, "never")?;
+    let id = shim.bundle.id.clone();
+    for exec in ["waited", "deleted"] {
+        shim.task.exec(&id, exec, &bundle::process(&["true"]), &Streams::default())?;
+    }
+    // Somebody may be waiting already.
+    let early = shim.client(Api::V2)?;
+    let waiting = std::thread::spawn({
+        let id = id.clone();
+        move || early.wait(&id, "waited")
+    });
+    qemu(&shim)?.kill();
+    ensure!(waiting.join().map_err(|_| anyhow::anyhow!("the wait panicked"))?? == 137);
+    ensure!(shim.task.wait(&id, "waited")? == 137);
+    for exec in ["waited", "deleted"] {
+        let asked = Instant::now();
+        ensure!(shim.task.delete(&id, exec)? == 137);
+        ensure!(asked.elapsed() < Duration::from_secs(3), "Delete took {:?}", asked.elapsed());
+    }
+    ensure!(shim.task.wait(&id, "")? == 137);
+    shim.task.delete(&id, "")?;
+    let ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
+    ensure!(ends == [id], "an exec that never ran has ended: {ends:?}");
+    Ok(())
+}
+
+#[test]
+fn when_the_vm_dies_readers_who_do_not_read_are_waited_for_together() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("when_the_vm_dies_readers_who_do_not_read_are_waited_for_together") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let shim = Shim::idle(containerd, "unread")?;
+    let id = shim.bundle.id.clone();
+    let execs: Vec<String> = (0..4).map(|number| format!("e{number}")).collect();
+    let mut readers = Vec::new();
+    for exec in &execs {
+        let (io, mut stdout, stderr) = shim.streams(exec)?;
+        shim.task.exec(&id, exec, &bundle::process(&["yes"]), &io)?;
+        shim.task.start(&id, exec)?;
+        // Far more than all buffers hold is on its way from here on.
+        stdout.read(1, DEADLINE)?;
+        readers.push((stdout, stderr));
+    }
+    let asked = Instant::now();
+    qemu(&shim)?.kill();
+    ensure!(shim.task.wait(&id, "")? == 137);
+    // One after the other they would take 20 s.
+    ensure!(asked.elapsed() < Duration::from_secs(10), "the init's exit came after {:?}", asked.elapsed());
+    for exec in &execs {
+        ensure!(shim.task.delete(&id, exec)? == 137);
+    }
+    shim.task.delete(&id, "")?;
+    let mut ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
+    ensure!(ends.pop() == Some(id), "the init's was not the last: {ends:?}");
+    ends.sort();
+    ensure!(ends == execs, "{ends:?}");
+    Ok(())
+}
+
+#[test]
+fn a_reader_who_does_not_read_holds_up_no_other_exit() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("a_reader_who_does_not_read_holds_up_no_other_exit") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let shim = Shim::idle(containerd, "holds-up")?;
+    let id = shim.bundle.id.clone();
+    let (io, mut stdout, _stderr) = shim.streams("unread")?;
+    shim.task.exec(&id, "unread", &bundle::process(&["yes"]), &io)?;
+    shim.task.start(&id, "unread")?;
+    stdout.read(1, DEADLINE)?;
+    shim.task.kill(&id, "unread", 9)?;
+    let killed = Instant::now();
+    for number in 0..3 {
+        ensure!(shim.exec(&format!("e{number}"), &["true"])?.0 == 0);
+    }
+    // Each of them would have waited for the exit before it, and that for its reader.
+    let before: Vec<_> = ends(&shim.events.until("/tasks/exit", DEADLINE)?)?;
+    ensure!(before == ["e0"], "{before:?} after {:?}", killed.elapsed());
+    ensure!(shim.task.wait(&id, "unread")? == 137);
+    Ok(())
+}
+
+#[test]
+fn a_shutdown_of_what_runs_loses_neither_its_last_words_nor_its_exit() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("a_shutdown_of_what_runs_loses_neither_its_last_words_nor_its_exit") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    for round in 0..3 {
+        let id = containerd.id("last-words");
+        // More than all buffers on the way hold, so that each is full when it ends.
+        let script = "trap 'seq 1 150000; exit 9' TERM; echo ready; while :; do sleep 0.05; done";
+        let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", script]))?;
+        let (io, mut stdout, _stderr) = shim.streams("init")?;
+        shim.create(&io)?;
+        shim.task.start(&id, "")?;
+        stdout.read_until("ready\n", DEADLINE)?;
+        let reading = std::thread::spawn(move || -> Result<Vec<u8>> {
+            let mut said = Vec::new();
+            loop {
+                let bytes = stdout.read(8 * 1024, DEADLINE)?;
+                if bytes.is_empty() {
+                    return Ok(said);
+                }
+                said.extend(bytes);
+                // A reader who takes his time: some 800 KiB a second.
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        // The shim may be gone before its answer is out.
+        let _ = shim.task.shutdown(&id, true);
+        let said = reading.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+        let wanted: String = (1..=150_000).map(|number| format!("{number}\n")).collect();
+        ensure!(said == wanted.as_bytes(), "round {round}: {} of {} bytes came", said.len(), wanted.len());
+        let events = shim.events.until("/tasks/exit", DEADLINE)?;
+        let exit: TaskExit = events.last().context("an event")?.decode()?;
+        ensure!(exit.id == id && exit.exit_status == 9, "round {round}: {exit:?}");
+    }
     Ok(())
 }

@@ -343,6 +343,62 @@ fn no_logging_program_outlives_its_shim() -> Result<()> {
 }
 
 #[test]
+fn what_a_logging_program_has_started_is_killed_with_it() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    if !containerd.runtime().is_husk_or_tell("what_a_logging_program_has_started_is_killed_with_it") {
+        // Only the program itself is killed there.
+        return Ok(());
+    }
+    let shim = Shim::idle(containerd, "with-children")?;
+    let id = shim.bundle.id.clone();
+    // Itself once more, so that its name tells whose process it is; neither goes by a signal that can be caught.
+    let script =
+        "trap '' TERM; [ \"$1\" = child ] && { echo there >$dir/there; exec 5>&-; while :; do sleep 0.05; done; }
+        $0 child & until [ -s $dir/there ]; do sleep 0.05; done; ";
+    let ways = [("exec 5>&-; wait", true), ("wait", false)];
+    for (index, (then, gets_ready)) in ways.into_iter().enumerate() {
+        let logger = Logger::new(&format!("{script}{then}"))?;
+        let exec = format!("e{index}");
+        shim.task.exec(&id, &exec, &bundle::process(&["true"]), &both(&logger.uri()))?;
+        let started = shim.task.start(&id, &exec);
+        ensure!(started.is_ok() == gets_ready, "{started:?}");
+        if gets_ready {
+            ensure!(logger.processes(containerd.pid()) == 2);
+            ensure!(shim.task.wait(&id, &exec)? == 0);
+        }
+        logger.wrote("there")?;
+        shim.task.delete(&id, &exec)?;
+        wait_for(DEADLINE, "the logger and its child are gone", || {
+            (logger.processes(containerd.pid()) == 0).then_some(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_fifo_named_as_a_file_does_not_wait_for_its_reader() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    if !containerd.runtime().is_husk_or_tell("a_fifo_named_as_a_file_does_not_wait_for_its_reader") {
+        // There the start waits for it.
+        return Ok(());
+    }
+    let shim = Shim::idle(containerd, "fifo-file")?;
+    let id = shim.bundle.id.clone();
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("fifo");
+    husk_tests::fifo::make(&path)?;
+    let io = Streams { stdout: format!("file://{}", path.display()), ..Streams::default() };
+    shim.task.exec(&id, "e", &bundle::process(&["sh", "-c", "echo out; exec sleep 1000"]), &io)?;
+    shim.task.start(&id, "e")?;
+    let mut reader = husk_tests::fifo::Reader::open(&path)?;
+    reader.read_until("out\n", DEADLINE)?;
+    shim.task.kill(&id, "e", 9)?;
+    ensure!(shim.task.wait(&id, "e")? == 137);
+    ensure!(reader.read_to_end(DEADLINE)?.is_empty());
+    Ok(())
+}
+
+#[test]
 fn a_path_that_is_no_fifo_is_written_to_as_a_file() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "plain")?;

@@ -1,40 +1,43 @@
-//! One container as the shim keeps it: its processes, and the ordered path of its events from the guest to containerd.
+//! One container as the shim keeps it: its processes, and the order in which containerd hears of them.
+//!
+//! What the guest tells goes on at once, but for exits: one is told when the output of its process has been delivered, the init's after those of
+//! its execs, and the deletion last of all. Nobody who reports an exit waits for that, so a reader who does not read holds up one process's exit
+//! and the init's, and nothing else; what waits is bounded by the number of processes.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use containerd_shim_protos::api::CreateTaskRequest;
-use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskExit, TaskIO};
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused, TaskResumed,
+    TaskStart,
+};
 use containerd_shim_protos::topics;
-use husk_protos::events::Event;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
-use protobuf::{Message, MessageDyn, MessageField};
-use tokio::sync::{mpsc, watch};
+use protobuf::{MessageDyn, MessageField, MessageFull};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use crate::events::Publisher;
 use crate::io::Stdio;
+
 pub mod process;
+#[cfg(test)]
+mod tests;
+pub mod told;
 
 use process::{Exit, Process};
+use told::News;
 
-/// Events of one container that wait for its output to be delivered.
-const QUEUE: usize = 64;
 /// How long the exit of a process that is gone may take to be recorded: until its output is delivered, or nobody takes it.
-pub const EXIT_RECORDED: std::time::Duration = std::time::Duration::from_secs(10);
+pub const EXIT_RECORDED: Duration = Duration::from_secs(10);
+const _: () = assert!(process::DELIVERY.as_secs() < EXIT_RECORDED.as_secs());
 /// Exit status of what dies with its VM: as if by SIGKILL.
 const KILLED: u32 = 137;
-
-/// What happens to a container, in order.
-enum Happening {
-    /// Told by the guest.
-    Guest(Event),
-    /// The VM is gone.
-    Died(Timestamp),
-    /// Deleted while its VM was gone: the guest cannot tell.
-    Deleted(Box<TaskDelete>, Timestamp),
-}
 
 /// A container that the guest has, or had before its VM died.
 pub struct Container {
@@ -42,27 +45,31 @@ pub struct Container {
     pub id: String,
     /// The bundle on the host.
     pub bundle: PathBuf,
+    /// As containerd asked for it.
+    request: CreateTaskRequest,
+    publisher: Publisher,
     processes: Mutex<HashMap<String, Arc<Process>>>,
-    happenings: mpsc::Sender<Happening>,
-    deleted: watch::Receiver<bool>,
+    /// What is still to be told after those who report it have gone on: the exits of execs; or that of the init, which waits for them; or the
+    /// deletion, which waits for that.
+    pending: Mutex<JoinSet<()>>,
+    deleting: AtomicBool,
+    deleted: Arc<watch::Sender<bool>>,
 }
 
 impl Container {
     /// A container with its init process; events go to `publisher`.
-    pub fn start(request: CreateTaskRequest, publisher: Publisher) -> Arc<Self> {
+    pub fn new(request: CreateTaskRequest, publisher: Publisher) -> Arc<Self> {
         let init = Arc::new(Process::new("", Stdio::from(&request)));
-        let (happenings, receiver) = mpsc::channel(QUEUE);
-        let (deleted_sender, deleted) = watch::channel(false);
-        let container = Arc::new(Self {
+        Arc::new(Self {
             id: request.id.clone(),
             bundle: PathBuf::from(&request.bundle),
+            request,
+            publisher,
             processes: Mutex::new(HashMap::from([(String::new(), init)])),
-            happenings,
-            deleted,
-        });
-        let relay = Relay { container: Arc::downgrade(&container), request, publisher, deleted: deleted_sender };
-        tokio::spawn(relay.run(receiver));
-        container
+            pending: Mutex::default(),
+            deleting: AtomicBool::new(false),
+            deleted: Arc::new(watch::channel(false).0),
+        })
     }
 
     /// The process of that exec id; the init for an empty one.
@@ -100,105 +107,102 @@ impl Container {
         self.processes().remove(exec_id)
     }
 
-    /// The guest says that something happened; waits while too much is waiting.
-    pub async fn guest_event(&self, event: Event) {
-        self.happens(Happening::Guest(event)).await;
+    /// The guest says that something happened. Waits for nobody but the publisher.
+    pub async fn told(&self, news: News, at: Timestamp) {
+        let container_id = self.id.clone();
+        let exec = match &news {
+            News::ExecAdded { exec } | News::ExecStarted { exec, .. } | News::Exited { exec, .. } => exec.as_str(),
+            _ => "",
+        };
+        let Some(process) = self.process(exec) else {
+            tracing::debug!(container = self.id, exec, "told of a process that is gone");
+            return;
+        };
+        // The answer to a call may come after what is told of it, as with a fast exec.
+        if let News::Created { pid }
+        | News::Started { pid }
+        | News::ExecStarted { pid, .. }
+        | News::Exited { pid, .. } = news
+        {
+            process.set_pid(pid);
+        }
+        let (pid, exec_id) = (process.pid(), process.exec_id.clone());
+        match news {
+            News::Created { .. } => self.publish(topics::TASK_CREATE_EVENT_TOPIC, &self.created(pid), at).await,
+            News::Started { .. } => {
+                let event = TaskStart { container_id, pid, ..Default::default() };
+                self.publish(topics::TASK_START_EVENT_TOPIC, &event, at).await;
+            }
+            News::OutOfMemory => {
+                // Any number of these comes without a call of containerd's; waiting for it would hold up all that the VM tells.
+                let topic = topics::TASK_OOM_EVENT_TOPIC;
+                if let Some(event) = packed(topic, &TaskOOM { container_id, ..Default::default() }) {
+                    self.publisher.offer(topic, event, at);
+                }
+            }
+            News::ExecAdded { .. } => {
+                let event = TaskExecAdded { container_id, exec_id, ..Default::default() };
+                self.publish(topics::TASK_EXEC_ADDED_EVENT_TOPIC, &event, at).await;
+                process.announce();
+            }
+            News::ExecStarted { .. } => {
+                let event = TaskExecStarted { container_id, exec_id, pid, ..Default::default() };
+                self.publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, &event, at).await;
+            }
+            News::Paused => {
+                let event = TaskPaused { container_id, ..Default::default() };
+                self.publish(topics::TASK_PAUSED_EVENT_TOPIC, &event, at).await;
+            }
+            News::Resumed => {
+                let event = TaskResumed { container_id, ..Default::default() };
+                self.publish(topics::TASK_RESUMED_EVENT_TOPIC, &event, at).await;
+            }
+            News::Exited { status, at: exited_at, .. } => {
+                self.end(process, Exit { status, at: exited_at.unwrap_or(at) });
+            }
+            News::Deleted { status, at: exited_at, .. } => {
+                self.delete(Exit { status, at: exited_at.unwrap_or_else(|| at.clone()) }, at);
+            }
+        }
     }
 
     /// The VM is gone, and with it every process.
-    pub async fn died(&self, at: Timestamp) {
-        self.happens(Happening::Died(at)).await;
+    pub fn died(&self, at: Timestamp) {
+        // The execs before the init, as if it had taken them along.
+        let mut processes: Vec<_> = self.processes().values().cloned().collect();
+        processes.sort_by_key(|process| process.exec_id.is_empty());
+        for process in processes {
+            let exit = Exit { status: KILLED, at: at.clone() };
+            if process.pid() == 0 && !process.exec_id.is_empty() {
+                // It never ran, so nobody is told of an end; who waits for one, or deletes it, has it at once.
+                process.record_exit(exit);
+            } else {
+                self.end(process, exit);
+            }
+        }
     }
 
     /// Deleted although there is no guest to tell of it.
-    pub async fn deleted_without_guest(&self, event: TaskDelete, at: Timestamp) {
-        self.happens(Happening::Deleted(Box::new(event), at)).await;
+    pub fn deleted_without_guest(&self, exit: Exit, at: Timestamp) {
+        self.delete(exit, at);
     }
 
     /// Waits until its TaskDelete has been given to the publisher.
     pub async fn delete_published(&self) {
-        // An error says that the relay has ended: nothing more will be published.
-        let _ = self.deleted.clone().wait_for(|deleted| *deleted).await;
+        // The sender is in self, so it cannot be gone.
+        let _ = self.deleted.subscribe().wait_for(|deleted| *deleted).await;
     }
 
-    async fn happens(&self, happening: Happening) {
-        if self.happenings.send(happening).await.is_err() {
-            tracing::error!(container = self.id, "event lost: the container's relay has ended");
-        }
-    }
-
-    fn processes(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Process>>> {
-        self.processes.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-}
-
-/// Which container an event is about; none if it is not of a kind that husk knows, or is not what its topic says.
-pub fn container_of(event: &Event) -> Option<String> {
-    // In each of containerd's task events the container's id is field 1; what follows it is that event's own.
-    let known = [
-        topics::TASK_CREATE_EVENT_TOPIC,
-        topics::TASK_START_EVENT_TOPIC,
-        topics::TASK_OOM_EVENT_TOPIC,
-        topics::TASK_EXIT_EVENT_TOPIC,
-        topics::TASK_DELETE_EVENT_TOPIC,
-        topics::TASK_EXEC_ADDED_EVENT_TOPIC,
-        topics::TASK_EXEC_STARTED_EVENT_TOPIC,
-        topics::TASK_PAUSED_EVENT_TOPIC,
-        topics::TASK_RESUMED_EVENT_TOPIC,
-    ];
-    if !known.contains(&event.topic.as_str()) {
-        return None;
-    }
-    let id = containerd_shim_protos::events::task::TaskOOM::parse_from_bytes(&event.event.value).ok()?.container_id;
-    (!id.is_empty()).then_some(id)
-}
-
-/// Carries one container's events to the publisher, in order, an exit only after the output.
-struct Relay {
-    container: std::sync::Weak<Container>,
-    request: CreateTaskRequest,
-    publisher: Publisher,
-    deleted: watch::Sender<bool>,
-}
-
-impl Relay {
-    async fn run(self, mut happenings: mpsc::Receiver<Happening>) {
-        while let Some(happening) = happenings.recv().await {
-            let Some(container) = self.container.upgrade() else { break };
-            match happening {
-                Happening::Guest(event) => self.guest_event(&container, event).await,
-                Happening::Died(at) => self.died(&container, at).await,
-                Happening::Deleted(event, at) => {
-                    self.publish(topics::TASK_DELETE_EVENT_TOPIC, &*event, at).await;
-                    self.deleted.send_replace(true);
-                }
-            }
-        }
-    }
-
-    async fn guest_event(&self, container: &Container, event: Event) {
-        let at = event.timestamp.clone().unwrap_or_default();
-        let payload = event.event.clone().unwrap_or_default();
-        match event.topic.as_str() {
-            topics::TASK_CREATE_EVENT_TOPIC => self.created(payload, at).await,
-            topics::TASK_EXIT_EVENT_TOPIC => self.exited(container, &payload, at).await,
-            topics::TASK_DELETE_EVENT_TOPIC => {
-                self.publisher.publish(&event.topic, payload.clone(), at).await;
-                let of_init = TaskDelete::parse_from_bytes(&payload.value)
-                    .is_ok_and(|event| event.id.is_empty() || event.id == container.id);
-                if of_init {
-                    self.deleted.send_replace(true);
-                }
-            }
-            topic => self.publisher.publish(topic, payload, at).await,
-        }
+    /// Waits until every process that has run has ended and is recorded.
+    pub async fn ended(&self) {
+        let processes: Vec<_> = self.processes().values().filter(|process| process.pid() != 0).cloned().collect();
+        futures::future::join_all(processes.iter().map(|process| process.exited())).await;
     }
 
     /// What containerd's clients know are the host's paths, not the guest's.
-    async fn created(&self, payload: Any, at: Timestamp) {
-        let pid = TaskCreate::parse_from_bytes(&payload.value).map(|event| event.pid).unwrap_or_default();
+    fn created(&self, pid: u32) -> TaskCreate {
         let request = &self.request;
-        let event = TaskCreate {
+        TaskCreate {
             container_id: request.id.clone(),
             bundle: request.bundle.clone(),
             rootfs: request.rootfs.clone(),
@@ -212,72 +216,96 @@ impl Relay {
             checkpoint: request.checkpoint.clone(),
             pid,
             ..Default::default()
-        };
-        self.publish(topics::TASK_CREATE_EVENT_TOPIC, &event, at).await;
-    }
-
-    async fn exited(&self, container: &Container, payload: &Any, at: Timestamp) {
-        let event = match TaskExit::parse_from_bytes(&payload.value) {
-            Ok(event) => event,
-            Err(error) => {
-                tracing::error!(container = container.id, %error, "the guest sent a TaskExit that is none");
-                return;
-            }
-        };
-        let exec_id = if event.id == container.id { "" } else { event.id.as_str() };
-        if let Some(process) = container.process(exec_id) {
-            // The exit of a fast exec can be here before the answer to its start is.
-            process.set_pid(event.pid);
-            self.exit(container, &process, event.exit_status, event.exited_at.clone().unwrap_or(at)).await;
-        } else {
-            tracing::warn!(
-                container = container.id,
-                exec = exec_id,
-                "the guest reports the exit of a process that it was not asked for"
-            );
         }
     }
 
-    async fn died(&self, container: &Container, at: Timestamp) {
-        // The execs before the init, as if it had taken them along.
-        let mut processes: Vec<_> = container.processes().values().cloned().collect();
-        processes.sort_by_key(|process| process.exec_id.is_empty());
-        for process in processes {
-            if process.exit().is_none() && (process.pid() != 0 || process.exec_id.is_empty()) {
-                self.exit(container, &process, KILLED, at.clone()).await;
-            }
-        }
-    }
-
-    async fn exit(&self, container: &Container, process: &Process, status: u32, at: Timestamp) {
-        if !process.drained().await {
-            tracing::warn!(
-                container = container.id,
-                exec = process.exec_id,
-                "exit reported before its output was read: the reader does not read"
-            );
-        }
-        if !process.record_exit(Exit { status, at: at.clone() }) {
+    /// A process has ended; the first report of it counts. It is recorded and told when its output has been delivered, or nobody takes it.
+    fn end(&self, process: Arc<Process>, exit: Exit) {
+        if !process.take_end() {
             return;
         }
-        let event = TaskExit {
-            container_id: container.id.clone(),
-            id: if process.exec_id.is_empty() { container.id.clone() } else { process.exec_id.clone() },
-            pid: process.pid(),
-            exit_status: status,
-            exited_at: MessageField::some(at.clone()),
-            ..Default::default()
-        };
-        self.publish(topics::TASK_EXIT_EVENT_TOPIC, &event, at).await;
+        let mut pending = self.pending();
+        // The ones that are done.
+        while pending.try_join_next().is_some() {}
+        let is_init = process.exec_id.is_empty();
+        // The guest reports the execs' exits before the init's, so these are all.
+        let mut execs = if is_init { std::mem::take(&mut *pending) } else { JoinSet::new() };
+        let (container_id, publisher) = (self.id.clone(), self.publisher.clone());
+        pending.spawn(async move {
+            if !process.drained().await {
+                tracing::warn!(
+                    container = container_id,
+                    exec = process.exec_id,
+                    "exit reported before its output was read: the reader does not read, or is too slow"
+                );
+            }
+            while execs.join_next().await.is_some() {}
+            if !process.record_exit(exit.clone()) {
+                return;
+            }
+            let event = TaskExit {
+                id: if is_init { container_id.clone() } else { process.exec_id.clone() },
+                container_id,
+                pid: process.pid(),
+                exit_status: exit.status,
+                exited_at: MessageField::some(exit.at.clone()),
+                ..Default::default()
+            };
+            publish(&publisher, topics::TASK_EXIT_EVENT_TOPIC, &event, exit.at).await;
+        });
     }
 
-    async fn publish(&self, topic: &str, event: &impl protobuf::MessageFull, at: Timestamp) {
-        match event.write_to_bytes() {
-            Ok(value) => {
-                let name = event.descriptor_dyn().full_name().to_owned();
-                self.publisher.publish(topic, Any { type_url: name, value, ..Default::default() }, at).await;
-            }
-            Err(error) => tracing::error!(topic, %error, "event lost: it cannot be encoded"),
-        }
+    /// It has been deleted, which is told once, after everything else. `exit` is the init's, unless that is recorded.
+    fn delete(&self, exit: Exit, at: Timestamp) {
+        let init = self.process("").filter(|_| !self.deleting.swap(true, Ordering::Relaxed));
+        let Some(init) = init else { return };
+        let mut pending = self.pending();
+        let mut before = std::mem::take(&mut *pending);
+        let (container_id, publisher, deleted) = (self.id.clone(), self.publisher.clone(), self.deleted.clone());
+        pending.spawn(async move {
+            while before.join_next().await.is_some() {}
+            let exit = init.exit().unwrap_or(exit);
+            let event = TaskDelete {
+                container_id,
+                pid: init.pid(),
+                exit_status: exit.status,
+                exited_at: MessageField::some(exit.at),
+                ..Default::default()
+            };
+            publish(&publisher, topics::TASK_DELETE_EVENT_TOPIC, &event, at).await;
+            deleted.send_replace(true);
+        });
     }
+
+    async fn publish(&self, topic: &str, event: &impl MessageFull, at: Timestamp) {
+        publish(&self.publisher, topic, event, at).await;
+    }
+
+    fn processes(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
+        self.processes.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn pending(&self) -> MutexGuard<'_, JoinSet<()>> {
+        self.pending.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        // What is still to be told is told: each of it ends by itself, because no output is waited for without end.
+        self.pending().detach_all();
+    }
+}
+
+async fn publish(publisher: &Publisher, topic: &str, event: &impl MessageFull, at: Timestamp) {
+    if let Some(event) = packed(topic, event) {
+        publisher.publish(topic, event, at).await;
+    }
+}
+
+/// As containerd's clients decode it.
+fn packed(topic: &str, event: &impl MessageFull) -> Option<Any> {
+    let encoded = event.write_to_bytes();
+    let value = encoded.inspect_err(|error| tracing::error!(topic, %error, "event lost: it cannot be encoded")).ok()?;
+    Some(Any { type_url: event.descriptor_dyn().full_name().to_owned(), value, ..Default::default() })
 }

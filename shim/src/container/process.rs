@@ -14,6 +14,9 @@ use crate::io::{self, Input, Logger, Output, Outputs, Stdio};
 /// How long output may stand still before an exit is reported without it. A reader who takes anything at all within this time gets
 /// everything before the exit is reported.
 const READER_PATIENCE: Duration = Duration::from_secs(5);
+/// How long an exit waits for output in all, for a reader who takes some now and then: when the process is gone, what is on its way to him is
+/// about a megabyte at most, so this is one who takes less than some 100 KiB a second. He still gets everything, only not before the exit.
+pub(super) const DELIVERY: Duration = Duration::from_secs(9);
 
 /// How a process ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,6 +47,10 @@ pub struct Process {
     pub stdio: Stdio,
     pid: AtomicU32,
     starting: AtomicBool,
+    /// Its end has been reported, and will be recorded.
+    ending: AtomicBool,
+    /// Whether containerd has been told that it was added.
+    announced: watch::Sender<bool>,
     end: watch::Sender<End>,
     streams: Mutex<Streams>,
 }
@@ -65,6 +72,8 @@ impl Process {
             stdio,
             pid: AtomicU32::new(0),
             starting: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
+            announced: watch::channel(false).0,
             end: watch::channel(End::Open).0,
             streams: Mutex::default(),
         }
@@ -75,9 +84,10 @@ impl Process {
         self.pid.load(Ordering::Relaxed)
     }
 
-    /// Its pid is known now.
+    /// Its pid is known now. The first one counts: a process has one all its life.
     pub fn set_pid(&self, pid: u32) {
-        self.pid.store(pid, Ordering::Relaxed);
+        // An error is that it is known already.
+        let _ = self.pid.compare_exchange(0, pid, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Whether the caller is the one who starts it, and opens its streams.
@@ -88,6 +98,22 @@ impl Process {
     /// Its start has failed.
     pub fn give_start_back(&self) {
         self.starting.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the caller is the first who reports its end, and sees to its record.
+    pub fn take_end(&self) -> bool {
+        !self.ending.swap(true, Ordering::Relaxed)
+    }
+
+    /// containerd has been told that it was added.
+    pub fn announce(&self) {
+        self.announced.send_replace(true);
+    }
+
+    /// Waits until containerd has been told that it was added.
+    pub async fn announced(&self) {
+        // The sender is in self, so it cannot be gone.
+        let _ = self.announced.subscribe().wait_for(|announced| *announced).await;
     }
 
     /// Its exit, if it is known.
@@ -133,6 +159,11 @@ impl Process {
         Ok(())
     }
 
+    #[cfg(test)]
+    pub(super) fn attach_pretended(&self, output: Output) {
+        self.streams().outputs.push(Arc::new(output));
+    }
+
     /// Ends all copies at once, and the logging programs with them.
     pub fn detach(&self) {
         std::mem::take(&mut *self.streams()).abort();
@@ -158,11 +189,8 @@ impl Process {
     /// Waits until its output has been delivered, or nobody takes it. False if some of it was not.
     pub async fn drained(&self) -> bool {
         let outputs = self.streams().outputs.clone();
-        let mut all = true;
-        for output in outputs {
-            all &= output.drained(READER_PATIENCE).await;
-        }
-        all
+        let drained = futures::future::join_all(outputs.iter().map(|output| output.drained(READER_PATIENCE)));
+        tokio::time::timeout(DELIVERY, drained).await.is_ok_and(|all| all.into_iter().all(|drained| drained))
     }
 
     /// Records its exit; the first record counts. Its input ends here.

@@ -80,6 +80,18 @@ impl Output {
     }
 }
 
+#[cfg(test)]
+impl Output {
+    /// One that copies nothing. The function says that bytes have moved, or that it is complete.
+    pub fn pretended() -> (Self, impl Fn(bool) + Send + 'static) {
+        let (sender, progress) = watch::channel(Progress { complete: false, at: Instant::now() });
+        let task = tokio::spawn(std::future::pending::<()>()).abort_handle();
+        (Self { progress, task }, move |complete| {
+            sender.send_modify(|progress| *progress = Progress { complete, at: Instant::now() });
+        })
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 enum CopyError {
     #[error("{0}")]

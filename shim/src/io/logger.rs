@@ -30,7 +30,7 @@ const TERM_WAIT: Duration = Duration::from_secs(10);
 /// Time that the end of a process that is ending already may take to be seen.
 const DEATH_WAIT: Duration = Duration::from_secs(1);
 
-/// A running logging program. It is killed when it is dropped, and when the shim ends, however that comes.
+/// A running logging program. It is killed when it is dropped, with what it has started, and when the shim ends, however that comes.
 #[derive(Debug)]
 pub struct Logger {
     path: PathBuf,
@@ -65,6 +65,7 @@ impl Logger {
             user: None,
             output: nowhere()?,
             cgroups: Vec::new(),
+            leads: true,
         };
         let child = launch.spawn().map_err(|error| failed(error.to_string()))?;
         let logger = Self { path: path.to_owned(), child };

@@ -98,8 +98,8 @@ impl Outputs {
             let sink = match destination {
                 // What is written to a terminal that nobody reads from would stall the process.
                 Destination::Nowhere => (stdio.terminal && field == "stdout").then_some(Sink::Nowhere),
-                Destination::Path(path) => Some(Sink::open(field, &path)?),
-                Destination::File(path) => Some(Sink::append(field, &path)?),
+                Destination::Path(path) => Some(Sink::open(field, &path).await?),
+                Destination::File(path) => Some(Sink::append(field, &path).await?),
                 Destination::Binary { .. } if both && field == "stderr" => continue,
                 Destination::Binary { path, args } => {
                     let (logger, [out, err]) = Logger::start(field, &path, args, container, namespace).await?;

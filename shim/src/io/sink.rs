@@ -5,11 +5,16 @@ use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
+use tokio::time::timeout;
 
 use super::Error;
+
+/// How long opening a destination may take; the start of its process waits for it.
+const OPEN_WAIT: Duration = Duration::from_secs(10);
 
 /// An open destination.
 #[derive(Debug)]
@@ -35,27 +40,29 @@ impl Sink {
     ///
     /// # Errors
     /// [`Error::Open`].
-    pub fn open(field: &'static str, path: &Path) -> Result<Self, Error> {
-        let failed = |source| Error::Open { field, path: path.to_owned(), source };
-        if fs::metadata(path).map_err(failed)?.file_type().is_fifo() {
-            return Ok(Self::Pipe(pipe::OpenOptions::new().read_write(true).open_sender(path).map_err(failed)?));
-        }
-        let file = OpenOptions::new().append(true).open(path).map_err(failed)?;
-        Ok(Self::File { file: Arc::new(file), failing: false })
+    pub async fn open(field: &'static str, path: &Path) -> Result<Self, Error> {
+        Self::opened(field, path, false).await
     }
 
-    /// Opens the file at `path`, and makes it and the folders that it lies in if they are not there, as runc's shim does.
+    /// Opens the file at `path`, and makes it and the folders that it lies in if they are not there, as runc's shim does. A fifo is one here too.
     ///
     /// # Errors
     /// [`Error::Open`].
-    pub fn append(field: &'static str, path: &Path) -> Result<Self, Error> {
-        let open = || {
-            if let Some(folder) = path.parent() {
-                fs::create_dir_all(folder)?;
-            }
-            OpenOptions::new().append(true).create(true).mode(0o644).open(path)
-        };
-        let file = open().map_err(|source| Error::Open { field, path: path.to_owned(), source })?;
+    pub async fn append(field: &'static str, path: &Path) -> Result<Self, Error> {
+        Self::opened(field, path, true).await
+    }
+
+    async fn opened(field: &'static str, path: &Path, make: bool) -> Result<Self, Error> {
+        let failed = |source| Error::Open { field, path: path.to_owned(), source };
+        let late = |_| io::Error::new(io::ErrorKind::TimedOut, format!("it takes longer than {OPEN_WAIT:?}"));
+        let to = path.to_owned();
+        // Any path can hang, as one on a file system whose server is gone: on a thread for it, which is left behind then.
+        let opening = tokio::task::spawn_blocking(move || open(&to, make));
+        let opened = timeout(OPEN_WAIT, opening).await.map_err(late).map_err(failed)?;
+        let (file, is_fifo) = opened.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(failed)?;
+        if is_fifo {
+            return Ok(Self::Pipe(pipe::Sender::from_file(file).map_err(failed)?));
+        }
         Ok(Self::File { file: Arc::new(file), failing: false })
     }
 
@@ -98,6 +105,25 @@ impl Sink {
     }
 }
 
+/// Opens a destination, and says whether it is a fifo. May hang.
+fn open(path: &Path, make: bool) -> io::Result<(File, bool)> {
+    if let Some(folder) = path.parent().filter(|_| make) {
+        fs::create_dir_all(folder)?;
+    }
+    let is_fifo = match fs::metadata(path) {
+        Ok(metadata) => metadata.file_type().is_fifo(),
+        Err(error) if make && error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => return Err(error),
+    };
+    let mut options = OpenOptions::new();
+    if is_fifo {
+        options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+    } else {
+        options.append(true).create(make).mode(0o644);
+    }
+    Ok((options.open(path)?, is_fifo))
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Read;
@@ -109,15 +135,30 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a/b/log");
         for _ in 0..2 {
-            let mut sink = Sink::append("stdout", &path).unwrap();
+            let mut sink = Sink::append("stdout", &path).await.unwrap();
             sink.write(b"line\n".to_vec(), || {}).await;
         }
         assert_eq!(fs::read_to_string(&path).unwrap(), "line\nline\n");
         // By its bare path it has to be there.
-        Sink::open("stdout", &path).unwrap().write(b"end".to_vec(), || {}).await;
+        Sink::open("stdout", &path).await.unwrap().write(b"end".to_vec(), || {}).await;
         assert_eq!(fs::read_to_string(&path).unwrap(), "line\nline\nend");
-        let missing = Sink::open("stdout", &folder.path().join("missing")).unwrap_err().to_string();
+        let missing = Sink::open("stdout", &folder.path().join("missing")).await.unwrap_err().to_string();
         assert!(missing.starts_with("stdout: open /") && missing.contains("No such file"), "{missing}");
+    }
+
+    #[tokio::test]
+    async fn a_fifo_in_the_place_of_a_file_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fifo");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut sink = Sink::append("stdout", &path).await.unwrap();
+        assert!(matches!(sink, Sink::Pipe(_)), "{sink:?}");
+        sink.write(b"before its reader".to_vec(), || {}).await;
+        let mut reader = File::open(&path).unwrap();
+        drop(sink);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "before its reader");
     }
 
     #[tokio::test]

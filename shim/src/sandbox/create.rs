@@ -1,5 +1,4 @@
-//! How a container comes to be: its files in the share, its VM if it is the first, its bundle and its process in the guest; and from then on
-//! the guest's reports on their way to it.
+//! How a container comes to be: its files in the share, its VM if it is the first, its bundle and its process in the guest.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,9 +7,8 @@ use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use tokio::sync::watch;
 
-use super::{Error, Machine, STREAM, Sandbox, Slot, alive, now};
-use crate::container::{Container, container_of};
-use crate::guest;
+use super::{Error, Machine, STREAM, Sandbox, Slot, alive};
+use crate::container::Container;
 use crate::io::Stdio;
 use crate::prepare::{self, Prepared};
 use crate::rootfs::share::Share;
@@ -80,7 +78,7 @@ impl Sandbox {
             stderr,
             ..Default::default()
         };
-        let container = Container::start(request, self.publisher.clone());
+        let container = Container::new(request, self.publisher.clone());
         // In its place before the guest knows of it: its first events may be faster than the answer.
         self.lock().containers.insert(id.clone(), Slot::Ready(container.clone()));
         let init = self.process(&id, "")?.1;
@@ -185,38 +183,5 @@ impl Sandbox {
         let events = vm.guest.events(0).await?;
         tokio::spawn(self.clone().route_events(vm.clone(), events));
         Ok(vm)
-    }
-
-    /// Carries the guest's events to their containers until the VM is gone; then tells the containers.
-    async fn route_events(self: Arc<Self>, vm: Arc<Vm>, mut events: guest::Metering<husk_protos::events::Event>) {
-        loop {
-            match events.recv().await {
-                Ok(Some(event)) => self.route(event).await,
-                Ok(None) => break,
-                Err(error) => {
-                    tracing::debug!(%error, "event stream ended");
-                    break;
-                }
-            }
-        }
-        let cause = vm.died().await;
-        if vm.stopping() {
-            return;
-        }
-        tracing::error!(cause, console = vm.console_tail(), "the VM died");
-        for container in self.containers() {
-            container.died(now()).await;
-        }
-    }
-
-    async fn route(&self, event: husk_protos::events::Event) {
-        let Some(id) = container_of(&event) else {
-            tracing::warn!(topic = event.topic, sequence = event.sequence, "the guest sent an event that is none");
-            return;
-        };
-        match self.container(&id) {
-            Ok(container) => container.guest_event(event).await,
-            Err(_) => tracing::debug!(container = id, topic = event.topic, "event of a container that is gone"),
-        }
     }
 }

@@ -9,12 +9,12 @@ use super::{Error, Machine, Sandbox, now, without_guest};
 use crate::container::process::Process;
 use crate::container::{Container, EXIT_RECORDED};
 use crate::state::Owner;
-use crate::vm::boot::Vm;
+use crate::vm::boot::{DELIVERED, Vm};
 
 /// How long containerd may take to accept the last events before the shim ends without.
 const FLUSH: Duration = Duration::from_secs(2);
-/// How long the guest's report of a deletion may take to arrive after its answer.
-const DELETE_EVENT: Duration = Duration::from_secs(1);
+/// How long the guest's report of what it has done may take to arrive after its answer.
+const EVENT_BEHIND: Duration = Duration::from_secs(1);
 
 impl Sandbox {
     /// Deletes an exec or a container that has ended; with the last container the VM goes.
@@ -36,7 +36,7 @@ impl Sandbox {
             return Ok(response);
         }
         container.finish_output().await;
-        if tokio::time::timeout(DELETE_EVENT, container.delete_published()).await.is_err() {
+        if tokio::time::timeout(EVENT_BEHIND, container.delete_published()).await.is_err() {
             tracing::warn!(container = id, "the guest did not report the deletion");
         }
         self.forget(id).await;
@@ -53,7 +53,19 @@ impl Sandbox {
         let request =
             DeleteRequest { id: container.id.clone(), exec_id: process.exec_id.clone(), ..Default::default() };
         match vm.guest.task.delete(vm.guest.context(), &request).await {
-            Ok(response) => Ok(response),
+            Ok(response) => {
+                // Of what never ran nothing more is told; but that it was there may still be on its way, and would not be believed of a process
+                // that is not known.
+                let never_ran = response.pid == 0 && !process.exec_id.is_empty();
+                if never_ran && tokio::time::timeout(EVENT_BEHIND, process.announced()).await.is_err() {
+                    tracing::warn!(
+                        container = container.id,
+                        exec = process.exec_id,
+                        "the guest did not report the exec"
+                    );
+                }
+                Ok(response)
+            }
             // It died under the call: the exit is what it is then.
             Err(_) if vm.cause_of_death().is_some() => without_guest::delete(container, process).await,
             Err(error) => Err(error.into()),
@@ -82,19 +94,27 @@ impl Sandbox {
 
     /// Ends the VM and removes everything that the sandbox made. Whoever took the machine out of its place calls it, so it runs once.
     async fn tear_down(self: Arc<Self>, machine: Machine) {
-        match machine {
-            Machine::Up(vm) => vm.stop().await,
+        let ended = || async {
+            let containers = self.containers();
+            futures::future::join_all(containers.iter().map(|container| container.ended())).await;
+        };
+        let vm = match machine {
+            Machine::Up(vm) => Some(vm),
             Machine::Booting(mut booting) => {
-                let booted = booting.wait_for(Option::is_some).await.ok().and_then(|booted| booted.clone());
-                if let Some(Ok(vm)) = booted {
-                    vm.stop().await;
-                }
+                booting.wait_for(Option::is_some).await.ok().and_then(|booted| booted.clone()?.ok())
             }
-            Machine::None | Machine::Stopping => {}
+            Machine::None | Machine::Stopping => None,
+        };
+        if let Some(vm) = vm {
+            vm.stop(ended()).await;
+            // Its last events are being read, and those of its processes that it told no end of end with it.
+            if tokio::time::timeout(DELIVERED, ended()).await.is_err() {
+                tracing::debug!("processes of the VM are not recorded as ended yet");
+            }
         }
         let containers = self.containers();
         for container in &containers {
-            container.died(now()).await;
+            container.died(now());
         }
         futures::future::join_all(containers.iter().map(|container| container.finish_output())).await;
         if let Err(error) = self.journal.undo_all().await {

@@ -1,10 +1,11 @@
 //! One sandbox: its VM and its containers. What containerd asks of a task is looked up and relayed here; how containers come and go is in
-//! [`create`] and [`end`].
+//! [`create`] and [`end`], and what is heard of them meanwhile in [`events`].
 
 mod control;
 mod create;
 mod end;
 mod error;
+mod events;
 mod without_guest;
 
 use std::collections::HashMap;

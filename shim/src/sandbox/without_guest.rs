@@ -1,7 +1,6 @@
 //! What is still answered when the VM is dead: from the shim's own records, in the guest's place.
 
 use containerd_shim_protos::api::{DeleteResponse, StateResponse, Status};
-use containerd_shim_protos::events::task::TaskDelete;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 
@@ -31,14 +30,7 @@ pub(super) async fn delete(container: &Container, process: &Process) -> Result<D
         }
     };
     if process.exec_id.is_empty() {
-        let event = TaskDelete {
-            container_id: container.id.clone(),
-            pid: process.pid(),
-            exit_status: exit.status,
-            exited_at: MessageField::some(exit.at.clone()),
-            ..Default::default()
-        };
-        container.deleted_without_guest(event, Timestamp::now()).await;
+        container.deleted_without_guest(exit.clone(), Timestamp::now());
     }
     Ok(DeleteResponse {
         pid: process.pid(),

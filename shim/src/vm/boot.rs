@@ -31,6 +31,8 @@ use crate::vsock::Device;
 const GUEST_CID: u64 = 3;
 /// How long QEMU may take to end by itself, when the guest does not answer, and after it was killed.
 const EXIT: Duration = Duration::from_secs(3);
+/// How long a guest that has stopped everything is kept for what is still on its way from it.
+pub const DELIVERED: Duration = Duration::from_millis(500);
 /// How long the machine's end may be noticed after its sockets'.
 const MACHINE_BEHIND: Duration = Duration::from_millis(200);
 /// Lines of the console that explain an end.
@@ -120,6 +122,8 @@ pub struct Vm {
     share_workers: Vec<ProcessId>,
     console: Console,
     stopping: AtomicBool,
+    /// Why it has to end, as soon as somebody says so.
+    condemned: watch::Sender<Option<String>>,
     dead: watch::Receiver<Option<String>>,
 }
 
@@ -218,6 +222,7 @@ impl Vm {
         let guest = Arc::new(Guest::connect(device, &hello, plan.call_timeout).await?);
 
         let (death, dead) = watch::channel(None);
+        let (condemned, sentence) = watch::channel(None);
         kill_machine.succeeded();
         kill_share.succeeded();
         let vm = Arc::new(Self {
@@ -228,9 +233,10 @@ impl Vm {
             share_workers: workers,
             console,
             stopping: AtomicBool::new(false),
+            condemned,
             dead,
         });
-        tokio::spawn(watch_death(machine, share, stream, death));
+        tokio::spawn(watch_death(machine, share, stream, sentence, death));
         Ok(vm)
     }
 
@@ -240,6 +246,11 @@ impl Vm {
             Ok(cause) => cause.clone().unwrap_or_default(),
             Err(_) => "nobody watches it any more".to_owned(),
         }
+    }
+
+    /// Has it killed, with this cause unless it is dying of another one.
+    pub fn condemn(&self, cause: String) {
+        self.condemned.send_replace(Some(cause));
     }
 
     /// Why it is dead, if it is.
@@ -257,17 +268,27 @@ impl Vm {
         self.console.tail(CONSOLE_LINES)
     }
 
-    /// Ends the VM: asks the guest, and kills it if it does not go.
-    pub async fn stop(&self) {
+    /// Ends the VM: asks the guest, and kills it if it does not go. What its last processes wrote, and how they ended, may still be on its way
+    /// when the guest has answered: `delivered` resolves when that has come, and is waited for a moment.
+    pub async fn stop(&self, delivered: impl Future<Output = ()>) {
         self.stopping.store(true, Ordering::Relaxed);
         if self.cause_of_death().is_none() {
             let request = ShutdownRequest { now: true, ..Default::default() };
             // With its answer the guest has stopped everything and written back what there was: what it would still do takes longer than
             // to end it.
-            if let Err(error) = self.guest.task.shutdown(self.guest.context(), &request).await {
-                tracing::debug!(%error, "no answer to the guest's shutdown");
-                if tokio::time::timeout(EXIT, self.machine.exited()).await.is_err() {
-                    tracing::warn!(deadline_ms = EXIT.as_millis() as u64, "the VM did not end by itself and is killed");
+            match self.guest.task.shutdown(self.guest.context(), &request).await {
+                Ok(_) => tokio::select! {
+                    _ = tokio::time::timeout(DELIVERED, delivered) => {}
+                    _ = self.machine.exited() => {}
+                },
+                Err(error) => {
+                    tracing::debug!(%error, "no answer to the guest's shutdown");
+                    if tokio::time::timeout(EXIT, self.machine.exited()).await.is_err() {
+                        tracing::warn!(
+                            deadline_ms = EXIT.as_millis() as u64,
+                            "the VM did not end by itself and is killed"
+                        );
+                    }
                 }
             }
         }
@@ -310,11 +331,21 @@ async fn cause_of(machine: &dyn Machine, otherwise: String) -> String {
     tokio::time::timeout(MACHINE_BEHIND, machine.exited()).await.unwrap_or(otherwise)
 }
 
+async fn condemned(sentence: &mut watch::Receiver<Option<String>>) -> String {
+    // None: the VM's handle is gone, and with that the machine is killed.
+    let cause = sentence.wait_for(Option::is_some).await.map_or(None, |cause| cause.clone());
+    match cause {
+        Some(cause) => cause,
+        None => std::future::pending().await,
+    }
+}
+
 /// A part of the VM dies with the whole, and the whole with each part.
 async fn watch_death(
     machine: Arc<dyn Machine>,
     share: Arc<Child>,
     mut hello: UnixStream,
+    mut sentence: watch::Receiver<Option<String>>,
     death: watch::Sender<Option<String>>,
 ) {
     let mut byte = [0];
@@ -323,6 +354,7 @@ async fn watch_death(
         exit = share.exited() => cause_of(&*machine, format!("virtiofsd {exit}")).await,
         // The guest says nothing more on this connection: whatever comes is its end.
         _ = hello.read(&mut byte) => cause_of(&*machine, "the guest's connection was lost".to_owned()).await,
+        cause = condemned(&mut sentence) => cause_of(&*machine, cause).await,
     };
     // virtiofsd follows by itself.
     machine.kill();

@@ -8,9 +8,11 @@ use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::{LazyLock, mpsc};
+use std::sync::{Arc, LazyLock, Mutex, mpsc};
 
+use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
@@ -71,6 +73,8 @@ pub struct Launch {
     pub output: File,
     /// The `cgroup.procs` of each cgroup that it lives in, opened for writing.
     pub cgroups: Vec<File>,
+    /// Whether it leads a process group of its own, with which it is killed: for a program that starts others.
+    pub leads: bool,
 }
 
 type Job = (Command, mpsc::SyncSender<io::Result<u32>>);
@@ -99,7 +103,7 @@ impl Launch {
         let error = self.output.try_clone().map_err(failed("duplicate the log's descriptor"))?;
         command.args(&self.args).env_clear().envs(self.env);
         command.stdin(Stdio::null()).stdout(self.output).stderr(error);
-        let (user, cgroups) = (self.user, self.cgroups);
+        let (user, cgroups, leads) = (self.user, self.cgroups, self.leads);
         let shim = std::process::id();
         let fds: Vec<(i32, i32)> = self.fds.iter().map(|(fd, target)| (fd.as_raw_fd(), *target)).collect();
         // SAFETY: only async-signal-safe calls between fork and exec, on memory that was allocated before; the descriptors stay
@@ -108,6 +112,9 @@ impl Launch {
             command.pre_exec(move || {
                 // Here and not by Command, which would change the user first.
                 join(&cgroups)?;
+                if leads {
+                    nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
+                }
                 if let Some((uid, gid)) = user {
                     become_user(uid, gid)?;
                 }
@@ -120,7 +127,7 @@ impl Launch {
         let gone = || failed("start")(io::Error::other("the spawner thread has ended"));
         jobs.send((command, done)).map_err(|_| gone())?;
         let pid = answer.recv().map_err(|_| gone())?.map_err(failed("start"))?;
-        Child::adopt(pid)
+        Child::adopt(pid, leads)
     }
 }
 
@@ -149,7 +156,7 @@ fn become_user(uid: u32, gid: u32) -> io::Result<()> {
 
 /// In the child, after a change of user (which would reset it, prctl(2)): SIGKILL when the shim ends.
 fn die_with(shim: u32) -> io::Result<()> {
-    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     // It may have ended before the call: then nobody would ever send the signal.
     if nix::unistd::getppid().as_raw() as u32 != shim {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
@@ -194,12 +201,14 @@ impl fmt::Display for Ended {
 pub struct Child {
     id: ProcessId,
     pidfd: OwnedFd,
+    leads: bool,
+    waited_for: Arc<Mutex<bool>>,
     ended: watch::Receiver<Option<Ended>>,
 }
 
 impl Child {
     /// Takes charge of a child that was just started, and of waiting for it.
-    fn adopt(pid: u32) -> Result<Self, LaunchError> {
+    fn adopt(pid: u32, leads: bool) -> Result<Self, LaunchError> {
         // It is our child and not yet waited for, so the pid cannot be anybody else's.
         let id = ProcessId::of(pid).and_then(|id| id.ok_or_else(|| io::ErrorKind::NotFound.into()));
         let id = id.map_err(failed("read the child's start time"))?;
@@ -210,8 +219,10 @@ impl Child {
         let waiter =
             unsafe { AsyncFd::register(waiter) }.map_err(|error| failed("watch the child")(error.into_parts().1))?;
         let (end, ended) = watch::channel(None);
-        tokio::spawn(async move { end.send_replace(Some(wait(waiter).await)) });
-        Ok(Self { id, pidfd, ended })
+        let waited_for = Arc::new(Mutex::new(false));
+        let mark = waited_for.clone();
+        tokio::spawn(async move { end.send_replace(Some(wait(waiter, &mark).await)) });
+        Ok(Self { id, pidfd, leads, waited_for, ended })
     }
 
     /// Its pid and start time.
@@ -229,9 +240,17 @@ impl Child {
         }
     }
 
-    /// Sends SIGKILL.
+    /// Sends SIGKILL, also to those of its group if it leads one. A leader that has ended by itself may have meant to leave others behind: they
+    /// are left alone.
     pub fn kill(&self) {
-        self.signal(libc::SIGKILL);
+        if !self.leads {
+            return self.signal(libc::SIGKILL);
+        }
+        // Held until the signal is sent: only while nobody has waited for the leader can its number not be another group's.
+        let waited_for = self.waited_for.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if !*waited_for && let Err(error) = killpg(Pid::from_raw(self.id.pid as i32), Signal::SIGKILL) {
+            tracing::error!(pid = self.id.pid, %error, "its group cannot be killed");
+        }
     }
 
     /// Sends a signal.
@@ -245,9 +264,11 @@ impl Child {
 }
 
 /// The only wait for this child in the process.
-async fn wait(pidfd: AsyncFd<OwnedFd>) -> Ended {
+async fn wait(pidfd: AsyncFd<OwnedFd>, waited_for: &Mutex<bool>) -> Ended {
     // Readable means that it has ended (pidfd_open(2)). An error here would be one of epoll: then waiting below says what it is.
     let _ = pidfd.readable().await;
+    let mut waited_for = waited_for.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    *waited_for = true;
     let raw = match waitid(Id::PIDFd(std::os::fd::AsFd::as_fd(pidfd.get_ref())), WaitPidFlag::WEXITED) {
         Ok(WaitStatus::Exited(_, code)) => code << 8,
         Ok(WaitStatus::Signaled(_, signal, _)) => signal as i32,
@@ -270,6 +291,10 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     fn shell(script: &str, output: &File, fds: Vec<(OwnedFd, i32)>, user: Option<(u32, u32)>) -> Child {
+        launch(script, output, fds, user, false)
+    }
+
+    fn launch(script: &str, output: &File, fds: Vec<(OwnedFd, i32)>, user: Option<(u32, u32)>, leads: bool) -> Child {
         let args = ["-c".into(), script.into()].to_vec();
         // Not sh: dash has no redirection to descriptors of two digits.
         Launch {
@@ -280,6 +305,7 @@ mod tests {
             user,
             output: output.try_clone().unwrap(),
             cgroups: Vec::new(),
+            leads,
         }
         .spawn()
         .unwrap()
@@ -324,6 +350,36 @@ mod tests {
         child.kill();
     }
 
+    /// Starts a shell that starts another program and does `then`; the other one's id and a handle on it.
+    fn with_another(then: &str, leads: bool) -> (Child, ProcessId, OwnedFd) {
+        let output = tempfile::tempfile().unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let script = format!("sleep 60 & echo $! >&{FIRST_FD}; {then}");
+        let child = launch(&script, &output, vec![(theirs.into(), FIRST_FD)], None, leads);
+        let mut pid = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(&mut ours), &mut pid).unwrap();
+        let other = ProcessId::of(pid.trim().parse().unwrap()).unwrap().unwrap();
+        (child, other, other.pidfd().unwrap().unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_leader_is_killed_with_its_group_and_only_as_long_as_it_is_there() {
+        let second = std::time::Duration::from_secs(1);
+        let cases = [("wait", true, true), ("wait", false, false), ("exit 0", true, false)];
+        for (then, leads, dies) in cases {
+            let (child, other, handle) = with_another(then, leads);
+            if then != "wait" {
+                child.exited().await;
+            }
+            child.kill();
+            child.exited().await;
+            // Its own signal would have been sent by now, if it was sent at all.
+            let within = if dies { 10 * second } else { second / 10 };
+            assert_eq!(crate::process::wait_dead(&handle, within).unwrap(), dies, "{then} {leads}");
+            other.kill(10 * second).unwrap();
+        }
+    }
+
     #[tokio::test]
     async fn another_user_has_no_privileges_left_and_still_dies_with_us() {
         let output = tempfile::tempfile().unwrap();
@@ -348,6 +404,7 @@ mod tests {
             user: None,
             output,
             cgroups: Vec::new(),
+            leads: false,
         };
         assert_eq!(launch.spawn().unwrap_err().to_string(), "start: No such file or directory (os error 2)");
     }

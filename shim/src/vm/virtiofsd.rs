@@ -118,6 +118,7 @@ pub fn start(
         user: None,
         output: log,
         cgroups,
+        leads: false,
     };
     launch.spawn().map_err(|source| VirtiofsdError::Launch { program: program.to_owned(), source })
 }

@@ -51,6 +51,7 @@ impl Vmm for Qemu {
             user: spec.user,
             output: sockets.log,
             cgroups: Vec::new(),
+            leads: false,
         };
         let child =
             launch.spawn().map_err(|source| Error::Spawn { program: self.program.display().to_string(), source })?;
