@@ -410,13 +410,11 @@ pub fn action(
     };
     let socket = "/run/containerd/containerd.sock";
     let mut command: Command = containerd.enter("sh");
+    // As containerd does: runc's shim looks for runc there, which need not be installed on this machine.
     command.env("PATH", containerd.search_path());
     // Not exec: a shim looks at its parent, which must be in the same PID namespace.
     command.args(["-c", r#"cd "$0" && "$@"; exit $?"#]).arg(&bundle.path).arg(binary);
     command.args(["-namespace", NAMESPACE, "-id", &bundle.id, "-address", socket]);
-    // What containerd gives its shims: runc's looks for runc there, which need not be installed on this machine.
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{}:{path}", containerd.bin().display()));
     command.arg("-publish-binary").arg(containerd.bin().join("containerd"));
     if action == "delete" {
         command.arg("-bundle").arg(&bundle.path);
