@@ -238,7 +238,14 @@ async fn what_is_refused_is_named_and_leaves_nothing() -> Result<()> {
         }
         spec
     };
+    let devices = (0..3000).map(|major| json!({"allow": true, "type": "c", "major": major, "minor": 1, "access": "r"}));
     let cases = [
+        (
+            "/linux/resources/devices",
+            devices.collect(),
+            Code::INVALID_ARGUMENT,
+            "linux.resources.devices: 3011 rules are more",
+        ),
         ("/linux/intelRdt", json!({"closID": "x"}), Code::INVALID_ARGUMENT, "linux.intelRdt"),
         (
             "/linux/seccomp",

@@ -39,8 +39,12 @@ pub fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<Created
         ErrorKind::AlreadyExists => Error::new(Kind::AlreadyExists, format!("cgroup of {id} exists")),
         _ => Error::internal(format_args!("create cgroup of {id}"), &e),
     })?;
-    devices::restrict(&group, spec::device_rules(&spec))
-        .map_err(|e| Error::internal(format_args!("apply the device rules of {id}"), &e))?;
+    devices::restrict(&group, &spec::device_rules(&spec)).map_err(|e| match e {
+        devices::Error::TooMany(_) => {
+            Error::new(Kind::InvalidArgument, format!("spec of {id}: linux.resources.devices: {e}"))
+        }
+        devices::Error::Kernel(_) => Error::internal(format_args!("apply the device rules of {id}"), &e),
+    })?;
     guard::load_unless_wanted(&spec)?;
 
     let refusal = Refusal::new().map_err(|e| Error::internal("make a memory file", &e))?;
