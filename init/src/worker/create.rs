@@ -39,6 +39,7 @@ pub fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<Created
         ErrorKind::AlreadyExists => Error::new(Kind::AlreadyExists, format!("cgroup of {id} exists")),
         _ => Error::internal(format_args!("create cgroup of {id}"), &e),
     })?;
+    cgroup::tree::limit(&group).map_err(|e| Error::internal(format_args!("limit the cgroups of {id}"), &e))?;
     devices::restrict(&group, &spec::device_rules(&spec)).map_err(|e| match e {
         devices::Error::TooMany(_) => {
             Error::new(Kind::InvalidArgument, format!("spec of {id}: linux.resources.devices: {e}"))
