@@ -13,6 +13,7 @@ mod devices;
 mod exec;
 mod executor;
 mod guard;
+mod identity;
 pub mod serve;
 mod spec;
 mod update;
