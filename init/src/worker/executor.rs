@@ -21,6 +21,7 @@ use nix::unistd::{AccessFlags, execve, faccessat};
 use oci_spec::runtime::{LinuxSeccomp, Spec};
 
 use super::console;
+use super::hooks::StartHooks;
 use super::identity::Identity;
 
 /// A process of a container, about to be run.
@@ -36,6 +37,8 @@ pub struct Workload {
     gated: bool,
     /// Whom it becomes before anything else, if libcontainer could not make it so.
     identity: Option<Identity>,
+    /// What it runs when it is started, before anything of itself.
+    hooks: Option<StartHooks>,
     /// Environment as libcontainer completed it, from [`Executor::setup_envs`] to [`Executor::exec`].
     environment: RefCell<Vec<CString>>,
 }
@@ -54,6 +57,11 @@ impl Workload {
     /// The same, which becomes `identity` first, if there is one.
     pub fn becoming(self, identity: Option<Identity>) -> Self {
         Self { identity, ..self }
+    }
+
+    /// The same, which runs `hooks` first, if there are any.
+    pub fn hooked(self, hooks: Option<StartHooks>) -> Self {
+        Self { hooks, ..self }
     }
 
     fn find(&self, spec: &Spec) -> Result<PathBuf, String> {
@@ -122,6 +130,9 @@ impl Executor for Workload {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        if let Some(hooks) = &self.hooks {
+            hooks.run(&self.environment.borrow()).map_err(ExecutorError::Other)?;
+        }
         let program = self.find(spec).map_err(ExecutorError::Other)?;
         let path =
             CString::new(program.into_os_string().into_encoded_bytes()).map_err(|_| ExecutorError::InvalidArg)?;
