@@ -288,6 +288,34 @@ async fn a_create_that_hangs_is_ended_by_its_deadline_and_leaves_nothing() -> Re
 }
 
 #[tokio::test]
+async fn hooks_of_a_start_run_in_order_and_one_that_hangs_is_ended_by_its_deadline() -> Result<()> {
+    let guest = Guest::boot().await?;
+    let mut hooked = spec(&["sh", "-c", "until grep -q running /tmp/told; do :; done; cat /tmp/told"]);
+    hooked["root"]["readonly"] = json!(false);
+    // The one in the container's root, the other in the guest's.
+    let hook = |path: &str, script: &str| json!({"path": path, "args": ["sh", "-c", script], "env": ["PATH=/bin"]});
+    let (first, second) = ("sleep 1; echo first > /tmp/told", "/rootfs/bin/busybox cat >> /rootfs/tmp/told");
+    hooked["hooks"] = json!({
+        "startContainer": [hook("/bin/sh", first)],
+        "poststart": [hook("/rootfs/bin/busybox", second)],
+    });
+    let (status, told) = guest.run("c", &hooked).await?;
+    let state: Value = serde_json::from_str(told.strip_prefix("first\n").with_context(|| told.clone())?)?;
+    ensure!(status == 0 && state["status"] == json!("running") && state["pid"].as_u64() > Some(1), "{status} {state}");
+
+    let before = guest.info().await?;
+    hooked["hooks"] = json!({"startContainer": [hook("/bin/sh", "sleep 1000")]});
+    guest.create("c", &hooked, "").await?;
+    let (code, message) = code(guest.start("c", "").await)?;
+    ensure!(code == Code::DEADLINE_EXCEEDED, "{code:?} {message}");
+    ensure!(guest.wait("c", "").await? == 137);
+    guest.delete("c", "").await?;
+    nothing_leaked(&guest, &before).await?;
+    guest.shut_down().await?;
+    Ok(())
+}
+
+#[tokio::test]
 async fn calls_answer_by_the_state_of_the_process() -> Result<()> {
     let guest = Guest::boot().await?;
     let not_there = [

@@ -144,7 +144,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let top = folder.path().join("top");
         fs::create_dir(&top).unwrap();
-        deep(&top, 3000, 1);
+        deep(&top, 100, 1);
         let count = || {
             let mut count = 0;
             visit(&top, |_| {
@@ -154,7 +154,7 @@ mod tests {
             .unwrap();
             count
         };
-        assert_eq!(count(), 1 + 3000 * 2);
+        assert_eq!(count(), 1 + 100 * 2);
         remove(&top).await.unwrap();
         assert!(!top.exists());
     }
