@@ -288,7 +288,7 @@ async fn a_create_that_hangs_is_ended_by_its_deadline_and_leaves_nothing() -> Re
 }
 
 #[tokio::test]
-async fn hooks_of_a_start_run_in_order_and_one_that_hangs_is_ended_by_its_deadline() -> Result<()> {
+async fn hooks_run_in_order_and_one_that_hangs_is_ended_by_its_deadline() -> Result<()> {
     let guest = Guest::boot().await?;
     let mut hooked = spec(&["sh", "-c", "until grep -q running /tmp/told; do :; done; cat /tmp/told"]);
     hooked["root"]["readonly"] = json!(false);
@@ -298,10 +298,13 @@ async fn hooks_of_a_start_run_in_order_and_one_that_hangs_is_ended_by_its_deadli
     hooked["hooks"] = json!({
         "startContainer": [hook("/bin/sh", first)],
         "poststart": [hook("/rootfs/bin/busybox", second)],
+        "poststop": [hook("/rootfs/bin/busybox", "echo last > /rootfs/tmp/told")],
     });
     let (status, told) = guest.run("c", &hooked).await?;
     let state: Value = serde_json::from_str(told.strip_prefix("first\n").with_context(|| told.clone())?)?;
     ensure!(status == 0 && state["status"] == json!("running") && state["pid"].as_u64() > Some(1), "{status} {state}");
+
+    ensure!(guest.run("c", &spec(&["cat", "/tmp/told"])).await? == (0, "last\n".to_owned()));
 
     let before = guest.info().await?;
     hooked["hooks"] = json!({"startContainer": [hook("/bin/sh", "sleep 1000")]});
