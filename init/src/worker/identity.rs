@@ -3,7 +3,8 @@
 //! libcontainer's execs join every namespace of the container but that one. So libcontainer is given a process that is the guest's root with
 //! all capabilities, and this does the rest at its end, in the process itself: join the user namespace, and only there take on the user, the
 //! groups and the capabilities that were asked for. Until then the container's own processes, whose capabilities end with their namespace,
-//! cannot touch it (ptrace(2), "Ptrace access mode checking").
+//! cannot touch it (ptrace(2), "Ptrace access mode checking"); from then on to its execve they cannot because libcontainer has made it not
+//! dumpable.
 
 use std::collections::HashMap;
 use std::fs::File;
