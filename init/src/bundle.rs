@@ -111,7 +111,8 @@ fn write_bundle(folder: &Path, request: &PutBundleRequest) -> Result<(), Error> 
 /// A plain name, and none of the init's own in the folder.
 fn check_name(name: &str) -> Result<(), Error> {
     let plain = !name.is_empty() && name.len() <= 255 && !name.contains(['/', '\0']) && name != "." && name != "..";
-    let ours = name == "config.json" || name == "rootfs" || (name.starts_with("exec-") && name.ends_with(".json"));
+    let ours = matches!(name, "config.json" | "rootfs" | places::START_OUTCOME)
+        || (name.starts_with("exec-") && name.ends_with(".json"));
     if plain && !ours {
         Ok(())
     } else {

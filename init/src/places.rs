@@ -8,6 +8,8 @@ use crate::error::{Error, Kind};
 pub const RUN: &str = "/run/husk";
 /// libcontainer's root: a folder for each container.
 pub const STATE: &str = "/run/husk/state";
+/// In a bundle: the fifo on which the process of a container with startContainer hooks says that it has failed.
+pub const START_OUTCOME: &str = "start-outcome";
 const BUNDLES: &str = "/run/husk/bundles";
 
 /// Longest id: containerd's own limit (`identifiers.maxLength`). It also keeps the path of a start socket below 108 bytes (unix(7)).

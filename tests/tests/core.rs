@@ -238,7 +238,14 @@ async fn what_is_refused_is_named_and_leaves_nothing() -> Result<()> {
         }
         spec
     };
+    let devices = (0..3000).map(|major| json!({"allow": true, "type": "c", "major": major, "minor": 1, "access": "r"}));
     let cases = [
+        (
+            "/linux/resources/devices",
+            devices.collect(),
+            Code::INVALID_ARGUMENT,
+            "linux.resources.devices: 3011 rules are more",
+        ),
         ("/linux/intelRdt", json!({"closID": "x"}), Code::INVALID_ARGUMENT, "linux.intelRdt"),
         (
             "/linux/seccomp",
@@ -275,6 +282,37 @@ async fn a_create_that_hangs_is_ended_by_its_deadline_and_leaves_nothing() -> Re
     ensure!(code == Code::DEADLINE_EXCEEDED, "{code:?} {message}");
     let remove = husk_protos::bundle::RemoveBundleRequest { id: "c".into(), ..Default::default() };
     guest.bundle.remove(call(), &remove).await?;
+    nothing_leaked(&guest, &before).await?;
+    guest.shut_down().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn hooks_run_in_order_and_one_that_hangs_is_ended_by_its_deadline() -> Result<()> {
+    let guest = Guest::boot().await?;
+    let mut hooked = spec(&["sh", "-c", "until grep -q running /tmp/told; do :; done; cat /tmp/told"]);
+    hooked["root"]["readonly"] = json!(false);
+    // The one in the container's root, the other in the guest's.
+    let hook = |path: &str, script: &str| json!({"path": path, "args": ["sh", "-c", script], "env": ["PATH=/bin"]});
+    let (first, second) = ("sleep 1; echo first > /tmp/told", "/rootfs/bin/busybox cat >> /rootfs/tmp/told");
+    hooked["hooks"] = json!({
+        "startContainer": [hook("/bin/sh", first)],
+        "poststart": [hook("/rootfs/bin/busybox", second)],
+        "poststop": [hook("/rootfs/bin/busybox", "echo last > /rootfs/tmp/told")],
+    });
+    let (status, told) = guest.run("c", &hooked).await?;
+    let state: Value = serde_json::from_str(told.strip_prefix("first\n").with_context(|| told.clone())?)?;
+    ensure!(status == 0 && state["status"] == json!("running") && state["pid"].as_u64() > Some(1), "{status} {state}");
+
+    ensure!(guest.run("c", &spec(&["cat", "/tmp/told"])).await? == (0, "last\n".to_owned()));
+
+    let before = guest.info().await?;
+    hooked["hooks"] = json!({"startContainer": [hook("/bin/sh", "sleep 1000")]});
+    guest.create("c", &hooked, "").await?;
+    let (code, message) = code(guest.start("c", "").await)?;
+    ensure!(code == Code::DEADLINE_EXCEEDED, "{code:?} {message}");
+    ensure!(guest.wait("c", "").await? == 137);
+    guest.delete("c", "").await?;
     nothing_leaked(&guest, &before).await?;
     guest.shut_down().await?;
     Ok(())

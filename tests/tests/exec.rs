@@ -216,22 +216,91 @@ fn a_hundred_execs_at_once_each_have_their_own_status_and_output() -> Result<()>
     Ok(())
 }
 
-#[test]
-fn an_exec_in_a_user_namespace_is_refused_by_name() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("an_exec_in_a_user_namespace_is_refused_by_name") {
-        return Ok(());
+fn in_user_namespace(spec: &mut Value) {
+    if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+        namespaces.push(json!({"type": "user"}));
     }
+    spec["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    spec["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 200_000, "size": 65_536}]);
+}
+
+/// Who a process is to the kernel.
+const WHO: &str = "readlink /proc/self/ns/user; cat /proc/self/uid_map /proc/self/gid_map; \
+    grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs)' /proc/self/status";
+
+#[test]
+fn an_exec_in_a_user_namespace_is_who_the_init_is() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let shim = running(containerd, "userns", |spec| {
-        if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
-            namespaces.push(json!({"type": "user"}));
-        }
-        let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
-        spec["linux"]["uidMappings"] = mapping.clone();
-        spec["linux"]["gidMappings"] = mapping;
+    let id = containerd.id("userns");
+    let script = format!("({WHO}) > /run/init; sleep 1000");
+    let mut spec = bundle::spec(&id, &["sh", "-c", &script]);
+    in_user_namespace(&mut spec);
+    let shim = Shim::start(containerd, &id, &spec)?;
+    shim.run_detached()?;
+    let ready = "until [ \"$(grep -c NoNewPrivs /run/init 2>/dev/null)\" = 1 ]; do :; done; id -u; id -g";
+    ensure!(words(&shim, "ready", ready, |_| {})? == "0 0");
+    let before = shim.task.pids(&shim.bundle.id)?.len();
+    let exec = shim.script("who", WHO)?;
+    let init = shim.script("init", "cat /run/init")?;
+    ensure!(exec == init && exec.contains("100000") && exec.contains("CapEff"), "exec:\n{exec}\ninit:\n{init}");
+
+    // What it makes is its own, and what is the guest's root's is nobody's, and not to be had.
+    let files = "cd /tmp && touch new && chown 5:6 new && stat -c '%u %g' new; stat -c %u /etc; chown 0 /etc; echo 1 > /proc/sys/kernel/panic";
+    let out = words(&shim, "files", files, |_| {})?;
+    ensure!(out.starts_with("5 6 65534 ") && out.contains("chown: /etc") && out.contains("panic"), "{out}");
+
+    let user = json!({"uid": 1000, "gid": 1001, "additionalGids": [5]});
+    let out = words(&shim, "user", "id -u; id -g; id -G; grep CapEff /proc/self/status; echo $HOME", |process| {
+        process["user"] = user.clone();
     })?;
-    let refused = shim.exec_process("e", &bundle::process(&["id"])).err().context("it ran, as whom?")?;
-    ensure!(format!("{refused:#}").contains("linux.namespaces: execs in a user namespace"), "{refused:#}");
-    ensure!(shim.task.pids(&shim.bundle.id)?.len() == 1, "something is left");
+    ensure!(out == "1000 1001 1001 5 CapEff: 0000000000000000 /home/app", "{out}");
+    let out = words(&shim, "home", "echo $HOME", |process| process["env"] = json!(["PATH=/bin", "HOME=/own"]))?;
+    ensure!(out == "/own", "{out}");
+
+    // The size of the map: no such user is in it.
+    let mut stranger = bundle::process(&["id"]);
+    stranger["user"] = json!({"uid": 65_536, "gid": 0});
+    let refused = shim.exec_process("stranger", &stranger).err().context("it ran, as whom?")?;
+    if Runtime::under_test() == Runtime::Husk {
+        ensure!(format!("{refused:#}").contains("process.user.uid: become user 65536"), "{refused:#}");
+    }
+    ensure!(shim.task.pids(&shim.bundle.id)?.len() == before, "something is left");
+    Ok(())
+}
+
+#[test]
+fn an_exec_in_a_user_namespace_has_the_containers_filter_and_a_terminal_of_its_own() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let shim = running(containerd, "userns-filter", |spec| {
+        in_user_namespace(spec);
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": ["SCMP_ARCH_X86_64"],
+            "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}],
+        });
+    })?;
+    for no_new_privileges in [true, false] {
+        let script = "mkdir /tmp/x; grep -E '^(CapEff|Seccomp:|NoNewPrivs)' /proc/self/status";
+        let exec = format!("filtered-{no_new_privileges}");
+        let out = words(&shim, &exec, script, |process| {
+            process["noNewPrivileges"] = json!(no_new_privileges);
+            process["capabilities"] =
+                json!({"bounding": ["CAP_KILL"], "permitted": ["CAP_KILL"], "effective": ["CAP_KILL"]});
+        })?;
+        let flag = u8::from(no_new_privileges);
+        let wanted = format!("CapEff: 0000000000000020 NoNewPrivs: {flag} Seccomp: 2 ");
+        ensure!(out.starts_with(&wanted) && out.contains("not implemented"), "{no_new_privileges}: {out}");
+    }
+
+    let mut process = bundle::process(&["sh", "-c", "stat -c 'owned by %u' $(tty); echo opened > $(tty)"]);
+    process["terminal"] = json!(true);
+    process["user"] = json!({"uid": 1000, "gid": 1000});
+    let (io, _typed, mut shown) = shim.terminal("tty")?;
+    let id = &shim.bundle.id;
+    shim.task.exec(id, "tty", &process, &io)?;
+    shim.task.start(id, "tty")?;
+    let text = String::from_utf8_lossy(&shown.read_to_end(Duration::from_secs(60))?).into_owned();
+    ensure!(text == "owned by 1000\r\nopened\r\n", "{text}");
+    ensure!(shim.task.wait(id, "tty")? == 0);
     Ok(())
 }

@@ -285,17 +285,30 @@ fn kernel_parameters_names_and_annotations_of_the_spec_are_there_before_the_proc
     let hooked = lines[4].strip_suffix('1').with_context(|| format!("the second hook has not run: {out}"))?;
     let state: Value = serde_json::from_str(hooked).with_context(|| hooked.to_owned())?;
     ensure!(state["id"] == json!(id) && state["annotations"]["org.example.colour"] == json!("green"), "{state}");
-    ensure!(state["bundle"].is_string(), "{state}");
-
-    // The process of a container whose hook fails does not run.
-    let failed = shim("bad-hook", "touch /ran", |spec| {
-        spec["hooks"] = json!({"startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "exit 3"]}]});
-    })?;
-    let (status, _, _) = failed.run()?;
-    ensure!(status != 0 && !failed.bundle.outside.join("upper/ran").exists(), "{status}");
+    // As the container sees it: the hooks run inside.
+    ensure!(state["bundle"].is_string() && state["status"] == json!("created") && state["pid"] == json!(1), "{state}");
 
     let message = refused_spec("sysctl", |spec| spec["linux"]["sysctl"] = json!({"kernel.shm_nonsense": "1"}))?;
     ensure!(message.contains("nonsense"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn a_hook_that_fails_keeps_the_process_from_running_and_is_named_by_start() -> Result<()> {
+    let failed = shim("bad-hook", "touch /ran", |spec| {
+        let hook = |script: &str| json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+        spec["hooks"] = json!({"startContainer": [hook("exit 0"), hook("exit 3")]});
+    })?;
+    let id = &failed.bundle.id;
+    failed.create(&Streams::default())?;
+    let started = failed.task.start(id, "");
+    // runc has answered the start by the time that its hooks run.
+    if failed.containerd().runtime() == Runtime::Husk {
+        let error = started.err().context("it has started")?.to_string();
+        ensure!(error.contains("hooks.startContainer[1] /bin/sh") && error.contains("exit code: 3"), "{error}");
+    }
+    ensure!(failed.task.wait(id, "")? != 0 && !failed.bundle.outside.join("upper/ran").exists());
+    failed.task.delete(id, "")?;
     Ok(())
 }
 

@@ -16,9 +16,17 @@ use super::watch::Watched;
 pub async fn freeze(group: &Path, deadline: Duration) -> io::Result<()> {
     let frozen = switch(group, true, deadline).await;
     if frozen.is_err() {
-        fs::write(group.join("cgroup.freeze"), "0")?;
+        release(group)?;
     }
     frozen
+}
+
+/// Lets a group's processes go on, and does not wait for it. A group that is gone has none.
+///
+/// # Errors
+/// What write(2) said.
+pub fn release(group: &Path) -> io::Result<()> {
+    super::missing_is_fine(fs::write(group.join("cgroup.freeze"), "0"))
 }
 
 /// Lets a group's processes go on.

@@ -4,6 +4,7 @@ pub mod freezer;
 pub mod limits;
 pub mod oom;
 pub mod stats;
+pub mod tree;
 mod watch;
 
 use std::fs;
@@ -60,22 +61,27 @@ pub fn kill(group: &Path) -> io::Result<()> {
 
 /// The processes of a group and of all below it.
 pub fn processes(group: &Path) -> io::Result<Vec<i32>> {
-    let mut pids: Vec<i32> =
-        fs::read_to_string(group.join("cgroup.procs"))?.lines().filter_map(|pid| pid.parse().ok()).collect();
-    for below in below(group)? {
-        match processes(&below) {
-            Ok(more) => pids.extend(more),
-            // The container may remove groups of its own at any time.
-            Err(error) if is_gone(&error) => {}
+    let mut pids = Vec::new();
+    tree::visit(group, |group| {
+        match group.read("cgroup.procs") {
+            Ok(text) => pids.extend(text.lines().filter_map(|pid| pid.parse::<i32>().ok())),
+            // A threaded group lists no processes: the group above it that its threads began in does (cgroup-v2.rst, "Threads").
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
             Err(error) => return Err(error),
         }
-    }
+        Ok(())
+    })?;
     Ok(pids)
 }
 
 /// Number of groups below `group`, at any depth.
 pub fn count_below(group: &Path) -> io::Result<u32> {
-    below(group)?.iter().try_fold(0, |sum, group| Ok(sum + 1 + count_below(group)?))
+    let mut count = 0;
+    tree::visit(group, |_| {
+        count += 1;
+        Ok(())
+    })?;
+    Ok(count - 1)
 }
 
 /// Kills what is in the group, waits until it is empty, and removes it with all below it. A group that is not there is removed.
@@ -84,28 +90,20 @@ pub fn count_below(group: &Path) -> io::Result<u32> {
 /// `TimedOut` when something in it survives the kill longer than `deadline`; or what the kernel said.
 pub async fn remove(group: &Path, deadline: Duration) -> io::Result<()> {
     // Nearly always it is empty by now, because its init was the last to go.
-    match remove_tree(group) {
-        Err(error) if error.kind() == ErrorKind::ResourceBusy => {}
-        done => return done,
-    }
-    kill(group)?;
-    timeout(deadline, wait_empty(group)).await.map_err(|_| {
-        io::Error::new(ErrorKind::TimedOut, format!("{} is not empty {deadline:?} after the kill", group.display()))
-    })??;
-    remove_tree(group)
-}
-
-fn remove_tree(group: &Path) -> io::Result<()> {
     match fs::remove_dir(group) {
         // EBUSY is said for members and for groups below alike.
-        Err(error) if error.kind() == ErrorKind::ResourceBusy => {
-            for below in below(group)? {
-                remove_tree(&below)?;
-            }
-            missing_is_fine(fs::remove_dir(group))
-        }
-        other => missing_is_fine(other),
+        Err(error) if error.kind() == ErrorKind::ResourceBusy => {}
+        done => return missing_is_fine(done),
     }
+    // Before the groups below: what lives in them could go on making new ones.
+    kill(group)?;
+    let removed = async {
+        wait_empty(group).await?;
+        missing_is_fine(tree::remove(group).await)
+    };
+    timeout(deadline, removed).await.map_err(|_| {
+        io::Error::new(ErrorKind::TimedOut, format!("{} is there {deadline:?} after the kill", group.display()))
+    })?
 }
 
 async fn wait_empty(group: &Path) -> io::Result<()> {
@@ -113,21 +111,6 @@ async fn wait_empty(group: &Path) -> io::Result<()> {
         Ok(events) => missing_is_fine(events.until("populated 0").await),
         Err(error) => missing_is_fine(Err(error)),
     }
-}
-
-fn below(group: &Path) -> io::Result<Vec<PathBuf>> {
-    let entries = match fs::read_dir(group) {
-        Err(error) if is_gone(&error) => return Ok(Vec::new()),
-        other => other?,
-    };
-    let mut groups = Vec::new();
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            groups.push(entry.path());
-        }
-    }
-    Ok(groups)
 }
 
 fn missing_is_fine(result: io::Result<()>) -> io::Result<()> {

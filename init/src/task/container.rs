@@ -28,7 +28,7 @@ pub struct Container {
     /// The kernel ends all of its processes with its init.
     pub own_pid_namespace: bool,
     /// Start has to go through a worker.
-    pub poststart_hooks: bool,
+    pub start_hooks: bool,
     /// Delete has to go through a worker.
     pub poststop_hooks: bool,
     /// What the kernel killed of it for want of memory.
@@ -83,7 +83,7 @@ impl Container {
             terminal: init.stdio.terminal,
             init,
             own_pid_namespace: created.own_pid_namespace,
-            poststart_hooks: created.poststart_hooks,
+            start_hooks: created.start_hooks,
             poststop_hooks: created.poststop_hooks,
             kills,
             execs: Mutex::default(),
@@ -271,7 +271,7 @@ mod tests {
         let created = crate::worker::Created {
             pid: 5,
             own_pid_namespace: true,
-            poststart_hooks: false,
+            start_hooks: false,
             poststop_hooks: false,
             ignored: vec![],
         };

@@ -81,6 +81,8 @@ impl Tasks {
     async fn remove(&self, container: &Container) -> Result<(), Error> {
         let id = container.id.as_str();
         let failed = |what: &str, e: io::Error| Error::internal(format_args!("delete {id}: remove its {what}"), &e);
+        // Before the hooks, as libcontainer would, whose walk is a recursion over paths.
+        cgroup::remove(&container.group(), KILL_WAIT).await.map_err(|e| failed("cgroup", e))?;
         if container.poststop_hooks && places::state(id).exists() {
             let creation = self.reaper.creation();
             match self.workers.run(&creation, &Request::Delete { id: id.into() }, Streams::default()).await? {
@@ -88,7 +90,6 @@ impl Tasks {
                 other => return Err(Error::new(Kind::Internal, format!("delete {id}: a worker answered {other:?}"))),
             }
         }
-        cgroup::remove(&container.group(), KILL_WAIT).await.map_err(|e| failed("cgroup", e))?;
         remove_folder(&places::state(id)).map_err(|e| failed("state", e))?;
         remove_folder(&container.bundle()).map_err(|e| failed("bundle", e))?;
         for exec in container.all_execs() {

@@ -59,6 +59,10 @@ async fn freeze(container: &Container) -> Result<(), Error> {
         std::io::ErrorKind::TimedOut => late(e.to_string()),
         _ => Error::internal(format_args!("pause {}", container.id), &e),
     })?;
-    // Its init may have ended meanwhile.
-    container.must_be_there("pause")
+    // Its init may have ended meanwhile: nobody would ever resume what it has left behind.
+    container.must_be_there("pause").inspect_err(|_| {
+        if let Err(error) = freezer::release(&container.group()) {
+            tracing::error!(container = container.id, %error, "let go on what a container has left behind");
+        }
+    })
 }

@@ -1,16 +1,13 @@
 //! Start of an init.
 
-use std::io::Write;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use super::Tasks;
 use super::container::Container;
 use super::process::Step;
 use crate::error::{Error, Kind};
-use crate::places;
 use crate::worker::client::Streams;
-use crate::worker::{Reply, Request};
+use crate::worker::{Reply, Request, start};
 
 impl Tasks {
     /// Starts a container's init, or an exec, and answers its pid.
@@ -24,11 +21,11 @@ impl Tasks {
 
     async fn start_init(&self, container: &Arc<Container>) -> Result<i32, Error> {
         let pid = container.init.step(Step::Start)?.pid();
-        let started = if container.poststart_hooks {
+        let started = if container.start_hooks {
             self.start_with_hooks(container).await
         } else {
             // No await until the start is told: the exit that may follow at once is read from the reaper only after it.
-            notify(&container.id)
+            start::notify(&container.id)
         };
         // Also after a failure: the process is there, and its exit will come.
         container.init.step(Step::Started(pid))?;
@@ -57,13 +54,4 @@ impl Tasks {
             other => Err(Error::new(Kind::Internal, format!("start {}: a worker answered {other:?}", container.id))),
         }
     }
-}
-
-/// Lets an init go on that waits on its start socket: what libcontainer's `Container::start` does, without a process for it.
-fn notify(id: &str) -> Result<(), Error> {
-    let socket = places::state(id).join(libcontainer::notify_socket::NOTIFY_FILE);
-    // Neither blocks: the listener's queue is empty, and so is the new connection.
-    UnixStream::connect(&socket)
-        .and_then(|mut stream| stream.write_all(b"start container"))
-        .map_err(|e| Error::new(Kind::FailedPrecondition, format!("start {id}: its init does not wait for it: {e}")))
 }

@@ -1,6 +1,11 @@
 //! Terminals of processes: made together with the process, and resized.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::timeout;
 
 use super::Tasks;
 use super::process::State;
@@ -37,12 +42,7 @@ impl Tasks {
         let ends = Streams { gate: Some(gate), ..Streams::default() };
         let work = self.workers.run(creation, &request, ends);
         tokio::pin!(work);
-        let received = tokio::select! {
-            // The terminal first: its process may have been made already.
-            biased;
-            received = console.receive() => received,
-            reply = &mut work => return no_terminal(reply),
-        };
+        let (received, answered) = terminal_of(console.receive(), work.as_mut()).await?;
         let opened = received.and_then(|master| {
             streams.open_terminal(master, wish, wanted)?;
             console.open_gate()
@@ -52,7 +52,10 @@ impl Tasks {
             drop(console);
         }
         // A process that has failed does not pass its gate: what is wrong with it is the better answer.
-        let reply = work.await?;
+        let reply = match answered {
+            Some(reply) => reply,
+            None => work.await?,
+        };
         opened.map_err(|e| Error::internal("open a terminal", &e)).map(|()| reply)
     }
 
@@ -70,7 +73,52 @@ impl Tasks {
     }
 }
 
-fn no_terminal(reply: Result<Reply, Error>) -> Result<Reply, Error> {
-    let reply = reply?;
-    Err(Error::new(Kind::Internal, format!("a worker answered {reply:?} without a terminal")))
+/// Time that a terminal may take to be taken in once its worker has answered: it was sent before, and lies in its socket.
+const ARRIVAL: Duration = Duration::from_secs(5);
+
+/// The terminal that the worker's process sends, and the worker's reply if that was noticed first.
+///
+/// A busy PID 1 hears of both at once, and it takes two turns to receive the one, but a single one to receive the other.
+async fn terminal_of(
+    terminal: impl Future<Output = io::Result<OwnedFd>>,
+    work: impl Future<Output = Result<Reply, Error>>,
+) -> Result<(io::Result<OwnedFd>, Option<Reply>), Error> {
+    tokio::pin!(terminal);
+    let reply = tokio::select! {
+        biased;
+        received = &mut terminal => return Ok((received, None)),
+        reply = work => reply?,
+    };
+    match timeout(ARRIVAL, terminal).await {
+        Ok(received) => Ok((received, Some(reply))),
+        Err(_) => Err(Error::new(Kind::Internal, format!("a worker answered {reply:?} without a terminal"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::future::{pending, ready};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_terminal_counts_that_comes_in_after_its_workers_reply() {
+        let late = async {
+            tokio::task::yield_now().await;
+            Ok(OwnedFd::from(File::open("/dev/null")?))
+        };
+        let (received, reply) = terminal_of(late, ready(Ok(Reply::Done))).await.unwrap();
+        assert!(received.is_ok() && matches!(reply, Some(Reply::Done)));
+        let (received, reply) = terminal_of(ready(Err(io::ErrorKind::InvalidData.into())), pending()).await.unwrap();
+        assert!(received.is_err() && reply.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_terminal_that_never_comes_is_not_waited_for() {
+        let refused = terminal_of(pending(), ready(Err(Error::new(Kind::InvalidArgument, "why")))).await.unwrap_err();
+        assert_eq!(refused.message, "why");
+        let without = terminal_of(pending(), ready(Ok(Reply::Done))).await.unwrap_err();
+        assert_eq!(without.message, "a worker answered Done without a terminal");
+    }
 }

@@ -14,7 +14,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socket
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 use tokio::net::UnixDatagram;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
 use tokio::time::timeout;
 use tracing::level_filters::LevelFilter;
 
@@ -24,6 +24,8 @@ use crate::reaper::{Creation, Exit, Reaper};
 
 /// Time that an operation may take. Under TCG a create takes a fifth of a second; hooks have deadlines of their own, which must fit.
 const DEADLINE: Duration = Duration::from_secs(30);
+/// Time that it may wait for its turn before. Both together end before the host gives the call up, by default after 60 s.
+const TURN: Duration = Duration::from_secs(25);
 
 /// The standard streams of a new process; /dev/null for those that are none.
 #[derive(Debug, Default)]
@@ -62,11 +64,10 @@ impl Workers {
     ///
     /// # Errors
     /// What the worker answered; DeadlineExceeded, or Internal when it died: what it made is then killed as far as it had not entered
-    /// the container's cgroup, which is the caller's to kill.
+    /// the container's cgroup, which is the caller's to kill. DeadlineExceeded also when others kept it from its turn: nothing was begun then.
     pub async fn run(&self, creation: &Creation, request: &Request, streams: Streams) -> Result<Reply, Error> {
         let failed = |what: &str, source: io::Error| Error::internal(format_args!("{what} a worker"), &source);
-        // Nobody closes the semaphore; without a place the worker would start all the same.
-        let _place = self.places.acquire().await;
+        let _place = turn(&self.places).await?;
         let message = serde_json::to_vec(request).map_err(|e| failed("encode a request for", e.into()))?;
         let (worker, ours) = self.spawn(streams).map_err(|e| failed("start", e))?;
         let mut worker = Worker { pid: worker, exit: creation.exit_of(worker), reaper: &self.reaper };
@@ -124,6 +125,18 @@ impl Workers {
     }
 }
 
+/// A place for one worker, until it is dropped.
+async fn turn(places: &Semaphore) -> Result<SemaphorePermit<'_>, Error> {
+    match timeout(TURN, places.acquire()).await {
+        Ok(Ok(place)) => Ok(place),
+        Ok(Err(closed)) => Err(Error::internal("wait for a worker's place", &closed)),
+        Err(_) => {
+            let what = format!("other operations have kept every worker busy for {TURN:?}");
+            Err(Error::new(Kind::DeadlineExceeded, what))
+        }
+    }
+}
+
 struct Worker<'a> {
     pid: i32,
     exit: oneshot::Receiver<Exit>,
@@ -162,4 +175,20 @@ impl Worker<'_> {
 fn died(exit: Option<Exit>) -> Error {
     let status = exit.map_or("unknown".into(), |exit| exit.status.to_string());
     Error::new(Kind::Internal, format!("a worker died without an answer, status {status}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_comes_with_the_next_free_place_or_is_given_up() {
+        let places = Semaphore::new(1);
+        let place = turn(&places).await.unwrap();
+        let late = turn(&places).await.unwrap_err();
+        assert_eq!(late.kind, Kind::DeadlineExceeded);
+        assert_eq!(late.message, "other operations have kept every worker busy for 25s");
+        let (next, ()) = tokio::join!(turn(&places), async { drop(place) });
+        assert!(next.is_ok());
+    }
 }

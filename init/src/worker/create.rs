@@ -12,6 +12,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use pathrs::Root;
 
 use super::executor::{Refusal, Workload};
+use super::hooks::StartHooks;
 use super::serve::{explain, explain_start};
 use super::{Created, devices, guard, spec};
 use crate::error::{Error, Kind};
@@ -26,7 +27,10 @@ pub fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<Created
         .map_err(|problems| Error::new(Kind::InvalidArgument, format!("spec of {id}: {}", problems.join("; "))))?;
     spec::check_terminal(spec.process().as_ref(), console.is_some())?;
     let (changed, ignored) = spec::adapt(&mut spec, id);
-    if changed {
+    let hooks = StartHooks::take(&mut spec, id, bundle)
+        .map_err(|e| Error::internal(format_args!("take the startContainer hooks of {id}"), &e))?;
+    let start_hooks = hooks.is_some();
+    if changed || start_hooks {
         spec.save(&config).map_err(|e| Error::internal(format_args!("write {}", config.display()), &e))?;
     }
 
@@ -39,18 +43,23 @@ pub fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<Created
         ErrorKind::AlreadyExists => Error::new(Kind::AlreadyExists, format!("cgroup of {id} exists")),
         _ => Error::internal(format_args!("create cgroup of {id}"), &e),
     })?;
-    devices::restrict(&group, spec::device_rules(&spec))
-        .map_err(|e| Error::internal(format_args!("apply the device rules of {id}"), &e))?;
+    cgroup::tree::limit(&group).map_err(|e| Error::internal(format_args!("limit the cgroups of {id}"), &e))?;
+    devices::restrict(&group, &spec::device_rules(&spec)).map_err(|e| match e {
+        devices::Error::TooMany(_) => {
+            Error::new(Kind::InvalidArgument, format!("spec of {id}: linux.resources.devices: {e}"))
+        }
+        devices::Error::Kernel(_) => Error::internal(format_args!("apply the device rules of {id}"), &e),
+    })?;
     guard::load_unless_wanted(&spec)?;
 
     let refusal = Refusal::new().map_err(|e| Error::internal("make a memory file", &e))?;
     let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
-        .with_executor(Workload::default().gated(console.is_some()).refusing(&refusal))
+        .with_executor(Workload::default().gated(console.is_some()).refusing(&refusal).hooked(hooks))
         .with_console_socket(console)
         .with_root_path(places::STATE)
         .and_then(|builder| builder.as_init(bundle).as_sibling(true).with_systemd(false).with_detach(true).build())
         .map_err(|e| explain_start("create", id, &refusal, &e))?;
-    answer(container, &spec, ignored)
+    answer(container, &spec, start_hooks, ignored)
 }
 
 /// Names a root that is not there, and makes the process's working folder in it, as runc does.
@@ -74,15 +83,15 @@ fn prepare_root(spec: &Spec, bundle: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn answer(mut container: Container, spec: &Spec, ignored: Vec<String>) -> Result<Created, Error> {
+fn answer(mut container: Container, spec: &Spec, start_hooks: bool, ignored: Vec<String>) -> Result<Created, Error> {
     let id = container.id().to_owned();
     let pid = container.pid().ok_or_else(|| Error::new(Kind::Internal, format!("{id} was created without a pid")))?;
     let hooks = spec.hooks().as_ref();
     let poststart_hooks = hooks.is_some_and(|hooks| hooks.poststart().as_ref().is_some_and(|list| !list.is_empty()));
     let poststop_hooks = hooks.is_some_and(|hooks| hooks.poststop().as_ref().is_some_and(|list| !list.is_empty()));
     if !poststart_hooks {
-        // PID 1 starts such a container by itself, without a worker. libcontainer's own record, which it reads again for every exec, says
-        // already now what will be true then; nobody asks it in between.
+        // libcontainer's own record, which it reads again for every exec, says already now what will be true once it is started: PID 1 starts
+        // most containers without a worker, and nobody asks in between.
         container.set_status(ContainerStatus::Running).save().map_err(|e| explain("record", &id, &e))?;
     }
     let own_pid_namespace = spec
@@ -90,5 +99,6 @@ fn answer(mut container: Container, spec: &Spec, ignored: Vec<String>) -> Result
         .as_ref()
         .and_then(|linux| linux.namespaces().as_ref())
         .is_some_and(|all| all.iter().any(|one| one.typ() == LinuxNamespaceType::Pid && one.path().is_none()));
-    Ok(Created { pid: pid.as_raw(), own_pid_namespace, poststart_hooks, poststop_hooks, ignored })
+    let start_hooks = start_hooks || poststart_hooks;
+    Ok(Created { pid: pid.as_raw(), own_pid_namespace, start_hooks, poststop_hooks, ignored })
 }

@@ -91,15 +91,38 @@ struct Instruction {
     immediate: i32,
 }
 
+/// Why the devices of a cgroup were not restricted.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A jump over what the rules have become does not fit into an instruction, which has 16 bits for it, or, long before, they are more branches
+    /// than the kernel's verifier follows.
+    #[error("{0} rules are more than one program can decide on")]
+    TooMany(usize),
+    /// The kernel refused.
+    #[error("bpf: {0}")]
+    Kernel(#[from] io::Error),
+}
+
 /// Restricts the devices of a cgroup to what `rules` allow.
 ///
 /// # Errors
-/// What bpf(2) or the open of the cgroup's folder said.
-pub fn restrict(group: &Path, rules: Vec<Rule>) -> io::Result<()> {
-    match program(&rules) {
-        Some(program) => attach(group, &load(&program)?),
-        None => Ok(()),
-    }
+/// As [`Error`] says.
+pub fn restrict(group: &Path, rules: &[Rule]) -> Result<(), Error> {
+    let Some(program) = program(rules).map_err(|TooFar| Error::TooMany(rules.len()))? else { return Ok(()) };
+    let program = load(&program).map_err(|e| match e.raw_os_error() {
+        Some(libc::E2BIG) => Error::TooMany(rules.len()),
+        _ => Error::Kernel(e),
+    })?;
+    Ok(attach(group, &program)?)
+}
+
+/// A jump is longer than an instruction can say.
+#[derive(Debug, PartialEq, Eq)]
+struct TooFar;
+
+/// A jump's distance: cut off to 16 bits it would lead somewhere else, even to where the access is allowed.
+fn distance(instructions: usize) -> Result<i16, TooFar> {
+    i16::try_from(instructions).map_err(|_| TooFar)
 }
 
 const TYPE: u8 = 3;
@@ -108,10 +131,10 @@ const MAJOR: u8 = 5;
 const MINOR: u8 = 6;
 
 /// The program, or none when the rules allow everything. A context (`struct bpf_cgroup_dev_ctx`) comes in register 1.
-fn program(rules: &[Rule]) -> Option<Vec<Instruction>> {
+fn program(rules: &[Rule]) -> Result<Option<Vec<Instruction>>, TooFar> {
     let decided: Vec<Vec<Rule>> = [MKNOD, READ, WRITE].iter().map(|&access| relevant(rules, access)).collect();
     if decided.iter().all(|rules| rules.iter().all(|rule| rule.allow) && rules.last().is_some_and(Rule::covers_all)) {
-        return None;
+        return Ok(None);
     }
     let mut code = vec![
         // access_type holds the kind in its low half and the access in its high one.
@@ -130,10 +153,10 @@ fn program(rules: &[Rule]) -> Option<Vec<Instruction>> {
             access |= if alike { *other } else { 0 };
             !alike
         });
-        code.extend(decide(access, &rules));
+        code.extend(decide(access, &rules)?);
     }
     code.extend([set_answer(1), exit()]);
-    Some(code)
+    Ok(Some(code))
 }
 
 /// The rules that cover `access`, the last one first, up to the one that covers all devices: those before it decide nothing. Nor does a
@@ -168,18 +191,19 @@ struct Block {
 
 impl Block {
     /// Appends a block that is passed over unless `register` holds `value`.
-    fn push_if(&mut self, register: u8, value: Option<u32>, block: Block) {
+    fn push_if(&mut self, register: u8, value: Option<u32>, block: Block) -> Result<(), TooFar> {
         if let Some(value) = value {
-            self.code.push(instruction(0x56, register, block.code.len() as i16, value as i32));
+            self.code.push(instruction(0x56, register, distance(block.code.len())?, value as i32));
         }
         self.allowed.extend(block.allowed.iter().map(|at| at + self.code.len()));
         self.code.extend(block.code);
+        Ok(())
     }
 }
 
 /// Goes on after itself when none of `access` was asked for, or it is allowed; else ends the program with 0. Neighbours that share a
 /// condition are tested for it once: the verifier's work, a good part of a create, is counted in branches.
-fn decide(access: u32, rules: &[Rule]) -> Vec<Instruction> {
+fn decide(access: u32, rules: &[Rule]) -> Result<Vec<Instruction>, TooFar> {
     let mut all = Block::default();
     for same_kind in rules.chunk_by(|a, b| a.kind == b.kind) {
         let mut of_kind = Block::default();
@@ -191,11 +215,11 @@ fn decide(access: u32, rules: &[Rule]) -> Vec<Instruction> {
                 } else {
                     Block { code: vec![set_answer(0), exit()], allowed: vec![] }
                 };
-                of_major.push_if(MINOR, rule.minor, action);
+                of_major.push_if(MINOR, rule.minor, action)?;
             }
-            of_kind.push_if(MAJOR, same_major[0].major, of_major);
+            of_kind.push_if(MAJOR, same_major[0].major, of_major)?;
         }
-        all.push_if(TYPE, same_kind[0].kind.map(|kind| kind as u32), of_kind);
+        all.push_if(TYPE, same_kind[0].kind.map(|kind| kind as u32), of_kind)?;
     }
     if !rules.last().is_some_and(Rule::covers_all) {
         // The verifier refuses instructions that nothing reaches, so this stands only where rules may all have missed.
@@ -203,12 +227,12 @@ fn decide(access: u32, rules: &[Rule]) -> Vec<Instruction> {
     }
     let end = all.code.len();
     for at in all.allowed {
-        all.code[at].offset = (end - at - 1) as i16;
+        all.code[at].offset = distance(end - at - 1)?;
     }
     // JSET: into the rules if one of the bits is set, over them if not.
-    let mut whole = vec![instruction(0x46, ACCESS, 1, access as i32), jump(end as i16)];
+    let mut whole = vec![instruction(0x46, ACCESS, 1, access as i32), jump(distance(end)?)];
     whole.extend(all.code);
-    whole
+    Ok(whole)
 }
 
 fn instruction(code: u8, registers: u8, offset: i16, immediate: i32) -> Instruction {
@@ -408,7 +432,7 @@ mod tests {
             vec![NOTHING, Rule { major: Some(u32::MAX), ..EVERYTHING }],
         ];
         for rules in sets {
-            let program = program(&rules).unwrap();
+            let program = program(&rules).unwrap().unwrap();
             assert!(unreachable(&program).is_empty(), "{:?} of {rules:?}", unreachable(&program));
             for kind in [Kind::Block, Kind::Char] {
                 for access in 1..=ALL {
@@ -429,7 +453,7 @@ mod tests {
     #[test]
     fn a_container_has_its_default_devices_and_no_others() {
         let rules = [&[NOTHING][..], &DEFAULT].concat();
-        let program = program(&rules).unwrap();
+        let program = program(&rules).unwrap().unwrap();
         assert!(run(&program, Kind::Char, READ | WRITE, 1, 3), "null");
         assert!(run(&program, Kind::Char, READ | WRITE, 136, 7), "a pty");
         assert!(run(&program, Kind::Block, MKNOD, 8, 0), "make a node");
@@ -439,7 +463,7 @@ mod tests {
 
     #[test]
     fn a_containers_program_has_few_branches() {
-        let program = program(&[&[NOTHING][..], &DEFAULT].concat()).unwrap();
+        let program = program(&[&[NOTHING][..], &DEFAULT].concat()).unwrap().unwrap();
         let branches = program.iter().filter(|one| matches!(one.code, 0x46 | 0x56)).count();
         // Two accesses, two kinds for mknod, and for reading and writing one kind, three majors and eight minors.
         assert_eq!(branches, 2 + 2 + 1 + 3 + 8);
@@ -447,8 +471,17 @@ mod tests {
 
     #[test]
     fn a_container_that_may_do_everything_needs_no_program() {
-        assert_eq!(program(&[EVERYTHING]), None);
-        assert_eq!(program(&[&[NOTHING, EVERYTHING][..], &DEFAULT].concat()), None);
-        assert!(program(&[EVERYTHING, NOTHING]).is_some());
+        assert_eq!(program(&[EVERYTHING]), Ok(None));
+        assert_eq!(program(&[&[NOTHING, EVERYTHING][..], &DEFAULT].concat()), Ok(None));
+        assert!(program(&[EVERYTHING, NOTHING]).unwrap().is_some());
+    }
+
+    #[test]
+    fn rules_whose_jumps_would_be_too_long_are_refused() {
+        // Three instructions each, two conditions and a jump to the end, and three for all.
+        let rules = |count| (0..count).map(|major| char(major, Some(1))).collect::<Vec<_>>();
+        let most = decide(ALL, &rules(10_921)).unwrap();
+        assert!(most.iter().all(|one| one.offset >= 0), "all jumps lead forward");
+        assert_eq!(decide(ALL, &rules(10_922)), Err(TooFar));
     }
 }

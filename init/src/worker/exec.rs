@@ -13,6 +13,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 use pathrs::Root;
 
 use super::executor::Refusal;
+use super::identity::Identity;
 use super::serve::{decode, explain_start, load};
 use super::{Executed, guard, spec};
 use crate::error::{Error, Kind, chain};
@@ -24,12 +25,6 @@ pub fn exec(id: &str, process: &Path, console: Option<&Path>) -> Result<Executed
     let config = container.bundle().join("config.json");
     let spec = Spec::load(&config).map_err(|e| Error::internal(format_args!("read {}", config.display()), &e))?;
 
-    if has_user_namespace(&spec) {
-        // libcontainer does not join it: the process would be the guest's root.
-        let what = format!("exec in {id}: linux.namespaces: execs in a user namespace are not supported");
-        return Err(Error::new(Kind::Unimplemented, what));
-    }
-
     let mut wanted = read(process)?;
     check_cwd(&container, wanted.cwd())?;
     let mut ignored = Vec::new();
@@ -40,6 +35,14 @@ pub fn exec(id: &str, process: &Path, console: Option<&Path>) -> Result<Executed
         wanted.set_terminal(Some(console.is_some()));
         changed = true;
     }
+    let identity = if has_user_namespace(&spec) {
+        let init = container.pid().map_or(0, |pid| pid.as_raw());
+        changed = true;
+        let taken = Identity::take(&mut wanted, init);
+        Some(taken.map_err(|e| Error::internal(format_args!("find the user namespace of {id}"), &e))?)
+    } else {
+        None
+    };
     if changed {
         write(process, &wanted).map_err(|e| Error::internal(format_args!("write {}", process.display()), &e))?;
     }
@@ -47,7 +50,7 @@ pub fn exec(id: &str, process: &Path, console: Option<&Path>) -> Result<Executed
     guard::load_unless_wanted(&spec)?;
     let refusal = Refusal::new().map_err(|e| Error::internal("make a memory file", &e))?;
     let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
-        .with_executor(workload.gated(console.is_some()).refusing(&refusal))
+        .with_executor(workload.gated(console.is_some()).refusing(&refusal).becoming(identity))
         .with_console_socket(console)
         .with_root_path(places::STATE)
         .and_then(|builder| {

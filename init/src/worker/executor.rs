@@ -21,6 +21,8 @@ use nix::unistd::{AccessFlags, execve, faccessat};
 use oci_spec::runtime::{LinuxSeccomp, Spec};
 
 use super::console;
+use super::hooks::StartHooks;
+use super::identity::Identity;
 
 /// A process of a container, about to be run.
 #[derive(Debug, Default, Clone)]
@@ -33,6 +35,10 @@ pub struct Workload {
     refusal: Refusal,
     /// Its streams are a terminal, which PID 1 gets ready first; see [`super::console`].
     gated: bool,
+    /// Whom it becomes before anything else, if libcontainer could not make it so.
+    identity: Option<Identity>,
+    /// What it runs when it is started, before anything of itself.
+    hooks: Option<StartHooks>,
     /// Environment as libcontainer completed it, from [`Executor::setup_envs`] to [`Executor::exec`].
     environment: RefCell<Vec<CString>>,
 }
@@ -46,6 +52,16 @@ impl Workload {
     /// The same process, which says on `refusal` why it cannot be run.
     pub fn refusing(self, refusal: &Refusal) -> Self {
         Self { refusal: refusal.clone(), ..self }
+    }
+
+    /// The same, which becomes `identity` first, if there is one.
+    pub fn becoming(self, identity: Option<Identity>) -> Self {
+        Self { identity, ..self }
+    }
+
+    /// The same, which runs `hooks` first, if there are any.
+    pub fn hooked(self, hooks: Option<StartHooks>) -> Self {
+        Self { hooks, ..self }
     }
 
     fn find(&self, spec: &Spec) -> Result<PathBuf, String> {
@@ -92,10 +108,18 @@ const REFUSAL_MAX: usize = 8192;
 
 impl Executor for Workload {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        self.find(spec).map(drop).map_err(ExecutorValidationError::ArgValidationError)
+        let ready = match &self.identity {
+            Some(identity) => identity.assume().inspect_err(|why| self.refusal.say(why)),
+            None => Ok(()),
+        };
+        // The user's permissions decide on the program.
+        ready.and_then(|()| self.find(spec)).map(drop).map_err(ExecutorValidationError::ArgValidationError)
     }
 
-    fn setup_envs(&self, environment: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+    fn setup_envs(&self, mut environment: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        if let Some(identity) = &self.identity {
+            identity.correct_home(&mut environment);
+        }
         // Kept aside instead of made this process's own: set_var panics on names that execve(2) takes.
         *self.environment.borrow_mut() = environment
             .into_iter()
@@ -106,6 +130,9 @@ impl Executor for Workload {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        if let Some(hooks) = &self.hooks {
+            hooks.run(&self.environment.borrow()).map_err(ExecutorError::Other)?;
+        }
         let program = self.find(spec).map_err(ExecutorError::Other)?;
         let path =
             CString::new(program.into_os_string().into_encoded_bytes()).map_err(|_| ExecutorError::InvalidArg)?;

@@ -13,8 +13,11 @@ mod devices;
 mod exec;
 mod executor;
 mod guard;
+mod hooks;
+mod identity;
 pub mod serve;
 mod spec;
+pub mod start;
 mod update;
 
 use std::path::PathBuf;
@@ -47,7 +50,7 @@ pub enum Request {
         /// Socket that takes its terminal, if it is to have one.
         console: Option<PathBuf>,
     },
-    /// Start the init, and run the spec's poststart hooks.
+    /// Start the init, and run the spec's startContainer and poststart hooks.
     Start {
         /// Container.
         id: String,
@@ -94,7 +97,7 @@ pub struct Created {
     /// The kernel ends all of its processes with its init.
     pub own_pid_namespace: bool,
     /// Start has to go through a worker.
-    pub poststart_hooks: bool,
+    pub start_hooks: bool,
     /// Delete has to go through a worker.
     pub poststop_hooks: bool,
     /// What of the spec has no meaning in this guest and was left out: to be logged.

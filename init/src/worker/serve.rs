@@ -16,7 +16,7 @@ use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::{self, time};
 
 use super::executor::Refusal;
-use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, console, create, exec, update};
+use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, console, create, exec, start, update};
 use crate::error::{Error, Kind, chain};
 use crate::{boot, places};
 
@@ -57,7 +57,7 @@ fn serve(request: &Request) -> Result<Reply, Error> {
         Request::Create { id, bundle, console } => create::create(id, bundle, console.as_deref()).map(Reply::Created),
         Request::Exec { id, process, console } => exec::exec(id, process, console.as_deref()).map(Reply::Executed),
         Request::Update { id } => update::update(id).map(|()| Reply::Done),
-        Request::Start { id } => load(id)?.start().map(|()| Reply::Done).map_err(|e| explain("start", id, &e)),
+        Request::Start { id } => start::start(id).map(|()| Reply::Done),
         Request::Delete { id } => load(id)?.delete(false).map(|()| Reply::Done).map_err(|e| explain("delete", id, &e)),
     }
 }
