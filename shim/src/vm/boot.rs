@@ -381,3 +381,76 @@ impl<F: FnOnce()> Drop for Otherwise<F> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::launch::Launch;
+
+    /// A process in the place of QEMU or virtiofsd.
+    struct Sleeper(Child);
+
+    impl Sleeper {
+        fn start() -> Self {
+            let launch = Launch {
+                program: "/bin/sleep".into(),
+                args: vec!["60".into()],
+                env: Vec::new(),
+                fds: Vec::new(),
+                user: None,
+                output: tempfile::tempfile().unwrap(),
+                cgroups: Vec::new(),
+                leads: true,
+            };
+            Self(launch.spawn().unwrap())
+        }
+    }
+
+    #[async_trait::async_trait]
+    impl Machine for Sleeper {
+        fn process(&self) -> ProcessId {
+            self.0.process()
+        }
+
+        async fn exited(&self) -> String {
+            format!("the machine {}", self.0.exited().await)
+        }
+
+        fn kill(&self) {
+            self.0.kill();
+        }
+    }
+
+    #[tokio::test]
+    async fn the_whole_dies_with_each_part_and_of_what_it_was_condemned_for() {
+        let cases = ["machine", "share", "connection", "condemned"];
+        for case in cases {
+            let (machine, share) = (Arc::new(Sleeper::start()), Arc::new(Sleeper::start().0));
+            let (theirs, hello) = UnixStream::pair().unwrap();
+            let ((condemned, sentence), (death, dead)) = (watch::channel(None), watch::channel(None));
+            let watching = tokio::spawn(watch_death(machine.clone(), share.clone(), hello, sentence, death));
+            let wanted = match case {
+                "machine" => {
+                    machine.kill();
+                    "the machine was killed by signal 9"
+                }
+                "share" => {
+                    share.kill();
+                    "virtiofsd was killed by signal 9"
+                }
+                "connection" => {
+                    drop(theirs);
+                    "the guest's connection was lost"
+                }
+                _ => {
+                    condemned.send_replace(Some("its events are lost".to_owned()));
+                    "its events are lost"
+                }
+            };
+            watching.await.unwrap();
+            assert_eq!(dead.borrow().as_deref(), Some(wanted), "{case}");
+            assert_eq!(machine.exited().await, "the machine was killed by signal 9");
+            share.kill();
+        }
+    }
+}
