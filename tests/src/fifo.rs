@@ -1,7 +1,7 @@
 //! The client's ends of the fifos that carry a process's standard streams, as containerd's clients hold them.
 
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -96,6 +96,22 @@ impl Reader {
             all.extend_from_slice(&bytes);
         }
     }
+}
+
+/// Fills a fifo that somebody holds open: whoever writes to it then waits for the reader.
+pub fn fill(path: &Path) -> Result<()> {
+    let mut fifo = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    // Byte by byte at the end: a fifo takes a small write whole or not at all, pipe(7).
+    for size in [4096, 1] {
+        loop {
+            match fifo.write(&vec![b'-'; size]) {
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(e) => return Err(e).with_context(|| format!("fill {}", path.display())),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Makes a fifo and opens its writing end before there is a reader.

@@ -10,6 +10,7 @@ use husk_tests::bundle;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Published;
+use husk_tests::fifo;
 use husk_tests::process::Process;
 use husk_tests::shim::{Api, Shim, Streams, code};
 use serde_json::json;
@@ -177,11 +178,11 @@ fn when_the_vm_dies_readers_who_do_not_read_are_waited_for_together() -> Result<
     let execs: Vec<String> = (0..4).map(|number| format!("e{number}")).collect();
     let mut readers = Vec::new();
     for exec in &execs {
-        let (io, mut stdout, stderr) = shim.streams(exec)?;
-        shim.task.exec(&id, exec, &bundle::process(&["yes"]), &io)?;
+        let (io, stdout, mut stderr) = shim.streams(exec)?;
+        fifo::fill(&shim.bundle.outside.join(format!("{exec}.out")))?;
+        shim.task.exec(&id, exec, &bundle::process(&["sh", "-c", "echo there >&2; exec yes"]), &io)?;
         shim.task.start(&id, exec)?;
-        // Far more than all buffers hold is on its way from here on.
-        stdout.read(1, DEADLINE)?;
+        stderr.read_until("there\n", DEADLINE)?;
         readers.push((stdout, stderr));
     }
     let asked = Instant::now();
@@ -208,19 +209,19 @@ fn a_reader_who_does_not_read_holds_up_no_other_exit() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "holds-up")?;
     let id = shim.bundle.id.clone();
-    let (io, mut stdout, _stderr) = shim.streams("unread")?;
-    shim.task.exec(&id, "unread", &bundle::process(&["yes"]), &io)?;
+    let (io, _stdout, _stderr) = shim.streams("unread")?;
+    fifo::fill(&shim.bundle.outside.join("unread.out"))?;
+    shim.task.exec(&id, "unread", &bundle::process(&["sh", "-c", "echo; exit 4"]), &io)?;
     shim.task.start(&id, "unread")?;
-    stdout.read(1, DEADLINE)?;
-    shim.task.kill(&id, "unread", 9)?;
-    let killed = Instant::now();
+    let ended = || shim.task.state(&id, "unread").ok().filter(|state| state.exit_status == 4);
+    wait_for(DEADLINE, "it has ended in the guest", ended)?;
     for number in 0..3 {
         ensure!(shim.exec(&format!("e{number}"), &["true"])?.0 == 0);
     }
-    // Each of them would have waited for the exit before it, and that for its reader.
-    let before: Vec<_> = ends(&shim.events.until("/tasks/exit", DEADLINE)?)?;
-    ensure!(before == ["e0"], "{before:?} after {:?}", killed.elapsed());
-    ensure!(shim.task.wait(&id, "unread")? == 137);
+    // Otherwise they waited for the exit before them, and that for its reader.
+    let first = ends(&shim.events.until("/tasks/exit", DEADLINE)?)?;
+    ensure!(first == ["e0"], "{first:?}");
+    ensure!(shim.task.wait(&id, "unread")? == 4);
     Ok(())
 }
 

@@ -363,7 +363,8 @@ fn what_a_logging_program_has_started_is_killed_with_it() -> Result<()> {
         let started = shim.task.start(&id, &exec);
         ensure!(started.is_ok() == gets_ready, "{started:?}");
         if gets_ready {
-            ensure!(logger.processes(containerd.pid()) == 2);
+            // And what they have forked and not yet called by another name.
+            ensure!(logger.processes(containerd.pid()) >= 2);
             ensure!(shim.task.wait(&id, &exec)? == 0);
         }
         logger.wrote("there")?;
