@@ -4,10 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use crate::hooks;
 use crate::state::{Owner, State, StateError, Step};
 
 /// How long undoing may take: most of it is waiting for killed processes to be gone.
 const UNDO: Duration = Duration::from_secs(4);
+/// How long the hooks at a container's end may take: all of them, while containerd waits for the answer to its Delete.
+const HOOKS: Duration = Duration::from_secs(60);
 
 /// A handle on the state of one sandbox. Clones share it.
 #[derive(Debug, Clone)]
@@ -52,6 +55,25 @@ impl Journal {
             None => Ok(()),
         })
         .await
+    }
+
+    /// Runs a container's `poststop` hooks, if it has any that have not been run. Not as undoing does it, which keeps others from the state.
+    ///
+    /// # Errors
+    ///
+    /// When the state cannot be written.
+    pub async fn run_poststop_hooks(&self, id: &str) -> Result<(), StateError> {
+        let Some((container, hooks)) = self.lock().as_ref().and_then(|state| state.poststop_hooks(id)) else {
+            return Ok(());
+        };
+        let ran = tokio::task::spawn_blocking(move || hooks::run_to_the_end(&hooks, &container, HOOKS)).await;
+        if let Err(error) = ran {
+            tracing::error!(container = id, %error, "the thread of the poststop hooks ended");
+        }
+        match self.lock().as_mut() {
+            Some(state) => state.poststop_hooks_ran(id),
+            None => Ok(()),
+        }
     }
 
     /// Undoes everything, and removes the sandbox's folder. Without effect the second time.

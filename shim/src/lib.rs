@@ -8,6 +8,7 @@ pub mod console;
 pub mod container;
 pub mod events;
 pub mod guest;
+pub mod hooks;
 pub mod io;
 pub mod journal;
 pub mod logging;

@@ -72,7 +72,7 @@ fn reply(error: Error) -> ttrpc::Error {
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Boot(_) | Error::Guest(_) | Error::Dead { .. } => Code::UNAVAILABLE,
-        Error::State(_) | Error::Share(_) | Error::Task(_) => Code::INTERNAL,
+        Error::State(_) | Error::Share(_) | Error::Hook(_) | Error::Task(_) => Code::INTERNAL,
     };
     status(code, error.to_string())
 }

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::hooks::{Hook, Subject};
 use crate::process::ProcessId;
 pub use undo::{Failure, Step};
 
@@ -314,6 +315,24 @@ impl State {
         }
         self.save()?;
         if failures.is_empty() { Ok(()) } else { Err(StateError::Undo(failures)) }
+    }
+
+    /// The `poststop` hooks of a container that have not been run, and what they are told.
+    pub fn poststop_hooks(&self, id: &str) -> Option<(Subject, Vec<Hook>)> {
+        self.steps(&Owner::Container(id.to_owned())).find_map(|step| match step {
+            Step::Hooks { container, poststop } => Some((container.clone(), poststop.clone())),
+            _ => None,
+        })
+    }
+
+    /// Notes that they have been run.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn poststop_hooks_ran(&mut self, id: &str) -> Result<(), StateError> {
+        let of_it = |entry: &Entry| matches!(&entry.owner, Owner::Container(owner) if owner == id);
+        self.contents.journal.retain(|entry| !(of_it(entry) && matches!(entry.step, Step::Hooks { .. })));
+        self.save()
     }
 
     /// Undoes everything, the last first, and removes the sandbox's folder, and the namespace's when it is empty then.

@@ -344,6 +344,17 @@ impl<'a> Shim<'a> {
         Ok(answer.pid)
     }
 
+    /// How Create is refused, without streams.
+    pub fn refused(&self) -> Result<String> {
+        let created: ttrpc::Result<api::CreateTaskResponse> =
+            self.task.call("Create", &self.create_request(&Streams::default()));
+        match created {
+            Ok(_) => bail!("the container was created all the same"),
+            Err(ttrpc::Error::RpcStatus(status)) => Ok(status.message),
+            Err(other) => Err(other.into()),
+        }
+    }
+
     /// What [`Self::create`] sends.
     pub fn create_request(&self, io: &Streams) -> api::CreateTaskRequest {
         api::CreateTaskRequest {

@@ -65,6 +65,32 @@ fn an_empty_stdin_ends_when_it_is_closed() -> Result<()> {
 }
 
 #[test]
+fn a_client_that_writes_and_closes_at_once_finds_the_task() -> Result<()> {
+    // As nerdctl does it: once its input has gone through, it asks for the end, and does not ask again if there is no such task yet.
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("at-once");
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["cat"]))?;
+    let (mut io, mut stdout, _stderr) = shim.streams("init")?;
+    let stdin = shim.bundle.outside.join("init.in");
+    fifo::make(&stdin)?;
+    io.stdin = shim.bundle.path.join("init.in").display().to_string();
+    std::thread::scope(|scope| -> Result<()> {
+        let client = scope.spawn(|| -> Result<()> {
+            // Opening for writing waits for the reader: fifo(7).
+            fs::OpenOptions::new().write(true).open(&stdin)?.write_all(b"through")?;
+            Ok(shim.task.state(&id, "").map(drop)?)
+        });
+        shim.create(&io)?;
+        client.join().map_err(|_| anyhow::anyhow!("the client panicked"))?.context("asked as soon as it could write")
+    })?;
+    shim.task.close_stdin(&id, "")?;
+    shim.task.start(&id, "")?;
+    ensure!(stdout.read_to_end(DEADLINE)? == b"through");
+    ensure!(shim.task.wait(&id, "")? == 0);
+    Ok(())
+}
+
+#[test]
 fn the_stdin_of_an_exec_passes_through_and_ends() -> Result<()> {
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "exec-cat", &["sleep", "1000"])?;

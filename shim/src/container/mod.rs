@@ -5,7 +5,6 @@
 //! and the init's, and nothing else; what waits is bounded by the number of processes.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -23,6 +22,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::events::Publisher;
+use crate::hooks::{Hook, Subject};
 use crate::io::Stdio;
 
 pub mod process;
@@ -43,8 +43,10 @@ const KILLED: u32 = 137;
 pub struct Container {
     /// containerd's id of it.
     pub id: String,
-    /// The bundle on the host.
-    pub bundle: PathBuf,
+    /// What its hooks of the host are told of it, the bundle among it.
+    pub subject: Subject,
+    /// Those that come after its start.
+    pub poststart: Vec<Hook>,
     /// As containerd asked for it.
     request: CreateTaskRequest,
     publisher: Publisher,
@@ -58,11 +60,12 @@ pub struct Container {
 
 impl Container {
     /// A container with its init process; events go to `publisher`.
-    pub fn new(request: CreateTaskRequest, publisher: Publisher) -> Arc<Self> {
+    pub fn new(request: CreateTaskRequest, subject: Subject, poststart: Vec<Hook>, publisher: Publisher) -> Arc<Self> {
         let init = Arc::new(Process::new("", Stdio::from(&request)));
         Arc::new(Self {
             id: request.id.clone(),
-            bundle: PathBuf::from(&request.bundle),
+            subject,
+            poststart,
             request,
             publisher,
             processes: Mutex::new(HashMap::from([(String::new(), init)])),

@@ -139,23 +139,34 @@ impl Process {
         self.finish(End::Forgotten);
     }
 
-    /// Opens its streams and begins to copy. On an error none is left open.
-    pub async fn attach(&self, guest: &Arc<Guest>, container: &str, namespace: &str) -> Result<(), io::Error> {
+    /// Opens its outputs and begins to copy. On an error none is left open.
+    pub async fn attach_outputs(&self, guest: &Arc<Guest>, container: &str, namespace: &str) -> Result<(), io::Error> {
         let (stdout, stderr, loggers) = Outputs::open(&self.stdio, container, namespace).await?.into_parts();
         let mut streams = Streams { loggers, ..Streams::default() };
-        if !self.stdio.stdin.is_empty() {
-            streams.input = Some(Input::start(guest, container, &self.exec_id, &self.stdio.stdin)?);
-        }
         for (sink, kind) in [(stdout, StreamKind::STREAM_KIND_STDOUT), (stderr, StreamKind::STREAM_KIND_STDERR)] {
             let output = sink.map(|sink| Output::start(guest, container, &self.exec_id, kind, sink));
             streams.outputs.extend(output.map(Arc::new));
         }
         let mut place = self.streams();
         streams.input_closed = place.input_closed;
-        if let Some(input) = streams.input.as_ref().filter(|_| streams.input_closed) {
+        std::mem::replace(&mut *place, streams).abort();
+        Ok(())
+    }
+
+    /// Opens its input, if it is to have any, and begins to copy.
+    ///
+    /// For a container's init only when the guest has it: a client's write goes through from here on, and one whose own input ends with it asks
+    /// containerd at once to close this one, which must know of the task by then. nerdctl does not ask twice.
+    pub fn attach_input(&self, guest: &Arc<Guest>, container: &str) -> Result<(), io::Error> {
+        if self.stdio.stdin.is_empty() {
+            return Ok(());
+        }
+        let input = Input::start(guest, container, &self.exec_id, &self.stdio.stdin)?;
+        let mut streams = self.streams();
+        if streams.input_closed {
             input.close();
         }
-        std::mem::replace(&mut *place, streams).abort();
+        streams.input = Some(input);
         Ok(())
     }
 

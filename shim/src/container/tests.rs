@@ -12,7 +12,9 @@ use crate::io::Output;
 
 fn container() -> (Arc<Container>, Kept) {
     let (publisher, kept) = Publisher::kept();
-    let container = Container::new(CreateTaskRequest { id: "c".into(), ..Default::default() }, publisher);
+    let subject = Subject { id: "c".into(), bundle: "/bundle".into(), annotations: Default::default() };
+    let request = CreateTaskRequest { id: "c".into(), ..Default::default() };
+    let container = Container::new(request, subject, Vec::new(), publisher);
     container.process("").unwrap().set_pid(1);
     (container, kept)
 }

@@ -4,6 +4,7 @@
 //! What cannot be meant in a guest is refused by name, all of it at once; what only makes sense on the host and loses
 //! nothing by going is removed with a note.
 
+mod host_hooks;
 mod namespaces;
 pub mod parse;
 
@@ -11,6 +12,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::hooks::Hooks;
 use husk_protos::SHARE_PATH;
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 
@@ -135,6 +137,8 @@ pub struct Rewritten {
     pub cgroups_path: Option<String>,
     /// What the spec allows.
     pub limits: Limits,
+    /// The hooks that the host runs.
+    pub hooks: Hooks,
     /// What was changed or left out, for the log.
     pub notes: Vec<String>,
 }
@@ -215,7 +219,7 @@ impl Work<'_> {
         if spec.vm().is_some() {
             self.refuse("vm", None, "the VM is configured by husk's own file and annotations, not by the spec");
         }
-        self.hooks(&spec);
+        let hooks = self.host_hooks(&mut spec);
         self.process(&mut spec);
         let mut mounts = spec.mounts_mut().take().unwrap_or_default();
         for (index, mount) in mounts.iter_mut().enumerate() {
@@ -243,26 +247,7 @@ impl Work<'_> {
         let cgroups_path = linux.cgroups_path().as_ref().map(|path| path.to_string_lossy().into_owned());
         self.linux(linux, has_cgroup_mount);
         let rootfs = rootfs?;
-        Some(Rewritten { spec, rootfs, cgroups_path, limits, binds: Vec::new(), notes: Vec::new() })
-    }
-
-    // `prestart` is deprecated in favour of createRuntime, and still what some clients send.
-    #[allow(deprecated)]
-    fn hooks(&mut self, spec: &Spec) {
-        let Some(hooks) = spec.hooks() else { return };
-        // startContainer hooks are looked up in the container's own root, so they run in the guest as they are.
-        for (name, hooks) in [
-            ("prestart", hooks.prestart()),
-            ("createRuntime", hooks.create_runtime()),
-            ("createContainer", hooks.create_container()),
-            ("poststart", hooks.poststart()),
-            ("poststop", hooks.poststop()),
-        ] {
-            for (index, hook) in hooks.iter().flatten().enumerate() {
-                let why = "a program of the host cannot act on a container in a VM";
-                self.refuse_path(format!("hooks.{name}[{index}].path"), hook.path(), why);
-            }
-        }
+        Some(Rewritten { spec, rootfs, cgroups_path, limits, hooks, binds: Vec::new(), notes: Vec::new() })
     }
 
     fn process(&mut self, spec: &mut Spec) {

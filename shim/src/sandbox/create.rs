@@ -7,7 +7,7 @@ use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use tokio::sync::watch;
 
-use super::{Error, Machine, STREAM, Sandbox, Slot, alive};
+use super::{Error, Machine, STREAM, Sandbox, Slot, alive, hooks};
 use crate::container::Container;
 use crate::io::Stdio;
 use crate::prepare::{self, Prepared};
@@ -33,6 +33,7 @@ impl Sandbox {
         let created = self.create_in_slot(request).await;
         if let Err(error) = &created {
             tracing::warn!(container = id, %error, "create failed");
+            self.run_poststop_hooks(&id).await;
             self.forget(&id).await;
         }
         created
@@ -60,9 +61,14 @@ impl Sandbox {
         self.journal.with(|state| state.set_container(&id, note))?;
         let share = self.share()?;
         // The root filesystem is mounted while the VM boots: mounts made later propagate into the share.
-        let (vm, mounted) = tokio::join!(self.vm(&prepared, &share), self.mount(&share, &request, &prepared));
+        let (vm, mounted, hooked) = tokio::join!(
+            self.vm(&prepared, &share),
+            self.mount(&share, &request, &prepared),
+            self.run_create_hooks(&request, &prepared)
+        );
         let vm = vm?;
         mounted?;
+        hooked?;
 
         let spec = serde_json::to_vec(&prepared.rewritten.spec)
             .map_err(|error| Error::Task(format!("encode the guest's spec: {error}")))?;
@@ -78,13 +84,17 @@ impl Sandbox {
             stderr,
             ..Default::default()
         };
-        let container = Container::new(request, self.publisher.clone());
+        let subject = hooks::subject(&request, &prepared);
+        let poststart = prepared.rewritten.hooks.poststart.clone();
+        let container = Container::new(request, subject, poststart, self.publisher.clone());
         // In its place before the guest knows of it: its first events may be faster than the answer.
         self.lock().containers.insert(id.clone(), Slot::Ready(container.clone()));
         let init = self.process(&id, "")?.1;
         let created = async {
-            init.attach(&vm.guest, &id, &self.namespace).await?;
-            Ok::<_, Error>(vm.guest.task.create(vm.guest.context(), &guest_request).await?)
+            init.attach_outputs(&vm.guest, &id, &self.namespace).await?;
+            let response = vm.guest.task.create(vm.guest.context(), &guest_request).await?;
+            init.attach_input(&vm.guest, &id)?;
+            Ok::<_, Error>(response)
         };
         match created.await {
             Ok(response) => {

@@ -39,6 +39,7 @@ impl Sandbox {
         if tokio::time::timeout(EVENT_BEHIND, container.delete_published()).await.is_err() {
             tracing::warn!(container = id, "the guest did not report the deletion");
         }
+        self.run_poststop_hooks(id).await;
         self.forget(id).await;
         tracing::info!(container = id, status = response.exit_status, "container deleted");
         Ok(response)

@@ -71,6 +71,9 @@ pub enum Error {
     /// The root filesystem or a bind mount.
     #[error("{0}")]
     Share(#[from] ShareError),
+    /// A hook of the host.
+    #[error("{0}")]
+    Hook(crate::hooks::Error),
     /// Something inside the shim ended unexpectedly.
     #[error("{0}")]
     Task(String),

@@ -6,6 +6,7 @@ mod create;
 mod end;
 mod error;
 mod events;
+mod hooks;
 mod without_guest;
 
 use std::collections::HashMap;
@@ -111,12 +112,19 @@ impl Sandbox {
         // Not by a second start, which the guest will refuse: the streams are the first one's.
         let attaches = !exec_id.is_empty() && process.take_start();
         if attaches {
-            process.attach(&vm.guest, id, &self.namespace).await.inspect_err(|_| process.give_start_back())?;
+            let attached = async {
+                process.attach_outputs(&vm.guest, id, &self.namespace).await?;
+                process.attach_input(&vm.guest, id).inspect_err(|_| process.detach())
+            };
+            attached.await.inspect_err(|_| process.give_start_back())?;
         }
         let request = StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
         match vm.guest.task.start(vm.guest.context(), &request).await {
             Ok(response) => {
                 process.set_pid(response.pid);
+                if exec_id.is_empty() {
+                    self.run_poststart_hooks(&vm, &container).await?;
+                }
                 Ok(response.pid)
             }
             Err(error) => {
@@ -184,7 +192,7 @@ impl Sandbox {
         // As runc's shim has it: an exec's id stands in the place of the container's, and nowhere else.
         state.id = if exec_id.is_empty() { id.to_owned() } else { exec_id.to_owned() };
         state.exec_id.clear();
-        state.bundle = container.bundle.display().to_string();
+        state.bundle = container.subject.bundle.display().to_string();
         state.stdin = process.stdio.stdin.clone();
         state.stdout = process.stdio.stdout.clone();
         state.stderr = process.stdio.stderr.clone();

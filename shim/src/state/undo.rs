@@ -11,6 +11,7 @@ use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
 use super::tree;
+use crate::hooks::{self, Hook, Subject};
 use crate::process::ProcessId;
 
 /// However late it is, each wait gets this much: a process that was sent SIGKILL is normally dead within it.
@@ -61,6 +62,14 @@ pub enum Step {
         /// Its folder below the hierarchy's mount point.
         path: PathBuf,
     },
+    /// Hooks of the host may have run for a container: its `poststop` hooks are run. They alone are run again when the shim is killed right
+    /// after them. One that fails is logged and not an error (runtime.md, "Lifecycle").
+    Hooks {
+        /// What they are told of.
+        container: Subject,
+        /// The hooks.
+        poststop: Vec<Hook>,
+    },
 }
 
 /// A step that could not be undone.
@@ -80,6 +89,7 @@ impl fmt::Display for Step {
             Step::Mount { path } => write!(f, "unmount {}", path.display()),
             Step::Dir { path } | Step::Tree { path } | Step::File { path } => write!(f, "remove {}", path.display()),
             Step::Cgroup { path } | Step::CgroupParent { path } => write!(f, "remove cgroup {}", path.display()),
+            Step::Hooks { container, .. } => write!(f, "run the poststop hooks of {}", container.id),
         }
     }
 }
@@ -105,6 +115,10 @@ impl Step {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty || is_busy(&e) => Ok(()),
                 other => gone_is_fine(other),
             },
+            Step::Hooks { container, poststop } => {
+                hooks::run_to_the_end(poststop, container, left());
+                Ok(())
+            }
         }
     }
 }

@@ -175,6 +175,12 @@ fn limits() {
 #[test]
 fn what_cannot_be_is_refused_by_name() {
     let hook = json!([{"path": "/usr/bin/hook"}]);
+    let inward = |arg: &str| json!([{"path": "/usr/bin/containerd", "args": ["containerd", "oci-hook", arg]}]);
+    let nerdctl = |networks: &str| {
+        let mut spec = with("/hooks", json!({"poststop": hook}));
+        spec["annotations"] = json!({"nerdctl/networks": networks});
+        spec
+    };
     let bind = |source: &str| json!({"destination": "/in", "type": "bind", "source": source});
     for (spec, want) in [
         (with("/mounts/-", bind("/nonexistent")), r#"mounts[7].source "/nonexistent": on the host: No such file"#),
@@ -200,9 +206,24 @@ fn what_cannot_be_is_refused_by_name() {
             with("/linux/devices", json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}])),
             r#"linux.devices[0].path "/dev/sda": device b 8:0 of the host"#,
         ),
-        (with("/hooks", json!({"createRuntime": hook})), r#"hooks.createRuntime[0].path "/usr/bin/hook": a program"#),
-        (with("/hooks", json!({"prestart": hook})), "hooks.prestart[0].path"),
-        (with("/hooks", json!({"poststop": hook})), "hooks.poststop[0].path"),
+        (
+            with("/hooks", json!({"createContainer": hook})),
+            r#"hooks.createContainer[0].path "/usr/bin/hook": a program of the host cannot run in the namespaces"#,
+        ),
+        (
+            with("/hooks", json!({"createRuntime": inward("--pid={{pid}}")})),
+            r#"hooks.createRuntime[0].path "/usr/bin/containerd": a program of the host cannot act on a container"#,
+        ),
+        (with("/hooks", json!({"prestart": inward("{{rootfs}}")})), "hooks.prestart[0].path"),
+        (
+            with("/hooks", json!({"poststop": [{"path": "bin/hook"}]})),
+            r#"hooks.poststop[0].path "bin/hook": must be an absolute path"#,
+        ),
+        (
+            with("/hooks", json!({"poststart": [{"path": "/hook", "timeout": 0}]})),
+            r#"hooks.poststart[0].timeout "0": must be a number of seconds"#,
+        ),
+        (nerdctl(r#"["bridge"]"#), r#"annotations nerdctl/networks "[\"bridge\"]": networks of the host (CNI)"#),
         (with("/linux/intelRdt", json!({"closID": "a"})), "linux.intelRdt: "),
         (with("/linux/netDevices", json!({"eth1": {"name": "x"}})), r#"linux.netDevices "eth1": "#),
         (with("/root", Value::Null), "root: is missing"),
@@ -214,8 +235,32 @@ fn what_cannot_be_is_refused_by_name() {
         let text = problems.iter().map(ToString::to_string).collect::<Vec<_>>();
         assert!(text.len() == 1 && text[0].starts_with(want), "{want}\n{text:?}");
     }
+    run(&nerdctl(r#"["none"]"#), true).unwrap();
+}
+
+#[test]
+fn hooks_are_the_hosts_or_the_guests() {
+    let hook = |path: &str| json!([{"path": path, "args": ["a", "b"], "env": ["A=1"], "timeout": 5}]);
+    let hooks = json!({
+        "prestart": hook("/1"), "createRuntime": hook("/2"), "startContainer": hook("/3"),
+        "poststart": hook("/4"), "poststop": hook("/5"),
+    });
+    let rewritten = run(&with("/hooks", hooks), true).unwrap();
+    let paths = |hooks: &[crate::hooks::Hook]| {
+        hooks.iter().map(|hook| format!("{} {}", hook.field, hook.path.display())).collect::<Vec<_>>()
+    };
+    assert_eq!(paths(&rewritten.hooks.create), ["hooks.prestart[0] /1", "hooks.createRuntime[0] /2"]);
+    assert_eq!(paths(&rewritten.hooks.poststart), ["hooks.poststart[0] /4"]);
+    assert_eq!(paths(&rewritten.hooks.poststop), ["hooks.poststop[0] /5"]);
+    let first = &rewritten.hooks.create[0];
+    assert_eq!(
+        (&first.args[..], &first.env[..], first.timeout),
+        (&["a".into(), "b".into()][..], &["A=1".into()][..], Some(5))
+    );
     // In the container's own root, so in the guest.
-    run(&with("/hooks", json!({"startContainer": hook})), true).unwrap();
+    let left = serde_json::to_value(rewritten.spec.hooks()).unwrap();
+    assert_eq!(left, json!({"startContainer": hook("/3")}));
+    assert!(run(&plain(), true).unwrap().hooks.is_empty());
 }
 
 #[test]
