@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures::stream;
 use husk_protos::metered::Metered;
 use husk_protos::{HOST_CID, PORT_EVENTS, PORT_STDIO, PORT_TASK, RECEIVE_WINDOW};
+use nix::sys::socket::{Backlog, listen};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
@@ -55,9 +56,7 @@ impl Ports {
     /// # Errors
     /// The first that cannot be bound.
     pub fn bind() -> Result<Self, Error> {
-        let bind = |port| {
-            VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)).map_err(|source| Error::Listen { port, source })
-        };
+        let bind = |port| bind(port).map_err(|source| Error::Listen { port, source });
         Ok(Self { task: bind(PORT_TASK)?, stdio: bind(PORT_STDIO)?, events: bind(PORT_EVENTS)? })
     }
 
@@ -93,6 +92,14 @@ impl Ports {
         });
         Ok(server)
     }
+}
+
+/// With room for as many connections that wait to be accepted as the kernel allows (net.core.somaxconn, 4096), where the library asks for 128:
+/// a hundred processes that are started at once have more streams than that, and what finds no room is refused.
+fn bind(port: u32) -> io::Result<VsockListener> {
+    let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))?;
+    listen(&listener, Backlog::MAXALLOWABLE)?;
+    Ok(listener)
 }
 
 /// The next connection of the host's. A container that was given vsock may reach these ports over the loopback: it is hung up on.

@@ -103,6 +103,16 @@ async fn two_hundred_containers_that_exit_at_once_are_all_accounted_for() -> Res
 }
 
 #[tokio::test]
+async fn a_thousand_streams_that_are_asked_for_at_once_all_find_room() -> Result<()> {
+    let guest = Guest::boot().await?;
+    // As by hundreds of processes that are started together: none can be accepted before all have asked, as the guest has one processor.
+    let asked = (0..1000).map(|_| guest.device.connect(PORT_STDIO, Duration::from_secs(30)));
+    let refused = futures::future::join_all(asked).await.into_iter().filter_map(Result::err).collect::<Vec<_>>();
+    ensure!(refused.is_empty(), "{} of them: {}", refused.len(), refused[0]);
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_goes_in_comes_out_and_the_exit_is_marked_behind_it() -> Result<()> {
     let guest = Guest::boot().await?;
     let input: Vec<u8> = (0..1_000_000u32).flat_map(u32::to_le_bytes).collect();
