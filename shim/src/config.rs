@@ -1,5 +1,8 @@
 //! `/etc/husk/config.toml` (or the file that `HUSK_CONFIG` names): what a host's operator decides for all sandboxes. Reading and checking;
-//! every error is told at once.
+//! every error is told at once. Which keys there are is in `keys`; what the host has of what they name, in [`crate::host`].
+
+mod artifacts;
+mod keys;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,12 +10,12 @@ use std::time::Duration;
 
 use toml::{Table, Value};
 
+pub use artifacts::Artifacts;
+pub(crate) use keys::{memory_mib, vcpus};
+
 /// Where the configuration is, unless `HUSK_CONFIG` names another file.
 pub const PATH: &str = "/etc/husk/config.toml";
 const PATH_ENV: &str = "HUSK_CONFIG";
-/// Where an installation keeps kernel and initrd.
-const SHARED: &str = "/usr/share/husk";
-
 /// MiB of a guest whose size nothing else decides.
 const DEFAULT_MEMORY_MIB: u64 = 512;
 /// MiB that a guest needs beside what its containers may use: kernel, init, page tables.
@@ -151,11 +154,24 @@ pub fn join(problems: &[Problem]) -> String {
 ///
 /// When it cannot be read, or is wrong.
 pub fn load() -> Result<Config, Error> {
-    let named = std::env::var_os(PATH_ENV).filter(|path| !path.is_empty()).map(PathBuf::from);
+    match read(None)? {
+        (path, Some(text)) => parse(&text, &path),
+        (_, None) => Ok(Config::default()),
+    }
+}
+
+/// The configuration's file and its text: `named`, else what `HUSK_CONFIG` names, else the usual one, which alone need not be there.
+///
+/// # Errors
+///
+/// When it cannot be read.
+pub(crate) fn read(named: Option<&Path>) -> Result<(PathBuf, Option<String>), Error> {
+    let from_env = || std::env::var_os(PATH_ENV).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let named = named.map(Path::to_owned).or_else(from_env);
     let path = named.clone().unwrap_or_else(|| PATH.into());
     match std::fs::read_to_string(&path) {
-        Ok(text) => parse(&text, &path),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => Ok(Config::default()),
+        Ok(text) => Ok((path, Some(text))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => Ok((path, None)),
         Err(source) => Err(Error::Read { path, source }),
     }
 }
@@ -166,11 +182,21 @@ pub fn load() -> Result<Config, Error> {
 ///
 /// All that is wrong at once.
 pub fn parse(text: &str, path: &Path) -> Result<Config, Error> {
+    let (config, problems) = understand(text, path)?;
+    if problems.is_empty() { Ok(config) } else { Err(Error::Invalid { path: path.to_owned(), problems }) }
+}
+
+/// What is understood of a configuration's text, and what is wrong with the rest of it.
+///
+/// # Errors
+///
+/// When it is no TOML, so that nothing is understood.
+pub(crate) fn understand(text: &str, path: &Path) -> Result<(Config, Vec<Problem>), Error> {
     let table: Table = text.parse().map_err(|source| Error::Syntax { path: path.to_owned(), source })?;
     let mut config = Config::default();
     let mut problems = Vec::new();
     for (key, value) in &table {
-        if let Err(why) = set(&mut config, key, value) {
+        if let Err(why) = keys::set(&mut config, key, value) {
             problems.push(Problem { key: key.clone(), value: Some(value.to_string()), why });
         }
     }
@@ -178,156 +204,10 @@ pub fn parse(text: &str, path: &Path) -> Result<Config, Error> {
         let why = "image_dir stands for both kernel and initrd: give either it or them".to_owned();
         problems.push(Problem { key: "image_dir".into(), value: table.get("image_dir").map(Value::to_string), why });
     }
-    if problems.is_empty() { Ok(config) } else { Err(Error::Invalid { path: path.to_owned(), problems }) }
-}
-
-/// The one list of all keys: each is read, checked and put to use here.
-fn set(config: &mut Config, key: &str, value: &Value) -> Result<(), String> {
-    match key {
-        "vcpus" => config.vcpus = Some(vcpus(integer(value)?)?),
-        "memory_mib" => config.memory_mib = Some(memory_mib(integer(value)?)?),
-        "kernel" => config.kernel = Some(absolute(value)?),
-        "initrd" => config.initrd = Some(absolute(value)?),
-        "image_dir" => config.image_dir = Some(absolute(value)?),
-        "accel" => config.accel = choice(value, &[("auto", Accel::Auto), ("kvm", Accel::Kvm), ("tcg", Accel::Tcg)])?,
-        "machine" => {
-            use crate::vm::Board;
-            config.board = choice(value, &[("microvm", Board::Microvm), ("q35", Board::Q35)])?;
-        }
-        "qemu" => config.qemu = text(value)?.into(),
-        "qemu_user" => config.qemu_user = user(value)?,
-        "virtiofsd" => config.virtiofsd = Some(absolute(value)?),
-        "kernel_params" => config.kernel_params = words(value)?,
-        "log_level" => {
-            let levels = ["error", "warn", "info", "debug", "trace"].map(|level| (level, level));
-            config.log_level = choice(value, &levels)?.to_owned();
-        }
-        "boot_timeout_ms" => config.boot_timeout = milliseconds(value)?,
-        "call_timeout_ms" => config.call_timeout = milliseconds(value)?,
-        "allowed_annotations" => config.allowed_annotations = annotations(value)?,
-        _ => return Err("unknown key".to_owned()),
-    }
-    Ok(())
-}
-
-/// Checks a count of virtual CPUs.
-pub(crate) fn vcpus(count: i64) -> Result<u32, String> {
-    match u32::try_from(count) {
-        Ok(0) | Err(_) if count <= 0 => Err("vCPU count must be greater than zero".to_owned()),
-        Ok(count) if count <= MOST_VCPUS => Ok(count),
-        _ => Err(format!("at most {MOST_VCPUS} vCPUs are possible")),
-    }
-}
-
-/// Checks a size of memory.
-pub(crate) fn memory_mib(size: i64) -> Result<u64, String> {
-    match u64::try_from(size) {
-        Ok(0) | Err(_) => Err("memory must be greater than zero".to_owned()),
-        Ok(size) if size >= LEAST_MEMORY_MIB => Ok(size),
-        Ok(_) => Err(format!("a guest needs at least {LEAST_MEMORY_MIB} MiB")),
-    }
-}
-
-fn integer(value: &Value) -> Result<i64, String> {
-    value.as_integer().ok_or_else(|| "must be a whole number".to_owned())
-}
-
-fn text(value: &Value) -> Result<&str, String> {
-    value.as_str().filter(|text| !text.is_empty()).ok_or_else(|| "must be a string, and not an empty one".to_owned())
-}
-
-fn absolute(value: &Value) -> Result<PathBuf, String> {
-    let path = PathBuf::from(text(value)?);
-    if path.is_absolute() { Ok(path) } else { Err("must be an absolute path".to_owned()) }
-}
-
-fn choice<T: Copy>(value: &Value, choices: &[(&str, T)]) -> Result<T, String> {
-    let found = value.as_str().and_then(|text| choices.iter().find(|(name, _)| *name == text));
-    found.map(|(_, chosen)| *chosen).ok_or_else(|| {
-        let names: Vec<String> = choices.iter().map(|(name, _)| format!("{name:?}")).collect();
-        format!("must be one of {}", names.join(", "))
-    })
-}
-
-fn milliseconds(value: &Value) -> Result<Duration, String> {
-    match integer(value).map(u64::try_from)? {
-        Ok(ms @ 1..) => Ok(Duration::from_millis(ms)),
-        _ => Err("must be a number of milliseconds greater than zero".to_owned()),
-    }
-}
-
-fn list(value: &Value) -> Result<Vec<&str>, String> {
-    let items = value.as_array().and_then(|items| items.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
-    items.ok_or_else(|| "must be a list of strings".to_owned())
-}
-
-fn words(value: &Value) -> Result<Vec<String>, String> {
-    let words = list(value)?;
-    match words.iter().find(|word| word.is_empty() || word.contains(char::is_whitespace)) {
-        Some(word) => Err(format!("{word:?} is not one kernel parameter")),
-        None => Ok(words.into_iter().map(str::to_owned).collect()),
-    }
-}
-
-fn annotations(value: &Value) -> Result<Vec<String>, String> {
-    let names = list(value)?;
-    match names.iter().find(|name| !crate::annotations::NAMES.contains(name)) {
-        Some(name) => Err(format!("{name:?} is none of {}", crate::annotations::NAMES.join(", "))),
-        None => Ok(names.into_iter().map(str::to_owned).collect()),
-    }
-}
-
-fn user(value: &Value) -> Result<(u32, u32), String> {
-    let ids = text(value)?.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
-    ids.ok_or_else(|| "must be a string UID:GID, both numbers".to_owned())
-}
-
-/// Where kernel and initrd are.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Artifacts {
-    /// An ELF kernel with a PVH entry.
-    pub kernel: PathBuf,
-    /// The initramfs with the init.
-    pub initrd: PathBuf,
-}
-
-/// One of the guest's files is nowhere.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "no {what} found; looked for {}: build it (./task build), or set `{key}` or `image_dir` in {PATH}",
-    looked.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
-)]
-pub struct NotFound {
-    what: &'static str,
-    key: &'static str,
-    looked: Vec<PathBuf>,
+    Ok((config, problems))
 }
 
 impl Config {
-    /// Finds the guest's kernel and initrd: where the configuration says, else in `beside` (the folder of the shim's own binary), else where
-    /// an installation keeps them.
-    ///
-    /// # Errors
-    ///
-    /// What was not found, with all the places.
-    pub fn artifacts(&self, beside: Option<&Path>) -> Result<Artifacts, Vec<NotFound>> {
-        let find = |what, key, configured: &Option<PathBuf>, name: &str| {
-            let looked: Vec<PathBuf> = match (configured, &self.image_dir) {
-                (Some(path), _) => vec![path.clone()],
-                (None, Some(folder)) => vec![folder.join(name)],
-                (None, None) => beside.into_iter().chain([Path::new(SHARED)]).map(|folder| folder.join(name)).collect(),
-            };
-            let found = looked.iter().find(|path| path.is_file()).cloned();
-            found.ok_or(NotFound { what, key, looked })
-        };
-        let kernel = find("guest kernel", "kernel", &self.kernel, "vmlinux");
-        let initrd = find("initrd", "initrd", &self.initrd, "initrd.img");
-        match (kernel, initrd) {
-            (Ok(kernel), Ok(initrd)) => Ok(Artifacts { kernel, initrd }),
-            (kernel, initrd) => Err([kernel.err(), initrd.err()].into_iter().flatten().collect()),
-        }
-    }
-
     /// Virtual CPUs and MiB of a guest: what an annotation says, else the configuration, else what the spec's limits need, else the default.
     pub fn size(&self, wanted: &crate::annotations::Annotations, limits: crate::rootfs::spec::Limits) -> (u32, u64) {
         let vcpus = wanted.vcpus.or(self.vcpus).or(limits.cpus).unwrap_or(1).clamp(1, MOST_VCPUS);
@@ -386,7 +266,7 @@ mod tests {
             [
                 "accel = \"xen\": must be one of \"auto\", \"kvm\", \"tcg\"",
                 "memory_mib = 0: memory must be greater than zero",
-                "memroy = 1: unknown key",
+                &format!("memroy = 1: unknown key; there are {}", keys::names()),
                 "vcpus = -2: vCPU count must be greater than zero",
                 "image_dir = \"/d\": image_dir stands for both kernel and initrd: give either it or them",
             ]
@@ -410,21 +290,6 @@ mod tests {
             let errors = errors(text);
             assert!(errors.len() == 1 && errors[0].contains(expected), "{text}: {errors:?}");
         }
-    }
-
-    #[test]
-    fn the_guests_files_are_found_beside_the_shim_or_all_places_are_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let config = Config::default();
-        let missing = config.artifacts(Some(dir.path())).unwrap_err();
-        let text = missing[0].to_string();
-        let place = dir.path().join("vmlinux");
-        assert_eq!(missing.len(), 2);
-        assert!(text.contains(place.to_str().unwrap()) && text.contains("/usr/share/husk/vmlinux"), "{text}");
-        for name in ["vmlinux", "initrd.img"] {
-            std::fs::write(dir.path().join(name), "").unwrap();
-        }
-        assert_eq!(config.artifacts(Some(dir.path())).unwrap().kernel, place);
     }
 
     #[test]
