@@ -11,7 +11,7 @@ use std::time::Duration;
 use toml::{Table, Value};
 
 pub use artifacts::Artifacts;
-pub(crate) use keys::{memory_mib, vcpus};
+pub(crate) use keys::{memory_mib, one_of, vcpus};
 
 /// Where the configuration is, unless `HUSK_CONFIG` names another file.
 pub const PATH: &str = "/etc/husk/config.toml";
@@ -36,11 +36,35 @@ pub enum Accel {
     Tcg,
 }
 
+/// What a guest is to be good at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// Up soon: one virtual CPU, so that the guest's kernel has no others to start and nothing to keep in step.
+    Latency,
+    /// Much at a time: four virtual CPUs.
+    Throughput,
+}
+
+impl Profile {
+    /// All, as they are written.
+    pub(crate) const NAMES: [(&str, Self); 3] =
+        [("latency", Self::Latency), ("low-latency", Self::Latency), ("throughput", Self::Throughput)];
+
+    fn vcpus(self) -> u32 {
+        match self {
+            Self::Latency => 1,
+            Self::Throughput => 4,
+        }
+    }
+}
+
 /// The configuration, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Virtual CPUs of a guest; follows the spec's limits if none.
+    /// Virtual CPUs of a guest; follows the profile, else the spec's limits, if none.
     pub vcpus: Option<u32>,
+    /// What guests are to be good at.
+    pub profile: Option<Profile>,
     /// Memory of a guest, MiB; follows the spec's limits if none.
     pub memory_mib: Option<u64>,
     /// The guest's kernel, if not one of the usual places.
@@ -75,6 +99,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             vcpus: None,
+            profile: None,
             memory_mib: None,
             kernel: None,
             initrd: None,
@@ -208,9 +233,11 @@ pub(crate) fn understand(text: &str, path: &Path) -> Result<(Config, Vec<Problem
 }
 
 impl Config {
-    /// Virtual CPUs and MiB of a guest: what an annotation says, else the configuration, else what the spec's limits need, else the default.
+    /// Virtual CPUs and MiB of a guest. A number that an annotation says, else one of the configuration; else, for the CPUs, those of the profile, the
+    /// annotation's again before the configuration's; else what the spec's limits need; else the default.
     pub fn size(&self, wanted: &crate::annotations::Annotations, limits: crate::rootfs::spec::Limits) -> (u32, u64) {
-        let vcpus = wanted.vcpus.or(self.vcpus).or(limits.cpus).unwrap_or(1).clamp(1, MOST_VCPUS);
+        let profile = wanted.profile.or(self.profile).map(Profile::vcpus);
+        let vcpus = wanted.vcpus.or(self.vcpus).or(profile).or(limits.cpus).unwrap_or(1).clamp(1, MOST_VCPUS);
         let for_limit = |bytes: u64| bytes.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB).max(DEFAULT_MEMORY_MIB);
         let memory = wanted.memory_mib.or(self.memory_mib).or(limits.memory.map(for_limit));
         (vcpus, memory.unwrap_or(DEFAULT_MEMORY_MIB))
@@ -235,6 +262,7 @@ mod tests {
         type Check = fn(&Config) -> bool;
         let table: &[(&str, Check)] = &[
             ("vcpus = 3", |c| c.vcpus == Some(3)),
+            ("profile = \"low-latency\"", |c| c.profile == Some(Profile::Latency)),
             ("memory_mib = 256", |c| c.memory_mib == Some(256)),
             ("kernel = \"/k\"", |c| c.kernel == Some("/k".into())),
             ("initrd = \"/i\"", |c| c.initrd == Some("/i".into())),
@@ -277,6 +305,7 @@ mod tests {
     fn values_of_the_wrong_kind_or_size_are_refused() {
         let table = [
             ("vcpus = \"two\"", "must be a whole number"),
+            ("profile = \"fast\"", "must be one of \"latency\", \"low-latency\", \"throughput\""),
             ("vcpus = 1000", "at most 288 vCPUs are possible"),
             ("memory_mib = 1", "a guest needs at least 64 MiB"),
             ("kernel = \"vmlinux\"", "must be an absolute path"),
@@ -293,20 +322,43 @@ mod tests {
     }
 
     #[test]
-    fn sizes_follow_annotation_configuration_limits_and_default_in_that_order() {
-        let limits = Limits { memory: Some(1 << 30), cpus: Some(2) };
-        let config = |vcpus, memory_mib| Config { vcpus, memory_mib, ..Config::default() };
-        let wanted = Annotations { vcpus: Some(5), memory_mib: Some(100), ..Default::default() };
-        let nothing = Annotations::default();
+    fn memory_follows_annotation_configuration_limits_and_default_in_that_order() {
+        let limit = |bytes| Limits { memory: bytes, cpus: None };
         let table = [
-            (config(None, None), &nothing, Limits::default(), (1, 512)),
-            (config(None, None), &nothing, limits, (2, 1024 + 128)),
-            (config(Some(3), Some(200)), &nothing, limits, (3, 200)),
-            (config(Some(3), Some(200)), &wanted, limits, (5, 100)),
-            (config(None, None), &nothing, Limits { memory: Some(1 << 20), cpus: None }, (1, 512)),
+            (Some(100), Some(200), Some(1 << 30), 100),
+            (None, Some(200), Some(1 << 30), 200),
+            (None, None, Some(1 << 30), 1024 + 128),
+            (None, None, Some(1 << 20), 512),
+            (None, None, None, 512),
         ];
-        for (config, wanted, limits, expected) in table {
-            assert_eq!(config.size(wanted, limits), expected, "{config:?}");
+        for (annotation, memory_mib, bytes, expected) in table {
+            let config = Config { memory_mib, ..Config::default() };
+            let wanted = Annotations { memory_mib: annotation, ..Default::default() };
+            assert_eq!(config.size(&wanted, limit(bytes)).1, expected, "{annotation:?} {memory_mib:?} {bytes:?}");
+        }
+    }
+
+    #[test]
+    fn cpus_follow_a_count_then_a_profile_then_limits_and_the_sandbox_comes_before_the_host() {
+        use Profile::{Latency, Throughput};
+        // (annotation, configuration) of the count and of the profile, the spec's limit, and what comes of it.
+        type Row = ((Option<u32>, Option<u32>), (Option<Profile>, Option<Profile>), Option<u32>, u32);
+        let table: &[Row] = &[
+            ((Some(5), Some(3)), (Some(Latency), Some(Throughput)), Some(2), 5),
+            ((None, Some(3)), (Some(Latency), Some(Throughput)), Some(2), 3),
+            ((None, None), (Some(Latency), Some(Throughput)), Some(2), 1),
+            ((None, None), (Some(Throughput), Some(Latency)), Some(2), 4),
+            ((None, None), (None, Some(Throughput)), Some(2), 4),
+            ((None, None), (None, Some(Latency)), Some(2), 1),
+            ((None, None), (None, None), Some(2), 2),
+            ((None, None), (None, None), Some(1000), MOST_VCPUS),
+            ((None, None), (None, None), None, 1),
+        ];
+        for row in table {
+            let ((annotation, vcpus), (profile_annotation, profile), cpus, expected) = *row;
+            let config = Config { vcpus, profile, ..Config::default() };
+            let wanted = Annotations { vcpus: annotation, profile: profile_annotation, ..Default::default() };
+            assert_eq!(config.size(&wanted, Limits { memory: None, cpus }).0, expected, "{row:?}");
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use toml::Value;
 
-use super::{Accel, Config, LEAST_MEMORY_MIB, MOST_VCPUS};
+use super::{Accel, Config, LEAST_MEMORY_MIB, MOST_VCPUS, Profile};
 use crate::vm::Board;
 
 type Set = fn(&mut Config, &Value) -> Result<(), String>;
@@ -23,8 +23,9 @@ const fn key(name: &'static str, set: Set) -> Key {
 }
 
 /// All that there are. The configuration is read by this list, and a test proves an effect for each of its entries.
-pub(crate) const KEYS: [Key; 15] = [
+pub(crate) const KEYS: [Key; 16] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
+    key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
     key("kernel", |config, value| put(&mut config.kernel, absolute(value).map(Some))),
     key("initrd", |config, value| put(&mut config.initrd, absolute(value).map(Some))),
@@ -103,7 +104,12 @@ fn absolute(value: &Value) -> Result<PathBuf, String> {
 }
 
 fn choice<T: Copy>(value: &Value, choices: &[(&str, T)]) -> Result<T, String> {
-    let found = value.as_str().and_then(|text| choices.iter().find(|(name, _)| *name == text));
+    one_of(value.as_str(), choices)
+}
+
+/// Checks a word of which there are few.
+pub(crate) fn one_of<T: Copy>(text: Option<&str>, choices: &[(&str, T)]) -> Result<T, String> {
+    let found = text.and_then(|text| choices.iter().find(|(name, _)| *name == text));
     found.map(|(_, chosen)| *chosen).ok_or_else(|| {
         let names: Vec<String> = choices.iter().map(|(name, _)| format!("{name:?}")).collect();
         format!("must be one of {}", names.join(", "))
