@@ -2,6 +2,7 @@
 //! every error is told at once. Which keys there are is in `keys`; what the host has of what they name, in [`crate::host`].
 
 mod artifacts;
+mod kernel_params;
 mod keys;
 
 use std::fmt;
@@ -83,7 +84,7 @@ pub struct Config {
     pub qemu_user: (u32, u32),
     /// virtiofsd's program, if not one of the usual places.
     pub virtiofsd: Option<PathBuf>,
-    /// Kernel parameters beside husk's own.
+    /// Parameters of the guest's kernel beside husk's own, of those that may be given.
     pub kernel_params: Vec<String>,
     /// Level of the guest's log on its console: error, warn, info, debug or trace.
     pub log_level: String,
@@ -272,7 +273,7 @@ mod tests {
             ("qemu = \"/q\"", |c| c.qemu == Path::new("/q")),
             ("qemu_user = \"7:8\"", |c| c.qemu_user == (7, 8)),
             ("virtiofsd = \"/v\"", |c| c.virtiofsd == Some("/v".into())),
-            ("kernel_params = [\"a=b\"]", |c| c.kernel_params == ["a=b"]),
+            ("kernel_params = [\"nosmt\"]", |c| c.kernel_params == ["nosmt"]),
             ("log_level = \"debug\"", |c| c.log_level == "debug"),
             ("boot_timeout_ms = 5", |c| c.boot_timeout == Duration::from_millis(5)),
             ("call_timeout_ms = 6", |c| c.call_timeout == Duration::from_millis(6)),
@@ -311,6 +312,7 @@ mod tests {
             ("kernel = \"vmlinux\"", "must be an absolute path"),
             ("qemu = \"\"", "must be a string, and not an empty one"),
             ("qemu_user = \"nobody\"", "must be a string UID:GID, both numbers"),
+            ("kernel_params = [\"init=/bin/sh\"]", "\"init=/bin/sh\" would start something else than husk's init"),
             ("kernel_params = [\"a b\"]", "\"a b\" is not one kernel parameter"),
             ("boot_timeout_ms = 0", "must be a number of milliseconds greater than zero"),
             ("allowed_annotations = [\"io.husk.x\"]", "\"io.husk.x\" is none of"),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use toml::Value;
 
-use super::{Accel, Config, LEAST_MEMORY_MIB, MOST_VCPUS, Profile};
+use super::{Accel, Config, LEAST_MEMORY_MIB, MOST_VCPUS, Profile, kernel_params};
 use crate::vm::Board;
 
 type Set = fn(&mut Config, &Value) -> Result<(), String>;
@@ -40,7 +40,9 @@ pub(crate) const KEYS: [Key; 16] = [
     key("qemu", |config, value| put(&mut config.qemu, text(value).map(PathBuf::from))),
     key("qemu_user", |config, value| put(&mut config.qemu_user, user(value))),
     key("virtiofsd", |config, value| put(&mut config.virtiofsd, absolute(value).map(Some))),
-    key("kernel_params", |config, value| put(&mut config.kernel_params, words(value))),
+    key("kernel_params", |config, value| {
+        put(&mut config.kernel_params, list(value).and_then(|words| kernel_params::check(&words)))
+    }),
     key("log_level", |config, value| {
         let levels = ["error", "warn", "info", "debug", "trace"].map(|level| (level, level));
         put(&mut config.log_level, choice(value, &levels).map(str::to_owned))
@@ -126,14 +128,6 @@ fn milliseconds(value: &Value) -> Result<Duration, String> {
 fn list(value: &Value) -> Result<Vec<&str>, String> {
     let items = value.as_array().and_then(|items| items.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
     items.ok_or_else(|| "must be a list of strings".to_owned())
-}
-
-fn words(value: &Value) -> Result<Vec<String>, String> {
-    let words = list(value)?;
-    match words.iter().find(|word| word.is_empty() || word.contains(char::is_whitespace)) {
-        Some(word) => Err(format!("{word:?} is not one kernel parameter")),
-        None => Ok(words.into_iter().map(str::to_owned).collect()),
-    }
 }
 
 fn annotations(value: &Value) -> Result<Vec<String>, String> {
