@@ -68,6 +68,8 @@ pub struct Config {
     pub profile: Option<Profile>,
     /// Memory of a guest, MiB; follows the spec's limits if none.
     pub memory_mib: Option<u64>,
+    /// Guests' memory comes out of the host's huge pages.
+    pub hugepages: bool,
     /// The guest's kernel, if not one of the usual places.
     pub kernel: Option<PathBuf>,
     /// The guest's initramfs, if not one of the usual places.
@@ -102,6 +104,7 @@ impl Default for Config {
             vcpus: None,
             profile: None,
             memory_mib: None,
+            hugepages: false,
             kernel: None,
             initrd: None,
             image_dir: None,
@@ -265,6 +268,7 @@ mod tests {
             ("vcpus = 3", |c| c.vcpus == Some(3)),
             ("profile = \"low-latency\"", |c| c.profile == Some(Profile::Latency)),
             ("memory_mib = 256", |c| c.memory_mib == Some(256)),
+            ("hugepages = true", |c| c.hugepages),
             ("kernel = \"/k\"", |c| c.kernel == Some("/k".into())),
             ("initrd = \"/i\"", |c| c.initrd == Some("/i".into())),
             ("image_dir = \"/d\"", |c| c.image_dir == Some("/d".into())),
@@ -309,6 +313,7 @@ mod tests {
             ("profile = \"fast\"", "must be one of \"latency\", \"low-latency\", \"throughput\""),
             ("vcpus = 1000", "at most 288 vCPUs are possible"),
             ("memory_mib = 1", "a guest needs at least 64 MiB"),
+            ("hugepages = 1", "must be true or false"),
             ("kernel = \"vmlinux\"", "must be an absolute path"),
             ("qemu = \"\"", "must be a string, and not an empty one"),
             ("qemu_user = \"nobody\"", "must be a string UID:GID, both numbers"),

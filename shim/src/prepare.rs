@@ -101,6 +101,7 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str, is_init: &dyn Fn(u32)
         vcpus,
         tsc_khz: None,
         memory_mib,
+        hugepages: config.hugepages,
         kernel: host.artifacts.kernel.clone(),
         initrd: host.artifacts.initrd.clone(),
         kernel_params,

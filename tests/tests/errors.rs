@@ -100,6 +100,14 @@ fn a_guest_too_small_to_boot_says_so() -> Result<()> {
 }
 
 #[test]
+fn without_enough_huge_pages_it_says_how_many_there_are() -> Result<()> {
+    // 100 TiB.
+    let config = "hugepages = true\nmemory_mib = 104857600";
+    let wanted = ["hugepages = true", "huge pages of", "and the host has"];
+    husk_refuses("without_enough_huge_pages_it_says_how_many_there_are", config, &[], &wanted)
+}
+
+#[test]
 fn a_bad_annotation_is_named_with_its_value_and_so_is_every_other() -> Result<()> {
     let flags = ["--annotation", "io.husk.vcpus=many", "--annotation", "io.husk.colour=green"];
     let wanted = ["io.husk.vcpus", "many", "io.husk.colour", "green"];

@@ -23,10 +23,11 @@ const fn key(name: &'static str, set: Set) -> Key {
 }
 
 /// All that there are. The configuration is read by this list, and a test proves an effect for each of its entries.
-pub(crate) const KEYS: [Key; 16] = [
+pub(crate) const KEYS: [Key; 17] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
+    key("hugepages", |config, value| put(&mut config.hugepages, boolean(value))),
     key("kernel", |config, value| put(&mut config.kernel, absolute(value).map(Some))),
     key("initrd", |config, value| put(&mut config.initrd, absolute(value).map(Some))),
     key("image_dir", |config, value| put(&mut config.image_dir, absolute(value).map(Some))),
@@ -94,6 +95,10 @@ pub(crate) fn memory_mib(size: i64) -> Result<u64, String> {
 
 fn integer(value: &Value) -> Result<i64, String> {
     value.as_integer().ok_or_else(|| "must be a whole number".to_owned())
+}
+
+fn boolean(value: &Value) -> Result<bool, String> {
+    value.as_bool().ok_or_else(|| "must be true or false".to_owned())
 }
 
 fn text(value: &Value) -> Result<&str, String> {
