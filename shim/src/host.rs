@@ -168,6 +168,21 @@ mod tests {
     }
 
     #[test]
+    fn the_processors_virtualisation_is_used_where_it_is_and_nobody_forbids_it() {
+        let table = [
+            (Accel::Auto, true, Some(vm::Accel::Kvm)),
+            (Accel::Auto, false, Some(vm::Accel::Tcg)),
+            (Accel::Kvm, true, Some(vm::Accel::Kvm)),
+            (Accel::Kvm, false, None),
+            (Accel::Tcg, true, Some(vm::Accel::Tcg)),
+            (Accel::Tcg, false, Some(vm::Accel::Tcg)),
+        ];
+        for (wanted, kvm, expected) in table {
+            assert_eq!(accelerator(wanted, kvm).ok(), expected, "{wanted:?} {kvm}");
+        }
+    }
+
+    #[test]
     fn a_file_that_is_named_has_to_be_there() {
         let places = Places { beside: None, path: None, kvm: false };
         let error = check(Some(Path::new("/no/such/config.toml")), &places).unwrap_err().to_string();

@@ -68,7 +68,16 @@ pub fn sandbox_of(bundle: &Path, id: &str) -> Result<String, Error> {
 ///
 /// All that is wrong at once.
 pub fn prepare(request: &CreateTaskRequest, sandbox: &str, is_init: &dyn Fn(u32) -> bool) -> Result<Prepared, Error> {
-    let config = config::load().map_err(Error::one)?;
+    prepare_with(config::load().map_err(Error::one)?, &Places::of_process(), request, sandbox, is_init)
+}
+
+fn prepare_with(
+    config: Config,
+    places: &Places,
+    request: &CreateTaskRequest,
+    sandbox: &str,
+    is_init: &dyn Fn(u32) -> bool,
+) -> Result<Prepared, Error> {
     let bundle = Path::new(&request.bundle);
     let spec = read_spec(bundle)?;
 
@@ -86,7 +95,7 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str, is_init: &dyn Fn(u32)
         is_init,
     };
     let rewritten = rewrite(spec, &context).map_err(|problems| check(texts(&problems.0))).ok();
-    let host = host::find(&config, &Places::of_process()).map_err(|missing| check(texts(&missing))).ok();
+    let host = host::find(&config, places).map_err(|missing| check(texts(&missing))).ok();
 
     let (Some(annotations), Some(rewritten), Some(host)) = (annotations, rewritten, host) else {
         return Err(Error(wrong));
@@ -144,3 +153,6 @@ pub fn plan(prepared: &Prepared, share: PathBuf) -> (Box<dyn Vmm>, Plan) {
     };
     (Box::new(Qemu { program: prepared.host.qemu.clone() }), plan)
 }
+
+#[cfg(test)]
+mod tests;
