@@ -146,8 +146,8 @@ mod tests {
         let text = "kernel = \"/k\"\ninitrd = \"/i\"\nqemu = \"/q\"\nvirtiofsd = \"/v\"\naccel = \"kvm\"\nvcpus = 0\n";
         let beginnings = [
             "vcpus = 0: vCPU count must be greater than zero",
-            "kernel = \"/k\": ",
-            "initrd = \"/i\": ",
+            "kernel = \"/k\": kernel path or restore snapshot is required; looked for /k: ",
+            "initrd = \"/i\": no initrd found; looked for /i: ",
             "qemu = \"/q\": no QEMU found; looked for /q: ",
             "virtiofsd = \"/v\": no virtiofsd found; looked for /v: ",
             "accel = \"kvm\": no hardware virtualisation here",

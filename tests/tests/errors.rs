@@ -38,7 +38,7 @@ fn husk_refuses(test: &str, config: &str, flags: &[&str], wanted: &[&str]) -> Re
 
 #[test]
 fn without_a_kernel_it_says_where_it_looked() -> Result<()> {
-    let wanted = ["kernel", "/no/such/vmlinux", "/no/such/initrd"];
+    let wanted = ["kernel path or restore snapshot is required", "/no/such/vmlinux", "/no/such/initrd"];
     let config = "kernel = \"/no/such/vmlinux\"\ninitrd = \"/no/such/initrd\"";
     husk_refuses("without_a_kernel_it_says_where_it_looked", config, &[], &wanted)
 }

@@ -45,7 +45,7 @@ impl Config {
                 }
             })
         };
-        let kernel = find("kernel", "no guest kernel found", &self.kernel, "vmlinux");
+        let kernel = find("kernel", "kernel path or restore snapshot is required", &self.kernel, "vmlinux");
         let initrd = find("initrd", "no initrd found", &self.initrd, "initrd.img");
         match (kernel, initrd) {
             (Ok(kernel), Ok(initrd)) => Ok(Artifacts { kernel, initrd }),
@@ -66,6 +66,7 @@ mod tests {
         let text = missing[0].to_string();
         let place = dir.path().join("vmlinux");
         assert_eq!(missing.len(), 2);
+        assert!(text.starts_with("kernel: kernel path or restore snapshot is required; looked for "), "{text}");
         assert!(text.contains(place.to_str().unwrap()) && text.contains("/usr/share/husk/vmlinux"), "{text}");
         for name in ["vmlinux", "initrd.img"] {
             std::fs::write(dir.path().join(name), "").unwrap();
