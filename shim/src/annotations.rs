@@ -2,22 +2,25 @@
 
 use std::collections::HashMap;
 
-use crate::config::{Config, Problem, memory_mib, vcpus};
+use crate::config::{Config, Problem, Profile, memory_mib, one_of, vcpus};
 
 const PREFIX: &str = "io.husk.";
 const VCPUS: &str = "io.husk.vcpus";
+const PROFILE: &str = "io.husk.profile";
 const MEMORY_MIB: &str = "io.husk.memory_mib";
 /// Read by the guest: lets a container use AF_VSOCK.
 const VSOCK: &str = "io.husk.vsock";
 
 /// All that there are.
-pub const NAMES: [&str; 3] = [VCPUS, MEMORY_MIB, VSOCK];
+pub const NAMES: [&str; 4] = [VCPUS, PROFILE, MEMORY_MIB, VSOCK];
 
 /// What the annotations say.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Annotations {
     /// Virtual CPUs.
     pub vcpus: Option<u32>,
+    /// What the guest is to be good at; a number of CPUs goes before it.
+    pub profile: Option<Profile>,
     /// MiB of memory.
     pub memory_mib: Option<u64>,
     /// Containers may use AF_VSOCK.
@@ -52,6 +55,7 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Resu
     let number = || value.parse::<i64>().map_err(|_| "must be a whole number".to_owned());
     match name {
         VCPUS => read.vcpus = Some(vcpus(number()?)?),
+        PROFILE => read.profile = Some(one_of(Some(value), &Profile::NAMES)?),
         MEMORY_MIB => read.memory_mib = Some(memory_mib(number()?)?),
         _ => read.vsock = value.parse().map_err(|_| "must be true or false".to_owned())?,
     }
@@ -69,21 +73,37 @@ mod tests {
 
     #[test]
     fn what_is_understood() {
-        let pairs = [("io.husk.vcpus", "2"), ("io.husk.memory_mib", "300"), ("io.husk.vsock", "true"), ("other", "x")];
-        let expected = Annotations { vcpus: Some(2), memory_mib: Some(300), vsock: true };
+        let pairs = [
+            ("io.husk.vcpus", "2"),
+            ("io.husk.profile", "throughput"),
+            ("io.husk.memory_mib", "300"),
+            ("io.husk.vsock", "true"),
+            ("other", "x"),
+        ];
+        let profile = Some(Profile::Throughput);
+        let expected = Annotations { vcpus: Some(2), profile, memory_mib: Some(300), vsock: true };
         assert_eq!(read_pairs(&pairs, &Config::default()), Ok(expected));
     }
 
     #[test]
     fn what_is_wrong_is_told_at_once_by_name_and_value() {
-        let config = Config { allowed_annotations: vec![VCPUS.to_owned(), MEMORY_MIB.to_owned()], ..Config::default() };
-        let pairs =
-            [("io.husk.vcpus", "0"), ("io.husk.memory_mib", "lots"), ("io.husk.vsock", "true"), ("io.husk.cpus", "1")];
+        let config = Config {
+            allowed_annotations: [VCPUS, PROFILE, MEMORY_MIB].map(str::to_owned).to_vec(),
+            ..Config::default()
+        };
+        let pairs = [
+            ("io.husk.vcpus", "0"),
+            ("io.husk.profile", "fast"),
+            ("io.husk.memory_mib", "lots"),
+            ("io.husk.vsock", "true"),
+            ("io.husk.cpus", "1"),
+        ];
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown; there are io.husk.vcpus, io.husk.memory_mib, io.husk.vsock",
+                "annotation io.husk.cpus = \"1\": unknown; there are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.vsock",
                 "annotation io.husk.memory_mib = \"lots\": must be a whole number",
+                "annotation io.husk.profile = \"fast\": must be one of \"latency\", \"low-latency\", \"throughput\"",
                 "annotation io.husk.vcpus = \"0\": vCPU count must be greater than zero",
                 "annotation io.husk.vsock = \"true\": not among the allowed_annotations of husk's configuration",
             ]

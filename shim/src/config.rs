@@ -1,5 +1,9 @@
 //! `/etc/husk/config.toml` (or the file that `HUSK_CONFIG` names): what a host's operator decides for all sandboxes. Reading and checking;
-//! every error is told at once.
+//! every error is told at once. Which keys there are is in `keys`; what the host has of what they name, in [`crate::host`].
+
+mod artifacts;
+mod kernel_params;
+mod keys;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,12 +11,14 @@ use std::time::Duration;
 
 use toml::{Table, Value};
 
+pub use artifacts::Artifacts;
+#[cfg(test)]
+pub(crate) use keys::KEYS;
+pub(crate) use keys::{memory_mib, one_of, vcpus};
+
 /// Where the configuration is, unless `HUSK_CONFIG` names another file.
 pub const PATH: &str = "/etc/husk/config.toml";
 const PATH_ENV: &str = "HUSK_CONFIG";
-/// Where an installation keeps kernel and initrd.
-const SHARED: &str = "/usr/share/husk";
-
 /// MiB of a guest whose size nothing else decides.
 const DEFAULT_MEMORY_MIB: u64 = 512;
 /// MiB that a guest needs beside what its containers may use: kernel, init, page tables.
@@ -33,13 +39,39 @@ pub enum Accel {
     Tcg,
 }
 
+/// What a guest is to be good at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// Up soon: one virtual CPU, so that the guest's kernel has no others to start and nothing to keep in step.
+    Latency,
+    /// Much at a time: four virtual CPUs.
+    Throughput,
+}
+
+impl Profile {
+    /// All, as they are written.
+    pub(crate) const NAMES: [(&str, Self); 3] =
+        [("latency", Self::Latency), ("low-latency", Self::Latency), ("throughput", Self::Throughput)];
+
+    fn vcpus(self) -> u32 {
+        match self {
+            Self::Latency => 1,
+            Self::Throughput => 4,
+        }
+    }
+}
+
 /// The configuration, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Virtual CPUs of a guest; follows the spec's limits if none.
+    /// Virtual CPUs of a guest; follows the profile, else the spec's limits, if none.
     pub vcpus: Option<u32>,
+    /// What guests are to be good at.
+    pub profile: Option<Profile>,
     /// Memory of a guest, MiB; follows the spec's limits if none.
     pub memory_mib: Option<u64>,
+    /// Guests' memory comes out of the host's huge pages.
+    pub hugepages: bool,
     /// The guest's kernel, if not one of the usual places.
     pub kernel: Option<PathBuf>,
     /// The guest's initramfs, if not one of the usual places.
@@ -56,7 +88,7 @@ pub struct Config {
     pub qemu_user: (u32, u32),
     /// virtiofsd's program, if not one of the usual places.
     pub virtiofsd: Option<PathBuf>,
-    /// Kernel parameters beside husk's own.
+    /// Parameters of the guest's kernel beside husk's own, of those that may be given.
     pub kernel_params: Vec<String>,
     /// Level of the guest's log on its console: error, warn, info, debug or trace.
     pub log_level: String,
@@ -72,7 +104,9 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             vcpus: None,
+            profile: None,
             memory_mib: None,
+            hugepages: false,
             kernel: None,
             initrd: None,
             image_dir: None,
@@ -151,11 +185,24 @@ pub fn join(problems: &[Problem]) -> String {
 ///
 /// When it cannot be read, or is wrong.
 pub fn load() -> Result<Config, Error> {
-    let named = std::env::var_os(PATH_ENV).filter(|path| !path.is_empty()).map(PathBuf::from);
+    match read(None)? {
+        (path, Some(text)) => parse(&text, &path),
+        (_, None) => Ok(Config::default()),
+    }
+}
+
+/// The configuration's file and its text: `named`, else what `HUSK_CONFIG` names, else the usual one, which alone need not be there.
+///
+/// # Errors
+///
+/// When it cannot be read.
+pub(crate) fn read(named: Option<&Path>) -> Result<(PathBuf, Option<String>), Error> {
+    let from_env = || std::env::var_os(PATH_ENV).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let named = named.map(Path::to_owned).or_else(from_env);
     let path = named.clone().unwrap_or_else(|| PATH.into());
     match std::fs::read_to_string(&path) {
-        Ok(text) => parse(&text, &path),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => Ok(Config::default()),
+        Ok(text) => Ok((path, Some(text))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => Ok((path, None)),
         Err(source) => Err(Error::Read { path, source }),
     }
 }
@@ -166,11 +213,21 @@ pub fn load() -> Result<Config, Error> {
 ///
 /// All that is wrong at once.
 pub fn parse(text: &str, path: &Path) -> Result<Config, Error> {
+    let (config, problems) = understand(text, path)?;
+    if problems.is_empty() { Ok(config) } else { Err(Error::Invalid { path: path.to_owned(), problems }) }
+}
+
+/// What is understood of a configuration's text, and what is wrong with the rest of it.
+///
+/// # Errors
+///
+/// When it is no TOML, so that nothing is understood.
+pub(crate) fn understand(text: &str, path: &Path) -> Result<(Config, Vec<Problem>), Error> {
     let table: Table = text.parse().map_err(|source| Error::Syntax { path: path.to_owned(), source })?;
     let mut config = Config::default();
     let mut problems = Vec::new();
     for (key, value) in &table {
-        if let Err(why) = set(&mut config, key, value) {
+        if let Err(why) = keys::set(&mut config, key, value) {
             problems.push(Problem { key: key.clone(), value: Some(value.to_string()), why });
         }
     }
@@ -178,159 +235,15 @@ pub fn parse(text: &str, path: &Path) -> Result<Config, Error> {
         let why = "image_dir stands for both kernel and initrd: give either it or them".to_owned();
         problems.push(Problem { key: "image_dir".into(), value: table.get("image_dir").map(Value::to_string), why });
     }
-    if problems.is_empty() { Ok(config) } else { Err(Error::Invalid { path: path.to_owned(), problems }) }
-}
-
-/// The one list of all keys: each is read, checked and put to use here.
-fn set(config: &mut Config, key: &str, value: &Value) -> Result<(), String> {
-    match key {
-        "vcpus" => config.vcpus = Some(vcpus(integer(value)?)?),
-        "memory_mib" => config.memory_mib = Some(memory_mib(integer(value)?)?),
-        "kernel" => config.kernel = Some(absolute(value)?),
-        "initrd" => config.initrd = Some(absolute(value)?),
-        "image_dir" => config.image_dir = Some(absolute(value)?),
-        "accel" => config.accel = choice(value, &[("auto", Accel::Auto), ("kvm", Accel::Kvm), ("tcg", Accel::Tcg)])?,
-        "machine" => {
-            use crate::vm::Board;
-            config.board = choice(value, &[("microvm", Board::Microvm), ("q35", Board::Q35)])?;
-        }
-        "qemu" => config.qemu = text(value)?.into(),
-        "qemu_user" => config.qemu_user = user(value)?,
-        "virtiofsd" => config.virtiofsd = Some(absolute(value)?),
-        "kernel_params" => config.kernel_params = words(value)?,
-        "log_level" => {
-            let levels = ["error", "warn", "info", "debug", "trace"].map(|level| (level, level));
-            config.log_level = choice(value, &levels)?.to_owned();
-        }
-        "boot_timeout_ms" => config.boot_timeout = milliseconds(value)?,
-        "call_timeout_ms" => config.call_timeout = milliseconds(value)?,
-        "allowed_annotations" => config.allowed_annotations = annotations(value)?,
-        _ => return Err("unknown key".to_owned()),
-    }
-    Ok(())
-}
-
-/// Checks a count of virtual CPUs.
-pub(crate) fn vcpus(count: i64) -> Result<u32, String> {
-    match u32::try_from(count) {
-        Ok(0) | Err(_) if count <= 0 => Err("vCPU count must be greater than zero".to_owned()),
-        Ok(count) if count <= MOST_VCPUS => Ok(count),
-        _ => Err(format!("at most {MOST_VCPUS} vCPUs are possible")),
-    }
-}
-
-/// Checks a size of memory.
-pub(crate) fn memory_mib(size: i64) -> Result<u64, String> {
-    match u64::try_from(size) {
-        Ok(0) | Err(_) => Err("memory must be greater than zero".to_owned()),
-        Ok(size) if size >= LEAST_MEMORY_MIB => Ok(size),
-        Ok(_) => Err(format!("a guest needs at least {LEAST_MEMORY_MIB} MiB")),
-    }
-}
-
-fn integer(value: &Value) -> Result<i64, String> {
-    value.as_integer().ok_or_else(|| "must be a whole number".to_owned())
-}
-
-fn text(value: &Value) -> Result<&str, String> {
-    value.as_str().filter(|text| !text.is_empty()).ok_or_else(|| "must be a string, and not an empty one".to_owned())
-}
-
-fn absolute(value: &Value) -> Result<PathBuf, String> {
-    let path = PathBuf::from(text(value)?);
-    if path.is_absolute() { Ok(path) } else { Err("must be an absolute path".to_owned()) }
-}
-
-fn choice<T: Copy>(value: &Value, choices: &[(&str, T)]) -> Result<T, String> {
-    let found = value.as_str().and_then(|text| choices.iter().find(|(name, _)| *name == text));
-    found.map(|(_, chosen)| *chosen).ok_or_else(|| {
-        let names: Vec<String> = choices.iter().map(|(name, _)| format!("{name:?}")).collect();
-        format!("must be one of {}", names.join(", "))
-    })
-}
-
-fn milliseconds(value: &Value) -> Result<Duration, String> {
-    match integer(value).map(u64::try_from)? {
-        Ok(ms @ 1..) => Ok(Duration::from_millis(ms)),
-        _ => Err("must be a number of milliseconds greater than zero".to_owned()),
-    }
-}
-
-fn list(value: &Value) -> Result<Vec<&str>, String> {
-    let items = value.as_array().and_then(|items| items.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
-    items.ok_or_else(|| "must be a list of strings".to_owned())
-}
-
-fn words(value: &Value) -> Result<Vec<String>, String> {
-    let words = list(value)?;
-    match words.iter().find(|word| word.is_empty() || word.contains(char::is_whitespace)) {
-        Some(word) => Err(format!("{word:?} is not one kernel parameter")),
-        None => Ok(words.into_iter().map(str::to_owned).collect()),
-    }
-}
-
-fn annotations(value: &Value) -> Result<Vec<String>, String> {
-    let names = list(value)?;
-    match names.iter().find(|name| !crate::annotations::NAMES.contains(name)) {
-        Some(name) => Err(format!("{name:?} is none of {}", crate::annotations::NAMES.join(", "))),
-        None => Ok(names.into_iter().map(str::to_owned).collect()),
-    }
-}
-
-fn user(value: &Value) -> Result<(u32, u32), String> {
-    let ids = text(value)?.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
-    ids.ok_or_else(|| "must be a string UID:GID, both numbers".to_owned())
-}
-
-/// Where kernel and initrd are.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Artifacts {
-    /// An ELF kernel with a PVH entry.
-    pub kernel: PathBuf,
-    /// The initramfs with the init.
-    pub initrd: PathBuf,
-}
-
-/// One of the guest's files is nowhere.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "no {what} found; looked for {}: build it (./task build), or set `{key}` or `image_dir` in {PATH}",
-    looked.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
-)]
-pub struct NotFound {
-    what: &'static str,
-    key: &'static str,
-    looked: Vec<PathBuf>,
+    Ok((config, problems))
 }
 
 impl Config {
-    /// Finds the guest's kernel and initrd: where the configuration says, else in `beside` (the folder of the shim's own binary), else where
-    /// an installation keeps them.
-    ///
-    /// # Errors
-    ///
-    /// What was not found, with all the places.
-    pub fn artifacts(&self, beside: Option<&Path>) -> Result<Artifacts, Vec<NotFound>> {
-        let find = |what, key, configured: &Option<PathBuf>, name: &str| {
-            let looked: Vec<PathBuf> = match (configured, &self.image_dir) {
-                (Some(path), _) => vec![path.clone()],
-                (None, Some(folder)) => vec![folder.join(name)],
-                (None, None) => beside.into_iter().chain([Path::new(SHARED)]).map(|folder| folder.join(name)).collect(),
-            };
-            let found = looked.iter().find(|path| path.is_file()).cloned();
-            found.ok_or(NotFound { what, key, looked })
-        };
-        let kernel = find("guest kernel", "kernel", &self.kernel, "vmlinux");
-        let initrd = find("initrd", "initrd", &self.initrd, "initrd.img");
-        match (kernel, initrd) {
-            (Ok(kernel), Ok(initrd)) => Ok(Artifacts { kernel, initrd }),
-            (kernel, initrd) => Err([kernel.err(), initrd.err()].into_iter().flatten().collect()),
-        }
-    }
-
-    /// Virtual CPUs and MiB of a guest: what an annotation says, else the configuration, else what the spec's limits need, else the default.
+    /// Virtual CPUs and MiB of a guest. A number that an annotation says, else one of the configuration; else, for the CPUs, those of the profile, the
+    /// annotation's again before the configuration's; else what the spec's limits need; else the default.
     pub fn size(&self, wanted: &crate::annotations::Annotations, limits: crate::rootfs::spec::Limits) -> (u32, u64) {
-        let vcpus = wanted.vcpus.or(self.vcpus).or(limits.cpus).unwrap_or(1).clamp(1, MOST_VCPUS);
+        let profile = wanted.profile.or(self.profile).map(Profile::vcpus);
+        let vcpus = wanted.vcpus.or(self.vcpus).or(profile).or(limits.cpus).unwrap_or(1).clamp(1, MOST_VCPUS);
         let for_limit = |bytes: u64| bytes.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB).max(DEFAULT_MEMORY_MIB);
         let memory = wanted.memory_mib.or(self.memory_mib).or(limits.memory.map(for_limit));
         (vcpus, memory.unwrap_or(DEFAULT_MEMORY_MIB))
@@ -351,34 +264,6 @@ mod tests {
     }
 
     #[test]
-    fn every_key_has_its_effect() {
-        type Check = fn(&Config) -> bool;
-        let table: &[(&str, Check)] = &[
-            ("vcpus = 3", |c| c.vcpus == Some(3)),
-            ("memory_mib = 256", |c| c.memory_mib == Some(256)),
-            ("kernel = \"/k\"", |c| c.kernel == Some("/k".into())),
-            ("initrd = \"/i\"", |c| c.initrd == Some("/i".into())),
-            ("image_dir = \"/d\"", |c| c.image_dir == Some("/d".into())),
-            ("accel = \"tcg\"", |c| c.accel == Accel::Tcg),
-            ("machine = \"q35\"", |c| c.board == crate::vm::Board::Q35),
-            ("qemu = \"/q\"", |c| c.qemu == Path::new("/q")),
-            ("qemu_user = \"7:8\"", |c| c.qemu_user == (7, 8)),
-            ("virtiofsd = \"/v\"", |c| c.virtiofsd == Some("/v".into())),
-            ("kernel_params = [\"a=b\"]", |c| c.kernel_params == ["a=b"]),
-            ("log_level = \"debug\"", |c| c.log_level == "debug"),
-            ("boot_timeout_ms = 5", |c| c.boot_timeout == Duration::from_millis(5)),
-            ("call_timeout_ms = 6", |c| c.call_timeout == Duration::from_millis(6)),
-            ("allowed_annotations = [\"io.husk.vcpus\"]", |c| c.allowed_annotations == ["io.husk.vcpus"]),
-        ];
-        for (text, holds) in table {
-            let config = parse(text, Path::new("/c.toml")).unwrap();
-            assert!(holds(&config), "{text}: {config:?}");
-            assert_ne!(config, Config::default(), "{text}");
-        }
-        assert_eq!(parse("", Path::new("/c.toml")).unwrap(), Config::default());
-    }
-
-    #[test]
     fn all_errors_are_told_at_once_with_key_value_and_what_is_allowed() {
         let text = "accel = \"xen\"\nimage_dir = \"/d\"\nkernel = \"/k\"\nmemory_mib = 0\nmemroy = 1\nvcpus = -2\n";
         assert_eq!(
@@ -386,7 +271,7 @@ mod tests {
             [
                 "accel = \"xen\": must be one of \"auto\", \"kvm\", \"tcg\"",
                 "memory_mib = 0: memory must be greater than zero",
-                "memroy = 1: unknown key",
+                &format!("memroy = 1: unknown key; there are {}", keys::names()),
                 "vcpus = -2: vCPU count must be greater than zero",
                 "image_dir = \"/d\": image_dir stands for both kernel and initrd: give either it or them",
             ]
@@ -397,11 +282,14 @@ mod tests {
     fn values_of_the_wrong_kind_or_size_are_refused() {
         let table = [
             ("vcpus = \"two\"", "must be a whole number"),
+            ("profile = \"fast\"", "must be one of \"latency\", \"low-latency\", \"throughput\""),
             ("vcpus = 1000", "at most 288 vCPUs are possible"),
             ("memory_mib = 1", "a guest needs at least 64 MiB"),
+            ("hugepages = 1", "must be true or false"),
             ("kernel = \"vmlinux\"", "must be an absolute path"),
             ("qemu = \"\"", "must be a string, and not an empty one"),
             ("qemu_user = \"nobody\"", "must be a string UID:GID, both numbers"),
+            ("kernel_params = [\"init=/bin/sh\"]", "\"init=/bin/sh\" would start something else than husk's init"),
             ("kernel_params = [\"a b\"]", "\"a b\" is not one kernel parameter"),
             ("boot_timeout_ms = 0", "must be a number of milliseconds greater than zero"),
             ("allowed_annotations = [\"io.husk.x\"]", "\"io.husk.x\" is none of"),
@@ -413,35 +301,43 @@ mod tests {
     }
 
     #[test]
-    fn the_guests_files_are_found_beside_the_shim_or_all_places_are_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let config = Config::default();
-        let missing = config.artifacts(Some(dir.path())).unwrap_err();
-        let text = missing[0].to_string();
-        let place = dir.path().join("vmlinux");
-        assert_eq!(missing.len(), 2);
-        assert!(text.contains(place.to_str().unwrap()) && text.contains("/usr/share/husk/vmlinux"), "{text}");
-        for name in ["vmlinux", "initrd.img"] {
-            std::fs::write(dir.path().join(name), "").unwrap();
+    fn memory_follows_annotation_configuration_limits_and_default_in_that_order() {
+        let limit = |bytes| Limits { memory: bytes, cpus: None };
+        let table = [
+            (Some(100), Some(200), Some(1 << 30), 100),
+            (None, Some(200), Some(1 << 30), 200),
+            (None, None, Some(1 << 30), 1024 + 128),
+            (None, None, Some(1 << 20), 512),
+            (None, None, None, 512),
+        ];
+        for (annotation, memory_mib, bytes, expected) in table {
+            let config = Config { memory_mib, ..Config::default() };
+            let wanted = Annotations { memory_mib: annotation, ..Default::default() };
+            assert_eq!(config.size(&wanted, limit(bytes)).1, expected, "{annotation:?} {memory_mib:?} {bytes:?}");
         }
-        assert_eq!(config.artifacts(Some(dir.path())).unwrap().kernel, place);
     }
 
     #[test]
-    fn sizes_follow_annotation_configuration_limits_and_default_in_that_order() {
-        let limits = Limits { memory: Some(1 << 30), cpus: Some(2) };
-        let config = |vcpus, memory_mib| Config { vcpus, memory_mib, ..Config::default() };
-        let wanted = Annotations { vcpus: Some(5), memory_mib: Some(100), ..Default::default() };
-        let nothing = Annotations::default();
-        let table = [
-            (config(None, None), &nothing, Limits::default(), (1, 512)),
-            (config(None, None), &nothing, limits, (2, 1024 + 128)),
-            (config(Some(3), Some(200)), &nothing, limits, (3, 200)),
-            (config(Some(3), Some(200)), &wanted, limits, (5, 100)),
-            (config(None, None), &nothing, Limits { memory: Some(1 << 20), cpus: None }, (1, 512)),
+    fn cpus_follow_a_count_then_a_profile_then_limits_and_the_sandbox_comes_before_the_host() {
+        use Profile::{Latency, Throughput};
+        // (annotation, configuration) of the count and of the profile, the spec's limit, and what comes of it.
+        type Row = ((Option<u32>, Option<u32>), (Option<Profile>, Option<Profile>), Option<u32>, u32);
+        let table: &[Row] = &[
+            ((Some(5), Some(3)), (Some(Latency), Some(Throughput)), Some(2), 5),
+            ((None, Some(3)), (Some(Latency), Some(Throughput)), Some(2), 3),
+            ((None, None), (Some(Latency), Some(Throughput)), Some(2), 1),
+            ((None, None), (Some(Throughput), Some(Latency)), Some(2), 4),
+            ((None, None), (None, Some(Throughput)), Some(2), 4),
+            ((None, None), (None, Some(Latency)), Some(2), 1),
+            ((None, None), (None, None), Some(2), 2),
+            ((None, None), (None, None), Some(1000), MOST_VCPUS),
+            ((None, None), (None, None), None, 1),
         ];
-        for (config, wanted, limits, expected) in table {
-            assert_eq!(config.size(wanted, limits), expected, "{config:?}");
+        for row in table {
+            let ((annotation, vcpus), (profile_annotation, profile), cpus, expected) = *row;
+            let config = Config { vcpus, profile, ..Config::default() };
+            let wanted = Annotations { vcpus: annotation, profile: profile_annotation, ..Default::default() };
+            assert_eq!(config.size(&wanted, Limits { memory: None, cpus }).0, expected, "{row:?}");
         }
     }
 }

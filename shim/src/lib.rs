@@ -9,6 +9,7 @@ pub mod container;
 pub mod events;
 pub mod guest;
 pub mod hooks;
+pub mod host;
 pub mod io;
 pub mod journal;
 pub mod logging;

@@ -11,17 +11,16 @@ use oci_spec::runtime::Spec;
 
 use crate::annotations;
 use crate::cgroup::Hierarchies;
-use crate::config::{self, Accel, Config};
+use crate::config::{self, Config};
+use crate::host::{self, Host, Places};
 use crate::rootfs::spec::parse::parse;
 use crate::rootfs::spec::{Context, Rewritten, rewrite};
 use crate::vm::boot::Plan;
 use crate::vm::qemu::Qemu;
-use crate::vm::{self, Vmm, virtiofsd};
+use crate::vm::{self, Vmm};
 
 /// By this annotation the CRI plugin tells which pod a container belongs to.
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-/// One of the two is there where KVM runs guests in hardware. `/dev/kvm` alone does not tell.
-const KVM_MODULES: [&str; 2] = ["/sys/module/kvm_intel", "/sys/module/kvm_amd"];
 
 /// All that is wrong with a request.
 #[derive(Debug, thiserror::Error)]
@@ -41,8 +40,7 @@ pub struct Prepared {
     pub rewritten: Rewritten,
     /// The machine, should it have to be booted for this container.
     machine: vm::Spec,
-    qemu: PathBuf,
-    virtiofsd: PathBuf,
+    host: Host,
     config: Config,
 }
 
@@ -70,11 +68,18 @@ pub fn sandbox_of(bundle: &Path, id: &str) -> Result<String, Error> {
 ///
 /// All that is wrong at once.
 pub fn prepare(request: &CreateTaskRequest, sandbox: &str, is_init: &dyn Fn(u32) -> bool) -> Result<Prepared, Error> {
-    let config = config::load().map_err(Error::one)?;
+    prepare_with(config::load().map_err(Error::one)?, &Places::of_process(), request, sandbox, is_init)
+}
+
+fn prepare_with(
+    config: Config,
+    places: &Places,
+    request: &CreateTaskRequest,
+    sandbox: &str,
+    is_init: &dyn Fn(u32) -> bool,
+) -> Result<Prepared, Error> {
     let bundle = Path::new(&request.bundle);
     let spec = read_spec(bundle)?;
-    let own = std::env::current_exe().ok();
-    let beside = own.as_deref().and_then(Path::parent);
 
     let mut wrong = Vec::new();
     let mut check = |problems: Vec<String>| wrong.extend(problems);
@@ -90,16 +95,9 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str, is_init: &dyn Fn(u32)
         is_init,
     };
     let rewritten = rewrite(spec, &context).map_err(|problems| check(texts(&problems.0))).ok();
-    let artifacts = config.artifacts(beside).map_err(|missing| check(texts(&missing))).ok();
-    let path = std::env::var_os("PATH");
-    let virtiofsd =
-        virtiofsd::find(config.virtiofsd.as_deref(), beside, path).map_err(|error| check(vec![error.to_string()])).ok();
-    let qemu = find_qemu(&config.qemu).map_err(|error| check(vec![error])).ok();
-    let accel = accelerator(config.accel).map_err(|error| check(vec![error])).ok();
+    let host = host::find(&config, places).map_err(|missing| check(texts(&missing))).ok();
 
-    let (Some(annotations), Some(rewritten), Some(artifacts), Some(virtiofsd), Some(qemu), Some(accel)) =
-        (annotations, rewritten, artifacts, virtiofsd, qemu, accel)
-    else {
+    let (Some(annotations), Some(rewritten), Some(host)) = (annotations, rewritten, host) else {
         return Err(Error(wrong));
     };
     let (vcpus, memory_mib) = config.size(&annotations, rewritten.limits);
@@ -107,54 +105,22 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str, is_init: &dyn Fn(u32)
     kernel_params.extend(config.kernel_params.iter().cloned());
     let machine = vm::Spec {
         name: format!("husk-{sandbox}"),
-        accel,
+        accel: host.accel,
         board: config.board,
         vcpus,
         tsc_khz: None,
         memory_mib,
-        kernel: artifacts.kernel,
-        initrd: artifacts.initrd,
+        hugepages: config.hugepages,
+        kernel: host.artifacts.kernel.clone(),
+        initrd: host.artifacts.initrd.clone(),
         kernel_params,
-        user: Some(user(&config, accel)),
+        user: Some(user(&config, host.accel)),
     };
-    Ok(Prepared { rewritten, machine, qemu, virtiofsd, config })
+    Ok(Prepared { rewritten, machine, host, config })
 }
 
 fn texts(problems: &[impl ToString]) -> Vec<String> {
     problems.iter().map(ToString::to_string).collect()
-}
-
-fn find_qemu(configured: &Path) -> Result<PathBuf, String> {
-    let looked: Vec<PathBuf> = if configured.components().count() > 1 {
-        vec![configured.to_owned()]
-    } else {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        std::env::split_paths(&path).map(|folder| folder.join(configured)).collect()
-    };
-    looked.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
-        let places: Vec<_> = looked.iter().map(|path| path.display().to_string()).collect();
-        format!(
-            "no QEMU found; looked for {}: install it (Debian: apt-get install qemu-system-x86), or set `qemu` in {}",
-            places.join(", "),
-            config::PATH
-        )
-    })
-}
-
-fn accelerator(wanted: Accel) -> Result<vm::Accel, String> {
-    let kvm = KVM_MODULES.iter().any(|module| Path::new(module).exists()) && Path::new("/dev/kvm").exists();
-    match wanted {
-        Accel::Tcg => Ok(vm::Accel::Tcg),
-        Accel::Auto | Accel::Kvm if kvm => Ok(vm::Accel::Kvm),
-        Accel::Kvm => Err(format!(
-            "accel = \"kvm\": no hardware virtualisation here (it takes /dev/kvm, and {} or {}); set accel = \"tcg\" to do without",
-            KVM_MODULES[0], KVM_MODULES[1]
-        )),
-        Accel::Auto => {
-            tracing::warn!("no hardware virtualisation (kvm_intel or kvm_amd): VMs run in software (TCG), and slowly");
-            Ok(vm::Accel::Tcg)
-        }
-    }
 }
 
 /// Who QEMU runs as: nobody of importance, but in the group that may open /dev/kvm if that is what it takes.
@@ -179,11 +145,14 @@ pub fn plan(prepared: &Prepared, share: PathBuf) -> (Box<dyn Vmm>, Plan) {
     spec.tsc_khz = vm::tsc::khz();
     let plan = Plan {
         spec,
-        virtiofsd: prepared.virtiofsd.clone(),
+        virtiofsd: prepared.host.virtiofsd.clone(),
         share,
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,
         cgroup: prepared.rewritten.cgroups_path.clone(),
     };
-    (Box::new(Qemu { program: prepared.qemu.clone() }), plan)
+    (Box::new(Qemu { program: prepared.host.qemu.clone() }), plan)
 }
+
+#[cfg(test)]
+mod tests;

@@ -38,7 +38,7 @@ fn husk_refuses(test: &str, config: &str, flags: &[&str], wanted: &[&str]) -> Re
 
 #[test]
 fn without_a_kernel_it_says_where_it_looked() -> Result<()> {
-    let wanted = ["kernel", "/no/such/vmlinux", "/no/such/initrd"];
+    let wanted = ["kernel path or restore snapshot is required", "/no/such/vmlinux", "/no/such/initrd"];
     let config = "kernel = \"/no/such/vmlinux\"\ninitrd = \"/no/such/initrd\"";
     husk_refuses("without_a_kernel_it_says_where_it_looked", config, &[], &wanted)
 }
@@ -97,6 +97,14 @@ fn a_guest_too_small_to_boot_says_so() -> Result<()> {
     let flags = ["--annotation", "io.husk.memory_mib=16"];
     let wanted = ["io.husk.memory_mib", "16", "at least"];
     husk_refuses("a_guest_too_small_to_boot_says_so", "", &flags, &wanted)
+}
+
+#[test]
+fn without_enough_huge_pages_it_says_how_many_there_are() -> Result<()> {
+    // 100 TiB.
+    let config = "hugepages = true\nmemory_mib = 104857600";
+    let wanted = ["hugepages = true", "huge pages of", "and the host has"];
+    husk_refuses("without_enough_huge_pages_it_says_how_many_there_are", config, &[], &wanted)
 }
 
 #[test]

@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
+use husk_shim::config;
+use husk_shim::host::{self, Places};
 use husk_shim::state::{State, base};
 use serde_json::json;
 
@@ -39,11 +41,16 @@ enum Command {
         #[arg(long, value_name = "N")]
         lines: Option<usize>,
     },
+    /// Checks the configuration as the creation of a container does, and prints all that is wrong
+    CheckConfig {
+        /// The file; without it, the one that HUSK_CONFIG names, else /etc/husk/config.toml
+        file: Option<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // A reader such as `head` has enough.
         Err(error) if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
             ExitCode::SUCCESS
@@ -55,12 +62,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<()> {
+fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::List { json } => list(json),
-        Command::Status { id } => status(&find(&id)?),
-        Command::Logs { id, lines } => logs(&find(&id)?, lines),
+        Command::List { json } => list(json)?,
+        Command::Status { id } => status(&find(&id)?)?,
+        Command::Logs { id, lines } => logs(&find(&id)?, lines)?,
+        Command::CheckConfig { file } => return check_config(file.as_deref()),
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// All sandboxes, by namespace and id. One whose state cannot be read is reported, and does not hide the others.
@@ -91,7 +100,7 @@ fn entries(folder: PathBuf) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-fn name(path: &std::path::Path) -> Option<String> {
+fn name(path: &Path) -> Option<String> {
     path.file_name()?.to_str().map(str::to_owned)
 }
 
@@ -155,4 +164,19 @@ fn logs(state: &State, lines: Option<usize>) -> Result<()> {
         writeln!(out, "{line}")?;
     }
     Ok(())
+}
+
+fn check_config(file: Option<&Path>) -> Result<ExitCode> {
+    match host::check(file, &Places::of_process()) {
+        Ok((path, true)) => writeln!(io::stdout(), "ok: {}", path.display())?,
+        Ok((path, false)) => writeln!(io::stdout(), "ok: no {}, everything is as by default", path.display())?,
+        Err(config::Error::Invalid { path, problems }) => {
+            for problem in problems {
+                writeln!(io::stderr(), "{}: {problem}", path.display())?;
+            }
+            return Ok(ExitCode::FAILURE);
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(ExitCode::SUCCESS)
 }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 
 pub mod boot;
+pub mod hugepages;
 pub mod launch;
 pub mod qemu;
 pub mod tsc;
@@ -49,6 +50,8 @@ pub struct Spec {
     pub tsc_khz: Option<u64>,
     /// Guest memory, MiB.
     pub memory_mib: u64,
+    /// The guest's memory comes out of the host's huge pages.
+    pub hugepages: bool,
     /// ELF kernel with a PVH entry.
     pub kernel: PathBuf,
     /// The initramfs.
@@ -85,6 +88,9 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// The host has no huge pages for it.
+    #[error("{0}")]
+    HugePages(#[from] hugepages::HugePagesError),
     /// The process could not be started.
     #[error("start {program}: {source}")]
     Spawn {

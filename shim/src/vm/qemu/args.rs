@@ -41,7 +41,8 @@ pub fn arguments(spec: &Spec, fds: &Fds) -> Vec<String> {
     push(&["-smp", &spec.vcpus.to_string()]);
     push(&["-m", &format!("{}M", spec.memory_mib)]);
     // vhost-user back ends map the guest's memory, so it has to be shareable.
-    push(&["-object", &format!("memory-backend-memfd,id=memory,size={}M,share=on", spec.memory_mib)]);
+    let pages = if spec.hugepages { ",hugetlb=on" } else { "" };
+    push(&["-object", &format!("memory-backend-memfd,id=memory,size={}M,share=on{pages}", spec.memory_mib)]);
     push(&["-kernel", &format!("/dev/fd/{}", fds.kernel), "-initrd", &format!("/dev/fd/{}", fds.initrd)]);
     push(&["-append", &append(spec)]);
     push(&["-chardev", &format!("socket,id=console,fd={}", fds.console), "-serial", "chardev:console"]);
@@ -139,6 +140,7 @@ mod tests {
             vcpus: 2,
             tsc_khz: None,
             memory_mib: 256,
+            hugepages: false,
             kernel: "/k".into(),
             initrd: "/i".into(),
             kernel_params: vec!["husk.log=warn".into()],
@@ -163,6 +165,12 @@ mod tests {
                 |_| (),
                 "-object",
                 &["memory-backend-memfd,id=memory,size=256M,share=on"],
+            ),
+            (
+                "or the host's huge pages",
+                |spec| spec.hugepages = true,
+                "-object",
+                &["memory-backend-memfd,id=memory,size=256M,share=on,hugetlb=on"],
             ),
             ("files go by descriptor", |_| (), "-kernel", &["/dev/fd/10"]),
             (

@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use tokio::net::UnixStream;
 
 use super::launch::{Child, FIRST_FD, Launch};
-use super::{Error, Machine, Sockets, Spec, Vmm};
+use super::{Error, Machine, Sockets, Spec, Vmm, hugepages};
 use crate::process::ProcessId;
 
 pub mod args;
@@ -31,6 +31,10 @@ pub struct Qemu {
 impl Vmm for Qemu {
     async fn start(&self, spec: &Spec, sockets: Sockets) -> Result<Box<dyn Machine>, Error> {
         let system = |what| move |source| Error::System { what, source };
+        let mut spec = spec.clone();
+        if spec.hugepages {
+            spec.memory_mib = hugepages::fit_host(spec.memory_mib)?;
+        }
         let (qmp, qmp_theirs) = std::os::unix::net::UnixStream::pair().map_err(system("make a socket pair for QMP"))?;
         qmp.set_nonblocking(true).map_err(system("make the QMP socket non-blocking"))?;
 
@@ -45,7 +49,7 @@ impl Vmm for Qemu {
         };
         let launch = Launch {
             program: self.program.clone(),
-            args: args::arguments(spec, &fds).into_iter().map(Into::into).collect(),
+            args: args::arguments(&spec, &fds).into_iter().map(Into::into).collect(),
             env: Vec::new(),
             fds: inherited.0,
             user: spec.user,

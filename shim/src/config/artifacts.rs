@@ -1,0 +1,76 @@
+//! The guest's kernel and initramfs: where they are looked for.
+
+use std::path::{Path, PathBuf};
+
+use super::{Config, PATH, Problem};
+
+/// Where an installation keeps kernel and initrd.
+const SHARED: &str = "/usr/share/husk";
+
+/// Where kernel and initrd are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Artifacts {
+    /// An ELF kernel with a PVH entry.
+    pub kernel: PathBuf,
+    /// The initramfs with the init.
+    pub initrd: PathBuf,
+}
+
+impl Config {
+    /// Finds the guest's kernel and initrd: where the configuration says, else in `beside` (the folder of the shim's own binary), else where
+    /// an installation keeps them.
+    ///
+    /// # Errors
+    ///
+    /// What was not found, with all the places.
+    pub fn artifacts(&self, beside: Option<&Path>) -> Result<Artifacts, Vec<Problem>> {
+        let find = |key: &str, what: &str, configured: &Option<PathBuf>, name: &str| {
+            let (decided_by, looked) = match (configured, &self.image_dir) {
+                (Some(path), _) => (Some((key, path)), vec![path.clone()]),
+                (None, Some(folder)) => (Some(("image_dir", folder)), vec![folder.join(name)]),
+                (None, None) => {
+                    let folders = beside.into_iter().chain([Path::new(SHARED)]);
+                    (None, folders.map(|folder| folder.join(name)).collect())
+                }
+            };
+            looked.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
+                let places: Vec<_> = looked.iter().map(|path| path.display().to_string()).collect();
+                let places = places.join(", ");
+                Problem {
+                    key: decided_by.map_or(key, |(key, _)| key).to_owned(),
+                    value: decided_by.map(|(_, path)| format!("{path:?}")),
+                    why: format!(
+                        "{what}; looked for {places}: build it (./task build), or set `{key}` or `image_dir` in {PATH}"
+                    ),
+                }
+            })
+        };
+        let kernel = find("kernel", "kernel path or restore snapshot is required", &self.kernel, "vmlinux");
+        let initrd = find("initrd", "no initrd found", &self.initrd, "initrd.img");
+        match (kernel, initrd) {
+            (Ok(kernel), Ok(initrd)) => Ok(Artifacts { kernel, initrd }),
+            (kernel, initrd) => Err([kernel.err(), initrd.err()].into_iter().flatten().collect()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guests_files_are_found_beside_the_shim_or_all_places_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config::default();
+        let missing = config.artifacts(Some(dir.path())).unwrap_err();
+        let text = missing[0].to_string();
+        let place = dir.path().join("vmlinux");
+        assert_eq!(missing.len(), 2);
+        assert!(text.starts_with("kernel: kernel path or restore snapshot is required; looked for "), "{text}");
+        assert!(text.contains(place.to_str().unwrap()) && text.contains("/usr/share/husk/vmlinux"), "{text}");
+        for name in ["vmlinux", "initrd.img"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        assert_eq!(config.artifacts(Some(dir.path())).unwrap().kernel, place);
+    }
+}

@@ -1,0 +1,151 @@
+//! What comes of a configuration: for each key that there is, an effect on what is booted, or on whether it is.
+
+use super::*;
+use crate::config::{KEYS, parse};
+use crate::vm::qemu::args::{Fds, arguments};
+
+const SPEC: &str = include_str!("../rootfs/testdata/ctr-1.6.json");
+const FDS: Fds = Fds { kernel: 10, initrd: 11, console: 12, qmp: 13, vsock: 14, share: Some(15) };
+
+/// A host of files that are all empty, without KVM: `{host}/beside` has what is found without a configuration, `{host}/other` the same again.
+struct TestHost {
+    folder: tempfile::TempDir,
+    places: Places,
+}
+
+/// What is to be booted, or why it is not.
+type Outcome = Result<Booted, String>;
+
+struct Booted {
+    plan: Plan,
+    qemu: PathBuf,
+    args: Vec<String>,
+}
+
+impl TestHost {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["beside", "other"] {
+            let place = folder.path().join(name);
+            std::fs::create_dir(&place).unwrap();
+            for file in ["vmlinux", "initrd.img", "virtiofsd", "qemu-system-x86_64"] {
+                std::fs::write(place.join(file), "").unwrap();
+            }
+        }
+        let mut spec: serde_json::Value = serde_json::from_str(SPEC).unwrap();
+        // Allowed, unless the configuration says otherwise.
+        spec["annotations"] = serde_json::json!({ "io.husk.vsock": "true" });
+        std::fs::write(folder.path().join("config.json"), spec.to_string()).unwrap();
+        let beside = folder.path().join("beside");
+        let places = Places { path: Some(beside.clone().into()), beside: Some(beside), kvm: false };
+        Self { folder, places }
+    }
+
+    fn here(&self, text: &str) -> String {
+        text.replace("{host}", self.folder.path().to_str().unwrap())
+    }
+
+    fn outcome(&self, config: &str) -> Outcome {
+        let config = parse(config, Path::new("/c.toml")).unwrap();
+        let bundle = self.folder.path().display().to_string();
+        let request = CreateTaskRequest { id: "c1".into(), bundle, ..Default::default() };
+        let prepared = prepare_with(config, &self.places, &request, "c1", &|_| false).map_err(|e| e.to_string())?;
+        let (_, plan) = plan(&prepared, "/share".into());
+        let args = arguments(&plan.spec, &FDS);
+        Ok(Booted { plan, qemu: prepared.host.qemu, args })
+    }
+}
+
+/// Of a machine that is booted, the value of an argument.
+fn value(outcome: &Outcome, option: &str) -> String {
+    let Ok(Booted { args, .. }) = outcome else { return "refused".to_owned() };
+    args.windows(2).find(|pair| pair[0] == option).map(|pair| pair[1].clone()).unwrap_or_default()
+}
+
+/// A word of the kernel's command line, by its beginning.
+fn word(outcome: &Outcome, beginning: &str) -> String {
+    let line = value(outcome, "-append");
+    line.split(' ').find(|word| word.starts_with(beginning)).unwrap_or("no such word").to_owned()
+}
+
+/// Something of a machine that is booted, or why it is not.
+fn booted(outcome: &Outcome, show: fn(&Booted) -> String) -> String {
+    outcome.as_ref().map_or_else(Clone::clone, show)
+}
+
+/// A key and its value, where the effect shows, and what shows there or is the beginning of it.
+type Proof = (&'static str, &'static str, fn(&Outcome) -> String, &'static str);
+
+const PROOFS: &[Proof] = &[
+    ("vcpus", "3", |o| value(o, "-smp"), "3"),
+    ("profile", "\"throughput\"", |o| value(o, "-smp"), "4"),
+    ("memory_mib", "300", |o| value(o, "-m"), "300M"),
+    ("hugepages", "true", |o| value(o, "-object"), "memory-backend-memfd,id=memory,size=512M,share=on,hugetlb=on"),
+    (
+        "kernel",
+        "\"{host}/other/vmlinux\"",
+        |o| booted(o, |b| b.plan.spec.kernel.display().to_string()),
+        "{host}/other/vmlinux",
+    ),
+    (
+        "initrd",
+        "\"{host}/other/initrd.img\"",
+        |o| booted(o, |b| b.plan.spec.initrd.display().to_string()),
+        "{host}/other/initrd.img",
+    ),
+    (
+        "image_dir",
+        "\"{host}/other\"",
+        |o| booted(o, |b| format!("{} {}", b.plan.spec.kernel.display(), b.plan.spec.initrd.display())),
+        "{host}/other/vmlinux {host}/other/initrd.img",
+    ),
+    ("accel", "\"kvm\"", |o| booted(o, |b| format!("{:?}", b.plan.spec.accel)), "accel = \"kvm\": no hardware"),
+    ("machine", "\"q35\"", |o| value(o, "-machine"), "q35,"),
+    (
+        "qemu",
+        "\"{host}/other/qemu-system-x86_64\"",
+        |o| booted(o, |b| b.qemu.display().to_string()),
+        "{host}/other/qemu-system-x86_64",
+    ),
+    ("qemu_user", "\"7:8\"", |o| booted(o, |b| format!("{:?}", b.plan.spec.user)), "Some((7, 8))"),
+    (
+        "virtiofsd",
+        "\"{host}/other/virtiofsd\"",
+        |o| booted(o, |b| b.plan.virtiofsd.display().to_string()),
+        "{host}/other/virtiofsd",
+    ),
+    ("kernel_params", "[\"nosmt\"]", |o| word(o, "nosmt"), "nosmt"),
+    ("log_level", "\"debug\"", |o| word(o, "husk.log="), "husk.log=debug"),
+    ("boot_timeout_ms", "5", |o| booted(o, |b| format!("{:?}", b.plan.boot_timeout)), "5ms"),
+    ("call_timeout_ms", "6", |o| booted(o, |b| format!("{:?}", b.plan.call_timeout)), "6ms"),
+    (
+        "allowed_annotations",
+        "[\"io.husk.vcpus\"]",
+        |o| booted(o, |_| "a VM".to_owned()),
+        "annotation io.husk.vsock = \"true\": not among the allowed_annotations",
+    ),
+];
+
+#[test]
+fn every_key_has_an_effect() {
+    let host = TestHost::new();
+    let by_default = host.outcome("");
+    assert!(by_default.is_ok(), "{:?}", by_default.err());
+    for key in KEYS {
+        let proof = PROOFS.iter().find(|proof| proof.0 == key.name);
+        let (_, given, show, expected) = proof.unwrap_or_else(|| panic!("no effect of {} is proved", key.name));
+        let line = host.here(&format!("{} = {given}\n", key.name));
+        let (expected, shows) = (host.here(expected), show(&host.outcome(&line)));
+        assert!(shows.starts_with(&expected), "{line}{shows}, not {expected}");
+        let before = show(&by_default);
+        assert!(!before.starts_with(&expected), "{line}{before} without it as well");
+    }
+}
+
+#[test]
+fn every_key_and_every_annotation_is_in_the_readme() {
+    let readme = include_str!("../../../README.md");
+    let names = KEYS.iter().map(|key| key.name).chain(annotations::NAMES);
+    let missing: Vec<_> = names.filter(|name| !readme.contains(&format!("`{name}"))).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}

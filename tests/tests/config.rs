@@ -1,0 +1,82 @@
+//! What the configuration and a sandbox's annotations ask for shows in the VM. What they may not ask for is in `errors.rs`.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use husk_tests::artifacts::Runtime;
+use husk_tests::command::wait_for;
+use husk_tests::containerd::Configured;
+
+#[test]
+fn a_profile_and_parameters_of_the_kernel_show_in_the_guest() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("a_profile_and_parameters_of_the_kernel_show_in_the_guest") {
+        return Ok(());
+    }
+    let configured = Configured::start("profile = \"throughput\"\nkernel_params = [\"sysctl.vm.dirty_ratio=33\"]\n")?;
+    let table: [(&[&str], &str); 3] = [
+        (&[], "4\n33"),
+        (&["--annotation", "io.husk.profile=low-latency"], "1\n33"),
+        (&["--annotation", "io.husk.profile=low-latency", "--annotation", "io.husk.vcpus=2"], "2\n33"),
+    ];
+    for (flags, expected) in table {
+        let script = "grep -c ^processor /proc/cpuinfo; cat /proc/sys/vm/dirty_ratio";
+        let shown = configured.containerd.script(flags, "config", script)?;
+        ensure!(shown == expected, "{flags:?}: {shown:?}, not {expected:?}");
+    }
+    Ok(())
+}
+
+const POOL: &str = "/proc/sys/vm/nr_hugepages";
+
+/// Huge pages that the host has beside its own, until this is dropped.
+struct HugePages {
+    before: u64,
+}
+
+impl HugePages {
+    fn add(pages: u64) -> Result<Self> {
+        let before = fs::read_to_string(POOL)?.trim().parse()?;
+        let more = Self { before };
+        fs::write(POOL, (before + pages).to_string())?;
+        let now: u64 = fs::read_to_string(POOL)?.trim().parse()?;
+        ensure!(now == before + pages, "the host has no room for {pages} huge pages more, only for {}", now - before);
+        Ok(more)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(POOL, self.before.to_string()) {
+            eprintln!("{POOL} remains changed: {error}");
+        }
+    }
+}
+
+/// A number of `/proc/meminfo`.
+fn meminfo(name: &str) -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let number = line.and_then(|line| line.split_whitespace().next()).with_context(|| format!("no {name}"))?;
+    Ok(number.parse()?)
+}
+
+/// Huge pages of the host that nobody has, nor was promised.
+fn available() -> Result<u64> {
+    Ok(meminfo("HugePages_Free")? - meminfo("HugePages_Rsvd")?)
+}
+
+#[test]
+fn a_guests_memory_is_taken_out_of_the_hosts_huge_pages_and_given_back() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("a_guests_memory_is_taken_out_of_the_hosts_huge_pages_and_given_back") {
+        return Ok(());
+    }
+    let pages = (128 * 1024_u64).div_ceil(meminfo("Hugepagesize")?);
+    let _more = HugePages::add(pages)?;
+    let before = available()?;
+    let configured = Configured::start("hugepages = true\nmemory_mib = 128\n")?;
+    let container = configured.containerd.detached(&[], "huge", &["sleep", "1000"])?;
+    ensure!(available()? == before - pages, "{} huge pages are left of {before}", available()?);
+    drop(container);
+    wait_for(Duration::from_secs(10), "the huge pages are given back", || (available().ok()? == before).then_some(()))
+}
