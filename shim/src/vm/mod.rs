@@ -9,6 +9,7 @@ use async_trait::async_trait;
 
 pub mod boot;
 pub mod launch;
+pub mod life;
 pub mod qemu;
 pub mod tsc;
 pub mod virtiofsd;
