@@ -14,6 +14,7 @@ pub mod journal;
 pub mod logging;
 pub mod prepare;
 pub mod process;
+pub mod rfc3339;
 pub mod rootfs;
 pub mod sandbox;
 pub mod serve;

@@ -1,11 +1,13 @@
 //! The life of a VM as its operator sees it: each state with its cause, in the state on disk, in the log and in `husk`.
 
+use std::collections::HashMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::artifacts::Runtime;
-use husk_tests::command::wait_for;
+use husk_tests::artifacts::{Runtime, Version, built};
+use husk_tests::command::{self, wait_for};
 use husk_tests::containerd::{Configured, Container, Containerd, NAMESPACE};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// For what follows a death, or is on its way to the log.
@@ -167,4 +169,51 @@ fn a_boot_that_fails_is_a_start_that_failed() -> Result<()> {
         ensure!(last.contains(&format!(" from={from} to=StartFailed cause=")) && last.contains(cause), "{lines:#?}");
     }
     Ok(())
+}
+
+/// Runs the operator's tool on the sandboxes of this containerd.
+fn husk(containerd: &Containerd, args: &[&str]) -> Result<String> {
+    let mut command = containerd.enter(built("husk")?);
+    command.args(args);
+    Ok(command::run(command, None, SOON)?.ok()?.text())
+}
+
+/// The columns of a sandbox in `husk list`, by their titles.
+fn listed(containerd: &Containerd, id: &str) -> Result<HashMap<String, String>> {
+    let list = husk(containerd, &["list"])?;
+    let mut lines = list.lines().map(str::split_whitespace);
+    let titles = lines.next().context("no titles")?;
+    let columns = lines.find(|columns| columns.clone().next() == Some(id)).with_context(|| list.clone())?;
+    Ok(titles.zip(columns).map(|(title, column)| (title.to_owned(), column.to_owned())).collect())
+}
+
+#[test]
+fn husk_tells_what_a_vm_is_doing_and_why_it_ended_also_without_containerd() -> Result<()> {
+    if !is_husk("husk_tells_what_a_vm_is_doing_and_why_it_ended_also_without_containerd") {
+        return Ok(());
+    }
+    let containerd = Containerd::start(Version::default_for_tests())?;
+    let container = containerd.detached(&[], "seen", &["sleep", "1000"])?;
+    let (shim, below) = containerd.shim_of(container.id())?;
+    let qemu = below.iter().find(|process| process.name.starts_with("qemu")).context("no QEMU")?;
+    containerd.end(Signal::SIGKILL)?;
+
+    let columns = listed(&containerd, container.id())?;
+    let seen = ["NAMESPACE", "STATE", "ALIVE", "CONTAINERS"].map(|title| columns.get(title).map(String::as_str));
+    ensure!(seen == [Some(NAMESPACE), Some("Running"), Some("yes"), Some(container.id())], "{columns:?}");
+    let status = || -> Result<Value> { Ok(serde_json::from_str(&husk(&containerd, &["status", container.id()])?)?) };
+    let vm = &status()?["vm"];
+    ensure!(path(vm)?.0 == UP, "{vm:#}");
+    let kept = self::vm(&containerd, container.id())?["transitions"][0]["at_ms"].as_u64().context("at_ms")?;
+    let seconds = containerd.sh(&format!("date -u -d @{} +%FT%T", kept / 1000))?.text();
+    ensure!(vm["transitions"][0]["at"] == format!("{seconds}.{:03}Z", kept % 1000), "{kept} {vm:#}");
+
+    qemu.kill();
+    wait_for(SOON, "the VM has failed", || {
+        status().map(|status| (status["vm"]["state"] == "Failed").then_some(())).transpose()
+    })??;
+    let vm = &status()?["vm"];
+    ensure!(path(vm)?.1 == "QEMU was killed by signal 9", "{vm:#}");
+    ensure!(listed(&containerd, container.id())?["STATE"] == "Failed" && shim.is_alive());
+    containerd.start_again()
 }
