@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::hooks;
 use crate::state::{Owner, State, StateError, Step};
+use crate::vm::life::{Life, VmState};
 
 /// How long undoing may take: most of it is waiting for killed processes to be gone.
 const UNDO: Duration = Duration::from_secs(4);
@@ -46,6 +47,47 @@ impl Journal {
     /// Writes steps down before their effects are made.
     pub fn record(&self, owner: &Owner, steps: impl IntoIterator<Item = Step>) -> Result<(), StateError> {
         self.with(|state| state.record(owner, steps))
+    }
+
+    /// The VM is in another state now: logged, and written at once.
+    ///
+    /// # Errors
+    ///
+    /// When that state cannot follow the one before, or cannot be written.
+    pub fn vm_enters(&self, to: VmState, cause: &str) -> Result<(), StateError> {
+        self.with(|state| {
+            enter(state, to, cause)?;
+            state.save()
+        })
+    }
+
+    /// The same, but written with what is written next: for a state that something is recorded in at once.
+    ///
+    /// # Errors
+    ///
+    /// When that state cannot follow the one before.
+    pub fn vm_passes(&self, to: VmState, cause: &str) -> Result<(), StateError> {
+        self.with(|state| enter(state, to, cause))
+    }
+
+    /// The VM is dead. That is a failure unless its end was asked for, or is known already.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn vm_died(&self, cause: &str) -> Result<(), StateError> {
+        match self.lock().as_mut() {
+            Some(state) if state.vm().is_some_and(|vm| vm.state() == VmState::Running) => {
+                enter(state, VmState::Failed, cause)?;
+                state.save()
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What the VM is, as long as not everything has been undone.
+    pub fn vm(&self) -> Option<VmState> {
+        self.lock().as_ref().and_then(|state| state.vm()).map(Life::state)
     }
 
     /// Undoes what `owner` made.
@@ -101,6 +143,52 @@ impl Journal {
     }
 }
 
+fn enter(state: &mut State, to: VmState, cause: &str) -> Result<(), StateError> {
+    let from = state.vm_enters(to, cause)?;
+    tracing::info!(%from, %to, cause, "the VM's state");
+    Ok(())
+}
+
 fn lock(state: &Mutex<Option<State>>) -> MutexGuard<'_, Option<State>> {
     state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::VmState::*;
+    use super::*;
+
+    #[test]
+    fn a_death_is_a_failure_only_of_a_vm_that_runs() {
+        let up = [Provisioning, Configured, Starting, Running];
+        let table = [
+            (up[..3].to_vec(), Starting),
+            (up.to_vec(), Failed),
+            ([&up[..], &[Stopping]].concat(), Stopping),
+            ([&up[..], &[Stopping, Stopped]].concat(), Stopped),
+            ([&up[..], &[Failed]].concat(), Failed),
+        ];
+        for (states, after) in table {
+            let base = tempfile::tempdir().unwrap();
+            let journal = Journal::new(State::create(base.path(), "ns", "s1").unwrap());
+            for state in states {
+                journal.vm_enters(state, "a test").unwrap();
+            }
+            journal.vm_died("QEMU was killed").unwrap();
+            assert_eq!(journal.vm(), Some(after));
+            let written = State::load(base.path(), "ns", "s1").unwrap();
+            assert_eq!(written.vm().unwrap().state(), after);
+            let illegal = journal.vm_enters(Pending, "a test").unwrap_err().to_string();
+            assert_eq!(illegal, format!("a VM that is {after} cannot become Pending"));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_death_after_everything_was_undone_is_nothing_to_note() {
+        let base = tempfile::tempdir().unwrap();
+        let journal = Journal::new(State::create(base.path(), "ns", "s1").unwrap());
+        journal.undo_all().await.unwrap();
+        journal.vm_died("QEMU was killed").unwrap();
+        assert_eq!(journal.vm(), None);
+    }
 }

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hooks::{Hook, Subject};
 use crate::process::ProcessId;
+use crate::vm::life::{self, Illegal, Life, VmState};
 pub use undo::{Failure, Step};
 
 /// Where the state of all sandboxes lives, unless `HUSK_STATE_DIR` names another folder.
@@ -69,6 +70,9 @@ pub enum StateError {
         /// What the system said.
         source: io::Error,
     },
+    /// The VM cannot be in the one state after the other.
+    #[error("{0}")]
+    Vm(#[from] Illegal),
     /// Some steps could not be undone. They stay in the journal, the others are done.
     #[error("undo: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Undo(Vec<Failure>),
@@ -101,7 +105,8 @@ struct Contents {
     sandbox: String,
     shim: Option<ProcessId>,
     containers: BTreeMap<String, serde_json::Value>,
-    vm: serde_json::Value,
+    /// None where nothing is known of it.
+    vm: Option<Life>,
     journal: Vec<Entry>,
 }
 
@@ -156,7 +161,7 @@ impl State {
             sandbox: sandbox.into(),
             shim: Some(shim),
             containers: BTreeMap::new(),
-            vm: serde_json::Value::Null,
+            vm: Some(Life::default()),
             journal: Vec::new(),
         };
         let parent = base.join(namespace);
@@ -198,7 +203,7 @@ impl State {
                 sandbox: sandbox.into(),
                 shim: None,
                 containers: BTreeMap::new(),
-                vm: serde_json::Value::Null,
+                vm: None,
                 journal: Vec::new(),
             },
             Err(e) => return Err(io_error("read", &path)(e)),
@@ -268,18 +273,20 @@ impl State {
         self.save()
     }
 
-    /// What was noted about the VM; null at first.
-    pub fn vm(&self) -> &serde_json::Value {
-        &self.contents.vm
+    /// The VM's state and how it came to it. `None` when the shim was killed before it could write that down.
+    pub fn vm(&self) -> Option<&Life> {
+        self.contents.vm.as_ref()
     }
 
-    /// Replaces what is noted about the VM.
+    /// Notes that the VM is in another state now, and what it was in before. [`State::save`] writes it, or whatever is written next.
     ///
     /// # Errors
-    /// When the file cannot be written.
-    pub fn set_vm(&mut self, note: serde_json::Value) -> Result<(), StateError> {
-        self.contents.vm = note;
-        self.save()
+    /// [`StateError::Vm`].
+    pub fn vm_enters(&mut self, to: VmState, cause: &str) -> Result<VmState, StateError> {
+        let vm = self.contents.vm.get_or_insert_default();
+        let from = vm.state();
+        vm.enter(to, cause, life::now_ms())?;
+        Ok(from)
     }
 
     /// The steps of `owner`, in the order in which they were recorded.
@@ -374,7 +381,10 @@ impl State {
     }
 
     /// Replaces the file in one rename. There is no fsync: after a crash of the host `/run` is empty anyway.
-    fn save(&self) -> Result<(), StateError> {
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self) -> Result<(), StateError> {
         let path = self.dir.join(FILE);
         let new = self.dir.join(NEW_FILE);
         let write = || -> io::Result<()> {

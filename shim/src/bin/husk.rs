@@ -10,7 +10,10 @@ use clap::{Parser, Subcommand};
 use husk_shim::config;
 use husk_shim::host::{self, Places};
 use husk_shim::state::{State, base};
+use husk_shim::vm::life::Life;
 use serde_json::json;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 /// Looks into husk's virtual machines.
 #[derive(Parser)]
@@ -28,7 +31,7 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Shows what is known of one sandbox: its shim, its VM, its containers, and what will be undone at its end
+    /// Shows what is known of one sandbox: its shim, its containers, and the state of its VM with how it came to it
     Status {
         /// The sandbox's id, or an unambiguous beginning of it
         id: String,
@@ -125,9 +128,22 @@ fn summary(state: &State) -> Result<serde_json::Value> {
         "namespace": state.namespace(),
         "shim_pid": state.shim().map(|shim| shim.pid),
         "shim_alive": state.shim_lives()?,
-        "vm": state.vm(),
+        "vm": state.vm().map(life),
         "containers": state.containers().keys().collect::<Vec<_>>(),
     }))
+}
+
+/// A time as people read it (RFC 3339); from a file, so it may be any number.
+fn utc(ms: u64) -> String {
+    let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(ms) * 1_000_000).ok();
+    time.and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_else(|| format!("{ms} ms after 1970"))
+}
+
+fn life(vm: &Life) -> serde_json::Value {
+    let transitions = vm
+        .transitions()
+        .map(|made| json!({"from": made.from, "to": made.to, "cause": made.cause, "at": utc(made.at_ms)}));
+    json!({"state": vm.state(), "transitions": transitions.collect::<Vec<_>>()})
 }
 
 fn list(as_json: bool) -> Result<()> {
@@ -138,12 +154,14 @@ fn list(as_json: bool) -> Result<()> {
         writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?;
         return Ok(());
     }
-    writeln!(out, "{:<32} {:<16} {:>8} {:<5} CONTAINERS", "SANDBOX", "NAMESPACE", "SHIM", "ALIVE")?;
+    writeln!(out, "{:<32} {:<16} {:<12} {:>8} {:<5} CONTAINERS", "SANDBOX", "NAMESPACE", "STATE", "SHIM", "ALIVE")?;
     for state in &sandboxes {
         let pid = state.shim().map_or_else(|| "-".to_owned(), |shim| shim.pid.to_string());
         let alive = if state.shim_lives()? { "yes" } else { "no" };
         let containers = state.containers().keys().cloned().collect::<Vec<_>>().join(",");
-        writeln!(out, "{:<32} {:<16} {pid:>8} {alive:<5} {containers}", state.sandbox(), state.namespace())?;
+        let vm = state.vm().map_or_else(|| "-".to_owned(), |vm| vm.state().to_string());
+        let (sandbox, namespace) = (state.sandbox(), state.namespace());
+        writeln!(out, "{sandbox:<32} {namespace:<16} {vm:<12} {pid:>8} {alive:<5} {containers}")?;
     }
     Ok(())
 }

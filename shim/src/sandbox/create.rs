@@ -5,15 +5,18 @@ use std::sync::Arc;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
+use husk_protos::events::Event;
 use tokio::sync::watch;
 
 use super::{Error, Machine, STREAM, Sandbox, Slot, alive, hooks};
 use crate::container::Container;
+use crate::guest::Metering;
 use crate::io::Stdio;
 use crate::prepare::{self, Prepared};
 use crate::rootfs::share::Share;
 use crate::state::Owner;
 use crate::vm::boot::{self, Vm};
+use crate::vm::life::VmState;
 
 impl Sandbox {
     /// Creates a container, and the VM if it is the first. Returns the pid of its init in the guest. On an error nothing is left of it.
@@ -181,17 +184,34 @@ impl Sandbox {
     }
 
     async fn boot(self: &Arc<Self>, prepared: &Prepared, share: PathBuf) -> Result<Arc<Vm>, boot::Error> {
-        let (vmm, plan) = prepare::plan(prepared, share);
         let began = std::time::Instant::now();
-        let vm = Vm::boot(&*vmm, &plan, &self.journal).await?;
+        let (vm, events) = match self.boot_and_listen(prepared, share).await {
+            Ok(booted) => booted,
+            Err(error) => {
+                self.vm_enters(VmState::StartFailed, &error.cause());
+                return Err(error);
+            }
+        };
         tracing::info!(
             ms = began.elapsed().as_millis() as u64,
             kernel = vm.hello.kernel,
             init = vm.hello.version,
             "VM ready"
         );
-        let events = vm.guest.events(0).await?;
+        self.vm_enters(VmState::Running, "the guest has answered");
         tokio::spawn(self.clone().route_events(vm.clone(), events));
         Ok(vm)
+    }
+
+    /// A guest whose events cannot be heard has not come up.
+    async fn boot_and_listen(
+        &self,
+        prepared: &Prepared,
+        share: PathBuf,
+    ) -> Result<(Arc<Vm>, Metering<Event>), boot::Error> {
+        let (vmm, plan) = prepare::plan(prepared, share);
+        let vm = Vm::boot(&*vmm, &plan, &self.journal).await?;
+        let events = vm.guest.events(0).await?;
+        Ok((vm, events))
     }
 }

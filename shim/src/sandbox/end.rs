@@ -10,6 +10,7 @@ use crate::container::process::Process;
 use crate::container::{Container, EXIT_RECORDED};
 use crate::state::Owner;
 use crate::vm::boot::{DELIVERED, Vm};
+use crate::vm::life::VmState;
 
 /// How long containerd may take to accept the last events before the shim ends without.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -84,7 +85,7 @@ impl Sandbox {
         };
         match last {
             // In the background: containerd has other things to do with the answer to Delete, and asks for Shutdown after it.
-            Some(machine) => drop(tokio::spawn(self.clone().tear_down(machine))),
+            Some(machine) => drop(tokio::spawn(self.clone().tear_down(machine, "the last container is gone"))),
             None => {
                 if let Err(error) = self.journal.undo(Owner::Container(id.to_owned())).await {
                     tracing::error!(container = id, %error, "something is left of the container");
@@ -94,7 +95,7 @@ impl Sandbox {
     }
 
     /// Ends the VM and removes everything that the sandbox made. Whoever took the machine out of its place calls it, so it runs once.
-    async fn tear_down(self: Arc<Self>, machine: Machine) {
+    async fn tear_down(self: Arc<Self>, machine: Machine, cause: &'static str) {
         let ended = || async {
             let containers = self.containers();
             futures::future::join_all(containers.iter().map(|container| container.ended())).await;
@@ -107,11 +108,13 @@ impl Sandbox {
             Machine::None | Machine::Stopping => None,
         };
         if let Some(vm) = vm {
-            vm.stop(ended()).await;
+            self.stop(&vm, cause, ended()).await;
             // Its last events are being read, and those of its processes that it told no end of end with it.
             if tokio::time::timeout(DELIVERED, ended()).await.is_err() {
                 tracing::debug!("processes of the VM are not recorded as ended yet");
             }
+        } else if self.journal.vm() == Some(VmState::Pending) {
+            self.vm_enters(VmState::Stopped, cause);
         }
         let containers = self.containers();
         for container in &containers {
@@ -127,6 +130,26 @@ impl Sandbox {
         self.ended.send_replace(true);
     }
 
+    /// Ends the VM, or finds it dead.
+    async fn stop(&self, vm: &Vm, cause: &str, delivered: impl Future<Output = ()>) {
+        let died = vm.cause_of_death();
+        match &died {
+            // Whoever waits for it may not have been told yet.
+            Some(cause) => self.vm_died(cause),
+            None => self.vm_enters(VmState::Stopping, cause),
+        }
+        match vm.stop(delivered).await {
+            Ok(()) if died.is_some() => {}
+            Ok(()) => self.vm_enters(VmState::Stopped, "its processes have ended"),
+            Err(error) => {
+                tracing::error!(%error, "the VM is not ended");
+                if died.is_none() {
+                    self.vm_enters(VmState::Failed, &error.to_string());
+                }
+            }
+        }
+    }
+
     /// Ends the sandbox. Without `now`, only if it has no container: containerd asks it of every shim after every deletion.
     pub async fn shutdown(self: &Arc<Self>, now: bool) -> Result<(), Error> {
         let machine = {
@@ -138,7 +161,7 @@ impl Sandbox {
         };
         self.dismissed.send_replace(true);
         if !matches!(machine, Machine::Stopping) {
-            tokio::spawn(self.clone().tear_down(machine));
+            tokio::spawn(self.clone().tear_down(machine, "the sandbox was told to end"));
         }
         self.ended().await;
         Ok(())

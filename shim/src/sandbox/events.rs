@@ -146,6 +146,8 @@ impl Sandbox {
         for container in self.containers() {
             container.died(now());
         }
+        // Last: the exits wait for no file.
+        self.vm_died(&cause);
     }
 
     /// Waits for nobody but the publisher.

@@ -24,6 +24,7 @@ use crate::io::Stdio;
 use crate::journal::Journal;
 use crate::rootfs::share::Share;
 use crate::vm::boot::{self, Vm};
+use crate::vm::life::VmState;
 
 pub use error::Error;
 use error::not_found;
@@ -225,6 +226,19 @@ impl Sandbox {
             Machine::Up(vm) => alive(vm),
             Machine::Stopping => Err(Error::Stopping),
             Machine::None | Machine::Booting(_) => Err(Error::Dead { cause: "it is not up yet".to_owned() }),
+        }
+    }
+
+    /// The VM is in another state now. What cannot be noted of it ends nothing that works.
+    fn vm_enters(&self, to: VmState, cause: &str) {
+        if let Err(error) = self.journal.vm_enters(to, cause) {
+            tracing::error!(%to, cause, %error, "the VM's state is not noted");
+        }
+    }
+
+    fn vm_died(&self, cause: &str) {
+        if let Err(error) = self.journal.vm_died(cause) {
+            tracing::error!(cause, %error, "the VM's death is not noted");
         }
     }
 

@@ -54,7 +54,8 @@ fn identifiers_follow_containerds_rule() {
 fn folder_and_file_are_private_and_read_back() {
     let base = tempfile::tempdir().unwrap();
     let mut state = State::create(base.path(), "ns", "s1").unwrap();
-    state.set_vm(serde_json::json!({"qemu": 7})).unwrap();
+    assert_eq!(state.vm(), Some(&Life::default()));
+    assert_eq!(state.vm_enters(VmState::Provisioning, "a container needs it").unwrap(), VmState::Pending);
     state.set_container("c1", serde_json::json!({"bundle": "/b"})).unwrap();
     let file = Step::File { path: base.path().join("x") };
     state.record(&container("c1"), [file.clone()]).unwrap();
@@ -64,7 +65,8 @@ fn folder_and_file_are_private_and_read_back() {
     assert!(matches!(State::create(base.path(), "ns", "s1"), Err(StateError::Exists(_))));
 
     let again = State::load(base.path(), "ns", "s1").unwrap();
-    assert_eq!(again.vm()["qemu"], 7);
+    assert_eq!(again.vm(), state.vm(), "what was noted is written with what came next");
+    assert_eq!(again.vm().unwrap().transitions().next().unwrap().cause, "a container needs it");
     assert_eq!(again.containers()["c1"]["bundle"], "/b");
     assert_eq!(again.steps(&container("c1")).collect::<Vec<_>>(), [&file]);
     assert!(again.shim_lives().unwrap());
@@ -79,6 +81,7 @@ fn a_folder_without_a_file_is_a_sandbox_that_did_nothing_yet() {
     fs::create_dir_all(base.path().join("ns/s1")).unwrap();
     let state = State::load(base.path(), "ns", "s1").unwrap();
     assert!(!state.shim_lives().unwrap());
+    assert_eq!(state.vm(), None);
     state.undo_all(WITHIN).unwrap();
     assert_eq!(fs::read_dir(base.path()).unwrap().count(), 0);
 }

@@ -17,6 +17,7 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::launch::Child;
+use super::life::VmState;
 use super::{Machine, Sockets, Spec, Vmm};
 use crate::cgroup::{CgroupError, Hierarchies};
 use crate::console::Console;
@@ -107,9 +108,25 @@ pub enum Error {
     Guest(#[from] crate::guest::Error),
 }
 
+impl Error {
+    /// What it was, without the console.
+    pub fn cause(&self) -> String {
+        match self {
+            Self::Ended { cause, .. } => cause.clone(),
+            Self::Deadline { deadline, .. } => format!("it was not ready after {} ms", deadline.as_millis()),
+            other => other.to_string(),
+        }
+    }
+}
+
 fn lines(title: &str, text: &str) -> String {
     if text.is_empty() { String::new() } else { format!("; {title}:\n{text}") }
 }
+
+/// A VM that was killed, and yet is there.
+#[derive(Debug, thiserror::Error)]
+#[error("a process of the VM is still there {} ms after its end", EXIT.as_millis())]
+pub struct StillThere;
 
 /// A VM whose guest is ready, until it dies.
 pub struct Vm {
@@ -128,9 +145,11 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Boots a VM. On an error its processes have been killed; what the journal records is for the caller to undo.
+    /// Boots a VM. On an error its processes have been killed; what the journal records is for the caller to undo. What the VM becomes with that,
+    /// running or not, is for the caller to say.
     pub async fn boot(vmm: &dyn Vmm, plan: &Plan, journal: &Journal) -> Result<Arc<Self>, Error> {
         let io = |what| move |source| Error::Io { what, source };
+        journal.vm_passes(VmState::Provisioning, "a container needs it")?;
         let (device, vsock) = Device::start(GUEST_CID)?;
         // Before the guest runs, or its dial could find nobody.
         let mut ready = device.listen(PORT_READY)?;
@@ -144,11 +163,16 @@ impl Vm {
         let (share_listener, share_socket) = virtiofsd::socket(journal.dir())?;
         let log = open_log(&journal.dir().join("qemu.log")).map_err(io("open qemu.log"))?;
         let sockets = Sockets { vsock, share: Some(share_socket), console: console_theirs.into(), log };
+        let (vcpus, memory_mib, accel) = (plan.spec.vcpus, plan.spec.memory_mib, plan.spec.accel);
+        let configured = format!("ready to be started with vcpus={vcpus} memory_mib={memory_mib} accel={accel:?}");
+        journal.vm_passes(VmState::Configured, &configured)?;
         let machine: Arc<dyn Machine> = vmm.start(&plan.spec, sockets).await?.into();
         let kill_machine = Otherwise::new({
             let machine = machine.clone();
             move || machine.kill()
         });
+        // Written with the process, and what it went through with it: a boot waits for each write.
+        journal.vm_passes(VmState::Starting, &format!("QEMU runs as process {}", machine.process().pid))?;
         journal.record(&Owner::Sandbox, [Step::Process { id: machine.process(), name: "qemu".into() }])?;
 
         // Second, because it is ready much sooner; and it waits for its cgroup, which takes a grace period of the host's kernel, while QEMU
@@ -270,7 +294,11 @@ impl Vm {
 
     /// Ends the VM: asks the guest, and kills it if it does not go. What its last processes wrote, and how they ended, may still be on its way
     /// when the guest has answered: `delivered` resolves when that has come, and is waited for a moment.
-    pub async fn stop(&self, delivered: impl Future<Output = ()>) {
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be killed.
+    pub async fn stop(&self, delivered: impl Future<Output = ()>) -> Result<(), StillThere> {
         self.stopping.store(true, Ordering::Relaxed);
         if self.cause_of_death().is_none() {
             let request = ShutdownRequest { now: true, ..Default::default() };
@@ -301,9 +329,10 @@ impl Vm {
         }
         let gone = async { tokio::join!(self.machine.exited(), self.share.exited()) };
         if tokio::time::timeout(EXIT, gone).await.is_err() {
-            tracing::error!("a process of the VM is still there after its end");
             self.share.kill();
+            return Err(StillThere);
         }
+        Ok(())
     }
 }
 

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 pub mod boot;
 pub mod hugepages;
 pub mod launch;
+pub mod life;
 pub mod qemu;
 pub mod tsc;
 pub mod virtiofsd;

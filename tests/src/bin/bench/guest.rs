@@ -165,7 +165,7 @@ impl Booted {
 
     /// Ends it and removes what it made.
     pub async fn stop(self) -> Result<()> {
-        tokio::time::timeout(END, self.vm.stop(std::future::ready(()))).await.context("the VM does not stop")?;
+        tokio::time::timeout(END, self.vm.stop(std::future::ready(()))).await.context("the VM does not stop")??;
         self.journal.undo_all().await?;
         Ok(())
     }
