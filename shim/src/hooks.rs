@@ -251,6 +251,7 @@ fn listen(pipe: &mut impl Read, words: &mut Words) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::{ProcessId, wait_dead};
 
     fn shell(script: &str, env: &[&str], timeout: Option<u32>) -> Hook {
         Hook {
@@ -301,8 +302,11 @@ mod tests {
             assert!(error.contains(want) && error.len() < 2 * WORDS, "{want}: {error}");
         }
         let child: u32 = std::fs::read_to_string(folder.path().join("child")).unwrap().trim().parse().unwrap();
-        let runs = crate::process::ProcessId::of(child).unwrap().is_some_and(|child| child.runs().unwrap());
-        assert!(!runs, "what a late hook started goes on");
+        let gone = match ProcessId::of(child).unwrap().map(|child| child.pidfd().unwrap()) {
+            Some(Some(pidfd)) => wait_dead(pidfd, Duration::from_secs(10)).unwrap(),
+            _ => true,
+        };
+        assert!(gone, "what a late hook started goes on");
     }
 
     #[test]

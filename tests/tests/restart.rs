@@ -122,12 +122,14 @@ fn events_wait_for_containerd_and_come_once_and_in_order() -> Result<()> {
 #[test]
 fn output_is_whole_although_containerd_was_killed_in_between() -> Result<()> {
     let containerd = Containerd::start(Version::default_for_tests())?;
-    let script =
-        "for n in $(seq 1 200); do echo $n; sleep 0.02; done; while [ ! -e /go ]; do sleep 0.1; done; echo end";
+    let script = "while [ ! -e /begin ]; do sleep 0.1; done; for n in $(seq 1 200); do echo $n; sleep 0.02; done; \
+        while [ ! -e /go ]; do sleep 0.1; done; echo end";
     let container = containerd.detached(&[], "output", &["sh", "-c", script])?;
     // Read as a client would that is not containerd itself, and so does not end with it.
     let fifo = containerd.sh(&format!("ls /run/containerd/fifo/*/{}-stdout", container.id()))?.text();
     let mut stdout = fifo::Reader::open(&containerd.path(fifo))?;
+    // Not before: a ctr that leaves may still take what is said while it is there.
+    container.script("touch /begin")?;
     let mut said = stdout.read(8, DEADLINE)?;
     containerd.end(Signal::SIGKILL)?;
     said.extend(stdout.read(8, DEADLINE)?);
@@ -162,7 +164,8 @@ fn the_restart_monitor_brings_a_container_back_after_its_vm_was_killed(version: 
     let label = ["--label", "containerd.io/restart.status=running"];
     let container = containerd.detached(&label, "again", &["sleep", "1000"])?;
     let boot = |script: &str| container.script(script).ok().filter(|id| !id.is_empty());
-    let first = boot("cat /proc/sys/kernel/random/boot_id").context("the first boot's id")?;
+    // On a slow machine the monitor may find it created and not yet running, and start it anew before anybody has seen it.
+    let first = wait_for(DEADLINE, "the first boot's id", || boot("cat /proc/sys/kernel/random/boot_id"))?;
     let (_, below) = containerd.shim_of(container.id())?;
     let vm = below.into_iter().find(|process| process.name.starts_with("qemu")).context("no QEMU")?;
     vm.kill();
