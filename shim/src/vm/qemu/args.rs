@@ -110,6 +110,8 @@ fn append(spec: &Spec) -> String {
         words.push("norandmaps".to_owned());
         // Ours: see kernel-config/patches.
         words.push("noreplace-returns".to_owned());
+        // Ours too: without it, programs of the share are executed as what was in their pages before.
+        words.push("virtiofs.rewrite_pages=1".to_owned());
     }
     // Under KVM, kvmclock and the TSC's deadline timer make this needless. Otherwise the guest's counter is the host's, or the instructions
     // counted, one a nanosecond.
@@ -195,7 +197,7 @@ mod tests {
                 |spec| spec.tsc_khz = Some(2_400_000),
                 "-append",
                 &[
-                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 noreplace-smp acpi=off pci=off norandmaps noreplace-returns tsc_early_khz=2400000 tsc=reliable lapic_timer_khz=1000000 husk.log=warn",
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 noreplace-smp acpi=off pci=off norandmaps noreplace-returns virtiofs.rewrite_pages=1 tsc_early_khz=2400000 tsc=reliable lapic_timer_khz=1000000 husk.log=warn",
                 ],
             ),
             (
@@ -211,7 +213,7 @@ mod tests {
                 |spec| spec.board = Board::Q35,
                 "-append",
                 &[
-                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 noreplace-smp norandmaps noreplace-returns husk.log=warn",
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 noreplace-smp norandmaps noreplace-returns virtiofs.rewrite_pages=1 husk.log=warn",
                 ],
             ),
             (
@@ -219,7 +221,7 @@ mod tests {
                 |_| (),
                 "-append",
                 &[
-                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 noreplace-smp acpi=off pci=off norandmaps noreplace-returns husk.log=warn",
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 noreplace-smp acpi=off pci=off norandmaps noreplace-returns virtiofs.rewrite_pages=1 husk.log=warn",
                 ],
             ),
         ];
