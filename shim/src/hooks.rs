@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -128,32 +128,34 @@ impl fmt::Display for Words {
     }
 }
 
-/// Runs hooks one after the other, up to the first that fails. Blocks; each has its own time, and all of them together `within`, if any.
+/// Runs hooks one after the other, up to the first that fails. Blocks; each has its own time.
 ///
 /// # Errors
 /// That of the hook that failed. One whose time is over is killed, with its process group.
-pub fn run(hooks: &[Hook], subject: &Subject, status: Status, within: Option<Duration>) -> Result<(), Error> {
-    let until = within.map(|within| Instant::now() + within);
-    hooks.iter().try_for_each(|hook| {
-        let own = hook.timeout.map_or(DEADLINE, |seconds| Duration::from_secs(seconds.into()));
-        let left = until.map_or(own, |until| own.min(until.saturating_duration_since(Instant::now())));
-        let done = run_one(hook, subject, status, left);
-        done.map_err(|why| Error { field: hook.field.clone(), path: hook.path.clone(), why })
-    })
+pub fn run(hooks: &[Hook], subject: &Subject, status: Status) -> Result<(), Error> {
+    hooks.iter().try_for_each(|hook| run_one(hook, subject, status, Duration::MAX))
 }
 
-/// Runs the `poststop` hooks. One that fails is logged, and those after it run all the same (runtime.md, "Lifecycle").
+/// Runs the `poststop` hooks, all of them `within` that time. One that fails is logged, and those after it run all the same (runtime.md,
+/// "Lifecycle").
 pub fn run_to_the_end(hooks: &[Hook], subject: &Subject, within: Duration) {
     let until = Instant::now() + within;
     for hook in hooks {
         let left = until.saturating_duration_since(Instant::now());
-        if let Err(error) = run(std::slice::from_ref(hook), subject, Status::Stopped, Some(left)) {
+        if let Err(error) = run_one(hook, subject, Status::Stopped, left) {
             tracing::warn!(container = subject.id, %error, "hook failed");
         }
     }
 }
 
-fn run_one(hook: &Hook, subject: &Subject, status: Status, within: Duration) -> Result<(), Failure> {
+/// Runs one hook for its own time, and no longer than `most`.
+fn run_one(hook: &Hook, subject: &Subject, status: Status, most: Duration) -> Result<(), Error> {
+    let own = hook.timeout.map_or(DEADLINE, |seconds| Duration::from_secs(seconds.into()));
+    let done = run_within(hook, subject, status, own.min(most));
+    done.map_err(|why| Error { field: hook.field.clone(), path: hook.path.clone(), why })
+}
+
+fn run_within(hook: &Hook, subject: &Subject, status: Status, within: Duration) -> Result<(), Failure> {
     let mut command = Command::new(&hook.path);
     let mut args = hook.args.iter();
     command.arg0(args.next().map_or_else(|| hook.path.as_os_str(), |name| name.as_ref())).args(args);
@@ -202,7 +204,7 @@ fn attend(child: &mut Child, state: &[u8], until: Instant) -> io::Result<(Words,
             Err(nix::errno::Errno::EINTR) => continue,
             ready => ready?,
         };
-        let ended = is_ready(&fds, pidfd.as_fd());
+        let ended = fds[0].any().unwrap_or(false);
         if let Some(pipe) = &mut stdin {
             match pipe.write(left) {
                 Ok(written) => left = &left[written..],
@@ -223,11 +225,6 @@ fn attend(child: &mut Child, state: &[u8], until: Instant) -> io::Result<(Words,
             return Ok((words, ended));
         }
     }
-}
-
-fn is_ready(fds: &[PollFd<'_>], wanted: BorrowedFd<'_>) -> bool {
-    use std::os::fd::AsRawFd;
-    fds.iter().any(|fd| fd.as_fd().as_raw_fd() == wanted.as_raw_fd() && fd.any().unwrap_or(false))
 }
 
 /// Reads what is there; false at the end.
@@ -272,7 +269,7 @@ mod tests {
     fn a_hook_gets_its_state_its_environment_and_its_folder() {
         let folder = tempfile::tempdir().unwrap();
         let hook = shell("cat > state; env > env; echo $0 > name", &["A=1"], None);
-        run(&[hook], &subject(folder.path()), Status::Creating, None).unwrap();
+        run(&[hook], &subject(folder.path()), Status::Creating).unwrap();
         let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
         let state: serde_json::Value = serde_json::from_str(&read("state")).unwrap();
         assert_eq!((&state["id"], &state["status"]), (&"c1".into(), &"creating".into()));
@@ -297,7 +294,7 @@ mod tests {
             (shell("sleep 1000 & echo $! > child; sleep 1000", &[], Some(1)), "did not end within 1s, and was killed"),
             (Hook { path: "/nonexistent".into(), ..shell("", &[], None) }, "start: No such file"),
         ] {
-            let error = run(&[hook], &subject(folder.path()), Status::Creating, None).unwrap_err().to_string();
+            let error = run(&[hook], &subject(folder.path()), Status::Creating).unwrap_err().to_string();
             assert!(error.starts_with("hooks.createRuntime[0] /"), "{error}");
             assert!(error.contains(want) && error.len() < 2 * WORDS, "{want}: {error}");
         }
@@ -313,10 +310,10 @@ mod tests {
     fn those_after_one_that_fails_do_not_run_and_all_have_one_time() {
         let folder = tempfile::tempdir().unwrap();
         let hooks = [shell("echo 1 >> ran", &[], None), shell("exit 1", &[], None), shell("echo 3 >> ran", &[], None)];
-        run(&hooks, &subject(folder.path()), Status::Stopped, None).unwrap_err();
+        run(&hooks, &subject(folder.path()), Status::Stopped).unwrap_err();
         assert_eq!(std::fs::read_to_string(folder.path().join("ran")).unwrap(), "1\n");
-        let late = [shell("sleep 1000", &[], None)];
-        let error = run(&late, &subject(folder.path()), Status::Stopped, Some(Duration::from_millis(50))).unwrap_err();
+        let late = shell("sleep 1000", &[], None);
+        let error = run_one(&late, &subject(folder.path()), Status::Stopped, Duration::from_millis(50)).unwrap_err();
         assert!(error.to_string().contains("did not end within"), "{error}");
     }
 }

@@ -113,12 +113,8 @@ impl Container {
     /// The guest says that something happened. Waits for nobody but the publisher.
     pub async fn told(&self, news: News, at: Timestamp) {
         let container_id = self.id.clone();
-        let exec = match &news {
-            News::ExecAdded { exec } | News::ExecStarted { exec, .. } | News::Exited { exec, .. } => exec.as_str(),
-            _ => "",
-        };
-        let Some(process) = self.process(exec) else {
-            tracing::debug!(container = self.id, exec, "told of a process that is gone");
+        let Some(process) = self.process(news.exec()) else {
+            tracing::debug!(container = self.id, exec = news.exec(), "told of a process that is gone");
             return;
         };
         // The answer to a call may come after what is told of it, as with a fast exec.

@@ -81,6 +81,16 @@ pub enum News {
     },
 }
 
+impl News {
+    /// The exec that it is about; empty for the init and for the container.
+    pub fn exec(&self) -> &str {
+        match self {
+            Self::ExecAdded { exec } | Self::ExecStarted { exec, .. } | Self::Exited { exec, .. } => exec,
+            _ => "",
+        }
+    }
+}
+
 /// Why an event is not believed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
@@ -150,10 +160,7 @@ pub fn read(event: &Event, knows: impl Fn(&str, &str) -> bool) -> Result<Told, R
         }
         other => return Err(Refused::Topic(other.to_owned())),
     };
-    let exec = match &news {
-        News::ExecAdded { exec } | News::ExecStarted { exec, .. } | News::Exited { exec, .. } => exec.as_str(),
-        _ => "",
-    };
+    let exec = news.exec();
     // An exec without an id would pass for the init.
     let nameless = exec.is_empty() && matches!(news, News::ExecAdded { .. } | News::ExecStarted { .. });
     if nameless || !knows(&container, exec) {

@@ -63,11 +63,12 @@ impl Sandbox {
         let note = serde_json::json!({"bundle": request.bundle});
         self.journal.with(|state| state.set_container(&id, note))?;
         let share = self.share()?;
+        let subject = hooks::subject(&request, &prepared);
         // The root filesystem is mounted while the VM boots: mounts made later propagate into the share.
         let (vm, mounted, hooked) = tokio::join!(
             self.vm(&prepared, &share),
             self.mount(&share, &request, &prepared),
-            self.run_create_hooks(&request, &prepared)
+            self.run_create_hooks(&prepared.rewritten.hooks, &subject)
         );
         let vm = vm?;
         mounted?;
@@ -87,7 +88,6 @@ impl Sandbox {
             stderr,
             ..Default::default()
         };
-        let subject = hooks::subject(&request, &prepared);
         let poststart = prepared.rewritten.hooks.poststart.clone();
         let container = Container::new(request, subject, poststart, self.publisher.clone());
         // In its place before the guest knows of it: its first events may be faster than the answer.

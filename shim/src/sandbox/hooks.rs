@@ -4,7 +4,7 @@ use containerd_shim_protos::api::{CreateTaskRequest, KillRequest};
 
 use super::{Error, Sandbox};
 use crate::container::Container;
-use crate::hooks::{self, Hook, Status, Subject};
+use crate::hooks::{self, Hook, Hooks, Status, Subject};
 use crate::prepare::Prepared;
 use crate::state::{Owner, Step};
 use crate::vm::boot::Vm;
@@ -20,22 +20,19 @@ pub(super) fn subject(request: &CreateTaskRequest, prepared: &Prepared) -> Subje
 }
 
 async fn run(hooks: Vec<Hook>, subject: Subject, status: Status) -> Result<(), Error> {
-    // Without a limit on all of them: each has its own.
-    let ran = tokio::task::spawn_blocking(move || hooks::run(&hooks, &subject, status, None)).await;
+    let ran = tokio::task::spawn_blocking(move || hooks::run(&hooks, &subject, status)).await;
     ran.map_err(|error| Error::Task(format!("hooks: {error}")))?.map_err(Error::Hook)
 }
 
 impl Sandbox {
     /// Runs the hooks that come before a container. From here on its `poststop` hooks are due, whatever becomes of it.
-    pub(super) async fn run_create_hooks(&self, request: &CreateTaskRequest, prepared: &Prepared) -> Result<(), Error> {
-        let hooks = &prepared.rewritten.hooks;
+    pub(super) async fn run_create_hooks(&self, hooks: &Hooks, subject: &Subject) -> Result<(), Error> {
         if hooks.is_empty() {
             return Ok(());
         }
-        let subject = subject(request, prepared);
         let step = Step::Hooks { container: subject.clone(), poststop: hooks.poststop.clone() };
-        self.journal.record(&Owner::Container(request.id.clone()), [step])?;
-        run(hooks.create.clone(), subject, Status::Creating).await
+        self.journal.record(&Owner::Container(subject.id.clone()), [step])?;
+        run(hooks.create.clone(), subject.clone(), Status::Creating).await
     }
 
     /// Runs the hooks that come after the start of a container's process, which is killed if one of them fails.
