@@ -4,7 +4,7 @@ use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 const FILES: [&str; 4] = ["proto/system.proto", "proto/bundle.proto", "proto/stdio.proto", "proto/events.proto"];
 /// Without a service.
-const MESSAGES: [&str; 1] = ["proto/runc_options.proto"];
+const MESSAGES: [&str; 2] = ["proto/runc_options.proto", "proto/report.proto"];
 
 fn main() {
     println!("cargo:rerun-if-changed=proto");

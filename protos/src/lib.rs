@@ -11,12 +11,12 @@ mod generated {
 }
 
 pub use generated::{
-    bundle, bundle_ttrpc, events, events_ttrpc, runc_options, stdio, stdio_ttrpc, system, system_ttrpc,
+    bundle, bundle_ttrpc, events, events_ttrpc, report, runc_options, stdio, stdio_ttrpc, system, system_ttrpc,
 };
 pub use {protobuf, ttrpc};
 
 /// Version of the wire between host and guest. A host refuses a guest that says another one in its `Hello`.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// CID by which a guest reaches its host (`VMADDR_CID_HOST`, vsock(7)).
 pub const HOST_CID: u32 = 2;
@@ -25,7 +25,7 @@ pub const HOST_CID: u32 = 2;
 pub const PORT_TASK: u32 = 1024;
 /// Guest port: the Stdio service, one stream a connection.
 pub const PORT_STDIO: u32 = 1025;
-/// Host port: a guest that is ready connects here and sends one `Hello` frame.
+/// Host port: a guest that is ready connects here, sends one `Hello` frame, and then `Report` frames as long as it lives.
 pub const PORT_READY: u32 = 1026;
 /// Guest port: the Events service. The host's port of the same number is the metadata service.
 pub const PORT_EVENTS: u32 = 1027;
