@@ -16,6 +16,7 @@ pub mod logging;
 pub mod prepare;
 pub mod process;
 pub mod rootfs;
+pub mod rotate;
 pub mod sandbox;
 pub mod serve;
 pub mod service;
