@@ -9,6 +9,8 @@ use tokio::sync::watch;
 
 use crate::vm::life::now_ms;
 
+pub mod task;
+
 /// Events that are kept.
 pub const KEPT: usize = 1024;
 /// Longest text of an event that is kept, in bytes: part of it may be a guest's words.

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use crate::rotate::Rotating;
 
 mod chain;
+pub mod lines;
 
 pub use chain::Chain;
 

@@ -25,6 +25,7 @@ use crate::events::Publisher;
 use crate::journal::Journal;
 use crate::prepare::sandbox_of;
 use crate::process::{ProcessId, wait_dead};
+use crate::recent::Kind;
 use crate::sandbox::Sandbox;
 use crate::socket;
 use crate::state::{Owner, State, StateError, Step, base};
@@ -167,7 +168,7 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     let (control, console) = (listen(ctl::SOCKET), listen(console::SOCKET));
     let (control, console) = (control.context("listen on ctl.sock")?, console.context("listen on console.sock")?);
     let ttrpc_address = std::env::var("TTRPC_ADDRESS").context("TTRPC_ADDRESS")?;
-    let publisher = Publisher::start(&ttrpc_address, &flags.namespace);
+    let publisher = Publisher::start(&ttrpc_address, &flags.namespace, journal.recent().clone());
     let sandbox = Sandbox::new(&flags.id, &flags.namespace, journal, publisher);
     sandbox.console().serve(console);
     ctl::serve(control, sandbox.clone(), ctl::methods::METHODS, ctl::Limits::default());
@@ -176,7 +177,9 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     let server = unsafe { ttrpc::r#async::Server::new().add_unix_listener(listener.into_raw_fd()) }?;
     let mut server = server.register_service(crate::service::services(sandbox.clone()));
     server.start().await?;
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving");
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(version, "serving");
+    sandbox.recent().note(Kind::Sandbox, "the shim serves", serde_json::json!({"version": version}));
 
     let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("catch SIGINT")?;

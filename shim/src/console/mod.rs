@@ -5,12 +5,13 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, watch};
 
-use crate::record::Record;
+use crate::record::{REPLAY, Record};
 
 pub mod clients;
 
@@ -51,6 +52,17 @@ impl Console {
     /// All that has come from it.
     pub fn record(&self) -> &Record {
         &self.record
+    }
+
+    /// Where it is to be had.
+    pub fn endpoint(&self) -> Value {
+        let machine = match &*self.line.borrow() {
+            Line::Unused => "unused",
+            Line::Up(_) => "up",
+            Line::Ended => "ended",
+        };
+        let log = self.record.path();
+        json!({"path": log.with_file_name(SOCKET), "log": log, "machine": machine, "replay_bytes": REPLAY})
     }
 
     /// Takes what comes from a machine's `socket`, and gives it what is typed.

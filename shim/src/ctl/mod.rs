@@ -45,6 +45,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
 mod connection;
+mod events;
+mod logs;
 pub mod method;
 pub mod methods;
 pub mod rpc;

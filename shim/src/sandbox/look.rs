@@ -6,6 +6,7 @@ use super::{Machine, Sandbox, Slot};
 use crate::console::Console;
 use crate::ctl::{Answer, RpcError};
 use crate::recent::Recent;
+use crate::record::Record;
 use crate::state::State;
 use crate::status;
 
@@ -18,6 +19,11 @@ impl Sandbox {
     /// The console of its VM.
     pub fn console(&self) -> &Console {
         &self.console
+    }
+
+    /// The log of its guest's init.
+    pub fn init_log(&self) -> &Record {
+        &self.init_log
     }
 
     /// All that is known of it.

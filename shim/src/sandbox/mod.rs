@@ -24,6 +24,7 @@ use crate::container::process::{Exit, Process};
 use crate::events::Publisher;
 use crate::io::Stdio;
 use crate::journal::Journal;
+use crate::record::Record;
 use crate::rootfs::share::Share;
 use crate::vm::boot::{self, Vm};
 use crate::vm::life::VmState;
@@ -33,6 +34,8 @@ use error::not_found;
 
 /// How long containerd may take to ask for the end after everything has ended.
 const DISMISSAL: Duration = Duration::from_secs(10);
+/// The log of the guest's init, in the sandbox's folder.
+pub const INIT_LOG: &str = "guest.log";
 /// What stands in a guest's request for a stream that is carried over vsock.
 const STREAM: &str = "stream";
 
@@ -67,6 +70,7 @@ pub struct Sandbox {
     journal: Journal,
     publisher: Publisher,
     console: Console,
+    init_log: Record,
     inner: Mutex<Inner>,
     /// True when everything has been cleaned up.
     ended: watch::Sender<bool>,
@@ -81,6 +85,7 @@ impl Sandbox {
             id: id.to_owned(),
             namespace: namespace.to_owned(),
             console: Console::new(journal.dir()),
+            init_log: Record::new(&journal.dir().join(INIT_LOG)),
             journal,
             publisher,
             inner: Mutex::new(Inner { machine: Machine::None, share: None, containers: HashMap::new() }),
