@@ -1,4 +1,4 @@
-//! The guest's console: kept in `console.log`, served on `console.sock` (see [`clients`]), its last lines at hand for the reason why a boot
+//! What a guest says in words. Its console: kept in `console.log`, served on `console.sock` (see [`clients`]), its last lines at hand for the reason why a boot
 //! failed.
 
 use std::io;
@@ -17,12 +17,30 @@ pub mod clients;
 
 /// The file's name in the sandbox's folder.
 pub const LOG: &str = "console.log";
+/// The name of the init's log.
+pub const INIT_LOG: &str = "guest.log";
 /// The socket's.
 pub const SOCKET: &str = "console.sock";
 /// Bytes of the console that may explain a failed boot.
 const TAIL: usize = 4 * 1024;
 /// Pieces of input on their way to the guest; those who type past that wait.
 const INPUT: usize = 16;
+
+/// All that a guest says in words. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Words {
+    /// Its console.
+    pub console: Console,
+    /// The log of its init.
+    pub init: Record,
+}
+
+impl Words {
+    /// Those of the sandbox with this folder. Has no effect until there is something.
+    pub fn new(folder: &Path) -> Self {
+        Self { console: Console::new(folder), init: Record::new(&folder.join(INIT_LOG)) }
+    }
+}
 
 /// Whether there is a machine at the other end.
 #[derive(Debug, Clone, Default)]

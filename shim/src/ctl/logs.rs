@@ -41,8 +41,8 @@ struct Source {
 pub async fn run(sandbox: Arc<Sandbox>, mut call: Call) -> Answer {
     let params: Params = rpc::params(std::mem::take(&mut call.params))?;
     let all = [
-        (Which::Console, "console", sandbox.console().record().clone()),
-        (Which::Init, "init", sandbox.init_log().clone()),
+        (Which::Console, "console", sandbox.words().console.record().clone()),
+        (Which::Init, "init", sandbox.words().init.clone()),
     ];
     let mut sources = Vec::new();
     for (which, name, record) in all {

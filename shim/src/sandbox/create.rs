@@ -232,7 +232,7 @@ impl Sandbox {
         reached: &mut Boot,
     ) -> Result<(Arc<Vm>, Metering<Event>), boot::Error> {
         let (vmm, plan) = prepare::plan(prepared, share);
-        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.console, reached).await?;
+        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.words, reached).await?;
         let events = vm.guest.events(0).await?;
         reached.reached("events subscribed");
         Ok((vm, events))

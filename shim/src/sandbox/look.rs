@@ -3,12 +3,12 @@
 use serde_json::{Value, json};
 
 use super::{Machine, Sandbox, Slot};
-use crate::console::Console;
+use crate::console::Words;
 use crate::ctl::{Answer, RpcError};
 use crate::recent::Recent;
-use crate::record::Record;
 use crate::state::State;
 use crate::status;
+use crate::vm::report;
 
 impl Sandbox {
     /// What has happened to it lately.
@@ -16,14 +16,9 @@ impl Sandbox {
         self.journal.recent()
     }
 
-    /// The console of its VM.
-    pub fn console(&self) -> &Console {
-        &self.console
-    }
-
-    /// The log of its guest's init.
-    pub fn init_log(&self) -> &Record {
-        &self.init_log
+    /// What its guest says.
+    pub fn words(&self) -> &Words {
+        &self.words
     }
 
     /// All that is known of it.
@@ -66,7 +61,11 @@ impl Sandbox {
         match &self.lock().machine {
             Machine::Up(vm) => {
                 let cause = vm.cause_of_death();
-                (json!({"alive": cause.is_none(), "cause_of_death": cause}), Value::Null)
+                let mut health = report::in_json(vm.heard().health());
+                health["alive"] = json!(cause.is_none());
+                health["cause_of_death"] = json!(cause);
+                let supervisor = vm.heard().supervisor().borrow().as_ref().map(report::supervisor_in_json);
+                (health, json!(supervisor))
             }
             Machine::None | Machine::Booting(_) | Machine::Stopping => (Value::Null, Value::Null),
         }

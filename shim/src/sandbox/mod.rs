@@ -18,13 +18,12 @@ use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
-use crate::console::Console;
+use crate::console::Words;
 use crate::container::Container;
 use crate::container::process::{Exit, Process};
 use crate::events::Publisher;
 use crate::io::Stdio;
 use crate::journal::Journal;
-use crate::record::Record;
 use crate::rootfs::share::Share;
 use crate::vm::boot::{self, Vm};
 use crate::vm::life::VmState;
@@ -34,8 +33,6 @@ use error::not_found;
 
 /// How long containerd may take to ask for the end after everything has ended.
 const DISMISSAL: Duration = Duration::from_secs(10);
-/// The log of the guest's init, in the sandbox's folder.
-pub const INIT_LOG: &str = "guest.log";
 /// What stands in a guest's request for a stream that is carried over vsock.
 const STREAM: &str = "stream";
 
@@ -69,8 +66,7 @@ pub struct Sandbox {
     namespace: String,
     journal: Journal,
     publisher: Publisher,
-    console: Console,
-    init_log: Record,
+    words: Words,
     inner: Mutex<Inner>,
     /// True when everything has been cleaned up.
     ended: watch::Sender<bool>,
@@ -84,8 +80,7 @@ impl Sandbox {
         Arc::new(Self {
             id: id.to_owned(),
             namespace: namespace.to_owned(),
-            console: Console::new(journal.dir()),
-            init_log: Record::new(&journal.dir().join(INIT_LOG)),
+            words: Words::new(journal.dir()),
             journal,
             publisher,
             inner: Mutex::new(Inner { machine: Machine::None, share: None, containers: HashMap::new() }),

@@ -12,15 +12,15 @@ use std::time::Duration;
 use containerd_shim_protos::api::ShutdownRequest;
 use husk_protos::PORT_READY;
 use husk_protos::system::Hello;
-use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::launch::Child;
 use super::life::VmState;
+use super::report::{self, Heard, Listening};
 use super::{Machine, Sockets, Spec, Vmm};
 use crate::cgroup::{CgroupError, Hierarchies};
-use crate::console::{Attached, Console};
+use crate::console::{Attached, Words};
 use crate::guest::Guest;
 use crate::journal::Journal;
 use crate::process::ProcessId;
@@ -54,6 +54,10 @@ pub struct Plan {
     pub boot_timeout: Duration,
     /// For one call to the guest.
     pub call_timeout: Duration,
+    /// How often the guest tells that it turns.
+    pub heartbeat: Duration,
+    /// The least severe level that the guest's init logs at.
+    pub guest_level: tracing::Level,
     /// The cgroup that the VM's processes live in, as the OCI runtime spec writes it; their parent's if none.
     pub cgroup: Option<String>,
 }
@@ -138,6 +142,7 @@ pub struct Vm {
     share: Arc<Child>,
     share_workers: Vec<ProcessId>,
     console: Attached,
+    heard: Arc<Heard>,
     stopping: AtomicBool,
     /// Why it has to end, as soon as somebody says so.
     condemned: watch::Sender<Option<String>>,
@@ -152,7 +157,7 @@ impl Vm {
         vmm: &dyn Vmm,
         plan: &Plan,
         journal: &Journal,
-        console: &Console,
+        words: &Words,
         reached: &mut Boot,
     ) -> Result<Arc<Self>, Error> {
         let io = |what| move |source| Error::Io { what, source };
@@ -163,7 +168,7 @@ impl Vm {
         let (console_ours, console_theirs) =
             std::os::unix::net::UnixStream::pair().map_err(io("make a socket pair for the console"))?;
         console_ours.set_nonblocking(true).map_err(io("make the console non-blocking"))?;
-        let console = console.attach(UnixStream::from_std(console_ours).map_err(io("register the console"))?);
+        let console = words.console.attach(UnixStream::from_std(console_ours).map_err(io("register the console"))?);
 
         let cgroups = join_later(plan, journal)?;
         let (share_listener, share_socket) = virtiofsd::socket(journal.dir())?;
@@ -257,6 +262,9 @@ impl Vm {
         let workers = share.process().children().map_err(io("list virtiofsd's children"))?;
         let step = |id: &ProcessId| Step::Process { id: *id, name: "virtiofsd's worker".into() };
         journal.record(&Owner::Sandbox, workers.iter().map(step))?;
+        let heard = Arc::new(Heard::new(plan.heartbeat));
+        let listening =
+            Listening { level: plan.guest_level, file: words.init.clone(), recent: journal.recent().clone() };
         let guest = Arc::new(Guest::connect(device, &hello, plan.call_timeout).await?);
         reached.reached("guest connected");
 
@@ -271,11 +279,14 @@ impl Vm {
             share: share.clone(),
             share_workers: workers,
             console,
+            heard,
             stopping: AtomicBool::new(false),
             condemned,
             dead,
         });
-        tokio::spawn(watch_death(machine, share, stream, sentence, death));
+        let heard = vm.heard.clone();
+        let deaf = async move { report::listen(stream, listening, &heard).await };
+        tokio::spawn(watch_death(machine, share, deaf, sentence, death));
         Ok(vm)
     }
 
@@ -300,6 +311,11 @@ impl Vm {
     /// Whether its end was asked for.
     pub fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// What has been heard of the guest: its health, its supervisor.
+    pub fn heard(&self) -> &Heard {
+        &self.heard
     }
 
     /// The console's last lines.
@@ -400,20 +416,18 @@ async fn condemned(sentence: &mut watch::Receiver<Option<String>>) -> String {
     }
 }
 
-/// A part of the VM dies with the whole, and the whole with each part.
+/// A part of the VM dies with the whole, and the whole with each part. `deaf` tells why the guest cannot be heard any more.
 async fn watch_death(
     machine: Arc<dyn Machine>,
     share: Arc<Child>,
-    mut hello: UnixStream,
+    deaf: impl Future<Output = String>,
     mut sentence: watch::Receiver<Option<String>>,
     death: watch::Sender<Option<String>>,
 ) {
-    let mut byte = [0];
     let cause = tokio::select! {
         cause = machine.exited() => cause,
         exit = share.exited() => cause_of(&*machine, format!("virtiofsd {exit}")).await,
-        // The guest says nothing more on this connection: whatever comes is its end.
-        _ = hello.read(&mut byte) => cause_of(&*machine, "the guest's connection was lost".to_owned()).await,
+        cause = deaf => cause_of(&*machine, cause).await,
         cause = condemned(&mut sentence) => cause_of(&*machine, cause).await,
     };
     // virtiofsd follows by itself.
@@ -486,9 +500,13 @@ mod tests {
         let cases = ["machine", "share", "connection", "condemned"];
         for case in cases {
             let (machine, share) = (Arc::new(Sleeper::start()), Arc::new(Sleeper::start().0));
-            let (theirs, hello) = UnixStream::pair().unwrap();
+            let (lose, lost) = tokio::sync::oneshot::channel::<()>();
+            let deaf = async {
+                let _ = lost.await;
+                "the guest's connection was lost".to_owned()
+            };
             let ((condemned, sentence), (death, dead)) = (watch::channel(None), watch::channel(None));
-            let watching = tokio::spawn(watch_death(machine.clone(), share.clone(), hello, sentence, death));
+            let watching = tokio::spawn(watch_death(machine.clone(), share.clone(), deaf, sentence, death));
             let wanted = match case {
                 "machine" => {
                     machine.kill();
@@ -499,7 +517,7 @@ mod tests {
                     "virtiofsd was killed by signal 9"
                 }
                 "connection" => {
-                    drop(theirs);
+                    lose.send(()).unwrap();
                     "the guest's connection was lost"
                 }
                 _ => {

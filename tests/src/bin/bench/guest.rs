@@ -9,7 +9,7 @@ use containerd_shim_protos::api;
 use husk_protos::PORT_READY;
 use husk_protos::bundle::PutBundleRequest;
 use husk_protos::system::{Hello, InfoRequest, InfoResponse};
-use husk_shim::console::Console;
+use husk_shim::console::{Console, Words};
 use husk_shim::journal::Journal;
 use husk_shim::prepare::{self, Prepared};
 use husk_shim::state::{Boot, State};
@@ -92,8 +92,8 @@ impl Kit {
         let (vmm, plan) = self.plan(accel);
         let journal = Journal::new(State::create(&self.folder.path().join("state"), "bench", CONTAINER)?);
         let started = Instant::now();
-        let console = Console::new(journal.dir());
-        match Vm::boot(vmm.as_ref(), &plan, &journal, &console, &mut Boot::begin()).await {
+        let words = Words::new(journal.dir());
+        match Vm::boot(vmm.as_ref(), &plan, &journal, &words, &mut Boot::begin()).await {
             Ok(vm) => Ok((Booted { vm, journal }, started.elapsed())),
             Err(error) => {
                 journal.undo_all().await?;
