@@ -1,20 +1,25 @@
 //! `husk`: the operator's look at the virtual machines of this host. It asks the shims through their sockets, and where one does not answer, it
 //! reads what that has left on disk; containerd is not needed. Each command is in a file of its own.
 
+mod boot_profile;
 mod check_config;
 mod client;
+mod console;
+mod events;
 mod find;
 mod list;
 mod logs;
 mod print;
 mod status;
+mod term;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 
 /// Looks into husk's virtual machines.
 #[derive(Parser)]
@@ -60,6 +65,37 @@ enum Command {
         /// Only the last N lines of each
         #[arg(long, value_name = "N")]
         lines: Option<usize>,
+        /// Go on with what comes
+        #[arg(short, long)]
+        follow: bool,
+        /// Only those of one of them
+        #[arg(long)]
+        source: Option<logs::Source>,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Tells what has happened to a sandbox lately
+    Events {
+        #[command(flatten)]
+        sandbox: Sandbox,
+        /// Go on with what happens
+        #[arg(short, long)]
+        follow: bool,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Puts the guest's console on this terminal; ~. at the beginning of a line leaves it
+    Console {
+        #[command(flatten)]
+        sandbox: Sandbox,
+        /// Print where it is served, in place of going there
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows where the time of a VM's boot went
+    BootProfile {
+        #[command(flatten)]
+        sandbox: Sandbox,
         #[command(flatten)]
         format: Format,
     },
@@ -70,15 +106,18 @@ enum Command {
         #[command(flatten)]
         format: Format,
     },
+    /// Prints what makes a shell complete husk's commands; bash: `husk completion bash >/etc/bash_completion.d/husk`
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
 }
 
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(code) => code,
         // A reader such as `head` has enough.
-        Err(error) if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
-            ExitCode::SUCCESS
-        }
+        Err(error) if has_enough(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // Parts of it may be a guest's words.
             let _ = writeln!(io::stderr(), "husk: {}", print::shown_lines(&format!("{error:#}")));
@@ -87,12 +126,32 @@ fn main() -> ExitCode {
     }
 }
 
+fn has_enough(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let taker = match cause.downcast_ref::<client::Problem>() {
+            Some(client::Problem::Taker(error)) => Some(error),
+            _ => cause.downcast_ref::<io::Error>(),
+        };
+        taker.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    })
+}
+
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::List { format } => list::run(format.json)?,
         Command::Status { sandbox, format } => status::run(&sandbox.id, format.json)?,
-        Command::Logs { sandbox, lines, format } => logs::run(&sandbox.id, lines, format.json)?,
+        Command::Logs { sandbox, lines, follow, source, format } => {
+            logs::run(&sandbox.id, &logs::Wanted { source, lines, follow, json: format.json })?;
+        }
+        Command::Events { sandbox, follow, format } => events::run(&sandbox.id, follow, format.json)?,
+        Command::Console { sandbox, json } => return console::run(&sandbox.id, json),
+        Command::BootProfile { sandbox, format } => boot_profile::run(&sandbox.id, format.json)?,
         Command::CheckConfig { file, format } => return check_config::run(file.as_deref(), format.json),
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "husk", &mut script);
+            io::stdout().write_all(&script)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
