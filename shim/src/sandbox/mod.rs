@@ -7,6 +7,7 @@ mod end;
 mod error;
 mod events;
 mod hooks;
+mod look;
 mod without_guest;
 
 use std::collections::HashMap;
@@ -17,6 +18,7 @@ use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
+use crate::console::Words;
 use crate::container::Container;
 use crate::container::process::{Exit, Process};
 use crate::events::Publisher;
@@ -67,6 +69,7 @@ pub struct Sandbox {
     namespace: String,
     journal: Journal,
     publisher: Publisher,
+    words: Words,
     inner: Mutex<Inner>,
     /// True when everything has been cleaned up.
     ended: watch::Sender<bool>,
@@ -80,6 +83,7 @@ impl Sandbox {
         Arc::new(Self {
             id: id.to_owned(),
             namespace: namespace.to_owned(),
+            words: Words::new(journal.dir()),
             journal,
             publisher,
             inner: Mutex::new(Inner { machine: Machine::None, share: None, containers: HashMap::new() }),
