@@ -8,10 +8,13 @@ use time::format_description::well_known::Rfc3339;
 use crate::state::{Boot, Machine, State};
 use crate::vm::life::Life;
 
-/// A time as people read it (RFC 3339); from a file, so it may be any number.
+/// A time as people read it (RFC 3339), always with three digits after the second; from a file, so it may be any number.
 pub fn utc(ms: u64) -> String {
-    let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(ms) * 1_000_000).ok();
-    time.and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_else(|| format!("{ms} ms after 1970"))
+    let second = i64::try_from(ms / 1000).ok().and_then(|second| OffsetDateTime::from_unix_timestamp(second).ok());
+    match second.and_then(|second| second.format(&Rfc3339).ok()) {
+        Some(second) => format!("{}.{:03}Z", second.trim_end_matches('Z'), ms % 1000),
+        None => format!("{ms} ms after 1970"),
+    }
 }
 
 /// What is on disk, in full.
@@ -64,4 +67,22 @@ fn transitions(vm: &Life) -> Value {
 
 fn boot(boot: &Boot) -> Value {
     json!({"began": utc(boot.began_ms), "began_ms": boot.began_ms, "milestones": boot.milestones})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_one_width_unless_they_are_none() {
+        let table = [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (1_795_256_789_010, "2026-11-21T10:26:29.010Z"),
+            (253_402_300_799_999, "9999-12-31T23:59:59.999Z"),
+            (u64::MAX, "18446744073709551615 ms after 1970"),
+        ];
+        for (ms, wanted) in table {
+            assert_eq!(utc(ms), wanted);
+        }
+    }
 }

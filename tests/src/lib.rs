@@ -14,6 +14,7 @@ pub mod events;
 pub mod fifo;
 pub mod guest;
 pub mod leftovers;
+pub mod operator;
 pub mod pattern;
 pub mod process;
 pub mod pty;

@@ -38,9 +38,10 @@ pub enum Problem {
 }
 
 impl Problem {
-    /// Whether there is an answer to be had elsewhere: nobody has said no.
+    /// Whether there may be an answer elsewhere: nobody has said no, or only for want of a place.
     pub fn is_silence(&self) -> bool {
-        matches!(self, Self::Silent(_) | Self::Closed | Self::Garbled(_))
+        let busy = matches!(self, Self::Refused { code, .. } if *code == husk_shim::ctl::rpc::BUSY);
+        busy || matches!(self, Self::Silent(_) | Self::Closed | Self::Garbled(_))
     }
 }
 

@@ -88,7 +88,7 @@ mod tests {
             "what": "the VM's state",
             "fields": {"to": "Failed", "cause": "QEMU\nwas \x1b[31mkilled", "pid": 7, "none": ""},
         });
-        let wanted = "2026-11-21T11:06:29.012Z  vm          the VM's state cause=\"QEMU^Jwas ^[[31mkilled\" none=\"\" pid=7 to=Failed";
+        let wanted = "2026-11-21T10:26:29.012Z  vm          the VM's state cause=\"QEMU^Jwas ^[[31mkilled\" none=\"\" pid=7 to=Failed";
         assert_eq!(line(&event), wanted);
     }
 }

@@ -135,7 +135,7 @@ fn containers(containers: &Value) -> String {
             let pid = process["pid"].as_u64().filter(|pid| *pid != 0);
             let state = match (process["exit_status"].as_u64(), pid) {
                 (Some(status), _) => format!("exited with {status}"),
-                (None, Some(_)) => "there".to_owned(),
+                (None, Some(_)) => "alive".to_owned(),
                 (None, None) => "not started".to_owned(),
             };
             let pid = pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
@@ -198,7 +198,7 @@ mod tests {
             "health      heartbeats are missing: last heartbeat 12.0 s ago, one is due every 10.0 s, 1 missed",
             "supervisor  waiting, restarts 3, ms until it is started again: 4000, last end: exited with status 1",
             "folder      /run/husk/default/web",
-            "  web        init     20            there",
+            "  web        init     20            alive",
             "  web        sh       21            exited with 137",
             "  web        later    -             not started",
             "  new        -        -             being created",

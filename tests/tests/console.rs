@@ -1,0 +1,225 @@
+//! The guest's console: on `console.sock` for any number of clients, and on an operator's terminal with `husk console`.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use husk_tests::artifacts::{Runtime, built};
+use husk_tests::command::wait_for;
+use husk_tests::containerd::{Container, Containerd};
+use husk_tests::operator::{SOON, folder, husk, husk_json};
+use husk_tests::process;
+use husk_tests::pty::Pty;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// What each client gets of what was before it.
+const REPLAY: usize = 64 * 1024;
+/// Makes the guest's serial port a file of a privileged container's.
+const SERIAL: &str = "[ -e /dev/serial ] || mknod /dev/serial c 4 64";
+
+fn is_husk(test: &str) -> bool {
+    Runtime::under_test().is_husk_or_tell(test)
+}
+
+fn privileged<'a>(containerd: &'a Containerd, name: &str) -> Result<Container<'a>> {
+    let container = containerd.detached(&["--privileged"], name, &["sleep", "1000"])?;
+    container.script(SERIAL)?;
+    Ok(container)
+}
+
+fn client(containerd: &Containerd, id: &str) -> Result<UnixStream> {
+    let stream = husk_shim::socket::connect(&folder(containerd, id), "console.sock")?;
+    stream.set_read_timeout(Some(SOON))?;
+    stream.set_write_timeout(Some(SOON))?;
+    Ok(stream)
+}
+
+/// Reads until this has come, and gives what came before it.
+fn until(stream: &mut UnixStream, needle: &str) -> Result<Vec<u8>> {
+    let started = Instant::now();
+    let (mut seen, mut buffer) = (Vec::new(), [0; 4096]);
+    loop {
+        if let Some(at) = seen.windows(needle.len()).position(|part| part == needle.as_bytes()) {
+            seen.truncate(at);
+            return Ok(seen);
+        }
+        ensure!(started.elapsed() < SOON, "no {needle:?} in {} bytes", seen.len());
+        match stream.read(&mut buffer)? {
+            0 => bail!("the end before {needle:?}, after {:?}", String::from_utf8_lossy(&seen)),
+            length => seen.extend_from_slice(&buffer[..length]),
+        }
+    }
+}
+
+#[test]
+fn every_client_gets_what_was_and_what_comes_and_types() -> Result<()> {
+    if !is_husk("every_client_gets_what_was_and_what_comes_and_types") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let container = privileged(containerd, "console")?;
+    container.script("echo first-words >/dev/serial")?;
+    let mut clients = [client(containerd, container.id())?, client(containerd, container.id())?];
+    for client in &mut clients {
+        until(client, "first-words")?;
+    }
+    container.script("echo second-words >/dev/serial")?;
+    for client in &mut clients {
+        until(client, "second-words")?;
+    }
+    // What one of them types is read from the serial port, and its echo is on the console of both.
+    std::thread::scope(|scope| -> Result<()> {
+        let reader = scope
+            .spawn(|| container.script("stty -F /dev/serial sane; echo reads >/dev/serial; head -n 1 /dev/serial"));
+        until(&mut clients[0], "reads")?;
+        clients[1].write_all(b"typed words\n")?;
+        let read = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+        ensure!(read == "typed words", "{read:?}");
+        Ok(())
+    })?;
+    for client in &mut clients {
+        until(client, "typed words")?;
+    }
+    // One who only wants what was there: without input, there is an end.
+    let mut last = client(containerd, container.id())?;
+    last.shutdown(std::net::Shutdown::Write)?;
+    let mut all = Vec::new();
+    last.read_to_end(&mut all)?;
+    let text = String::from_utf8_lossy(&all);
+    ensure!(text.contains("first-words") && text.contains("second-words"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_slow_client_is_dropped_while_others_and_the_file_have_everything() -> Result<()> {
+    if !is_husk("a_slow_client_is_dropped_while_others_and_the_file_have_everything") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let container = privileged(containerd, "slow")?;
+    let mut slow = client(containerd, container.id())?;
+    let mut quick = client(containerd, container.id())?;
+    // More than what is kept for the slow one and what its socket holds.
+    let size = 1_000_000;
+    let flood = format!(
+        "stty -F /dev/serial raw; head -c {size} /dev/zero | tr '\\0' x >/dev/serial; echo flood-ends >/dev/serial"
+    );
+    let (mut command, started) = (container.exec(&["sh", "-c", &flood]).command(), Instant::now());
+    let mut flooding = command.spawn()?;
+    let got = until(&mut quick, "flood-ends").with_context(|| format!("after {:?}", started.elapsed()))?;
+    ensure!(got.iter().filter(|&&byte| byte == b'x').count() == size, "{} bytes", got.len());
+    wait_for(SOON, "the flood's exec ends", || flooding.try_wait().transpose())??;
+    let (mut all, mut buffer) = (0, [0; 65536]);
+    // It may find the connection reset, with what it had not read.
+    while let Ok(length @ 1..) = slow.read(&mut buffer) {
+        all += length;
+    }
+    ensure!(all < size, "{all} bytes were kept for a client that did not read");
+    let kept = std::fs::read(folder(containerd, container.id()).join("console.log"))?;
+    ensure!(kept.iter().filter(|&&byte| byte == b'x').count() == size);
+    // A new one gets the end of it, and no more than that.
+    let replayed = until(&mut client(containerd, container.id())?, "flood-ends")?;
+    ensure!(replayed.len() > REPLAY - 100 && replayed.len() <= REPLAY, "{}", replayed.len());
+    ensure!(containerd.logged("a client of the console is dropped").iter().any(|line| line.contains(container.id())));
+    Ok(())
+}
+
+/// A shell on a terminal that tells whether the terminal is afterwards as it was before `husk console`, and husk's exit code.
+fn on_a_terminal(containerd: &Containerd, id: &str) -> Result<Pty> {
+    let script = format!(
+        "before=$(stty -g); {} console {id}; code=$?; [ \"$(stty -g)\" = \"$before\" ] && echo restored; echo ended with $code",
+        built("husk")?.display()
+    );
+    let mut command: Command = containerd.enter("bash");
+    command.args(["-c", &script]);
+    Pty::spawn(command, 24, 80)
+}
+
+#[test]
+fn an_operators_terminal_is_the_guests_console_until_it_leaves() -> Result<()> {
+    if !is_husk("an_operators_terminal_is_the_guests_console_until_it_leaves") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let container = privileged(containerd, "terminal")?;
+    container.script("echo before-husk >/dev/serial")?;
+    let mut pty = on_a_terminal(containerd, container.id())?;
+    pty.expect("~. at the beginning of a line leaves it", SOON)?;
+    pty.expect("before-husk", SOON)?;
+    pty.resize(50, 132)?;
+    std::thread::scope(|scope| -> Result<()> {
+        let reader = scope
+            .spawn(|| container.script("stty -F /dev/serial sane; echo reads >/dev/serial; head -n 2 /dev/serial"));
+        pty.expect("reads", SOON)?;
+        // Neither a tilde elsewhere nor a doubled one is the way out.
+        pty.send("a~.b\r~~.\r")?;
+        let read = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+        ensure!(read == "a~.b\n~.", "{read:?}");
+        Ok(())
+    })?;
+    pty.send("~.")?;
+    let (rest, code) = pty.finish(SOON)?;
+    ensure!(rest.contains("restored") && rest.contains("ended with 0") && code == 0, "{rest:?}");
+    Ok(())
+}
+
+#[test]
+fn the_terminal_is_restored_when_husk_is_ended_and_when_the_vm_dies() -> Result<()> {
+    if !is_husk("the_terminal_is_restored_when_husk_is_ended_and_when_the_vm_dies") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let container = privileged(containerd, "restored")?;
+    let id = container.id();
+    container.script("echo before-husk >/dev/serial")?;
+    for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGHUP, 129), (Signal::SIGINT, 130)] {
+        let mut pty = on_a_terminal(containerd, id)?;
+        pty.expect("before-husk", SOON)?;
+        let own = format!("console {id}");
+        let all = process::descendants(std::process::id() as i32);
+        let husk = all.iter().find(|process| process.name == "husk" && process.command.ends_with(&own));
+        kill(Pid::from_raw(husk.context("no husk")?.pid), signal)?;
+        let (rest, _) = pty.finish(SOON)?;
+        ensure!(rest.contains("restored") && rest.contains(&format!("ended with {code}")), "{signal}: {rest:?}");
+    }
+    let mut pty = on_a_terminal(containerd, id)?;
+    pty.expect("before-husk", SOON)?;
+    let (_, below) = containerd.shim_of(id)?;
+    below.iter().find(|process| process.name.starts_with("qemu")).context("no QEMU")?.kill();
+    let (rest, _) = pty.finish(SOON)?;
+    ensure!(rest.contains("husk: the console has ended") && rest.contains("restored"), "{rest:?}");
+    let ended = husk(containerd, &["console", id])?.ok()?;
+    ensure!(ended.text().contains("before-husk") && ended.errors().contains("the console has ended"), "{ended}");
+    ensure!(husk_json(containerd, &["console", "--json", id])?["machine"] == "ended");
+    Ok(())
+}
+
+#[test]
+fn a_file_is_typed_as_fast_as_the_guest_reads() -> Result<()> {
+    if !is_husk("a_file_is_typed_as_fast_as_the_guest_reads") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let container = privileged(containerd, "typed")?;
+    let text: String = (0..200).map(|n| format!("line {n}\n")).collect();
+    std::thread::scope(|scope| -> Result<()> {
+        let reader = scope.spawn(|| {
+            container
+                .script("stty -F /dev/serial sane -echo; echo reads >/dev/serial; head -n 200 /dev/serial | md5sum")
+        });
+        until(&mut client(containerd, container.id())?, "reads")?;
+        let command = husk_tests::operator::command(containerd, &["console", container.id()])?;
+        let typed =
+            husk_tests::command::run(command, Some(text.clone().into_bytes()), Duration::from_secs(60))?.ok()?;
+        ensure!(typed.errors().contains("the input has ended; the VM runs on"), "{typed}");
+        let sum = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+        let mut command = Command::new("md5sum");
+        command.current_dir("/");
+        let wanted = husk_tests::command::run(command, Some(text.clone().into_bytes()), SOON)?.ok()?.text();
+        ensure!(sum == wanted, "{sum:?} {wanted:?}");
+        Ok(())
+    })
+}

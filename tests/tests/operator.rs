@@ -1,0 +1,588 @@
+//! The operator's tool and the sockets that it talks to: what they tell of a VM that runs, of one that is dead, when containerd is down, and when
+//! the shim is dead. (The console is in `console.rs`.)
+
+use std::os::unix::fs::PermissionsExt;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use husk_tests::artifacts::{Runtime, Version};
+use husk_tests::command::wait_for;
+use husk_tests::containerd::{Configured, Container, Containerd, NAMESPACE};
+use husk_tests::leftovers::Leftovers;
+use husk_tests::operator::{Following, Rpc, SOON, folder, husk, husk_json, listed};
+use husk_tests::process::Process;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+/// A guest with something to say: its kernel on the console, its init in its log.
+const TALKATIVE: &str = "log_level = \"debug\"\nkernel_params = [\"loglevel=7\"]\n";
+
+fn is_husk(test: &str) -> bool {
+    Runtime::under_test().is_husk_or_tell(test)
+}
+
+/// The containerd that most tests here share.
+fn talkative() -> Result<&'static Containerd> {
+    static SHARED: OnceLock<Result<Configured, String>> = OnceLock::new();
+    let shared = SHARED.get_or_init(|| Configured::start(TALKATIVE).map_err(|error| format!("{error:?}")));
+    shared.as_ref().map(|configured| &configured.containerd).map_err(|error| anyhow!("{error}"))
+}
+
+fn qemu(containerd: &Containerd, id: &str) -> Result<Process> {
+    let (_, below) = containerd.shim_of(id)?;
+    below.into_iter().find(|process| process.name.starts_with("qemu")).context("no QEMU")
+}
+
+/// The pid of a process in its own namespace, where `husk` and the shim see it.
+fn pid_inside(process: &Process) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid))?;
+    let line = status.lines().find(|line| line.starts_with("NSpid:")).context("NSpid")?;
+    Ok(line.split_whitespace().last().context("a pid")?.parse()?)
+}
+
+fn status(containerd: &Containerd, id: &str) -> Result<Value> {
+    husk_json(containerd, &["status", "--json", id])
+}
+
+/// Waits until the VM is Failed; its status then.
+fn failed(containerd: &Containerd, id: &str) -> Result<Value> {
+    let failed = || match status(containerd, id) {
+        Ok(status) if status["state"] == "Failed" => Some(status),
+        _ => None,
+    };
+    wait_for(SOON, "the VM has failed", failed).with_context(|| containerd.log_tail())
+}
+
+/// What every command tells of a VM that runs, whether containerd does or not.
+fn all_is_told(containerd: &Containerd, container: &Container<'_>) -> Result<()> {
+    let id = container.id();
+    let pid = pid_inside(&qemu(containerd, id)?)?.to_string();
+    let columns = listed(containerd, id)?;
+    let wanted = [("NAMESPACE", NAMESPACE), ("STATE", "Running"), ("PID", &pid), ("CID", "3"), ("CONTAINERS", id)];
+    for (title, wanted) in wanted {
+        ensure!(columns.get(title).map(String::as_str) == Some(wanted), "{title}: {columns:?}");
+    }
+    let status = status(containerd, id)?;
+    let machine = &status["machine"];
+    ensure!(columns["VCPU"] == machine["vcpus"].to_string(), "{columns:?} {machine}");
+    ensure!(columns["MEMORY"] == format!("{} MiB", machine["memory_mib"]), "{columns:?} {machine}");
+    ensure!(columns["AGE"].ends_with('s'), "{columns:?}");
+    let all = husk_json(containerd, &["list", "--json"])?;
+    let own = all.as_array().and_then(|all| all.iter().find(|sandbox| sandbox["sandbox"] == id));
+    ensure!(own.is_some_and(|own| own["state"] == "Running" && own["source"]["from"] == "shim"), "{all:#}");
+
+    ensure!(status["source"]["from"] == "shim" && status["shim"]["alive"] == true, "{status:#}");
+    ensure!(status["health"]["alive"] == true && status["health"]["missed"] == 0, "{status:#}");
+    ensure!(status["health"]["heartbeat_interval_ms"] == 10_000, "{status:#}");
+    ensure!(status["transitions"].as_array().is_some_and(|all| all.len() == 4), "{status:#}");
+    ensure!(machine["init"] == env!("CARGO_PKG_VERSION") && machine["alive"] == true, "{status:#}");
+    let processes = &status["containers"][0]["processes"];
+    ensure!(processes[0]["pid"].as_u64().is_some_and(|pid| pid > 1), "{status:#}");
+    ensure!(processes[0]["exit_status"].is_null(), "{status:#}");
+    let page = husk(containerd, &["status", id])?.ok()?.text();
+    let kernel = machine["kernel"].as_str().context("kernel")?;
+    let told = [
+        format!("sandbox     {id} in namespace {NAMESPACE}"),
+        "state       Running, for ".to_owned(),
+        format!("QEMU, pid {pid}, alive; "),
+        format!("kernel      {kernel} from "),
+        "health      good: last heartbeat ".to_owned(),
+        "supervisor  none".to_owned(),
+        "Starting -> Running".to_owned(),
+        "kernel, up to PID 1".to_owned(),
+    ];
+    for told in told {
+        ensure!(page.contains(&told), "no {told:?} in\n{page}");
+    }
+
+    let events = husk(containerd, &["events", id])?.ok()?.text();
+    for told in ["from=Starting to=Running", &format!("/tasks/start container={id} pid=")] {
+        ensure!(events.contains(told), "no {told:?} in\n{events}");
+    }
+    let events = husk(containerd, &["events", "--json", id])?.ok()?.text();
+    let numbers: Vec<u64> = events
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line)?["number"].as_u64().context("a number"))
+        .collect::<Result<_>>()?;
+    ensure!(numbers.iter().copied().eq(1..=numbers.len() as u64), "{events}");
+
+    let logs = husk(containerd, &["logs", id])?.ok()?.text();
+    let of = |source: &str| logs.lines().filter(|line| line.starts_with(&format!("{source:<7} | "))).count();
+    let (console, init) = (of("console"), of("init"));
+    ensure!(console > 10 && init > 0 && console + init == logs.lines().count(), "{logs}");
+    let some = husk(containerd, &["logs", "--lines", "2", id])?.ok()?.text();
+    ensure!(some.lines().count() == 2 + init.min(2), "{some}");
+    let one = husk(containerd, &["logs", "--source", "console", "--lines", "1", id])?.ok()?.text();
+    ensure!(logs.contains(&format!("console | {one}\n")), "{one:?} in\n{logs}");
+    let lines = husk(containerd, &["logs", "--json", "--lines", "1", id])?.ok()?.text();
+    let first: Value = serde_json::from_str(lines.lines().next().context("a line")?)?;
+    ensure!(first == json!({"source": "console", "line": one}), "{lines}");
+
+    let endpoint = husk_json(containerd, &["console", "--json", id])?;
+    ensure!(endpoint["machine"] == "up" && endpoint["path"] == format!("/run/husk/{NAMESPACE}/{id}/console.sock"));
+    let profile = husk(containerd, &["boot-profile", id])?.ok()?.text();
+    ensure!(profile.contains("kernel, up to PID 1") && profile.matches("|").count() > 10, "{profile}");
+    Ok(())
+}
+
+#[test]
+fn a_vm_that_runs_is_shown_by_every_command_with_and_without_containerd() -> Result<()> {
+    if !is_husk("a_vm_that_runs_is_shown_by_every_command_with_and_without_containerd") {
+        return Ok(());
+    }
+    let configured = Configured::start(TALKATIVE)?;
+    let containerd = &configured.containerd;
+    let nothing = husk(containerd, &["list"])?.ok()?.text();
+    ensure!(nothing == "SANDBOX  NAMESPACE  STATE  PID  CID  VCPU  MEMORY  AGE  CONTAINERS", "{nothing}");
+    ensure!(husk_json(containerd, &["list", "--json"])? == json!([]));
+    let container = containerd.detached(&[], "shown", &["sleep", "1000"])?;
+    all_is_told(containerd, &container).context("with containerd")?;
+    containerd.end(Signal::SIGKILL)?;
+    all_is_told(containerd, &container).context("without containerd")?;
+    containerd.start_again()
+}
+
+#[test]
+fn a_vm_that_died_is_shown_with_its_cause() -> Result<()> {
+    if !is_husk("a_vm_that_died_is_shown_with_its_cause") {
+        return Ok(());
+    }
+    let containerd = talkative()?;
+    let container = containerd.detached(&[], "dead", &["sleep", "1000"])?;
+    let id = container.id();
+    let following = Following::start(containerd, &["events", "-f", id])?;
+    following.expect("to=Running")?;
+    qemu(containerd, id)?.kill();
+    let cause = "QEMU was killed by signal 9";
+    following.expect(&format!("cause=\"{cause}\" from=Running to=Failed"))?;
+
+    let status = failed(containerd, id)?;
+    ensure!(status["health"]["alive"] == false && status["health"]["cause_of_death"] == cause, "{status:#}");
+    ensure!(status["machine"]["alive"] == false && status["shim"]["alive"] == true, "{status:#}");
+    let ended = |status: &Value| status["containers"][0]["processes"][0]["exit_status"] == 137;
+    wait_for(SOON, "the process has ended", || self::status(containerd, id).ok().filter(ended))?;
+    ensure!(listed(containerd, id)?["STATE"] == "Failed");
+    let page = husk(containerd, &["status", id])?.ok()?.text();
+    for told in [&format!(": {cause}"), &format!("health      dead: {cause}"), "Running -> Failed"] {
+        ensure!(page.contains(told), "no {told:?} in\n{page}");
+    }
+    ensure!(husk(containerd, &["logs", id])?.ok()?.text().contains("console | "));
+    let exit = format!("/tasks/exit container={id} exit_status=137 pid=");
+    let told = || husk(containerd, &["events", id]).ok().filter(|events| events.text().contains(&exit));
+    let events = wait_for(SOON, "the exit is told", told)?.ok()?.text();
+    ensure!(events.contains("to=Failed"), "{events}");
+    ensure!(husk(containerd, &["boot-profile", id])?.ok()?.text().contains("kernel, up to PID 1"));
+    let console = husk(containerd, &["console", id])?.ok()?;
+    let told = format!("husk: the console has ended: the VM is Failed ({cause})");
+    ensure!(console.errors().contains(&told) && !console.text().is_empty(), "{console}");
+    // When the sandbox is removed, who follows is told of that, and ends.
+    container.await_status("STOPPED")?;
+    ensure!(container.delete_task()? == 137);
+    following.expect("everything has been removed")?;
+    let (code, errors) = following.finish()?;
+    ensure!(code == Some(0) && errors.ends_with("husk: the sandbox has ended"), "{code:?} {errors}");
+    let gone = husk(containerd, &["status", id])?.expect_code(1)?;
+    ensure!(gone.errors() == format!("husk: no sandbox {id:?}; `husk list` shows those that there are\n"), "{gone}");
+    Ok(())
+}
+
+#[test]
+fn a_boot_that_failed_is_shown_with_how_far_it_came() -> Result<()> {
+    if !is_husk("a_boot_that_failed_is_shown_with_how_far_it_came") {
+        return Ok(());
+    }
+    // Nothing answers before the time is over, and meanwhile there is a sandbox to be looked at.
+    let configured = Configured::start("boot_timeout_ms = 4000\nkernel_params = [\"loglevel=7\"]\n")?;
+    let containerd = &configured.containerd;
+    let id = containerd.id("stuck");
+    std::thread::scope(|scope| -> Result<()> {
+        let run = scope.spawn(|| containerd.run(&[], &id, &["true"]).output());
+        let booting = || qemu(containerd, &id).ok();
+        wait_for(SOON, "QEMU has been started", booting)?.stop();
+        let status = wait_for(SOON, "its start is noted", || {
+            status(containerd, &id).ok().filter(|status| status["state"] == "Starting")
+        })?;
+        ensure!(status["machine"]["alive"] == true && status["machine"]["kernel"].is_null(), "{status:#}");
+        ensure!(status["health"].is_null() && status["containers"][0]["creating"] == true, "{status:#}");
+        let profile = husk(containerd, &["boot-profile", &id])?.expect_code(1)?;
+        ensure!(profile.errors().contains("nothing is noted of a boot of"), "{profile}");
+        let following = Following::start(containerd, &["events", "-f", &id])?;
+        following.expect("to=StartFailed")?;
+        let ran = run.join().map_err(|_| anyhow!("the run panicked"))??;
+        ensure!(ran.code() != 0 && ran.errors().contains("the VM was not ready after 4000 ms"), "{ran}");
+        Ok(())
+    })
+}
+
+#[test]
+fn what_a_dead_shim_has_left_is_shown_and_said_to_be_that() -> Result<()> {
+    if !is_husk("what_a_dead_shim_has_left_is_shown_and_said_to_be_that") {
+        return Ok(());
+    }
+    let configured = Configured::start(TALKATIVE)?;
+    let containerd = &configured.containerd;
+    let container = containerd.detached(&[], "orphan", &["sleep", "1000"])?;
+    let id = container.id();
+    // Or it would clean up at once.
+    containerd.end(Signal::SIGKILL)?;
+    let following =
+        [Following::start(containerd, &["events", "-f", id])?, Following::start(containerd, &["logs", "-f", id])?];
+    following[0].expect("to=Running")?;
+    following[1].expect("console | ")?;
+    let (shim, below) = containerd.shim_of(id)?;
+    shim.kill();
+    let all_dead = || (!shim.is_alive() && below.iter().all(|process| !process.is_alive())).then_some(());
+    wait_for(SOON, "the VM dies with the shim", all_dead)?;
+    for following in following {
+        let (code, errors) = following.finish()?;
+        ensure!(code == Some(0) && errors == "husk: the sandbox's shim has ended", "{code:?} {errors}");
+    }
+
+    let list = husk(containerd, &["list"])?.ok()?;
+    ensure!(list.text().contains("  Running*  "), "{list}");
+    let why = "its shim is dead; this is from the disk, the last that it wrote";
+    ensure!(list.errors() == format!("husk: * {id}: {why}\n"), "{list}");
+    let page = husk(containerd, &["status", id])?.ok()?.text();
+    let note = "NOTE        its shim is dead: this is what it wrote last, and may be out of date";
+    for told in [note, "health      not known", "Starting -> Running", "kernel, up to PID 1"] {
+        ensure!(page.contains(told), "no {told:?} in\n{page}");
+    }
+    ensure!(page.lines().any(|line| line.starts_with("shim        pid ") && line.ends_with(", dead")), "{page}");
+    ensure!(page.lines().any(|line| line.starts_with("machine     QEMU, pid ") && line.contains(", dead;")), "{page}");
+    let told = status(containerd, id)?;
+    ensure!(told["source"] == json!({"from": "disk", "because": "its shim is dead"}), "{told:#}");
+    let logs = husk(containerd, &["logs", "--lines", "3", id])?.ok()?;
+    ensure!(logs.errors() == "husk: its shim is dead; this is from the disk\n", "{logs}");
+    ensure!(logs.text().lines().filter(|line| line.starts_with("console | ")).count() == 3, "{logs}");
+    let events = husk(containerd, &["events", "-f", id])?.ok()?;
+    ensure!(events.text().contains("from=Starting to=Running"), "{events}");
+    ensure!(events.errors().contains("its shim is dead"), "{events}");
+    let profile = husk(containerd, &["boot-profile", id])?.ok()?.text();
+    ensure!(profile.contains("kernel, up to PID 1"), "{profile}");
+    let console = husk(containerd, &["console", id])?.expect_code(1)?;
+    let told =
+        format!("husk: the shim of {id:?} is dead, and its console with it; `husk logs {id}` shows what was on it");
+    ensure!(console.errors().trim_end() == told, "{console}");
+    // containerd finds the shim dead and cleans up; then there is nothing to be shown any more.
+    containerd.start_again()?;
+    wait_for(SOON, "the sandbox is removed", || (!folder(containerd, id).exists()).then_some(()))
+}
+
+#[test]
+fn a_shim_that_does_not_answer_is_not_waited_for() -> Result<()> {
+    if !is_husk("a_shim_that_does_not_answer_is_not_waited_for") {
+        return Ok(());
+    }
+    let containerd = Containerd::start(Version::default_for_tests())?;
+    let container = containerd.detached(&[], "frozen", &["sleep", "1000"])?;
+    let (shim, _) = containerd.shim_of(container.id())?;
+    shim.stop();
+    let list = husk(&containerd, &["list"]);
+    let page = husk(&containerd, &["status", container.id()]);
+    shim.go_on();
+    let (list, page) = (list?.ok()?, page?.ok()?);
+    ensure!(list.text().contains("Running*") && list.errors().contains("does not answer in time"), "{list}");
+    ensure!(page.text().contains("NOTE        its shim does not answer in time"), "{page}");
+    ensure!(list.took < Duration::from_secs(15) && page.took < Duration::from_secs(15), "{list} {page}");
+    Ok(())
+}
+
+#[test]
+fn an_id_may_be_shortened_as_long_as_it_is_clear() -> Result<()> {
+    if !is_husk("an_id_may_be_shortened_as_long_as_it_is_clear") {
+        return Ok(());
+    }
+    let containerd = talkative()?;
+    let (one, other) = std::thread::scope(|scope| -> Result<_> {
+        let other = scope.spawn(|| containerd.detached(&[], "prefix-b", &["sleep", "1000"]));
+        let one = containerd.detached(&[], "prefix-a", &["sleep", "1000"])?;
+        Ok((one, other.join().map_err(|_| anyhow!("a run panicked"))??))
+    })?;
+    for (prefix, container) in [("prefix-a", &one), ("prefix-b", &other)] {
+        ensure!(status(containerd, prefix)?["sandbox"] == container.id());
+        ensure!(status(containerd, &format!("{NAMESPACE}/{prefix}"))?["sandbox"] == container.id());
+    }
+    let unclear = husk(containerd, &["status", "prefix-"])?.expect_code(1)?;
+    let told = format!(
+        "husk: \"prefix-\" may be any of {NAMESPACE}/{}, {NAMESPACE}/{}: give more of the id, or NAMESPACE/ID\n",
+        one.id(),
+        other.id()
+    );
+    ensure!(unclear.errors() == told, "{unclear}");
+    for command in ["logs", "events", "console", "boot-profile", "status"] {
+        let none = husk(containerd, &[command, "no-such-id"])?.expect_code(1)?;
+        ensure!(none.errors().contains("no sandbox \"no-such-id\"; `husk list` shows"), "{none}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_time_of_a_boot_adds_up() -> Result<()> {
+    if !is_husk("the_time_of_a_boot_adds_up") {
+        return Ok(());
+    }
+    let containerd = talkative()?;
+    let container = containerd.detached(&[], "profile", &["sleep", "1000"])?;
+    let profile = husk_json(containerd, &["boot-profile", "--json", container.id()])?;
+    let total = profile["total_us"].as_u64().context("total")?;
+    let steps = profile["steps"].as_array().context("steps")?;
+    let names: Vec<_> = steps.iter().map(|step| step["milestone"].as_str().unwrap_or_default()).collect();
+    for wanted in [
+        "configured",
+        "QEMU started",
+        "virtiofsd started",
+        "kernel entered",
+        "init",
+        "ready",
+        "hello received",
+        "events subscribed",
+    ] {
+        ensure!(names.contains(&wanted), "no {wanted} in {names:?}");
+    }
+    for side in ["host", "guest"] {
+        let mut before = None;
+        for step in steps.iter().filter(|step| step["side"] == side) {
+            let (start, end) = (step["start_us"].as_u64().context("start")?, step["end_us"].as_u64().context("end")?);
+            ensure!(start <= end && end <= total && before.is_none_or(|before| before == start), "{profile:#}");
+            before = Some(end);
+        }
+        // What the host does after the hello is short; what comes before is the guest's.
+        ensure!(before.is_some_and(|last| last * 10 > total * 5), "{profile:#}");
+    }
+    // It is the time between the transitions, by another clock.
+    let transitions = status(containerd, container.id())?["transitions"].clone();
+    let at = |index: usize| transitions[index]["at_ms"].as_u64().context("at_ms");
+    let (began, running) = (at(0)?, at(3)?);
+    ensure!((running - began).abs_diff(total / 1000) < 100, "{total} µs, {transitions:#}");
+    Ok(())
+}
+
+#[test]
+fn who_follows_sees_what_happens() -> Result<()> {
+    if !is_husk("who_follows_sees_what_happens") {
+        return Ok(());
+    }
+    let containerd = talkative()?;
+    let container = containerd.detached(&["--privileged"], "follow", &["sleep", "1000"])?;
+    let id = container.id();
+    let events = Following::start(containerd, &["events", "--follow", "--json", id])?;
+    let logs = Following::start(containerd, &["logs", "--follow", "--lines", "1", id])?;
+    events.expect("\"to\":\"Running\"")?;
+    logs.expect("console | ")?;
+    // The guest's serial port; what is written to it is on the console.
+    container.script("mknod /dev/serial c 4 64; printf 'said \\033[31m by a guest\\n' >/dev/serial")?;
+    let added: Value = serde_json::from_str(&events.expect("/tasks/exec-added")?)?;
+    ensure!(added["kind"] == "task" && added["fields"]["container"] == id, "{added}");
+    events.expect("\"exit_status\":0")?;
+    ensure!(logs.expect("said ")? == "console | said ^[[31m by a guest");
+    container.kill("SIGKILL")?;
+    container.await_status("STOPPED")?;
+    ensure!(container.delete_task()? == 137);
+    for following in [events, logs] {
+        let (code, errors) = following.finish()?;
+        ensure!(code == Some(0) && errors == "husk: the sandbox has ended", "{code:?} {errors}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_stands_still_is_told_of_before_it_is_killed() -> Result<()> {
+    if !is_husk("a_guest_that_stands_still_is_told_of_before_it_is_killed") {
+        return Ok(());
+    }
+    // Long enough for a machine under load to go on in time.
+    let configured = Configured::start("heartbeat_interval_ms = 4000\n")?;
+    let containerd = &configured.containerd;
+    let container = containerd.detached(&[], "still", &["sleep", "1000"])?;
+    let following = Following::start(containerd, &["events", "-f", container.id()])?;
+    let qemu = qemu(containerd, container.id())?;
+    qemu.stop();
+    let late = following.expect("a heartbeat is late");
+    let page = husk(containerd, &["status", container.id()]);
+    qemu.go_on();
+    ensure!(late?.contains("health      a heartbeat is late heartbeat_interval_ms=4000 missed=1 "));
+    let page = page?.ok()?.text();
+    ensure!(page.contains("health      heartbeats are missing: last heartbeat "), "{page}");
+    following.expect("a heartbeat has come again")?;
+    ensure!(status(containerd, container.id())?["state"] == "Running");
+    Ok(())
+}
+
+#[test]
+fn the_sockets_are_private_and_answer_every_line_as_json_rpc_says() -> Result<()> {
+    if !is_husk("the_sockets_are_private_and_answer_every_line_as_json_rpc_says") {
+        return Ok(());
+    }
+    let containerd = talkative()?;
+    let container = containerd.detached(&[], "rpc", &["sleep", "1000"])?;
+    let id = container.id();
+    let folder = folder(containerd, id);
+    let mode = |path: &std::path::Path| -> Result<u32> { Ok(path.metadata()?.permissions().mode() & 0o7777) };
+    ensure!(mode(&folder)? == 0o700);
+    for file in ["ctl.sock", "console.sock", "console.log", "guest.log", "state.json"] {
+        ensure!(mode(&folder.join(file))? == 0o600, "{file}");
+    }
+
+    let mut rpc = Rpc::connect(containerd, id)?;
+    let table = [
+        ("no json\n", -32700, Value::Null),
+        ("{\"jsonrpc\":\"2.0\",\"id\":7}\n", -32600, json!(7)),
+        ("[]\n", -32600, Value::Null),
+        ("{\"jsonrpc\":\"2.0\",\"id\":\"x\",\"method\":\"compute.vm.fly\"}\n", -32601, json!("x")),
+        ("{\"jsonrpc\":\"2.0\",\"id\":8,\"method\":\"status\",\"params\":[1]}\n", -32602, json!(8)),
+        ("{\"jsonrpc\":\"2.0\",\"id\":9,\"method\":\"logs\",\"params\":{\"lines\":-1}}\n", -32602, json!(9)),
+        ("{\"jsonrpc\":\"2.0\",\"id\":9,\"method\":\"logs\",\"params\":{\"source\":\"x\"}}\n", -32602, json!(9)),
+        ("{\"jsonrpc\":\"2.0\",\"id\":9,\"method\":\"events.tail\",\"params\":{\"x\":1}}\n", -32602, json!(9)),
+    ];
+    for (line, code, wanted) in table {
+        rpc.send(line.as_bytes())?;
+        let answer = rpc.receive()?.context("no answer")?;
+        ensure!(answer["error"]["code"] == code && answer["id"] == wanted, "{line}: {answer}");
+    }
+    for (method, who) in [
+        ("create", "containerd creates"),
+        ("start", "containerd starts"),
+        ("stop", "ctr task kill"),
+        ("remove", "ctr task rm"),
+    ] {
+        for name in [method.to_owned(), format!("compute.vm.{method}")] {
+            let answer = rpc.call(&name, json!({}))?;
+            let told = answer["error"]["message"].as_str().unwrap_or_default();
+            ensure!(told.contains("containerd") && told.contains(who), "{name}: {answer}");
+        }
+    }
+    for method in ["compute.vm.status", "status"] {
+        ensure!(rpc.call(method, json!({}))?["result"]["sandbox"] == id);
+    }
+    ensure!(rpc.call("list", json!({}))?["result"]["sandboxes"][0]["sandbox"] == id);
+    let last = rpc.call("events.tail", json!({"after": 2}))?["result"]["last"].clone();
+    ensure!(rpc.call("events.tail", json!({"after": last}))?["result"] == json!({"last": last, "ended": false}));
+
+    // What is listed is there, and takes what it says that it takes.
+    let listed = rpc.call("rpc.discover", json!({}))?["result"]["methods"].clone();
+    let names: Vec<&str> = listed.as_array().context("methods")?.iter().filter_map(|m| m["name"].as_str()).collect();
+    for method in ["status", "list", "events.tail", "console.endpoint", "logs", "create", "start", "stop", "remove"] {
+        ensure!(names.contains(&format!("compute.vm.{method}").as_str()), "no {method} in {names:?}");
+    }
+    for name in names {
+        let answer = Rpc::connect(containerd, id)?.call(name, json!({"no such parameter": 1}))?;
+        ensure!(answer["error"]["code"] != -32601, "{name}: {answer}");
+    }
+
+    // A line without end is cut off; others have not noticed.
+    let mut hostile = Rpc::connect(containerd, id)?;
+    let sent = hostile.send(&vec![b'x'; 3 << 20]);
+    let answer = hostile.receive()?;
+    let told = answer.as_ref().map(|answer| answer["error"]["message"].clone());
+    ensure!(told == Some(json!("a line is longer than 1048576 bytes")), "{answer:?}, {sent:?}");
+    ensure!(hostile.receive()?.is_none());
+    ensure!(rpc.call("status", json!({}))?["result"]["state"] == "Running");
+    Ok(())
+}
+
+#[test]
+fn clients_that_stay_connected_hold_up_no_end_and_leave_nothing() -> Result<()> {
+    if !is_husk("clients_that_stay_connected_hold_up_no_end_and_leave_nothing") {
+        return Ok(());
+    }
+    let containerd = Containerd::start(Version::default_for_tests())?;
+    containerd.run(&[], &containerd.id("first"), &["true"]).ok()?;
+    let before = Leftovers::now(&containerd);
+    let container = containerd.detached(&[], "held", &["sleep", "1000"])?;
+    let id = container.id();
+    let mut clients = Vec::new();
+    for _ in 0..80 {
+        // Some say nothing, some ask for without end and read nothing; the last are turned away.
+        let mut client = Rpc::connect(&containerd, id)?;
+        if clients.len() % 2 == 0 {
+            let follow = "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"events.tail\",\"params\":{\"follow\":true}}\n";
+            // One that was turned away may not take it any more.
+            let _ = client.send(follow.as_bytes());
+        }
+        clients.push(client);
+    }
+    let busy = clients.last_mut().context("a client")?.receive()?.context("no answer")?;
+    ensure!(busy["error"]["code"] == -32000, "{busy}");
+    // husk goes without the shim then.
+    let page = husk(&containerd, &["status", id])?.ok()?.text();
+    ensure!(page.contains("NOTE") && page.contains("state       Running"), "{page}");
+    let consoles: Vec<_> = (0..10)
+        .map(|_| husk_shim::socket::connect(&folder(&containerd, id), "console.sock"))
+        .collect::<std::io::Result<_>>()?;
+    container.kill("SIGKILL")?;
+    container.await_status("STOPPED")?;
+    let started = std::time::Instant::now();
+    ensure!(container.delete_task()? == 137);
+    ensure!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    containerd.ctr(["container", "rm", id]).ok()?;
+    before.expect_none_since(&containerd)?;
+    drop((clients, consoles));
+    Ok(())
+}
+
+#[test]
+fn what_is_wrong_with_a_configuration_is_told_in_json_too() -> Result<()> {
+    if !is_husk("what_is_wrong_with_a_configuration_is_told_in_json_too") {
+        return Ok(());
+    }
+    let containerd = talkative()?;
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(file.path(), "vcpus = 0\nmemory_mib = 0\n")?;
+    let path = file.path().to_str().context("a path")?;
+    let wrong = husk(containerd, &["check-config", "--json", path])?.expect_code(1)?;
+    let told: Value = serde_json::from_slice(&wrong.stdout)?;
+    let problems = told["problems"].as_array().context("problems")?;
+    ensure!(told["ok"] == false && told["file"] == path && problems.len() == 2, "{told:#}");
+    for (problem, wanted) in problems.iter().zip(["memory must be greater", "vCPU count must be greater"]) {
+        ensure!(problem.as_str().is_some_and(|problem| problem.contains(wanted)), "{told:#}");
+    }
+    std::fs::write(file.path(), "vcpus = 1\n")?;
+    let right = husk_json(containerd, &["check-config", "--json", path])?;
+    ensure!(right == json!({"ok": true, "file": path, "exists": true, "problems": []}), "{right:#}");
+    Ok(())
+}
+
+#[test]
+fn shells_complete_husks_commands() -> Result<()> {
+    if !is_husk("shells_complete_husks_commands") {
+        return Ok(());
+    }
+    let containerd = talkative()?;
+    let script = husk(containerd, &["completion", "bash"])?.ok()?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("husk");
+    std::fs::write(&path, &script.stdout)?;
+    let table = [
+        ("husk st", "status"),
+        ("husk boot", "boot-profile"),
+        ("husk status --j", "--json"),
+        ("husk logs --f", "--follow"),
+    ];
+    for (typed, wanted) in table {
+        let words: Vec<String> = typed.split(' ').map(|word| format!("'{word}'")).collect();
+        let last = words.len() - 1;
+        let complete = format!(
+            "source {}; COMP_WORDS=({}); COMP_CWORD={last}; _husk husk {} {}; printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+            path.display(),
+            words.join(" "),
+            words[last],
+            words[last - 1]
+        );
+        let mut bash = std::process::Command::new("bash");
+        bash.args(["-c", &complete]);
+        let completed = husk_tests::command::run(bash, None, SOON)?.ok()?.text();
+        ensure!(completed == wanted, "{typed}: {completed}");
+    }
+    for shell in ["zsh", "fish"] {
+        ensure!(husk(containerd, &["completion", shell])?.ok()?.text().contains("boot-profile"), "{shell}");
+    }
+    // Each command tells what it is for.
+    let help = husk(containerd, &["--help"])?.ok()?.text();
+    for command in ["list", "status", "logs", "events", "console", "boot-profile", "check-config", "completion"] {
+        ensure!(help.lines().any(|line| line.trim_start().starts_with(&format!("{command}  "))), "{command}: {help}");
+        let own = husk(containerd, &[command, "--help"])?.ok()?.text();
+        ensure!(own.contains("Usage: husk"), "{own}");
+    }
+    Ok(())
+}
