@@ -1,5 +1,7 @@
 //! `husk`: the operator's look at the virtual machines of this host. Reads what the shims keep on disk, so it works when containerd is down.
 
+mod metadata;
+
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -49,6 +51,9 @@ enum Command {
         /// The file; without it, the one that HUSK_CONFIG names, else /etc/husk/config.toml
         file: Option<PathBuf>,
     },
+    /// What is to be known about the tokens that VMs get of the metadata service
+    #[command(subcommand)]
+    Metadata(metadata::Command),
 }
 
 fn main() -> ExitCode {
@@ -70,6 +75,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::List { json } => list(json)?,
         Command::Status { id } => status(&find(&id)?)?,
         Command::Logs { id, lines } => logs(&find(&id)?, lines)?,
+        Command::Metadata(command) => metadata::run(command)?,
         Command::CheckConfig { file } => return check_config(file.as_deref()),
     }
     Ok(ExitCode::SUCCESS)
