@@ -24,10 +24,15 @@ pub fn take_over() {
 /// Says why the guest ends, on the console, whatever the log level is.
 pub fn last_words(reason: &str) {
     let line = format!("husk: fatal: {reason}\n");
+    write(&line);
+}
+
+/// Writes on the console.
+pub fn write(text: &str) {
     let written =
-        File::options().write(true).open("/dev/console").and_then(|mut console| console.write_all(line.as_bytes()));
+        File::options().write(true).open("/dev/console").and_then(|mut console| console.write_all(text.as_bytes()));
     if written.is_err() {
         // Before /dev is mounted there is only what the kernel opened for PID 1.
-        let _ = std::io::stderr().write_all(line.as_bytes());
+        let _ = std::io::stderr().write_all(text.as_bytes());
     }
 }

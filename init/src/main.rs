@@ -14,6 +14,7 @@ mod io;
 mod log;
 mod places;
 mod reaper;
+mod report;
 mod rpc;
 mod serve;
 mod system;
@@ -33,6 +34,7 @@ use tokio::sync::mpsc;
 use tokio_vsock::{VsockAddr, VsockStream};
 
 use boot::{Cmdline, Timeline};
+use report::Reports;
 
 fn main() -> ExitCode {
     let mut args = std::env::args();
@@ -46,27 +48,32 @@ fn main() -> ExitCode {
         eprintln!("husk-init is the init of a husk guest: it only runs as PID 1");
         return ExitCode::FAILURE;
     }
-    match catch_unwind(live) {
+    let reports = Reports::default();
+    match catch_unwind(|| live(&reports)) {
         Ok(Ok(())) => {}
         Ok(Err(error)) => console::last_words(&format!("{error:#}")),
         // The panic's own message is on the console already.
         Err(_) => console::last_words("the init panicked"),
     }
+    // What the host was not told: it may say why.
+    while let Some(line) = reports.untold() {
+        console::write(&log::console_line(&line));
+    }
     end()
 }
 
 /// The whole life of a guest. Comes back when it is to end.
-fn live() -> anyhow::Result<()> {
+fn live(reports: &Reports) -> anyhow::Result<()> {
     let mut timeline = Timeline::default();
-    let cmdline = boot::boot(&mut timeline)?;
+    let cmdline = boot::boot(&mut timeline, reports)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
-    let result = runtime.block_on(serve(cmdline, timeline));
+    let result = runtime.block_on(serve(cmdline, timeline, reports));
     // Tasks that wait for something must not keep the guest from its end.
     std::mem::forget(runtime);
     result
 }
 
-async fn serve(cmdline: Cmdline, mut timeline: Timeline) -> anyhow::Result<()> {
+async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> anyhow::Result<()> {
     let ports = serve::Ports::bind()?;
     timeline.mark("listening");
     let reaper = reaper::Reaper::start().context("listen to SIGCHLD")?;
@@ -89,7 +96,14 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline) -> anyhow::Result<()> {
     let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, PORT_READY)).await.context("dial the host")?;
     frame::write(&mut host, &hello).await.context("say hello to the host")?;
 
-    ended.recv().await;
+    tokio::select! {
+        _ = ended.recv() => {}
+        // The host ends a guest that it does not hear: that is the only one who could help.
+        error = reports.deliver(&mut host, cmdline.heartbeat) => {
+            console::write(&format!("husk: no way to tell the host anything: {error}\n"));
+            ended.recv().await;
+        }
+    }
     // The answer is still to get out, and what the last processes wrote, and how they ended. The host ends the VM when it has all that.
     let _ = tokio::time::timeout(HOST_ENDS, host.read_u8()).await;
     Ok(())

@@ -94,12 +94,14 @@ pub struct Config {
     pub virtiofsd: Option<PathBuf>,
     /// Parameters of the guest's kernel beside husk's own, of those that may be given.
     pub kernel_params: Vec<String>,
-    /// Level of the guest's log on its console: error, warn, info, debug or trace.
-    pub log_level: String,
+    /// Least severe level of the guest's init that comes to the shim's log.
+    pub log_level: tracing::Level,
     /// From QEMU's start to the guest's hello.
     pub boot_timeout: Duration,
     /// For one call to the guest.
     pub call_timeout: Duration,
+    /// How often a guest tells that it turns. One that misses three is killed.
+    pub heartbeat: Duration,
     /// The `io.husk.` annotations that a sandbox may use.
     pub allowed_annotations: Vec<String>,
     /// How the metadata service signs.
@@ -125,9 +127,10 @@ impl Default for Config {
             qemu_user: (65534, 65534),
             virtiofsd: None,
             kernel_params: Vec::new(),
-            log_level: "warn".to_owned(),
+            log_level: tracing::Level::WARN,
             boot_timeout: Duration::from_secs(60),
             call_timeout: Duration::from_secs(60),
+            heartbeat: Duration::from_secs(10),
             allowed_annotations: crate::annotations::NAMES.iter().map(|name| (*name).to_owned()).collect(),
             tokens: crate::metadata::Settings { key: METADATA_KEY.into(), lifetime: TOKEN_LIFETIME },
             workspace_dir: None,

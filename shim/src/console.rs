@@ -1,20 +1,18 @@
 //! The guest's console: kept in `console.log`, its last lines at hand for the reason why a boot failed.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
+use crate::rotate::Rotating;
+
 /// Bytes of the console that are kept in memory.
 const TAIL: usize = 4 * 1024;
-/// Size at which `console.log` becomes `console.log.1`: a guest can write without end, the host's disk cannot.
-const ROTATE: u64 = 4 * 1024 * 1024;
 
 /// A running copy of the console.
 #[derive(Debug, Clone)]
@@ -26,7 +24,7 @@ pub struct Console {
 impl Console {
     /// Copies what comes from `socket` into the file at `path`, which must be in a directory of the sandbox's own.
     pub fn start(socket: UnixStream, path: &Path) -> io::Result<Self> {
-        let mut log = Log::open(path)?;
+        let mut log = Rotating::open(path)?;
         let tail = Arc::new(Mutex::new(VecDeque::with_capacity(TAIL)));
         let (end, ended) = watch::channel(false);
         let console = Self { tail: tail.clone(), ended };
@@ -57,7 +55,7 @@ fn last_lines(bytes: &[u8], lines: usize) -> String {
     all[all.len().saturating_sub(lines)..].join("\n")
 }
 
-async fn copy(mut socket: UnixStream, log: &mut Log, tail: &Mutex<VecDeque<u8>>) {
+async fn copy(mut socket: UnixStream, log: &mut Rotating, tail: &Mutex<VecDeque<u8>>) {
     let mut buffer = [0; 4096];
     loop {
         let read = match socket.read(&mut buffer).await {
@@ -76,38 +74,15 @@ async fn copy(mut socket: UnixStream, log: &mut Log, tail: &Mutex<VecDeque<u8>>)
             tail.extend(bytes);
         }
         if let Err(error) = log.append(bytes) {
-            tracing::warn!(%error, path = %log.path.display(), "console output lost");
+            tracing::warn!(%error, path = %log.path().display(), "console output lost");
         }
-    }
-}
-
-struct Log {
-    path: PathBuf,
-    file: File,
-    size: u64,
-}
-
-impl Log {
-    fn open(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
-        let size = file.metadata()?.len();
-        Ok(Self { path: path.to_owned(), file, size })
-    }
-
-    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.size >= ROTATE {
-            std::fs::rename(&self.path, self.path.with_extension("log.1"))?;
-            *self = Self::open(&self.path)?;
-        }
-        self.file.write_all(bytes)?;
-        self.size += bytes.len() as u64;
-        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rotate::ROTATE;
 
     #[test]
     fn what_an_operator_sees_is_the_last_lines_without_control_characters() {

@@ -17,6 +17,7 @@ pub mod metadata;
 pub mod prepare;
 pub mod process;
 pub mod rootfs;
+pub mod rotate;
 pub mod sandbox;
 pub mod serve;
 pub mod service;

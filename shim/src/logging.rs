@@ -9,9 +9,17 @@ use std::sync::Mutex;
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// Target of what the guest's init has logged.
+const GUEST: &str = "guest";
+/// Name of a field that holds fields, as they are to be written.
+const RAW: &str = "raw";
 
 /// Opens containerd's fifo and makes it the log of this process, each line with the sandbox's id and namespace.
 ///
@@ -21,14 +29,30 @@ use tracing_subscriber::registry::LookupSpan;
 pub fn init(fifo: &Path, debug: bool, namespace: &str, sandbox: &str) -> io::Result<()> {
     // For reading too: so that opening does not wait for containerd, and its restart does not become EPIPE here.
     let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(fifo)?;
-    tracing_subscriber::fmt()
-        .with_max_level(if debug { Level::DEBUG } else { Level::INFO })
-        .event_format(KeyValue { namespace: namespace.to_owned(), sandbox: sandbox.to_owned() })
-        .with_writer(Mutex::new(Fifo { file, dropped: 0 }))
+    let level = if debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
+    tracing_subscriber::registry()
+        // The guest's have been chosen by the level that the configuration has for them.
+        .with(Targets::new().with_default(level).with_target(GUEST, LevelFilter::TRACE))
+        .with(
+            tracing_subscriber::fmt::layer()
+                .event_format(KeyValue { namespace: namespace.to_owned(), sandbox: sandbox.to_owned() })
+                .with_writer(Mutex::new(Fifo { file, dropped: 0 })),
+        )
         .try_init()
         .map_err(io::Error::other)?;
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "the shim panicked")));
     Ok(())
+}
+
+/// Logs a line of the guest's init. `fields` are as [`push_field`] writes them.
+pub fn guest(level: Level, message: &str, fields: &str) {
+    match level {
+        Level::ERROR => tracing::error!(target: GUEST, raw = fields, "{message}"),
+        Level::WARN => tracing::warn!(target: GUEST, raw = fields, "{message}"),
+        Level::INFO => tracing::info!(target: GUEST, raw = fields, "{message}"),
+        Level::DEBUG => tracing::debug!(target: GUEST, raw = fields, "{message}"),
+        Level::TRACE => tracing::trace!(target: GUEST, raw = fields, "{message}"),
+    }
 }
 
 /// Nobody may be reading: a full fifo costs lines, never time. How many it cost is said when there is room again.
@@ -77,6 +101,9 @@ where
         let mut fields = Fields::default();
         event.record(&mut fields);
         write!(writer, "level={level} msg={:?}", fields.message)?;
+        if event.metadata().target() == GUEST {
+            write!(writer, " from=guest")?;
+        }
         write!(writer, " runtime=io.containerd.husk.v1 namespace={} sandbox={}", self.namespace, self.sandbox)?;
         writeln!(writer, "{}", fields.rest)
     }
@@ -101,6 +128,8 @@ impl Visit for Fields {
     fn record_str(&mut self, field: &Field, value: &str) {
         if field.name() == "message" {
             self.message = value.to_owned();
+        } else if field.name() == RAW {
+            self.rest.push_str(value);
         } else {
             self.push(field.name(), value);
         }
@@ -109,10 +138,15 @@ impl Visit for Fields {
 
 impl Fields {
     fn push(&mut self, name: &str, value: &str) {
-        let plain = !value.is_empty() && value.chars().all(|c| c.is_ascii_graphic() && !matches!(c, '"' | '=' | '\\'));
-        // Writing to a String cannot fail.
-        let _ = if plain { write!(self.rest, " {name}={value}") } else { write!(self.rest, " {name}={value:?}") };
+        push_field(&mut self.rest, name, value);
     }
+}
+
+/// Adds ` name=value`, with the value quoted where it would not read back.
+pub fn push_field(to: &mut String, name: &str, value: &str) {
+    let plain = !value.is_empty() && value.chars().all(|c| c.is_ascii_graphic() && !matches!(c, '"' | '=' | '\\'));
+    // Writing to a String cannot fail.
+    let _ = if plain { write!(to, " {name}={value}") } else { write!(to, " {name}={value:?}") };
 }
 
 #[cfg(test)]

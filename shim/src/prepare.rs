@@ -107,7 +107,10 @@ fn prepare_with(
         return Err(Error(wrong));
     };
     let (vcpus, memory_mib) = config.size(&annotations, rewritten.limits);
-    let mut kernel_params = vec![format!("husk.log={}", config.log_level)];
+    let mut kernel_params = vec![
+        format!("husk.log={}", config.log_level.as_str().to_lowercase()),
+        format!("husk.heartbeat_ms={}", config.heartbeat.as_millis()),
+    ];
     kernel_params.extend(config.kernel_params.iter().cloned());
     let machine = vm::Spec {
         name: format!("husk-{sandbox}"),
@@ -155,6 +158,8 @@ pub fn plan(prepared: &Prepared, share: PathBuf) -> (Box<dyn Vmm>, Plan) {
         share,
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,
+        heartbeat: prepared.config.heartbeat,
+        guest_level: prepared.config.log_level,
         cgroup: prepared.rewritten.cgroups_path.clone(),
         tokens: prepared.config.tokens.clone(),
         workspace: prepared.workspace.clone(),

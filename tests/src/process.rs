@@ -58,6 +58,11 @@ impl Process {
         self.signal(Signal::SIGSTOP);
     }
 
+    /// Has it go on after [`Process::stop`].
+    pub fn go_on(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
     fn signal(&self, signal: Signal) {
         if self.is_alive() {
             // A process that ended in between is no error: the caller looks at what became of it.

@@ -1,23 +1,36 @@
 //! The `husk.*` words of the kernel command line. Parsing is pure; nothing here acts on what it finds.
 
+use std::time::Duration;
+
 use tracing::level_filters::LevelFilter;
 
 /// What the kernel command line asks of the init.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cmdline {
-    /// `husk.log=`: least severe level that is written to the console. Default `warn`, so that a boot is quiet.
+    /// `husk.log=`: least severe level of the log that the host is told. Default `warn`.
     pub log: LevelFilter,
     /// `husk.hostname=`: the guest's own host name. Default `husk`.
     pub hostname: String,
     /// `husk.epoch_ns=`: host's wall clock at the guest's start, nanoseconds since 1970. A microvm may have no clock of its own.
     pub epoch_ns: Option<u64>,
+    /// `husk.heartbeat_ms=`: how often the host is told that the init still turns; never by default.
+    pub heartbeat: Option<Duration>,
+    /// `husk.debug=1`: a developer looks on; the log is on the console too.
+    pub debug: bool,
     /// Words of ours that mean nothing, and why: to be logged, because nobody else will ever tell the host.
     pub problems: Vec<String>,
 }
 
 impl Default for Cmdline {
     fn default() -> Self {
-        Self { log: LevelFilter::WARN, hostname: "husk".into(), epoch_ns: None, problems: Vec::new() }
+        Self {
+            log: LevelFilter::WARN,
+            hostname: "husk".into(),
+            epoch_ns: None,
+            heartbeat: None,
+            debug: false,
+            problems: Vec::new(),
+        }
     }
 }
 
@@ -33,6 +46,11 @@ pub fn parse(text: &str) -> Cmdline {
             "husk.log" => value.parse().map(|level| cmdline.log = level).is_ok(),
             "husk.hostname" => is_hostname(value).then(|| cmdline.hostname = value.to_owned()).is_some(),
             "husk.epoch_ns" => value.parse().map(|ns| cmdline.epoch_ns = Some(ns)).is_ok(),
+            "husk.heartbeat_ms" => {
+                let period = value.parse().ok().filter(|ms| *ms > 0).map(Duration::from_millis);
+                period.map(|period| cmdline.heartbeat = Some(period)).is_some()
+            }
+            "husk.debug" => ["0", "1"].contains(&value).then(|| cmdline.debug = value == "1").is_some(),
             _ => {
                 cmdline.problems.push(format!("unknown kernel parameter {key}"));
                 continue;
@@ -70,6 +88,10 @@ mod tests {
             ("husk.hostname=a/b", bad("kernel parameter husk.hostname has the bad value \"a/b\"")),
             ("husk.epoch_ns=1763000000000000000", Cmdline { epoch_ns: Some(1_763_000_000_000_000_000), ..default() }),
             ("husk.epoch_ns=-1", bad("kernel parameter husk.epoch_ns has the bad value \"-1\"")),
+            ("husk.heartbeat_ms=250", Cmdline { heartbeat: Some(Duration::from_millis(250)), ..default() }),
+            ("husk.heartbeat_ms=0", bad("kernel parameter husk.heartbeat_ms has the bad value \"0\"")),
+            ("husk.debug=1", Cmdline { debug: true, ..default() }),
+            ("husk.debug=yes", bad("kernel parameter husk.debug has the bad value \"yes\"")),
             ("husk.colour=red", bad("unknown kernel parameter husk.colour")),
             ("husk.colour", bad("unknown kernel parameter husk.colour")),
             ("nothusk.log=off", default()),

@@ -17,6 +17,7 @@ pub use cmdline::Cmdline;
 pub use own::randomize_addresses;
 pub use timeline::{Timeline, boottime_ns};
 
+use crate::report::Reports;
 use crate::{cgroup, console};
 
 /// A step of the boot that failed.
@@ -38,11 +39,20 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     }
 }
 
+/// A handler that panics is one failed call, and a defect that the host has to hear of.
+fn tell_panics() {
+    let to_console = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tracing::error!(%panic, "the init panicked");
+        to_console(panic);
+    }));
+}
+
 /// Makes the guest ready to run containers, and answers what it was asked to be.
 ///
 /// # Errors
 /// The first step that failed. The guest is then good for nothing.
-pub fn boot(timeline: &mut Timeline) -> Result<Cmdline, Error> {
+pub fn boot(timeline: &mut Timeline, reports: &Reports) -> Result<Cmdline, Error> {
     timeline.mark("init");
     root::make_movable()?;
     mounts::mount_all()?;
@@ -50,7 +60,14 @@ pub fn boot(timeline: &mut Timeline) -> Result<Cmdline, Error> {
     timeline.mark("mounts");
 
     let cmdline = cmdline::parse(&std::fs::read_to_string("/proc/cmdline").step(|| "read /proc/cmdline".into())?);
-    crate::log::start(cmdline.log);
+    tell_panics();
+    let (reports, debug) = (reports.clone(), cmdline.debug);
+    crate::log::start(cmdline.log, move |line| {
+        if debug {
+            console::write(&crate::log::console_line(&line));
+        }
+        reports.log(line);
+    });
     for problem in &cmdline.problems {
         tracing::warn!("{problem}");
     }
@@ -66,5 +83,6 @@ pub fn boot(timeline: &mut Timeline) -> Result<Cmdline, Error> {
     own::keep_addresses()?;
     devices::credit_entropy()?;
     timeline.mark("system");
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "the guest is set up");
     Ok(cmdline)
 }

@@ -1,7 +1,7 @@
 //! The worker's life: one request in, one reply out.
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::panic::catch_unwind;
@@ -13,12 +13,11 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::de::DeserializeOwned;
 use tracing::level_filters::LevelFilter;
-use tracing_subscriber::fmt::{self, time};
 
 use super::executor::Refusal;
 use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, console, create, exec, start, update};
 use crate::error::{Error, Kind, chain};
-use crate::{boot, places};
+use crate::{boot, log, places};
 
 /// Most of a diagnosis that goes into an error, bytes. What comes last is nearest to the cause's consequence; the cause comes first.
 const DIAGNOSIS_MAX: u64 = 4096;
@@ -104,11 +103,13 @@ impl Diagnosis {
         let writer = Mutex::new(file.try_clone()?);
         if level > LevelFilter::INFO {
             // A developer reads along on the console, with all its processes in order.
-            let console = File::options().append(true).open("/dev/console")?;
-            install(lines().with_max_level(level).with_timer(time::uptime()).with_writer(Mutex::new(console)).finish());
+            log::start(level, |line| crate::console::write(&log::console_line(&line)));
         } else {
-            let lines = lines().with_max_level(LevelFilter::ERROR).without_time().with_level(false);
-            install(lines.with_writer(writer).finish());
+            log::start(LevelFilter::ERROR, move |line| {
+                let mut writer = writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                // A diagnosis that cannot be kept is one less; the error itself is told all the same.
+                let _ = writer.write_all((log::text(&line) + "\n").as_bytes());
+            });
         }
         Ok(Self(file))
     }
@@ -124,13 +125,4 @@ impl Diagnosis {
         }
         error
     }
-}
-
-fn lines() -> fmt::SubscriberBuilder {
-    fmt::Subscriber::builder().with_ansi(false).with_target(false)
-}
-
-fn install(subscriber: impl tracing::Subscriber + Send + Sync) {
-    // The worker has just begun: there is no other subscriber that could stand in the way.
-    let _ = tracing::subscriber::set_global_default(subscriber);
 }

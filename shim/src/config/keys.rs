@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use toml::Value;
+use tracing::Level;
 
 use super::{Accel, Config, LEAST_MEMORY_MIB, MOST_VCPUS, Profile, kernel_params};
 use crate::vm::Board;
@@ -23,7 +24,7 @@ const fn key(name: &'static str, set: Set) -> Key {
 }
 
 /// All that there are. The configuration is read by this list, and a test proves an effect for each of its entries.
-pub(crate) const KEYS: [Key; 20] = [
+pub(crate) const KEYS: [Key; 21] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
@@ -45,11 +46,18 @@ pub(crate) const KEYS: [Key; 20] = [
         put(&mut config.kernel_params, list(value).and_then(|words| kernel_params::check(&words)))
     }),
     key("log_level", |config, value| {
-        let levels = ["error", "warn", "info", "debug", "trace"].map(|level| (level, level));
-        put(&mut config.log_level, choice(value, &levels).map(str::to_owned))
+        let levels = [
+            ("error", Level::ERROR),
+            ("warn", Level::WARN),
+            ("info", Level::INFO),
+            ("debug", Level::DEBUG),
+            ("trace", Level::TRACE),
+        ];
+        put(&mut config.log_level, choice(value, &levels))
     }),
     key("boot_timeout_ms", |config, value| put(&mut config.boot_timeout, milliseconds(value))),
     key("call_timeout_ms", |config, value| put(&mut config.call_timeout, milliseconds(value))),
+    key("heartbeat_interval_ms", |config, value| put(&mut config.heartbeat, milliseconds(value))),
     key("allowed_annotations", |config, value| put(&mut config.allowed_annotations, annotations(value))),
     key("metadata_key", |config, value| put(&mut config.tokens.key, absolute(value))),
     key("token_lifetime_ms", |config, value| put(&mut config.tokens.lifetime, milliseconds(value))),

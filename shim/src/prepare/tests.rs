@@ -125,6 +125,7 @@ const PROOFS: &[Proof] = &[
     ("log_level", "\"debug\"", |o| word(o, "husk.log="), "husk.log=debug"),
     ("boot_timeout_ms", "5", |o| booted(o, |b| format!("{:?}", b.plan.boot_timeout)), "5ms"),
     ("call_timeout_ms", "6", |o| booted(o, |b| format!("{:?}", b.plan.call_timeout)), "6ms"),
+    ("heartbeat_interval_ms", "7", |o| word(o, "husk.heartbeat_ms="), "husk.heartbeat_ms=7"),
     (
         "allowed_annotations",
         "[\"io.husk.vcpus\"]",

@@ -12,12 +12,12 @@ use std::time::Duration;
 use containerd_shim_protos::api::ShutdownRequest;
 use husk_protos::system::Hello;
 use husk_protos::{PORT_METADATA, PORT_READY};
-use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::launch::Child;
 use super::life::VmState;
+use super::report::{self, Heard, Listening};
 use super::{Machine, Sockets, Spec, Vmm};
 use crate::cgroup::{CgroupError, Hierarchies};
 use crate::console::Console;
@@ -27,6 +27,7 @@ use crate::metadata::token::Identity;
 use crate::metadata::workspace::Workspace;
 use crate::metadata::{self, serve_vm};
 use crate::process::ProcessId;
+use crate::rotate::Rotating;
 use crate::state::{Owner, StateError, Step};
 use crate::vm::virtiofsd;
 use crate::vsock::Device;
@@ -57,6 +58,10 @@ pub struct Plan {
     pub boot_timeout: Duration,
     /// For one call to the guest.
     pub call_timeout: Duration,
+    /// How often the guest tells that it turns.
+    pub heartbeat: Duration,
+    /// The least severe level that the guest's init logs at.
+    pub guest_level: tracing::Level,
     /// The cgroup that the VM's processes live in, as the OCI runtime spec writes it; their parent's if none.
     pub cgroup: Option<String>,
     /// How the metadata service signs its tokens.
@@ -145,6 +150,7 @@ pub struct Vm {
     share: Arc<Child>,
     share_workers: Vec<ProcessId>,
     console: Console,
+    heard: Arc<Heard>,
     stopping: AtomicBool,
     /// Why it has to end, as soon as somebody says so.
     condemned: watch::Sender<Option<String>>,
@@ -254,6 +260,11 @@ impl Vm {
         let workers = share.process().children().map_err(io("list virtiofsd's children"))?;
         let step = |id: &ProcessId| Step::Process { id: *id, name: "virtiofsd's worker".into() };
         journal.record(&Owner::Sandbox, workers.iter().map(step))?;
+        let heard = Arc::new(Heard::new(plan.heartbeat));
+        let listening = Listening {
+            level: plan.guest_level,
+            file: Rotating::open(&journal.dir().join("guest.log")).map_err(io("open guest.log"))?,
+        };
         let guest = Arc::new(Guest::connect(device, &hello, plan.call_timeout).await?);
 
         let (death, dead) = watch::channel(None);
@@ -267,11 +278,14 @@ impl Vm {
             share: share.clone(),
             share_workers: workers,
             console,
+            heard,
             stopping: AtomicBool::new(false),
             condemned,
             dead,
         });
-        tokio::spawn(watch_death(machine, share, stream, sentence, death));
+        let heard = vm.heard.clone();
+        let deaf = async move { report::listen(stream, listening, &heard).await };
+        tokio::spawn(watch_death(machine, share, deaf, sentence, death));
         Ok(vm)
     }
 
@@ -296,6 +310,11 @@ impl Vm {
     /// Whether its end was asked for.
     pub fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// What has been heard of the guest: its health, its supervisor.
+    pub fn heard(&self) -> &Heard {
+        &self.heard
     }
 
     /// The console's last lines.
@@ -387,20 +406,18 @@ async fn condemned(sentence: &mut watch::Receiver<Option<String>>) -> String {
     }
 }
 
-/// A part of the VM dies with the whole, and the whole with each part.
+/// A part of the VM dies with the whole, and the whole with each part. `deaf` tells why the guest cannot be heard any more.
 async fn watch_death(
     machine: Arc<dyn Machine>,
     share: Arc<Child>,
-    mut hello: UnixStream,
+    deaf: impl Future<Output = String>,
     mut sentence: watch::Receiver<Option<String>>,
     death: watch::Sender<Option<String>>,
 ) {
-    let mut byte = [0];
     let cause = tokio::select! {
         cause = machine.exited() => cause,
         exit = share.exited() => cause_of(&*machine, format!("virtiofsd {exit}")).await,
-        // The guest says nothing more on this connection: whatever comes is its end.
-        _ = hello.read(&mut byte) => cause_of(&*machine, "the guest's connection was lost".to_owned()).await,
+        cause = deaf => cause_of(&*machine, cause).await,
         cause = condemned(&mut sentence) => cause_of(&*machine, cause).await,
     };
     // virtiofsd follows by itself.
@@ -473,9 +490,13 @@ mod tests {
         let cases = ["machine", "share", "connection", "condemned"];
         for case in cases {
             let (machine, share) = (Arc::new(Sleeper::start()), Arc::new(Sleeper::start().0));
-            let (theirs, hello) = UnixStream::pair().unwrap();
+            let (lose, lost) = tokio::sync::oneshot::channel::<()>();
+            let deaf = async {
+                let _ = lost.await;
+                "the guest's connection was lost".to_owned()
+            };
             let ((condemned, sentence), (death, dead)) = (watch::channel(None), watch::channel(None));
-            let watching = tokio::spawn(watch_death(machine.clone(), share.clone(), hello, sentence, death));
+            let watching = tokio::spawn(watch_death(machine.clone(), share.clone(), deaf, sentence, death));
             let wanted = match case {
                 "machine" => {
                     machine.kill();
@@ -486,7 +507,7 @@ mod tests {
                     "virtiofsd was killed by signal 9"
                 }
                 "connection" => {
-                    drop(theirs);
+                    lose.send(()).unwrap();
                     "the guest's connection was lost"
                 }
                 _ => {

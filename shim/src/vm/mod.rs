@@ -12,6 +12,7 @@ pub mod hugepages;
 pub mod launch;
 pub mod life;
 pub mod qemu;
+pub mod report;
 pub mod tsc;
 pub mod virtiofsd;
 
