@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use crate::config::{Config, Problem, Profile, memory_mib, one_of, vcpus};
+use crate::metadata::workspace::{self, Workspace};
 
 const PREFIX: &str = "io.husk.";
 const VCPUS: &str = "io.husk.vcpus";
@@ -10,9 +11,11 @@ const PROFILE: &str = "io.husk.profile";
 const MEMORY_MIB: &str = "io.husk.memory_mib";
 /// Read by the guest: lets a container use AF_VSOCK.
 const VSOCK: &str = "io.husk.vsock";
+/// May hold secrets, or name a file that does: it is for the metadata service alone.
+pub const WORKSPACE: &str = "io.husk.workspace";
 
 /// All that there are.
-pub const NAMES: [&str; 4] = [VCPUS, PROFILE, MEMORY_MIB, VSOCK];
+pub const NAMES: [&str; 5] = [VCPUS, PROFILE, MEMORY_MIB, VSOCK, WORKSPACE];
 
 /// What the annotations say.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -25,6 +28,8 @@ pub struct Annotations {
     pub memory_mib: Option<u64>,
     /// Containers may use AF_VSOCK.
     pub vsock: bool,
+    /// What the metadata service tells of the VM that is booted for this container.
+    pub workspace: Option<Workspace>,
 }
 
 /// Reads the annotations of a spec.
@@ -39,7 +44,8 @@ pub fn read(annotations: &HashMap<String, String>, config: &Config) -> Result<An
     ours.sort();
     for (name, value) in ours {
         if let Err(why) = set(&mut read, name, value, config) {
-            problems.push(Problem { key: format!("annotation {name}"), value: Some(format!("{value:?}")), why });
+            let shown = if name == WORKSPACE { workspace::shown(value) } else { format!("{value:?}") };
+            problems.push(Problem { key: format!("annotation {name}"), value: Some(shown), why });
         }
     }
     if problems.is_empty() { Ok(read) } else { Err(problems) }
@@ -57,6 +63,7 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Resu
         VCPUS => read.vcpus = Some(vcpus(number()?)?),
         PROFILE => read.profile = Some(one_of(Some(value), &Profile::NAMES)?),
         MEMORY_MIB => read.memory_mib = Some(memory_mib(number()?)?),
+        WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref())?),
         _ => read.vsock = value.parse().map_err(|_| "must be true or false".to_owned())?,
     }
     Ok(())
@@ -78,17 +85,19 @@ mod tests {
             ("io.husk.profile", "throughput"),
             ("io.husk.memory_mib", "300"),
             ("io.husk.vsock", "true"),
+            ("io.husk.workspace", "{}"),
             ("other", "x"),
         ];
         let profile = Some(Profile::Throughput);
-        let expected = Annotations { vcpus: Some(2), profile, memory_mib: Some(300), vsock: true };
+        let workspace = Some(Workspace::read("{}", None).unwrap());
+        let expected = Annotations { vcpus: Some(2), profile, memory_mib: Some(300), vsock: true, workspace };
         assert_eq!(read_pairs(&pairs, &Config::default()), Ok(expected));
     }
 
     #[test]
     fn what_is_wrong_is_told_at_once_by_name_and_value() {
         let config = Config {
-            allowed_annotations: [VCPUS, PROFILE, MEMORY_MIB].map(str::to_owned).to_vec(),
+            allowed_annotations: [VCPUS, PROFILE, MEMORY_MIB, WORKSPACE].map(str::to_owned).to_vec(),
             ..Config::default()
         };
         let pairs = [
@@ -96,16 +105,18 @@ mod tests {
             ("io.husk.profile", "fast"),
             ("io.husk.memory_mib", "lots"),
             ("io.husk.vsock", "true"),
+            ("io.husk.workspace", "{\"password\": hunter2}"),
             ("io.husk.cpus", "1"),
         ];
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown; there are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.vsock",
+                "annotation io.husk.cpus = \"1\": unknown; there are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.vsock, io.husk.workspace",
                 "annotation io.husk.memory_mib = \"lots\": must be a whole number",
                 "annotation io.husk.profile = \"fast\": must be one of \"latency\", \"low-latency\", \"throughput\"",
                 "annotation io.husk.vcpus = \"0\": vCPU count must be greater than zero",
                 "annotation io.husk.vsock = \"true\": not among the allowed_annotations of husk's configuration",
+                "annotation io.husk.workspace = (21 bytes): must be JSON, or the absolute path of a file: expected value at line 1 column 14",
             ]
         );
     }

@@ -13,6 +13,7 @@ use crate::annotations;
 use crate::cgroup::Hierarchies;
 use crate::config::{self, Config};
 use crate::host::{self, Host, Places};
+use crate::metadata::workspace::Workspace;
 use crate::rootfs::spec::parse::parse;
 use crate::rootfs::spec::{Context, Rewritten, rewrite};
 use crate::vm::boot::Plan;
@@ -40,6 +41,7 @@ pub struct Prepared {
     pub rewritten: Rewritten,
     /// The machine, should it have to be booted for this container.
     machine: vm::Spec,
+    workspace: Option<Workspace>,
     host: Host,
     config: Config,
 }
@@ -79,7 +81,7 @@ fn prepare_with(
     is_init: &dyn Fn(u32) -> bool,
 ) -> Result<Prepared, Error> {
     let bundle = Path::new(&request.bundle);
-    let spec = read_spec(bundle)?;
+    let mut spec = read_spec(bundle)?;
 
     let mut wrong = Vec::new();
     let mut check = |problems: Vec<String>| wrong.extend(problems);
@@ -87,6 +89,10 @@ fn prepare_with(
     let annotations = annotations::read(spec.annotations().as_ref().unwrap_or(&no_annotations), &config)
         .map_err(|problems| check(texts(&problems)))
         .ok();
+    // From here on nobody needs it, neither the guest, nor hooks, nor what is written down for them.
+    if let Some(annotations) = spec.annotations_mut() {
+        annotations.remove(annotations::WORKSPACE);
+    }
     let context = Context {
         id: &request.id,
         bundle,
@@ -119,7 +125,7 @@ fn prepare_with(
         kernel_params,
         user: Some(user(&config, host.accel)),
     };
-    Ok(Prepared { rewritten, machine, host, config })
+    Ok(Prepared { rewritten, machine, workspace: annotations.workspace, host, config })
 }
 
 fn texts(problems: &[impl ToString]) -> Vec<String> {
@@ -155,6 +161,8 @@ pub fn plan(prepared: &Prepared, share: PathBuf) -> (Box<dyn Vmm>, Plan) {
         heartbeat: prepared.config.heartbeat,
         guest_level: prepared.config.log_level,
         cgroup: prepared.rewritten.cgroups_path.clone(),
+        tokens: prepared.config.tokens.clone(),
+        workspace: prepared.workspace.clone(),
     };
     (Box::new(Qemu { program: prepared.host.qemu.clone() }), plan)
 }

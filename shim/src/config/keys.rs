@@ -24,7 +24,7 @@ const fn key(name: &'static str, set: Set) -> Key {
 }
 
 /// All that there are. The configuration is read by this list, and a test proves an effect for each of its entries.
-pub(crate) const KEYS: [Key; 18] = [
+pub(crate) const KEYS: [Key; 21] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
@@ -59,6 +59,9 @@ pub(crate) const KEYS: [Key; 18] = [
     key("call_timeout_ms", |config, value| put(&mut config.call_timeout, milliseconds(value))),
     key("heartbeat_interval_ms", |config, value| put(&mut config.heartbeat, milliseconds(value))),
     key("allowed_annotations", |config, value| put(&mut config.allowed_annotations, annotations(value))),
+    key("metadata_key", |config, value| put(&mut config.tokens.key, absolute(value))),
+    key("token_lifetime_ms", |config, value| put(&mut config.tokens.lifetime, milliseconds(value))),
+    key("workspace_dir", |config, value| put(&mut config.workspace_dir, absolute(value).map(Some))),
 ];
 
 fn put<T>(place: &mut T, read: Result<T, String>) -> Result<(), String> {

@@ -18,6 +18,8 @@ type Outcome = Result<Booted, String>;
 
 struct Booted {
     plan: Plan,
+    /// What the guest gets.
+    spec: Spec,
     qemu: PathBuf,
     args: Vec<String>,
 }
@@ -32,10 +34,7 @@ impl TestHost {
                 std::fs::write(place.join(file), "").unwrap();
             }
         }
-        let mut spec: serde_json::Value = serde_json::from_str(SPEC).unwrap();
-        // Allowed, unless the configuration says otherwise.
-        spec["annotations"] = serde_json::json!({ "io.husk.vsock": "true" });
-        std::fs::write(folder.path().join("config.json"), spec.to_string()).unwrap();
+        std::fs::write(folder.path().join("other/workspace"), "a secret").unwrap();
         let beside = folder.path().join("beside");
         let places = Places { path: Some(beside.clone().into()), beside: Some(beside), kvm: false };
         Self { folder, places }
@@ -46,13 +45,21 @@ impl TestHost {
     }
 
     fn outcome(&self, config: &str) -> Outcome {
+        // Allowed, unless the configuration says otherwise.
+        self.outcome_with(config, ("io.husk.vsock", "true"))
+    }
+
+    fn outcome_with(&self, config: &str, (name, value): (&str, &str)) -> Outcome {
+        let mut spec: serde_json::Value = serde_json::from_str(SPEC).unwrap();
+        spec["annotations"] = serde_json::json!({ name: value });
+        std::fs::write(self.folder.path().join("config.json"), spec.to_string()).unwrap();
         let config = parse(config, Path::new("/c.toml")).unwrap();
         let bundle = self.folder.path().display().to_string();
         let request = CreateTaskRequest { id: "c1".into(), bundle, ..Default::default() };
         let prepared = prepare_with(config, &self.places, &request, "c1", &|_| false).map_err(|e| e.to_string())?;
         let (_, plan) = plan(&prepared, "/share".into());
         let args = arguments(&plan.spec, &FDS);
-        Ok(Booted { plan, qemu: prepared.host.qemu, args })
+        Ok(Booted { plan, spec: prepared.rewritten.spec, qemu: prepared.host.qemu, args })
     }
 }
 
@@ -125,20 +132,38 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |_| "a VM".to_owned()),
         "annotation io.husk.vsock = \"true\": not among the allowed_annotations",
     ),
+    (
+        "metadata_key",
+        "\"{host}/other/key\"",
+        |o| booted(o, |b| b.plan.tokens.key.display().to_string()),
+        "{host}/other/key",
+    ),
+    ("token_lifetime_ms", "7", |o| booted(o, |b| format!("{:?}", b.plan.tokens.lifetime)), "7ms"),
+    (
+        "workspace_dir",
+        "\"{host}/other\"",
+        |o| booted(o, |b| format!("{:?}", b.plan.workspace)),
+        "Some(Workspace(8 bytes))",
+    ),
 ];
+
+/// What a key needs beside itself to have an effect.
+const WITH: &[(&str, (&str, &str))] = &[("workspace_dir", ("io.husk.workspace", "{host}/other/workspace"))];
 
 #[test]
 fn every_key_has_an_effect() {
     let host = TestHost::new();
-    let by_default = host.outcome("");
-    assert!(by_default.is_ok(), "{:?}", by_default.err());
+    assert!(host.outcome("").is_ok(), "{:?}", host.outcome("").err());
     for key in KEYS {
         let proof = PROOFS.iter().find(|proof| proof.0 == key.name);
         let (_, given, show, expected) = proof.unwrap_or_else(|| panic!("no effect of {} is proved", key.name));
         let line = host.here(&format!("{} = {given}\n", key.name));
-        let (expected, shows) = (host.here(expected), show(&host.outcome(&line)));
+        let with = WITH.iter().find(|with| with.0 == key.name).map_or(("io.husk.vsock", "true"), |with| with.1);
+        let with = (with.0, host.here(with.1));
+        let outcome = |config: &str| host.outcome_with(config, (with.0, &with.1));
+        let (expected, shows) = (host.here(expected), show(&outcome(&line)));
         assert!(shows.starts_with(&expected), "{line}{shows}, not {expected}");
-        let before = show(&by_default);
+        let before = show(&outcome(""));
         assert!(!before.starts_with(&expected), "{line}{before} without it as well");
     }
 }
@@ -149,4 +174,19 @@ fn every_key_and_every_annotation_is_in_the_readme() {
     let names = KEYS.iter().map(|key| key.name).chain(annotations::NAMES);
     let missing: Vec<_> = names.filter(|name| !readme.contains(&format!("`{name}"))).collect();
     assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn a_workspace_is_for_the_metadata_service_alone() {
+    let host = TestHost::new();
+    let json = r#"{"password": "hunter2"}"#;
+    let Booted { plan, spec, args, .. } = host.outcome_with("", ("io.husk.workspace", json)).map_err(drop).unwrap();
+    assert_eq!(plan.workspace.as_ref().unwrap().bytes(), json.as_bytes());
+    let elsewhere = format!("{plan:?} {spec:?} {} {args:?}", serde_json::to_string(&spec).unwrap());
+    assert!(!elsewhere.contains("hunter2") && !elsewhere.contains("io.husk.workspace"), "{elsewhere}");
+    let refused = host.outcome_with("", ("io.husk.workspace", &json.replace('}', ""))).err().unwrap();
+    assert_eq!(
+        refused,
+        "annotation io.husk.workspace = (22 bytes): must be JSON, or the absolute path of a file: EOF while parsing an object at line 1 column 22"
+    );
 }
