@@ -6,6 +6,7 @@ use husk_protos::system::Hello;
 use serde::{Deserialize, Serialize};
 
 use crate::process::ProcessId;
+use crate::vm::Spec;
 use crate::vm::life::now_ms;
 
 /// Most milestones that are kept of a guest's; an honest one has seven.
@@ -36,6 +37,24 @@ pub struct Machine {
     pub kernel: Option<String>,
     /// The init's version in its own words.
     pub init: Option<String>,
+}
+
+impl Machine {
+    /// What is known of a machine that has just been started as this process.
+    pub fn of(spec: &Spec, process: ProcessId, cid: u32) -> Self {
+        Self {
+            process,
+            cid,
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory_mib,
+            accel: format!("{:?}", spec.accel),
+            board: format!("{:?}", spec.board),
+            kernel_file: spec.kernel.display().to_string(),
+            initrd_file: spec.initrd.display().to_string(),
+            kernel: None,
+            init: None,
+        }
+    }
 }
 
 /// Whose step it is.

@@ -197,7 +197,7 @@ impl Vm {
         reached.reached("QEMU started");
         // Written with the process, and what it went through with it: a boot waits for each write.
         journal.with(|state| {
-            state.set_machine(facts(&plan.spec, machine.process()));
+            state.set_machine(Facts::of(&plan.spec, machine.process(), GUEST_CID));
             Ok(())
         })?;
         journal.vm_passes(VmState::Starting, &format!("QEMU runs as process {}", machine.process().pid))?;
@@ -381,22 +381,6 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         self.machine.kill();
-    }
-}
-
-/// What its operator is told of a machine that has just been started.
-fn facts(spec: &Spec, process: ProcessId) -> Facts {
-    Facts {
-        process,
-        cid: GUEST_CID,
-        vcpus: spec.vcpus,
-        memory_mib: spec.memory_mib,
-        accel: format!("{:?}", spec.accel),
-        board: format!("{:?}", spec.board),
-        kernel_file: spec.kernel.display().to_string(),
-        initrd_file: spec.initrd.display().to_string(),
-        kernel: None,
-        init: None,
     }
 }
 
