@@ -15,6 +15,8 @@ use tokio::sync::{mpsc, oneshot};
 use ttrpc::r#async::Client;
 use ttrpc::context::with_duration;
 
+use crate::recent::{Kind, Recent, task};
+
 /// Events that wait for containerd. Past that, those who publish wait.
 const QUEUE: usize = 1024;
 /// Deadline of one attempt.
@@ -33,15 +35,17 @@ enum Item {
 pub struct Publisher {
     namespace: String,
     queue: mpsc::Sender<Item>,
+    recent: Recent,
 }
 
 impl Publisher {
-    /// Starts the publisher towards containerd's TTRPC socket at `address` (a path, or `unix://` and a path).
-    pub fn start(address: &str, namespace: &str) -> Self {
+    /// Starts the publisher towards containerd's TTRPC socket at `address` (a path, or `unix://` and a path). What it is given is noted in `recent`,
+    /// whether containerd takes it or not.
+    pub fn start(address: &str, namespace: &str, recent: Recent) -> Self {
         let (queue, items) = mpsc::channel(QUEUE);
         let address = if address.contains("://") { address.to_owned() } else { format!("unix://{address}") };
         tokio::spawn(run(address, items));
-        Self { namespace: namespace.to_owned(), queue }
+        Self { namespace: namespace.to_owned(), queue, recent }
     }
 
     /// Queues an event; waits while the queue is full.
@@ -59,6 +63,7 @@ impl Publisher {
     }
 
     fn item(&self, topic: &str, event: Any, timestamp: Timestamp) -> Item {
+        self.recent.note(Kind::Task, topic, task::fields(topic, &event));
         Item::Event(Box::new(Envelope {
             timestamp: MessageField::some(timestamp),
             namespace: self.namespace.clone(),
@@ -81,7 +86,7 @@ impl Publisher {
     /// One that keeps what it is given for the test.
     pub fn kept() -> (Self, Kept) {
         let (queue, items) = mpsc::channel(QUEUE);
-        (Self { namespace: "test".to_owned(), queue }, Kept(items))
+        (Self { namespace: "test".to_owned(), queue, recent: Recent::default() }, Kept(items))
     }
 }
 

@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use serde_json::json;
+
 use crate::hooks;
+use crate::recent::{Kind, Recent};
 use crate::state::{Owner, State, StateError, Step};
 use crate::vm::life::{Life, VmState};
 
@@ -19,12 +22,18 @@ pub struct Journal {
     dir: PathBuf,
     /// None once everything has been undone.
     state: Arc<Mutex<Option<State>>>,
+    recent: Recent,
 }
 
 impl Journal {
     /// Shares `state`.
     pub fn new(state: State) -> Self {
-        Self { dir: state.dir().to_owned(), state: Arc::new(Mutex::new(Some(state))) }
+        Self { dir: state.dir().to_owned(), state: Arc::new(Mutex::new(Some(state))), recent: Recent::default() }
+    }
+
+    /// What has happened lately; the VM's states are noted there by themselves.
+    pub fn recent(&self) -> &Recent {
+        &self.recent
     }
 
     /// The sandbox's folder.
@@ -56,7 +65,7 @@ impl Journal {
     /// When that state cannot follow the one before, or cannot be written.
     pub fn vm_enters(&self, to: VmState, cause: &str) -> Result<(), StateError> {
         self.with(|state| {
-            enter(state, to, cause)?;
+            self.enter(state, to, cause)?;
             state.save()
         })
     }
@@ -67,7 +76,7 @@ impl Journal {
     ///
     /// When that state cannot follow the one before.
     pub fn vm_passes(&self, to: VmState, cause: &str) -> Result<(), StateError> {
-        self.with(|state| enter(state, to, cause))
+        self.with(|state| self.enter(state, to, cause))
     }
 
     /// The VM is dead. That is a failure unless its end was asked for, or is known already.
@@ -78,7 +87,7 @@ impl Journal {
     pub fn vm_died(&self, cause: &str) -> Result<(), StateError> {
         match self.lock().as_mut() {
             Some(state) if state.vm().is_some_and(|vm| vm.state() == VmState::Running) => {
-                enter(state, VmState::Failed, cause)?;
+                self.enter(state, VmState::Failed, cause)?;
                 state.save()
             }
             _ => Ok(()),
@@ -138,15 +147,16 @@ impl Journal {
         })
     }
 
+    fn enter(&self, state: &mut State, to: VmState, cause: &str) -> Result<(), StateError> {
+        let from = state.vm_enters(to, cause)?;
+        tracing::info!(%from, %to, cause, "the VM's state");
+        self.recent.note(Kind::Vm, "the VM's state", json!({"from": from, "to": to, "cause": cause}));
+        Ok(())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<State>> {
         lock(&self.state)
     }
-}
-
-fn enter(state: &mut State, to: VmState, cause: &str) -> Result<(), StateError> {
-    let from = state.vm_enters(to, cause)?;
-    tracing::info!(%from, %to, cause, "the VM's state");
-    Ok(())
 }
 
 fn lock(state: &Mutex<Option<State>>) -> MutexGuard<'_, Option<State>> {

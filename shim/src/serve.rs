@@ -19,11 +19,15 @@ use protobuf::{Message, MessageField};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::bootstrap::{self, Start};
+use crate::console;
+use crate::ctl;
 use crate::events::Publisher;
 use crate::journal::Journal;
 use crate::prepare::sandbox_of;
 use crate::process::{ProcessId, wait_dead};
+use crate::recent::Kind;
 use crate::sandbox::Sandbox;
+use crate::socket;
 use crate::state::{Owner, State, StateError, Step, base};
 
 /// Where the server inherits its listening socket.
@@ -156,16 +160,26 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     crate::logging::init(Path::new("log"), flags.debug, &flags.namespace, &flags.id).context("open the log fifo")?;
     let state = create_state(&flags.namespace, &flags.id).inspect_err(|error| tracing::error!(%error, "no state"))?;
     let journal = Journal::new(state);
-    journal.record(&Owner::Sandbox, [Step::File { path: PathBuf::from(&flags.socket) }])?;
+    // In one write. What is in the sandbox's folder would go with it, but until then nobody shall find a socket that nobody serves.
+    let operators = [ctl::SOCKET, console::SOCKET];
+    let sockets = [PathBuf::from(&flags.socket)].into_iter().chain(operators.map(|name| journal.dir().join(name)));
+    journal.record(&Owner::Sandbox, sockets.map(|path| Step::File { path }))?;
+    let listen = |name| socket::listen(journal.dir(), name).and_then(tokio::net::UnixListener::from_std);
+    let (control, console) = (listen(ctl::SOCKET), listen(console::SOCKET));
+    let (control, console) = (control.context("listen on ctl.sock")?, console.context("listen on console.sock")?);
     let ttrpc_address = std::env::var("TTRPC_ADDRESS").context("TTRPC_ADDRESS")?;
-    let publisher = Publisher::start(&ttrpc_address, &flags.namespace);
+    let publisher = Publisher::start(&ttrpc_address, &flags.namespace, journal.recent().clone());
     let sandbox = Sandbox::new(&flags.id, &flags.namespace, journal, publisher);
+    sandbox.words().console.serve(console);
+    ctl::serve(control, sandbox.clone(), ctl::methods::METHODS, ctl::Limits::default());
 
     // SAFETY: the descriptor is a listening unix socket, given up here and owned by the server from now on.
     let server = unsafe { ttrpc::r#async::Server::new().add_unix_listener(listener.into_raw_fd()) }?;
     let mut server = server.register_service(crate::service::services(sandbox.clone()));
     server.start().await?;
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving");
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(version, "serving");
+    sandbox.recent().note(Kind::Sandbox, "the shim serves", serde_json::json!({"version": version}));
 
     let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("catch SIGINT")?;

@@ -41,6 +41,17 @@ struct Tasks {
 }
 
 impl Tasks {
+    async fn reply(&self, error: Error) -> ttrpc::Error {
+        reply(self.sandbox.explain(error).await)
+    }
+
+    async fn answer<T>(&self, result: Result<T, Error>) -> ttrpc::Result<T> {
+        match result {
+            Ok(answer) => Ok(answer),
+            Err(error) => Err(self.reply(error).await),
+        }
+    }
+
     /// Runs `call` to its end, whatever becomes of the client.
     async fn detached<T, F>(&self, call: impl FnOnce(Arc<Sandbox>) -> F) -> ttrpc::Result<T>
     where
@@ -48,7 +59,8 @@ impl Tasks {
         F: Future<Output = Result<T, Error>> + Send + 'static,
     {
         match tokio::spawn(call(self.sandbox.clone())).await {
-            Ok(result) => result.map_err(reply),
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(self.reply(error).await),
             Err(error) => Err(status(Code::INTERNAL, format!("the call ended without an answer: {error}"))),
         }
     }
@@ -99,7 +111,7 @@ impl Task for Tasks {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        self.sandbox.state(&request.id, &request.exec_id).await.map_err(reply)
+        self.answer(self.sandbox.state(&request.id, &request.exec_id).await).await
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
@@ -113,7 +125,7 @@ impl Task for Tasks {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        self.sandbox.pids(request).await.map_err(reply)
+        self.answer(self.sandbox.pids(request).await).await
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
@@ -153,7 +165,7 @@ impl Task for Tasks {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        self.sandbox.stats(request).await.map_err(reply)
+        self.answer(self.sandbox.stats(request).await).await
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
@@ -162,7 +174,7 @@ impl Task for Tasks {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        self.sandbox.resize_pty(request).await.map_err(reply)?;
+        self.answer(self.sandbox.resize_pty(request).await).await?;
         Ok(Empty::new())
     }
 }

@@ -5,6 +5,7 @@
 //! effect that was under way. What steps there are and how each is undone is in [`undo`].
 
 pub mod cid;
+pub mod facts;
 mod tree;
 pub mod undo;
 
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::hooks::{Hook, Subject};
 use crate::process::ProcessId;
 use crate::vm::life::{self, Illegal, Life, VmState};
+pub use facts::{Boot, Machine};
 pub use undo::{Failure, Step};
 
 /// Where the state of all sandboxes lives, unless `HUSK_STATE_DIR` names another folder.
@@ -106,8 +108,14 @@ struct Contents {
     sandbox: String,
     shim: Option<ProcessId>,
     containers: BTreeMap<String, serde_json::Value>,
+    /// Milliseconds since the epoch.
+    created_ms: Option<u64>,
     /// None where nothing is known of it.
     vm: Option<Life>,
+    /// The last one that was started.
+    machine: Option<Machine>,
+    /// The last one that was tried.
+    boot: Option<Boot>,
     journal: Vec<Entry>,
 }
 
@@ -162,7 +170,10 @@ impl State {
             sandbox: sandbox.into(),
             shim: Some(shim),
             containers: BTreeMap::new(),
+            created_ms: Some(life::now_ms()),
             vm: Some(Life::default()),
+            machine: None,
+            boot: None,
             journal: Vec::new(),
         };
         let parent = base.join(namespace);
@@ -204,7 +215,10 @@ impl State {
                 sandbox: sandbox.into(),
                 shim: None,
                 containers: BTreeMap::new(),
+                created_ms: None,
                 vm: None,
+                machine: None,
+                boot: None,
                 journal: Vec::new(),
             },
             Err(e) => return Err(io_error("read", &path)(e)),
@@ -294,6 +308,31 @@ impl State {
         let from = vm.state();
         vm.enter(to, cause, life::now_ms())?;
         Ok(from)
+    }
+
+    /// When the sandbox was made, milliseconds since the epoch.
+    pub fn created_ms(&self) -> Option<u64> {
+        self.contents.created_ms
+    }
+
+    /// What the VM runs on, or ran on.
+    pub fn machine(&self) -> Option<&Machine> {
+        self.contents.machine.as_ref()
+    }
+
+    /// Notes, or notes more of, what the VM runs on. Written with what is written next.
+    pub fn set_machine(&mut self, machine: Machine) {
+        self.contents.machine = Some(machine);
+    }
+
+    /// What the VM's boot has reached.
+    pub fn boot(&self) -> Option<&Boot> {
+        self.contents.boot.as_ref()
+    }
+
+    /// Notes what a boot has reached. Written with what is written next.
+    pub fn set_boot(&mut self, boot: Boot) {
+        self.contents.boot = Some(boot);
     }
 
     /// The steps of `owner`, in the order in which they were recorded.

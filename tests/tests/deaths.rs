@@ -89,6 +89,26 @@ fn a_vm_whose_qemu_is_killed_is_told_as_ended() -> Result<()> {
 }
 
 #[test]
+fn a_call_that_the_vm_dies_under_says_what_it_died_of() -> Result<()> {
+    if !is_husk("a_call_that_the_vm_dies_under_says_what_it_died_of") {
+        return Ok(());
+    }
+    let containerd = Containerd::shared()?;
+    let container = containerd.detached(&[], "under", &["sleep", "1000"])?;
+    let qemu = qemu(containerd, container.id())?;
+    // It answers no more, so that the call is under way when it dies, or comes after.
+    qemu.stop();
+    let called = std::thread::scope(|scope| {
+        let call = scope.spawn(|| container.exec(&["true"]).output());
+        wait_for(SOON, "the shim is asked", || containerd.ctr(["task", "ls"]).ok().is_ok().then_some(()))?;
+        qemu.kill();
+        call.join().unwrap_or_else(|_| anyhow::bail!("the call panicked"))
+    })?;
+    ensure!(called.code() != 0 && called.errors().contains("the VM is gone: QEMU was killed by signal 9"), "{called}");
+    Ok(())
+}
+
+#[test]
 fn a_vm_that_stands_still_is_killed_for_its_missing_heartbeats() -> Result<()> {
     if !is_husk("a_vm_that_stands_still_is_killed_for_its_missing_heartbeats") {
         return Ok(());

@@ -199,10 +199,11 @@ fn husk_tells_what_a_vm_is_doing_and_why_it_ended_also_without_containerd() -> R
     containerd.end(Signal::SIGKILL)?;
 
     let columns = listed(&containerd, container.id())?;
-    let seen = ["NAMESPACE", "STATE", "ALIVE", "CONTAINERS"].map(|title| columns.get(title).map(String::as_str));
-    ensure!(seen == [Some(NAMESPACE), Some("Running"), Some("yes"), Some(container.id())], "{columns:?}");
-    let status = || -> Result<Value> { Ok(serde_json::from_str(&husk(&containerd, &["status", container.id()])?)?) };
-    let vm = &status()?["vm"];
+    let seen = ["NAMESPACE", "STATE"].map(|title| columns.get(title).map(String::as_str));
+    ensure!(seen == [Some(NAMESPACE), Some("Running")], "{columns:?}");
+    let status =
+        || -> Result<Value> { Ok(serde_json::from_str(&husk(&containerd, &["status", "--json", container.id()])?)?) };
+    let vm = &status()?;
     ensure!(path(vm)?.0 == UP, "{vm:#}");
     let kept = self::vm(&containerd, container.id())?["transitions"][0]["at_ms"].as_u64().context("at_ms")?;
     let seconds = containerd.sh(&format!("date -u -d @{} +%FT%T", kept / 1000))?.text();
@@ -210,9 +211,9 @@ fn husk_tells_what_a_vm_is_doing_and_why_it_ended_also_without_containerd() -> R
 
     qemu.kill();
     wait_for(SOON, "the VM has failed", || {
-        status().map(|status| (status["vm"]["state"] == "Failed").then_some(())).transpose()
+        status().map(|status| (status["state"] == "Failed").then_some(())).transpose()
     })??;
-    let vm = &status()?["vm"];
+    let vm = &status()?;
     ensure!(path(vm)?.1 == "QEMU was killed by signal 9", "{vm:#}");
     ensure!(listed(&containerd, container.id())?["STATE"] == "Failed" && shim.is_alive());
     containerd.start_again()

@@ -18,6 +18,7 @@ use containerd_shim_protos::topics;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{MessageDyn, MessageField, MessageFull};
+use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -91,6 +92,17 @@ impl Container {
             process.finish_output().await;
         }))
         .await;
+    }
+
+    /// Its processes as an operator sees them, the init first.
+    pub fn processes_seen(&self) -> Vec<Value> {
+        let mut processes: Vec<_> = self.processes().values().cloned().collect();
+        processes.sort_by(|a, b| a.exec_id.cmp(&b.exec_id));
+        let seen = |process: &Arc<Process>| {
+            let exit = process.exit().map(|exit| exit.status);
+            json!({"exec": process.exec_id, "pid": process.pid(), "exit_status": exit})
+        };
+        processes.iter().map(seen).collect()
     }
 
     /// Adds an exec; false if that id is taken.

@@ -14,10 +14,8 @@ use super::service::{Refusal, Source, serve};
 use super::token::Identity;
 use super::workspace::Workspace;
 use super::{Issuer, Settings, response, workspace_file};
-use crate::process::ProcessId;
 use crate::state::cid::{CidError, Leases};
-use crate::state::{Owner, State, StateError, Step};
-use crate::vm::qemu::PROCESS;
+use crate::state::{State, StateError};
 use crate::vsock::{self, kernel};
 
 /// Why a caller is nobody's VM. For the host's log: a caller learns no more than that it is not known.
@@ -31,7 +29,7 @@ enum Unknown {
     NotLeased,
     #[error("the sandbox {0} that has leased it has another shim by now")]
     Successor(String),
-    #[error("the sandbox {0} that has leased it has leased another since")]
+    #[error("the sandbox {0} that has leased it has no machine with it")]
     Former(String),
     #[error("the sandbox {0} that has leased it has no QEMU that runs")]
     Dead(String),
@@ -49,19 +47,10 @@ fn find(base: &Path, cid: u32) -> Result<(Identity, Option<Workspace>), Unknown>
         return Err(Unknown::Successor(holder.sandbox));
     }
     // A sandbox whose VM did not come up may have booted another.
-    let (mut leased, mut machine) = (None, None);
-    for step in state.steps(&Owner::Sandbox) {
-        match step {
-            Step::Cid { cid, .. } => leased = Some(*cid),
-            Step::Process { id, name } if name == PROCESS => machine = Some(*id),
-            _ => {}
-        }
-    }
-    if leased != Some(cid) {
-        return Err(Unknown::Former(holder.sandbox));
-    }
+    let machine =
+        state.machine().filter(|machine| machine.cid == cid).ok_or(Unknown::Former(holder.sandbox.clone()))?;
     // While it lives, the kernel gives the CID to nobody else.
-    if !machine.map_or(Ok(false), ProcessId::runs).map_err(Unknown::Process)? {
+    if !machine.process.runs().map_err(Unknown::Process)? {
         return Err(Unknown::Dead(holder.sandbox));
     }
     let path = workspace_file(state.dir());
@@ -106,8 +95,25 @@ pub async fn serve_all(base: PathBuf, settings: Settings) -> vsock::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::ProcessId;
     use crate::state::cid::Holder;
+    use crate::state::{Machine, Owner, Step};
     use std::process::Command;
+
+    fn machine(cid: u32, pid: u32) -> Machine {
+        Machine {
+            process: ProcessId::of(pid).unwrap().unwrap(),
+            cid,
+            vcpus: 1,
+            memory_mib: 64,
+            accel: String::new(),
+            board: String::new(),
+            kernel_file: String::new(),
+            initrd_file: String::new(),
+            kernel: None,
+            init: None,
+        }
+    }
 
     #[tokio::test]
     async fn a_cid_is_the_vm_that_has_leased_it_as_long_as_its_qemu_lives() {
@@ -131,8 +137,8 @@ mod tests {
             let cid = leases.lease(4..=9, &holder, &mut record, &mut |_| Ok(true)).unwrap();
             // Leased, but not started: another's guest could have the CID.
             assert_eq!(source.get(cid).await, refused(cid));
-            let id = ProcessId::of(qemu.id()).unwrap().unwrap();
-            state.record(&Owner::Sandbox, [Step::Process { id, name: "qemu".into() }]).unwrap();
+            state.set_machine(machine(cid, qemu.id()));
+            state.save().unwrap();
             if let Some(workspace) = workspace {
                 std::fs::write(workspace_file(state.dir()), workspace).unwrap();
             }
@@ -154,12 +160,11 @@ mod tests {
         }
         let (cid, mut qemu, mut state) = vms.swap_remove(0);
         // It boots again, with another CID: the one before may be anybody's.
-        let again = Step::Cid { cid: 7, leases, shim: ProcessId::own().unwrap() };
-        state.record(&Owner::Sandbox, [again]).unwrap();
-        assert_eq!(source.get(cid).await, refused(cid));
-        let again = Step::Cid { cid, leases: Leases::under(base.path()), shim: ProcessId::own().unwrap() };
-        state.record(&Owner::Sandbox, [again]).unwrap();
-        assert!(source.get(cid).await.is_ok());
+        for (with, found) in [(7, false), (cid, true)] {
+            state.set_machine(machine(with, qemu.id()));
+            state.save().unwrap();
+            assert_eq!(source.get(cid).await.is_ok(), found, "{with}");
+        }
         // Its lease is a dead shim's, and the sandbox of that name has a shim that has none.
         let path = base.path().join(".cids").join(cid.to_string());
         let lease = std::fs::read_to_string(&path).unwrap().replace("\"start_time\":", "\"start_time\":1");
@@ -167,6 +172,5 @@ mod tests {
         assert_eq!(source.get(cid).await, refused(cid));
         qemu.kill().unwrap();
         qemu.wait().unwrap();
-        drop(state);
     }
 }

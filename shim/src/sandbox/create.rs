@@ -14,7 +14,7 @@ use crate::guest::Metering;
 use crate::io::Stdio;
 use crate::prepare::{self, Prepared};
 use crate::rootfs::share::Share;
-use crate::state::Owner;
+use crate::state::{Boot, Owner, facts};
 use crate::vm::boot::{self, Vm};
 use crate::vm::life::VmState;
 
@@ -185,9 +185,12 @@ impl Sandbox {
 
     async fn boot(self: &Arc<Self>, prepared: &Prepared, share: PathBuf) -> Result<Arc<Vm>, boot::Error> {
         let began = std::time::Instant::now();
-        let (vm, events) = match self.boot_and_listen(prepared, share).await {
+        let mut reached = Boot::begin();
+        let booted = self.boot_and_listen(prepared, share, &mut reached).await;
+        let (vm, events) = match booted {
             Ok(booted) => booted,
             Err(error) => {
+                self.note_boot(reached, None);
                 self.vm_enters(VmState::StartFailed, &error.cause());
                 return Err(error);
             }
@@ -198,9 +201,27 @@ impl Sandbox {
             init = vm.hello.version,
             "VM ready"
         );
+        self.note_boot(reached, Some(&vm));
         self.vm_enters(VmState::Running, "the guest has answered");
         tokio::spawn(self.clone().route_events(vm.clone(), events));
         Ok(vm)
+    }
+
+    /// Notes how far a boot came, and what the guest says that it is; written with the state that comes of it.
+    fn note_boot(&self, reached: Boot, vm: Option<&Vm>) {
+        let noted = self.journal.with(|state| {
+            state.set_boot(reached);
+            if let (Some(vm), Some(mut machine)) = (vm, state.machine().cloned()) {
+                machine.kernel = Some(facts::word(&vm.hello.kernel));
+                machine.init = Some(facts::word(&vm.hello.version));
+                state.set_machine(machine);
+            }
+            Ok(())
+        });
+        // Of a sandbox of which everything has been undone nobody will ask.
+        if let Err(error) = noted {
+            tracing::debug!(%error, "the boot is not noted");
+        }
     }
 
     /// A guest whose events cannot be heard has not come up.
@@ -208,10 +229,12 @@ impl Sandbox {
         &self,
         prepared: &Prepared,
         share: PathBuf,
+        reached: &mut Boot,
     ) -> Result<(Arc<Vm>, Metering<Event>), boot::Error> {
         let (vmm, plan) = prepare::plan(prepared, share);
-        let vm = Vm::boot(&*vmm, &plan, &self.journal).await?;
+        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.words, reached).await?;
         let events = vm.guest.events(0).await?;
+        reached.reached("events subscribed");
         Ok((vm, events))
     }
 }

@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{DeleteRequest, DeleteResponse};
+use serde_json::json;
 
 use super::{Error, Machine, Sandbox, now, without_guest};
 use crate::container::process::Process;
 use crate::container::{Container, EXIT_RECORDED};
+use crate::recent::Kind;
 use crate::state::Owner;
 use crate::vm::boot::{DELIVERED, Vm};
 use crate::vm::life::VmState;
@@ -121,8 +123,13 @@ impl Sandbox {
             container.died(now());
         }
         futures::future::join_all(containers.iter().map(|container| container.finish_output())).await;
-        if let Err(error) = self.journal.undo_all().await {
-            tracing::error!(%error, "something is left of the sandbox");
+        match self.journal.undo_all().await {
+            Ok(()) => self.recent().note(Kind::Sandbox, "everything has been removed", json!({})),
+            Err(error) => {
+                tracing::error!(%error, "something is left of the sandbox");
+                let fields = json!({"error": error.to_string()});
+                self.recent().note(Kind::Sandbox, "something is left of the sandbox", fields);
+            }
         }
         if !self.publisher.flush(FLUSH).await {
             tracing::warn!("containerd did not take the last events");

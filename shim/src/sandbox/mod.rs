@@ -7,6 +7,7 @@ mod end;
 mod error;
 mod events;
 mod hooks;
+mod look;
 mod without_guest;
 
 use std::collections::HashMap;
@@ -17,9 +18,11 @@ use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
+use crate::console::Words;
 use crate::container::Container;
 use crate::container::process::{Exit, Process};
 use crate::events::Publisher;
+use crate::guest;
 use crate::io::Stdio;
 use crate::journal::Journal;
 use crate::rootfs::share::Share;
@@ -31,6 +34,8 @@ use error::not_found;
 
 /// How long containerd may take to ask for the end after everything has ended.
 const DISMISSAL: Duration = Duration::from_secs(10);
+/// How long a VM's death may be noticed after that of a call to it.
+const DEATH_BEHIND: Duration = Duration::from_secs(1);
 /// What stands in a guest's request for a stream that is carried over vsock.
 const STREAM: &str = "stream";
 
@@ -64,6 +69,7 @@ pub struct Sandbox {
     namespace: String,
     journal: Journal,
     publisher: Publisher,
+    words: Words,
     inner: Mutex<Inner>,
     /// True when everything has been cleaned up.
     ended: watch::Sender<bool>,
@@ -77,6 +83,7 @@ impl Sandbox {
         Arc::new(Self {
             id: id.to_owned(),
             namespace: namespace.to_owned(),
+            words: Words::new(journal.dir()),
             journal,
             publisher,
             inner: Mutex::new(Inner { machine: Machine::None, share: None, containers: HashMap::new() }),
@@ -134,8 +141,9 @@ impl Sandbox {
                     self.settle_failed_start(&vm, &container, &process).await;
                     process.give_start_back();
                 }
+                let error = Error::from(error);
                 tracing::warn!(container = container.id, exec = exec_id, %error, "start failed");
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -219,6 +227,20 @@ impl Sandbox {
     /// The pid of a container's init in the guest.
     pub fn pid(&self, id: &str) -> Result<u32, Error> {
         Ok(self.process(id, "")?.1.pid())
+    }
+
+    /// A call that was lost on its way to the guest: when the VM has died, that is why, and may only be noticed a moment later.
+    pub async fn explain(&self, error: Error) -> Error {
+        let lost =
+            matches!(&error, Error::Guest(guest::Error::Call(call)) if !matches!(call, ttrpc::Error::RpcStatus(_)));
+        let vm = match &self.lock().machine {
+            Machine::Up(vm) if lost => vm.clone(),
+            _ => return error,
+        };
+        match tokio::time::timeout(DEATH_BEHIND, vm.died()).await {
+            Ok(cause) => Error::Dead { cause },
+            Err(_) => error,
+        }
     }
 
     fn live_vm(&self) -> Result<Arc<Vm>, Error> {

@@ -20,15 +20,14 @@ use super::link::{self, Carrier, Link};
 use super::report::{self, Heard, Listening};
 use super::{Machine, Sockets, Spec, Vmm};
 use crate::cgroup::{CgroupError, Hierarchies};
-use crate::console::Console;
+use crate::console::{Attached, Words};
 use crate::guest::Guest;
 use crate::journal::Journal;
 use crate::metadata;
 use crate::metadata::token::Identity;
 use crate::metadata::workspace::Workspace;
 use crate::process::ProcessId;
-use crate::rotate::Rotating;
-use crate::state::{Owner, StateError, Step};
+use crate::state::{Boot, Machine as Facts, Owner, StateError, Step};
 use crate::vm::virtiofsd;
 
 /// How long QEMU may take to end by itself, when the guest does not answer, and after it was killed.
@@ -151,7 +150,7 @@ pub struct Vm {
     machine: Arc<dyn Machine>,
     share: Arc<Child>,
     share_workers: Vec<ProcessId>,
-    console: Console,
+    console: Attached,
     heard: Arc<Heard>,
     stopping: AtomicBool,
     /// Why it has to end, as soon as somebody says so.
@@ -162,7 +161,14 @@ pub struct Vm {
 impl Vm {
     /// Boots a VM. On an error its processes have been killed; what the journal records is for the caller to undo. What the VM becomes with that,
     /// running or not, is for the caller to say.
-    pub async fn boot(vmm: &dyn Vmm, plan: &Plan, journal: &Journal) -> Result<Arc<Self>, Error> {
+    /// What it reaches is noted in `reached`.
+    pub async fn boot(
+        vmm: &dyn Vmm,
+        plan: &Plan,
+        journal: &Journal,
+        words: &Words,
+        reached: &mut Boot,
+    ) -> Result<Arc<Self>, Error> {
         let io = |what| move |source| Error::Io { what, source };
         journal.vm_passes(VmState::Provisioning, "a container needs it")?;
         let link::Made { link, mut ready, qemus: vsock } = link::make(plan.carrier, journal).await?;
@@ -173,11 +179,10 @@ impl Vm {
             spec.kernel_cid = Some(cid);
         }
         spec.kernel_params.extend(ready.parameter());
-        let (console, console_theirs) =
+        let (console_ours, console_theirs) =
             std::os::unix::net::UnixStream::pair().map_err(io("make a socket pair for the console"))?;
-        console.set_nonblocking(true).map_err(io("make the console non-blocking"))?;
-        let console = UnixStream::from_std(console).map_err(io("register the console"))?;
-        let console = Console::start(console, &journal.dir().join("console.log")).map_err(io("open console.log"))?;
+        console_ours.set_nonblocking(true).map_err(io("make the console non-blocking"))?;
+        let console = words.console.attach(UnixStream::from_std(console_ours).map_err(io("register the console"))?);
 
         let cgroups = join_later(plan, journal)?;
         let (share_listener, share_socket) = virtiofsd::socket(journal.dir())?;
@@ -186,15 +191,20 @@ impl Vm {
         let (vcpus, memory_mib, accel) = (plan.spec.vcpus, plan.spec.memory_mib, plan.spec.accel);
         let configured = format!("ready to be started with vcpus={vcpus} memory_mib={memory_mib} accel={accel:?}");
         journal.vm_passes(VmState::Configured, &configured)?;
+        reached.reached("configured");
         let machine: Arc<dyn Machine> = vmm.start(&spec, sockets).await?.into();
         let kill_machine = Otherwise::new({
             let machine = machine.clone();
             move || machine.kill()
         });
+        reached.reached("QEMU started");
         // Written with the process, and what it went through with it: a boot waits for each write.
+        journal.with(|state| {
+            state.set_machine(facts(&spec, link.cid(), machine.process()));
+            Ok(())
+        })?;
         journal.vm_passes(VmState::Starting, &format!("QEMU runs as process {}", machine.process().pid))?;
-        journal
-            .record(&Owner::Sandbox, [Step::Process { id: machine.process(), name: super::qemu::PROCESS.into() }])?;
+        journal.record(&Owner::Sandbox, [Step::Process { id: machine.process(), name: "qemu".into() }])?;
 
         // Second, because it is ready much sooner; and it waits for its cgroup, which takes a grace period of the host's kernel, while QEMU
         // starts. QEMU follows it there without waiting, before the guest has any memory.
@@ -203,6 +213,7 @@ impl Vm {
         let again = again.map_err(io("duplicate a descriptor"))?;
         let share = virtiofsd::start(&plan.virtiofsd, &plan.share, share_listener, log, again)?;
         let share = Arc::new(share);
+        reached.reached("virtiofsd started");
         let kill_share = Otherwise::new({
             let share = share.clone();
             move || share.kill()
@@ -259,17 +270,17 @@ impl Vm {
                 return Err(Error::Deadline { deadline: plan.boot_timeout, console: console.tail(CONSOLE_LINES) });
             }
         };
+        reached.heard(&hello);
         // virtiofsd serves from a child that is the first process of its own namespace, and does not die with it. It has answered the guest by now,
         // so the child is there.
         let workers = share.process().children().map_err(io("list virtiofsd's children"))?;
         let step = |id: &ProcessId| Step::Process { id: *id, name: "virtiofsd's worker".into() };
         journal.record(&Owner::Sandbox, workers.iter().map(step))?;
         let heard = Arc::new(Heard::new(plan.heartbeat));
-        let listening = Listening {
-            level: plan.guest_level,
-            file: Rotating::open(&journal.dir().join("guest.log")).map_err(io("open guest.log"))?,
-        };
+        let listening =
+            Listening { level: plan.guest_level, file: words.init.clone(), recent: journal.recent().clone() };
         let guest = Arc::new(Guest::connect(link, &hello, plan.call_timeout).await?);
+        reached.reached("guest connected");
 
         let (death, dead) = watch::channel(None);
         let (condemned, sentence) = watch::channel(None);
@@ -373,6 +384,22 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         self.machine.kill();
+    }
+}
+
+/// What its operator is told of a machine that has just been started.
+fn facts(spec: &Spec, cid: u32, process: ProcessId) -> Facts {
+    Facts {
+        process,
+        cid,
+        vcpus: spec.vcpus,
+        memory_mib: spec.memory_mib,
+        accel: format!("{:?}", spec.accel),
+        board: format!("{:?}", spec.board),
+        kernel_file: spec.kernel.display().to_string(),
+        initrd_file: spec.initrd.display().to_string(),
+        kernel: None,
+        init: None,
     }
 }
 

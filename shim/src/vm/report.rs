@@ -11,13 +11,15 @@ use husk_protos::frame;
 use husk_protos::report::report::What;
 use husk_protos::report::supervisor_status::State;
 use husk_protos::report::{LogLevel, LogLine, Report, SupervisorStatus};
+use serde_json::{Value, json};
 use tokio::io::AsyncRead;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Level;
 
 use crate::logging;
-use crate::rotate::Rotating;
+use crate::recent::{Kind, Recent};
+use crate::record::Record;
 
 /// So many heartbeats in a row that do not come are a death.
 const MISSED: u32 = 3;
@@ -33,7 +35,9 @@ pub struct Listening {
     /// The least severe level that it may log at.
     pub level: Level,
     /// Where its log is kept in full.
-    pub file: Rotating,
+    pub file: Record,
+    /// Where its operator is told of what is wrong with it.
+    pub recent: Recent,
 }
 
 /// How the guest is.
@@ -79,33 +83,73 @@ impl Heard {
 }
 
 /// Listens to a guest until it cannot be heard any more. The reason, as a cause of death.
-pub async fn listen(mut from: impl AsyncRead + Unpin, mut listening: Listening, heard: &Heard) -> String {
+pub async fn listen(mut from: impl AsyncRead + Unpin, listening: Listening, heard: &Heard) -> String {
     let mut log = Log { limit: Limit::new(Instant::now()), level: listening.level };
+    let mut late = false;
     loop {
         // Pinned for all waits: what has been read of a report must not be lost with one of them.
         let mut next = pin!(frame::read::<Report>(&mut from));
         let last = *heard.last();
-        let read = tokio::select! {
-            biased;
-            read = &mut next => read,
-            () = sleep_until(last + heard.interval * MISSED) => {
-                // This process may be the one that stood still, and what the guest has said in the meantime is yet to arrive.
-                match timeout(heard.interval / 2, &mut next).await {
-                    Ok(read) => read,
-                    Err(_) => return silence(heard),
+        let read = loop {
+            tokio::select! {
+                biased;
+                read = &mut next => break read,
+                () = sleep_until(last + heard.interval * MISSED) => {
+                    // This process may be the one that stood still, and what the guest has said in the meantime is yet to arrive.
+                    match timeout(heard.interval / 2, &mut next).await {
+                        Ok(read) => break read,
+                        Err(_) => return silence(heard),
+                    }
+                }
+                () = sleep_until(last + heard.interval * 3 / 2), if !late => {
+                    late = true;
+                    listening.recent.note(Kind::Health, "a heartbeat is late", in_json(heard.health()));
                 }
             }
         };
         match read.map(|report| report.what) {
-            Ok(Some(What::Heartbeat(_))) => *heard.last() = Instant::now(),
-            Ok(Some(What::Log(line))) => log.take(line, &mut listening.file),
-            Ok(Some(What::Supervisor(status))) => log.supervisor(status, heard),
+            Ok(Some(What::Heartbeat(_))) => {
+                if std::mem::take(&mut late) {
+                    listening.recent.note(Kind::Health, "a heartbeat has come again", in_json(heard.health()));
+                }
+                *heard.last() = Instant::now();
+            }
+            Ok(Some(What::Log(line))) => log.take(line, &listening.file),
+            Ok(Some(What::Supervisor(status))) => log.supervisor(status, heard, &listening.recent),
             // A guest of a later protocol; an older shim refuses its hello.
             Ok(_) => {}
             Err(frame::Error::Io(_)) => return "the guest's connection was lost".to_owned(),
             Err(error) => return format!("the guest's report was not understood: {error}"),
         }
     }
+}
+
+/// How the guest is, for its operator.
+pub fn in_json(health: Health) -> Value {
+    json!({
+        "heartbeat_interval_ms": health.interval.as_millis() as u64,
+        "since_heartbeat_ms": health.since_heartbeat.as_millis() as u64,
+        "missed": health.missed,
+    })
+}
+
+/// What the supervisor does, for the guest's operator.
+pub fn supervisor_in_json(status: &SupervisorStatus) -> Value {
+    let state = match status.state.enum_value_or_default() {
+        State::RUNNING => "running",
+        State::WAITING => "waiting",
+        State::GAVE_UP => "given up",
+        State::STOPPED => "stopped",
+        State::STATE_UNSPECIFIED => "unknown",
+    };
+    let last_end = Some(&status.last_end).filter(|last_end| !last_end.is_empty());
+    json!({
+        "state": state,
+        "pid": Some(status.pid).filter(|pid| *pid != 0),
+        "restarts": status.restarts,
+        "last_end": last_end,
+        "wait_ms": Some(status.wait_ms).filter(|ms| *ms != 0),
+    })
 }
 
 fn silence(heard: &Heard) -> String {
@@ -135,7 +179,7 @@ struct Log {
 }
 
 impl Log {
-    fn take(&mut self, line: LogLine, file: &mut Rotating) {
+    fn take(&mut self, line: LogLine, file: &Record) {
         let level = match line.level.enum_value_or_default() {
             LogLevel::LOG_LEVEL_ERROR => Level::ERROR,
             LogLevel::LOG_LEVEL_WARN => Level::WARN,
@@ -149,9 +193,7 @@ impl Log {
         let (message, fields) = words(&line);
         let ms = line.boottime_ns / 1_000_000;
         let text = format!("{}.{:03} {}: {message}{fields}\n", ms / 1000, ms % 1000, level.as_str().to_lowercase());
-        if let Err(error) = file.append(text.as_bytes()) {
-            tracing::warn!(%error, path = %file.path().display(), "a line of the guest's log is lost");
-        }
+        file.append(text.as_bytes());
         match self.limit.admit(Instant::now()) {
             Admitted::No => {}
             Admitted::Yes { held_back: 0 } => logging::guest(level, &message, &fields),
@@ -162,10 +204,11 @@ impl Log {
         }
     }
 
-    fn supervisor(&mut self, mut status: SupervisorStatus, heard: &Heard) {
+    fn supervisor(&mut self, mut status: SupervisorStatus, heard: &Heard, recent: &Recent) {
         status.last_end = harmless(&status.last_end);
         let (pid, restarts, last_end) = (status.pid, status.restarts, &status.last_end);
         if let Admitted::Yes { .. } = self.limit.admit(Instant::now()) {
+            recent.note(Kind::Supervisor, "the supervisor's state", supervisor_in_json(&status));
             match status.state.enum_value_or_default() {
                 State::GAVE_UP => {
                     tracing::error!(restarts, last_end, "the supervisor has failed too often and is given up")
@@ -245,8 +288,8 @@ mod tests {
     }
 
     fn listening(dir: &tempfile::TempDir) -> Listening {
-        let file = Rotating::open(&dir.path().join("guest.log")).unwrap();
-        Listening { level: Level::INFO, file }
+        let file = Record::new(&dir.path().join("guest.log"));
+        Listening { level: Level::INFO, file, recent: Recent::default() }
     }
 
     #[tokio::test(start_paused = true)]
@@ -262,7 +305,13 @@ mod tests {
             }
             guest
         };
-        let (cause, _guest) = tokio::join!(listen(ours, listening(&dir), &heard), guest);
+        let listening = listening(&dir);
+        let recent = listening.recent.clone();
+        let (cause, _guest) = tokio::join!(listen(ours, listening, &heard), guest);
+        // Each of them was told of when it was late, and when it came.
+        let told: Vec<_> = recent.after(0, 100).into_iter().map(|event| event.what).collect();
+        let (late, again) = ("a heartbeat is late", "a heartbeat has come again");
+        assert_eq!(told, [late, again, late, again, late, again, late]);
         let silent = began.elapsed() - 3 * (3 * INTERVAL - Duration::from_millis(1));
         assert_eq!(
             cause,
@@ -319,7 +368,14 @@ mod tests {
             frame::write(&mut guest, &report(what)).await.unwrap();
         }
         drop(guest);
-        listen(ours, listening(&dir), &heard).await;
+        let listening = listening(&dir);
+        let recent = listening.recent.clone();
+        listen(ours, listening, &heard).await;
+        let told = &recent.after(0, 100)[0];
+        assert_eq!(
+            (told.kind, &told.fields["state"], &told.fields["pid"]),
+            (Kind::Supervisor, &json!("running"), &json!(9))
+        );
         let kept = std::fs::read_to_string(dir.path().join("guest.log")).unwrap();
         assert_eq!(kept, "1.234 warn: one level=error msg=forged ab=\" [31m \\\"x\" lost_before=2\n");
         let status = heard.supervisor().borrow().clone().unwrap();

@@ -17,8 +17,6 @@ use crate::process::ProcessId;
 pub mod args;
 pub mod qmp;
 
-/// What the journal calls its process.
-pub const PROCESS: &str = "qemu";
 /// For the greeting and each command.
 const QMP_DEADLINE: Duration = Duration::from_secs(10);
 

@@ -9,10 +9,10 @@ use containerd_shim_protos::api;
 use husk_protos::PORT_READY;
 use husk_protos::bundle::PutBundleRequest;
 use husk_protos::system::{Hello, InfoRequest, InfoResponse};
-use husk_shim::console::Console;
+use husk_shim::console::{Console, Words};
 use husk_shim::journal::Journal;
 use husk_shim::prepare::{self, Prepared};
-use husk_shim::state::State;
+use husk_shim::state::{Boot, State};
 use husk_shim::vm::boot::{Plan, Vm};
 use husk_shim::vm::{Accel, Machine, Sockets, Vmm};
 use husk_shim::vsock::Device;
@@ -92,7 +92,8 @@ impl Kit {
         let (vmm, plan) = self.plan(accel);
         let journal = Journal::new(State::create(&self.folder.path().join("state"), "bench", CONTAINER)?);
         let started = Instant::now();
-        match Vm::boot(vmm.as_ref(), &plan, &journal).await {
+        let words = Words::new(journal.dir());
+        match Vm::boot(vmm.as_ref(), &plan, &journal, &words, &mut Boot::begin()).await {
             Ok(vm) => Ok((Booted { vm, journal }, started.elapsed())),
             Err(error) => {
                 journal.undo_all().await?;
@@ -112,7 +113,7 @@ impl Kit {
         let (console, console_theirs) = std::os::unix::net::UnixStream::pair()?;
         console.set_nonblocking(true)?;
         let console = tokio::net::UnixStream::from_std(console)?;
-        let console = Console::start(console, &self.folder.path().join("floor.log"))?;
+        let console = Console::new(self.folder.path()).attach(console);
         let sockets = Sockets { vsock, share: None, console: console_theirs.into(), log: tempfile::tempfile()? };
         let machine: Arc<dyn Machine> = vmm.start(&plan.spec, sockets).await?.into();
         let hello = async {

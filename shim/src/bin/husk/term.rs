@@ -1,0 +1,74 @@
+//! A terminal in raw mode, which is as it was again however the program ends, but for SIGKILL.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::termios::{self, SetArg, Termios};
+
+/// What would end the program with its terminal raw.
+const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT];
+
+/// A terminal that passes on every key as it is. Dropped, it is what it was before.
+pub struct Raw<'a> {
+    terminal: BorrowedFd<'a>,
+    before: Termios,
+}
+
+impl<'a> Raw<'a> {
+    /// Makes `terminal` raw.
+    ///
+    /// # Errors
+    /// When it is no terminal.
+    pub fn enter(terminal: BorrowedFd<'a>) -> io::Result<Self> {
+        let before = termios::tcgetattr(terminal)?;
+        let mut raw = before.clone();
+        termios::cfmakeraw(&mut raw);
+        // What was typed ahead was meant for the program too.
+        termios::tcsetattr(terminal, SetArg::TCSADRAIN, &raw)?;
+        Ok(Self { terminal, before })
+    }
+}
+
+impl Drop for Raw<'_> {
+    fn drop(&mut self) {
+        // It may be gone, with its window; then there is nothing to be restored.
+        let _ = termios::tcsetattr(self.terminal, SetArg::TCSADRAIN, &self.before);
+    }
+}
+
+/// Ending signals as something to wait for, so that the terminal is restored before they have their effect. (SIGWINCH is none of them, and
+/// ignored by default.)
+pub struct Ending(SignalFd);
+
+impl Ending {
+    /// Holds them back from now on, in this thread and those that it starts.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn hold_back() -> io::Result<Self> {
+        let signals: SigSet = ENDING.into_iter().collect();
+        signals.thread_block()?;
+        Ok(Self(SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?))
+    }
+
+    /// Readable when one has come.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    /// The one that has come, if any has.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn came(&self) -> io::Result<Option<i32>> {
+        Ok(self.0.read_signal()?.map(|info| info.ssi_signo as i32))
+    }
+}
+
+/// Whether this is a terminal.
+pub fn is_terminal(fd: BorrowedFd<'_>) -> bool {
+    // SAFETY: isatty takes a number and touches no memory of ours.
+    unsafe { libc::isatty(fd.as_raw_fd()) == 1 }
+}
