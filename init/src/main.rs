@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use husk_protos::{HOST_CID, PORT_READY, frame};
+use husk_protos::{HOST_CID, frame};
 use nix::sys::reboot::{RebootMode, reboot};
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
@@ -93,7 +93,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let _server = ports.serve(calls, streams, events).await?;
 
     // Its end tells the host that the guest is gone: it is held until then.
-    let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, PORT_READY)).await.context("dial the host")?;
+    let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, cmdline.ready_port)).await.context("dial the host")?;
     frame::write(&mut host, &hello).await.context("say hello to the host")?;
 
     tokio::select! {

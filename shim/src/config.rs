@@ -43,6 +43,18 @@ pub enum Accel {
     Tcg,
 }
 
+/// What carries the connections between guests and their shims.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vsock {
+    /// The shim's own device: nothing of the machine is shared by it, and each shim is its VM's metadata service. The kernel's, where it is there,
+    /// has to be asked for.
+    Auto,
+    /// The shim's own device.
+    VhostUser,
+    /// The kernel's, or an error.
+    Vhost,
+}
+
 /// What a guest is to be good at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
@@ -84,6 +96,8 @@ pub struct Config {
     pub image_dir: Option<PathBuf>,
     /// How instructions are executed.
     pub accel: Accel,
+    /// What carries guests' vsock.
+    pub vsock: Vsock,
     /// The board: microvm or q35.
     pub board: crate::vm::Board,
     /// QEMU's program; searched in PATH if it has no slash.
@@ -121,6 +135,7 @@ impl Default for Config {
             initrd: None,
             image_dir: None,
             accel: Accel::Auto,
+            vsock: Vsock::Auto,
             board: crate::vm::Board::Microvm,
             qemu: "qemu-system-x86_64".into(),
             // nobody and nogroup, by their numbers on every Linux distribution.
@@ -296,6 +311,7 @@ mod tests {
         let table = [
             ("vcpus = \"two\"", "must be a whole number"),
             ("profile = \"fast\"", "must be one of \"latency\", \"low-latency\", \"throughput\""),
+            ("vsock = \"tcp\"", "must be one of \"auto\", \"vhost-user\", \"vhost\""),
             ("vcpus = 1000", "at most 64 vCPUs are possible"),
             ("memory_mib = 1", "a guest needs at least 64 MiB"),
             ("hugepages = 1", "must be true or false"),

@@ -1,4 +1,4 @@
-//! The guest as the shim calls it: TTRPC clients over the vsock device, each call with a deadline.
+//! The guest as the shim calls it: TTRPC clients over its vsock link, each call with a deadline.
 //!
 //! Nothing that the guest answers is trusted: it is bounded before it is kept, and never a path on the host.
 
@@ -18,7 +18,8 @@ use ttrpc::r#async::transport::Socket;
 use ttrpc::r#async::{Client, ClientStreamReceiver, ClientStreamSender};
 use ttrpc::context::{Context, with_duration};
 
-use crate::vsock::Device;
+use crate::vm::link::Link;
+use crate::vsock::Stream;
 
 /// Most bytes of one event, stdio chunk or other streamed message with its envelope; what a receive window has to hold.
 const _: () = assert!(RECEIVE_WINDOW >= 2 * husk_protos::STDIO_CHUNK);
@@ -76,7 +77,7 @@ impl<M: Message + ttrpc::proto::Codec<E = protobuf::Error>> Metering<M> {
 
 /// Clients of one guest.
 pub struct Guest {
-    device: Device,
+    link: Link,
     call_timeout: Duration,
     /// containerd's Task service.
     pub task: TaskClient,
@@ -88,16 +89,16 @@ pub struct Guest {
 
 impl Guest {
     /// Connects to a guest that has said that it is ready.
-    pub async fn connect(device: Device, hello: &Hello, call_timeout: Duration) -> Result<Self, Error> {
+    pub async fn connect(link: Link, hello: &Hello, call_timeout: Duration) -> Result<Self, Error> {
         if hello.protocol != PROTOCOL {
             return Err(Error::Protocol { version: hello.version.clone(), theirs: hello.protocol });
         }
-        let client = Client::new(Socket::new(connect(&device, PORT_TASK, call_timeout).await?));
+        let client = Client::new(Socket::new(connect(&link, PORT_TASK, call_timeout).await?));
         Ok(Self {
             task: TaskClient::new(client.clone()),
             bundle: BundleClient::new(client.clone()),
             system: SystemClient::new(client),
-            device,
+            link,
             call_timeout,
         })
     }
@@ -140,11 +141,11 @@ impl Guest {
     }
 
     async fn stream_client(&self, port: u32) -> Result<(Client, Meter), Error> {
-        let (socket, meter) = Metered::new(connect(&self.device, port, self.call_timeout).await?, RECEIVE_WINDOW);
+        let (socket, meter) = Metered::new(connect(&self.link, port, self.call_timeout).await?, RECEIVE_WINDOW);
         Ok((Client::new(Socket::new(socket)), meter))
     }
 }
 
-async fn connect(device: &Device, port: u32, deadline: Duration) -> Result<tokio::net::UnixStream, Error> {
-    device.connect(port, deadline).await.map_err(|source| Error::Connect { port, source })
+async fn connect(link: &Link, port: u32, deadline: Duration) -> Result<Stream, Error> {
+    link.connect(port, deadline).await.map_err(|source| Error::Connect { port, source })
 }

@@ -4,8 +4,10 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use crate::config::{self, Accel, Artifacts, Config, Problem};
+use crate::config::{self, Accel, Artifacts, Config, Problem, Vsock};
+use crate::vm::link::Carrier;
 use crate::vm::{self, virtiofsd};
+use crate::vsock::kernel;
 
 /// One of the two is there where KVM runs guests in hardware. `/dev/kvm` alone does not tell.
 const KVM_MODULES: [&str; 2] = ["/sys/module/kvm_intel", "/sys/module/kvm_amd"];
@@ -23,6 +25,8 @@ pub struct Host {
     pub virtiofsd: PathBuf,
     /// How instructions are executed here.
     pub accel: vm::Accel,
+    /// What carries guests' vsock here.
+    pub carrier: Carrier,
 }
 
 /// Where to look.
@@ -34,6 +38,8 @@ pub struct Places {
     pub path: Option<OsString>,
     /// Whether KVM runs guests in hardware.
     pub kvm: bool,
+    /// Whether the kernel has a vsock device for guests.
+    pub vhost_vsock: bool,
 }
 
 impl Places {
@@ -44,6 +50,7 @@ impl Places {
             beside: own.as_deref().and_then(Path::parent).map(Path::to_owned),
             path: std::env::var_os("PATH"),
             kvm: KVM_MODULES.iter().any(|module| Path::new(module).exists()) && Path::new("/dev/kvm").exists(),
+            vhost_vsock: Path::new(kernel::DEVICE).exists(),
         }
     }
 }
@@ -64,11 +71,14 @@ pub fn find(config: &Config, places: &Places) -> Result<Host, Vec<Problem>> {
         why: error.to_string(),
     });
     let accel = accelerator(config.accel, places.kvm);
-    match (artifacts, qemu, virtiofsd, accel) {
-        (Ok(artifacts), Ok(qemu), Ok(virtiofsd), Ok(accel)) => Ok(Host { artifacts, qemu, virtiofsd, accel }),
-        (artifacts, qemu, virtiofsd, accel) => {
+    let carrier = carrier(config.vsock, places.vhost_vsock);
+    match (artifacts, qemu, virtiofsd, accel, carrier) {
+        (Ok(artifacts), Ok(qemu), Ok(virtiofsd), Ok(accel), Ok(carrier)) => {
+            Ok(Host { artifacts, qemu, virtiofsd, accel, carrier })
+        }
+        (artifacts, qemu, virtiofsd, accel, carrier) => {
             let mut missing = artifacts.err().unwrap_or_default();
-            missing.extend([qemu.err(), virtiofsd.err(), accel.err()].into_iter().flatten());
+            missing.extend([qemu.err(), virtiofsd.err(), accel.err(), carrier.err()].into_iter().flatten());
             Err(missing)
         }
     }
@@ -127,6 +137,20 @@ fn accelerator(wanted: Accel, kvm: bool) -> Result<vm::Accel, Problem> {
     }
 }
 
+fn carrier(wanted: Vsock, vhost_vsock: bool) -> Result<Carrier, Problem> {
+    match wanted {
+        Vsock::Auto | Vsock::VhostUser => Ok(Carrier::Own),
+        Vsock::Vhost if vhost_vsock => Ok(Carrier::Kernel),
+        Vsock::Vhost => {
+            let why = format!(
+                "no {} here: load the kernel's module for it (modprobe vhost_vsock), or set vsock = \"vhost-user\"",
+                kernel::DEVICE
+            );
+            Err(Problem { key: "vsock".to_owned(), value: Some("\"vhost\"".to_owned()), why })
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,7 +158,7 @@ mod tests {
     fn problems(text: &str) -> Vec<String> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&file, text).unwrap();
-        let places = Places { beside: None, path: Some("/no/such/folder".into()), kvm: false };
+        let places = Places { beside: None, path: Some("/no/such/folder".into()), kvm: false, vhost_vsock: false };
         match check(Some(file.path()), &places) {
             Err(config::Error::Invalid { problems, .. }) => problems.iter().map(ToString::to_string).collect(),
             other => panic!("{other:?}"),
@@ -143,7 +167,7 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_told_by_its_key_along_with_what_is_wrong() {
-        let text = "kernel = \"/k\"\ninitrd = \"/i\"\nqemu = \"/q\"\nvirtiofsd = \"/v\"\naccel = \"kvm\"\nvcpus = 0\n";
+        let text = "kernel = \"/k\"\ninitrd = \"/i\"\nqemu = \"/q\"\nvirtiofsd = \"/v\"\naccel = \"kvm\"\nvcpus = 0\nvsock = \"vhost\"\n";
         let beginnings = [
             "vcpus = 0: vCPU count must be greater than zero",
             "kernel = \"/k\": kernel path or restore snapshot is required; looked for /k: ",
@@ -151,6 +175,7 @@ mod tests {
             "qemu = \"/q\": no QEMU found; looked for /q: ",
             "virtiofsd = \"/v\": no virtiofsd found; looked for /v: ",
             "accel = \"kvm\": no hardware virtualisation here",
+            "vsock = \"vhost\": no /dev/vhost-vsock here: load the kernel's module for it (modprobe vhost_vsock), or set vsock = \"vhost-user\"",
         ];
         let problems = problems(text);
         assert_eq!(problems.len(), beginnings.len(), "{problems:?}");
@@ -183,8 +208,22 @@ mod tests {
     }
 
     #[test]
+    fn the_kernels_vsock_is_used_where_it_is_and_somebody_asks_for_it() {
+        let table = [
+            (Vsock::Auto, true, Some(Carrier::Own)),
+            (Vsock::Auto, false, Some(Carrier::Own)),
+            (Vsock::VhostUser, true, Some(Carrier::Own)),
+            (Vsock::Vhost, true, Some(Carrier::Kernel)),
+            (Vsock::Vhost, false, None),
+        ];
+        for (wanted, there, expected) in table {
+            assert_eq!(carrier(wanted, there).ok(), expected, "{wanted:?} {there}");
+        }
+    }
+
+    #[test]
     fn a_file_that_is_named_has_to_be_there() {
-        let places = Places { beside: None, path: None, kvm: false };
+        let places = Places { beside: None, path: None, kvm: false, vhost_vsock: false };
         let error = check(Some(Path::new("/no/such/config.toml")), &places).unwrap_err().to_string();
         assert!(error.starts_with("read /no/such/config.toml: No such file"), "{error}");
     }

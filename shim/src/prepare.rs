@@ -122,6 +122,7 @@ fn prepare_with(
         hugepages: config.hugepages,
         kernel: host.artifacts.kernel.clone(),
         initrd: host.artifacts.initrd.clone(),
+        kernel_cid: None,
         kernel_params,
         user: Some(user(&config, host.accel)),
     };
@@ -154,6 +155,7 @@ pub fn plan(prepared: &Prepared, share: PathBuf) -> (Box<dyn Vmm>, Plan) {
     spec.tsc_khz = vm::tsc::khz();
     let plan = Plan {
         spec,
+        carrier: prepared.host.carrier,
         virtiofsd: prepared.host.virtiofsd.clone(),
         share,
         boot_timeout: prepared.config.boot_timeout,

@@ -4,6 +4,7 @@
 //! A step is recorded *before* its effect, so that whoever comes after a `kill -9` can undo everything, including the
 //! effect that was under way. What steps there are and how each is undone is in [`undo`].
 
+pub mod cid;
 pub mod facts;
 mod tree;
 pub mod undo;
@@ -234,6 +235,12 @@ impl State {
     /// The sandbox's folder, mode 0700.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The leases of CIDs on this host, which are beside all sandboxes.
+    pub fn leases(&self) -> cid::Leases {
+        // The folder is <base>/<namespace>/<sandbox>.
+        cid::Leases::under(self.dir.ancestors().nth(2).unwrap_or(Path::new("/")))
     }
 
     /// containerd's namespace.

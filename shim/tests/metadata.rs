@@ -1,7 +1,8 @@
 //! `husk metadata`, as an operator sees it.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 fn husk(config: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_husk")).args(args).env_clear().env("HUSK_CONFIG", config).output().unwrap()
@@ -61,4 +62,32 @@ fn the_help_tells_what_it_is_for() {
     for word in ["--json", "1027", "metadata_key", "kid"] {
         assert!(text(&help.stdout).contains(word), "{word}");
     }
+}
+
+/// `husk metadata serve`, and the first that it says.
+fn serve(config: &Path) -> (Child, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
+    command.args(["metadata", "serve"]).env_clear().env("HUSK_CONFIG", config).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
+    (child, line)
+}
+
+#[test]
+fn one_process_of_the_machine_answers_on_the_kernels_vsock_until_it_is_told_to_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, key) = (folder.path().join("config.toml"), folder.path().join("metadata.key"));
+    std::fs::write(&config, format!("metadata_key = {key:?}\n")).unwrap();
+    let (mut first, said) = serve(&config);
+    assert!(
+        said.contains("answering all VMs on the kernel's vsock port=1027"),
+        "vsock port 1027 of this machine: {said}"
+    );
+    let (mut second, said) = serve(&config);
+    assert_eq!(said, "husk: answer on the kernel's vsock: listen on vsock port 1027 of the host: in use\n");
+    assert_eq!(second.wait().unwrap().code(), Some(1));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(first.id() as i32), nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(first.wait().unwrap().code(), Some(0));
+    assert!(!key.exists(), "the key is made though nobody has asked");
 }

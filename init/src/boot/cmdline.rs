@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use husk_protos::PORT_READY;
 use tracing::level_filters::LevelFilter;
 
 /// What the kernel command line asks of the init.
@@ -13,6 +14,8 @@ pub struct Cmdline {
     pub hostname: String,
     /// `husk.epoch_ns=`: host's wall clock at the guest's start, nanoseconds since 1970. A microvm may have no clock of its own.
     pub epoch_ns: Option<u64>,
+    /// `husk.ready_port=`: the host's port on which it waits for this guest. Default 1026.
+    pub ready_port: u32,
     /// `husk.heartbeat_ms=`: how often the host is told that the init still turns; never by default.
     pub heartbeat: Option<Duration>,
     /// `husk.debug=1`: a developer looks on; the log is on the console too.
@@ -27,6 +30,7 @@ impl Default for Cmdline {
             log: LevelFilter::WARN,
             hostname: "husk".into(),
             epoch_ns: None,
+            ready_port: PORT_READY,
             heartbeat: None,
             debug: false,
             problems: Vec::new(),
@@ -46,6 +50,7 @@ pub fn parse(text: &str) -> Cmdline {
             "husk.log" => value.parse().map(|level| cmdline.log = level).is_ok(),
             "husk.hostname" => is_hostname(value).then(|| cmdline.hostname = value.to_owned()).is_some(),
             "husk.epoch_ns" => value.parse().map(|ns| cmdline.epoch_ns = Some(ns)).is_ok(),
+            "husk.ready_port" => value.parse().map(|port| cmdline.ready_port = port).is_ok(),
             "husk.heartbeat_ms" => {
                 let period = value.parse().ok().filter(|ms| *ms > 0).map(Duration::from_millis);
                 period.map(|period| cmdline.heartbeat = Some(period)).is_some()
@@ -88,6 +93,8 @@ mod tests {
             ("husk.hostname=a/b", bad("kernel parameter husk.hostname has the bad value \"a/b\"")),
             ("husk.epoch_ns=1763000000000000000", Cmdline { epoch_ns: Some(1_763_000_000_000_000_000), ..default() }),
             ("husk.epoch_ns=-1", bad("kernel parameter husk.epoch_ns has the bad value \"-1\"")),
+            ("husk.ready_port=65540", Cmdline { ready_port: 65540, ..default() }),
+            ("husk.ready_port=-1", bad("kernel parameter husk.ready_port has the bad value \"-1\"")),
             ("husk.heartbeat_ms=250", Cmdline { heartbeat: Some(Duration::from_millis(250)), ..default() }),
             ("husk.heartbeat_ms=0", bad("kernel parameter husk.heartbeat_ms has the bad value \"0\"")),
             ("husk.debug=1", Cmdline { debug: true, ..default() }),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use toml::Value;
 use tracing::Level;
 
-use super::{Accel, Config, LEAST_MEMORY_MIB, MOST_VCPUS, Profile, kernel_params};
+use super::{Accel, Config, LEAST_MEMORY_MIB, MOST_VCPUS, Profile, Vsock, kernel_params};
 use crate::vm::Board;
 
 type Set = fn(&mut Config, &Value) -> Result<(), String>;
@@ -24,7 +24,7 @@ const fn key(name: &'static str, set: Set) -> Key {
 }
 
 /// All that there are. The configuration is read by this list, and a test proves an effect for each of its entries.
-pub(crate) const KEYS: [Key; 21] = [
+pub(crate) const KEYS: [Key; 22] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
@@ -35,6 +35,10 @@ pub(crate) const KEYS: [Key; 21] = [
     key("accel", |config, value| {
         let choices = [("auto", Accel::Auto), ("kvm", Accel::Kvm), ("tcg", Accel::Tcg)];
         put(&mut config.accel, choice(value, &choices))
+    }),
+    key("vsock", |config, value| {
+        let choices = [("auto", Vsock::Auto), ("vhost-user", Vsock::VhostUser), ("vhost", Vsock::Vhost)];
+        put(&mut config.vsock, choice(value, &choices))
     }),
     key("machine", |config, value| {
         put(&mut config.board, choice(value, &[("microvm", Board::Microvm), ("q35", Board::Q35)]))

@@ -7,24 +7,31 @@
 //! | `token.rs`     | the token (pure)                                                    |
 //! | `workspace.rs` | the workspace configuration: JSON, or a file of an allowed folder   |
 //! | `service.rs`   | TTRPC on connections that may be hostile                            |
+//! | `host.rs`      | answers for all VMs whose connections the kernel's vsock carries    |
 //!
 //! Neither the key nor the workspace shows in a log, an error, a kernel's command line or `state.json`.
 
+pub mod host;
 pub mod key;
 mod service;
 pub mod token;
 pub mod workspace;
 
-use std::path::PathBuf;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use futures::stream;
+use husk_protos::PORT_METADATA;
 use husk_protos::metadata::GetMetadataResponse;
 use tokio::sync::Semaphore;
 use ttrpc::Code;
 
+use crate::vm::link::Link;
 use crate::vsock::{self, Listener};
 use key::Key;
 pub use service::{Refusal, Source, serve};
@@ -41,6 +48,22 @@ pub struct Settings {
     pub key: PathBuf,
     /// How long a token is good for.
     pub lifetime: Duration,
+}
+
+/// Why a VM would be without the service.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its port cannot be listened on.
+    #[error("metadata service: {0}")]
+    Listen(#[from] vsock::Error),
+    /// The workspace cannot be put where the host's service finds it.
+    #[error("write the workspace {}: {source}", path.display())]
+    Workspace {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
 }
 
 /// Issues tokens by the host's key.
@@ -102,6 +125,47 @@ fn no_token() -> Refusal {
 pub fn response(token: String, workspace: Option<&Workspace>) -> GetMetadataResponse {
     let workspace = workspace.map(|workspace| workspace.bytes().to_vec());
     GetMetadataResponse { token, workspace, ..Default::default() }
+}
+
+/// Where `husk metadata serve` finds the workspace of the sandbox whose folder this is.
+fn workspace_file(dir: &Path) -> PathBuf {
+    dir.join("workspace")
+}
+
+/// Provides a VM that is not started yet with the service: on its own device, or by what the host's service needs, in the sandbox's folder `dir`.
+///
+/// # Errors
+///
+/// When the port is taken, or the workspace cannot be written.
+pub fn provide(
+    link: &Link,
+    identity: Identity,
+    tokens: &Settings,
+    workspace: Option<&Workspace>,
+    dir: &Path,
+) -> Result<(), Error> {
+    match link {
+        Link::Own(device) => {
+            // Ends with the device.
+            let listener = device.listen(PORT_METADATA)?;
+            tokio::spawn(serve_vm(listener, identity, tokens.clone(), workspace.cloned()));
+            Ok(())
+        }
+        Link::Kernel(_) => {
+            let path = workspace_file(dir);
+            // An earlier boot that failed may have left one.
+            let removed = match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            };
+            let write = |workspace: &Workspace| {
+                let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+                file?.write_all(workspace.bytes())
+            };
+            let written = removed.and_then(|()| workspace.map_or(Ok(()), write));
+            written.map_err(|source| Error::Workspace { path: path.clone(), source })
+        }
+    }
 }
 
 /// Answers for the one VM whose device it is.

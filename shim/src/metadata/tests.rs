@@ -263,3 +263,23 @@ async fn it_ends_with_the_device() {
     device.stop();
     tokio::time::timeout(WAIT, service).await.expect("it outlives the device").unwrap();
 }
+
+#[tokio::test]
+async fn for_the_hosts_service_the_workspace_of_the_last_boot_is_in_a_file_for_root_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let vm = one_vm(Path::new("/none"), None);
+    for text in [None, Some("{}"), Some("[1]"), None, None] {
+        let workspace = text.map(|text| Workspace::read(text, None).unwrap());
+        let (identity, tokens) = (vm.identity.clone(), &vm.issuer.settings);
+        provide(&Link::Kernel(4), identity, tokens, workspace.as_ref(), folder.path()).unwrap();
+        let path = workspace_file(folder.path());
+        assert_eq!(std::fs::read_to_string(&path).ok().as_deref(), text);
+        if text.is_some() {
+            assert_eq!(path.metadata().unwrap().permissions().mode() & 0o7777, 0o600);
+        }
+        assert_eq!(Workspace::read_back(&path).unwrap(), workspace);
+    }
+    std::fs::write(folder.path().join("large"), vec![7; workspace::MOST_BYTES + 1]).unwrap();
+    assert!(Workspace::read_back(&folder.path().join("large")).is_err());
+}

@@ -36,7 +36,7 @@ impl TestHost {
         }
         std::fs::write(folder.path().join("other/workspace"), "a secret").unwrap();
         let beside = folder.path().join("beside");
-        let places = Places { path: Some(beside.clone().into()), beside: Some(beside), kvm: false };
+        let places = Places { path: Some(beside.clone().into()), beside: Some(beside), kvm: false, vhost_vsock: true };
         Self { folder, places }
     }
 
@@ -107,6 +107,7 @@ const PROOFS: &[Proof] = &[
         "{host}/other/vmlinux {host}/other/initrd.img",
     ),
     ("accel", "\"kvm\"", |o| booted(o, |b| format!("{:?}", b.plan.spec.accel)), "accel = \"kvm\": no hardware"),
+    ("vsock", "\"vhost\"", |o| booted(o, |b| format!("{:?}", b.plan.carrier)), "Kernel"),
     ("machine", "\"q35\"", |o| value(o, "-machine"), "q35,"),
     (
         "qemu",

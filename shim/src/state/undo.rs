@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
+use super::cid::Leases;
 use super::tree;
 use crate::hooks::{self, Hook, Subject};
 use crate::process::ProcessId;
@@ -62,6 +63,15 @@ pub enum Step {
         /// Its folder below the hierarchy's mount point.
         path: PathBuf,
     },
+    /// A CID was leased: it is given back.
+    Cid {
+        /// The CID.
+        cid: u32,
+        /// Where it is leased.
+        leases: Leases,
+        /// For whom: another's lease of it is left alone.
+        shim: ProcessId,
+    },
     /// Hooks of the host may have run for a container: its `poststop` hooks are run. They alone are run again when the shim is killed right
     /// after them. One that fails is logged and not an error (runtime.md, "Lifecycle").
     Hooks {
@@ -89,6 +99,7 @@ impl fmt::Display for Step {
             Step::Mount { path } => write!(f, "unmount {}", path.display()),
             Step::Dir { path } | Step::Tree { path } | Step::File { path } => write!(f, "remove {}", path.display()),
             Step::Cgroup { path } | Step::CgroupParent { path } => write!(f, "remove cgroup {}", path.display()),
+            Step::Cid { cid, .. } => write!(f, "give back vsock CID {cid}"),
             Step::Hooks { container, .. } => write!(f, "run the poststop hooks of {}", container.id),
         }
     }
@@ -115,6 +126,7 @@ impl Step {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty || is_busy(&e) => Ok(()),
                 other => gone_is_fine(other),
             },
+            Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {
                 hooks::run_to_the_end(poststop, container, left());
                 Ok(())

@@ -11,28 +11,25 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::ShutdownRequest;
 use husk_protos::system::Hello;
-use husk_protos::{PORT_METADATA, PORT_READY};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::launch::Child;
 use super::life::VmState;
+use super::link::{self, Carrier, Link};
 use super::report::{self, Heard, Listening};
 use super::{Machine, Sockets, Spec, Vmm};
 use crate::cgroup::{CgroupError, Hierarchies};
 use crate::console::{Attached, Words};
 use crate::guest::Guest;
 use crate::journal::Journal;
+use crate::metadata;
 use crate::metadata::token::Identity;
 use crate::metadata::workspace::Workspace;
-use crate::metadata::{self, serve_vm};
 use crate::process::ProcessId;
 use crate::state::{Boot, Machine as Facts, Owner, StateError, Step};
 use crate::vm::virtiofsd;
-use crate::vsock::Device;
 
-/// CID of every guest: each has a vsock device of its own, so they need not differ. 0 to 2 are reserved (vsock(7)).
-const GUEST_CID: u32 = 3;
 /// How long QEMU may take to end by itself, when the guest does not answer, and after it was killed.
 const EXIT: Duration = Duration::from_secs(3);
 /// How long a guest that has stopped everything is kept for what is still on its way from it.
@@ -49,6 +46,8 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 pub struct Plan {
     /// The machine.
     pub spec: Spec,
+    /// What carries its vsock.
+    pub carrier: Carrier,
     /// virtiofsd's program.
     pub virtiofsd: PathBuf,
     /// The folder that the guest sees.
@@ -78,9 +77,12 @@ pub enum Error {
     /// The share's process.
     #[error("{0}")]
     Virtiofsd(#[from] virtiofsd::VirtiofsdError),
-    /// The vsock device.
-    #[error("vsock device: {0}")]
-    Vsock(#[from] crate::vsock::Error),
+    /// The way to the guest.
+    #[error("{0}")]
+    Link(#[from] link::Error),
+    /// The metadata service.
+    #[error("{0}")]
+    Metadata(#[from] metadata::Error),
     /// The cgroup.
     #[error("{0}")]
     Cgroup(#[from] CgroupError),
@@ -169,13 +171,14 @@ impl Vm {
     ) -> Result<Arc<Self>, Error> {
         let io = |what| move |source| Error::Io { what, source };
         journal.vm_passes(VmState::Provisioning, "a container needs it")?;
-        let (device, vsock) = Device::start(GUEST_CID.into())?;
-        // Before the guest runs, or its dial could find nobody.
-        let mut ready = device.listen(PORT_READY)?;
-        let identity = identity(journal, GUEST_CID)?;
-        // Ends with the device.
-        let asked = device.listen(PORT_METADATA)?;
-        tokio::spawn(serve_vm(asked, identity, plan.tokens.clone(), plan.workspace.clone()));
+        let link::Made { link, mut ready, qemus: vsock } = link::make(plan.carrier, journal).await?;
+        let identity = identity(journal, link.cid())?;
+        metadata::provide(&link, identity, &plan.tokens, plan.workspace.as_ref(), journal.dir())?;
+        let mut spec = plan.spec.clone();
+        if let Link::Kernel(cid) = link {
+            spec.kernel_cid = Some(cid);
+        }
+        spec.kernel_params.extend(ready.parameter());
         let (console_ours, console_theirs) =
             std::os::unix::net::UnixStream::pair().map_err(io("make a socket pair for the console"))?;
         console_ours.set_nonblocking(true).map_err(io("make the console non-blocking"))?;
@@ -189,7 +192,7 @@ impl Vm {
         let configured = format!("ready to be started with vcpus={vcpus} memory_mib={memory_mib} accel={accel:?}");
         journal.vm_passes(VmState::Configured, &configured)?;
         reached.reached("configured");
-        let machine: Arc<dyn Machine> = vmm.start(&plan.spec, sockets).await?.into();
+        let machine: Arc<dyn Machine> = vmm.start(&spec, sockets).await?.into();
         let kill_machine = Otherwise::new({
             let machine = machine.clone();
             move || machine.kill()
@@ -197,7 +200,7 @@ impl Vm {
         reached.reached("QEMU started");
         // Written with the process, and what it went through with it: a boot waits for each write.
         journal.with(|state| {
-            state.set_machine(Facts::of(&plan.spec, machine.process(), GUEST_CID));
+            state.set_machine(Facts::of(&spec, machine.process(), link.cid()));
             Ok(())
         })?;
         journal.vm_passes(VmState::Starting, &format!("QEMU runs as process {}", machine.process().pid))?;
@@ -225,7 +228,7 @@ impl Vm {
         }
 
         let hello = async {
-            let mut stream = ready.accept().await?;
+            let mut stream = ready.accept().await.map_err(link::Error::from)?;
             let hello: Hello = husk_protos::frame::read(&mut stream).await?;
             Ok::<_, Error>((stream, hello))
         };
@@ -276,7 +279,7 @@ impl Vm {
         let heard = Arc::new(Heard::new(plan.heartbeat));
         let listening =
             Listening { level: plan.guest_level, file: words.init.clone(), recent: journal.recent().clone() };
-        let guest = Arc::new(Guest::connect(device, &hello, plan.call_timeout).await?);
+        let guest = Arc::new(Guest::connect(link, &hello, plan.call_timeout).await?);
         reached.reached("guest connected");
 
         let (death, dead) = watch::channel(None);

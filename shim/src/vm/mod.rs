@@ -11,6 +11,7 @@ pub mod boot;
 pub mod hugepages;
 pub mod launch;
 pub mod life;
+pub mod link;
 pub mod qemu;
 pub mod report;
 pub mod tsc;
@@ -58,6 +59,8 @@ pub struct Spec {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initrd: PathBuf,
+    /// The guest's CID on the kernel's vsock device; none with the device in the shim.
+    pub kernel_cid: Option<u32>,
     /// Kernel parameters beside those that the board needs.
     pub kernel_params: Vec<String>,
     /// Who the machine's process runs as (uid, gid); root if none.
@@ -67,7 +70,7 @@ pub struct Spec {
 /// The open files that join a machine to the shim; each socket is one end of a connected pair.
 #[derive(Debug)]
 pub struct Sockets {
-    /// vhost-user front end of the vsock device.
+    /// The vsock device: its vhost-user front end, or the kernel's with the CID.
     pub vsock: OwnedFd,
     /// vhost-user front end of the share; none for a machine without one.
     pub share: Option<OwnedFd>,

@@ -1,4 +1,4 @@
-//! The guest's vsock device: a vhost-user backend (virtio 1.2, 5.10; stream sockets) inside this process. No CIDs or ports of the machine
+//! The guest's vsock device. Its own: a vhost-user backend (virtio 1.2, 5.10; stream sockets) inside this process. No CIDs or ports of the machine
 //! are used, and nothing is on disk: a connection is one end of a socket pair, the other end is the device's.
 //!
 //! | file            | what it is                                                                      |
@@ -14,6 +14,8 @@
 //! | `streams.rs`    | packets between rings and streams                                               |
 //! | `worker.rs`     | the thread that drives all of these                                             |
 //! | `shared.rs`     | what that thread shares with the [`Device`]                                     |
+//! | `kernel.rs`     | the kernel's device, which may take this one's place                            |
+//! | `stream.rs`     | a connection over either                                                        |
 
 mod backend;
 mod connection;
@@ -24,9 +26,11 @@ mod host;
 mod hostile;
 #[cfg(test)]
 mod interleaving;
+pub mod kernel;
 mod ring;
 mod scatter;
 mod shared;
+mod stream;
 mod streams;
 mod table;
 mod worker;
@@ -42,6 +46,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use shared::{Opening, Shared};
+pub use stream::Stream;
 use worker::Worker;
 
 /// Connections of one guest at a time, those to it and from it together; past it they are refused.

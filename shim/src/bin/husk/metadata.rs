@@ -1,11 +1,15 @@
 //! `husk metadata`: what is to be known outside of a VM about the tokens that it gets.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 use anyhow::{Context, Result};
 use clap::Subcommand;
 use husk_shim::config;
+use husk_shim::metadata::host::serve_all;
 use husk_shim::metadata::key::Key;
+use husk_shim::state::base;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::Level;
 
 /// What there is to do.
 #[derive(Subcommand)]
@@ -19,12 +23,23 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Answers all VMs of this host whose connections the kernel's vsock carries, until it is told to end
+    ///
+    /// For hosts whose configuration says vsock = "vhost"; elsewhere each VM's shim answers for it, and nothing needs to be started. Listens on vsock
+    /// port 1027, which one process of a machine can do. A caller is known by the CID that it calls from, and which VM has that, by what the shims
+    /// keep on disk. Logs to its standard error.
+    Serve {
+        /// Also log each connection that was closed or refused
+        #[arg(long)]
+        debug: bool,
+    },
 }
 
 /// Does it.
 pub fn run(command: Command) -> Result<()> {
     match command {
         Command::PublicKey { json } => public_key(json),
+        Command::Serve { debug } => serve(debug),
     }
 }
 
@@ -37,4 +52,25 @@ fn public_key(json: bool) -> Result<()> {
         write!(out, "{}", public.pem().context("encode the public key")?)?;
     }
     Ok(())
+}
+
+fn serve(debug: bool) -> Result<()> {
+    let level = if debug { Level::DEBUG } else { Level::INFO };
+    let log = tracing_subscriber::fmt().with_max_level(level).with_target(false).with_writer(io::stderr);
+    // A journal has its own clock.
+    log.without_time().with_ansi(io::stderr().is_terminal()).init();
+    let tokens = config::load()?.tokens;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let served = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("catch SIGINT")?;
+        tokio::select! {
+            served = serve_all(base(), tokens) => served.context("answer on the kernel's vsock"),
+            _ = terminate.recv() => Ok(()),
+            _ = interrupt.recv() => Ok(()),
+        }
+    });
+    // Nothing that still hangs on a disk may keep the process.
+    runtime.shutdown_background();
+    served
 }

@@ -17,7 +17,7 @@ pub struct Fds {
     pub console: i32,
     /// QMP's socket.
     pub qmp: i32,
-    /// The vsock device's vhost-user socket.
+    /// The vsock device's vhost-user socket, or the kernel's device.
     pub vsock: i32,
     /// virtiofsd's vhost-user socket.
     pub share: Option<i32>,
@@ -51,8 +51,14 @@ pub fn arguments(spec: &Spec, fds: &Fds) -> Vec<String> {
         Board::Microvm => "device",
         Board::Q35 => "pci",
     };
-    push(&["-chardev", &format!("socket,id=vsock,fd={}", fds.vsock)]);
-    push(&["-device", &format!("vhost-user-vsock-{bus},chardev=vsock")]);
+    match spec.kernel_cid {
+        None => {
+            push(&["-chardev", &format!("socket,id=vsock,fd={}", fds.vsock)]);
+            push(&["-device", &format!("vhost-user-vsock-{bus},chardev=vsock")]);
+        }
+        // Opened for it: who runs QEMU may not open it.
+        Some(cid) => push(&["-device", &format!("vhost-vsock-{bus},guest-cid={cid},vhostfd={}", fds.vsock)]),
+    }
     if let Some(share) = fds.share {
         push(&["-chardev", &format!("socket,id=share,fd={share}")]);
         push(&["-device", &format!("vhost-user-fs-{bus},chardev=share,tag={}", husk_protos::SHARE_TAG)]);
@@ -145,6 +151,7 @@ mod tests {
             hugepages: false,
             kernel: "/k".into(),
             initrd: "/i".into(),
+            kernel_cid: None,
             kernel_params: vec!["husk.log=warn".into()],
             user: None,
         }
@@ -186,6 +193,24 @@ mod tests {
                 |spec| spec.board = Board::Q35,
                 "-device",
                 &["vhost-user-vsock-pci,chardev=vsock", "vhost-user-fs-pci,chardev=share,tag=husk"],
+            ),
+            (
+                "the kernel's vsock",
+                |spec| spec.kernel_cid = Some(4),
+                "-device",
+                &["vhost-vsock-device,guest-cid=4,vhostfd=14", "vhost-user-fs-device,chardev=share,tag=husk"],
+            ),
+            (
+                "the kernel's vsock on q35",
+                |spec| (spec.board, spec.kernel_cid) = (Board::Q35, Some(65535)),
+                "-device",
+                &["vhost-vsock-pci,guest-cid=65535,vhostfd=14", "vhost-user-fs-pci,chardev=share,tag=husk"],
+            ),
+            (
+                "which has no socket",
+                |spec| spec.kernel_cid = Some(4),
+                "-chardev",
+                &["socket,id=console,fd=12", "socket,id=qmp,fd=13", "socket,id=share,fd=15"],
             ),
             ("kvm", |spec| spec.accel = Accel::Kvm, "-cpu", &["host"]),
             ("tcg", |_| (), "-cpu", &["max,-erms,-fsrm"]),

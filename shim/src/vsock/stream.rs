@@ -1,0 +1,68 @@
+//! One connection with a guest, whichever device carries it.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
+use tokio_vsock::VsockStream;
+
+/// A connection.
+#[derive(Debug)]
+pub enum Stream {
+    /// Over the device in this process, whose end is a socket pair's.
+    Own(UnixStream),
+    /// Over the kernel's.
+    Kernel(VsockStream),
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Own(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Kernel(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Own(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Kernel(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Own(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Kernel(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Own(stream) => stream.is_write_vectored(),
+            Self::Kernel(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Own(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Kernel(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Own(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Kernel(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
