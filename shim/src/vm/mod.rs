@@ -2,8 +2,10 @@
 //!
 //! What runs inside (the guest's calls) is in `guest`; what containerd sees of it is in `sandbox`.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
@@ -37,6 +39,15 @@ pub enum Board {
     Q35,
 }
 
+/// A block device, which the guest finds by its serial.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// At most 20 bytes (virtio's VIRTIO_BLK_ID_BYTES).
+    pub serial: String,
+    /// What is on it: whole sectors, in a file that the machine's user may open.
+    pub image: Arc<File>,
+}
+
 /// What a virtual machine is made of.
 #[derive(Debug, Clone)]
 pub struct Spec {
@@ -58,6 +69,8 @@ pub struct Spec {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initrd: PathBuf,
+    /// Block devices, which it can only read.
+    pub disks: Vec<Disk>,
     /// Kernel parameters beside those that the board needs.
     pub kernel_params: Vec<String>,
     /// Who the machine's process runs as (uid, gid); root if none.
@@ -74,7 +87,7 @@ pub struct Sockets {
     /// The serial console.
     pub console: OwnedFd,
     /// Where the machine's process writes its complaints.
-    pub log: std::fs::File,
+    pub log: File,
 }
 
 /// Why a machine could not be started.
