@@ -12,7 +12,8 @@ mod generated {
 }
 
 pub use generated::{
-    bundle, bundle_ttrpc, events, events_ttrpc, report, runc_options, stdio, stdio_ttrpc, system, system_ttrpc,
+    bundle, bundle_ttrpc, events, events_ttrpc, metadata, metadata_ttrpc, report, runc_options, stdio, stdio_ttrpc,
+    system, system_ttrpc,
 };
 pub use {protobuf, ttrpc};
 
@@ -28,8 +29,10 @@ pub const PORT_TASK: u32 = 1024;
 pub const PORT_STDIO: u32 = 1025;
 /// Host port: a guest that is ready connects here, sends one `Hello` frame, and then `Report` frames as long as it lives.
 pub const PORT_READY: u32 = 1026;
-/// Guest port: the Events service. The host's port of the same number is the metadata service.
+/// Guest port: the Events service.
 pub const PORT_EVENTS: u32 = 1027;
+/// Host port: the Metadata service.
+pub const PORT_METADATA: u32 = 1027;
 
 /// Most bytes in one chunk of a stdio stream. Not more, because the guest's allocator (musl's mallocng) asks the kernel for memory for each
 /// block of 26 KiB or more, and gives it back at once: with chunks of 32 KiB that took more time than all else about them.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use crate::config::{self, Config, Problem, Profile, memory_mib, one_of, vcpus};
 use crate::extras::{self, Extras};
+use crate::metadata::workspace::{self, Workspace};
 
 const PREFIX: &str = "io.husk.";
 const VCPUS: &str = "io.husk.vcpus";
@@ -15,12 +16,14 @@ const VSOCK: &str = "io.husk.vsock";
 pub const EXTRAS_FILES: &str = "io.husk.extras.files";
 /// Whether the supervisor agent runs, which extras bring.
 pub const SUPERVISOR: &str = "io.husk.supervisor";
+/// May hold secrets, or name a file that does: it is for the metadata service alone.
+pub const WORKSPACE: &str = "io.husk.workspace";
 
 /// Most of a value that an error shows, bytes.
 const SHOWN: usize = 200;
 
 /// All that there are.
-pub const NAMES: [&str; 6] = [VCPUS, PROFILE, MEMORY_MIB, VSOCK, EXTRAS_FILES, SUPERVISOR];
+pub const NAMES: [&str; 7] = [VCPUS, PROFILE, MEMORY_MIB, VSOCK, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
 /// Those that an operator has to allow by name: with this one, whoever may start a container reads any file of the host, as root.
 pub const NOT_BY_DEFAULT: [&str; 1] = [EXTRAS_FILES];
 
@@ -37,6 +40,8 @@ pub struct Annotations {
     pub vsock: bool,
     /// Files for the guest itself, and whether one of them runs.
     pub extras: Extras,
+    /// What the metadata service tells of the VM that is booted for this container.
+    pub workspace: Option<Workspace>,
 }
 
 /// Reads the annotations of a spec.
@@ -50,9 +55,10 @@ pub fn read(annotations: &HashMap<String, String>, config: &Config) -> Result<An
     let mut ours: Vec<_> = annotations.iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
     ours.sort();
     for (name, value) in ours {
-        if let Err(why) = check(name, config).and_then(|()| set(&mut read, name, value)) {
-            let value = value[..value.floor_char_boundary(SHOWN)].to_owned();
-            problems.push(Problem { key: format!("annotation {name}"), value: Some(format!("{value:?}")), why });
+        if let Err(why) = check(name, config).and_then(|()| set(&mut read, name, value, config)) {
+            let whole = || format!("{:?}", &value[..value.floor_char_boundary(SHOWN)]);
+            let shown = if name == WORKSPACE { workspace::shown(value) } else { whole() };
+            problems.push(Problem { key: format!("annotation {name}"), value: Some(shown), why });
         } else if name == EXTRAS_FILES {
             match extras::parse(value) {
                 Ok(files) => read.extras.files = files,
@@ -76,13 +82,14 @@ fn check(name: &str, config: &Config) -> Result<(), String> {
     Ok(())
 }
 
-fn set(read: &mut Annotations, name: &str, value: &str) -> Result<(), String> {
+fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Result<(), String> {
     let number = || value.parse::<i64>().map_err(|_| "must be a whole number".to_owned());
     match name {
         VCPUS => read.vcpus = Some(vcpus(number()?)?),
         PROFILE => read.profile = Some(one_of(Some(value), &Profile::NAMES)?),
         MEMORY_MIB => read.memory_mib = Some(memory_mib(number()?)?),
         VSOCK => read.vsock = boolean(value)?,
+        WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref())?),
         SUPERVISOR => read.extras.supervisor = Some(boolean(value)?),
         // The extras have more to say than one sentence.
         _ => {}
@@ -113,12 +120,14 @@ mod tests {
             ("io.husk.vsock", "true"),
             ("io.husk.extras.files", r#"{"/run/husk/supervisor": {"source": "/agent", "mode": "0755"}}"#),
             ("io.husk.supervisor", "false"),
+            ("io.husk.workspace", "{}"),
             ("other", "x"),
         ];
         let profile = Some(Profile::Throughput);
         let agent = Wanted { destination: "/run/husk/supervisor".into(), source: "/agent".into(), mode: 0o755 };
         let extras = Extras { files: vec![agent], supervisor: Some(false) };
-        let expected = Annotations { vcpus: Some(2), profile, memory_mib: Some(300), vsock: true, extras };
+        let workspace = Some(Workspace::read("{}", None).unwrap());
+        let expected = Annotations { vcpus: Some(2), profile, memory_mib: Some(300), vsock: true, extras, workspace };
         let config = Config { allowed_annotations: NAMES.map(str::to_owned).to_vec(), ..Config::default() };
         assert_eq!(read_pairs(&pairs, &config), Ok(expected));
     }
@@ -126,7 +135,9 @@ mod tests {
     #[test]
     fn what_is_wrong_is_told_at_once_by_name_and_value() {
         let config = Config {
-            allowed_annotations: [VCPUS, PROFILE, MEMORY_MIB, EXTRAS_FILES, SUPERVISOR].map(str::to_owned).to_vec(),
+            allowed_annotations: [VCPUS, PROFILE, MEMORY_MIB, WORKSPACE, EXTRAS_FILES, SUPERVISOR]
+                .map(str::to_owned)
+                .to_vec(),
             ..Config::default()
         };
         let extras = r#"{"/dev/x": {"source": "x", "mode": "8"}}"#;
@@ -137,12 +148,13 @@ mod tests {
             ("io.husk.profile", "fast"),
             ("io.husk.memory_mib", "lots"),
             ("io.husk.vsock", "true"),
+            ("io.husk.workspace", "{\"password\": hunter2}"),
             ("io.husk.cpus", "1"),
         ];
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown; there are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.vsock, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown; there are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.vsock, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
                 "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which is the kernel's",
                 "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path of the host",
                 "annotation io.husk.extras.files[\"/dev/x\"].mode = \"8\": must be permission bits as a string of octal digits, \"0777\" at most",
@@ -151,6 +163,7 @@ mod tests {
                 "annotation io.husk.supervisor = \"yes\": must be true or false",
                 "annotation io.husk.vcpus = \"0\": vCPU count must be greater than zero",
                 "annotation io.husk.vsock = \"true\": not among the allowed_annotations of husk's configuration (/etc/husk/config.toml)",
+                "annotation io.husk.workspace = (21 bytes): must be JSON, or the absolute path of a file: expected value at line 1 column 14",
             ]
         );
         let by_default = read_pairs(&[("io.husk.extras.files", "{}")], &Config::default()).unwrap_err();

@@ -23,6 +23,10 @@ const PATH_ENV: &str = "HUSK_CONFIG";
 const DEFAULT_MEMORY_MIB: u64 = 512;
 /// MiB that a guest needs beside what its containers may use: kernel, init, page tables.
 pub const GUEST_OVERHEAD_MIB: u64 = 128;
+/// Where the host's key for tokens is, unless `metadata_key` names another file.
+const METADATA_KEY: &str = "/etc/husk/metadata.key";
+/// How long a token is good for, by default.
+const TOKEN_LIFETIME: Duration = Duration::from_secs(5 * 60);
 /// Less does not boot.
 pub const LEAST_MEMORY_MIB: u64 = 64;
 /// What the guest's kernel is built for (CONFIG_NR_CPUS in kernel-config/base.config); it would leave the others idle. QEMU's microvm takes 288.
@@ -102,6 +106,10 @@ pub struct Config {
     pub extras_max_mib: u64,
     /// The `io.husk.` annotations that a sandbox may use.
     pub allowed_annotations: Vec<String>,
+    /// How the metadata service signs.
+    pub tokens: crate::metadata::Settings,
+    /// The folder whose files may be workspaces; none may if none.
+    pub workspace_dir: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -131,6 +139,8 @@ impl Default for Config {
                 .filter(|name| !crate::annotations::NOT_BY_DEFAULT.contains(name))
                 .map(str::to_owned)
                 .collect(),
+            tokens: crate::metadata::Settings { key: METADATA_KEY.into(), lifetime: TOKEN_LIFETIME },
+            workspace_dir: None,
         }
     }
 }
@@ -301,6 +311,9 @@ mod tests {
             ("qemu_user = \"nobody\"", "must be a string UID:GID, both numbers"),
             ("kernel_params = [\"init=/bin/sh\"]", "\"init=/bin/sh\" would start something else than husk's init"),
             ("kernel_params = [\"a b\"]", "\"a b\" is not one kernel parameter"),
+            ("metadata_key = \"key\"", "must be an absolute path"),
+            ("token_lifetime_ms = 0", "must be a number of milliseconds greater than zero"),
+            ("workspace_dir = \"../etc\"", "must be an absolute path"),
             ("boot_timeout_ms = 0", "must be a number of milliseconds greater than zero"),
             ("allowed_annotations = [\"io.husk.x\"]", "\"io.husk.x\" is none of"),
         ];

@@ -15,6 +15,7 @@ pub mod host;
 pub mod io;
 pub mod journal;
 pub mod logging;
+pub mod metadata;
 pub mod prepare;
 pub mod process;
 pub mod recent;

@@ -15,6 +15,7 @@ use crate::cgroup::Hierarchies;
 use crate::config::{self, Config, Problem};
 use crate::extras::{Extras, Source};
 use crate::host::{self, Host, Places};
+use crate::metadata::workspace::Workspace;
 use crate::rootfs::spec::parse::parse;
 use crate::rootfs::spec::{Context, Rewritten, rewrite};
 use crate::vm::boot::Plan;
@@ -46,6 +47,7 @@ pub struct Prepared {
     pub extras: Extras,
     /// The files of that, open, for a VM that is to be booted.
     pub sources: Vec<Source>,
+    workspace: Option<Workspace>,
     host: Host,
     config: Config,
 }
@@ -104,7 +106,7 @@ fn prepare_with(
     has: Option<&Extras>,
 ) -> Result<Prepared, Error> {
     let bundle = Path::new(&request.bundle);
-    let spec = read_spec(bundle)?;
+    let mut spec = read_spec(bundle)?;
 
     let mut wrong = Vec::new();
     let mut check = |problems: Vec<String>| wrong.extend(problems);
@@ -114,6 +116,10 @@ fn prepare_with(
         .ok();
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
     let sources = sources(&extras, has, &config).map_err(|problems: Vec<Problem>| check(texts(&problems))).ok();
+    // From here on nobody needs it, neither the guest, nor hooks, nor what is written down for them.
+    if let Some(annotations) = spec.annotations_mut() {
+        annotations.remove(annotations::WORKSPACE);
+    }
     let context = Context {
         id: &request.id,
         bundle,
@@ -154,7 +160,7 @@ fn prepare_with(
         kernel_params,
         user: Some(user(&config, host.accel)),
     };
-    Ok(Prepared { rewritten, machine, extras, sources, host, config })
+    Ok(Prepared { rewritten, machine, extras, sources, workspace: annotations.workspace, host, config })
 }
 
 fn texts(problems: &[impl ToString]) -> Vec<String> {
@@ -192,6 +198,8 @@ pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<vm::Disk>) -> (B
         guest_level: prepared.config.log_level,
         supervisor: prepared.extras.runs_supervisor(),
         cgroup: prepared.rewritten.cgroups_path.clone(),
+        tokens: prepared.config.tokens.clone(),
+        workspace: prepared.workspace.clone(),
     };
     (Box::new(Qemu { program: prepared.host.qemu.clone() }), plan)
 }

@@ -27,7 +27,7 @@ const fn key(name: &'static str, set: Set) -> Key {
 }
 
 /// All that there are. The configuration is read by this list, and a test proves an effect for each of its entries.
-pub(crate) const KEYS: [Key; 19] = [
+pub(crate) const KEYS: [Key; 22] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
@@ -63,6 +63,9 @@ pub(crate) const KEYS: [Key; 19] = [
     key("heartbeat_interval_ms", |config, value| put(&mut config.heartbeat, milliseconds(value))),
     key("extras_max_mib", |config, value| put(&mut config.extras_max_mib, integer(value).and_then(extras_max_mib))),
     key("allowed_annotations", |config, value| put(&mut config.allowed_annotations, annotations(value))),
+    key("metadata_key", |config, value| put(&mut config.tokens.key, absolute(value))),
+    key("token_lifetime_ms", |config, value| put(&mut config.tokens.lifetime, milliseconds(value))),
+    key("workspace_dir", |config, value| put(&mut config.workspace_dir, absolute(value).map(Some))),
 ];
 
 fn put<T>(place: &mut T, read: Result<T, String>) -> Result<(), String> {

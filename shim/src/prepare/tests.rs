@@ -19,6 +19,8 @@ type Outcome = Result<Booted, String>;
 #[derive(Debug)]
 struct Booted {
     plan: Plan,
+    /// What the guest gets.
+    spec: Spec,
     qemu: PathBuf,
     args: Vec<String>,
 }
@@ -33,6 +35,7 @@ impl TestHost {
                 std::fs::write(place.join(file), "").unwrap();
             }
         }
+        std::fs::write(folder.path().join("other/workspace"), "a secret").unwrap();
         let beside = folder.path().join("beside");
         let places = Places { path: Some(beside.clone().into()), beside: Some(beside), kvm: false };
         Self { folder, places }
@@ -44,14 +47,11 @@ impl TestHost {
 
     fn outcome(&self, config: &str) -> Outcome {
         // Allowed, unless the configuration says otherwise.
-        let mut annotations = serde_json::json!({ "io.husk.vsock": "true" });
-        if config.contains(annotations::EXTRAS_FILES) {
-            let agent = self.here("{host}/agent");
-            std::fs::write(&agent, [0; 4096]).unwrap();
-            let files = serde_json::json!({"/run/husk/supervisor": {"source": agent, "mode": "0755"}});
-            annotations[annotations::EXTRAS_FILES] = files.to_string().into();
-        }
-        self.outcome_of(config, annotations, None)
+        self.outcome_with(config, ("io.husk.vsock", "true"))
+    }
+
+    fn outcome_with(&self, config: &str, (name, value): (&str, &str)) -> Outcome {
+        self.outcome_of(config, serde_json::json!({ name: value }), None)
     }
 
     fn outcome_of(&self, config: &str, annotations: serde_json::Value, has: Option<&Extras>) -> Outcome {
@@ -65,7 +65,7 @@ impl TestHost {
             prepare_with(config, &self.places, &request, "c1", &|_| false, has).map_err(|e| e.to_string())?;
         let (_, plan) = plan(&prepared, "/share".into(), None);
         let args = arguments(&plan.spec, &FDS);
-        Ok(Booted { plan, qemu: prepared.host.qemu, args })
+        Ok(Booted { plan, spec: prepared.rewritten.spec, qemu: prepared.host.qemu, args })
     }
 }
 
@@ -134,9 +134,9 @@ const PROOFS: &[Proof] = &[
     ("heartbeat_interval_ms", "7", |o| word(o, "husk.heartbeat_ms="), "husk.heartbeat_ms=7"),
     (
         "extras_max_mib",
-        "0\nallowed_annotations = [\"io.husk.extras.files\", \"io.husk.vsock\"]",
+        "0\nallowed_annotations = [\"io.husk.extras.files\"]",
         |o| booted(o, |_| "a VM".to_owned()),
-        "annotation io.husk.extras.files = 4096 bytes: more than extras_max_mib = 0",
+        "annotation io.husk.extras.files = 8 bytes: more than extras_max_mib = 0",
     ),
     (
         "allowed_annotations",
@@ -144,20 +144,41 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |_| "a VM".to_owned()),
         "annotation io.husk.vsock = \"true\": not among the allowed_annotations",
     ),
+    (
+        "metadata_key",
+        "\"{host}/other/key\"",
+        |o| booted(o, |b| b.plan.tokens.key.display().to_string()),
+        "{host}/other/key",
+    ),
+    ("token_lifetime_ms", "7", |o| booted(o, |b| format!("{:?}", b.plan.tokens.lifetime)), "7ms"),
+    (
+        "workspace_dir",
+        "\"{host}/other\"",
+        |o| booted(o, |b| format!("{:?}", b.plan.workspace)),
+        "Some(Workspace(8 bytes))",
+    ),
+];
+
+/// What a key needs beside itself to have an effect.
+const WITH: &[(&str, (&str, &str))] = &[
+    ("workspace_dir", ("io.husk.workspace", "{host}/other/workspace")),
+    ("extras_max_mib", ("io.husk.extras.files", r#"{"/x": {"source": "{host}/other/workspace", "mode": "0644"}}"#)),
 ];
 
 #[test]
 fn every_key_has_an_effect() {
     let host = TestHost::new();
-    let by_default = host.outcome("");
-    assert!(by_default.is_ok(), "{:?}", by_default.err());
+    assert!(host.outcome("").is_ok(), "{:?}", host.outcome("").err());
     for key in KEYS {
         let proof = PROOFS.iter().find(|proof| proof.0 == key.name);
         let (_, given, show, expected) = proof.unwrap_or_else(|| panic!("no effect of {} is proved", key.name));
         let line = host.here(&format!("{} = {given}\n", key.name));
-        let (expected, shows) = (host.here(expected), show(&host.outcome(&line)));
+        let with = WITH.iter().find(|with| with.0 == key.name).map_or(("io.husk.vsock", "true"), |with| with.1);
+        let with = (with.0, host.here(with.1));
+        let outcome = |config: &str| host.outcome_with(config, (with.0, &with.1));
+        let (expected, shows) = (host.here(expected), show(&outcome(&line)));
         assert!(shows.starts_with(&expected), "{line}{shows}, not {expected}");
-        let before = show(&by_default);
+        let before = show(&outcome(""));
         assert!(!before.starts_with(&expected), "{line}{before} without it as well");
     }
 }
@@ -166,19 +187,19 @@ fn every_key_has_an_effect() {
 fn extras_are_for_the_vm_that_is_booted_and_compared_with_those_of_one_that_is() {
     let host = TestHost::new();
     let allowed = "allowed_annotations = [\"io.husk.extras.files\", \"io.husk.supervisor\"]";
-    let with = host.outcome("allowed_annotations = [\"io.husk.extras.files\", \"io.husk.vsock\"]");
     let words = ["husk.extras", "husk.supervisor"];
-    assert_eq!(words.map(|name| word(&with, name)), ["husk.extras=husk-extras", "husk.supervisor=1"]);
-    assert_eq!(with.map(|booted| booted.plan.supervisor), Ok(true));
     let without = host.outcome("");
     assert_eq!(words.map(|name| word(&without, name)), ["no such word"; 2]);
     assert_eq!(without.map(|booted| booted.plan.supervisor), Ok(false));
 
-    let [agent, none] = ["agent", "none"].map(|name| host.here(&format!("{{host}}/{name}")));
+    let [agent, none] = ["other/workspace", "none"].map(|name| host.here(&format!("{{host}}/{name}")));
     let asked = |path: &str, supervisor: &str| {
         let files = serde_json::json!({"/run/husk/supervisor": {"source": path, "mode": "0755"}}).to_string();
         serde_json::json!({ "io.husk.extras.files": files, "io.husk.supervisor": supervisor })
     };
+    let run = host.outcome_of(allowed, asked(&agent, "true"), None);
+    assert_eq!(words.map(|name| word(&run, name)), ["husk.extras=husk-extras", "husk.supervisor=1"]);
+    assert_eq!(run.map(|booted| booted.plan.supervisor), Ok(true));
     let not_run = host.outcome_of(allowed, asked(&agent, "false"), None);
     assert_eq!(words.map(|name| word(&not_run, name)), ["husk.extras=husk-extras", "no such word"]);
     // All at once, also what is wrong elsewhere.
@@ -201,4 +222,19 @@ fn every_key_and_every_annotation_is_in_the_readme() {
     let names = KEYS.iter().map(|key| key.name).chain(annotations::NAMES);
     let missing: Vec<_> = names.filter(|name| !readme.contains(&format!("`{name}"))).collect();
     assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn a_workspace_is_for_the_metadata_service_alone() {
+    let host = TestHost::new();
+    let json = r#"{"password": "hunter2"}"#;
+    let Booted { plan, spec, args, .. } = host.outcome_with("", ("io.husk.workspace", json)).map_err(drop).unwrap();
+    assert_eq!(plan.workspace.as_ref().unwrap().bytes(), json.as_bytes());
+    let elsewhere = format!("{plan:?} {spec:?} {} {args:?}", serde_json::to_string(&spec).unwrap());
+    assert!(!elsewhere.contains("hunter2") && !elsewhere.contains("io.husk.workspace"), "{elsewhere}");
+    let refused = host.outcome_with("", ("io.husk.workspace", &json.replace('}', ""))).err().unwrap();
+    assert_eq!(
+        refused,
+        "annotation io.husk.workspace = (22 bytes): must be JSON, or the absolute path of a file: EOF while parsing an object at line 1 column 22"
+    );
 }

@@ -19,7 +19,7 @@ pub struct Machine {
     /// Its process.
     pub process: ProcessId,
     /// The guest's address on vsock.
-    pub cid: u64,
+    pub cid: u32,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// The guest's memory, MiB.

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use containerd_shim_protos::api::ShutdownRequest;
-use husk_protos::PORT_READY;
 use husk_protos::system::Hello;
+use husk_protos::{PORT_METADATA, PORT_READY};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use ttrpc::context::with_duration;
@@ -24,13 +24,16 @@ use crate::cgroup::{CgroupError, Hierarchies};
 use crate::console::{Attached, Words};
 use crate::guest::Guest;
 use crate::journal::Journal;
+use crate::metadata::token::Identity;
+use crate::metadata::workspace::Workspace;
+use crate::metadata::{self, serve_vm};
 use crate::process::ProcessId;
 use crate::state::{Boot, Machine as Facts, Owner, StateError, Step};
 use crate::vm::virtiofsd;
 use crate::vsock::Device;
 
 /// CID of every guest: each has a vsock device of its own, so they need not differ. 0 to 2 are reserved (vsock(7)).
-const GUEST_CID: u64 = 3;
+const GUEST_CID: u32 = 3;
 /// How long QEMU may take to end by itself, when the guest does not answer, and after it was killed.
 const EXIT: Duration = Duration::from_secs(3);
 /// How long a guest that has stopped everything is kept for what is still on its way from it.
@@ -65,6 +68,10 @@ pub struct Plan {
     pub supervisor: bool,
     /// The cgroup that the VM's processes live in, as the OCI runtime spec writes it; their parent's if none.
     pub cgroup: Option<String>,
+    /// How the metadata service signs its tokens.
+    pub tokens: metadata::Settings,
+    /// What it tells of the workspace.
+    pub workspace: Option<Workspace>,
 }
 
 /// Why a VM did not come up.
@@ -172,9 +179,13 @@ impl Vm {
     ) -> Result<Arc<Self>, Error> {
         let io = |what| move |source| Error::Io { what, source };
         journal.vm_passes(VmState::Provisioning, "a container needs it")?;
-        let (device, vsock) = Device::start(GUEST_CID)?;
+        let (device, vsock) = Device::start(GUEST_CID.into())?;
         // Before the guest runs, or its dial could find nobody.
         let mut ready = device.listen(PORT_READY)?;
+        let identity = identity(journal, GUEST_CID)?;
+        // Ends with the device.
+        let asked = device.listen(PORT_METADATA)?;
+        tokio::spawn(serve_vm(asked, identity, plan.tokens.clone(), plan.workspace.clone()));
         let (console_ours, console_theirs) =
             std::os::unix::net::UnixStream::pair().map_err(io("make a socket pair for the console"))?;
         console_ours.set_nonblocking(true).map_err(io("make the console non-blocking"))?;
@@ -398,6 +409,13 @@ fn facts(spec: &Spec, process: ProcessId) -> Facts {
         kernel: None,
         init: None,
     }
+}
+
+/// Who the VM is that this journal is of.
+fn identity(journal: &Journal, cid: u32) -> Result<Identity, StateError> {
+    journal.with(|state| {
+        Ok(Identity { namespace: state.namespace().to_owned(), sandbox: state.sandbox().to_owned(), cid })
+    })
 }
 
 fn open_log(path: &Path) -> std::io::Result<File> {

@@ -9,6 +9,7 @@ mod events;
 mod find;
 mod list;
 mod logs;
+mod metadata;
 mod print;
 mod status;
 mod term;
@@ -111,6 +112,9 @@ enum Command {
         /// The shell
         shell: Shell,
     },
+    /// What is to be known about the tokens that VMs get of the metadata service
+    #[command(subcommand)]
+    Metadata(metadata::Command),
 }
 
 fn main() -> ExitCode {
@@ -147,6 +151,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Console { sandbox, json } => return console::run(&sandbox.id, json),
         Command::BootProfile { sandbox, format } => boot_profile::run(&sandbox.id, format.json)?,
         Command::CheckConfig { file, format } => return check_config::run(file.as_deref(), format.json),
+        Command::Metadata(command) => metadata::run(command)?,
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "husk", &mut script);

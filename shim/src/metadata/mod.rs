@@ -1,0 +1,139 @@
+//! The metadata service: tells a VM, or what runs in it beside the containers, who it is, so that it can prove it to others, and how its workspace is
+//! configured. The caller is known by the VM that it calls from.
+//!
+//! | file           | what it is                                                          |
+//! |----------------|---------------------------------------------------------------------|
+//! | `key.rs`       | the host's key: made once, read anew for each token                 |
+//! | `token.rs`     | the token (pure)                                                    |
+//! | `workspace.rs` | the workspace configuration: JSON, or a file of an allowed folder   |
+//! | `service.rs`   | TTRPC on connections that may be hostile                            |
+//!
+//! Neither the key nor the workspace shows in a log, an error, a kernel's command line or `state.json`.
+
+pub mod key;
+mod service;
+pub mod token;
+pub mod workspace;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use futures::stream;
+use husk_protos::metadata::GetMetadataResponse;
+use tokio::sync::Semaphore;
+use ttrpc::Code;
+
+use crate::vsock::{self, Listener};
+use key::Key;
+pub use service::{Refusal, Source, serve};
+use token::Identity;
+use workspace::Workspace;
+
+/// How often the log may say why there are no tokens: a guest decides how often it asks.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+
+/// What an operator decides about tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// The file of the host's key.
+    pub key: PathBuf,
+    /// How long a token is good for.
+    pub lifetime: Duration,
+}
+
+/// Issues tokens by the host's key.
+pub struct Issuer {
+    settings: Settings,
+    /// One reads the key at a time: should its disk hang, no more than one thread hangs with it.
+    reading: Arc<Semaphore>,
+    told: Mutex<Option<Instant>>,
+}
+
+impl Issuer {
+    /// One that has not read the key: that is done when it is needed.
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, reading: Arc::new(Semaphore::new(1)), told: Mutex::new(None) }
+    }
+
+    /// A new token for a VM. Why there is none is for the host's log alone.
+    ///
+    /// # Errors
+    ///
+    /// When the key cannot be used.
+    pub async fn issue(&self, identity: Identity) -> Result<String, Refusal> {
+        // Never closed; were it, there would be no token.
+        let turn = self.reading.clone().acquire_owned().await.map_err(|_| no_token())?;
+        let Settings { key, lifetime } = self.settings.clone();
+        let issued = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            let key = Key::read_or_make(&key)?;
+            Ok::<_, key::KeyError>(token::issue(&key, &identity, SystemTime::now(), lifetime))
+        });
+        let why = match issued.await {
+            Ok(Ok(token)) => return Ok(token),
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        if self.may_tell() {
+            tracing::error!(error = why, "a VM that asked for a token got none");
+        }
+        Err(no_token())
+    }
+
+    fn may_tell(&self) -> bool {
+        let mut told = self.told.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let now = Instant::now();
+        let due = told.is_none_or(|at| now.duration_since(at) >= TELL_AGAIN);
+        if due {
+            *told = Some(now);
+        }
+        due
+    }
+}
+
+fn no_token() -> Refusal {
+    let message = "the host cannot sign a token; its log says why".to_owned();
+    Refusal { code: Code::FAILED_PRECONDITION, message }
+}
+
+/// What a VM is told.
+pub fn response(token: String, workspace: Option<&Workspace>) -> GetMetadataResponse {
+    let workspace = workspace.map(|workspace| workspace.bytes().to_vec());
+    GetMetadataResponse { token, workspace, ..Default::default() }
+}
+
+/// Answers for the one VM whose device it is.
+struct OneVm {
+    identity: Identity,
+    issuer: Issuer,
+    workspace: Option<Workspace>,
+}
+
+#[async_trait]
+impl Source for OneVm {
+    async fn get(&self, _cid: u32) -> Result<GetMetadataResponse, Refusal> {
+        Ok(response(self.issuer.issue(self.identity.clone()).await?, self.workspace.as_ref()))
+    }
+}
+
+/// Answers the VM behind `listener` until its device has ended.
+pub async fn serve_vm(listener: Listener, identity: Identity, settings: Settings, workspace: Option<Workspace>) {
+    let cid = identity.cid;
+    let incoming = stream::unfold(listener, move |mut listener| async move {
+        loop {
+            match listener.accept().await {
+                Ok(stream) => return Some(((stream, cid), listener)),
+                Err(vsock::Error::Closed) => return None,
+                // Closed by the guest, or out of descriptors: that connection is lost, the next may not be.
+                Err(error) => tracing::warn!(%error, "a connection to the metadata service is lost"),
+            }
+        }
+    });
+    let source = OneVm { identity, issuer: Issuer::new(settings), workspace };
+    serve(Box::pin(incoming), Arc::new(source)).await;
+}
+
+#[cfg(test)]
+mod tests;

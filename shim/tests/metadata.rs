@@ -1,0 +1,64 @@
+//! `husk metadata`, as an operator sees it.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn husk(config: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_husk")).args(args).env_clear().env("HUSK_CONFIG", config).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn the_public_key_is_that_of_the_hosts_key_which_is_made_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, key) = (folder.path().join("config.toml"), folder.path().join("new/metadata.key"));
+    std::fs::write(&config, format!("metadata_key = {key:?}\n")).unwrap();
+    let printed = husk(&config, &["metadata", "public-key"]);
+    assert_eq!((printed.status.code(), text(&printed.stderr)), (Some(0), ""));
+    let pem = text(&printed.stdout);
+    assert!(
+        pem.starts_with("-----BEGIN PUBLIC KEY-----\nMCow") && pem.ends_with("\n-----END PUBLIC KEY-----\n"),
+        "{pem}"
+    );
+    let again = husk(&config, &["metadata", "public-key"]);
+    assert_eq!(text(&again.stdout), pem);
+    let openssl = Command::new("openssl").args(["pkey", "-pubout", "-in"]).arg(&key).output().expect("run openssl");
+    assert_eq!(text(&openssl.stdout), pem, "openssl reads another key in {}", key.display());
+
+    let printed = husk(&config, &["metadata", "public-key", "--json"]);
+    let jwk: serde_json::Value = serde_json::from_slice(&printed.stdout).unwrap();
+    let fixed = ["kty", "crv", "alg", "use"].map(|member| jwk[member].as_str().unwrap());
+    assert_eq!(fixed, ["OKP", "Ed25519", "EdDSA", "sig"]);
+    // The last 32 of a SubjectPublicKeyInfo's 44 bytes, which begin inside a digit of Base64: 43 of the same digits are 32 bytes and 2 bits.
+    assert_eq!(jwk["x"].as_str().unwrap().len(), 43);
+    assert_eq!(jwk["kid"].as_str().unwrap().len(), 43);
+    assert!(jwk.get("d").is_none(), "{jwk}");
+}
+
+#[test]
+fn a_key_that_others_may_read_is_refused() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let (config, key) = (folder.path().join("config.toml"), folder.path().join("metadata.key"));
+    std::fs::write(&config, format!("metadata_key = {key:?}\n")).unwrap();
+    assert!(husk(&config, &["metadata", "public-key"]).status.success());
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let refused = husk(&config, &["metadata", "public-key"]);
+    let expected = format!(
+        "husk: metadata key {}: mode 0644 lets others than its owner use it; nobody can tell who has: remove it for a new one, or chmod 600 it\n",
+        key.display()
+    );
+    assert_eq!((refused.status.code(), text(&refused.stderr)), (Some(1), expected.as_str()));
+    assert_eq!(text(&refused.stdout), "");
+}
+
+#[test]
+fn the_help_tells_what_it_is_for() {
+    let help = husk(Path::new("/none"), &["metadata", "public-key", "--help"]);
+    for word in ["--json", "1027", "metadata_key", "kid"] {
+        assert!(text(&help.stdout).contains(word), "{word}");
+    }
+}
