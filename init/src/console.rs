@@ -29,10 +29,14 @@ pub fn last_words(reason: &str) {
 
 /// Writes on the console.
 pub fn write(text: &str) {
-    let written =
-        File::options().write(true).open("/dev/console").and_then(|mut console| console.write_all(text.as_bytes()));
+    write_bytes(text.as_bytes());
+}
+
+/// Writes what may be no text on the console.
+pub fn write_bytes(bytes: &[u8]) {
+    let written = File::options().write(true).open("/dev/console").and_then(|mut console| console.write_all(bytes));
     if written.is_err() {
         // Before /dev is mounted there is only what the kernel opened for PID 1.
-        let _ = std::io::stderr().write_all(text.as_bytes());
+        let _ = std::io::stderr().write_all(bytes);
     }
 }

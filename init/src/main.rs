@@ -1,7 +1,7 @@
 //! husk's guest: PID 1 and agent in one binary.
 //!
 //! As PID 1 it boots the guest and serves the host over vsock until it is told to end. Under the name of a worker
-//! ([`worker::NAME`]) it does one operation on a container.
+//! ([`worker::NAME`]) it does one operation on a container, under another ([`supervisor::launch::NAME`]) it becomes the supervisor agent.
 
 mod boot;
 mod bundle;
@@ -17,6 +17,7 @@ mod reaper;
 mod report;
 mod rpc;
 mod serve;
+mod supervisor;
 mod system;
 mod task;
 mod worker;
@@ -38,11 +39,16 @@ use report::Reports;
 
 fn main() -> ExitCode {
     let mut args = std::env::args();
-    if args.next().as_deref() == Some(worker::NAME) {
-        return match worker::serve::run(&args.next().unwrap_or_default()) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_nobody_to_tell) => ExitCode::FAILURE,
-        };
+    let (name, argument) = (args.next().unwrap_or_default(), args.next().unwrap_or_default());
+    match name.as_str() {
+        worker::NAME => {
+            return match worker::serve::run(&argument) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_nobody_to_tell) => ExitCode::FAILURE,
+            };
+        }
+        supervisor::launch::NAME => return supervisor::launch::become_agent(&argument),
+        _ => {}
     }
     if std::process::id() != 1 {
         eprintln!("husk-init is the init of a husk guest: it only runs as PID 1");
@@ -77,6 +83,12 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let ports = serve::Ports::bind()?;
     timeline.mark("listening");
     let reaper = reaper::Reaper::start().context("listen to SIGCHLD")?;
+    let supervisor = if cmdline.supervisor {
+        let started = supervisor::Supervisor::start(reaper.clone(), reports.clone(), cmdline.debug);
+        Some(started.context("start the supervisor agent")?)
+    } else {
+        None
+    };
     let events = Arc::new(events::Events::default());
     let streams = Arc::new(io::Streams::default());
     let workers = worker::client::Workers::new(reaper.clone(), cmdline.log);
@@ -86,7 +98,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     timeline.mark("ready");
     let hello = system::hello(&timeline);
     let (end, mut ended) = mpsc::channel(1);
-    let task = task::service::Service { tasks: tasks.clone(), end };
+    let task = task::service::Service { tasks: tasks.clone(), supervisor: supervisor.map(Arc::new), end };
     let mut calls = containerd_shim_protos::shim_async::create_task(Arc::new(task));
     calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::Service::new(tasks))));
     calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::Service { hello: hello.clone() })));

@@ -72,7 +72,6 @@ impl Reports {
     }
 
     /// Tells what the supervisor is doing now.
-    #[allow(dead_code)]
     pub fn supervisor(&self, status: SupervisorStatus) {
         self.waiting().supervisor = Some(status);
         self.0.news.notify_one();

@@ -2,6 +2,7 @@
 //!
 //! No behaviour of either side lives here.
 
+pub mod extras;
 pub mod frame;
 pub mod metered;
 

@@ -116,6 +116,8 @@ pub struct Config {
     pub call_timeout: Duration,
     /// How often a guest tells that it turns. One that misses three is killed.
     pub heartbeat: Duration,
+    /// MiB that a sandbox's extras may have together.
+    pub extras_max_mib: u64,
     /// The `io.husk.` annotations that a sandbox may use.
     pub allowed_annotations: Vec<String>,
     /// How the metadata service signs.
@@ -146,7 +148,12 @@ impl Default for Config {
             boot_timeout: Duration::from_secs(60),
             call_timeout: Duration::from_secs(60),
             heartbeat: Duration::from_secs(10),
-            allowed_annotations: crate::annotations::NAMES.iter().map(|name| (*name).to_owned()).collect(),
+            extras_max_mib: 64,
+            allowed_annotations: crate::annotations::NAMES
+                .into_iter()
+                .filter(|name| !crate::annotations::NOT_BY_DEFAULT.contains(name))
+                .map(str::to_owned)
+                .collect(),
             tokens: crate::metadata::Settings { key: METADATA_KEY.into(), lifetime: TOKEN_LIFETIME },
             workspace_dir: None,
         }

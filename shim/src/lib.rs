@@ -8,6 +8,7 @@ pub mod console;
 pub mod container;
 pub mod ctl;
 pub mod events;
+pub mod extras;
 pub mod guest;
 pub mod hooks;
 pub mod host;

@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::api::CreateTaskRequest;
+use husk_protos::extras::SERIAL;
 use oci_spec::runtime::Spec;
 
 use crate::annotations;
 use crate::cgroup::Hierarchies;
-use crate::config::{self, Config};
+use crate::config::{self, Config, Problem};
+use crate::extras::{Extras, Source};
 use crate::host::{self, Host, Places};
 use crate::metadata::workspace::Workspace;
 use crate::rootfs::spec::parse::parse;
@@ -41,6 +43,10 @@ pub struct Prepared {
     pub rewritten: Rewritten,
     /// The machine, should it have to be booted for this container.
     machine: vm::Spec,
+    /// What its guest gets beside containers; a VM that is booted already has to have it.
+    pub extras: Extras,
+    /// The files of that, open, for a VM that is to be booted.
+    pub sources: Vec<Source>,
     workspace: Option<Workspace>,
     host: Host,
     config: Config,
@@ -64,13 +70,31 @@ pub fn sandbox_of(bundle: &Path, id: &str) -> Result<String, Error> {
     Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
 }
 
-/// Reads and checks everything that a container needs. `is_init` tells the pids of the sandbox's containers.
+/// Reads and checks everything that a container needs. `is_init` tells the pids of the sandbox's containers, `has` what its VM was booted with, if it
+/// was.
 ///
 /// # Errors
 ///
 /// All that is wrong at once.
-pub fn prepare(request: &CreateTaskRequest, sandbox: &str, is_init: &dyn Fn(u32) -> bool) -> Result<Prepared, Error> {
-    prepare_with(config::load().map_err(Error::one)?, &Places::of_process(), request, sandbox, is_init)
+pub fn prepare(
+    request: &CreateTaskRequest,
+    sandbox: &str,
+    is_init: &dyn Fn(u32) -> bool,
+    has: Option<&Extras>,
+) -> Result<Prepared, Error> {
+    prepare_with(config::load().map_err(Error::one)?, &Places::of_process(), request, sandbox, is_init, has)
+}
+
+/// Opens the extras of a VM that is to be booted, or compares them with what it has.
+fn sources(extras: &Extras, has: Option<&Extras>, config: &Config) -> Result<Vec<Source>, Vec<Problem>> {
+    if let Some(has) = has {
+        let beyond = extras.beyond(has);
+        return if beyond.is_empty() { Ok(Vec::new()) } else { Err(beyond) };
+    }
+    match (extras.open(config.extras_max_mib), extras.missing()) {
+        (Ok(sources), None) => Ok(sources),
+        (opened, missing) => Err(opened.err().into_iter().flatten().chain(missing).collect()),
+    }
 }
 
 fn prepare_with(
@@ -79,6 +103,7 @@ fn prepare_with(
     request: &CreateTaskRequest,
     sandbox: &str,
     is_init: &dyn Fn(u32) -> bool,
+    has: Option<&Extras>,
 ) -> Result<Prepared, Error> {
     let bundle = Path::new(&request.bundle);
     let mut spec = read_spec(bundle)?;
@@ -89,6 +114,8 @@ fn prepare_with(
     let annotations = annotations::read(spec.annotations().as_ref().unwrap_or(&no_annotations), &config)
         .map_err(|problems| check(texts(&problems)))
         .ok();
+    let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
+    let sources = sources(&extras, has, &config).map_err(|problems: Vec<Problem>| check(texts(&problems))).ok();
     // From here on nobody needs it, neither the guest, nor hooks, nor what is written down for them.
     if let Some(annotations) = spec.annotations_mut() {
         annotations.remove(annotations::WORKSPACE);
@@ -103,7 +130,8 @@ fn prepare_with(
     let rewritten = rewrite(spec, &context).map_err(|problems| check(texts(&problems.0))).ok();
     let host = host::find(&config, places).map_err(|missing| check(texts(&missing))).ok();
 
-    let (Some(annotations), Some(rewritten), Some(host)) = (annotations, rewritten, host) else {
+    let (Some(annotations), Some(sources), Some(rewritten), Some(host)) = (annotations, sources, rewritten, host)
+    else {
         return Err(Error(wrong));
     };
     let (vcpus, memory_mib) = config.size(&annotations, rewritten.limits);
@@ -112,6 +140,12 @@ fn prepare_with(
         format!("husk.heartbeat_ms={}", config.heartbeat.as_millis()),
     ];
     kernel_params.extend(config.kernel_params.iter().cloned());
+    if !extras.files.is_empty() {
+        kernel_params.push(format!("husk.extras={SERIAL}"));
+    }
+    if extras.runs_supervisor() {
+        kernel_params.push("husk.supervisor=1".to_owned());
+    }
     let machine = vm::Spec {
         name: format!("husk-{sandbox}"),
         accel: host.accel,
@@ -123,10 +157,11 @@ fn prepare_with(
         kernel: host.artifacts.kernel.clone(),
         initrd: host.artifacts.initrd.clone(),
         kernel_cid: None,
+        disks: Vec::new(),
         kernel_params,
         user: Some(user(&config, host.accel)),
     };
-    Ok(Prepared { rewritten, machine, workspace: annotations.workspace, host, config })
+    Ok(Prepared { rewritten, machine, extras, sources, workspace: annotations.workspace, host, config })
 }
 
 fn texts(problems: &[impl ToString]) -> Vec<String> {
@@ -145,9 +180,10 @@ fn user(config: &Config, accel: vm::Accel) -> (u32, u32) {
     }
 }
 
-/// What boots the machine of `prepared`, on the folder `share`.
-pub fn plan(prepared: &Prepared, share: PathBuf) -> (Box<dyn Vmm>, Plan) {
+/// What boots the machine of `prepared`, on the folder `share`, with the disk of its extras.
+pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<vm::Disk>) -> (Box<dyn Vmm>, Plan) {
     let mut spec = prepared.machine.clone();
+    spec.disks.extend(extras);
     // The guest has no clock of its own: it begins with the host's time, as late as possible.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     spec.kernel_params.push(format!("husk.epoch_ns={}", now.as_nanos()));
@@ -162,6 +198,7 @@ pub fn plan(prepared: &Prepared, share: PathBuf) -> (Box<dyn Vmm>, Plan) {
         call_timeout: prepared.config.call_timeout,
         heartbeat: prepared.config.heartbeat,
         guest_level: prepared.config.log_level,
+        supervisor: prepared.extras.runs_supervisor(),
         cgroup: prepared.rewritten.cgroups_path.clone(),
         tokens: prepared.config.tokens.clone(),
         workspace: prepared.workspace.clone(),

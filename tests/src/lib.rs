@@ -6,6 +6,7 @@
 // The programs for bare test VMs (`src/bin/`) are built for musl, without the harness.
 #![cfg(not(target_env = "musl"))]
 
+pub mod agent;
 pub mod artifacts;
 pub mod bundle;
 pub mod command;

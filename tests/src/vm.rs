@@ -40,8 +40,19 @@ pub struct Config {
     pub memory: u32,
     /// Added to the kernel's command line.
     pub kernel_parameters: String,
+    /// Read-only block devices, in the order in which QEMU gets them.
+    pub disks: Vec<Disk>,
     /// The guest's clock counts its instructions, one a nanosecond, instead of time: measures are the same whatever else the machine does.
     pub instruction_clock: bool,
+}
+
+/// A block device.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// By which the guest finds it.
+    pub serial: String,
+    /// What is on it: whole sectors.
+    pub content: Vec<u8>,
 }
 
 /// A file, or with `link` a symbolic link.
@@ -64,6 +75,7 @@ impl Config {
             files: Vec::new(),
             memory: 256,
             kernel_parameters: String::new(),
+            disks: Vec::new(),
             instruction_clock: false,
         }
     }
@@ -83,9 +95,9 @@ impl Vm {
         let initrd = folder.path().join("initrd");
         let init = std::fs::read(&config.init).with_context(|| format!("read {}", config.init.display()))?;
         std::fs::write(&initrd, cpio(&init, &config.files)).context("write the initramfs")?;
-        let (options, device) = match config.machine {
-            Machine::Microvm => ("microvm,acpi=off,rtc=on", "vhost-user-vsock-device"),
-            Machine::Q35 => ("q35", "vhost-user-vsock-pci"),
+        let (options, bus) = match config.machine {
+            Machine::Microvm => ("microvm,acpi=off,rtc=on", "device"),
+            Machine::Q35 => ("q35", "pci"),
         };
         let fd = vsock.as_raw_fd();
         let memory = config.memory;
@@ -97,7 +109,12 @@ impl Vm {
             .args(["-cpu", "max"])
             .args(["-machine", &format!("{options},accel=tcg,memory-backend=mem")])
             .args(["-object", &format!("memory-backend-memfd,id=mem,size={memory}M,share=on")])
-            .args(["-chardev", &format!("socket,id=vs,fd={fd}"), "-device", &format!("{device},chardev=vs")])
+            .args([
+                "-chardev",
+                &format!("socket,id=vs,fd={fd}"),
+                "-device",
+                &format!("vhost-user-vsock-{bus},chardev=vs"),
+            ])
             .args(["-append", &parameters])
             .args(if config.instruction_clock { &["-icount", "shift=0,sleep=off"][..] } else { &[] })
             .arg("-kernel")
@@ -111,6 +128,14 @@ impl Vm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
+        for (number, disk) in config.disks.iter().enumerate() {
+            let image = folder.path().join(format!("disk{number}"));
+            std::fs::write(&image, &disk.content).context("write a disk")?;
+            let mut drive = OsString::from(format!("if=none,id=disk{number},format=raw,read-only=on,file="));
+            drive.push(image);
+            let device = format!("virtio-blk-{bus},drive=disk{number},serial={}", disk.serial);
+            command.arg("-drive").arg(drive).args(["-device", &device]);
+        }
         // SAFETY: fcntl and prctl are async-signal-safe, and the closure touches nothing else.
         unsafe {
             command.pre_exec(move || {

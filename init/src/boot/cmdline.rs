@@ -20,6 +20,10 @@ pub struct Cmdline {
     pub heartbeat: Option<Duration>,
     /// `husk.debug=1`: a developer looks on; the log is on the console too.
     pub debug: bool,
+    /// `husk.extras=`: serial of the disk with files for the guest itself. None by default.
+    pub extras: Option<String>,
+    /// `husk.supervisor=1`: the supervisor agent is run, which the extras bring.
+    pub supervisor: bool,
     /// Words of ours that mean nothing, and why: to be logged, because nobody else will ever tell the host.
     pub problems: Vec<String>,
 }
@@ -33,6 +37,8 @@ impl Default for Cmdline {
             ready_port: PORT_READY,
             heartbeat: None,
             debug: false,
+            extras: None,
+            supervisor: false,
             problems: Vec::new(),
         }
     }
@@ -55,7 +61,9 @@ pub fn parse(text: &str) -> Cmdline {
                 let period = value.parse().ok().filter(|ms| *ms > 0).map(Duration::from_millis);
                 period.map(|period| cmdline.heartbeat = Some(period)).is_some()
             }
-            "husk.debug" => ["0", "1"].contains(&value).then(|| cmdline.debug = value == "1").is_some(),
+            "husk.debug" => set_flag(&mut cmdline.debug, value),
+            "husk.extras" => is_serial(value).then(|| cmdline.extras = Some(value.to_owned())).is_some(),
+            "husk.supervisor" => set_flag(&mut cmdline.supervisor, value),
             _ => {
                 cmdline.problems.push(format!("unknown kernel parameter {key}"));
                 continue;
@@ -66,6 +74,19 @@ pub fn parse(text: &str) -> Cmdline {
         }
     }
     cmdline
+}
+
+fn set_flag(flag: &mut bool, value: &str) -> bool {
+    let understood = ["0", "1"].contains(&value);
+    *flag = if understood { value == "1" } else { *flag };
+    understood
+}
+
+/// Longest serial of a virtio block device (`VIRTIO_BLK_ID_BYTES`).
+const SERIAL_MAX: usize = 20;
+
+fn is_serial(serial: &str) -> bool {
+    (1..=SERIAL_MAX).contains(&serial.len()) && serial.bytes().all(|b| b.is_ascii_graphic())
 }
 
 fn is_hostname(name: &str) -> bool {
@@ -99,6 +120,19 @@ mod tests {
             ("husk.heartbeat_ms=0", bad("kernel parameter husk.heartbeat_ms has the bad value \"0\"")),
             ("husk.debug=1", Cmdline { debug: true, ..default() }),
             ("husk.debug=yes", bad("kernel parameter husk.debug has the bad value \"yes\"")),
+            (
+                "husk.debug=1 husk.debug",
+                Cmdline { debug: true, ..bad("kernel parameter husk.debug has the bad value \"\"") },
+            ),
+            ("husk.extras=husk-extras", Cmdline { extras: Some("husk-extras".into()), ..default() }),
+            ("husk.extras=", bad("kernel parameter husk.extras has the bad value \"\"")),
+            (
+                "husk.extras=a-serial-of-21-bytes.",
+                bad("kernel parameter husk.extras has the bad value \"a-serial-of-21-bytes.\""),
+            ),
+            ("husk.supervisor=1", Cmdline { supervisor: true, ..default() }),
+            ("husk.supervisor=1 husk.supervisor=0", default()),
+            ("husk.supervisor=true", bad("kernel parameter husk.supervisor has the bad value \"true\"")),
             ("husk.colour=red", bad("unknown kernel parameter husk.colour")),
             ("husk.colour", bad("unknown kernel parameter husk.colour")),
             ("nothusk.log=off", default()),

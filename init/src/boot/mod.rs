@@ -5,6 +5,8 @@
 mod clock;
 mod cmdline;
 mod devices;
+mod disks;
+mod extras;
 mod mounts;
 mod network;
 mod own;
@@ -12,6 +14,8 @@ mod root;
 mod timeline;
 
 use std::io;
+
+use husk_protos::extras::SUPERVISOR;
 
 pub use cmdline::Cmdline;
 pub use own::randomize_addresses;
@@ -83,6 +87,14 @@ pub fn boot(timeline: &mut Timeline, reports: &Reports) -> Result<Cmdline, Error
     own::keep_addresses()?;
     devices::credit_entropy()?;
     timeline.mark("system");
+
+    if let Some(serial) = &cmdline.extras {
+        extras::unpack(serial).step(|| "extras".into())?;
+        timeline.mark("extras");
+    }
+    if cmdline.supervisor {
+        std::fs::metadata(SUPERVISOR).step(|| format!("the supervisor agent was asked for: {SUPERVISOR}"))?;
+    }
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "the guest is set up");
     Ok(cmdline)
 }

@@ -4,7 +4,7 @@ use husk_protos::system::Milestone;
 use nix::time::{ClockId, clock_gettime};
 
 /// Milestones in the order in which they happened. Their names, for who greps: `init` (first instruction of PID 1's main), `mounts`,
-/// `cgroups`, `system` (network, limits, entropy), `listening` (all vsock ports), `ready` (about to say hello).
+/// `cgroups`, `system` (network, limits, entropy), `extras` (written, if there are any), `listening` (all vsock ports), `ready` (about to say hello).
 #[derive(Debug, Default, Clone)]
 pub struct Timeline(Vec<Milestone>);
 

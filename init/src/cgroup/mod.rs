@@ -20,6 +20,8 @@ use watch::Watched;
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// PID 1's own, with its workers.
 pub const OWN: &str = "/sys/fs/cgroup/husk";
+/// The supervisor agent's, with what it starts; only there while it runs.
+pub const SUPERVISOR: &str = "/sys/fs/cgroup/supervisor";
 /// The containers' parent.
 pub const CONTAINERS: &str = "/sys/fs/cgroup/containers";
 /// [`CONTAINERS`] as a spec's cgroupsPath sees it.
@@ -40,9 +42,21 @@ pub fn set_up() -> io::Result<()> {
     fs::write(format!("{OWN}/cgroup.procs"), "0")?;
     fs::write(format!("{ROOT}/cgroup.subtree_control"), &controllers)?;
     fs::write(format!("{CONTAINERS}/cgroup.subtree_control"), &controllers)?;
-    match fs::write(format!("{OWN}/memory.min"), OWN_MEMORY_MIN) {
+    protect(OWN, OWN_MEMORY_MIN)
+}
+
+/// Makes a group, unless it is there, with memory that reclaim leaves to it (`memory.min`), bytes.
+pub fn make_protected(group: &str, memory_min: &str) -> io::Result<()> {
+    match fs::create_dir(group) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
+        _ => protect(group, memory_min),
+    }
+}
+
+fn protect(group: &str, memory_min: &str) -> io::Result<()> {
+    match fs::write(format!("{group}/memory.min"), memory_min) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            tracing::warn!("the kernel has no memory controller: the init's memory is not protected");
+            tracing::warn!(group, "the kernel has no memory controller: the group's memory is not protected");
             Ok(())
         }
         other => other,

@@ -22,11 +22,14 @@ use crate::error::{Error, Kind};
 use crate::io::Size;
 use crate::reaper::Exit;
 use crate::rpc::{Answer, answer, finish};
+use crate::supervisor::Supervisor;
 
 /// The Task service.
 pub struct Service {
     /// What it serves.
     pub tasks: Arc<Tasks>,
+    /// Ends with the guest, if there is one.
+    pub supervisor: Option<Arc<Supervisor>>,
     /// Takes one message: the guest is to end.
     pub end: mpsc::Sender<()>,
 }
@@ -154,9 +157,14 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
-        let tasks = self.tasks.clone();
+        let (tasks, supervisor) = (self.tasks.clone(), self.supervisor.clone());
         finish(async move {
-            tasks.stop_all().await;
+            // At the same time: each has seconds to go by itself, and the host waits for both.
+            tokio::join!(tasks.stop_all(), async {
+                if let Some(supervisor) = supervisor {
+                    supervisor.stop().await;
+                }
+            });
             // Before the answer: the host ends the VM as soon as it has it. Nothing else of this process is of use any more, so it may block.
             nix::unistd::sync();
             Ok(())

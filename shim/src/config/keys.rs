@@ -10,6 +10,9 @@ use tracing::Level;
 use super::{Accel, Config, LEAST_MEMORY_MIB, MOST_VCPUS, Profile, Vsock, kernel_params};
 use crate::vm::Board;
 
+/// MiB of extras, in the guest's memory, beyond which they are none.
+const MOST_EXTRAS_MIB: u64 = 4096;
+
 type Set = fn(&mut Config, &Value) -> Result<(), String>;
 
 /// A key that may be given.
@@ -24,7 +27,7 @@ const fn key(name: &'static str, set: Set) -> Key {
 }
 
 /// All that there are. The configuration is read by this list, and a test proves an effect for each of its entries.
-pub(crate) const KEYS: [Key; 22] = [
+pub(crate) const KEYS: [Key; 23] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
@@ -62,6 +65,7 @@ pub(crate) const KEYS: [Key; 22] = [
     key("boot_timeout_ms", |config, value| put(&mut config.boot_timeout, milliseconds(value))),
     key("call_timeout_ms", |config, value| put(&mut config.call_timeout, milliseconds(value))),
     key("heartbeat_interval_ms", |config, value| put(&mut config.heartbeat, milliseconds(value))),
+    key("extras_max_mib", |config, value| put(&mut config.extras_max_mib, integer(value).and_then(extras_max_mib))),
     key("allowed_annotations", |config, value| put(&mut config.allowed_annotations, annotations(value))),
     key("metadata_key", |config, value| put(&mut config.tokens.key, absolute(value))),
     key("token_lifetime_ms", |config, value| put(&mut config.tokens.lifetime, milliseconds(value))),
@@ -106,6 +110,12 @@ pub(crate) fn memory_mib(size: i64) -> Result<u64, String> {
         Ok(size) if size >= LEAST_MEMORY_MIB => Ok(size),
         Ok(_) => Err(format!("a guest needs at least {LEAST_MEMORY_MIB} MiB")),
     }
+}
+
+/// Checks what extras may have. As much again of the host's memory is taken while a VM boots.
+fn extras_max_mib(size: i64) -> Result<u64, String> {
+    let size = u64::try_from(size).ok().filter(|size| *size <= MOST_EXTRAS_MIB);
+    size.ok_or_else(|| format!("must be a number of MiB, {MOST_EXTRAS_MIB} at most"))
 }
 
 fn integer(value: &Value) -> Result<i64, String> {

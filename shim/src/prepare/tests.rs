@@ -5,7 +5,7 @@ use crate::config::{KEYS, parse};
 use crate::vm::qemu::args::{Fds, arguments};
 
 const SPEC: &str = include_str!("../rootfs/testdata/ctr-1.6.json");
-const FDS: Fds = Fds { kernel: 10, initrd: 11, console: 12, qmp: 13, vsock: 14, share: Some(15) };
+const FDS: Fds = Fds { kernel: 10, initrd: 11, console: 12, qmp: 13, vsock: 14, share: Some(15), disks: Vec::new() };
 
 /// A host of files that are all empty, without KVM: `{host}/beside` has what is found without a configuration, `{host}/other` the same again.
 struct TestHost {
@@ -16,6 +16,7 @@ struct TestHost {
 /// What is to be booted, or why it is not.
 type Outcome = Result<Booted, String>;
 
+#[derive(Debug)]
 struct Booted {
     plan: Plan,
     /// What the guest gets.
@@ -50,14 +51,19 @@ impl TestHost {
     }
 
     fn outcome_with(&self, config: &str, (name, value): (&str, &str)) -> Outcome {
+        self.outcome_of(config, serde_json::json!({ name: value }), None)
+    }
+
+    fn outcome_of(&self, config: &str, annotations: serde_json::Value, has: Option<&Extras>) -> Outcome {
         let mut spec: serde_json::Value = serde_json::from_str(SPEC).unwrap();
-        spec["annotations"] = serde_json::json!({ name: value });
+        spec["annotations"] = annotations;
         std::fs::write(self.folder.path().join("config.json"), spec.to_string()).unwrap();
         let config = parse(config, Path::new("/c.toml")).unwrap();
         let bundle = self.folder.path().display().to_string();
         let request = CreateTaskRequest { id: "c1".into(), bundle, ..Default::default() };
-        let prepared = prepare_with(config, &self.places, &request, "c1", &|_| false).map_err(|e| e.to_string())?;
-        let (_, plan) = plan(&prepared, "/share".into());
+        let prepared =
+            prepare_with(config, &self.places, &request, "c1", &|_| false, has).map_err(|e| e.to_string())?;
+        let (_, plan) = plan(&prepared, "/share".into(), None);
         let args = arguments(&plan.spec, &FDS);
         Ok(Booted { plan, spec: prepared.rewritten.spec, qemu: prepared.host.qemu, args })
     }
@@ -128,6 +134,12 @@ const PROOFS: &[Proof] = &[
     ("call_timeout_ms", "6", |o| booted(o, |b| format!("{:?}", b.plan.call_timeout)), "6ms"),
     ("heartbeat_interval_ms", "7", |o| word(o, "husk.heartbeat_ms="), "husk.heartbeat_ms=7"),
     (
+        "extras_max_mib",
+        "0\nallowed_annotations = [\"io.husk.extras.files\"]",
+        |o| booted(o, |_| "a VM".to_owned()),
+        "annotation io.husk.extras.files = 8 bytes: more than extras_max_mib = 0",
+    ),
+    (
         "allowed_annotations",
         "[\"io.husk.vcpus\"]",
         |o| booted(o, |_| "a VM".to_owned()),
@@ -149,7 +161,10 @@ const PROOFS: &[Proof] = &[
 ];
 
 /// What a key needs beside itself to have an effect.
-const WITH: &[(&str, (&str, &str))] = &[("workspace_dir", ("io.husk.workspace", "{host}/other/workspace"))];
+const WITH: &[(&str, (&str, &str))] = &[
+    ("workspace_dir", ("io.husk.workspace", "{host}/other/workspace")),
+    ("extras_max_mib", ("io.husk.extras.files", r#"{"/x": {"source": "{host}/other/workspace", "mode": "0644"}}"#)),
+];
 
 #[test]
 fn every_key_has_an_effect() {
@@ -167,6 +182,39 @@ fn every_key_has_an_effect() {
         let before = show(&outcome(""));
         assert!(!before.starts_with(&expected), "{line}{before} without it as well");
     }
+}
+
+#[test]
+fn extras_are_for_the_vm_that_is_booted_and_compared_with_those_of_one_that_is() {
+    let host = TestHost::new();
+    let allowed = "allowed_annotations = [\"io.husk.extras.files\", \"io.husk.supervisor\"]";
+    let words = ["husk.extras", "husk.supervisor"];
+    let without = host.outcome("");
+    assert_eq!(words.map(|name| word(&without, name)), ["no such word"; 2]);
+    assert_eq!(without.map(|booted| booted.plan.supervisor), Ok(false));
+
+    let [agent, none] = ["other/workspace", "none"].map(|name| host.here(&format!("{{host}}/{name}")));
+    let asked = |path: &str, supervisor: &str| {
+        let files = serde_json::json!({"/run/husk/supervisor": {"source": path, "mode": "0755"}}).to_string();
+        serde_json::json!({ "io.husk.extras.files": files, "io.husk.supervisor": supervisor })
+    };
+    let run = host.outcome_of(allowed, asked(&agent, "true"), None);
+    assert_eq!(words.map(|name| word(&run, name)), ["husk.extras=husk-extras", "husk.supervisor=1"]);
+    assert_eq!(run.map(|booted| booted.plan.supervisor), Ok(true));
+    let not_run = host.outcome_of(allowed, asked(&agent, "false"), None);
+    assert_eq!(words.map(|name| word(&not_run, name)), ["husk.extras=husk-extras", "no such word"]);
+    // All at once, also what is wrong elsewhere.
+    let no_agent = serde_json::json!({ "io.husk.supervisor": "true" });
+    let refused = host.outcome_of(&format!("{allowed}\nkernel = \"/k\""), no_agent, None).unwrap_err();
+    assert!(refused.contains("\"true\": there is no agent") && refused.contains("kernel = \"/k\""), "{refused}");
+    // What the VM has is not looked for once more.
+    let has = Extras {
+        files: crate::extras::parse(asked(&none, "")["io.husk.extras.files"].as_str().unwrap()).unwrap(),
+        supervisor: None,
+    };
+    assert!(host.outcome_of(allowed, asked(&none, "true"), Some(&has)).is_ok());
+    let refused = host.outcome_of(allowed, asked(&agent, "false"), Some(&has)).unwrap_err();
+    assert!(refused.contains("takes no extras any more") && refused.contains("booted with a supervisor"), "{refused}");
 }
 
 #[test]

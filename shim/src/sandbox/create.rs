@@ -10,11 +10,14 @@ use tokio::sync::watch;
 
 use super::{Error, Machine, STREAM, Sandbox, Slot, alive, hooks};
 use crate::container::Container;
+use crate::extras::Source;
+use crate::extras::disk::{self, DiskError};
 use crate::guest::Metering;
 use crate::io::Stdio;
 use crate::prepare::{self, Prepared};
 use crate::rootfs::share::Share;
 use crate::state::{Boot, Owner, facts};
+use crate::vm::Disk;
 use crate::vm::boot::{self, Vm};
 use crate::vm::life::VmState;
 
@@ -56,7 +59,11 @@ impl Sandbox {
             .filter_map(|container| container.process("").filter(|init| init.exit().is_none()))
             .map(|init| init.pid())
             .collect();
-        let prepared = prepare::prepare(&request, &self.id, &|pid| inits.contains(&pid))?;
+        let has = {
+            let inner = self.lock();
+            matches!(inner.machine, Machine::Up(_)).then(|| inner.extras.clone())
+        };
+        let prepared = prepare::prepare(&request, &self.id, &|pid| inits.contains(&pid), has.as_ref())?;
         for note in &prepared.rewritten.notes {
             tracing::info!(container = id, note, "spec changed for the guest");
         }
@@ -150,11 +157,19 @@ impl Sandbox {
     async fn vm(self: &Arc<Self>, prepared: &Prepared, share: &Share) -> Result<Arc<Vm>, Error> {
         let mut booting = {
             let mut inner = self.lock();
+            if let Machine::Up(_) | Machine::Booting(_) = inner.machine {
+                // Again: another container may have come first while this one was prepared.
+                let beyond = prepared.extras.beyond(&inner.extras);
+                if !beyond.is_empty() {
+                    return Err(prepare::Error(beyond.iter().map(ToString::to_string).collect()).into());
+                }
+            }
             match &inner.machine {
                 Machine::Up(vm) => return alive(vm),
                 Machine::Stopping => return Err(Error::Stopping),
                 Machine::Booting(booting) => booting.clone(),
                 Machine::None => {
+                    inner.extras = prepared.extras.clone();
                     let (done, booting) = watch::channel(None);
                     inner.machine = Machine::Booting(booting.clone());
                     let (sandbox, prepared, share) = (self.clone(), prepared.clone(), share.path().to_owned());
@@ -231,10 +246,23 @@ impl Sandbox {
         share: PathBuf,
         reached: &mut Boot,
     ) -> Result<(Arc<Vm>, Metering<Event>), boot::Error> {
-        let (vmm, plan) = prepare::plan(prepared, share);
+        let extras = extras_disk(prepared.sources.clone()).await?;
+        let (vmm, plan) = prepare::plan(prepared, share, extras.clone());
         let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.words, reached).await?;
+        // A guest that has said hello has taken what is on it.
+        if let Some(disk) = extras
+            && let Err(error) = disk::give_back(&disk)
+        {
+            tracing::warn!(%error, "the memory of the disk for extras is held as long as the VM lives");
+        }
         let events = vm.guest.events(0).await?;
         reached.reached("events subscribed");
         Ok((vm, events))
     }
+}
+
+/// Writes the disk for extras. On a thread for it: it may take a while to read them.
+async fn extras_disk(sources: Vec<Source>) -> Result<Option<Disk>, boot::Error> {
+    let written = tokio::task::spawn_blocking(move || disk::write(&sources));
+    Ok(written.await.map_err(|error| DiskError::Image(std::io::Error::other(error)))??)
 }

@@ -22,6 +22,7 @@ use crate::console::Words;
 use crate::container::Container;
 use crate::container::process::{Exit, Process};
 use crate::events::Publisher;
+use crate::extras::Extras;
 use crate::guest;
 use crate::io::Stdio;
 use crate::journal::Journal;
@@ -59,6 +60,8 @@ enum Slot {
 
 struct Inner {
     machine: Machine,
+    /// What the VM was booted with, or is being booted with.
+    extras: Extras,
     share: Option<Share>,
     containers: HashMap<String, Slot>,
 }
@@ -86,7 +89,12 @@ impl Sandbox {
             words: Words::new(journal.dir()),
             journal,
             publisher,
-            inner: Mutex::new(Inner { machine: Machine::None, share: None, containers: HashMap::new() }),
+            inner: Mutex::new(Inner {
+                machine: Machine::None,
+                extras: Extras::default(),
+                share: None,
+                containers: HashMap::new(),
+            }),
             ended: watch::channel(false).0,
             dismissed: watch::channel(false).0,
         })

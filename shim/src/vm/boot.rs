@@ -13,6 +13,7 @@ use containerd_shim_protos::api::ShutdownRequest;
 use husk_protos::system::Hello;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
+use ttrpc::context::with_duration;
 
 use super::launch::Child;
 use super::life::VmState;
@@ -36,6 +37,8 @@ const EXIT: Duration = Duration::from_secs(3);
 pub const DELIVERED: Duration = Duration::from_millis(500);
 /// How long the machine's end may be noticed after its sockets'.
 const MACHINE_BEHIND: Duration = Duration::from_millis(200);
+/// What a supervisor agent that does not want to end adds to the guest's shutdown: the init's time from SIGTERM to SIGKILL.
+const SUPERVISOR_GRACE: Duration = Duration::from_secs(5);
 /// Lines of the console that explain an end.
 const CONSOLE_LINES: usize = 24;
 /// How long the console's last words may take to arrive when the machine has ended.
@@ -60,6 +63,8 @@ pub struct Plan {
     pub heartbeat: Duration,
     /// The least severe level that the guest's init logs at.
     pub guest_level: tracing::Level,
+    /// The guest has a supervisor agent, which has time of its own to end.
+    pub supervisor: bool,
     /// The cgroup that the VM's processes live in, as the OCI runtime spec writes it; their parent's if none.
     pub cgroup: Option<String>,
     /// How the metadata service signs its tokens.
@@ -74,6 +79,9 @@ pub enum Error {
     /// The machine's process.
     #[error("{0}")]
     Machine(#[from] super::Error),
+    /// The disk for extras.
+    #[error("{0}")]
+    Extras(#[from] crate::extras::disk::DiskError),
     /// The share's process.
     #[error("{0}")]
     Virtiofsd(#[from] virtiofsd::VirtiofsdError),
@@ -152,6 +160,8 @@ pub struct Vm {
     share_workers: Vec<ProcessId>,
     console: Attached,
     heard: Arc<Heard>,
+    /// For the answer to the guest's shutdown.
+    shutdown_timeout: Duration,
     stopping: AtomicBool,
     /// Why it has to end, as soon as somebody says so.
     condemned: watch::Sender<Option<String>>,
@@ -294,6 +304,7 @@ impl Vm {
             share_workers: workers,
             console,
             heard,
+            shutdown_timeout: plan.call_timeout + if plan.supervisor { SUPERVISOR_GRACE } else { Duration::ZERO },
             stopping: AtomicBool::new(false),
             condemned,
             dead,
@@ -349,7 +360,7 @@ impl Vm {
             let request = ShutdownRequest { now: true, ..Default::default() };
             // With its answer the guest has stopped everything and written back what there was: what it would still do takes longer than
             // to end it.
-            match self.guest.task.shutdown(self.guest.context(), &request).await {
+            match self.guest.task.shutdown(with_duration(self.shutdown_timeout), &request).await {
                 Ok(_) => tokio::select! {
                     _ = tokio::time::timeout(DELIVERED, delivered) => {}
                     _ = self.machine.exited() => {}

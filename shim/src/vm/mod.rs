@@ -2,8 +2,10 @@
 //!
 //! What runs inside (the guest's calls) is in `guest`; what containerd sees of it is in `sandbox`.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
@@ -38,6 +40,15 @@ pub enum Board {
     Q35,
 }
 
+/// A block device, which the guest finds by its serial.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// At most 20 bytes (virtio's VIRTIO_BLK_ID_BYTES).
+    pub serial: String,
+    /// What is on it: whole sectors, in a file that the machine's user may open.
+    pub image: Arc<File>,
+}
+
 /// What a virtual machine is made of.
 #[derive(Debug, Clone)]
 pub struct Spec {
@@ -61,6 +72,8 @@ pub struct Spec {
     pub initrd: PathBuf,
     /// The guest's CID on the kernel's vsock device; none with the device in the shim.
     pub kernel_cid: Option<u32>,
+    /// Block devices, which it can only read.
+    pub disks: Vec<Disk>,
     /// Kernel parameters beside those that the board needs.
     pub kernel_params: Vec<String>,
     /// Who the machine's process runs as (uid, gid); root if none.
@@ -77,7 +90,7 @@ pub struct Sockets {
     /// The serial console.
     pub console: OwnedFd,
     /// Where the machine's process writes its complaints.
-    pub log: std::fs::File,
+    pub log: File,
 }
 
 /// Why a machine could not be started.

@@ -7,7 +7,7 @@ const APIC_TIMER_KHZ: u64 = 1_000_000;
 
 /// Numbers of the descriptors that QEMU inherits. It opens nothing by path but its own firmware, so it can run as a user who may
 /// see none of husk's files, and no socket of it has a name.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Fds {
     /// The kernel, readable.
     pub kernel: i32,
@@ -21,6 +21,8 @@ pub struct Fds {
     pub vsock: i32,
     /// virtiofsd's vhost-user socket.
     pub share: Option<i32>,
+    /// The images of the disks, readable, in the spec's order.
+    pub disks: Vec<i32>,
 }
 
 /// The arguments after the program's name.
@@ -62,6 +64,13 @@ pub fn arguments(spec: &Spec, fds: &Fds) -> Vec<String> {
     if let Some(share) = fds.share {
         push(&["-chardev", &format!("socket,id=share,fd={share}")]);
         push(&["-device", &format!("vhost-user-fs-{bus},chardev=share,tag={}", husk_protos::SHARE_TAG)]);
+    }
+    for (number, (disk, fd)) in spec.disks.iter().zip(&fds.disks).enumerate() {
+        // Nobody else has it, so there is nobody to lock it against.
+        let file = format!("driver=file,node-name=disk{number},filename=/dev/fd/{fd},read-only=on,locking=off");
+        push(&["-blockdev", &file]);
+        let serial = disk.serial.replace(',', ",,");
+        push(&["-device", &format!("virtio-blk-{bus},drive=disk{number},serial={serial}")]);
     }
     args
 }
@@ -139,6 +148,7 @@ fn append(spec: &Spec) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::Disk;
 
     fn spec() -> Spec {
         Spec {
@@ -152,12 +162,14 @@ mod tests {
             kernel: "/k".into(),
             initrd: "/i".into(),
             kernel_cid: None,
+            disks: Vec::new(),
             kernel_params: vec!["husk.log=warn".into()],
             user: None,
         }
     }
 
-    const FDS: Fds = Fds { kernel: 10, initrd: 11, console: 12, qmp: 13, vsock: 14, share: Some(15) };
+    const FDS: Fds =
+        Fds { kernel: 10, initrd: 11, console: 12, qmp: 13, vsock: 14, share: Some(15), disks: Vec::new() };
 
     /// The value that follows each occurrence of `option`.
     fn values<'a>(args: &'a [String], option: &str) -> Vec<&'a str> {
@@ -261,6 +273,23 @@ mod tests {
     fn a_machine_without_a_share_has_no_device_for_it() {
         let args = arguments(&spec(), &Fds { share: None, ..FDS });
         assert_eq!(values(&args, "-device"), ["vhost-user-vsock-device,chardev=vsock"]);
+    }
+
+    #[test]
+    fn disks_go_by_descriptor_and_have_serials() {
+        let image = std::sync::Arc::new(tempfile::tempfile().unwrap());
+        let disk = |serial: &str| Disk { serial: serial.into(), image: image.clone() };
+        let table = [(Board::Microvm, "virtio-blk-device"), (Board::Q35, "virtio-blk-pci")];
+        for (board, device) in table {
+            let spec = Spec { board, disks: vec![disk("one"), disk("t,wo")], ..spec() };
+            let args = arguments(&spec, &Fds { disks: vec![16, 17], ..FDS });
+            let file = |number, fd| {
+                format!("driver=file,node-name=disk{number},filename=/dev/fd/{fd},read-only=on,locking=off")
+            };
+            assert_eq!(values(&args, "-blockdev"), [file(0, 16), file(1, 17)]);
+            let expected = [format!("{device},drive=disk0,serial=one"), format!("{device},drive=disk1,serial=t,,wo")];
+            assert_eq!(values(&args, "-device")[2..], expected);
+        }
     }
 
     #[test]

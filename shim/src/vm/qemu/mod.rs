@@ -1,7 +1,7 @@
 //! QEMU as the VMM.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use tokio::net::UnixStream;
 
 use super::launch::{Child, FIRST_FD, Launch};
-use super::{Error, Machine, Sockets, Spec, Vmm, hugepages};
+use super::{Disk, Error, Machine, Sockets, Spec, Vmm, hugepages};
 use crate::process::ProcessId;
 
 pub mod args;
@@ -46,6 +46,7 @@ impl Vmm for Qemu {
             qmp: inherited.add(qmp_theirs.into()),
             vsock: inherited.add(sockets.vsock),
             share: sockets.share.map(|share| inherited.add(share)),
+            disks: spec.disks.iter().map(|disk| Ok(inherited.add(read_only(disk)?))).collect::<Result<_, Error>>()?,
         };
         let launch = Launch {
             program: self.program.clone(),
@@ -86,6 +87,12 @@ fn open(what: &'static str, path: &Path) -> Result<OwnedFd, Error> {
         return Err(error(std::io::Error::new(std::io::ErrorKind::PermissionDenied, hint)));
     }
     Ok(file.into())
+}
+
+/// A disk's image, as it may be opened for reading alone.
+fn read_only(disk: &Disk) -> Result<OwnedFd, Error> {
+    let path = format!("/proc/self/fd/{}", disk.image.as_raw_fd());
+    File::open(&path).map(OwnedFd::from).map_err(|source| Error::Open { what: "disk", path: path.into(), source })
 }
 
 struct QemuMachine {

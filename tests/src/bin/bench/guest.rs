@@ -74,12 +74,12 @@ impl Kit {
         std::fs::write(bundle.join("config.json"), bundle::spec(CONTAINER, &["true"]).to_string())?;
         let request =
             api::CreateTaskRequest { id: CONTAINER.into(), bundle: bundle.display().to_string(), ..Default::default() };
-        let prepared = prepare::prepare(&request, CONTAINER, &|_| false)?;
+        let prepared = prepare::prepare(&request, CONTAINER, &|_| false, None)?;
         Ok(Self { folder, prepared })
     }
 
     fn plan(&self, accel: Accel) -> (Box<dyn Vmm>, Plan) {
-        let (vmm, mut plan) = prepare::plan(&self.prepared, self.folder.path().join("share"));
+        let (vmm, mut plan) = prepare::plan(&self.prepared, self.folder.path().join("share"), None);
         plan.spec.accel = accel;
         plan.boot_timeout = BOOT;
         // The VM stays in the benchmark's own cgroup.

@@ -1,0 +1,128 @@
+//! A supervisor agent for tests. `/etc/agent`, a file that it is brought with, says what it does: `crash`, `serve`, `deaf` or `flood`.
+//!
+//! All but the first answer on TCP port 7007 of the loopback: a connection is one line, `about`, `show PATH` or `run PATH`, and the answer to it.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, ExitCode};
+
+fn main() -> ExitCode {
+    match std::env::args().nth(1).as_deref() {
+        Some("hello") => {
+            return match writeln!(io::stdout(), "hello") {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            };
+        }
+        Some("child") => loop {
+            std::thread::park();
+        },
+        _ => {}
+    }
+    match live() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn live() -> io::Result<ExitCode> {
+    writeln!(io::stdout(), "started pid={} at_ms={}", std::process::id(), boottime_ms())?;
+    let wanted = fs::read_to_string("/etc/agent")?;
+    match wanted.trim() {
+        "crash" => return Ok(ExitCode::from(3)),
+        "deaf" => {
+            // SAFETY: no handler is installed; the signal is ignored, by what it starts as well.
+            unsafe { libc::signal(libc::SIGTERM, libc::SIG_IGN) };
+            let child = Command::new("/proc/self/exe").arg("child").spawn()?;
+            writeln!(io::stdout(), "child={}", child.id())?;
+        }
+        "flood" => {
+            // 2.5 MiB and some.
+            let mut out = io::stdout().lock();
+            for number in 0..40_000 {
+                writeln!(out, "{number:07} {}", "x".repeat(57))?;
+            }
+        }
+        _ => {}
+    }
+    let listener = TcpListener::bind("127.0.0.1:7007")?;
+    for stream in listener.incoming() {
+        let mut stream = stream?;
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line)?;
+        let answer = match answer(line.trim()) {
+            Ok(answer) => answer,
+            Err(error) => format!("{line}: {error}"),
+        };
+        // Who asks may have gone.
+        let _ = stream.write_all(answer.as_bytes());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn answer(line: &str) -> io::Result<String> {
+    match line.split_once(' ').unwrap_or((line, "")) {
+        ("show", path) => {
+            let mode = fs::metadata(path)?.permissions().mode() & 0o7777;
+            let content = fs::read(path)?;
+            Ok(format!("{mode:o} {} {}\n", content.len(), checksum(&content)))
+        }
+        ("run", path) => {
+            let output = Command::new(path).arg("hello").output()?;
+            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        }
+        _ => about(),
+    }
+}
+
+/// What it has from whoever started it, a line each.
+fn about() -> io::Result<String> {
+    let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned());
+    let status = read("/proc/self/status")?;
+    let of_status = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_default().trim().to_owned()
+    };
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: getrlimit writes one rlimit, into a variable that outlives the call.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: getsid takes an integer and touches no memory.
+    let session = unsafe { libc::getsid(0) };
+    // 0, 1, 2, the listener, the connection, and what reads the folder.
+    let fds = fs::read_dir("/proc/self/fd")?.count();
+    let lines = [
+        format!("pid={}", std::process::id()),
+        format!("pid_file={}", read("/run/husk-supervisor.pid")?),
+        format!("cgroup={}", read("/proc/self/cgroup")?),
+        format!("memory_min={}", read("/sys/fs/cgroup/supervisor/memory.min")?),
+        format!("oom_score_adj={}", read("/proc/self/oom_score_adj")?),
+        format!("personality={}", read("/proc/self/personality")?),
+        format!("blocked={} ignored={}", of_status("SigBlk:"), of_status("SigIgn:")),
+        format!("open_files={}", limit.rlim_cur),
+        format!("session={session}"),
+        format!("fds={fds}"),
+        format!("args={:?}", std::env::args().collect::<Vec<_>>()),
+        format!("env={:?}", std::env::vars().collect::<Vec<_>>()),
+        format!("stdin={}", fs::read_link("/proc/self/fd/0")?.display()),
+    ];
+    Ok(lines.join("\n") + "\n")
+}
+
+/// FNV-1a, 64 bits.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+fn boottime_ms() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: clock_gettime writes one timespec, into a variable that outlives the call; the clock exists on every kernel of a guest.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
+    time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
+}
