@@ -2,8 +2,14 @@
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-const FILES: [&str; 5] =
-    ["proto/system.proto", "proto/bundle.proto", "proto/stdio.proto", "proto/events.proto", "proto/metadata.proto"];
+const FILES: [&str; 6] = [
+    "proto/system.proto",
+    "proto/bundle.proto",
+    "proto/stdio.proto",
+    "proto/events.proto",
+    "proto/metadata.proto",
+    "proto/debug.proto",
+];
 /// Without a service.
 const MESSAGES: [&str; 2] = ["proto/runc_options.proto", "proto/report.proto"];
 

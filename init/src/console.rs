@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
 
@@ -25,6 +26,13 @@ pub fn take_over() {
 pub fn last_words(reason: &str) {
     let line = format!("husk: fatal: {reason}\n");
     write(&line);
+}
+
+/// Shows a line on the console if that takes it now: a terminal that somebody has stopped must not stop PID 1.
+pub fn show(line: &str) {
+    let console = File::options().write(true).custom_flags(libc::O_NONBLOCK).open("/dev/console");
+    // What it does not take, the host has.
+    let _ = console.and_then(|mut console| console.write_all(line.as_bytes()));
 }
 
 /// Writes on the console.

@@ -1,12 +1,14 @@
 //! husk's guest: PID 1 and agent in one binary.
 //!
 //! As PID 1 it boots the guest and serves the host over vsock until it is told to end. Under the name of a worker
-//! ([`worker::NAME`]) it does one operation on a container, under another ([`supervisor::launch::NAME`]) it becomes the supervisor agent.
+//! ([`worker::NAME`]) it does one operation on a container, under others it becomes the supervisor agent ([`supervisor::launch::NAME`]) or a
+//! program of an operator's ([`debug::launch::NAME`]).
 
 mod boot;
 mod bundle;
 mod cgroup;
 mod console;
+mod debug;
 mod error;
 mod events;
 mod events_service;
@@ -17,6 +19,7 @@ mod reaper;
 mod report;
 mod rpc;
 mod serve;
+mod spawn;
 mod supervisor;
 mod system;
 mod task;
@@ -39,15 +42,16 @@ use report::Reports;
 
 fn main() -> ExitCode {
     let mut args = std::env::args();
-    let (name, argument) = (args.next().unwrap_or_default(), args.next().unwrap_or_default());
+    let name = args.next().unwrap_or_default();
     match name.as_str() {
         worker::NAME => {
-            return match worker::serve::run(&argument) {
+            return match worker::serve::run(&args.next().unwrap_or_default()) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(_nobody_to_tell) => ExitCode::FAILURE,
             };
         }
-        supervisor::launch::NAME => return supervisor::launch::become_agent(&argument),
+        supervisor::launch::NAME => return supervisor::launch::become_agent(&args.next().unwrap_or_default()),
+        debug::launch::NAME => return debug::launch::become_program(args),
         _ => {}
     }
     if std::process::id() != 1 {
@@ -92,6 +96,11 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let events = Arc::new(events::Events::default());
     let streams = Arc::new(io::Streams::default());
     let workers = worker::client::Workers::new(reaper.clone(), cmdline.log);
+    let debug = if cmdline.debug {
+        Some(debug::Debug::start(&reaper, &streams).context("start what a guest in debug mode has")?)
+    } else {
+        None
+    };
     let tasks = task::Tasks::new(reaper, workers, events.clone(), streams.clone());
     std::fs::create_dir_all(places::STATE).context("make the folder of the containers' states")?;
 
@@ -102,6 +111,9 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let mut calls = containerd_shim_protos::shim_async::create_task(Arc::new(task));
     calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::Service::new(tasks))));
     calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::Service { hello: hello.clone() })));
+    if let Some(debug) = &debug {
+        calls.extend(debug.service());
+    }
     let _server = ports.serve(calls, streams, events).await?;
 
     // Its end tells the host that the guest is gone: it is held until then.
@@ -115,6 +127,9 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
             console::write(&format!("husk: no way to tell the host anything: {error}\n"));
             ended.recv().await;
         }
+    }
+    if let Some(debug) = debug {
+        debug.end();
     }
     // The answer is still to get out, and what the last processes wrote, and how they ended. The host ends the VM when it has all that.
     let _ = tokio::time::timeout(HOST_ENDS, host.read_u8()).await;

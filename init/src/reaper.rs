@@ -6,8 +6,6 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use nix::errno::Errno;
-use nix::sys::signal::{self, Signal};
-use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -84,13 +82,13 @@ impl Reaper {
         kill_raw(pid, signal)
     }
 
-    /// Like [`Reaper::kill`] with SIGKILL, for the process group that the child leads.
-    pub fn kill_group(&self, leader: i32) -> Result<(), Errno> {
+    /// Like [`Reaper::kill`], for the process group that the child leads.
+    pub fn kill_group(&self, leader: i32, signal: i32) -> Result<(), Errno> {
         let table = self.table();
         if !table.waiters.contains_key(&leader) {
             return Err(Errno::ESRCH);
         }
-        signal::killpg(Pid::from_raw(leader), Signal::SIGKILL)
+        kill_raw(-leader, signal)
     }
 
     fn reap(&self) {
@@ -120,7 +118,7 @@ impl Reaper {
     }
 }
 
-/// Sends any signal number, real-time ones included, which nix's `Signal` does not know.
+/// Sends any signal number, real-time ones included, which nix's `Signal` does not know; to a process group if the pid is negative.
 pub fn kill_raw(pid: i32, signal: i32) -> Result<(), Errno> {
     // SAFETY: kill(2) takes two integers and touches no memory of ours.
     Errno::result(unsafe { libc::kill(pid, signal) }).map(drop)

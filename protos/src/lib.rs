@@ -12,8 +12,8 @@ mod generated {
 }
 
 pub use generated::{
-    bundle, bundle_ttrpc, events, events_ttrpc, metadata, metadata_ttrpc, report, runc_options, stdio, stdio_ttrpc,
-    system, system_ttrpc,
+    bundle, bundle_ttrpc, debug, debug_ttrpc, events, events_ttrpc, metadata, metadata_ttrpc, report, runc_options,
+    stdio, stdio_ttrpc, system, system_ttrpc,
 };
 pub use {protobuf, ttrpc};
 
@@ -23,7 +23,7 @@ pub const PROTOCOL: u32 = 2;
 /// CID by which a guest reaches its host (`VMADDR_CID_HOST`, vsock(7)).
 pub const HOST_CID: u32 = 2;
 
-/// Guest port: containerd's Task service, and husk's System and Bundle.
+/// Guest port: containerd's Task service, husk's System and Bundle, and in debug mode its Debug.
 pub const PORT_TASK: u32 = 1024;
 /// Guest port: the Stdio service, one stream a connection.
 pub const PORT_STDIO: u32 = 1025;

@@ -10,6 +10,9 @@ const PREFIX: &str = "io.husk.";
 const VCPUS: &str = "io.husk.vcpus";
 const PROFILE: &str = "io.husk.profile";
 const MEMORY_MIB: &str = "io.husk.memory_mib";
+/// A shell on the console, and processes in the VM itself. Allowed by default as the others are: whoever writes it gets at neither, both are
+/// behind sockets of the host's root; and the guest that it opens to them is the sandbox's own.
+const DEBUG: &str = "io.husk.debug";
 /// Read by the guest: lets a container use AF_VSOCK.
 const VSOCK: &str = "io.husk.vsock";
 /// Files of the host for the guest itself.
@@ -23,7 +26,7 @@ pub const WORKSPACE: &str = "io.husk.workspace";
 const SHOWN: usize = 200;
 
 /// All that there are.
-pub const NAMES: [&str; 7] = [VCPUS, PROFILE, MEMORY_MIB, VSOCK, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
+pub const NAMES: [&str; 8] = [VCPUS, PROFILE, MEMORY_MIB, DEBUG, VSOCK, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
 /// Those that an operator has to allow by name: with this one, whoever may start a container reads any file of the host, as root.
 pub const NOT_BY_DEFAULT: [&str; 1] = [EXTRAS_FILES];
 
@@ -36,6 +39,8 @@ pub struct Annotations {
     pub profile: Option<Profile>,
     /// MiB of memory.
     pub memory_mib: Option<u64>,
+    /// The guest is one to look into, or is not even where the configuration says so.
+    pub debug: Option<bool>,
     /// Containers may use AF_VSOCK.
     pub vsock: bool,
     /// Files for the guest itself, and whether one of them runs.
@@ -88,6 +93,7 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Resu
         VCPUS => read.vcpus = Some(vcpus(number()?)?),
         PROFILE => read.profile = Some(one_of(Some(value), &Profile::NAMES)?),
         MEMORY_MIB => read.memory_mib = Some(memory_mib(number()?)?),
+        DEBUG => read.debug = Some(boolean(value)?),
         VSOCK => read.vsock = boolean(value)?,
         WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref())?),
         SUPERVISOR => read.extras.supervisor = Some(boolean(value)?),
@@ -117,6 +123,7 @@ mod tests {
             ("io.husk.vcpus", "2"),
             ("io.husk.profile", "throughput"),
             ("io.husk.memory_mib", "300"),
+            ("io.husk.debug", "false"),
             ("io.husk.vsock", "true"),
             ("io.husk.extras.files", r#"{"/run/husk/supervisor": {"source": "/agent", "mode": "0755"}}"#),
             ("io.husk.supervisor", "false"),
@@ -127,7 +134,15 @@ mod tests {
         let agent = Wanted { destination: "/run/husk/supervisor".into(), source: "/agent".into(), mode: 0o755 };
         let extras = Extras { files: vec![agent], supervisor: Some(false) };
         let workspace = Some(Workspace::read("{}", None).unwrap());
-        let expected = Annotations { vcpus: Some(2), profile, memory_mib: Some(300), vsock: true, extras, workspace };
+        let expected = Annotations {
+            vcpus: Some(2),
+            profile,
+            memory_mib: Some(300),
+            debug: Some(false),
+            vsock: true,
+            extras,
+            workspace,
+        };
         let config = Config { allowed_annotations: NAMES.map(str::to_owned).to_vec(), ..Config::default() };
         assert_eq!(read_pairs(&pairs, &config), Ok(expected));
     }
@@ -135,7 +150,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_told_at_once_by_name_and_value() {
         let config = Config {
-            allowed_annotations: [VCPUS, PROFILE, MEMORY_MIB, WORKSPACE, EXTRAS_FILES, SUPERVISOR]
+            allowed_annotations: [VCPUS, PROFILE, MEMORY_MIB, DEBUG, WORKSPACE, EXTRAS_FILES, SUPERVISOR]
                 .map(str::to_owned)
                 .to_vec(),
             ..Config::default()
@@ -147,6 +162,7 @@ mod tests {
             ("io.husk.vcpus", "0"),
             ("io.husk.profile", "fast"),
             ("io.husk.memory_mib", "lots"),
+            ("io.husk.debug", "1"),
             ("io.husk.vsock", "true"),
             ("io.husk.workspace", "{\"password\": hunter2}"),
             ("io.husk.cpus", "1"),
@@ -154,7 +170,8 @@ mod tests {
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown; there are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.vsock, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown; there are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.debug, io.husk.vsock, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.debug = \"1\": must be true or false",
                 "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which is the kernel's",
                 "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path of the host",
                 "annotation io.husk.extras.files[\"/dev/x\"].mode = \"8\": must be permission bits as a string of octal digits, \"0777\" at most",

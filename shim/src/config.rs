@@ -92,7 +92,7 @@ pub struct Config {
     pub kernel: Option<PathBuf>,
     /// The guest's initramfs, if not one of the usual places.
     pub initrd: Option<PathBuf>,
-    /// A folder with `vmlinux` and `initrd.img`.
+    /// A folder with `vmlinux` and `initrd.img`, and for debug mode `initrd-debug.img`.
     pub image_dir: Option<PathBuf>,
     /// How instructions are executed.
     pub accel: Accel,
@@ -108,6 +108,8 @@ pub struct Config {
     pub virtiofsd: Option<PathBuf>,
     /// Parameters of the guest's kernel beside husk's own, of those that may be given.
     pub kernel_params: Vec<String>,
+    /// Guests are ones to look into: a shell on the console, processes in the VM itself, verbose logs.
+    pub debug: bool,
     /// Least severe level of the guest's init that comes to the shim's log.
     pub log_level: tracing::Level,
     /// From QEMU's start to the guest's hello.
@@ -144,6 +146,7 @@ impl Default for Config {
             qemu_user: (65534, 65534),
             virtiofsd: None,
             kernel_params: Vec::new(),
+            debug: false,
             log_level: tracing::Level::WARN,
             boot_timeout: Duration::from_secs(60),
             call_timeout: Duration::from_secs(60),
@@ -322,6 +325,7 @@ mod tests {
             ("vcpus = 1000", "at most 64 vCPUs are possible"),
             ("memory_mib = 1", "a guest needs at least 64 MiB"),
             ("hugepages = 1", "must be true or false"),
+            ("debug = \"yes\"", "must be true or false"),
             ("kernel = \"vmlinux\"", "must be an absolute path"),
             ("qemu = \"\"", "must be a string, and not an empty one"),
             ("qemu_user = \"nobody\"", "must be a string UID:GID, both numbers"),

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use containerd_shim_protos::shim_async::TaskClient;
+use husk_protos::debug_ttrpc::DebugClient;
 use husk_protos::events::{Event, SubscribeRequest};
 use husk_protos::metered::{Meter, Metered};
 use husk_protos::stdio::{InputChunk, InputResponse, OutputChunk, OutputRequest, StreamKind};
@@ -85,6 +86,8 @@ pub struct Guest {
     pub bundle: BundleClient,
     /// husk's System service.
     pub system: SystemClient,
+    /// husk's Debug service, which only a guest in debug mode has.
+    pub debug: DebugClient,
 }
 
 impl Guest {
@@ -97,7 +100,8 @@ impl Guest {
         Ok(Self {
             task: TaskClient::new(client.clone()),
             bundle: BundleClient::new(client.clone()),
-            system: SystemClient::new(client),
+            system: SystemClient::new(client.clone()),
+            debug: DebugClient::new(client),
             link,
             call_timeout,
         })

@@ -55,14 +55,14 @@ impl Places {
     }
 }
 
-/// Finds what `config` asks for.
+/// Finds what `config` asks for, for a guest in `debug` mode or for a usual one.
 ///
 /// # Errors
 ///
 /// All that is missing.
-pub fn find(config: &Config, places: &Places) -> Result<Host, Vec<Problem>> {
+pub fn find(config: &Config, places: &Places, debug: bool) -> Result<Host, Vec<Problem>> {
     let beside = places.beside.as_deref();
-    let artifacts = config.artifacts(beside);
+    let artifacts = config.artifacts(beside, debug);
     let qemu = find_qemu(&config.qemu, places.path.as_ref());
     let configured = config.virtiofsd.as_deref();
     let virtiofsd = virtiofsd::find(configured, beside, places.path.clone()).map_err(|error| Problem {
@@ -97,7 +97,7 @@ pub fn check(named: Option<&Path>, places: &Places) -> Result<(PathBuf, bool), c
     let files_unclear = wrong.iter().any(|key| GUEST_FILES.contains(&key.as_str()));
     // What a wrong key names is not known, so it is not missing either.
     let told = |key: &String| wrong.contains(key) || files_unclear && GUEST_FILES.contains(&key.as_str());
-    let missing = find(&config, places).err().unwrap_or_default();
+    let missing = find(&config, places, config.debug).err().unwrap_or_default();
     problems.extend(missing.into_iter().filter(|problem| !told(&problem.key)));
     if problems.is_empty() { Ok((path, text.is_some())) } else { Err(config::Error::Invalid { path, problems }) }
 }

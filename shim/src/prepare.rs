@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use containerd_shim_protos::api::CreateTaskRequest;
 use husk_protos::extras::SERIAL;
 use oci_spec::runtime::Spec;
+use tracing::Level;
 
 use crate::annotations;
 use crate::cgroup::Hierarchies;
@@ -49,6 +50,7 @@ pub struct Prepared {
     pub sources: Vec<Source>,
     workspace: Option<Workspace>,
     host: Host,
+    /// As the sandbox's annotations have it.
     config: Config,
 }
 
@@ -98,7 +100,7 @@ fn sources(extras: &Extras, has: Option<&Extras>, config: &Config) -> Result<Vec
 }
 
 fn prepare_with(
-    config: Config,
+    mut config: Config,
     places: &Places,
     request: &CreateTaskRequest,
     sandbox: &str,
@@ -128,17 +130,26 @@ fn prepare_with(
         is_init,
     };
     let rewritten = rewrite(spec, &context).map_err(|problems| check(texts(&problems.0))).ok();
-    let host = host::find(&config, places).map_err(|missing| check(texts(&missing))).ok();
+    let debug = annotations.as_ref().and_then(|wanted| wanted.debug).unwrap_or(config.debug);
+    let host = host::find(&config, places, debug).map_err(|missing| check(texts(&missing))).ok();
 
     let (Some(annotations), Some(sources), Some(rewritten), Some(host)) = (annotations, sources, rewritten, host)
     else {
         return Err(Error(wrong));
     };
     let (vcpus, memory_mib) = config.size(&annotations, rewritten.limits);
+    config.debug = debug;
+    if debug {
+        config.log_level = config.log_level.max(Level::DEBUG);
+    }
     let mut kernel_params = vec![
         format!("husk.log={}", config.log_level.as_str().to_lowercase()),
         format!("husk.heartbeat_ms={}", config.heartbeat.as_millis()),
     ];
+    if debug {
+        // After `quiet`, and before what the configuration says of it.
+        kernel_params.extend(["husk.debug=1", "loglevel=7"].map(str::to_owned));
+    }
     kernel_params.extend(config.kernel_params.iter().cloned());
     if !extras.files.is_empty() {
         kernel_params.push(format!("husk.extras={SERIAL}"));
@@ -198,6 +209,7 @@ pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<vm::Disk>) -> (B
         call_timeout: prepared.config.call_timeout,
         heartbeat: prepared.config.heartbeat,
         guest_level: prepared.config.log_level,
+        debug: prepared.config.debug,
         supervisor: prepared.extras.runs_supervisor(),
         cgroup: prepared.rewritten.cgroups_path.clone(),
         tokens: prepared.config.tokens.clone(),

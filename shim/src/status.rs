@@ -57,6 +57,7 @@ fn machine(machine: &Machine) -> Value {
         "init": machine.init,
         "kernel_file": machine.kernel_file,
         "initrd_file": machine.initrd_file,
+        "debug": machine.debug,
     })
 }
 

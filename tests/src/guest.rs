@@ -9,6 +9,8 @@ use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, DeleteRespon
 use containerd_shim_protos::shim_async::TaskClient;
 use husk_protos::bundle::PutBundleRequest;
 use husk_protos::bundle_ttrpc::BundleClient;
+use husk_protos::debug::{Process, StartProcessRequest};
+use husk_protos::debug_ttrpc::DebugClient;
 use husk_protos::frame;
 use husk_protos::stdio::{InputChunk, OutputRequest, StreamKind};
 use husk_protos::stdio_ttrpc::StdioClient;
@@ -46,6 +48,8 @@ pub struct Guest {
     pub bundle: BundleClient,
     /// The System service.
     pub system: SystemClient,
+    /// The Debug service, which answers in debug mode only.
+    pub debug: DebugClient,
     /// Its end is the guest's.
     pub ready: UnixStream,
     _listener: Listener,
@@ -64,7 +68,7 @@ pub fn config() -> Result<Config> {
     let mut files = vec![File { path: "rootfs/bin/busybox".into(), content, link: false }];
     for applet in [
         "sh", "true", "cat", "echo", "sleep", "grep", "id", "dd", "head", "ls", "mknod", "hostname", "wc", "kill",
-        "yes",
+        "yes", "tty", "ps", "stty",
     ] {
         files.push(File { path: format!("rootfs/bin/{applet}"), content: b"busybox".into(), link: true });
     }
@@ -72,6 +76,19 @@ pub fn config() -> Result<Config> {
         files.push(File { path: format!("rootfs/{folder}/.keep"), content: Vec::new(), link: false });
     }
     Ok(Config { files, memory: 512, ..Config::bare(Machine::Microvm, &init) })
+}
+
+/// The same in debug mode: with the files of the debug initramfs, and told to use them.
+pub fn debug_config() -> Result<Config> {
+    let mut config = config()?;
+    let rootfs = config.files.iter().filter_map(|file| {
+        let path = file.path.strip_prefix("rootfs/").filter(|path| path.starts_with("bin/"))?.to_owned();
+        Some(File { path, ..file.clone() })
+    });
+    let own: Vec<File> = rootfs.collect();
+    config.files.extend(own);
+    config.kernel_parameters = "husk.debug=1 husk.log=debug".into();
+    Ok(config)
 }
 
 /// A spec as `ctr run` makes it, for these arguments.
@@ -152,7 +169,8 @@ impl Guest {
         Ok(Guest {
             task: TaskClient::new(client.clone()),
             bundle: BundleClient::new(client.clone()),
-            system: SystemClient::new(client),
+            system: SystemClient::new(client.clone()),
+            debug: DebugClient::new(client),
             device,
             vm,
             hello,
@@ -234,6 +252,39 @@ impl Guest {
             }
         }
         Ok(timeout(STEP, stream.close_and_recv()).await.context("the input was not answered")??.written)
+    }
+
+    /// Starts a process in the guest itself, without a terminal; its id.
+    pub async fn start_in_vm(&self, args: &[&str], stdin: bool) -> Result<String> {
+        let args = args.iter().map(|arg| (*arg).to_owned()).collect();
+        let request = StartProcessRequest { args, stdin, ..Default::default() };
+        Ok(self.debug.start(call(), &request).await?.id)
+    }
+
+    /// Waits for such a process's exit status.
+    pub async fn wait_in_vm(&self, id: &str) -> Result<u32> {
+        Ok(self.debug.wait(call(), &Process { id: id.into(), ..Default::default() }).await?.exit_status)
+    }
+
+    /// Forgets such a process, and ends it if it runs.
+    pub async fn end_in_vm(&self, id: &str) -> Result<()> {
+        self.debug.end(call(), &Process { id: id.into(), ..Default::default() }).await?;
+        Ok(())
+    }
+
+    /// Runs a process in the guest itself to its end: its status, stdout and stderr.
+    pub async fn run_in_vm(&self, args: &[&str], stdin: Option<&[u8]>) -> Result<(u32, Vec<u8>, Vec<u8>)> {
+        let id = self.start_in_vm(args, stdin.is_some()).await?;
+        let input = async {
+            match stdin {
+                Some(data) => self.input("", &id, data).await.map(drop),
+                None => Ok(()),
+            }
+        };
+        let output = async { tokio::try_join!(self.output("", &id, false), self.output("", &id, true)) };
+        let ((), (stdout, stderr), status) = tokio::try_join!(input, output, self.wait_in_vm(&id))?;
+        self.end_in_vm(&id).await?;
+        Ok((status, stdout, stderr))
     }
 
     /// What the guest says of itself.

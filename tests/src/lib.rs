@@ -11,6 +11,7 @@ pub mod artifacts;
 pub mod bundle;
 pub mod command;
 pub mod containerd;
+pub mod debug;
 pub mod events;
 pub mod fifo;
 pub mod guest;

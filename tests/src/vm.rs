@@ -121,8 +121,9 @@ impl Vm {
             .arg(kernel)
             .arg("-initrd")
             .arg(initrd)
-            .arg("-serial")
-            .arg(prefixed("file:", &folder.path().join("console")))
+            .arg("-chardev")
+            .arg(serial(folder.path()))
+            .args(["-serial", "chardev:serial"])
             .arg("-qmp")
             .arg(prefixed("unix:", &folder.path().join("qmp,server=on,wait=off")))
             .stdin(Stdio::null())
@@ -158,6 +159,11 @@ impl Vm {
     pub fn console(&self) -> String {
         let console = std::fs::read(self.folder.path().join("console")).unwrap_or_default();
         String::from_utf8_lossy(&console).into_owned()
+    }
+
+    /// The other end of the guest's serial console. One at a time; what is printed while nobody has it is in [`Vm::console`] only.
+    pub fn serial(&self) -> Result<UnixStream> {
+        UnixStream::connect(self.folder.path().join("serial")).context("connect to the serial console")
     }
 
     /// Has QEMU execute QMP commands without arguments, in turn.
@@ -228,6 +234,13 @@ pub fn guest_program(name: &str) -> Result<PathBuf> {
 /// The repository.
 pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+}
+
+/// A socket for the serial console, beside a file with all that is printed.
+fn serial(folder: &Path) -> OsString {
+    let mut argument = prefixed("socket,id=serial,server=on,wait=off,path=", &folder.join("serial"));
+    argument.push(prefixed(",logfile=", &folder.join("console")));
+    argument
 }
 
 fn prefixed(prefix: &str, path: &Path) -> OsString {

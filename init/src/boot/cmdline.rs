@@ -18,7 +18,7 @@ pub struct Cmdline {
     pub ready_port: u32,
     /// `husk.heartbeat_ms=`: how often the host is told that the init still turns; never by default.
     pub heartbeat: Option<Duration>,
-    /// `husk.debug=1`: a developer looks on; the log is on the console too.
+    /// `husk.debug=1`: the guest is one to look into, and the log is on the console too. See [`crate::debug`].
     pub debug: bool,
     /// `husk.extras=`: serial of the disk with files for the guest itself. None by default.
     pub extras: Option<String>,
@@ -119,6 +119,7 @@ mod tests {
             ("husk.heartbeat_ms=250", Cmdline { heartbeat: Some(Duration::from_millis(250)), ..default() }),
             ("husk.heartbeat_ms=0", bad("kernel parameter husk.heartbeat_ms has the bad value \"0\"")),
             ("husk.debug=1", Cmdline { debug: true, ..default() }),
+            ("husk.debug=1 husk.debug=0", default()),
             ("husk.debug=yes", bad("kernel parameter husk.debug has the bad value \"yes\"")),
             (
                 "husk.debug=1 husk.debug",

@@ -68,7 +68,7 @@ pub fn boot(timeline: &mut Timeline, reports: &Reports) -> Result<Cmdline, Error
     let (reports, debug) = (reports.clone(), cmdline.debug);
     crate::log::start(cmdline.log, move |line| {
         if debug {
-            console::write(&crate::log::console_line(&line));
+            console::show(&crate::log::console_line(&line));
         }
         reports.log(line);
     });

@@ -24,6 +24,8 @@ pub const OWN: &str = "/sys/fs/cgroup/husk";
 pub const SUPERVISOR: &str = "/sys/fs/cgroup/supervisor";
 /// The containers' parent.
 pub const CONTAINERS: &str = "/sys/fs/cgroup/containers";
+/// Of a guest in debug mode: what runs in the guest itself, each in a group of its own.
+pub const DEBUG: &str = "/sys/fs/cgroup/debug";
 /// [`CONTAINERS`] as a spec's cgroupsPath sees it.
 pub const CONTAINERS_IN_SPEC: &str = "/containers";
 

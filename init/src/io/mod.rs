@@ -8,7 +8,7 @@ mod output;
 pub mod service;
 mod terminal;
 
-pub use terminal::{Size, Wish};
+pub use terminal::{Size, Wish, pair as terminal_pair};
 
 use std::collections::HashMap;
 use std::io;

@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::pty::{posix_openpt, unlockpt};
 use nix::unistd::Uid;
 use serde::Deserialize;
 
@@ -142,6 +143,18 @@ fn set_size(master: &OwnedFd, size: Size) -> io::Result<()> {
     // SAFETY: TIOCSWINSZ reads one winsize, which outlives the call.
     Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ as _, &raw const size) })?;
     Ok(())
+}
+
+/// A new pty: its master, and a process's end of it.
+///
+/// # Errors
+/// When the descriptors or the ptys run out.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)?;
+    unlockpt(&master)?;
+    let master = OwnedFd::from(master);
+    let peer = peer(&master)?;
+    Ok((master, peer))
 }
 
 /// The process's end of a pty, without its path, which only the container's mount namespace knows.

@@ -2,17 +2,12 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram as StdSocket;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::fcntl::OFlag;
-use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
-use nix::sys::signal::SigSet;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
-use nix::sys::stat::Mode;
-use nix::unistd::Pid;
 use tokio::net::UnixDatagram;
 use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
 use tokio::time::timeout;
@@ -21,24 +16,13 @@ use tracing::level_filters::LevelFilter;
 use super::{CONTROL_FD, GATE_FD, MESSAGE_MAX, NAME, Reply, Request};
 use crate::error::{Error, Kind};
 use crate::reaper::{Creation, Exit, Reaper};
+use crate::spawn;
+pub use crate::spawn::Streams;
 
 /// Time that an operation may take. Under TCG a create takes a fifth of a second; hooks have deadlines of their own, which must fit.
 const DEADLINE: Duration = Duration::from_secs(30);
 /// Time that it may wait for its turn before. Both together end before the host gives the call up, by default after 60 s.
 const TURN: Duration = Duration::from_secs(25);
-
-/// The standard streams of a new process; /dev/null for those that are none.
-#[derive(Debug, Default)]
-pub struct Streams {
-    /// Read end of its stdin.
-    pub stdin: Option<OwnedFd>,
-    /// Write end of its stdout.
-    pub stdout: Option<OwnedFd>,
-    /// Write end of its stderr.
-    pub stderr: Option<OwnedFd>,
-    /// What it waits for before it runs, if its streams are a terminal; see [`super::console`].
-    pub gate: Option<OwnedFd>,
-}
 
 /// Starts workers.
 #[derive(Debug)]
@@ -90,38 +74,17 @@ impl Workers {
         }
     }
 
-    /// posix_spawn shares PID 1's memory until the exec, where a fork would copy its page tables.
     fn spawn(&self, streams: Streams) -> io::Result<(i32, UnixDatagram)> {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let ours = StdSocket::from(ours);
         ours.set_nonblocking(true)?;
         let ours = UnixDatagram::from_std(ours)?;
-
-        let mut actions = PosixSpawnFileActions::init()?;
-        for (fd, stream) in [&streams.stdin, &streams.stdout, &streams.stderr].into_iter().enumerate() {
-            match stream {
-                Some(stream) => actions.add_dup2(stream.as_raw_fd(), fd as i32)?,
-                None => actions.add_open(fd as i32, "/dev/null", OFlag::O_RDWR, Mode::empty())?,
-            }
-        }
-        actions.add_dup2(theirs.as_raw_fd(), CONTROL_FD)?;
-        if let Some(gate) = &streams.gate {
-            actions.add_dup2(gate.as_raw_fd(), GATE_FD)?;
-        }
-
-        let mut attributes = PosixSpawnAttr::init()?;
-        attributes.set_sigdefault(&SigSet::all())?;
-        attributes.set_sigmask(&SigSet::empty())?;
-        // A group of its own: what has not entered the container's cgroup yet can be killed with the worker.
-        attributes.set_pgroup(Pid::from_raw(0))?;
-        attributes.set_flags(
-            PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF
-                | PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK
-                | PosixSpawnFlags::POSIX_SPAWN_SETPGROUP,
-        )?;
+        let mut more = vec![(&theirs, CONTROL_FD)];
+        more.extend(streams.gate.as_ref().map(|gate| (gate, GATE_FD)));
         let args = [NAME.to_owned(), self.log.to_string()].map(|arg| CString::new(arg).unwrap_or_default());
-        let pid = posix_spawn::<_, _, CString>("/proc/self/exe", &actions, &attributes, &args, &[])?;
-        Ok((pid.as_raw(), ours))
+        // A group of its own: what has not entered the container's cgroup yet can be killed with the worker.
+        let pid = spawn::again(&args, &[], &streams, &more, true)?;
+        Ok((pid, ours))
     }
 }
 
@@ -165,7 +128,7 @@ impl Worker<'_> {
     }
 
     fn kill(&self) {
-        match self.reaper.kill_group(self.pid) {
+        match self.reaper.kill_group(self.pid, libc::SIGKILL) {
             Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
             Err(error) => tracing::error!(worker = self.pid, %error, "kill a worker"),
         }

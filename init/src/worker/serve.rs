@@ -103,7 +103,7 @@ impl Diagnosis {
         let writer = Mutex::new(file.try_clone()?);
         if level > LevelFilter::INFO {
             // A developer reads along on the console, with all its processes in order.
-            log::start(level, |line| crate::console::write(&log::console_line(&line)));
+            log::start(level, |line| crate::console::show(&log::console_line(&line)));
         } else {
             log::start(LevelFilter::ERROR, move |line| {
                 let mut writer = writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

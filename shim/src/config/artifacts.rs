@@ -18,12 +18,13 @@ pub struct Artifacts {
 
 impl Config {
     /// Finds the guest's kernel and initrd: where the configuration says, else in `beside` (the folder of the shim's own binary), else where
-    /// an installation keeps them.
+    /// an installation keeps them. The initrd of a guest in `debug` mode is another one, beside the usual one; one that the configuration
+    /// names itself is taken as it is.
     ///
     /// # Errors
     ///
     /// What was not found, with all the places.
-    pub fn artifacts(&self, beside: Option<&Path>) -> Result<Artifacts, Vec<Problem>> {
+    pub fn artifacts(&self, beside: Option<&Path>, debug: bool) -> Result<Artifacts, Vec<Problem>> {
         let find = |key: &str, what: &str, configured: &Option<PathBuf>, name: &str| {
             let (decided_by, looked) = match (configured, &self.image_dir) {
                 (Some(path), _) => (Some((key, path)), vec![path.clone()]),
@@ -46,7 +47,11 @@ impl Config {
             })
         };
         let kernel = find("kernel", "kernel path or restore snapshot is required", &self.kernel, "vmlinux");
-        let initrd = find("initrd", "no initrd found", &self.initrd, "initrd.img");
+        let (missing, name) = match debug {
+            false => ("no initrd found", "initrd.img"),
+            true => ("no initrd for debug mode found", "initrd-debug.img"),
+        };
+        let initrd = find("initrd", missing, &self.initrd, name);
         match (kernel, initrd) {
             (Ok(kernel), Ok(initrd)) => Ok(Artifacts { kernel, initrd }),
             (kernel, initrd) => Err([kernel.err(), initrd.err()].into_iter().flatten().collect()),
@@ -62,7 +67,7 @@ mod tests {
     fn the_guests_files_are_found_beside_the_shim_or_all_places_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let config = Config::default();
-        let missing = config.artifacts(Some(dir.path())).unwrap_err();
+        let missing = config.artifacts(Some(dir.path()), false).unwrap_err();
         let text = missing[0].to_string();
         let place = dir.path().join("vmlinux");
         assert_eq!(missing.len(), 2);
@@ -71,6 +76,28 @@ mod tests {
         for name in ["vmlinux", "initrd.img"] {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
-        assert_eq!(config.artifacts(Some(dir.path())).unwrap().kernel, place);
+        assert_eq!(config.artifacts(Some(dir.path()), false).unwrap().kernel, place);
+    }
+
+    #[test]
+    fn debug_mode_has_an_initrd_of_its_own_unless_one_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["vmlinux", "initrd.img"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let (usual, debug) = (dir.path().join("initrd.img"), dir.path().join("initrd-debug.img"));
+        let config = Config::default();
+        let text = config.artifacts(Some(dir.path()), true).unwrap_err()[0].to_string();
+        let begins =
+            format!("initrd: no initrd for debug mode found; looked for {}, /usr/share/husk/", debug.display());
+        assert!(text.starts_with(&begins) && text.contains("./task build"), "{text}");
+        std::fs::write(&debug, "").unwrap();
+        let named = Config { initrd: Some(usual.clone()), ..Config::default() };
+        let folder = Config { image_dir: Some(dir.path().to_owned()), ..Config::default() };
+        let table =
+            [(&config, false, &usual), (&config, true, &debug), (&folder, true, &debug), (&named, true, &usual)];
+        for (config, mode, expected) in table {
+            assert_eq!(config.artifacts(Some(dir.path()), mode).unwrap().initrd, *expected, "{mode} {config:?}");
+        }
     }
 }

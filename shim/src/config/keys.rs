@@ -27,7 +27,7 @@ const fn key(name: &'static str, set: Set) -> Key {
 }
 
 /// All that there are. The configuration is read by this list, and a test proves an effect for each of its entries.
-pub(crate) const KEYS: [Key; 23] = [
+pub(crate) const KEYS: [Key; 24] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
@@ -52,6 +52,7 @@ pub(crate) const KEYS: [Key; 23] = [
     key("kernel_params", |config, value| {
         put(&mut config.kernel_params, list(value).and_then(|words| kernel_params::check(&words)))
     }),
+    key("debug", |config, value| put(&mut config.debug, boolean(value))),
     key("log_level", |config, value| {
         let levels = [
             ("error", Level::ERROR),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Kind, Method, Param, events, logs};
+use super::{Kind, Method, Param, events, exec, logs};
 use crate::sandbox::Sandbox;
 
 /// The methods of `ctl.sock`.
@@ -74,6 +74,44 @@ pub static METHODS: &[Method<Arc<Sandbox>>] = &[
         params: &[],
         result: "{path, log, machine: unused, up or ended, replay_bytes}",
         kind: Kind::Unary(|sandbox, _| Box::pin(async move { Ok(sandbox.words().console.endpoint()) })),
+    },
+    Method {
+        name: "compute.vm.exec",
+        summary: "Runs a process in the VM itself, beside its containers; only in debug mode. It is ended when the caller goes",
+        params: &[
+            Param {
+                name: "args",
+                kind: "array",
+                required: true,
+                summary: "strings: the program, searched in PATH if it has no slash, and its arguments",
+            },
+            Param {
+                name: "env",
+                kind: "array",
+                required: false,
+                summary: "strings NAME=VALUE; of PATH, HOME and TERM those that are missing are set",
+            },
+            Param { name: "cwd", kind: "string", required: false, summary: "where it begins; else /" },
+            Param {
+                name: "terminal",
+                kind: "boolean",
+                required: false,
+                summary: "give it a terminal: its output is then one stream, stdout",
+            },
+            Param { name: "rows", kind: "integer", required: false, summary: "the terminal's lines" },
+            Param { name: "columns", kind: "integer", required: false, summary: "the terminal's characters in a line" },
+            Param {
+                name: "stdin",
+                kind: "boolean",
+                required: false,
+                summary: "without a terminal: let it have a stdin, which is else /dev/null",
+            },
+        ],
+        result: "{exit_code}: 0 to 255, or 128 plus the signal that killed it",
+        kind: Kind::Streaming {
+            notifications: "{stream: stdout or stderr, data: base64}, {taken: bytes of the input that are on their way}; takes `exec.input` {data: base64} or {end: true}, of which no more than 256 KiB may not be taken yet, `exec.resize` {rows, columns} and `exec.signal` {signal: number, for its process group}",
+            run: |sandbox, call| Box::pin(exec::run(sandbox, call)),
+        },
     },
     Method {
         name: "compute.vm.create",

@@ -46,6 +46,7 @@ use tokio::sync::Semaphore;
 
 mod connection;
 mod events;
+pub mod exec;
 mod logs;
 pub mod method;
 pub mod methods;

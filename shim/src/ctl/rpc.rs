@@ -20,6 +20,11 @@ pub const BUSY: i64 = -32000;
 /// What was asked for is somebody else's to do, or not possible as things are; the message says whose, and what would be.
 pub const REFUSED: i64 = -32001;
 
+/// The program that is to be run is not there.
+pub const NO_SUCH_PROGRAM: i64 = -32002;
+/// The program that is to be run is there, and cannot be.
+pub const NOT_EXECUTABLE: i64 = -32003;
+
 /// Longest part of what a caller wrote that is repeated to it.
 const QUOTED: usize = 128;
 

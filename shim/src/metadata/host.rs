@@ -110,6 +110,7 @@ mod tests {
             board: String::new(),
             kernel_file: String::new(),
             initrd_file: String::new(),
+            debug: false,
             kernel: None,
             init: None,
         }

@@ -31,7 +31,7 @@ impl TestHost {
         for name in ["beside", "other"] {
             let place = folder.path().join(name);
             std::fs::create_dir(&place).unwrap();
-            for file in ["vmlinux", "initrd.img", "virtiofsd", "qemu-system-x86_64"] {
+            for file in ["vmlinux", "initrd.img", "initrd-debug.img", "virtiofsd", "qemu-system-x86_64"] {
                 std::fs::write(place.join(file), "").unwrap();
             }
         }
@@ -129,6 +129,12 @@ const PROOFS: &[Proof] = &[
         "{host}/other/virtiofsd",
     ),
     ("kernel_params", "[\"nosmt\"]", |o| word(o, "nosmt"), "nosmt"),
+    (
+        "debug",
+        "true",
+        |o| booted(o, |b| format!("{} {}", b.plan.debug, b.plan.spec.initrd.display())),
+        "true {host}/beside/initrd-debug.img",
+    ),
     ("log_level", "\"debug\"", |o| word(o, "husk.log="), "husk.log=debug"),
     ("boot_timeout_ms", "5", |o| booted(o, |b| format!("{:?}", b.plan.boot_timeout)), "5ms"),
     ("call_timeout_ms", "6", |o| booted(o, |b| format!("{:?}", b.plan.call_timeout)), "6ms"),
@@ -182,6 +188,34 @@ fn every_key_has_an_effect() {
         let before = show(&outcome(""));
         assert!(!before.starts_with(&expected), "{line}{before} without it as well");
     }
+}
+
+#[test]
+fn debug_mode_is_what_the_sandbox_says_or_else_the_host() {
+    // The configuration, the annotation, and what follows: whether the guest is told, its initramfs, and its log's level.
+    let table = [
+        ("", None, "no such word", "initrd.img", "warn"),
+        ("debug = true", None, "husk.debug=1", "initrd-debug.img", "debug"),
+        ("debug = true\nlog_level = \"trace\"", None, "husk.debug=1", "initrd-debug.img", "trace"),
+        ("", Some("true"), "husk.debug=1", "initrd-debug.img", "debug"),
+        ("debug = true", Some("false"), "no such word", "initrd.img", "warn"),
+        ("initrd = \"{host}/other/initrd.img\"", Some("true"), "husk.debug=1", "initrd.img", "debug"),
+    ];
+    let host = TestHost::new();
+    for (text, annotation, told, initrd, level) in table {
+        let annotations = match annotation {
+            Some(value) => serde_json::json!({ "io.husk.debug": value }),
+            None => serde_json::json!({}),
+        };
+        let outcome = host.outcome_of(&host.here(text), annotations, None);
+        assert_eq!(word(&outcome, "husk.debug"), told, "{text} {annotation:?}");
+        assert_eq!(word(&outcome, "husk.log="), format!("husk.log={level}"), "{text} {annotation:?}");
+        let shown = booted(&outcome, |b| b.plan.spec.initrd.file_name().unwrap().display().to_string());
+        assert_eq!(shown, initrd, "{text} {annotation:?}");
+    }
+    std::fs::remove_file(host.folder.path().join("beside/initrd-debug.img")).unwrap();
+    let refused = booted(&host.outcome_with("", ("io.husk.debug", "true")), |_| "a VM".to_owned());
+    assert!(refused.starts_with("initrd: no initrd for debug mode found; looked for "), "{refused}");
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The sandbox as an operator sees it.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 
 use super::{Machine, Sandbox, Slot};
@@ -8,6 +10,7 @@ use crate::ctl::{Answer, RpcError};
 use crate::recent::Recent;
 use crate::state::State;
 use crate::status;
+use crate::vm::boot::Vm;
 use crate::vm::report;
 
 impl Sandbox {
@@ -36,6 +39,20 @@ impl Sandbox {
         let mut summary = self.noted(status::summary)?;
         self.add(&mut summary);
         Ok(json!({"sandboxes": [summary]}))
+    }
+
+    /// The VM, if it may be looked into.
+    ///
+    /// # Errors
+    /// Why not, and what to do.
+    pub fn vm_in_debug_mode(&self) -> Result<Arc<Vm>, RpcError> {
+        let vm = self.live_vm().map_err(|error| RpcError::refused(error.to_string()))?;
+        if vm.debug {
+            return Ok(vm);
+        }
+        Err(RpcError::refused(
+            "the VM is not in debug mode, and one that is up cannot be switched to it: create the sandbox with the annotation io.husk.debug=true, or with debug = true in husk's configuration",
+        ))
     }
 
     fn noted(&self, read: impl Fn(&State) -> Value) -> Answer {

@@ -33,6 +33,9 @@ pub struct Machine {
     pub kernel_file: String,
     /// The initramfs's file.
     pub initrd_file: String,
+    /// The guest is in debug mode.
+    #[serde(default)]
+    pub debug: bool,
     /// The kernel's version in the guest's words, once it has said so.
     pub kernel: Option<String>,
     /// The init's version in its own words.
@@ -41,7 +44,7 @@ pub struct Machine {
 
 impl Machine {
     /// What is known of a machine that has just been started as this process.
-    pub fn of(spec: &Spec, process: ProcessId, cid: u32) -> Self {
+    pub fn of(spec: &Spec, process: ProcessId, cid: u32, debug: bool) -> Self {
         Self {
             process,
             cid,
@@ -51,6 +54,7 @@ impl Machine {
             board: format!("{:?}", spec.board),
             kernel_file: spec.kernel.display().to_string(),
             initrd_file: spec.initrd.display().to_string(),
+            debug,
             kernel: None,
             init: None,
         }

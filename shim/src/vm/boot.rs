@@ -63,6 +63,8 @@ pub struct Plan {
     pub heartbeat: Duration,
     /// The least severe level that the guest's init logs at.
     pub guest_level: tracing::Level,
+    /// The guest is in debug mode: it serves processes in the VM itself.
+    pub debug: bool,
     /// The guest has a supervisor agent, which has time of its own to end.
     pub supervisor: bool,
     /// The cgroup that the VM's processes live in, as the OCI runtime spec writes it; their parent's if none.
@@ -155,6 +157,8 @@ pub struct Vm {
     pub guest: Arc<Guest>,
     /// The guest's first words.
     pub hello: Hello,
+    /// It is in debug mode.
+    pub debug: bool,
     machine: Arc<dyn Machine>,
     share: Arc<Child>,
     share_workers: Vec<ProcessId>,
@@ -210,7 +214,7 @@ impl Vm {
         reached.reached("QEMU started");
         // Written with the process, and what it went through with it: a boot waits for each write.
         journal.with(|state| {
-            state.set_machine(Facts::of(&spec, machine.process(), link.cid()));
+            state.set_machine(Facts::of(&spec, machine.process(), link.cid(), plan.debug));
             Ok(())
         })?;
         journal.vm_passes(VmState::Starting, &format!("QEMU runs as process {}", machine.process().pid))?;
@@ -299,6 +303,7 @@ impl Vm {
         let vm = Arc::new(Self {
             guest,
             hello,
+            debug: plan.debug,
             machine: machine.clone(),
             share: share.clone(),
             share_workers: workers,

@@ -10,7 +10,7 @@ use husk_shim::socket;
 use serde_json::{Value, json};
 
 /// Longest line that is taken from a shim: what has passed through it may be a guest's.
-const LINE: u64 = 4 << 20;
+pub const LINE: u64 = 4 << 20;
 
 /// Why a call has no result.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +101,12 @@ impl Client {
         }
     }
 
+    /// Begins a streaming call to which its caller sends notifications too: the connection, on which it goes on.
+    pub fn open(mut self, method: &str, params: Value) -> Result<UnixStream, Problem> {
+        self.begin(method, params)?;
+        Ok(self.write)
+    }
+
     fn begin(&mut self, method: &str, params: Value) -> Result<(), Problem> {
         self.calls += 1;
         let request = json!({"jsonrpc": "2.0", "id": self.calls, "method": method, "params": params});
@@ -113,21 +119,32 @@ impl Client {
         if line.last() != Some(&b'\n') {
             return Err(Problem::Closed);
         }
-        let mut message: Value = serde_json::from_slice(&line).map_err(|error| Problem::Garbled(error.to_string()))?;
-        if message.get("method").is_some() {
-            return Ok(Step::Notification(message["params"].take()));
-        }
-        Ok(Step::Answer(match message.get_mut("error").map(Value::take) {
-            Some(error) => Err(Problem::Refused {
-                code: error["code"].as_i64().unwrap_or_default(),
-                message: error["message"].as_str().unwrap_or("without a reason").to_owned(),
-            }),
-            None => Ok(message["result"].take()),
-        }))
+        step(&line)
     }
 }
 
-enum Step {
+/// What a line of a shim's says.
+///
+/// # Errors
+/// When it cannot be understood.
+pub fn step(line: &[u8]) -> Result<Step, Problem> {
+    let mut message: Value = serde_json::from_slice(line).map_err(|error| Problem::Garbled(error.to_string()))?;
+    if message.get("method").is_some() {
+        return Ok(Step::Notification(message["params"].take()));
+    }
+    Ok(Step::Answer(match message.get_mut("error").map(Value::take) {
+        Some(error) => Err(Problem::Refused {
+            code: error["code"].as_i64().unwrap_or_default(),
+            message: error["message"].as_str().unwrap_or("without a reason").to_owned(),
+        }),
+        None => Ok(message["result"].take()),
+    }))
+}
+
+/// A line of a shim's.
+pub enum Step {
+    /// Its parameters.
     Notification(Value),
+    /// The end of the call.
     Answer(Result<Value, Problem>),
 }

@@ -6,6 +6,7 @@ mod check_config;
 mod client;
 mod console;
 mod events;
+mod exec;
 mod find;
 mod list;
 mod logs;
@@ -93,6 +94,21 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Runs a process in the VM itself, beside its containers; only in debug mode
+    ///
+    /// In debug mode are sandboxes that were created with the annotation io.husk.debug=true, or with `debug = true` in husk's configuration.
+    ///
+    /// The process has a terminal if stdin and stdout are one, or with --tty; else its streams are pipes, and what goes through them is not
+    /// changed. It ends when this command does, and takes along what it has started.
+    ///
+    /// Exit status: the process's own, 128 plus the number of the signal that killed it; 127 if there is no such program, 126 if it cannot be
+    /// executed, 125 if husk itself has failed.
+    Exec {
+        #[command(flatten)]
+        sandbox: Sandbox,
+        #[command(flatten)]
+        wanted: exec::Wanted,
+    },
     /// Shows where the time of a VM's boot went
     BootProfile {
         #[command(flatten)]
@@ -149,6 +165,7 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Events { sandbox, follow, format } => events::run(&sandbox.id, follow, format.json)?,
         Command::Console { sandbox, json } => return console::run(&sandbox.id, json),
+        Command::Exec { sandbox, wanted } => return Ok(exec::run(&sandbox.id, &wanted)),
         Command::BootProfile { sandbox, format } => boot_profile::run(&sandbox.id, format.json)?,
         Command::CheckConfig { file, format } => return check_config::run(file.as_deref(), format.json),
         Command::Metadata(command) => metadata::run(command)?,

@@ -60,6 +60,9 @@ fn page(known: &Known, now_ms: u64) -> String {
         line("machine", format!("QEMU, {}; {size}", process(machine)));
         line("kernel", format!("{} from {}", field(&machine["kernel"]), field(&machine["kernel_file"])));
         line("init", format!("{} from {}", field(&machine["init"]), field(&machine["initrd_file"])));
+        if machine["debug"] == true {
+            line("debug", "on: a shell on the console, and husk exec".to_owned());
+        }
     }
     line("health", health(&status["health"]));
     line("supervisor", supervisor(&status["supervisor"]));

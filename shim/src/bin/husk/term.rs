@@ -38,8 +38,7 @@ impl Drop for Raw<'_> {
     }
 }
 
-/// Ending signals as something to wait for, so that the terminal is restored before they have their effect. (SIGWINCH is none of them, and
-/// ignored by default.)
+/// Ending signals as something to wait for, so that the terminal is restored before they have their effect.
 pub struct Ending(SignalFd);
 
 impl Ending {
@@ -48,7 +47,15 @@ impl Ending {
     /// # Errors
     /// What the system says.
     pub fn hold_back() -> io::Result<Self> {
-        let signals: SigSet = ENDING.into_iter().collect();
+        Self::hold_back_with(&[])
+    }
+
+    /// The same, and to be told of these as well.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn hold_back_with(others: &[Signal]) -> io::Result<Self> {
+        let signals: SigSet = ENDING.iter().chain(others).copied().collect();
         signals.thread_block()?;
         Ok(Self(SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?))
     }
@@ -65,6 +72,19 @@ impl Ending {
     pub fn came(&self) -> io::Result<Option<i32>> {
         Ok(self.0.read_signal()?.map(|info| info.ssi_signo as i32))
     }
+}
+
+/// A terminal's lines and columns.
+///
+/// # Errors
+/// When it is no terminal.
+pub fn size(terminal: BorrowedFd<'_>) -> io::Result<(u16, u16)> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCGWINSZ writes one winsize, into a variable that outlives the call.
+    if unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((size.ws_row, size.ws_col))
 }
 
 /// Whether this is a terminal.
