@@ -1,8 +1,7 @@
 //! husk's guest: PID 1 and agent in one binary.
 //!
 //! As PID 1 it boots the guest and serves the host over vsock until it is told to end. Under the name of a worker
-//! ([`worker::NAME`]) it does one operation on a container, under others it becomes the supervisor agent ([`supervisor::launch::NAME`]) or a
-//! program of an operator's ([`debug::launch::NAME`]).
+//! ([`worker::NAME`]) it does one operation on a container, under another ([`launch::NAME`]) it becomes a program that runs beside the containers.
 
 mod boot;
 mod bundle;
@@ -13,6 +12,7 @@ mod error;
 mod events;
 mod events_service;
 mod io;
+mod launch;
 mod log;
 mod places;
 mod reaper;
@@ -50,8 +50,7 @@ fn main() -> ExitCode {
                 Err(_nobody_to_tell) => ExitCode::FAILURE,
             };
         }
-        supervisor::launch::NAME => return supervisor::launch::become_agent(&args.next().unwrap_or_default()),
-        debug::launch::NAME => return debug::launch::become_program(args),
+        launch::NAME => return launch::become_program(args),
         _ => {}
     }
     if std::process::id() != 1 {

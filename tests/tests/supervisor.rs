@@ -305,7 +305,7 @@ async fn one_that_cannot_be_executed_counts_as_one_that_crashes() -> Result<()> 
     agent.replace(b"no program\n")?;
     let mut guest = boot(&agent, counted).await?;
     let (_, status) = told_until(&mut guest, State::GAVE_UP).await?;
-    let wanted = "could not be started: execute /run/husk/supervisor: ENOEXEC: Exec format error";
+    let wanted = "could not be started: exec: \"/run/husk/supervisor\": exec format error";
     ensure!(status.restarts == 10 && status.last_end == wanted, "{status}");
     guest.shut_down().await?;
     Ok(())

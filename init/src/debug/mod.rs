@@ -3,7 +3,6 @@
 //!
 //! All of it is in cgroups of its own, so that it is neither counted nor protected as PID 1 is, and goes at once when the guest ends.
 
-pub mod launch;
 mod process;
 mod service;
 mod shell;

@@ -11,10 +11,10 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::environment;
-use super::launch::{Program, Terminal, launch};
 use crate::cgroup;
 use crate::error::{Error, Kind};
 use crate::io::{ProcessStreams, Size, Streams, Wanted, Wish, terminal_pair};
+use crate::launch::{Program, Terminal, launch};
 use crate::reaper::{Exit, Reaper};
 use crate::spawn;
 
@@ -111,6 +111,7 @@ impl Processes {
             env: &environment(&wanting.env),
             cwd: if wanting.cwd.is_empty() { "/" } else { &wanting.cwd },
             group,
+            oom_score_adj: "0",
             terminal: if terminal { Terminal::Stdin } else { Terminal::None },
         };
         let (pid, ended) = launch(&self.reaper, &program, ends).await?;

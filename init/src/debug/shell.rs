@@ -7,9 +7,9 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use super::environment;
-use super::launch::{Program, Terminal, launch};
 use crate::cgroup;
 use crate::error::Error;
+use crate::launch::{Program, Terminal, launch};
 use crate::reaper::{Exit, Reaper};
 use crate::spawn::Streams;
 
@@ -64,6 +64,7 @@ async fn run(reaper: &Arc<Reaper>) -> Result<u32, Error> {
         env: &environment(&[]),
         cwd: "/",
         group: &group,
+        oom_score_adj: "0",
         terminal: Terminal::Device(&device),
     };
     let (_, exit) = launch(reaper, &program, Streams::default()).await?;

@@ -1,7 +1,6 @@
 //! The supervisor agent: a program of the host's that runs beside the containers, in the guest itself, and is started again when it ends. When that
 //! is, and when no more, is decided in [`policy`]; its output is kept in [`log`].
 
-pub mod launch;
 mod log;
 mod policy;
 
@@ -22,13 +21,19 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep};
 
 use crate::cgroup;
+use crate::launch::{Program, Terminal, launch};
 use crate::reaper::{Exit, Reaper};
 use crate::report::Reports;
+use crate::spawn::Streams;
 
 use policy::{Event, Policy, RESTARTS_MAX, Step, WINDOW};
 
 /// Memory that reclaim leaves to the agent and what it starts (`memory.min`), bytes. What it does not use, others may.
 const MEMORY_MIN: &str = "33554432";
+/// After every container's, whose own may be as low as a kubelet's -997, and before PID 1's: an agent that is the leak itself can be killed for it.
+const OOM_SCORE_ADJ: &str = "-999";
+/// All of its environment.
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Time that killed processes may take to go.
 const KILL_WAIT: Duration = Duration::from_secs(10);
 
@@ -171,7 +176,17 @@ impl Monitor {
         // Whatever mode it was given: an agent that cannot be executed is of no use to anybody.
         fs::set_permissions(SUPERVISOR, Permissions::from_mode(0o755)).map_err(|e| named(SUPERVISOR, e))?;
         cgroup::make_protected(cgroup::SUPERVISOR, MEMORY_MIN).map_err(|e| named("make its cgroup", e))?;
-        let (pid, exit) = launch::launch(&self.reaper, SUPERVISOR, &self.output).await?;
+        let program = Program {
+            args: &[SUPERVISOR.to_owned()],
+            env: &[PATH.to_owned()],
+            cwd: "/",
+            group: cgroup::SUPERVISOR.as_ref(),
+            oom_score_adj: OOM_SCORE_ADJ,
+            terminal: Terminal::None,
+        };
+        let output = || self.output.try_clone().map(Some);
+        let streams = Streams { stdout: output()?, stderr: output()?, ..Default::default() };
+        let (pid, exit) = launch(&self.reaper, &program, streams).await.map_err(io::Error::other)?;
         // Without it the agent runs as well.
         if let Err(error) = write_pid(pid) {
             tracing::error!(%error, "write {SUPERVISOR_PID}");

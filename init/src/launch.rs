@@ -1,4 +1,4 @@
-//! The step between PID 1 and a program that it starts for an operator: what the program must not have of PID 1 is taken off in a process between
+//! The step between PID 1 and a program that it starts beside the containers, the supervisor agent or an operator's: what the program must not have of PID 1 is taken off in a process between
 //! the two, PID 1's own program once more, which then becomes it. (PID 1 cannot do that between a fork and an exec: it does not fork.)
 //!
 //! Why it could not be done comes back through a pipe, which an exec that succeeds closes.
@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::stat::Mode;
 use nix::sys::termios::{self, ControlFlags, InputFlags, LocalFlags, OutputFlags, SetArg, SpecialCharacterIndices};
@@ -35,6 +36,8 @@ pub const NAME: &str = "husk-program";
 const STATUS_FD: i32 = 3;
 /// Most bytes of that.
 const STATUS_MAX: u64 = 1024;
+/// Open files at first, as everywhere; a program may raise it.
+const OPEN_FILES: u64 = 1024;
 /// Until it has become its program. A program on the share has to be read from the host.
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -60,6 +63,8 @@ pub struct Program<'a> {
     pub cwd: &'a str,
     /// The cgroup that it is in, and all that it starts.
     pub group: &'a Path,
+    /// How soon the OOM killer takes it (proc_pid_oom_score_adj(5)).
+    pub oom_score_adj: &'a str,
     /// Of the session that it leads.
     pub terminal: Terminal<'a>,
 }
@@ -80,7 +85,7 @@ pub async fn launch(
         Terminal::Stdin => "-",
         Terminal::Device(path) => path,
     };
-    let own = [NAME, &group, program.cwd, terminal];
+    let own = [NAME, &group, program.oom_score_adj, program.cwd, terminal];
     let args = words(own.into_iter().chain(program.args.iter().map(String::as_str)))?;
     let env = words(program.env.iter().map(String::as_str))?;
 
@@ -140,13 +145,17 @@ pub fn become_program(args: impl Iterator<Item = String>) -> ExitCode {
 }
 
 fn prepare(args: &[String]) -> Result<Infallible, Refused> {
-    let [group, cwd, terminal, program @ ..] = args else { return Err(Refused(b'i', "too few arguments".into())) };
+    let [group, oom_score_adj, cwd, terminal, program @ ..] = args else {
+        return Err(Refused(b'i', "too few arguments".into()));
+    };
     // SAFETY: as in become_program; it is open until the exec.
     let status = unsafe { BorrowedFd::borrow_raw(STATUS_FD) };
     step("keep the pipe", fcntl(status, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)))?;
     step("enter the cgroup", fs::write(format!("{group}/cgroup.procs"), "0"))?;
-    step("reset oom_score_adj", fs::write("/proc/self/oom_score_adj", "0"))?;
+    step("set oom_score_adj", fs::write("/proc/self/oom_score_adj", oom_score_adj))?;
     step("reset the personality", boot::randomize_addresses())?;
+    let most = step("read the limit of open files", getrlimit(Resource::RLIMIT_NOFILE))?.1;
+    step("set the limit of open files", setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, most))?;
     step("begin a session", setsid())?;
     match terminal.as_str() {
         "" => {}
