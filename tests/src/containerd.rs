@@ -67,6 +67,7 @@ pub struct Containerd {
     version: Version,
     runtime: Runtime,
     bin: PathBuf,
+    env: Vec<(String, String)>,
     pid: i32,
     ready: UnixDatagram,
     token: String,
@@ -148,7 +149,7 @@ impl Containerd {
             .env("PATH", search_path(&bin))
             .env("NOTIFY_SOCKET", format!("@{name}"))
             .env("HUSK_TEST_CONFIG", format!("{CONFIG}{}", setup.config));
-        command.envs(setup.env);
+        command.envs(setup.env.clone());
 
         let log = Arc::new(Mutex::new(VecDeque::new()));
         let (pid, ended) = keep(command, log.clone())?;
@@ -156,6 +157,7 @@ impl Containerd {
             version,
             runtime,
             bin,
+            env: setup.env,
             pid,
             ready,
             token,
@@ -252,6 +254,11 @@ impl Containerd {
     /// Part of every container id that it hands out, and of nobody else's.
     pub fn token(&self) -> &str {
         &self.token
+    }
+
+    /// What a test has set of the daemon's environment, which is that of its shims.
+    pub fn env(&self) -> &[(String, String)] {
+        &self.env
     }
 
     /// PATH of the daemon, and so of its shims: husk's programs, and this containerd's with its runc, before the machine's.

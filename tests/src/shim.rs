@@ -423,6 +423,7 @@ pub fn action(
     let mut command: Command = containerd.enter("sh");
     // As containerd does: runc's shim looks for runc there, which need not be installed on this machine.
     command.env("PATH", containerd.search_path());
+    command.envs(containerd.env().iter().cloned());
     // Not exec: a shim looks at its parent, which must be in the same PID namespace.
     command.args(["-c", r#"cd "$0" && "$@"; exit $?"#]).arg(&bundle.path).arg(binary);
     command.args(["-namespace", NAMESPACE, "-id", &bundle.id, "-address", socket]);

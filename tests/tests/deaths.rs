@@ -7,8 +7,10 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::{Runtime, Version, built};
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Container, Containerd, NAMESPACE};
+use husk_tests::debug::{IN_DEBUG_MODE, panic_kernel, run_in_vm};
 use husk_tests::events::Watch;
 use husk_tests::leftovers::Leftovers;
+use husk_tests::operator;
 use husk_tests::process::Process;
 use husk_tests::vm::{self, File};
 
@@ -19,6 +21,20 @@ const BEATS: &str = "heartbeat_interval_ms = 1000\n";
 
 fn is_husk(test: &str) -> bool {
     Runtime::under_test().is_husk_or_tell(test)
+}
+
+/// What an operator does in a death: one command, and its output is kept with the test's.
+fn seen(containerd: &Containerd, id: &str, cause: &str) -> Result<()> {
+    wait_for(SOON, "the VM has failed", || {
+        let listed = operator::listed(containerd, id).ok()?;
+        (listed.get("STATE").map(String::as_str) == Some("Failed")).then_some(())
+    })
+    .with_context(|| containerd.log_tail())?;
+    let status = operator::husk(containerd, &["status", id])?.ok()?.text();
+    eprintln!("$ husk status {id}\n{status}\n");
+    ensure!(status.contains(cause), "no {cause:?} in {status}");
+    ensure!(status.contains("Running -> Failed"), "{status}");
+    Ok(())
 }
 
 /// QEMU of the container's VM.
@@ -85,6 +101,67 @@ fn a_vm_whose_qemu_is_killed_is_told_as_ended() -> Result<()> {
         Ok(())
     })?;
     ensure!(cause == "QEMU was killed by signal 9", "{cause}");
+    Ok(())
+}
+
+#[test]
+fn a_guest_whose_kernel_panics_is_told_as_ended() -> Result<()> {
+    if !is_husk("a_guest_whose_kernel_panics_is_told_as_ended") {
+        return Ok(());
+    }
+    let containerd = Containerd::start(Version::default_for_tests())?;
+    let cause = dies(&containerd, "panicked", &IN_DEBUG_MODE, |container| {
+        panic_kernel(&containerd, container.id())?.expect_code(125).map(drop)
+    })?;
+    ensure!(cause == "QEMU exited with status 0 after guest-reset", "{cause}");
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_is_out_of_memory_for_good_is_told_as_ended() -> Result<()> {
+    if !is_husk("a_guest_that_is_out_of_memory_for_good_is_told_as_ended") {
+        return Ok(());
+    }
+    let containerd = Containerd::start(Version::default_for_tests())?;
+    // Files in memory, which no kill gives back; the kernel ends when there is nobody left whose death could help.
+    let eat = "echo 2 > /proc/sys/vm/panic_on_oom; mount -o remount,size=100% /dev/shm; dd if=/dev/zero of=/dev/shm/all bs=1M";
+    let cause = dies(&containerd, "full", &IN_DEBUG_MODE, |container| {
+        run_in_vm(&containerd, container.id(), &["sh", "-c", eat], None)?.expect_code(125).map(drop)
+    })?;
+    ensure!(cause == "QEMU exited with status 0 after guest-reset", "{cause}");
+    Ok(())
+}
+
+#[test]
+fn one_command_tells_an_operator_what_a_vm_has_died_of() -> Result<()> {
+    if !is_husk("one_command_tells_an_operator_what_a_vm_has_died_of") {
+        return Ok(());
+    }
+    type Kill = fn(&Containerd, &str) -> Result<()>;
+    let kill: Kill = |containerd, id| qemu(containerd, id).map(|qemu| qemu.kill());
+    let stop: Kill = |containerd, id| qemu(containerd, id).map(|qemu| qemu.stop());
+    let share: Kill = |containerd, id| {
+        let (shim, below) = containerd.shim_of(id)?;
+        let found = below.iter().find(|process| process.name.starts_with("virtiofsd") && process.parent == shim.pid);
+        found.with_context(|| format!("{below:#?}")).map(Process::kill)
+    };
+    let panic: Kill = |containerd, id| panic_kernel(containerd, id)?.expect_code(125).map(drop);
+    let configured = Configured::start(BEATS)?;
+    let containerd = &configured.containerd;
+    for (name, kill, cause, last_words) in [
+        ("killed", kill, "QEMU was killed by signal 9", None),
+        ("unshared", share, "virtiofsd was killed by signal 9", None),
+        ("stopped", stop, "the guest has not sent a heartbeat for ", None),
+        ("panicked", panic, "QEMU exited with status 0 after guest-reset", Some("sysrq triggered crash")),
+    ] {
+        let container = containerd.detached(&IN_DEBUG_MODE, name, &["sleep", "1000"])?;
+        kill(containerd, container.id())?;
+        seen(containerd, container.id(), cause)?;
+        if let Some(words) = last_words {
+            let logs = operator::husk(containerd, &["logs", container.id()])?.ok()?.text();
+            ensure!(logs.contains(words), "{logs}");
+        }
+    }
     Ok(())
 }
 

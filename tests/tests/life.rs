@@ -1,12 +1,12 @@
 //! The life of a VM as its operator sees it: each state with its cause, in the state on disk, in the log and in `husk`.
 
-use std::collections::HashMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::artifacts::{Runtime, Version, built};
-use husk_tests::command::{self, wait_for};
+use husk_tests::artifacts::{Runtime, Version};
+use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Container, Containerd, NAMESPACE};
+use husk_tests::operator::{husk_json, listed};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -171,22 +171,6 @@ fn a_boot_that_fails_is_a_start_that_failed() -> Result<()> {
     Ok(())
 }
 
-/// Runs the operator's tool on the sandboxes of this containerd.
-fn husk(containerd: &Containerd, args: &[&str]) -> Result<String> {
-    let mut command = containerd.enter(built("husk")?);
-    command.args(args);
-    Ok(command::run(command, None, SOON)?.ok()?.text())
-}
-
-/// The columns of a sandbox in `husk list`, by their titles.
-fn listed(containerd: &Containerd, id: &str) -> Result<HashMap<String, String>> {
-    let list = husk(containerd, &["list"])?;
-    let mut lines = list.lines().map(str::split_whitespace);
-    let titles = lines.next().context("no titles")?;
-    let columns = lines.find(|columns| columns.clone().next() == Some(id)).with_context(|| list.clone())?;
-    Ok(titles.zip(columns).map(|(title, column)| (title.to_owned(), column.to_owned())).collect())
-}
-
 #[test]
 fn husk_tells_what_a_vm_is_doing_and_why_it_ended_also_without_containerd() -> Result<()> {
     if !is_husk("husk_tells_what_a_vm_is_doing_and_why_it_ended_also_without_containerd") {
@@ -201,8 +185,7 @@ fn husk_tells_what_a_vm_is_doing_and_why_it_ended_also_without_containerd() -> R
     let columns = listed(&containerd, container.id())?;
     let seen = ["NAMESPACE", "STATE"].map(|title| columns.get(title).map(String::as_str));
     ensure!(seen == [Some(NAMESPACE), Some("Running")], "{columns:?}");
-    let status =
-        || -> Result<Value> { Ok(serde_json::from_str(&husk(&containerd, &["status", "--json", container.id()])?)?) };
+    let status = || husk_json(&containerd, &["status", "--json", container.id()]);
     let vm = &status()?;
     ensure!(path(vm)?.0 == UP, "{vm:#}");
     let kept = self::vm(&containerd, container.id())?["transitions"][0]["at_ms"].as_u64().context("at_ms")?;

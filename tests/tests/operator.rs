@@ -241,7 +241,11 @@ fn what_a_dead_shim_has_left_is_shown_and_said_to_be_that() -> Result<()> {
     ensure!(list.text().contains("  Running*  "), "{list}");
     let why = "its shim is dead; this is from the disk, the last that it wrote";
     ensure!(list.errors() == format!("husk: * {id}: {why}\n"), "{list}");
-    let page = husk(containerd, &["status", id])?.ok()?.text();
+    // QEMU's threads may take a moment longer than its first one, which is all that /proc shows of a process.
+    let page = wait_for(SOON, "QEMU is dead with all its threads", || {
+        let page = || Ok::<_, anyhow::Error>(husk(containerd, &["status", id])?.ok()?.text());
+        page().map(|page| (!page.contains(", alive;")).then_some(page)).transpose()
+    })??;
     let note = "NOTE        its shim is dead: this is what it wrote last, and may be out of date";
     for told in [note, "health      not known", "Starting -> Running", "kernel, up to PID 1"] {
         ensure!(page.contains(told), "no {told:?} in\n{page}");

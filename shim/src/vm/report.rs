@@ -84,7 +84,8 @@ impl Heard {
 
 /// Listens to a guest until it cannot be heard any more. The reason, as a cause of death.
 pub async fn listen(mut from: impl AsyncRead + Unpin, listening: Listening, heard: &Heard) -> String {
-    let mut log = Log { limit: Limit::new(Instant::now()), level: listening.level };
+    let (now, level) = (Instant::now(), listening.level);
+    let mut log = Log { limit: Limit::new(now), supervisors: Limit::new(now), level };
     let mut late = false;
     loop {
         // Pinned for all waits: what has been read of a report must not be lost with one of them.
@@ -175,6 +176,8 @@ fn harmless_name(name: &str) -> String {
 
 struct Log {
     limit: Limit,
+    /// For what is told of the supervisor, which no flood of lines shall drown.
+    supervisors: Limit,
     level: Level,
 }
 
@@ -207,7 +210,7 @@ impl Log {
     fn supervisor(&mut self, mut status: SupervisorStatus, heard: &Heard, recent: &Recent) {
         status.last_end = harmless(&status.last_end);
         let (pid, restarts, last_end) = (status.pid, status.restarts, &status.last_end);
-        if let Admitted::Yes { .. } = self.limit.admit(Instant::now()) {
+        if let Admitted::Yes { .. } = self.supervisors.admit(Instant::now()) {
             recent.note(Kind::Supervisor, "the supervisor's state", supervisor_in_json(&status));
             match status.state.enum_value_or_default() {
                 State::GAVE_UP => {
@@ -380,6 +383,23 @@ mod tests {
         assert_eq!(kept, "1.234 warn: one level=error msg=forged ab=\" [31m \\\"x\" lost_before=2\n");
         let status = heard.supervisor().borrow().clone().unwrap();
         assert_eq!((status.pid, status.last_end.len(), status.last_end.starts_with(" y")), (9, TEXT_MAX, true));
+    }
+
+    #[tokio::test]
+    async fn a_supervisor_that_gives_up_is_told_of_in_the_midst_of_a_flood() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut guest, ours) = tokio::io::duplex(1 << 20);
+        let line = LogLine { level: LogLevel::LOG_LEVEL_WARN.into(), message: "flood".into(), ..Default::default() };
+        for _ in 0..2 * BURST as usize {
+            frame::write(&mut guest, &report(What::Log(line.clone()))).await.unwrap();
+        }
+        let status = SupervisorStatus { state: State::GAVE_UP.into(), restarts: 10, ..Default::default() };
+        frame::write(&mut guest, &report(What::Supervisor(status))).await.unwrap();
+        drop(guest);
+        let listening = listening(&dir);
+        let recent = listening.recent.clone();
+        listen(ours, listening, &Heard::new(INTERVAL)).await;
+        assert_eq!(recent.after(0, 100)[0].fields["state"], "given up");
     }
 
     #[test]

@@ -10,8 +10,6 @@ use anyhow::{Context, Result, bail};
 use husk_shim::console::SOCKET;
 use husk_shim::state::State;
 use husk_shim::{socket, status};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
 
 use crate::find;
@@ -117,24 +115,13 @@ impl Session {
         loop {
             // Keys are always looked at, or there would be no way out of a guest that does not read.
             let reads = self.open && (self.escape.is_some() || self.pending.len() < PENDING);
-            let wanted =
-                if self.pending.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLIN | PollFlags::POLLOUT };
-            let mut fds =
-                vec![PollFd::new(ending.as_fd(), PollFlags::POLLIN), PollFd::new(self.stream.as_fd(), wanted)];
-            if reads {
-                fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
-            }
-            match poll(&mut fds, PollTimeout::NONE) {
-                Err(Errno::EINTR) => continue,
-                polled => polled?,
-            };
-            let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect();
-            if ready[0]
+            let ready = ending.or_ready(&self.stream, !self.pending.is_empty(), reads)?;
+            if ready.signal
                 && let Some(signal) = ending.came()?
             {
                 return Ok(Left::Signal(signal));
             }
-            if ready[1] {
+            if ready.stream {
                 match self.stream.read(&mut buffer) {
                     Ok(0) => return Ok(Left::Closed),
                     Ok(length) => {
@@ -146,7 +133,7 @@ impl Session {
                     Err(error) => return Err(error).context("read the console"),
                 }
             }
-            if ready.get(2).copied().unwrap_or(false) {
+            if ready.stdin {
                 match stdin.read(&mut buffer) {
                     Ok(0) => self.open = false,
                     Ok(length) => {

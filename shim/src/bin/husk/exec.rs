@@ -12,8 +12,6 @@ use base64ct::{Base64, Encoding};
 use clap::Args;
 use husk_shim::ctl::exec::AHEAD;
 use husk_shim::ctl::rpc::{NO_SUCH_PROGRAM, NOT_EXECUTABLE};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -124,30 +122,18 @@ impl Session {
         loop {
             // What the shim is behind with does not grow: input waits where it comes from.
             let reads = self.open && self.ahead < AHEAD && self.write.len() < LINE as usize;
-            let stdin = io::stdin();
-            let wanted = if self.write.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLIN | PollFlags::POLLOUT };
-            let mut fds =
-                vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(self.stream.as_fd(), wanted)];
-            if reads {
-                fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
-            }
-            match poll(&mut fds, PollTimeout::NONE) {
-                Err(Errno::EINTR) => continue,
-                polled => polled?,
-            };
-            let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect();
-            drop(fds);
-            if ready[0]
+            let ready = signals.or_ready(&self.stream, !self.write.is_empty(), reads)?;
+            if ready.signal
                 && let Some(signal) = signals.came()?
                 && let Some(code) = self.signalled(signal)
             {
                 return Ok(code);
             }
-            if ready.get(2).copied().unwrap_or(false) {
+            if ready.stdin {
                 self.take_input()?;
             }
             self.send()?;
-            if ready[1]
+            if ready.stream
                 && let Some(code) = self.receive()?
             {
                 return Ok(code);

@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::termios::{self, SetArg, Termios};
@@ -38,6 +40,17 @@ impl Drop for Raw<'_> {
     }
 }
 
+/// What there is something of, or the end of.
+#[derive(Debug, Clone, Copy)]
+pub struct Ready {
+    /// Signals.
+    pub signal: bool,
+    /// The stream.
+    pub stream: bool,
+    /// Stdin.
+    pub stdin: bool,
+}
+
 /// Ending signals as something to wait for, so that the terminal is restored before they have their effect.
 pub struct Ending(SignalFd);
 
@@ -63,6 +76,27 @@ impl Ending {
     /// Readable when one has come.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+
+    /// Waits for one of them, for `stream` to be read or, if `writes`, written, and if `reads` for stdin; tells which.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn or_ready(&self, stream: &impl AsFd, writes: bool, reads: bool) -> io::Result<Ready> {
+        let stdin = io::stdin();
+        let wanted = if writes { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
+        let mut fds = vec![PollFd::new(self.as_fd(), PollFlags::POLLIN), PollFd::new(stream.as_fd(), wanted)];
+        if reads {
+            fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
+        }
+        loop {
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                polled => polled?,
+            };
+            let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
+            return Ok(Ready { signal: ready(&fds[0]), stream: ready(&fds[1]), stdin: fds.get(2).is_some_and(ready) });
+        }
     }
 
     /// The one that has come, if any has.
