@@ -21,6 +21,10 @@ pub const LOG: &str = "console.log";
 pub const INIT_LOG: &str = "guest.log";
 /// The socket's.
 pub const SOCKET: &str = "console.sock";
+/// What a guest's last words begin with.
+const LAST_WORDS: [&str; 2] = ["Kernel panic - not syncing: ", "husk: fatal: "];
+/// Most of them that is told, bytes.
+const LAST_WORDS_MAX: usize = 200;
 /// Bytes of the console that may explain a failed boot.
 const TAIL: usize = 4 * 1024;
 /// Pieces of input on their way to the guest; those who type past that wait.
@@ -118,12 +122,29 @@ impl Attached {
         let _ = tokio::time::timeout(deadline, self.ended.clone().wait_for(|ended| *ended)).await;
     }
 
+    /// The cause of a machine's end, with what the guest has said of it, which is waited for until `deadline`.
+    pub async fn explain(&self, cause: String, deadline: Duration) -> String {
+        self.ended(deadline).await;
+        match last_words(&self.tail(usize::MAX)) {
+            Some(words) => format!("{cause}; its console says: {words}"),
+            None => cause,
+        }
+    }
+
     /// The last `lines` lines, control characters removed: they come from the guest and go to terminals.
     pub fn tail(&self, lines: usize) -> String {
         let from = self.from.max(self.record.end().saturating_sub(TAIL as u64));
         // So few bytes are always kept.
         last_lines(&self.record.read(from, TAIL).unwrap_or_default(), lines)
     }
+}
+
+/// Why the guest has ended, in its own words: its kernel's when it panicked, or its init's. They are no more than words: it could say anything.
+fn last_words(tail: &str) -> Option<&str> {
+    let line =
+        tail.lines().find_map(|line| LAST_WORDS.iter().find_map(|mark| line.find(mark).map(|at| &line[at..])))?;
+    let words = line.trim_end_matches(" ]---");
+    Some(&words[..words.floor_char_boundary(LAST_WORDS_MAX)])
 }
 
 fn last_lines(bytes: &[u8], lines: usize) -> String {
@@ -163,6 +184,23 @@ async fn write_input(mut to: OwnedWriteHalf, mut input: mpsc::Receiver<Vec<u8>>)
 mod tests {
     use super::*;
     use crate::rotate::ROTATE;
+
+    #[test]
+    fn a_guests_last_words_are_found_on_its_console() {
+        let panic = "a\nKernel panic - not syncing: sysrq triggered crash\nCPU: 0\n---[ end Kernel panic - not syncing: sysrq triggered crash ]---";
+        let long = format!("husk: fatal: {}", "é".repeat(200));
+        let table = [
+            ("", None),
+            ("all is well", None),
+            (panic, Some("Kernel panic - not syncing: sysrq triggered crash")),
+            ("---[ end Kernel panic - not syncing: x ]---", Some("Kernel panic - not syncing: x")),
+            ("[    1.5] husk: fatal: mount proc on /proc: no", Some("husk: fatal: mount proc on /proc: no")),
+            (&long, Some(&long[..199])),
+        ];
+        for (tail, expected) in table {
+            assert_eq!(last_words(tail), expected, "{tail}");
+        }
+    }
 
     #[test]
     fn what_an_operator_sees_is_the_last_lines_without_control_characters() {

@@ -37,6 +37,8 @@ const EXIT: Duration = Duration::from_secs(3);
 pub const DELIVERED: Duration = Duration::from_millis(500);
 /// How long the machine's end may be noticed after its sockets'.
 const MACHINE_BEHIND: Duration = Duration::from_millis(200);
+/// The same for the guest's connection, which ends when QEMU begins to: on a host under load it takes a while to give its memory back.
+const MACHINE_FAR_BEHIND: Duration = Duration::from_millis(600);
 /// What a supervisor agent that does not want to end adds to the guest's shutdown: the init's time from SIGTERM to SIGKILL.
 const SUPERVISOR_GRACE: Duration = Duration::from_secs(5);
 /// Lines of the console that explain an end.
@@ -247,7 +249,7 @@ impl Vm {
             Ok::<_, Error>((stream, hello))
         };
         let ended = |cause: String| async {
-            console.ended(LAST_WORDS).await;
+            let cause = console.explain(cause, LAST_WORDS).await;
             let mut last = console.tail(CONSOLE_LINES);
             for log in ["qemu.log", "virtiofsd.log"] {
                 if let Ok(words) = std::fs::read_to_string(journal.dir().join(log)) {
@@ -316,7 +318,7 @@ impl Vm {
         });
         let heard = vm.heard.clone();
         let deaf = async move { report::listen(stream, listening, &heard).await };
-        tokio::spawn(watch_death(machine, share, deaf, sentence, death));
+        tokio::spawn(watch_death(machine, share, vm.console.clone(), deaf, sentence, death));
         Ok(vm)
     }
 
@@ -424,8 +426,8 @@ fn join_later(plan: &Plan, journal: &Journal) -> Result<Vec<File>, Error> {
 }
 
 /// When a part of the VM has ended, the end of the machine may be what explains it, and only be noticed a moment later.
-async fn cause_of(machine: &dyn Machine, otherwise: String) -> String {
-    tokio::time::timeout(MACHINE_BEHIND, machine.exited()).await.unwrap_or(otherwise)
+async fn cause_of(machine: &dyn Machine, within: Duration, otherwise: String) -> String {
+    tokio::time::timeout(within, machine.exited()).await.unwrap_or(otherwise)
 }
 
 async fn condemned(sentence: &mut watch::Receiver<Option<String>>) -> String {
@@ -441,18 +443,22 @@ async fn condemned(sentence: &mut watch::Receiver<Option<String>>) -> String {
 async fn watch_death(
     machine: Arc<dyn Machine>,
     share: Arc<Child>,
+    console: Attached,
     deaf: impl Future<Output = String>,
     mut sentence: watch::Receiver<Option<String>>,
     death: watch::Sender<Option<String>>,
 ) {
     let cause = tokio::select! {
         cause = machine.exited() => cause,
-        exit = share.exited() => cause_of(&*machine, format!("virtiofsd {exit}")).await,
-        cause = deaf => cause_of(&*machine, cause).await,
-        cause = condemned(&mut sentence) => cause_of(&*machine, cause).await,
+        exit = share.exited() => cause_of(&*machine, MACHINE_BEHIND, format!("virtiofsd {exit}")).await,
+        cause = deaf => cause_of(&*machine, MACHINE_FAR_BEHIND, cause).await,
+        cause = condemned(&mut sentence) => cause_of(&*machine, MACHINE_BEHIND, cause).await,
     };
+    let exited = tokio::time::timeout(Duration::ZERO, machine.exited()).await.is_ok();
     // virtiofsd follows by itself.
     machine.kill();
+    // Of a machine that has ended by itself, the guest may say more.
+    let cause = if exited { console.explain(cause, LAST_WORDS).await } else { cause };
     death.send_replace(Some(cause));
 }
 
@@ -527,7 +533,9 @@ mod tests {
                 "the guest's connection was lost".to_owned()
             };
             let ((condemned, sentence), (death, dead)) = (watch::channel(None), watch::channel(None));
-            let watching = tokio::spawn(watch_death(machine.clone(), share.clone(), deaf, sentence, death));
+            let folder = tempfile::tempdir().unwrap();
+            let console = crate::console::Console::new(folder.path()).attach(UnixStream::pair().unwrap().0);
+            let watching = tokio::spawn(watch_death(machine.clone(), share.clone(), console, deaf, sentence, death));
             let wanted = match case {
                 "machine" => {
                     machine.kill();
