@@ -17,6 +17,11 @@ pub const WANTED: &str = "/etc/agent";
 /// The kernel parameters of a guest that has the disk and runs the agent.
 pub const PARAMETERS: &str = "husk.extras=husk-extras husk.supervisor=1";
 
+/// A question to the agent, from a container that shares the guest's network. It may not listen yet.
+pub fn question(words: &str) -> String {
+    format!("for i in $(seq 100); do echo '{words}' | nc 127.0.0.1 7007 2>/dev/null && exit 0; sleep 0.1; done; exit 1")
+}
+
 /// The agent's program.
 pub fn program() -> Result<&'static Path> {
     static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();

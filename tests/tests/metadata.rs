@@ -10,6 +10,7 @@ use husk_protos::metadata::GetMetadataResponse;
 use husk_protos::protobuf::Message;
 use husk_protos::ttrpc::proto::{MESSAGE_HEADER_LENGTH, MessageHeader, Request, Response};
 use husk_protos::{HOST_CID, PORT_METADATA};
+use husk_tests::agent::{Agent, question};
 use husk_tests::artifacts::{Runtime, built};
 use husk_tests::containerd::{Configured, Containerd, NAMESPACE};
 use husk_tests::vm::guest_program;
@@ -28,11 +29,16 @@ struct Host {
 
 impl Host {
     fn start() -> Result<Self> {
+        Self::start_with("")
+    }
+
+    /// With more configuration.
+    fn start_with(more: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let at = |name: &str| folder.path().join(name).display().to_string();
         fs::create_dir(at("workspaces"))?;
         let text = format!(
-            "metadata_key = {:?}\nworkspace_dir = {:?}\ntoken_lifetime_ms = 90000\nlog_level = \"debug\"\n",
+            "metadata_key = {:?}\nworkspace_dir = {:?}\ntoken_lifetime_ms = 90000\nlog_level = \"debug\"\n{more}",
             at("etc/metadata.key"),
             at("workspaces")
         );
@@ -235,6 +241,27 @@ fn containers_of_a_pod_are_one_vm_whose_workspace_is_that_of_the_one_that_it_was
         let claims = host.claims(&answer.token)?;
         ensure!(claims["sandbox"] == json!(pod), "{claims}");
     }
+    Ok(())
+}
+
+#[test]
+fn the_supervisor_agent_reaches_it_beside_containers_that_do_not() -> Result<()> {
+    if !Runtime::under_test().is_husk_or_tell("the_supervisor_agent_reaches_it_beside_containers_that_do_not") {
+        return Ok(());
+    }
+    let host = Host::start_with("allowed_annotations = [\"io.husk.extras.files\", \"io.husk.workspace\"]\n")?;
+    let mut agent = Agent::new("serve")?;
+    agent.bring("/probe", &fs::read(guest_program("probe")?)?, 0o755)?;
+    let flags = agent.flags();
+    let flags = ["--net-host", "--mount", &host.probe, "--annotation", "io.husk.workspace={}", &flags[0], &flags[1]];
+    let container = host.containerd().detached(&flags, "supervised", &["sleep", "1000"])?;
+    let refused = container.script(&format!("{} || echo $?", ask()?))?;
+    ensure!(refused.starts_with("refused: ") && refused.ends_with("\n1"), "{refused}");
+    // The container asks the agent, and that the host.
+    let told = container.script(&question(&format!("run {}", ask()?)))?;
+    let answer = answer(&told)?;
+    ensure!(answer.workspace.as_deref() == Some(b"{}".as_slice()), "{told}");
+    ensure!(host.claims(&answer.token)?["sandbox"] == container.id(), "{told}");
     Ok(())
 }
 

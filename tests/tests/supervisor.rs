@@ -8,7 +8,7 @@ use husk_protos::frame;
 use husk_protos::report::report::What;
 use husk_protos::report::supervisor_status::State;
 use husk_protos::report::{LogLevel, LogLine, Report, SupervisorStatus};
-use husk_tests::agent::{Agent, PARAMETERS};
+use husk_tests::agent::{Agent, PARAMETERS, question};
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
 use husk_tests::command::wait_for;
@@ -26,11 +26,6 @@ fn is_husk(test: &str) -> bool {
 /// What an operator sets who lets users bring files of the host.
 const ALLOWED: &str =
     "allowed_annotations = [\"io.husk.extras.files\", \"io.husk.supervisor\", \"io.husk.vcpus\"]\nmemory_mib = 256\n";
-
-/// A question to the agent, from a container that shares the guest's network. It may not listen yet.
-fn question(words: &str) -> String {
-    format!("for i in $(seq 100); do echo '{words}' | nc 127.0.0.1 7007 2>/dev/null && exit 0; sleep 0.1; done; exit 1")
-}
 
 /// The value in a line `name=value`.
 fn value<'a>(text: &'a str, name: &str) -> Result<&'a str> {
@@ -84,7 +79,7 @@ fn an_agent_runs_beside_the_containers_and_has_nothing_of_pid_1() -> Result<()> 
     let table = [
         ("show /opt/a/b/data", format!("640 {} {sum}", content.len())),
         ("show /tmp/empty", format!("0 0 {}", 0xcbf2_9ce4_8422_2325_u64)),
-        ("run /opt/tool", "hello".to_owned()),
+        ("run /opt/tool hello", "hello".to_owned()),
     ];
     for (words, wanted) in table {
         let answer = container.script(&question(words))?;

@@ -1,6 +1,6 @@
 //! A supervisor agent for tests. `/etc/agent`, a file that it is brought with, says what it does: `crash`, `serve`, `deaf` or `flood`.
 //!
-//! All but the first answer on TCP port 7007 of the loopback: a connection is one line, `about`, `show PATH` or `run PATH`, and the answer to it.
+//! All but the first answer on TCP port 7007 of the loopback: a connection is one line, `about`, `show PATH` or `run PATH ARGUMENT…`, and the answer to it.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
@@ -72,8 +72,9 @@ fn answer(line: &str) -> io::Result<String> {
             let content = fs::read(path)?;
             Ok(format!("{mode:o} {} {}\n", content.len(), checksum(&content)))
         }
-        ("run", path) => {
-            let output = Command::new(path).arg("hello").output()?;
+        ("run", command) => {
+            let mut words = command.split_whitespace();
+            let output = Command::new(words.next().unwrap_or_default()).args(words).output()?;
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         }
         _ => about(),
