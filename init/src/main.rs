@@ -106,7 +106,8 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     timeline.mark("ready");
     let hello = system::hello(&timeline);
     let (end, mut ended) = mpsc::channel(1);
-    let task = task::service::Service { tasks: tasks.clone(), supervisor: supervisor.map(Arc::new), end };
+    let supervisor = supervisor.map(Arc::new);
+    let task = task::service::Service { tasks: tasks.clone(), supervisor, reports: reports.clone(), end };
     let mut calls = containerd_shim_protos::shim_async::create_task(Arc::new(task));
     calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::Service::new(tasks))));
     calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::Service { hello: hello.clone() })));

@@ -27,6 +27,8 @@ pub struct Reports(Arc<Shared>);
 struct Shared {
     waiting: Mutex<Waiting>,
     news: Notify,
+    /// Everything has been told.
+    told: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -37,6 +39,8 @@ struct Waiting {
     dropped: u64,
     /// Only the newest counts.
     supervisor: Option<SupervisorStatus>,
+    /// Something was taken out of here, and is not on its way to the host as a whole yet.
+    telling: bool,
 }
 
 /// What a line holds of memory, about.
@@ -46,6 +50,10 @@ fn weight(line: &LogLine) -> usize {
 }
 
 impl Waiting {
+    fn something(&self) -> bool {
+        self.telling || self.supervisor.is_some() || !self.lines.is_empty()
+    }
+
     fn push(&mut self, mut line: LogLine) {
         let weight = weight(&line);
         if self.bytes + weight > WAITING_MAX {
@@ -111,7 +119,24 @@ impl Reports {
 
     fn next(&self) -> Option<What> {
         let mut waiting = self.waiting();
-        waiting.supervisor.take().map(What::Supervisor).or_else(|| waiting.pop().map(What::Log))
+        let next = waiting.supervisor.take().map(What::Supervisor).or_else(|| waiting.pop().map(What::Log));
+        waiting.telling = next.is_some();
+        if next.is_none() {
+            self.0.told.notify_waiters();
+        }
+        next
+    }
+
+    /// Comes back when the host has been told everything that there is, which may be never: it may not listen.
+    pub async fn all_told(&self) {
+        loop {
+            // Before the look, or what is told right after it would not be noticed.
+            let told = self.0.told.notified();
+            if !self.waiting().something() {
+                return;
+            }
+            told.await;
+        }
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -182,6 +207,26 @@ mod tests {
         assert_eq!(told, ["before anybody listens", "beat", "later", "beat"]);
         drop(theirs);
         assert!(matches!(deliver.await.unwrap(), frame::Error::Io(_)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_is_told_when_the_last_report_is_on_its_way() {
+        // Less than a report: each is on its way for as long as it is not read.
+        let (mut ours, mut theirs) = tokio::io::duplex(4);
+        let reports = Reports::default();
+        reports.all_told().await;
+        reports.supervisor(SupervisorStatus { pid: 7, ..Default::default() });
+        reports.log(line("last words"));
+        let deliver = {
+            let reports = reports.clone();
+            tokio::spawn(async move { reports.deliver(&mut ours, None).await })
+        };
+        for _ in 0..2 {
+            assert!(tokio::time::timeout(Duration::from_secs(60), reports.all_told()).await.is_err());
+            frame::read::<Report>(&mut theirs).await.unwrap();
+        }
+        reports.all_told().await;
+        deliver.abort();
     }
 
     #[tokio::test(start_paused = true)]

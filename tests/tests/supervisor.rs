@@ -310,6 +310,17 @@ async fn one_that_ignores_sigterm_has_five_seconds_and_takes_along_what_it_start
     let mut guest = boot(&Agent::new("deaf")?, config()?).await?;
     told_until(&mut guest, State::RUNNING).await?;
     ensure!(guest.run("inside", &insider(&question("about").replace("nc", "busybox nc"))).await?.0 == 0);
+    // Also when it ends by itself: what it has started does not pile up.
+    let child = "child=$(busybox sed -n '1,2s/^child=//p' /tmp/log/husk-supervisor.log)";
+    let script = format!("{child}; [ -e /proc/$child ] && kill -KILL $(cat /tmp/run/husk-supervisor.pid)");
+    ensure!(guest.run("kills", &insider(&script)).await?.0 == 0);
+    let (_, status) = told_until(&mut guest, State::RUNNING).await?;
+    ensure!(status.restarts == 1 && status.last_end == "ended with status 137", "{status}");
+    let (code, out) = guest.run("looks", &insider(&format!("{child}; echo $child; [ ! -e /proc/$child ]"))).await?;
+    ensure!(code == 0 && out.trim().parse::<u32>().is_ok(), "{code} {out:?}");
+    // And the second one is deaf by now.
+    ensure!(guest.run("again", &insider(&question("about").replace("nc", "busybox nc"))).await?.0 == 0);
+
     let began = Instant::now();
     let task = guest.task.clone();
     let shutdown = tokio::spawn(async move {

@@ -1,6 +1,7 @@
 //! containerd's Task service: maps each call onto the containers, and nothing else.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
@@ -12,6 +13,7 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::shim_async::Task;
 use protobuf::MessageField;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use ttrpc::r#async::TtrpcContext;
 
 use super::Tasks;
@@ -21,8 +23,12 @@ use super::tell::timestamp;
 use crate::error::{Error, Kind};
 use crate::io::Size;
 use crate::reaper::Exit;
+use crate::report::Reports;
 use crate::rpc::{Answer, answer, finish};
 use crate::supervisor::Supervisor;
+
+/// How long the last reports may take to get out before the host is told that it can end the VM.
+const LAST_REPORTS: Duration = Duration::from_millis(500);
 
 /// The Task service.
 pub struct Service {
@@ -30,6 +36,8 @@ pub struct Service {
     pub tasks: Arc<Tasks>,
     /// Ends with the guest, if there is one.
     pub supervisor: Option<Arc<Supervisor>>,
+    /// What the host is to hear of the end.
+    pub reports: Reports,
     /// Takes one message: the guest is to end.
     pub end: mpsc::Sender<()>,
 }
@@ -157,7 +165,7 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
-        let (tasks, supervisor) = (self.tasks.clone(), self.supervisor.clone());
+        let (tasks, supervisor, reports) = (self.tasks.clone(), self.supervisor.clone(), self.reports.clone());
         finish(async move {
             // At the same time: each has seconds to go by itself, and the host waits for both.
             tokio::join!(tasks.stop_all(), async {
@@ -167,6 +175,8 @@ impl Task for Service {
             });
             // Before the answer: the host ends the VM as soon as it has it. Nothing else of this process is of use any more, so it may block.
             nix::unistd::sync();
+            // Nor would it hear anything that comes after. It may not listen.
+            let _ = timeout(LAST_REPORTS, reports.all_told()).await;
             Ok(())
         })
         .await?;

@@ -162,6 +162,14 @@ fn sources_are_readable_regular_files_and_not_too_large_together() {
     ];
     assert_eq!(texts(wrong.open(1).unwrap_err()), expected);
     assert_eq!(texts(wrong.open(2).unwrap_err()), expected[..4]);
+
+    let large = File::create(path("large")).unwrap();
+    let extras = extras(vec![wanted("/large", path("large"), 0)], None);
+    let by_default = crate::config::Config::default().extras_max_mib;
+    for (size, fits) in [(64 << 20, true), ((64 << 20) + 1, false)] {
+        large.set_len(size).unwrap();
+        assert_eq!(extras.open(by_default).is_ok(), fits, "{size}");
+    }
 }
 
 #[test]
