@@ -4,8 +4,8 @@ use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::number;
 use super::watch::Watched;
+use super::{is_gone, number};
 
 /// The kills of one group and all below it, counted from its beginning.
 #[derive(Debug)]
@@ -39,13 +39,17 @@ impl Kills {
         }
     }
 
-    /// How many there were since this was last asked. A process's kill is counted before its exit can be seen (mm/oom_kill.c).
+    /// How many there were since this was last asked. A process's kill is counted before its exit can be seen (mm/oom_kill.c). A group that is gone,
+    /// because the guest ends, has no more.
     ///
     /// # Errors
     /// When the events cannot be read.
     pub fn new_ones(&self) -> io::Result<u64> {
         let Some(events) = &self.events else { return Ok(0) };
-        let all = number(&events.read()?, "oom_kill");
+        let all = match events.read() {
+            Err(error) if is_gone(&error) => return Ok(0),
+            read => number(&read?, "oom_kill"),
+        };
         Ok(all.saturating_sub(self.seen.swap(all, Ordering::Relaxed)))
     }
 }
