@@ -401,6 +401,20 @@ async fn its_output_is_kept_up_to_a_size_with_the_file_before() -> Result<()> {
 }
 
 #[tokio::test]
+async fn in_debug_mode_its_output_is_on_the_console_too() -> Result<()> {
+    for debug in [false, true] {
+        let kernel_parameters = format!("husk.debug={}", u8::from(debug));
+        let mut guest = boot(&Agent::new("serve")?, Config { kernel_parameters, ..config()? }).await?;
+        told_until(&mut guest, State::RUNNING).await?;
+        // It has written before it listens, and what it has written is kept before this is asked.
+        ensure!(guest.run("inside", &insider(&question("about").replace("nc", "busybox nc"))).await?.0 == 0);
+        let console = guest.shut_down().await?;
+        ensure!(console.contains("started pid=") == debug, "debug {debug}: {console}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn the_disk_is_found_by_its_serial_whatever_its_place() -> Result<()> {
     let agent = Agent::new("serve")?;
     let decoy = |serial: &str| Disk { serial: serial.into(), content: vec![0; 4096] };
