@@ -5,11 +5,14 @@
 //! little-endian. The contents follow in the same order, each from the next multiple of [`ALIGNMENT`] on, and the disk ends at one as well.
 
 use std::io::{self, Error, ErrorKind, Read};
+use std::time::Duration;
 
 /// virtio serial of the disk, by which the guest finds it.
 pub const SERIAL: &str = "husk-extras";
 /// Where the supervisor agent is in the guest. Extras that have it make a guest with an agent.
 pub const SUPERVISOR: &str = "/run/husk/supervisor";
+/// What the supervisor agent has from SIGTERM to SIGKILL when its guest ends; the host waits so much longer for that.
+pub const SUPERVISOR_GRACE: Duration = Duration::from_secs(5);
 /// Has the agent's pid while it runs.
 pub const SUPERVISOR_PID: &str = "/run/husk-supervisor.pid";
 /// Has the agent's output.

@@ -3,14 +3,14 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use husk_protos::extras::SUPERVISOR_GRACE;
+
 /// Waits before the restarts in a row; the last one stays. Seconds.
 const WAITS: [u64; 6] = [1, 2, 4, 8, 16, 30];
 /// In any such time there are at most [`RESTARTS_MAX`] restarts; and who has run as long is stable: what was before is forgotten.
 pub const WINDOW: Duration = Duration::from_secs(5 * 60);
 /// Restarts inside a window.
 pub const RESTARTS_MAX: usize = 10;
-/// From SIGTERM to SIGKILL.
-pub const GRACE: Duration = Duration::from_secs(5);
 
 /// What happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +90,7 @@ impl Policy {
                 }
                 self.failed(now)
             }
-            (State::Running { .. }, Event::Stop) => (State::Terminating, Step::Terminate(GRACE)),
+            (State::Running { .. }, Event::Stop) => (State::Terminating, Step::Terminate(SUPERVISOR_GRACE)),
             (State::Waiting, Event::Elapsed) => (State::Starting, Step::Start),
             (State::Terminating, Event::Elapsed) => (State::Killing, Step::Kill),
             (State::Starting | State::Waiting | State::GivenUp, Event::Stop) => (State::Over, Step::Done),

@@ -31,8 +31,6 @@ pub const AHEAD: usize = 256 * 1024;
 const CHUNKS: usize = 4;
 /// How long the last of the output may take to come when the process has ended.
 const LAST_OUTPUT: Duration = Duration::from_secs(10);
-/// How long the VM's death may be noticed after the loss of a call.
-const DEATH_BEHIND: Duration = Duration::from_secs(2);
 /// Most characters of a guest's refusal that are repeated.
 const GUEST_WORDS: usize = 1000;
 
@@ -290,9 +288,9 @@ async fn lost_or(vm: &Vm, error: ttrpc::Error) -> RpcError {
             _ => return RpcError::internal(words),
         }
     }
-    match timeout(DEATH_BEHIND, vm.died()).await {
-        Ok(cause) => RpcError::refused(format!("the VM has died: {cause}")),
-        Err(_) => RpcError::internal(GuestError::Call(error)),
+    match vm.died_under_call().await {
+        Some(cause) => RpcError::refused(format!("the VM has died: {cause}")),
+        None => RpcError::internal(GuestError::Call(error)),
     }
 }
 

@@ -35,8 +35,6 @@ use error::not_found;
 
 /// How long containerd may take to ask for the end after everything has ended.
 const DISMISSAL: Duration = Duration::from_secs(10);
-/// How long a VM's death may be noticed after that of a call to it.
-const DEATH_BEHIND: Duration = Duration::from_secs(1);
 /// What stands in a guest's request for a stream that is carried over vsock.
 const STREAM: &str = "stream";
 
@@ -245,10 +243,7 @@ impl Sandbox {
             Machine::Up(vm) if lost => vm.clone(),
             _ => return error,
         };
-        match tokio::time::timeout(DEATH_BEHIND, vm.died()).await {
-            Ok(cause) => Error::Dead { cause },
-            Err(_) => error,
-        }
+        vm.died_under_call().await.map_or(error, |cause| Error::Dead { cause })
     }
 
     fn live_vm(&self) -> Result<Arc<Vm>, Error> {

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use containerd_shim_protos::api::ShutdownRequest;
+use husk_protos::extras::SUPERVISOR_GRACE;
 use husk_protos::system::Hello;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -39,8 +40,8 @@ pub const DELIVERED: Duration = Duration::from_millis(500);
 const MACHINE_BEHIND: Duration = Duration::from_millis(200);
 /// The same for the guest's connection, which ends when QEMU begins to: on a host under load it takes a while to give its memory back.
 const MACHINE_FAR_BEHIND: Duration = Duration::from_millis(600);
-/// What a supervisor agent that does not want to end adds to the guest's shutdown: the init's time from SIGTERM to SIGKILL.
-const SUPERVISOR_GRACE: Duration = Duration::from_secs(5);
+/// How long a VM's death may be noticed after the loss of a call: the machine's end, and its last words, are waited for.
+const DEATH_BEHIND: Duration = Duration::from_secs(2);
 /// Lines of the console that explain an end.
 const CONSOLE_LINES: usize = 24;
 /// How long the console's last words may take to arrive when the machine has ended.
@@ -328,6 +329,11 @@ impl Vm {
             Ok(cause) => cause.clone().unwrap_or_default(),
             Err(_) => "nobody watches it any more".to_owned(),
         }
+    }
+
+    /// What it has died of, if it has, for whoever has lost a call to it: that may be noticed a moment sooner.
+    pub async fn died_under_call(&self) -> Option<String> {
+        tokio::time::timeout(DEATH_BEHIND, self.died()).await.ok()
     }
 
     /// Has it killed, with this cause unless it is dying of another one.
