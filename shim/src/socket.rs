@@ -7,6 +7,15 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{UnixListener as Listener, UnixStream as Stream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+
+/// How long the system may need to have descriptors again after it had none for a client.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 fn by_descriptor(folder: &File, name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{name}", folder.as_raw_fd()))
@@ -23,6 +32,42 @@ pub fn listen(folder: &Path, name: &str) -> io::Result<UnixListener> {
     std::fs::set_permissions(&path, Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+/// Attends to whoever connects, each in a task of its own, `clients` of them at a time: those beyond are given to `turn_away`, and hung up on.
+/// Until the returned task is aborted or the runtime ends; `name` is for the log.
+pub fn serve<F>(
+    listener: Listener,
+    name: &'static str,
+    clients: usize,
+    turn_away: impl Fn(&Stream) + Send + 'static,
+    attend: impl Fn(Stream) -> F + Send + 'static,
+) -> JoinHandle<()>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    tokio::spawn(async move {
+        let places = Arc::new(Semaphore::new(clients));
+        loop {
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "no client of {name} can be accepted");
+                    tokio::time::sleep(ACCEPT_AGAIN).await;
+                    continue;
+                }
+            };
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                turn_away(&stream);
+                continue;
+            };
+            let attended = attend(stream);
+            tokio::spawn(async move {
+                attended.await;
+                drop(place);
+            });
+        }
+    })
 }
 
 /// Connects to the socket `name` in `folder`.

@@ -1,21 +1,16 @@
 //! `console.sock`: any number of clients (up to a limit) each get the last 64 KiB and then what comes, and what they send is typed into the guest's
 //! serial port. The bytes are the guest's as they are. A client that is too slow is dropped, and one that sends no more leaves with what was there.
 
-use std::sync::Arc;
-use std::time::Duration;
-
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
 
 use super::{Console, Line};
 use crate::record::Overrun;
+use crate::socket;
 
 /// Clients at once. Each holds a descriptor, of which the shim has some thousand.
 const CLIENTS: usize = 64;
-/// How long the system may need to have descriptors again after it had none for a client.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// Bytes that are written at once.
 const PIECE: usize = 16 * 1024;
 
@@ -23,28 +18,15 @@ impl Console {
     /// Serves it to whoever connects, as long as the runtime runs.
     pub fn serve(&self, listener: UnixListener) {
         let console = self.clone();
-        tokio::spawn(async move {
-            let places = Arc::new(Semaphore::new(CLIENTS));
-            loop {
-                let stream = match listener.accept().await {
-                    Ok((stream, _)) => stream,
-                    Err(error) => {
-                        tracing::warn!(%error, "no client of the console can be accepted");
-                        tokio::time::sleep(ACCEPT_AGAIN).await;
-                        continue;
-                    }
-                };
-                let Ok(place) = places.clone().try_acquire_owned() else {
-                    tracing::warn!(clients = CLIENTS, "a client of the console is turned away: there are too many");
-                    continue;
-                };
-                let console = console.clone();
-                tokio::spawn(async move {
-                    if let Err(slow) = console.attend(stream).await {
-                        tracing::warn!(%slow, "a client of the console is dropped");
-                    }
-                    drop(place);
-                });
+        let turn_away = |_: &UnixStream| {
+            tracing::warn!(clients = CLIENTS, "a client of the console is turned away: there are too many");
+        };
+        socket::serve(listener, super::SOCKET, CLIENTS, turn_away, move |stream| {
+            let console = console.clone();
+            async move {
+                if let Err(slow) = console.attend(stream).await {
+                    tracing::warn!(%slow, "a client of the console is dropped");
+                }
             }
         });
     }
@@ -112,6 +94,7 @@ impl Console {
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
+    use std::time::Duration;
 
     use super::*;
     use crate::console::SOCKET;

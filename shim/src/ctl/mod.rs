@@ -38,11 +38,9 @@
 //! `Kind::Unary(|sandbox, params| Box::pin(...))` has no `Call`, and a deadline. An error's code is one of [`rpc`]'s; `rpc.discover` needs no more
 //! than the entry.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
 
 mod connection;
 mod events;
@@ -54,13 +52,12 @@ pub mod rpc;
 #[cfg(test)]
 mod tests;
 
+use crate::socket;
 pub use method::{Answer, Call, Kind, Method, Note, Param};
 pub use rpc::RpcError;
 
 /// The socket's name in the sandbox's folder.
 pub const SOCKET: &str = "ctl.sock";
-/// How long the system may need to have descriptors again after it had none for a client.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// What a client may take.
 #[derive(Debug, Clone, Copy)]
@@ -96,27 +93,9 @@ pub fn serve<C: Clone + Send + Sync>(
     methods: &'static [Method<C>],
     limits: Limits,
 ) -> tokio::task::JoinHandle<()> {
-    tokio::spawn(async move {
-        let places = Arc::new(Semaphore::new(limits.clients));
-        loop {
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    tracing::warn!(%error, "no client of ctl.sock can be accepted");
-                    tokio::time::sleep(ACCEPT_AGAIN).await;
-                    continue;
-                }
-            };
-            let Ok(place) = places.clone().try_acquire_owned() else {
-                turn_away(&stream, limits.clients);
-                continue;
-            };
-            let context = context.clone();
-            tokio::spawn(async move {
-                connection::serve(stream, context, methods, limits).await;
-                drop(place);
-            });
-        }
+    let turn_away = move |stream: &UnixStream| turn_away(stream, limits.clients);
+    socket::serve(listener, SOCKET, limits.clients, turn_away, move |stream| {
+        connection::serve(stream, context.clone(), methods, limits)
     })
 }
 
