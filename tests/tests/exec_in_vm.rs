@@ -10,7 +10,8 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::{Runtime, built};
 use husk_tests::command::{self, wait_for};
 use husk_tests::containerd::{Configured, Containerd, NAMESPACE};
-use husk_tests::debug::{IN_DEBUG_MODE, husk, panic_kernel, run_in_vm};
+use husk_tests::debug::{IN_DEBUG_MODE, panic_kernel, run_in_vm};
+use husk_tests::operator::command as husk;
 use husk_tests::process;
 use husk_tests::pty::Pty;
 
