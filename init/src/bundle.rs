@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use husk_protos::bundle::{BundleFile, PutBundleRequest, PutBundleResponse, RemoveBundleRequest, RemoveBundleResponse};
+use husk_protos::bundle::{PutBundleRequest, PutBundleResponse, RemoveBundleRequest, RemoveBundleResponse};
 use husk_protos::{SHARE_PATH, SHARE_TAG};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -56,9 +56,6 @@ impl Service {
 
     fn put(&self, request: &PutBundleRequest) -> Result<String, Error> {
         places::check_id(&request.id)?;
-        for file in &request.files {
-            check_name(&file.name)?;
-        }
         if names_share(&request.spec) {
             self.mount_share()?;
         }
@@ -94,30 +91,15 @@ fn write_bundle(folder: &Path, request: &PutBundleRequest) -> Result<(), Error> 
         ErrorKind::AlreadyExists => Error::new(Kind::AlreadyExists, format!("bundle {} exists", request.id)),
         _ => failed(e),
     })?;
-    let spec =
-        BundleFile { name: "config.json".into(), content: request.spec.clone(), mode: 0o600, ..Default::default() };
-    let written = std::iter::once(&spec).chain(&request.files).try_for_each(|file| {
-        let path = folder.join(&file.name);
-        fs::OpenOptions::new().write(true).create_new(true).mode(file.mode & 0o777).open(path)?.write_all(&file.content)
-    });
+    let mut config = fs::OpenOptions::new();
+    config.write(true).create_new(true).mode(0o600);
+    let written = config.open(folder.join("config.json")).and_then(|mut file| file.write_all(&request.spec));
     written.map_err(|error| {
         if let Err(error) = fs::remove_dir_all(folder) {
             tracing::error!(bundle = %folder.display(), %error, "remove a bundle that could not be written");
         }
         failed(error)
     })
-}
-
-/// A plain name, and none of the init's own in the folder.
-fn check_name(name: &str) -> Result<(), Error> {
-    let plain = !name.is_empty() && name.len() <= 255 && !name.contains(['/', '\0']) && name != "." && name != "..";
-    let ours = matches!(name, "config.json" | "rootfs" | places::START_OUTCOME)
-        || (name.starts_with("exec-") && name.ends_with(".json"));
-    if plain && !ours {
-        Ok(())
-    } else {
-        Err(Error::new(Kind::InvalidArgument, format!("{name:?} is no name for a bundle's file")))
-    }
 }
 
 #[async_trait]
@@ -140,28 +122,9 @@ mod tests {
     fn a_bundle_is_written_once_and_whole() {
         let place = tempfile::tempdir().unwrap();
         let folder = place.path().join("bundles/c");
-        let file =
-            |name: &str| BundleFile { name: name.into(), content: b"x".into(), mode: 0o640, ..Default::default() };
-        let request =
-            PutBundleRequest { id: "c".into(), spec: b"{}".into(), files: vec![file("hosts")], ..Default::default() };
+        let request = PutBundleRequest { id: "c".into(), spec: b"{}".into(), ..Default::default() };
         write_bundle(&folder, &request).unwrap();
         assert_eq!(fs::read(folder.join("config.json")).unwrap(), b"{}");
-        assert_eq!(fs::read(folder.join("hosts")).unwrap(), b"x");
         assert_eq!(write_bundle(&folder, &request).unwrap_err().kind, Kind::AlreadyExists);
-
-        let twice = PutBundleRequest { files: vec![file("a"), file("a")], ..request };
-        let other = place.path().join("bundles/d");
-        assert_eq!(write_bundle(&other, &twice).unwrap_err().kind, Kind::Internal);
-        assert!(!other.exists());
-    }
-
-    #[test]
-    fn a_file_of_a_bundle_stays_in_it() {
-        for good in ["hosts", "resolv.conf", "a.json"] {
-            assert!(check_name(good).is_ok(), "{good}");
-        }
-        for bad in ["", ".", "..", "a/b", "/a", "config.json", "rootfs", "exec-1.json", "a\0"] {
-            assert!(check_name(bad).is_err(), "{bad:?}");
-        }
     }
 }

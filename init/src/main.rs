@@ -31,6 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use husk_protos::system::BootStep;
 use husk_protos::{HOST_CID, frame};
 use nix::sys::reboot::{RebootMode, reboot};
 use tokio::io::AsyncReadExt;
@@ -84,7 +85,7 @@ fn live(reports: &Reports) -> anyhow::Result<()> {
 
 async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> anyhow::Result<()> {
     let ports = serve::Ports::bind()?;
-    timeline.mark("listening");
+    timeline.mark(BootStep::LISTENING);
     let reaper = reaper::Reaper::start().context("listen to SIGCHLD")?;
     let supervisor = if cmdline.supervisor {
         let started = supervisor::Supervisor::start(reaper.clone(), reports.clone(), cmdline.debug);
@@ -103,7 +104,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let tasks = task::Tasks::new(reaper, workers, events.clone(), streams.clone());
     std::fs::create_dir_all(places::STATE).context("make the folder of the containers' states")?;
 
-    timeline.mark("ready");
+    timeline.mark(BootStep::READY);
     let hello = system::hello(&timeline);
     let (end, mut ended) = mpsc::channel(1);
     let supervisor = supervisor.map(Arc::new);

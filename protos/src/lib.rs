@@ -5,6 +5,7 @@
 pub mod extras;
 pub mod frame;
 pub mod metered;
+pub mod param;
 
 #[allow(missing_docs, clippy::all)]
 mod generated {
@@ -18,7 +19,7 @@ pub use generated::{
 pub use {protobuf, ttrpc};
 
 /// Version of the wire between host and guest. A host refuses a guest that says another one in its `Hello`.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// CID by which a guest reaches its host (`VMADDR_CID_HOST`, vsock(7)).
 pub const HOST_CID: u32 = 2;
@@ -49,3 +50,10 @@ pub const PROCESS_DETAILS: &str = "containerd.runc.v1.ProcessDetails";
 pub const SHARE_TAG: &str = "husk";
 /// Where the guest mounts the share.
 pub const SHARE_PATH: &str = "/run/husk/share";
+
+/// The sandbox annotation that lets containers use AF_VSOCK; its value is `true` or `false`.
+pub const ANNOTATION_VSOCK: &str = "io.husk.vsock";
+/// The guest cgroup that holds every container, as `linux.cgroupsPath` of an OCI spec writes it.
+pub const CONTAINERS_CGROUP: &str = "/containers";
+/// Prefix of the console line with which the init reports why it gives up.
+pub const FATAL_PREFIX: &str = "husk: fatal: ";

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use husk_protos::system::BootStep;
 use husk_tests::guest::{Guest, config, spec};
 use husk_tests::vm::{Config, workspace};
 
@@ -27,14 +28,14 @@ async fn from_its_first_instruction_to_ready_the_init_needs_at_most_8_million() 
     let mut last = None;
     for milestone in &guest.hello.timeline {
         let step = milestone.boottime_ns - last.unwrap_or(milestone.boottime_ns);
-        eprintln!("{:>12} {:>12} +{step}", milestone.name, milestone.boottime_ns);
+        eprintln!("{:>12?} {:>12} +{step}", milestone.step.enum_value_or_default(), milestone.boottime_ns);
         last = Some(milestone.boottime_ns);
     }
-    let at = |name: &str| -> Result<u64> {
-        let milestone = guest.hello.timeline.iter().find(|milestone| milestone.name == name);
-        Ok(milestone.with_context(|| format!("no milestone {name}"))?.boottime_ns)
+    let at = |step: BootStep| -> Result<u64> {
+        let milestone = guest.hello.timeline.iter().find(|milestone| milestone.step == step.into());
+        Ok(milestone.with_context(|| format!("no milestone {step:?}"))?.boottime_ns)
     };
-    let cost = at("ready")? - at("init")?;
+    let cost = at(BootStep::READY)? - at(BootStep::INIT)?;
     ensure!(cost <= 8_000_000, "{cost} instructions");
     guest.shut_down().await?;
     Ok(())

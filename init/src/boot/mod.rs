@@ -16,6 +16,7 @@ mod timeline;
 use std::io;
 
 use husk_protos::extras::SUPERVISOR;
+use husk_protos::system::BootStep;
 
 pub use cmdline::Cmdline;
 pub use own::randomize_addresses;
@@ -57,11 +58,11 @@ fn tell_panics() {
 /// # Errors
 /// The first step that failed. The guest is then good for nothing.
 pub fn boot(timeline: &mut Timeline, reports: &Reports) -> Result<Cmdline, Error> {
-    timeline.mark("init");
+    timeline.mark(BootStep::INIT);
     root::make_movable()?;
     mounts::mount_all()?;
     console::take_over();
-    timeline.mark("mounts");
+    timeline.mark(BootStep::MOUNTS);
 
     let cmdline = cmdline::parse(&std::fs::read_to_string("/proc/cmdline").step(|| "read /proc/cmdline".into())?);
     tell_panics();
@@ -76,8 +77,10 @@ pub fn boot(timeline: &mut Timeline, reports: &Reports) -> Result<Cmdline, Error
         tracing::warn!("{problem}");
     }
     clock::set(cmdline.epoch_ns)?;
+    timeline.mark(BootStep::CLOCK);
+
     cgroup::set_up().step(|| "set up the cgroups".into())?;
-    timeline.mark("cgroups");
+    timeline.mark(BootStep::CGROUPS);
 
     network::loopback_up()?;
     own::set_hostname(&cmdline.hostname)?;
@@ -86,11 +89,11 @@ pub fn boot(timeline: &mut Timeline, reports: &Reports) -> Result<Cmdline, Error
     own::randomize_containers()?;
     own::keep_addresses()?;
     devices::credit_entropy()?;
-    timeline.mark("system");
+    timeline.mark(BootStep::SYSTEM);
 
     if let Some(serial) = &cmdline.extras {
         extras::unpack(serial).step(|| "extras".into())?;
-        timeline.mark("extras");
+        timeline.mark(BootStep::EXTRAS);
     }
     if cmdline.supervisor {
         std::fs::metadata(SUPERVISOR).step(|| format!("the supervisor agent was asked for: {SUPERVISOR}"))?;

@@ -1,17 +1,16 @@
 //! When each step of the boot was reached, by the clock that starts with the kernel.
 
-use husk_protos::system::Milestone;
+use husk_protos::system::{BootStep, Milestone};
 use nix::time::{ClockId, clock_gettime};
 
-/// Milestones in the order in which they happened. Their names, for who greps: `init` (first instruction of PID 1's main), `mounts`,
-/// `cgroups`, `system` (network, limits, entropy), `extras` (written, if there are any), `listening` (all vsock ports), `ready` (about to say hello).
+/// Milestones in the order in which they were reached.
 #[derive(Debug, Default, Clone)]
 pub struct Timeline(Vec<Milestone>);
 
 impl Timeline {
     /// Adds a milestone that is reached now.
-    pub fn mark(&mut self, name: &str) {
-        self.0.push(Milestone { name: name.into(), boottime_ns: boottime_ns(), ..Default::default() });
+    pub fn mark(&mut self, step: BootStep) {
+        self.0.push(Milestone { step: step.into(), boottime_ns: boottime_ns(), ..Default::default() });
     }
 
     /// The milestones so far.

@@ -8,6 +8,9 @@ use std::process::ExitCode;
 const TASK_PORT: u32 = 1024;
 const READY_PORT: u32 = 1026;
 const PROTOCOL: u8 = 1;
+/// `BootStep` of `protos/proto/system.proto`: `INIT` and `READY`.
+const INIT: u8 = 1;
+const READY: u8 = 8;
 
 fn main() -> ExitCode {
     let started = boottime_ns();
@@ -28,7 +31,7 @@ fn serve(started: u64) -> io::Result<()> {
     // SAFETY: listen(2) takes numbers.
     check(unsafe { libc::listen(listener, 16) })?;
 
-    let hello = hello(&[("init", started), ("ready", boottime_ns())]);
+    let hello = hello(&[(INIT, started), (READY, boottime_ns())]);
     let host = socket()?;
     let ready = address(libc::VMADDR_CID_HOST, READY_PORT);
     // SAFETY: as for bind.
@@ -67,15 +70,13 @@ fn boottime_ns() -> u64 {
 }
 
 /// The frame of a `husk.v1.Hello` (protos/proto/system.proto) with this timeline, encoded by hand.
-fn hello(timeline: &[(&str, u64)]) -> Vec<u8> {
+fn hello(timeline: &[(u8, u64)]) -> Vec<u8> {
     const BYTES: u8 = 2;
     let mut message = vec![1 << 3 | BYTES, 5];
     message.extend(b"floor");
     message.extend([2 << 3, PROTOCOL]);
-    for (name, ns) in timeline {
-        let mut milestone = vec![1 << 3 | BYTES, name.len() as u8];
-        milestone.extend(name.bytes());
-        milestone.push(2 << 3);
+    for (step, ns) in timeline {
+        let mut milestone = vec![1 << 3, *step, 2 << 3];
         let mut rest = *ns;
         while rest >= 0x80 {
             milestone.push(rest as u8 | 0x80);

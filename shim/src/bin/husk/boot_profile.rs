@@ -14,7 +14,7 @@ use crate::print::{self, field, shown};
 const WIDTH: u64 = 48;
 
 /// What leads to each milestone, where its name alone does not tell.
-const PHASES: [(&str, &str, &str); 13] = [
+const PHASES: [(&str, &str, &str); 15] = [
     ("host", "configured", "make the vsock device and the cgroup"),
     ("host", "QEMU started", "start QEMU's process"),
     ("host", "virtiofsd started", "start virtiofsd"),
@@ -24,8 +24,10 @@ const PHASES: [(&str, &str, &str); 13] = [
     ("guest", "kernel entered", "QEMU and its firmware"),
     ("guest", "init", "kernel, up to PID 1"),
     ("guest", "mounts", "init: mounts"),
+    ("guest", "clock", "init: command line, log, clock"),
     ("guest", "cgroups", "init: cgroups"),
-    ("guest", "system", "init: devices, clock, sysctls"),
+    ("guest", "system", "init: loopback, host name, limits, entropy"),
+    ("guest", "extras", "init: write the extras"),
     ("guest", "listening", "init: services listen"),
     ("guest", "ready", "init: dial the host"),
 ];

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api;
 use husk_protos::PORT_READY;
 use husk_protos::bundle::PutBundleRequest;
-use husk_protos::system::{Hello, InfoRequest, InfoResponse};
+use husk_protos::system::{BootStep, Hello, InfoRequest, InfoResponse};
 use husk_shim::console::{Console, Words};
 use husk_shim::journal::Journal;
 use husk_shim::prepare::{self, Prepared};
@@ -173,9 +173,9 @@ impl Booted {
 }
 
 /// Millions of instructions since the kernel's clock began: under `-icount shift=0` one lasts a nanosecond.
-fn minstr(hello: &Hello, milestone: &str) -> Result<f64> {
-    let found = hello.timeline.iter().find(|step| step.name == milestone);
-    Ok(found.with_context(|| format!("no milestone {milestone:?} in {:?}", hello.timeline))?.boottime_ns as f64 / 1e6)
+fn minstr(hello: &Hello, step: BootStep) -> Result<f64> {
+    let found = hello.timeline.iter().find(|milestone| milestone.step == step.into());
+    Ok(found.with_context(|| format!("no milestone {step:?} in {:?}", hello.timeline))?.boottime_ns as f64 / 1e6)
 }
 
 /// Millions of instructions between two reports, of PID 1 with its workers, and of containers.
@@ -191,13 +191,15 @@ pub async fn run(report: &mut Report) -> Result<()> {
     let (floor, _) = kit.boot_floor(Accel::TcgCounted, &floor_init()?).await?;
     let (booted, _) = kit.boot(Accel::TcgCounted).await?;
     let hello = booted.vm.hello.clone();
-    let to_init = [(Column::Husk, minstr(&hello, "init")?), (Column::Floor, minstr(&floor, "init")?)];
+    let to_init = [(Column::Husk, minstr(&hello, BootStep::INIT)?), (Column::Floor, minstr(&floor, BootStep::INIT)?)];
     report.row("kernel's clock starts -> PID 1", "M instr", &to_init, Wanted::Any);
-    let to_ready = |hello: &Hello| Ok::<_, anyhow::Error>(minstr(hello, "ready")? - minstr(hello, "init")?);
+    let to_ready =
+        |hello: &Hello| Ok::<_, anyhow::Error>(minstr(hello, BootStep::READY)? - minstr(hello, BootStep::INIT)?);
     let ready = [(Column::Husk, to_ready(&hello)?), (Column::Floor, to_ready(&floor)?)];
     report.row("PID 1 -> ready", "M instr", &ready, Wanted::AtMost(MOST_READY_MINSTR));
     for pair in hello.timeline.windows(2) {
-        let name = format!("  {} -> {}", pair[0].name, pair[1].name);
+        let [from, to] = [&pair[0], &pair[1]].map(|milestone| milestone.step.enum_value_or_default());
+        let name = format!("  {from:?} -> {to:?}");
         let took = pair[1].boottime_ns.saturating_sub(pair[0].boottime_ns) as f64 / 1e6;
         report.row(&name, "M instr", &[(Column::Husk, took)], Wanted::Any);
     }
