@@ -2,8 +2,10 @@
 //!
 //! No behaviour of either side lives here.
 
+pub mod chain;
 pub mod extras;
 pub mod frame;
+pub mod lock;
 pub mod metered;
 pub mod param;
 

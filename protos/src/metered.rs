@@ -13,6 +13,8 @@ use std::task::{Context, Poll, Waker};
 use protobuf::Message;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::lock::lock;
+
 /// Bytes of a TTRPC frame before its payload (ttrpc PROTOCOL.md: length, stream id, type, flags).
 const TTRPC_HEADER: usize = 10;
 
@@ -34,7 +36,7 @@ impl Meter {
 
     fn release(&self, bytes: usize) {
         let waker = {
-            let mut state = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let mut state = lock(&self.0);
             state.unconsumed = state.unconsumed.saturating_sub(bytes);
             state.reader.take()
         };
@@ -65,7 +67,7 @@ impl<S> Metered<S> {
 impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<Result<()>> {
         let room = {
-            let mut state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let mut state = lock(&self.state);
             let room = self.window.saturating_sub(state.unconsumed);
             if room == 0 {
                 // Registered under the lock that release() takes: a release between the check and this line cannot be missed.
@@ -81,7 +83,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
         // SAFETY: `part` is the unfilled rest of `buf`, and the inner reader has initialised and filled its first `read` bytes.
         unsafe { buf.assume_init(read) };
         buf.advance(read);
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).unconsumed += read;
+        lock(&self.state).unconsumed += read;
         Poll::Ready(Ok(()))
     }
 }
