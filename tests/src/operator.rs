@@ -117,7 +117,7 @@ pub struct Rpc(BufReader<UnixStream>);
 impl Rpc {
     /// Connects.
     pub fn connect(containerd: &Containerd, id: &str) -> Result<Self> {
-        let stream = husk_shim::socket::connect(&folder(containerd, id), "ctl.sock")?;
+        let stream = husk_shim::host::socket::connect(&folder(containerd, id), "ctl.sock")?;
         stream.set_read_timeout(Some(SOON))?;
         stream.set_write_timeout(Some(SOON))?;
         Ok(Self(BufReader::new(stream)))

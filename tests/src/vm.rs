@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use husk_shim::vm::qemu::args::KERNEL_PARAMETERS;
+use husk_shim::vmm::qemu::args::KERNEL_PARAMETERS;
 
 /// The machine that QEMU plays.
 #[derive(Clone, Copy, Debug)]

@@ -31,7 +31,7 @@ fn privileged<'a>(containerd: &'a Containerd, name: &str) -> Result<Container<'a
 }
 
 fn client(containerd: &Containerd, id: &str) -> Result<UnixStream> {
-    let stream = husk_shim::socket::connect(&folder(containerd, id), "console.sock")?;
+    let stream = husk_shim::host::socket::connect(&folder(containerd, id), "console.sock")?;
     stream.set_read_timeout(Some(SOON))?;
     stream.set_write_timeout(Some(SOON))?;
     Ok(stream)

@@ -115,7 +115,7 @@ fn clients_that_stay_connected_hold_up_no_end_and_leave_nothing() -> Result<()> 
     let page = husk(&containerd, &["status", id])?.ok()?.text();
     ensure!(page.contains("NOTE") && page.contains("state       Running"), "{page}");
     let consoles: Vec<_> = (0..10)
-        .map(|_| husk_shim::socket::connect(&folder(&containerd, id), "console.sock"))
+        .map(|_| husk_shim::host::socket::connect(&folder(&containerd, id), "console.sock"))
         .collect::<std::io::Result<_>>()?;
     container.kill("SIGKILL")?;
     container.await_status("STOPPED")?;

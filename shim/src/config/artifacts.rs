@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Config, PATH, Problem};
+use crate::config::{Config, PATH, Problem};
 
 /// Where an installation keeps kernel and initrd.
 const SHARED: &str = "/usr/share/husk";

@@ -7,8 +7,8 @@ use std::time::Duration;
 use toml::Value;
 use tracing::Level;
 
-use super::{Accel, Config, LEAST_MEMORY_MIB, MOST_VCPUS, Profile, Vsock, kernel_params};
-use crate::vm::Board;
+use crate::config::{Accel, Config, LEAST_MEMORY_MIB, MOST_VCPUS, Profile, Vsock, kernel_params};
+use crate::vmm::Board;
 
 /// MiB of extras, in the guest's memory, beyond which they are none.
 const MOST_EXTRAS_MIB: u64 = 4096;
@@ -163,8 +163,8 @@ fn list(value: &Value) -> Result<Vec<&str>, String> {
 
 fn annotations(value: &Value) -> Result<Vec<String>, String> {
     let names = list(value)?;
-    match names.iter().find(|name| !crate::annotations::NAMES.contains(name)) {
-        Some(name) => Err(format!("{name:?} is none of {}", crate::annotations::NAMES.join(", "))),
+    match names.iter().find(|name| !crate::config::annotations::NAMES.contains(name)) {
+        Some(name) => Err(format!("{name:?} is none of {}", crate::config::annotations::NAMES.join(", "))),
         None => Ok(names.into_iter().map(str::to_owned).collect()),
     }
 }

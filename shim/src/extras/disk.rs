@@ -9,8 +9,8 @@ use husk_protos::extras::{self, SERIAL};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::Source;
-use crate::vm::Disk;
+use crate::extras::Source;
+use crate::vmm::Disk;
 
 /// Why there is no disk.
 #[derive(Debug, thiserror::Error)]

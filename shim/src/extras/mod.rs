@@ -13,8 +13,8 @@ use husk_protos::extras::{FILES_MAX, PATH_MAX, SUPERVISOR, SUPERVISOR_LOG, SUPER
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
-use crate::annotations;
 use crate::config::Problem;
+use crate::config::annotations;
 
 /// What is the kernel's, and can have no files.
 const KERNELS: [&str; 3] = ["/proc", "/sys", "/dev"];

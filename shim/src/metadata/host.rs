@@ -10,13 +10,14 @@ use husk_protos::PORT_METADATA;
 use husk_protos::metadata::GetMetadataResponse;
 use ttrpc::Code;
 
-use super::service::{Refusal, Source, serve};
-use super::token::Identity;
-use super::workspace::Workspace;
-use super::{Issuer, Settings, response, workspace_file};
+use crate::metadata::service::{Refusal, Source, serve};
+use crate::metadata::token::Identity;
+use crate::metadata::workspace::Workspace;
+use crate::metadata::{Issuer, Settings, response, workspace_file};
 use crate::state::cid::{CidError, Leases};
 use crate::state::{State, StateError};
-use crate::vsock::{self, kernel};
+use crate::vsock;
+use crate::vsock::kernel;
 
 /// Why a caller is nobody's VM. For the host's log: a caller learns no more than that it is not known.
 #[derive(Debug, thiserror::Error)]
@@ -95,7 +96,7 @@ pub async fn serve_all(base: PathBuf, settings: Settings) -> vsock::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::process::ProcessId;
+    use crate::host::process::ProcessId;
     use crate::state::cid::Holder;
     use crate::state::{Machine, Owner, Step};
     use std::process::Command;

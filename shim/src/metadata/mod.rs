@@ -31,8 +31,9 @@ use husk_protos::metadata::GetMetadataResponse;
 use tokio::sync::Semaphore;
 use ttrpc::Code;
 
-use crate::vm::link::Link;
-use crate::vsock::{self, Listener};
+use crate::guest::link::Link;
+use crate::vsock;
+use crate::vsock::Listener;
 use key::Key;
 pub use service::{Refusal, Source, serve};
 use token::Identity;

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::config::{KEYS, parse};
-use crate::vm::qemu::args::{Fds, arguments};
+use crate::vmm::qemu::args::{Fds, arguments};
 
 const SPEC: &str = include_str!("../rootfs/testdata/ctr-1.6.json");
 const FDS: Fds = Fds { kernel: 10, initrd: 11, console: 12, qmp: 13, vsock: 14, share: Some(15), disks: Vec::new() };

@@ -13,8 +13,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-use super::StateError;
-use crate::process::ProcessId;
+use crate::host::process::ProcessId;
+use crate::state::StateError;
 
 /// 0 to 2 are the kernel's (vsock(7)), and 3 is what the shim's own device calls each of its guests.
 pub const CIDS: RangeInclusive<u32> = 4..=65535;

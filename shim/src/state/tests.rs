@@ -6,7 +6,7 @@ use std::process::{Child, Command};
 use nix::mount::{MsFlags, mount};
 
 use super::*;
-use crate::cgroup::Hierarchies;
+use crate::vm::cgroup::Hierarchies;
 
 const WITHIN: Duration = Duration::from_secs(5);
 

@@ -13,7 +13,7 @@ use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{SFlag, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::undo::is_gone;
+use crate::state::undo::is_gone;
 
 /// husk's own folders are five deep at most. Each level holds a descriptor.
 const MAX_DEPTH: u32 = 32;

@@ -10,10 +10,11 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
-use super::cid::Leases;
-use super::tree;
-use crate::hooks::{self, Hook, Subject};
-use crate::process::ProcessId;
+use crate::host::hooks;
+use crate::host::hooks::{Hook, Subject};
+use crate::host::process::ProcessId;
+use crate::state::cid::Leases;
+use crate::state::tree;
 
 /// However late it is, each wait gets this much: a process that was sent SIGKILL is normally dead within it.
 const LEAST_WAIT: Duration = Duration::from_millis(100);

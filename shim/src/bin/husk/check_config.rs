@@ -6,7 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use husk_shim::config;
-use husk_shim::host::{self, Places};
+use husk_shim::prepare::host;
+use husk_shim::prepare::host::Places;
 use serde_json::json;
 
 pub fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {

@@ -1,7 +1,7 @@
 //! Many boots in a row: how long, and does every one of them come up.
 
 use anyhow::Result;
-use husk_shim::vm::Accel;
+use husk_shim::vmm::Accel;
 
 use crate::guest::{BOOT, Kit, floor_init};
 use crate::report::{Column, Report, Wanted, percentile};

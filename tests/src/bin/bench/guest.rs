@@ -10,11 +10,12 @@ use husk_protos::PORT_READY;
 use husk_protos::bundle::PutBundleRequest;
 use husk_protos::system::{BootStep, Hello, InfoRequest, InfoResponse};
 use husk_shim::console::{Console, Words};
-use husk_shim::journal::Journal;
-use husk_shim::prepare::{self, Prepared};
+use husk_shim::prepare;
+use husk_shim::prepare::Prepared;
+use husk_shim::state::journal::Journal;
 use husk_shim::state::{Boot, State};
 use husk_shim::vm::boot::{Plan, Vm};
-use husk_shim::vm::{Accel, Machine, Sockets, Vmm};
+use husk_shim::vmm::{Accel, Machine, Sockets, Vmm};
 use husk_shim::vsock::Device;
 use husk_tests::artifacts::{built, repository};
 use husk_tests::{bundle, command, vm};
@@ -56,7 +57,7 @@ impl Kit {
     /// Prepares a container as the shim would, with a root filesystem out of the test image.
     pub fn new() -> Result<Self> {
         // As the shim does it first of all: what it knows by the time of the boot is passed to the guest.
-        husk_shim::vm::tsc::begin();
+        husk_shim::vmm::tsc::begin();
         let folder = tempfile::Builder::new().prefix("husk-bench").tempdir()?;
         let config = folder.path().join("config.toml");
         let out = repository().join("out");
