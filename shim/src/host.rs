@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::config::{self, Accel, Artifacts, Config, Problem, Vsock};
 use crate::vm::link::Carrier;
 use crate::vm::{self, virtiofsd};
-use crate::vsock::kernel;
+use husk_vsock::kernel;
 
 /// One of the two is there where KVM runs guests in hardware. `/dev/kvm` alone does not tell.
 const KVM_MODULES: [&str; 2] = ["/sys/module/kvm_intel", "/sys/module/kvm_amd"];

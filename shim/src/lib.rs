@@ -29,4 +29,3 @@ pub mod socket;
 pub mod state;
 pub mod status;
 pub mod vm;
-pub mod vsock;
