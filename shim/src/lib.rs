@@ -17,4 +17,3 @@ pub mod stdio;
 pub mod task_service;
 pub mod vm;
 pub mod vmm;
-pub mod vsock;

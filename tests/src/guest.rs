@@ -17,7 +17,7 @@ use husk_protos::stdio_ttrpc::StdioClient;
 use husk_protos::system::{Hello, InfoRequest, InfoResponse};
 use husk_protos::system_ttrpc::SystemClient;
 use husk_protos::{PORT_READY, PORT_STDIO, PORT_TASK};
-use husk_shim::vsock::{Device, Listener};
+use husk_vsock::{Device, Listener};
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, MutexGuard};

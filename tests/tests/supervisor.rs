@@ -433,7 +433,7 @@ async fn the_disk_is_found_by_its_serial_whatever_its_place() -> Result<()> {
 
 /// The console of a guest that does not come up.
 fn fails(config: &Config) -> Result<String> {
-    let (_device, qemus_end) = husk_shim::vsock::Device::start(3)?;
+    let (_device, qemus_end) = husk_vsock::Device::start(3)?;
     let mut vm = Vm::boot_with(config, qemus_end)?;
     vm.wait(STEP)?;
     Ok(vm.console())

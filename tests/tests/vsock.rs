@@ -5,9 +5,9 @@ use std::os::unix::net::UnixStream as StdStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use husk_shim::vsock::{Device, Error, Listener};
 use husk_tests::pattern;
 use husk_tests::vm::{Machine, Vm, guest_program};
+use husk_vsock::{Device, Error, Listener};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, MutexGuard};

@@ -20,7 +20,7 @@ use ttrpc::r#async::{Client, ClientStreamReceiver, ClientStreamSender};
 use ttrpc::context::{Context, with_duration};
 
 use crate::guest::link::Link;
-use crate::vsock::Stream;
+use husk_vsock::Stream;
 
 /// Most bytes of one event, stdio chunk or other streamed message with its envelope; what a receive window has to hold.
 const _: () = assert!(RECEIVE_WINDOW >= 2 * husk_protos::STDIO_CHUNK);
@@ -34,7 +34,7 @@ pub enum Error {
         /// The port.
         port: u32,
         /// Why not.
-        source: crate::vsock::Error,
+        source: husk_vsock::Error,
     },
     /// It speaks another version of the wire.
     #[error(

@@ -10,8 +10,7 @@ use husk_protos::PORT_READY;
 use crate::state::cid::{CIDS, CidError, Holder};
 use crate::state::journal::Journal;
 use crate::state::{Owner, StateError, Step};
-use crate::vsock;
-use crate::vsock::{Device, Listener, Stream, kernel};
+use husk_vsock::{Device, Listener, Stream, kernel};
 
 /// CID of a guest with a device of its own: they need not differ. 0 to 2 are reserved (vsock(7)).
 pub const OWN_CID: u32 = 3;
@@ -32,7 +31,7 @@ pub enum Carrier {
 pub enum Error {
     /// The device, or a port of it.
     #[error("vsock device: {0}")]
-    Vsock(#[from] vsock::Error),
+    Vsock(#[from] husk_vsock::Error),
     /// The kernel's device.
     #[error("open {device}: {0}", device = kernel::DEVICE)]
     Device(#[source] io::Error),
@@ -69,7 +68,7 @@ impl Link {
     /// # Errors
     ///
     /// When it refuses, is gone, or does not answer in time.
-    pub async fn connect(&self, port: u32, deadline: Duration) -> vsock::Result<Stream> {
+    pub async fn connect(&self, port: u32, deadline: Duration) -> husk_vsock::Result<Stream> {
         match self {
             Self::Own(device) => device.connect(port, deadline).await.map(Stream::Own),
             Self::Kernel(cid) => kernel::connect(*cid, port, deadline).await.map(Stream::Kernel),
@@ -104,7 +103,7 @@ impl Ready {
     /// # Errors
     ///
     /// When the device has ended.
-    pub async fn accept(&mut self) -> vsock::Result<Stream> {
+    pub async fn accept(&mut self) -> husk_vsock::Result<Stream> {
         match self {
             Self::Own(listener) => listener.accept().await.map(Stream::Own),
             Self::Kernel { listener, cid } => Ok(Stream::Kernel(listener.accept_from(*cid).await)),

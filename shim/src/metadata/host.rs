@@ -16,8 +16,7 @@ use crate::metadata::workspace::Workspace;
 use crate::metadata::{Issuer, Settings, response, workspace_file};
 use crate::state::cid::{CidError, Leases};
 use crate::state::{State, StateError};
-use crate::vsock;
-use crate::vsock::kernel;
+use husk_vsock::kernel;
 
 /// Why a caller is nobody's VM. For the host's log: a caller learns no more than that it is not known.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +84,7 @@ impl Source for AllVms {
 /// # Errors
 ///
 /// When the port cannot be listened on: another process does, or the kernel has no vsock.
-pub async fn serve_all(base: PathBuf, settings: Settings) -> vsock::Result<()> {
+pub async fn serve_all(base: PathBuf, settings: Settings) -> husk_vsock::Result<()> {
     let listener = kernel::Listener::bind(PORT_METADATA)?;
     tracing::info!(port = PORT_METADATA, "answering all VMs on the kernel's vsock");
     let incoming = stream::unfold(listener, |listener| async move { Some((listener.accept().await, listener)) });

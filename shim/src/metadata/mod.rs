@@ -32,8 +32,7 @@ use tokio::sync::Semaphore;
 use ttrpc::Code;
 
 use crate::guest::link::Link;
-use crate::vsock;
-use crate::vsock::Listener;
+use husk_vsock::Listener;
 use key::Key;
 pub use service::{Refusal, Source, serve};
 use token::Identity;
@@ -56,7 +55,7 @@ pub struct Settings {
 pub enum Error {
     /// Its port cannot be listened on.
     #[error("metadata service: {0}")]
-    Listen(#[from] vsock::Error),
+    Listen(#[from] husk_vsock::Error),
     /// The workspace cannot be put where the host's service finds it.
     #[error("write the workspace {}: {source}", path.display())]
     Workspace {
@@ -190,7 +189,7 @@ pub async fn serve_vm(listener: Listener, identity: Identity, settings: Settings
         loop {
             match listener.accept().await {
                 Ok(stream) => return Some(((stream, cid), listener)),
-                Err(vsock::Error::Closed) => return None,
+                Err(husk_vsock::Error::Closed) => return None,
                 // Closed by the guest, or out of descriptors: that connection is lost, the next may not be.
                 Err(error) => tracing::warn!(%error, "a connection to the metadata service is lost"),
             }

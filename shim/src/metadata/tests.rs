@@ -255,11 +255,11 @@ async fn a_vm_has_few_connections_at_a_time_and_none_of_anothers() {
 
 #[tokio::test]
 async fn it_ends_with_the_device() {
-    let (device, _qemus) = crate::vsock::Device::start(3).unwrap();
+    let (device, _qemus) = husk_vsock::Device::start(3).unwrap();
     let vm = one_vm(Path::new("/none"), None);
     let listener = device.listen(husk_protos::PORT_METADATA).unwrap();
     let service = tokio::spawn(serve_vm(listener, vm.identity.clone(), vm.issuer.settings.clone(), None));
-    assert!(matches!(device.listen(husk_protos::PORT_METADATA), Err(vsock::Error::PortInUse(_))));
+    assert!(matches!(device.listen(husk_protos::PORT_METADATA), Err(husk_vsock::Error::PortInUse(_))));
     device.stop();
     tokio::time::timeout(WAIT, service).await.expect("it outlives the device").unwrap();
 }

@@ -9,7 +9,7 @@ use crate::config::{Accel, Artifacts, Config, Problem, Vsock};
 use crate::guest::link::Carrier;
 use crate::vm::virtiofsd;
 use crate::vmm as vm;
-use crate::vsock::kernel;
+use husk_vsock::kernel;
 
 /// One of the two is there where KVM runs guests in hardware. `/dev/kvm` alone does not tell.
 const KVM_MODULES: [&str; 2] = ["/sys/module/kvm_intel", "/sys/module/kvm_amd"];

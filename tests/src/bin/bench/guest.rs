@@ -16,9 +16,9 @@ use husk_shim::state::journal::Journal;
 use husk_shim::state::{Boot, State};
 use husk_shim::vm::boot::{Plan, Vm};
 use husk_shim::vmm::{Accel, Machine, Sockets, Vmm};
-use husk_shim::vsock::Device;
 use husk_tests::artifacts::{built, repository};
 use husk_tests::{bundle, command, vm};
+use husk_vsock::Device;
 
 use crate::report::{Column, Report, Wanted};
 

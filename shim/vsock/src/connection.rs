@@ -6,8 +6,8 @@
 //! Half-close, both ways, in the order that loses nothing: the guest's SHUTDOWN(SEND) reaches the host's socket only after all bytes
 //! held for it; the host's end of file becomes SHUTDOWN(SEND) only after all its bytes were sent.
 
-use crate::vsock::credit::{ReceiveCredit, SendCredit};
-use crate::vsock::header::{Header, Op, Shut};
+use super::credit::{ReceiveCredit, SendCredit};
+use super::header::{Header, Op, Shut};
 
 /// Where a connection is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

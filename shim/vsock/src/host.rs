@@ -9,9 +9,9 @@ use std::time::Instant;
 use tokio::sync::oneshot;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::vsock::header::Shut;
-use crate::vsock::scatter::Scatter;
-use crate::vsock::table::Id;
+use super::header::Shut;
+use super::scatter::Scatter;
+use super::table::Id;
 
 /// An empty buffer that has grown past this gives its memory back, bytes.
 const KEEP_CAPACITY: usize = 64 * 1024;

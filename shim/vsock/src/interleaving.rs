@@ -5,9 +5,9 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
-use crate::vsock::connection::Plan;
-use crate::vsock::header::{HOST_CID, Header, Op, Shut, TYPE_STREAM};
-use crate::vsock::table::{Id, Table, Turn, Verdict};
+use super::connection::Plan;
+use super::header::{HOST_CID, Header, Op, Shut, TYPE_STREAM};
+use super::table::{Id, Table, Turn, Verdict};
 
 const GUEST_CID: u64 = 7;
 const HOST_PORT: u32 = 1027;

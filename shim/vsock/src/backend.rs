@@ -19,7 +19,7 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::vsock::ring::{RING_MAX, Ring};
+use super::ring::{RING_MAX, Ring};
 
 /// Queues that QEMU leaves to the backend; it keeps the event queue (index 2) to itself.
 pub const RINGS: usize = 2;

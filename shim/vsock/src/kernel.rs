@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
-use crate::vsock::{Error, Result};
+use super::{Error, Result};
 
 /// The device.
 pub const DEVICE: &str = "/dev/vhost-vsock";

@@ -15,11 +15,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::vsock::WINDOW;
-use crate::vsock::header::{HEADER_LEN, HOST_CID, Header, Op, Shut, TYPE_STREAM};
-use crate::vsock::ring::Ring;
-use crate::vsock::shared::Shared;
-use crate::vsock::streams::{LINGER, Moved, Streams};
+use super::WINDOW;
+use super::header::{HEADER_LEN, HOST_CID, Header, Op, Shut, TYPE_STREAM};
+use super::ring::Ring;
+use super::shared::Shared;
+use super::streams::{LINGER, Moved, Streams};
 
 const CID: u64 = 3;
 const PORT: u32 = 1027;

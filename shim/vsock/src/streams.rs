@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
-use crate::vsock::connection::Plan;
-use crate::vsock::header::{HEADER_LEN, Header, Shut};
-use crate::vsock::host::{Delivered, HostSide, is_retry};
-use crate::vsock::ring::Ring;
-use crate::vsock::scatter::{Scatter, Side};
-use crate::vsock::shared::{Opening, Shared};
-use crate::vsock::table::{Id, Table, Turn, Verdict};
-use crate::vsock::{CONNECTIONS_MAX, WINDOW};
+use super::connection::Plan;
+use super::header::{HEADER_LEN, Header, Shut};
+use super::host::{Delivered, HostSide, is_retry};
+use super::ring::Ring;
+use super::scatter::{Scatter, Side};
+use super::shared::{Opening, Shared};
+use super::table::{Id, Table, Turn, Verdict};
+use super::{CONNECTIONS_MAX, WINDOW};
 
 /// Packets moved one way before the other way, and the streams, get their turn.
 pub const BATCH: usize = 64;

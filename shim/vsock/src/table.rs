@@ -3,8 +3,8 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use crate::vsock::connection::{Connection, Heard, Plan, Say};
-use crate::vsock::header::{HOST_CID, Header, Op, Shut, TYPE_STREAM};
+use super::connection::{Connection, Heard, Plan, Say};
+use super::header::{HOST_CID, Header, Op, Shut, TYPE_STREAM};
 
 /// RSTs that wait for room in the guest's queue. Past this many the guest's packets wait too: it is the one that makes no room.
 const REPLIES_MAX: usize = 256;

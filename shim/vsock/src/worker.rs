@@ -12,13 +12,13 @@ use tokio::sync::watch;
 use vhost::vhost_user::BackendReqHandler;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::vsock::Error;
-use crate::vsock::backend::{Backend, RX, TX};
-use crate::vsock::host::{Delivered, HostSide};
-use crate::vsock::ring::RING_MAX;
-use crate::vsock::shared::Shared;
-use crate::vsock::streams::{BATCH, LINGER, Moved, Streams};
-use crate::vsock::table::Id;
+use super::Error;
+use super::backend::{Backend, RX, TX};
+use super::host::{Delivered, HostSide};
+use super::ring::RING_MAX;
+use super::shared::Shared;
+use super::streams::{BATCH, LINGER, Moved, Streams};
+use super::table::Id;
 
 const CONTROL: u64 = u64::MAX;
 const WAKE: u64 = u64::MAX - 1;

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::{mpsc, oneshot};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::vsock::{CONNECTIONS_MAX, Error};
+use super::{CONNECTIONS_MAX, Error};
 
 /// A host-initiated connection on its way to the device's thread.
 pub struct Opening {
