@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use husk_protos::chain::Chain;
 use protobuf::Message;
 
 fn main() -> ExitCode {
@@ -11,7 +12,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // containerd shows what `start` prints on stderr when it fails, and only then.
-            let _ = writeln!(io::stderr(), "io.containerd.husk.v1: {error:#}");
+            let _ = writeln!(io::stderr(), "io.containerd.husk.v1: {}", Chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -147,7 +147,7 @@ fn an_operators_terminal_is_the_guests_console_until_it_leaves() -> Result<()> {
     let container = privileged(containerd, "terminal")?;
     container.script("echo before-husk >/dev/serial")?;
     let mut pty = on_a_terminal(containerd, container.id())?;
-    pty.expect("~. at the beginning of a line leaves it", SOON)?;
+    pty.expect("type ~. at the start of a line to leave", SOON)?;
     pty.expect("before-husk", SOON)?;
     pty.resize(50, 132)?;
     std::thread::scope(|scope| -> Result<()> {
@@ -214,7 +214,7 @@ fn a_file_is_typed_as_fast_as_the_guest_reads() -> Result<()> {
         let command = husk_tests::operator::command(containerd, &["console", container.id()])?;
         let typed =
             husk_tests::command::run(command, Some(text.clone().into_bytes()), Duration::from_secs(60))?.ok()?;
-        ensure!(typed.errors().contains("the input has ended; the VM runs on"), "{typed}");
+        ensure!(typed.errors().contains("the input has ended; the VM keeps running"), "{typed}");
         let sum = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
         let mut command = Command::new("md5sum");
         command.current_dir("/");

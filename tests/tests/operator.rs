@@ -181,7 +181,7 @@ fn a_vm_that_died_is_shown_with_its_cause() -> Result<()> {
     let (code, errors) = following.finish()?;
     ensure!(code == Some(0) && errors.ends_with("husk: the sandbox has ended"), "{code:?} {errors}");
     let gone = husk(containerd, &["status", id])?.expect_code(1)?;
-    ensure!(gone.errors() == format!("husk: no sandbox {id:?}; `husk list` shows those that there are\n"), "{gone}");
+    ensure!(gone.errors() == format!("husk: no sandbox {id:?}; `husk list` shows all sandboxes\n"), "{gone}");
     Ok(())
 }
 
@@ -204,7 +204,7 @@ fn a_boot_that_failed_is_shown_with_how_far_it_came() -> Result<()> {
         ensure!(status["machine"]["alive"] == true && status["machine"]["kernel"].is_null(), "{status:#}");
         ensure!(status["health"].is_null() && status["containers"][0]["creating"] == true, "{status:#}");
         let profile = husk(containerd, &["boot-profile", &id])?.expect_code(1)?;
-        ensure!(profile.errors().contains("nothing is noted of a boot of"), "{profile}");
+        ensure!(profile.errors().contains("no boot of "), "{profile}");
         let following = Following::start(containerd, &["events", "-f", &id])?;
         following.expect("to=StartFailed")?;
         let ran = run.join().map_err(|_| anyhow!("the run panicked"))??;
@@ -239,14 +239,14 @@ fn what_a_dead_shim_has_left_is_shown_and_said_to_be_that() -> Result<()> {
 
     let list = husk(containerd, &["list"])?.ok()?;
     ensure!(list.text().contains("  Running*  "), "{list}");
-    let why = "its shim is dead; this is from the disk, the last that it wrote";
+    let why = "its shim is dead; showing its last state on disk";
     ensure!(list.errors() == format!("husk: * {id}: {why}\n"), "{list}");
     // QEMU's threads may take a moment longer than its first one, which is all that /proc shows of a process.
     let page = wait_for(SOON, "QEMU is dead with all its threads", || {
         let page = || Ok::<_, anyhow::Error>(husk(containerd, &["status", id])?.ok()?.text());
         page().map(|page| (!page.contains(", alive;")).then_some(page)).transpose()
     })??;
-    let note = "NOTE        its shim is dead: this is what it wrote last, and may be out of date";
+    let note = "NOTE        its shim is dead; showing its last state on disk, which may be out of date";
     for told in [note, "health      not known", "Starting -> Running", "kernel, up to PID 1"] {
         ensure!(page.contains(told), "no {told:?} in\n{page}");
     }
@@ -255,7 +255,7 @@ fn what_a_dead_shim_has_left_is_shown_and_said_to_be_that() -> Result<()> {
     let told = status(containerd, id)?;
     ensure!(told["source"] == json!({"from": "disk", "because": "its shim is dead"}), "{told:#}");
     let logs = husk(containerd, &["logs", "--lines", "3", id])?.ok()?;
-    ensure!(logs.errors() == "husk: its shim is dead; this is from the disk\n", "{logs}");
+    ensure!(logs.errors() == "husk: its shim is dead; showing the files on disk\n", "{logs}");
     ensure!(logs.text().lines().filter(|line| line.starts_with("console | ")).count() == 3, "{logs}");
     let events = husk(containerd, &["events", "-f", id])?.ok()?;
     ensure!(events.text().contains("from=Starting to=Running"), "{events}");
@@ -264,7 +264,7 @@ fn what_a_dead_shim_has_left_is_shown_and_said_to_be_that() -> Result<()> {
     ensure!(profile.contains("kernel, up to PID 1"), "{profile}");
     let console = husk(containerd, &["console", id])?.expect_code(1)?;
     let told =
-        format!("husk: the shim of {id:?} is dead, and its console with it; `husk logs {id}` shows what was on it");
+        format!("husk: the shim of {id:?} is dead and serves no console; `husk logs {id}` shows the console's output");
     ensure!(console.errors().trim_end() == told, "{console}");
     // containerd finds the shim dead and cleans up; then there is nothing to be shown any more.
     containerd.start_again()?;
@@ -307,7 +307,7 @@ fn an_id_may_be_shortened_as_long_as_it_is_clear() -> Result<()> {
     }
     let unclear = husk(containerd, &["status", "prefix-"])?.expect_code(1)?;
     let told = format!(
-        "husk: \"prefix-\" may be any of {NAMESPACE}/{}, {NAMESPACE}/{}: give more of the id, or NAMESPACE/ID\n",
+        "husk: \"prefix-\" matches {NAMESPACE}/{}, {NAMESPACE}/{}: use a longer prefix or NAMESPACE/ID\n",
         one.id(),
         other.id()
     );

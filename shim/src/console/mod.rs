@@ -5,16 +5,17 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, watch};
 
+use crate::console::endpoint::Endpoint;
 use crate::console::record::{REPLAY, Record};
 
 pub mod chain;
 pub mod clients;
+pub mod endpoint;
 pub mod lines;
 pub mod record;
 pub mod rotate;
@@ -81,14 +82,14 @@ impl Console {
     }
 
     /// Where it is to be had.
-    pub fn endpoint(&self) -> Value {
+    pub fn endpoint(&self) -> Endpoint {
         let machine = match &*self.line.borrow() {
-            Line::Unused => "unused",
-            Line::Up(_) => "up",
-            Line::Ended => "ended",
+            Line::Unused => endpoint::Line::Unused,
+            Line::Up(_) => endpoint::Line::Up,
+            Line::Ended => endpoint::Line::Ended,
         };
         let log = self.record.path();
-        json!({"path": log.with_file_name(SOCKET), "log": log, "machine": machine, "replay_bytes": REPLAY})
+        Endpoint { path: log.with_file_name(SOCKET), log: log.to_owned(), machine, replay_bytes: REPLAY }
     }
 
     /// Takes what comes from a machine's `socket`, and gives it what is typed.

@@ -11,7 +11,7 @@ use husk_protos::frame;
 use husk_protos::report::report::What;
 use husk_protos::report::supervisor_status::State;
 use husk_protos::report::{LogLevel, LogLine, Report, SupervisorStatus};
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::io::AsyncRead;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -20,6 +20,8 @@ use tracing::Level;
 use crate::console::record::Record;
 use crate::containerd::log as logging;
 use crate::state::recent::{Kind, Recent};
+use crate::state::status;
+use crate::state::status::Heartbeats;
 
 /// So many heartbeats in a row that do not come are a death.
 const MISSED: u32 = 3;
@@ -104,14 +106,18 @@ pub async fn listen(mut from: impl AsyncRead + Unpin, listening: Listening, hear
                 }
                 () = sleep_until(last + heard.interval * 3 / 2), if !late => {
                     late = true;
-                    listening.recent.note(Kind::Health, "a heartbeat is late", in_json(heard.health()));
+                    listening.recent.note(Kind::Health, "a heartbeat is late", json!(heartbeats(heard.health())));
                 }
             }
         };
         match read.map(|report| report.what) {
             Ok(Some(What::Heartbeat(_))) => {
                 if std::mem::take(&mut late) {
-                    listening.recent.note(Kind::Health, "a heartbeat has come again", in_json(heard.health()));
+                    listening.recent.note(
+                        Kind::Health,
+                        "a heartbeat has come again",
+                        json!(heartbeats(heard.health())),
+                    );
                 }
                 *heard.last() = Instant::now();
             }
@@ -125,17 +131,17 @@ pub async fn listen(mut from: impl AsyncRead + Unpin, listening: Listening, hear
     }
 }
 
-/// How the guest is, for its operator.
-pub fn in_json(health: Health) -> Value {
-    json!({
-        "heartbeat_interval_ms": health.interval.as_millis() as u64,
-        "since_heartbeat_ms": health.since_heartbeat.as_millis() as u64,
-        "missed": health.missed,
-    })
+/// The guest's heartbeats, as the status has them.
+pub fn heartbeats(health: Health) -> Heartbeats {
+    Heartbeats {
+        heartbeat_interval_ms: health.interval.as_millis() as u64,
+        since_heartbeat_ms: health.since_heartbeat.as_millis() as u64,
+        missed: health.missed,
+    }
 }
 
-/// What the supervisor does, for the guest's operator.
-pub fn supervisor_in_json(status: &SupervisorStatus) -> Value {
+/// The supervisor, as the status has it.
+pub fn supervisor_status(status: &SupervisorStatus) -> status::SupervisorStatus {
     let state = match status.state.enum_value_or_default() {
         State::RUNNING => "running",
         State::WAITING => "waiting",
@@ -143,14 +149,13 @@ pub fn supervisor_in_json(status: &SupervisorStatus) -> Value {
         State::STOPPED => "stopped",
         State::STATE_UNSPECIFIED => "unknown",
     };
-    let last_end = Some(&status.last_end).filter(|last_end| !last_end.is_empty());
-    json!({
-        "state": state,
-        "pid": Some(status.pid).filter(|pid| *pid != 0),
-        "restarts": status.restarts,
-        "last_end": last_end,
-        "wait_ms": Some(status.wait_ms).filter(|ms| *ms != 0),
-    })
+    status::SupervisorStatus {
+        state: state.to_owned(),
+        pid: Some(status.pid).filter(|pid| *pid != 0),
+        restarts: status.restarts,
+        last_end: Some(status.last_end.clone()).filter(|last_end| !last_end.is_empty()),
+        wait_ms: Some(status.wait_ms).filter(|ms| *ms != 0),
+    }
 }
 
 fn silence(heard: &Heard) -> String {
@@ -211,7 +216,7 @@ impl Log {
         status.last_end = harmless(&status.last_end);
         let (pid, restarts, last_end) = (status.pid, status.restarts, &status.last_end);
         if let Admitted::Yes { .. } = self.supervisors.admit(Instant::now()) {
-            recent.note(Kind::Supervisor, "the supervisor's state", supervisor_in_json(&status));
+            recent.note(Kind::Supervisor, "the supervisor's state", json!(supervisor_status(&status)));
             match status.state.enum_value_or_default() {
                 State::GAVE_UP => {
                     tracing::error!(restarts, last_end, "the supervisor has failed too often and is given up")

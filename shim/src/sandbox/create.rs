@@ -17,6 +17,7 @@ use crate::prepare::Prepared;
 use crate::rootfs::share::Share;
 use crate::sandbox::container::Container;
 use crate::sandbox::{Error, Machine, STREAM, Sandbox, Slot, alive, hooks};
+use crate::state::facts::HostMilestone;
 use crate::state::life::VmState;
 use crate::state::{Boot, Owner, facts};
 use crate::stdio::Stdio;
@@ -230,8 +231,8 @@ impl Sandbox {
         let noted = self.journal.with(|state| {
             state.set_boot(reached);
             if let (Some(vm), Some(mut machine)) = (vm, state.machine().cloned()) {
-                machine.kernel = Some(facts::word(&vm.hello.kernel));
-                machine.init = Some(facts::word(&vm.hello.version));
+                machine.kernel = Some(facts::printable(&vm.hello.kernel));
+                machine.init = Some(facts::printable(&vm.hello.version));
                 state.set_machine(machine);
             }
             Ok(())
@@ -259,7 +260,7 @@ impl Sandbox {
             tracing::warn!(%error, "the memory of the disk for extras is held as long as the VM lives");
         }
         let events = vm.guest.events(0).await?;
-        reached.reached("events subscribed");
+        reached.reached(HostMilestone::EventsSubscribed);
         Ok((vm, events))
     }
 }

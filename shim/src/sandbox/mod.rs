@@ -8,7 +8,7 @@ mod end;
 mod error;
 mod events;
 mod hooks;
-mod status;
+pub mod status;
 mod without_guest;
 
 use std::collections::HashMap;

@@ -27,9 +27,10 @@ use crate::host::process::ProcessId;
 use crate::metadata;
 use crate::metadata::token::Identity;
 use crate::metadata::workspace::Workspace;
+use crate::state::facts::HostMilestone;
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
-use crate::state::{Boot, Machine as Facts, Owner, StateError, Step};
+use crate::state::{Boot, MachineRecord, Owner, StateError, Step};
 use crate::vm::cgroup::{CgroupError, Hierarchies};
 use crate::vm::virtiofsd;
 use crate::vmm::{Machine, Sockets, Spec, Vmm};
@@ -210,16 +211,16 @@ impl Vm {
         let (vcpus, memory_mib, accel) = (plan.spec.vcpus, plan.spec.memory_mib, plan.spec.accel);
         let configured = format!("ready to be started with vcpus={vcpus} memory_mib={memory_mib} accel={accel:?}");
         journal.vm_passes(VmState::Configured, &configured)?;
-        reached.reached("configured");
+        reached.reached(HostMilestone::Configured);
         let machine: Arc<dyn Machine> = vmm.start(&spec, sockets).await?.into();
         let kill_machine = Otherwise::new({
             let machine = machine.clone();
             move || machine.kill()
         });
-        reached.reached("QEMU started");
+        reached.reached(HostMilestone::VmmStarted);
         // Written with the process, and what it went through with it: a boot waits for each write.
         journal.with(|state| {
-            state.set_machine(Facts::of(&spec, machine.process(), link.cid(), plan.debug));
+            state.set_machine(machine_record(&spec, machine.process(), link.cid(), plan.debug));
             Ok(())
         })?;
         journal.vm_passes(VmState::Starting, &format!("QEMU runs as process {}", machine.process().pid))?;
@@ -232,7 +233,7 @@ impl Vm {
         let again = again.map_err(io("duplicate a descriptor"))?;
         let share = virtiofsd::start(&plan.virtiofsd, &plan.share, share_listener, log, again)?;
         let share = Arc::new(share);
-        reached.reached("virtiofsd started");
+        reached.reached(HostMilestone::VirtiofsdStarted);
         let kill_share = Otherwise::new({
             let share = share.clone();
             move || share.kill()
@@ -289,7 +290,7 @@ impl Vm {
                 return Err(Error::Deadline { deadline: plan.boot_timeout, console: console.tail(CONSOLE_LINES) });
             }
         };
-        reached.heard(&hello);
+        reached.hello_received(&hello);
         // virtiofsd serves from a child that is the first process of its own namespace, and does not die with it. It has answered the guest by now,
         // so the child is there.
         let workers = share.process().children().map_err(io("list virtiofsd's children"))?;
@@ -299,7 +300,7 @@ impl Vm {
         let listening =
             Listening { level: plan.guest_level, file: words.init.clone(), recent: journal.recent().clone() };
         let guest = Arc::new(Guest::connect(link, &hello, plan.call_timeout).await?);
-        reached.reached("guest connected");
+        reached.reached(HostMilestone::GuestConnected);
 
         let (death, dead) = watch::channel(None);
         let (condemned, sentence) = watch::channel(None);
@@ -418,6 +419,23 @@ fn identity(journal: &Journal, cid: u32) -> Result<Identity, StateError> {
     journal.with(|state| {
         Ok(Identity { namespace: state.namespace().to_owned(), sandbox: state.sandbox().to_owned(), cid })
     })
+}
+
+/// What `state.json` records about a machine that has just been started.
+fn machine_record(spec: &Spec, process: ProcessId, cid: u32, debug: bool) -> MachineRecord {
+    MachineRecord {
+        process,
+        cid,
+        vcpus: spec.vcpus,
+        memory_mib: spec.memory_mib,
+        accel: format!("{:?}", spec.accel),
+        board: format!("{:?}", spec.board),
+        kernel_file: spec.kernel.display().to_string(),
+        initrd_file: spec.initrd.display().to_string(),
+        debug,
+        kernel: None,
+        init: None,
+    }
 }
 
 fn open_log(path: &Path) -> std::io::Result<File> {

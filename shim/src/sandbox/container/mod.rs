@@ -18,12 +18,12 @@ use containerd_shim_protos::topics;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{MessageDyn, MessageField, MessageFull};
-use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::containerd::publisher::Publisher;
 use crate::host::hooks::{Hook, Subject};
+use crate::state::status::ProcessStatus;
 use crate::stdio::Stdio;
 
 pub mod guest_event;
@@ -95,14 +95,15 @@ impl Container {
     }
 
     /// Its processes as an operator sees them, the init first.
-    pub fn processes_seen(&self) -> Vec<Value> {
+    pub fn process_statuses(&self) -> Vec<ProcessStatus> {
         let mut processes: Vec<_> = self.processes().values().cloned().collect();
         processes.sort_by(|a, b| a.exec_id.cmp(&b.exec_id));
-        let seen = |process: &Arc<Process>| {
-            let exit = process.exit().map(|exit| exit.status);
-            json!({"exec": process.exec_id, "pid": process.pid(), "exit_status": exit})
+        let status = |process: &Arc<Process>| ProcessStatus {
+            exec: process.exec_id.clone(),
+            pid: process.pid(),
+            exit_status: process.exit().map(|exit| exit.status),
         };
-        processes.iter().map(seen).collect()
+        processes.iter().map(status).collect()
     }
 
     /// Adds an exec; false if that id is taken.

@@ -1,9 +1,10 @@
 //! What has happened to a sandbox lately, for its operator: its VM's states, what containerd is told, problems. Numbered, bounded, in memory.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
@@ -17,7 +18,7 @@ pub const KEPT: usize = 1024;
 const LONGEST: usize = 1024;
 
 /// What an event is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// The VM's state.
@@ -32,8 +33,21 @@ pub enum Kind {
     Sandbox,
 }
 
+/// The name in JSON.
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Vm => "vm",
+            Self::Task => "task",
+            Self::Health => "health",
+            Self::Supervisor => "supervisor",
+            Self::Sandbox => "sandbox",
+        })
+    }
+}
+
 /// Something that has happened.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Event {
     /// Starts at 1 and grows by one.
     pub number: u64,
