@@ -118,7 +118,8 @@ impl Forwarder {
         let (device, user) = match nonblocking_pair() {
             Ok(pair) => pair,
             Err(error) => {
-                tracing::warn!(port = request.dst_port, %error, "failed to create a socket pair for a vsock connection");
+                let port = request.dst_port;
+                tracing::warn!(port, %error, "failed to create a socket pair for a vsock connection");
                 return self.table.reject(request);
             }
         };

@@ -373,7 +373,11 @@ proptest! {
     #[test]
     fn random_packets_keep_the_state_bounded(
         packets in prop::collection::vec(
-            (0..3u64, 0..3u64, 0..4u32, 0..4u32, any::<u32>(), 0..3u16, 0..9u16, any::<u8>(), any::<u32>(), any::<u32>(), 0..2000usize),
+            (
+                (0..3u64, 0..3u64, 0..4u32, 0..4u32),
+                (any::<u32>(), 0..3u16, 0..9u16, any::<u8>(), any::<u32>(), any::<u32>()),
+                0..2000usize,
+            ),
             0..600,
         ),
         sends in prop::collection::vec(0..200usize, 0..100),
@@ -381,15 +385,27 @@ proptest! {
         let mut table: Table<()> = Table::new(1, 8, 1000);
         let mut sends = sends.into_iter();
         let mut ids: Vec<ConnectionId> = Vec::new();
-        for (src_cid, dst_cid, src_port, dst_port, len, socket_type, op, shut, buf_alloc, fwd_cnt, payload) in packets {
+        for (addresses, fields, payload) in packets {
+            let (src_cid, dst_cid, src_port, dst_port) = addresses;
+            let (len, socket_type, op, shut, buf_alloc, fwd_cnt) = fields;
             if table.is_congested() {
                 while table.next_packet().is_some_and(|next| matches!(next, NextPacket::Rst(_))) {
                     table.rst_sent();
                 }
             }
             let mut bytes = Header {
-                src_cid, dst_cid, src_port, dst_port, len: len % 2000, socket_type, op: None, shut: Shut::NONE, buf_alloc, fwd_cnt,
-            }.encode();
+                src_cid,
+                dst_cid,
+                src_port,
+                dst_port,
+                len: len % 2000,
+                socket_type,
+                op: None,
+                shut: Shut::NONE,
+                buf_alloc,
+                fwd_cnt,
+            }
+            .encode();
             bytes[30] = op as u8;
             bytes[32] = shut;
             let header = Header::decode(&bytes);
