@@ -160,7 +160,7 @@ impl Ring {
     }
 
     fn disable(&mut self, action: &str, error: &virtio_queue::Error) {
-        tracing::warn!(action, %error, "the guest's driver corrupted a vsock ring; it is idle until QEMU sets it up again");
+        tracing::warn!(action, %error, "disabled a vsock ring that the guest's driver has corrupted");
         self.broken = true;
     }
 }
