@@ -41,3 +41,22 @@ pub enum VsockError {
     #[error("the vsock device is closed")]
     Closed,
 }
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn causes_are_returned_and_not_printed() {
+        let cause = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let errors =
+            [VsockError::Setup(cause()), VsockError::Wake(cause()), VsockError::Stream { port: 1, source: cause() }];
+        for error in errors {
+            let cause = error.source().map(ToString::to_string);
+            assert_eq!(cause.as_deref(), Some("permission denied"), "{error}");
+            assert!(!error.to_string().contains("permission denied"), "{error}");
+        }
+    }
+}
