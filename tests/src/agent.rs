@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow};
 use husk_protos::extras::{SERIAL, SUPERVISOR};
-use husk_shim::extras::{Extras, Wanted, disk};
+use husk_shim::config::extras::{ExtraFile, Extras};
+use husk_shim::extras::{disk, files};
 use serde_json::json;
 
 use crate::vm::{Disk, guest_program};
@@ -31,7 +32,7 @@ pub fn program() -> Result<&'static Path> {
 
 /// An agent that is told to do something, with other files beside it.
 pub struct Agent {
-    files: Vec<Wanted>,
+    files: Vec<ExtraFile>,
     folder: tempfile::TempDir,
 }
 
@@ -39,7 +40,7 @@ impl Agent {
     /// The one that does `what`.
     pub fn new(what: &str) -> Result<Self> {
         // Not executable: it is made so.
-        let agent = Wanted { destination: SUPERVISOR.into(), source: program()?.into(), mode: 0o600 };
+        let agent = ExtraFile { destination: SUPERVISOR.into(), source: program()?.into(), mode: 0o600 };
         let mut agent = Self { files: vec![agent], folder: tempfile::tempdir()? };
         agent.bring(WANTED, what.as_bytes(), 0o644)?;
         Ok(agent)
@@ -49,7 +50,7 @@ impl Agent {
     pub fn bring(&mut self, destination: &str, content: &[u8], mode: u32) -> Result<()> {
         let source = self.folder.path().join(self.files.len().to_string());
         write(&source, content)?;
-        self.files.push(Wanted { destination: destination.into(), source, mode });
+        self.files.push(ExtraFile { destination: destination.into(), source, mode });
         Ok(())
     }
 
@@ -61,7 +62,7 @@ impl Agent {
 
     /// The value of the annotation.
     pub fn annotation(&self) -> String {
-        let entry = |file: &Wanted| {
+        let entry = |file: &ExtraFile| {
             (file.destination.clone(), json!({"source": file.source, "mode": format!("{:04o}", file.mode)}))
         };
         serde_json::Value::Object(self.files.iter().map(entry).collect()).to_string()
@@ -75,7 +76,7 @@ impl Agent {
     /// The disk with it, as the shim writes it.
     pub fn disk(&self) -> Result<Disk> {
         let extras = Extras { files: self.files.clone(), supervisor: None };
-        let sources = extras.open(64).map_err(|problems| anyhow!("{problems:?}"))?;
+        let sources = files::open(&extras, 64).map_err(|problems| anyhow!("{problems:?}"))?;
         let written = disk::write(&sources)?.context("no disk")?;
         let mut image: File = written.image.try_clone()?;
         let mut content = Vec::new();

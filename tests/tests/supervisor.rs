@@ -453,7 +453,7 @@ async fn a_guest_without_what_it_was_told_of_says_so_and_ends() -> Result<()> {
             "extras: no block device with the serial \"no-such-disk\" within 5 s; there is vda with \"decoy\"",
         ),
         (vec![], "husk.extras=no-such-disk", "with the serial \"no-such-disk\" within 5 s; there is none"),
-        (vec![decoy], "husk.extras=decoy", "extras: it does not begin as an extras disk does"),
+        (vec![decoy], "husk.extras=decoy", "extras: not an extras disk"),
         (vec![impossible.disk()?], PARAMETERS, "extras: write /dev/pts/x: nothing there may be executed (noexec)"),
         (vec![file_as_folder.disk()?], PARAMETERS, "extras: write /init/x: "),
         (vec![], "husk.supervisor=1", "the supervisor agent was asked for: /run/husk/supervisor: No such file"),

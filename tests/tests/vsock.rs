@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use husk_tests::pattern;
 use husk_tests::vm::{Machine, Vm, guest_program};
-use husk_vsock::{Device, Error, Listener};
+use husk_vsock::{Device, Listener, VsockError};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, MutexGuard};
@@ -271,9 +271,9 @@ async fn a_vm_that_dies_ends_everything_at_once() -> Result<()> {
         Ok(n) => assert_eq!(n, 0),
         Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
     }
-    assert!(matches!(listener.accept().await, Err(Error::Closed)));
-    assert!(matches!(guest.device.connect(COMMANDS, STEP).await, Err(Error::Closed)));
-    assert!(matches!(guest.device.listen(2001), Err(Error::Closed)));
+    assert!(matches!(listener.accept().await, Err(VsockError::Closed)));
+    assert!(matches!(guest.device.connect(COMMANDS, STEP).await, Err(VsockError::Closed)));
+    assert!(matches!(guest.device.listen(2001), Err(VsockError::Closed)));
     eprintln!("everything has heard of the VM's death after {:?}", killed.elapsed());
     Ok(())
 }
@@ -355,12 +355,12 @@ async fn bytes_written_before_a_stream_is_dropped_arrive() -> Result<()> {
 async fn ports_without_a_listener_refuse() -> Result<()> {
     let guest = Guest::boot().await?;
     let start = Instant::now();
-    assert!(matches!(guest.device.connect(12345, STEP).await, Err(Error::Refused(12345))));
+    assert!(matches!(guest.device.connect(12345, STEP).await, Err(VsockError::Refused(12345))));
     let mut answer = BufReader::new(guest.ask("dial 12345 echo").await?);
     assert_eq!(read_line(&mut answer).await?, format!("error {}", libc::ECONNRESET));
     assert!(start.elapsed() < Duration::from_secs(10), "refusals are not immediate");
     let listener = guest.device.listen(12345)?;
-    assert!(matches!(guest.device.listen(12345), Err(Error::PortInUse(12345))));
+    assert!(matches!(guest.device.listen(12345), Err(VsockError::PortInUse(12345))));
     drop(listener);
     let mut answer = BufReader::new(guest.ask("dial 12345 echo").await?);
     assert_eq!(read_line(&mut answer).await?, format!("error {}", libc::ECONNRESET));
@@ -436,10 +436,10 @@ async fn a_guest_that_does_not_answer_is_waited_for_until_the_deadline() -> Resu
     let (device, _qemus_end) = Device::start(3)?;
     let start = Instant::now();
     let result = device.connect(1, Duration::from_millis(100)).await;
-    assert!(matches!(result, Err(Error::TimedOut { port: 1, .. })));
+    assert!(matches!(result, Err(VsockError::TimedOut { port: 1, .. })));
     assert!(start.elapsed() >= Duration::from_millis(100));
     device.stop();
     timeout(STEP, device.closed()).await?;
-    assert!(matches!(device.connect(1, STEP).await, Err(Error::Closed)));
+    assert!(matches!(device.connect(1, STEP).await, Err(VsockError::Closed)));
     Ok(())
 }

@@ -2,36 +2,17 @@
 
 use std::collections::HashMap;
 
-use crate::config;
-use crate::config::{Config, Problem, Profile, memory_mib, one_of, vcpus};
-use crate::extras;
-use crate::extras::Extras;
-use crate::metadata::workspace;
-use crate::metadata::workspace::Workspace;
-
-const PREFIX: &str = "io.husk.";
-const VCPUS: &str = "io.husk.vcpus";
-const PROFILE: &str = "io.husk.profile";
-const MEMORY_MIB: &str = "io.husk.memory_mib";
-/// A shell on the console, and processes in the VM itself. Allowed by default as the others are: whoever writes it gets at neither, both are
-/// behind sockets of the host's root; and the guest that it opens to them is the sandbox's own.
-const DEBUG: &str = "io.husk.debug";
-/// Read by the guest: lets a container use AF_VSOCK.
-const VSOCK: &str = "io.husk.vsock";
-/// Files of the host for the guest itself.
-pub const EXTRAS_FILES: &str = "io.husk.extras.files";
-/// Whether the supervisor agent runs, which extras bring.
-pub const SUPERVISOR: &str = "io.husk.supervisor";
-/// May hold secrets, or name a file that does: it is for the metadata service alone.
-pub const WORKSPACE: &str = "io.husk.workspace";
+use super::extras::{self, Extras};
+use super::names::{
+    DEBUG, EXTRAS_FILES, MEMORY_MIB, NAMES, NOT_BY_DEFAULT, PATH, PREFIX, PROFILE, SUPERVISOR, VCPUS, VSOCK, WORKSPACE,
+};
+use super::problem::Problem;
+use super::settings::{Config, Profile};
+use super::values::{memory_mib, one_of, vcpus};
+use super::workspace::{self, Workspace};
 
 /// Most of a value that an error shows, bytes.
 const SHOWN: usize = 200;
-
-/// All that there are.
-pub const NAMES: [&str; 8] = [VCPUS, PROFILE, MEMORY_MIB, DEBUG, VSOCK, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
-/// Those that an operator has to allow by name: with this one, whoever may start a container reads any file of the host, as root.
-pub const NOT_BY_DEFAULT: [&str; 1] = [EXTRAS_FILES];
 
 /// What the annotations say.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -84,8 +65,7 @@ fn check(name: &str, config: &Config) -> Result<(), String> {
     }
     if !config.allowed_annotations.iter().any(|allowed| allowed == name) {
         let default = if NOT_BY_DEFAULT.contains(&name) { ", nor by default" } else { "" };
-        let path = config::PATH;
-        return Err(format!("not among the allowed_annotations of husk's configuration ({path}){default}"));
+        return Err(format!("not among the allowed_annotations of husk's configuration ({PATH}){default}"));
     }
     Ok(())
 }
@@ -113,7 +93,7 @@ fn boolean(value: &str) -> Result<bool, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::extras::Wanted;
+    use crate::config::extras::ExtraFile;
 
     fn read_pairs(pairs: &[(&str, &str)], config: &Config) -> Result<Annotations, Vec<String>> {
         let annotations = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
@@ -134,7 +114,7 @@ mod tests {
             ("other", "x"),
         ];
         let profile = Some(Profile::Throughput);
-        let agent = Wanted { destination: "/run/husk/supervisor".into(), source: "/agent".into(), mode: 0o755 };
+        let agent = ExtraFile { destination: "/run/husk/supervisor".into(), source: "/agent".into(), mode: 0o755 };
         let extras = Extras { files: vec![agent], supervisor: Some(false) };
         let workspace = Some(Workspace::read("{}", None).unwrap());
         let expected = Annotations {

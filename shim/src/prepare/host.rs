@@ -4,8 +4,11 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use crate::config;
-use crate::config::{Accel, Artifacts, Config, Problem, Vsock};
+use crate::config::artifacts::Artifacts;
+use crate::config::load::{self, ConfigError};
+use crate::config::names::PATH;
+use crate::config::problem::Problem;
+use crate::config::settings::{Accel, Config, Vsock};
 use crate::guest::link::Carrier;
 use crate::vm::virtiofsd;
 use crate::vmm as vm;
@@ -92,16 +95,16 @@ pub fn find(config: &Config, places: &Places, debug: bool) -> Result<Host, Vec<P
 /// # Errors
 ///
 /// All that is wrong at once.
-pub fn check(named: Option<&Path>, places: &Places) -> Result<(PathBuf, bool), config::Error> {
-    let (path, text) = config::read(named)?;
-    let (config, mut problems) = config::understand(text.as_deref().unwrap_or_default(), &path)?;
+pub fn check(named: Option<&Path>, places: &Places) -> Result<(PathBuf, bool), ConfigError> {
+    let (path, text) = load::read(named)?;
+    let (config, mut problems) = load::understand(text.as_deref().unwrap_or_default(), &path)?;
     let wrong: Vec<String> = problems.iter().map(|problem| problem.key.clone()).collect();
     let files_unclear = wrong.iter().any(|key| GUEST_FILES.contains(&key.as_str()));
     // What a wrong key names is not known, so it is not missing either.
     let told = |key: &String| wrong.contains(key) || files_unclear && GUEST_FILES.contains(&key.as_str());
     let missing = find(&config, places, config.debug).err().unwrap_or_default();
     problems.extend(missing.into_iter().filter(|problem| !told(&problem.key)));
-    if problems.is_empty() { Ok((path, text.is_some())) } else { Err(config::Error::Invalid { path, problems }) }
+    if problems.is_empty() { Ok((path, text.is_some())) } else { Err(ConfigError::Invalid { path, problems }) }
 }
 
 fn find_qemu(configured: &Path, path: Option<&OsString>) -> Result<PathBuf, Problem> {
@@ -115,7 +118,7 @@ fn find_qemu(configured: &Path, path: Option<&OsString>) -> Result<PathBuf, Prob
         let why = format!(
             "no QEMU found; looked for {}: install it (Debian: apt-get install qemu-system-x86), or set `qemu` in {}",
             places.join(", "),
-            config::PATH
+            PATH
         );
         Problem { key: "qemu".to_owned(), value: Some(format!("{configured:?}")), why }
     })
@@ -162,7 +165,7 @@ mod tests {
         std::fs::write(&file, text).unwrap();
         let places = Places { beside: None, path: Some("/no/such/folder".into()), kvm: false, vhost_vsock: false };
         match check(Some(file.path()), &places) {
-            Err(config::Error::Invalid { problems, .. }) => problems.iter().map(ToString::to_string).collect(),
+            Err(ConfigError::Invalid { problems, .. }) => problems.iter().map(ToString::to_string).collect(),
             other => panic!("{other:?}"),
         }
     }

@@ -2,6 +2,7 @@
 //! before anything is made, and all that is wrong is told at once.
 
 pub mod host;
+pub mod size;
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -13,11 +14,14 @@ use husk_protos::extras::SERIAL;
 use oci_spec::runtime::Spec;
 use tracing::Level;
 
-use crate::config;
 use crate::config::annotations;
-use crate::config::{Config, Problem};
-use crate::extras::{Extras, Source};
-use crate::metadata::workspace::Workspace;
+use crate::config::extras::Extras;
+use crate::config::load;
+use crate::config::names;
+use crate::config::problem::Problem;
+use crate::config::settings::Config;
+use crate::config::workspace::Workspace;
+use crate::extras::files::{self, OpenedFile};
 use crate::prepare::host::{Host, Places};
 use crate::rootfs::spec::parse::parse;
 use crate::rootfs::spec::{Context, Rewritten, rewrite};
@@ -51,7 +55,7 @@ pub struct Prepared {
     /// What its guest gets beside containers; a VM that is booted already has to have it.
     pub extras: Extras,
     /// The files of that, open, for a VM that is to be booted.
-    pub sources: Vec<Source>,
+    pub sources: Vec<OpenedFile>,
     workspace: Option<Workspace>,
     host: Host,
     /// As the sandbox's annotations have it.
@@ -88,16 +92,16 @@ pub fn prepare(
     is_init: &dyn Fn(u32) -> bool,
     has: Option<&Extras>,
 ) -> Result<Prepared, Error> {
-    prepare_with(config::load().map_err(Error::one)?, &Places::of_process(), request, sandbox, is_init, has)
+    prepare_with(load::load().map_err(Error::one)?, &Places::of_process(), request, sandbox, is_init, has)
 }
 
 /// Opens the extras of a VM that is to be booted, or compares them with what it has.
-fn sources(extras: &Extras, has: Option<&Extras>, config: &Config) -> Result<Vec<Source>, Vec<Problem>> {
+fn sources(extras: &Extras, has: Option<&Extras>, config: &Config) -> Result<Vec<OpenedFile>, Vec<Problem>> {
     if let Some(has) = has {
         let beyond = extras.beyond(has);
         return if beyond.is_empty() { Ok(Vec::new()) } else { Err(beyond) };
     }
-    match (extras.open(config.extras_max_mib), extras.missing()) {
+    match (files::open(extras, config.extras_max_mib), extras.missing()) {
         (Ok(sources), None) => Ok(sources),
         (opened, missing) => Err(opened.err().into_iter().flatten().chain(missing).collect()),
     }
@@ -124,7 +128,7 @@ fn prepare_with(
     let sources = sources(&extras, has, &config).map_err(|problems: Vec<Problem>| check(texts(&problems))).ok();
     // From here on nobody needs it, neither the guest, nor hooks, nor what is written down for them.
     if let Some(annotations) = spec.annotations_mut() {
-        annotations.remove(annotations::WORKSPACE);
+        annotations.remove(names::WORKSPACE);
     }
     let context = Context {
         id: &request.id,
@@ -141,7 +145,7 @@ fn prepare_with(
     else {
         return Err(Error(wrong));
     };
-    let (vcpus, memory_mib) = config.size(&annotations, rewritten.limits);
+    let (vcpus, memory_mib) = size::size(&config, &annotations, rewritten.limits);
     config.debug = debug;
     if debug {
         config.log_level = config.log_level.max(Level::DEBUG);

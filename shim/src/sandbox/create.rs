@@ -8,9 +8,9 @@ use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use husk_protos::events::Event;
 use tokio::sync::watch;
 
-use crate::extras::Source;
 use crate::extras::disk;
 use crate::extras::disk::DiskError;
+use crate::extras::files::OpenedFile;
 use crate::guest::client::Metering;
 use crate::prepare;
 use crate::prepare::Prepared;
@@ -266,7 +266,7 @@ impl Sandbox {
 }
 
 /// Writes the disk for extras. On a thread for it: it may take a while to read them.
-async fn extras_disk(sources: Vec<Source>) -> Result<Option<Disk>, boot::Error> {
+async fn extras_disk(sources: Vec<OpenedFile>) -> Result<Option<Disk>, boot::Error> {
     let written = tokio::task::spawn_blocking(move || disk::write(&sources));
     Ok(written.await.map_err(|error| DiskError::Image(std::io::Error::other(error)))??)
 }

@@ -19,9 +19,9 @@ use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
+use crate::config::extras::Extras;
 use crate::console::Words;
 use crate::containerd::publisher::Publisher;
-use crate::extras::Extras;
 use crate::guest::client as guest;
 use crate::rootfs::share::Share;
 use crate::sandbox::container::Container;

@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::state::State;
 use crate::state::facts::{Boot, MachineRecord, Milestone};
 use crate::state::life;
 use crate::state::life::{Life, VmState};
+use crate::state::store::State;
 
 /// A name that this version knows, or one that only another version knows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

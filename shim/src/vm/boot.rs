@@ -16,6 +16,7 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use ttrpc::context::with_duration;
 
+use crate::config::workspace::Workspace;
 use crate::console::{Attached, Words};
 use crate::guest::client::Guest;
 use crate::guest::link;
@@ -26,7 +27,6 @@ use crate::host::child::Child;
 use crate::host::process::ProcessId;
 use crate::metadata;
 use crate::metadata::token::Identity;
-use crate::metadata::workspace::Workspace;
 use crate::state::facts::HostMilestone;
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
@@ -76,7 +76,7 @@ pub struct Plan {
     /// The cgroup that the VM's processes live in, as the OCI runtime spec writes it; their parent's if none.
     pub cgroup: Option<String>,
     /// How the metadata service signs its tokens.
-    pub tokens: metadata::Settings,
+    pub tokens: crate::config::settings::TokenSettings,
     /// What it tells of the workspace.
     pub workspace: Option<Workspace>,
 }

@@ -1,7 +1,7 @@
 //! A guest's memory out of the host's huge pages: how much of it there can be. The pages are the host's default kind, and the kernel keeps them aside
 //! for whoever maps them first (Documentation/admin-guide/mm/hugetlbpage.rst).
 
-use crate::config;
+use crate::config::names::PATH;
 
 /// Where the kernel tells how many there are.
 const MEMINFO: &str = "/proc/meminfo";
@@ -19,7 +19,7 @@ pub enum HugePagesError {
     #[error(
         "hugepages = true: a guest of {memory_mib} MiB takes {wanted} huge pages of {page_kib} KiB, and the host has {free} free: give it more \
          (sysctl vm.nr_hugepages), or set hugepages = false in {}",
-        config::PATH
+        PATH
     )]
     TooFew {
         /// The guest's memory.

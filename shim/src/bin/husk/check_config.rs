@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use husk_shim::config;
+use husk_shim::config::load::ConfigError;
 use husk_shim::prepare::host;
 use husk_shim::prepare::host::Places;
 use serde_json::json;
@@ -16,7 +16,7 @@ pub fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {
     let checked = host::check(file, &Places::of_process());
     let (path, exists, problems) = match checked {
         Ok((path, exists)) => (path, exists, Vec::new()),
-        Err(config::Error::Invalid { path, problems }) => {
+        Err(ConfigError::Invalid { path, problems }) => {
             let exists = path.exists();
             (path, exists, problems.iter().map(ToString::to_string).collect())
         }
