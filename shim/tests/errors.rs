@@ -33,16 +33,16 @@ fn husk_prints_why_its_configuration_cannot_be_read_once() {
 #[test]
 fn the_shims_delete_prints_why_a_state_cannot_be_read_once() {
     // Even root cannot read a folder as a file, nor this text as JSON.
-    let cases: [(&str, fn(&Path)); 2] = [
-        ("Is a directory (os error 21)", |path| std::fs::create_dir(path).unwrap()),
-        ("expected value at line 1 column 1", |path| std::fs::write(path, "unreadable").unwrap()),
-    ];
-    for (cause, make) in cases {
+    for (cause, content) in [("Is a directory (os error 21)", None), ("expected value at line 1", Some("unreadable"))] {
         let base = tempfile::tempdir().unwrap();
         let bundle = tempfile::tempdir().unwrap();
         let sandbox = base.path().join("default/web");
         std::fs::create_dir_all(&sandbox).unwrap();
-        make(&sandbox.join("state.json"));
+        let path = sandbox.join("state.json");
+        match content {
+            Some(content) => std::fs::write(path, content).unwrap(),
+            None => std::fs::create_dir(path).unwrap(),
+        }
         let mut shim = Command::new(env!("CARGO_BIN_EXE_containerd-shim-husk-v1"));
         shim.args(["-namespace", "default", "-id", "web", "-bundle"]).arg(bundle.path()).arg("delete");
         let output = shim.env_clear().env("HUSK_STATE_DIR", base.path()).output().unwrap();

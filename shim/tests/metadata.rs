@@ -33,7 +33,8 @@ fn the_public_key_belongs_to_the_hosts_key_which_is_created_if_it_is_missing() {
     let jwk: serde_json::Value = serde_json::from_slice(&printed.stdout).unwrap();
     let fixed = ["kty", "crv", "alg", "use"].map(|member| jwk[member].as_str().unwrap());
     assert_eq!(fixed, ["OKP", "Ed25519", "EdDSA", "sig"]);
-    // The last 32 of a SubjectPublicKeyInfo's 44 bytes, which begin inside a digit of Base64: 43 of the same digits are 32 bytes and 2 bits.
+    // The last 32 of a SubjectPublicKeyInfo's 44 bytes, which begin inside a digit of Base64: 43 of the same digits are
+    // 32 bytes and 2 bits.
     assert_eq!(jwk["x"].as_str().unwrap().len(), 43);
     assert_eq!(jwk["kid"].as_str().unwrap().len(), 43);
     assert!(jwk.get("d").is_none(), "{jwk}");

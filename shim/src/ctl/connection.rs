@@ -187,7 +187,8 @@ impl<C: Clone + Send> Client<C> {
                 read = self.reader.next(), if notes.is_some() => read,
             };
             let Read::Line(line) = read else {
-                // The call sees the end of its notifications. A line that is too long stays unanswered: the call may still run for long.
+                // The call sees the end of its notifications. A line that is too long stays unanswered: the call may
+                // still run for long.
                 notes = None;
                 continue;
             };

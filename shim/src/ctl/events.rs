@@ -10,7 +10,8 @@ use crate::sandbox::Sandbox;
 /// Events in one notification: far below a line's limit, however long they are.
 const BATCH: usize = 32;
 
-/// Sends the events after number `after`. With `follow`, sends future events until the client closes its side or the sandbox ends.
+/// Sends the events after number `after`. With `follow`, sends future events until the client closes its side or the
+/// sandbox ends.
 pub(super) async fn tail(sandbox: Arc<Sandbox>, mut call: Call) -> Answer {
     let EventsParams { mut after, follow } = rpc::params(std::mem::take(&mut call.params))?;
     let recent = sandbox.recent().clone();

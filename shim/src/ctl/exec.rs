@@ -1,7 +1,8 @@
 //! `compute.vm.exec`: runs a process in the VM itself and relays its streams between the guest and one client.
 //!
-//! The client's notifications are read even while the process reads no input, so that a resize, a signal or a disconnect takes effect at once. The
-//! client may therefore send [`EXEC_INPUT_AHEAD`] bytes of input before the guest takes them, and a notification reports how much the guest has taken.
+//! The client's notifications are read even while the process reads no input, so that a resize, a signal or a
+//! disconnect takes effect at once. The client may therefore send [`EXEC_INPUT_AHEAD`] bytes of input before the guest
+//! takes them, and a notification reports how much the guest has taken.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -223,7 +224,8 @@ fn exec_input(note: &Note) -> Result<ExecInput, RpcError> {
     }
 }
 
-/// Copies an output stream until it ends, or until all output of the process itself has arrived: its children may keep the stream open.
+/// Copies an output stream until it ends, or until all output of the process itself has arrived: its children may keep
+/// the stream open.
 async fn copy_output(
     guest: Arc<Guest>,
     id: String,
@@ -252,7 +254,8 @@ async fn copy_output(
     }
 }
 
-/// Copies the client's input to the process, reports what the guest has taken, and closes the process's stdin at its end.
+/// Copies the client's input to the process, reports what the guest has taken, and closes the process's stdin at its
+/// end.
 async fn copy_input(
     guest: Arc<Guest>,
     id: String,
@@ -280,7 +283,8 @@ async fn copy_input(
     }
 }
 
-/// The error of a call to the guest: the guest's own message, or the VM's cause of death if the call was lost with the VM.
+/// The error of a call to the guest: the guest's own message, or the VM's cause of death if the call was lost with the
+/// VM.
 async fn guest_error(vm: &Vm, error: ttrpc::Error) -> RpcError {
     if let ttrpc::Error::RpcStatus(status) = &error {
         let message: String = status.message.chars().take(GUEST_MESSAGE).collect();

@@ -16,7 +16,8 @@ pub(crate) struct Limits {
     pub idle: Duration,
     /// For the result of a unary method.
     pub answer: Duration,
-    /// For a client to read a line. Long: a client whose user has stopped the terminal or reads in a pager shall not be disconnected.
+    /// For a client to read a line. Long: a client whose user has stopped the terminal or reads in a pager shall not be
+    /// disconnected.
     pub stall: Duration,
 }
 

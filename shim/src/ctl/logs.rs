@@ -22,7 +22,8 @@ struct Reader {
     lines: Lines,
 }
 
-/// Sends the lines of the console, then those of the init. With `follow`, sends future lines until the client closes its side or the sandbox ends.
+/// Sends the lines of the console, then those of the init. With `follow`, sends future lines until the client closes
+/// its side or the sandbox ends.
 pub(super) async fn run(sandbox: Arc<Sandbox>, mut call: Call) -> Answer {
     let params: LogsParams = rpc::params(std::mem::take(&mut call.params))?;
     let mut readers = Vec::new();

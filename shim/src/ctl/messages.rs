@@ -1,6 +1,8 @@
-//! Parameters, notifications and results of the methods, as the shim and `husk` exchange them. (The status itself is in `state::status`.)
+//! Parameters, notifications and results of the methods, as the shim and `husk` exchange them. (The status itself is in
+//! `state::status`.)
 //!
-//! The shim rejects unknown parameters. Readers of notifications and results ignore unknown fields, because the shim may be of another version.
+//! The shim rejects unknown parameters. Readers of notifications and results ignore unknown fields, because the shim
+//! may be of another version.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};

@@ -1,4 +1,5 @@
-//! What a method is: its name and description, which `rpc.discover` returns, and the function that runs when it is called.
+//! What a method is: its name and description, which `rpc.discover` returns, and the function that runs when it is
+//! called.
 
 use futures::future::BoxFuture;
 use serde::Serialize;
@@ -93,7 +94,8 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    /// Sends a notification. Waits while the client is slow, but not forever. Keep a notification far below the limit of a line.
+    /// Sends a notification. Waits while the client is slow, but not forever. Keep a notification far below the limit
+    /// of a line.
     ///
     /// # Errors
     /// [`Gone`]: the call should end.
@@ -101,8 +103,8 @@ impl Call {
         self.lines.send(rpc::notification(self.method, params)).await.map_err(|_| Gone)
     }
 
-    /// The next notification from the client; `None` when the client has closed its side. It may still read, but a call that follows something
-    /// ends here, because nothing else shows that the client is gone. Cancel safe.
+    /// The next notification from the client; `None` when the client has closed its side. It may still read, but a call
+    /// that follows something ends here, because nothing else shows that the client is gone. Cancel safe.
     pub(super) async fn note(&mut self) -> Option<Note> {
         self.notes.recv().await
     }

@@ -19,7 +19,8 @@ fn answer<T: Serialize>(result: Result<T, StatusError>) -> Answer {
 pub(crate) static METHODS: &[Method<Arc<Sandbox>>] = &[
     Method {
         name: "compute.vm.status",
-        summary: "Returns everything that is known about this sandbox: its VM with state changes and boot timeline, its health, supervisor and containers",
+        summary: "Returns everything that is known about this sandbox: its VM with state changes and boot timeline, \
+            its health, supervisor and containers",
         params: &[],
         result: "an object; unknown values are null",
         kind: Kind::Unary(|sandbox, _| Box::pin(async move { answer(sandbox.status()) })),
@@ -33,7 +34,8 @@ pub(crate) static METHODS: &[Method<Arc<Sandbox>>] = &[
     },
     Method {
         name: "compute.vm.events.tail",
-        summary: "Sends the latest events of this sandbox: state changes of its VM, task events sent to containerd, health, supervisor",
+        summary: "Sends the latest events of this sandbox: state changes of its VM, task events sent to containerd, \
+            health, supervisor",
         params: &[
             Param {
                 name: "after",
@@ -50,7 +52,8 @@ pub(crate) static METHODS: &[Method<Arc<Sandbox>>] = &[
         ],
         result: "{last: number of the last event, ended: whether the sandbox has ended}",
         kind: Kind::Streaming {
-            notifications: "{events: [{number, at_ms, kind, what, fields}], forgotten: number of earlier events that have been discarded}",
+            notifications: "{events: [{number, at_ms, kind, what, fields}], forgotten: number of earlier events that \
+                have been discarded}",
             run: |sandbox, call| Box::pin(events::tail(sandbox, call)),
         },
     },
@@ -69,26 +72,30 @@ pub(crate) static METHODS: &[Method<Arc<Sandbox>>] = &[
         ],
         result: "{ended: whether the sandbox has ended}",
         kind: Kind::Streaming {
-            notifications: "{source, lines: [string]}, including control characters as the guest wrote them; or {source, missed: bytes lost because the caller reads too slowly}",
+            notifications: "{source, lines: [string]}, including control characters as the guest wrote them; or \
+                {source, missed: bytes lost because the caller reads too slowly}",
             run: |sandbox, call| Box::pin(logs::run(sandbox, call)),
         },
     },
     Method {
         name: "compute.vm.console.endpoint",
-        summary: "Returns the unix socket that serves the guest's console. A client receives the last 64 KiB of output, then new output; what it sends is typed on the console",
+        summary: "Returns the unix socket that serves the guest's console. A client receives the last 64 KiB of \
+            output, then new output; what it sends is typed on the console",
         params: &[],
         result: "{path, log, machine: unused, up or ended, replay_bytes}",
         kind: Kind::Unary(|sandbox, _| Box::pin(async move { rpc::result(sandbox.words().console.endpoint()) })),
     },
     Method {
         name: "compute.vm.exec",
-        summary: "Runs a process in the VM itself, outside its containers; requires debug mode. The process is killed when the caller disconnects",
+        summary: "Runs a process in the VM itself, outside its containers; requires debug mode. The process is killed \
+            when the caller disconnects",
         params: &[
             Param {
                 name: "args",
                 kind: "array",
                 required: true,
-                summary: "strings: the program, which is looked up in PATH unless it contains a slash, and its arguments",
+                summary: "strings: the program, which is looked up in PATH unless it contains a slash, and its \
+                    arguments",
             },
             Param {
                 name: "env",
@@ -114,7 +121,9 @@ pub(crate) static METHODS: &[Method<Arc<Sandbox>>] = &[
         ],
         result: "{exit_code}: 0 to 255, or 128 plus the number of the signal that killed the process",
         kind: Kind::Streaming {
-            notifications: "sends {stream: stdout or stderr, data: base64} and {taken: bytes of input that the guest has taken}; receives `exec.input` {data: base64} or {end: true}, with at most 256 KiB not yet taken, `exec.resize` {rows, columns} and `exec.signal` {signal: number, sent to the process group}",
+            notifications: "sends {stream: stdout or stderr, data: base64} and {taken: bytes of input that the guest \
+                has taken}; receives `exec.input` {data: base64} or {end: true}, with at most 256 KiB not yet taken, \
+                `exec.resize` {rows, columns} and `exec.signal` {signal: number, sent to the process group}",
             run: |sandbox, call| Box::pin(exec::run(sandbox, call)),
         },
     },
@@ -124,7 +133,8 @@ pub(crate) static METHODS: &[Method<Arc<Sandbox>>] = &[
         params: &[],
         result: "none",
         kind: Kind::Refused(
-            "containerd creates a VM with the first container of a sandbox: ctr run --runtime io.containerd.husk.v1 IMAGE ID, nerdctl run, or a pod",
+            "containerd creates a VM with the first container of a sandbox: ctr run --runtime io.containerd.husk.v1 \
+                IMAGE ID, nerdctl run, or a pod",
         ),
     },
     Method {
@@ -140,7 +150,8 @@ pub(crate) static METHODS: &[Method<Arc<Sandbox>>] = &[
         params: &[],
         result: "none",
         kind: Kind::Refused(
-            "containerd stops a VM with the last container of a sandbox: ctr task kill --signal SIGTERM ID, then ctr task rm ID",
+            "containerd stops a VM with the last container of a sandbox: ctr task kill --signal SIGTERM ID, then ctr \
+                task rm ID",
         ),
     },
     Method {
@@ -149,7 +160,8 @@ pub(crate) static METHODS: &[Method<Arc<Sandbox>>] = &[
         params: &[],
         result: "none",
         kind: Kind::Refused(
-            "containerd removes a VM with the last container of a sandbox: ctr task rm --force ID, then ctr container rm ID",
+            "containerd removes a VM with the last container of a sandbox: ctr task rm --force ID, then ctr container \
+                rm ID",
         ),
     },
 ];

@@ -1,8 +1,9 @@
 //! `ctl.sock`: the socket on which a sandbox answers an operator's tool, one JSON-RPC 2.0 message a line (see [`rpc`]).
 //!
-//! A connection runs one call at a time. A unary method returns its result at once. A streaming method sends notifications under its own name before
-//! the response, and receives the notifications that the client sends meanwhile; a request meanwhile is rejected as busy. Lines, queues, clients and
-//! waits are bounded, so that a client can hold up nobody but itself.
+//! A connection runs one call at a time. A unary method returns its result at once. A streaming method sends
+//! notifications under its own name before the response, and receives the notifications that the client sends
+//! meanwhile; a request meanwhile is rejected as busy. Lines, queues, clients and waits are bounded, so that a client
+//! can hold up nobody but itself.
 //!
 //! | file | content |
 //! |---|---|
@@ -12,7 +13,8 @@
 //! | `messages` | parameters, notifications and results, shared with `husk` |
 //! | `events`, `logs`, `exec` | the streaming methods |
 //!
-//! To add a method, add its entry to [`methods::METHODS`] and write the function that the entry names, in a file of its own:
+//! To add a method, add its entry to [`methods::METHODS`] and write the function that the entry names, in a file of its
+//! own:
 //!
 //! ```ignore
 //! Method {
@@ -43,8 +45,8 @@
 //! }
 //! ```
 //!
-//! `Kind::Unary(|sandbox, params| Box::pin(...))` has no `Call`, and a deadline. An error has one of the codes in [`rpc`]. `rpc.discover` needs nothing
-//! but the entry.
+//! `Kind::Unary(|sandbox, params| Box::pin(...))` has no `Call`, and a deadline. An error has one of the codes in
+//! [`rpc`]. `rpc.discover` needs nothing but the entry.
 
 mod connection;
 mod events;

@@ -1,4 +1,5 @@
-//! What `state.json` records about a sandbox's VM for the operator: the machine it was started on, and the milestones of its boot.
+//! What `state.json` records about a sandbox's VM for the operator: the machine it was started on, and the milestones
+//! of its boot.
 
 use std::fmt;
 use std::time::Instant;
@@ -227,8 +228,9 @@ impl Boot {
 
     /// Records the guest's hello and the milestones in it.
     ///
-    /// The guest measures them by a clock that starts with its kernel. Its last milestone directly precedes the hello, so that one is taken to be now.
-    /// An impossible time, such as one before the machine's start, is moved to the nearest possible one.
+    /// The guest measures them by a clock that starts with its kernel. Its last milestone directly precedes the hello,
+    /// so that one is taken to be now. An impossible time, such as one before the machine's start, is moved to the
+    /// nearest possible one.
     pub fn hello_received(&mut self, hello: &Hello) {
         let now = self.now_us();
         let earliest = self.milestones.last().map_or(0, |last| last.at_us);

@@ -1,7 +1,8 @@
-//! The status of a sandbox: the types that the shim and `husk` exchange as JSON, and how they are filled from `state.json`, which also works when the
-//! shim is dead. `sandbox` adds what only the running shim knows.
+//! The status of a sandbox: the types that the shim and `husk` exchange as JSON, and how they are filled from
+//! `state.json`, which also works when the shim is dead. `sandbox` adds what only the running shim knows.
 //!
-//! Readers ignore unknown fields and give missing ones a default, so that `husk` can show the sandbox of a shim of another version.
+//! Readers ignore unknown fields and give missing ones a default, so that `husk` can show the sandbox of a shim of
+//! another version.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -141,7 +142,8 @@ pub struct ContainerStatus {
     /// It is being created. Absent from the JSON when false.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub creating: bool,
-    /// Its processes; `None`, and absent from the JSON, while it is being created and when the status was read from disk.
+    /// Its processes; `None`, and absent from the JSON, while it is being created and when the status was read from
+    /// disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub processes: Option<Vec<ProcessStatus>>,
 }
@@ -358,8 +360,10 @@ mod tests {
             "version": 1, "namespace": "default", "sandbox": "web", "shim": {"pid": 4_000_001, "start_time": 7},
             "containers": {"web": {"bundle": "/b"}, "side": {"bundle": "/c"}}, "created_ms": 1_795_256_789_012_u64,
             "vm": {"state": "Failed", "transitions": [
-                {"from": "Pending", "to": "Provisioning", "cause": "a container needs it", "at_ms": 1_795_256_789_100_u64},
-                {"from": "Running", "to": "Failed", "cause": "QEMU was killed by signal 9", "at_ms": 1_795_256_790_000_u64}]},
+                {"from": "Pending", "to": "Provisioning", "cause": "a container needs it",
+                    "at_ms": 1_795_256_789_100_u64},
+                {"from": "Running", "to": "Failed", "cause": "QEMU was killed by signal 9",
+                    "at_ms": 1_795_256_790_000_u64}]},
             "machine": {"process": {"pid": 4_000_002, "start_time": 8}, "cid": 3, "vcpus": 2, "memory_mib": 256,
                 "accel": "Kvm", "board": "Microvm", "kernel_file": "/k", "initrd_file": "/i", "debug": true,
                 "kernel": "6.12.1", "init": "0.1.0"},
@@ -371,7 +375,8 @@ mod tests {
     /// What the first version of husk made of it, printed by that version.
     fn status_json(dir: &str) -> Value {
         json!({
-            "boot": {"began": "2026-11-21T10:26:29.100Z", "began_ms": 1_795_256_789_100_u64, "milestones": milestones()},
+            "boot": {"began": "2026-11-21T10:26:29.100Z", "began_ms": 1_795_256_789_100_u64,
+                "milestones": milestones()},
             "containers": [{"id": "side"}, {"id": "web"}],
             "created": "2026-11-21T10:26:29.012Z",
             "created_ms": 1_795_256_789_012_u64,

@@ -14,7 +14,7 @@ use crate::print::{self, or_dash, shown};
 /// Width of the bars, characters.
 const WIDTH: u64 = 48;
 
-pub fn run(id: &str, as_json: bool) -> Result<()> {
+pub(crate) fn run(id: &str, as_json: bool) -> Result<()> {
     let state = find::find(id)?;
     let status = find::status(&state).status;
     let boot = status.boot.unwrap_or_default();
@@ -57,7 +57,7 @@ struct Profile<'a> {
 
 /// The time between two milestones of the same side.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Step {
+pub(crate) struct Step {
     side: Side,
     /// The milestone at the end.
     milestone: String,
@@ -95,7 +95,7 @@ fn what(reached: &Reached) -> String {
 }
 
 /// The steps of a boot, in the order in which they ended.
-pub fn steps(milestones: &[Milestone]) -> Vec<Step> {
+pub(crate) fn steps(milestones: &[Milestone]) -> Vec<Step> {
     // The guest's first step begins when the machine starts. Its clock begins later, with its kernel.
     let started = milestones.iter().find(|one| one.reached == Reached::Host(HostMilestone::VmmStarted));
     let (mut host, mut guest) = (0, started.map_or(0, |started| started.at_us));
@@ -116,7 +116,7 @@ fn total_us(steps: &[Step]) -> u64 {
 }
 
 /// A line for each step: its side, its start, its duration, and both as a bar.
-pub fn bars(steps: &[Step]) -> String {
+pub(crate) fn bars(steps: &[Step]) -> String {
     let total_us = total_us(steps);
     let cell = |us: u64| (us.saturating_mul(WIDTH).checked_div(total_us).unwrap_or(0)).min(WIDTH - 1) as usize;
     let mut rows = vec![["SIDE", "FROM MS", "TOOK MS", "WHAT", "|"].map(str::to_owned).to_vec()];

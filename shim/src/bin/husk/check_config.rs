@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::print;
 
-pub fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {
+pub(crate) fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {
     let checked = host::check(file, &Places::of_process());
     let (path, exists, problems) = match checked {
         Ok((path, exists)) => (path, exists, Vec::new()),

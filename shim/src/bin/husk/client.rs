@@ -14,11 +14,11 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// Longest line that is accepted from a shim: part of it may come from a guest.
-pub const LINE_MAX: u64 = 4 << 20;
+pub(crate) const LINE_MAX: u64 = 4 << 20;
 
 /// Why a call has no result.
 #[derive(Debug, thiserror::Error)]
-pub enum CallError {
+pub(crate) enum CallError {
     /// The shim cannot be reached.
     #[error("{0}")]
     Unreachable(String),
@@ -38,7 +38,7 @@ pub enum CallError {
 
 impl CallError {
     /// The shim did not process the call, so that the disk is the only source left.
-    pub fn is_silence(&self) -> bool {
+    pub(crate) fn is_silence(&self) -> bool {
         match self {
             Self::Unreachable(_) | Self::Closed | Self::Malformed(_) => true,
             Self::Rejected(error) => error.code == BUSY,
@@ -57,7 +57,7 @@ fn unreachable(error: &io::Error) -> CallError {
 }
 
 /// A connection to one shim.
-pub struct Client {
+pub(crate) struct Client {
     write: UnixStream,
     read: BufReader<UnixStream>,
     calls: u64,
@@ -65,7 +65,7 @@ pub struct Client {
 
 impl Client {
     /// Connects to the shim whose sandbox has this folder. `answer` is the deadline for the result of a unary method.
-    pub fn connect(folder: &Path, answer: Duration) -> Result<Self, CallError> {
+    pub(crate) fn connect(folder: &Path, answer: Duration) -> Result<Self, CallError> {
         let connect = || {
             let write = socket::connect(folder, SOCKET)?;
             write.set_read_timeout(Some(answer))?;
@@ -77,7 +77,7 @@ impl Client {
     }
 
     /// Calls a unary method.
-    pub fn call<R: DeserializeOwned>(&mut self, method: &str, params: &impl Serialize) -> Result<R, CallError> {
+    pub(crate) fn call<R: DeserializeOwned>(&mut self, method: &str, params: &impl Serialize) -> Result<R, CallError> {
         self.send(method, params)?;
         loop {
             if let Reply::Response(response) = self.receive()? {
@@ -87,7 +87,7 @@ impl Client {
     }
 
     /// Calls a streaming method and passes each notification to `take`. After the call has begun there is no deadline.
-    pub fn stream<N: DeserializeOwned, R: DeserializeOwned>(
+    pub(crate) fn stream<N: DeserializeOwned, R: DeserializeOwned>(
         &mut self,
         method: &str,
         params: &impl Serialize,
@@ -103,8 +103,9 @@ impl Client {
         }
     }
 
-    /// Begins a streaming call to which the caller sends notifications too. Returns the connection on which the call continues.
-    pub fn open(mut self, method: &str, params: &impl Serialize) -> Result<UnixStream, CallError> {
+    /// Begins a streaming call to which the caller sends notifications too. Returns the connection on which the call
+    /// continues.
+    pub(crate) fn open(mut self, method: &str, params: &impl Serialize) -> Result<UnixStream, CallError> {
         self.send(method, params)?;
         Ok(self.write)
     }
@@ -126,11 +127,11 @@ impl Client {
 }
 
 /// Reads a line from the shim.
-pub fn reply(line: &[u8]) -> Result<Reply, CallError> {
+pub(crate) fn reply(line: &[u8]) -> Result<Reply, CallError> {
     rpc::reply(line).map_err(|error| CallError::Malformed(error.to_string()))
 }
 
 /// Reads the parameters of a notification, or a result.
-pub fn decode<T: DeserializeOwned>(value: Value) -> Result<T, CallError> {
+pub(crate) fn decode<T: DeserializeOwned>(value: Value) -> Result<T, CallError> {
     serde_json::from_value(value).map_err(|error| CallError::Malformed(error.to_string()))
 }

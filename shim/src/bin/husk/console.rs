@@ -21,12 +21,13 @@ use crate::print;
 use crate::print::{or_dash, shown};
 use crate::term::{Raw, Signals, exit_status};
 
-/// Bytes of input that wait for a guest that does not read. Past that, keys are lost, as on any terminal, and a file is read later.
+/// Bytes of input that wait for a guest that does not read. Past that, keys are lost, as on any terminal, and a file is
+/// read later.
 const PENDING: usize = 64 * 1024;
 /// Size of a read from the console or stdin.
 const PIECE: usize = 16 * 1024;
 
-pub fn run(id: &str, as_json: bool) -> Result<ExitCode> {
+pub(crate) fn run(id: &str, as_json: bool) -> Result<ExitCode> {
     let state = find::find(id)?;
     if as_json {
         let endpoint =

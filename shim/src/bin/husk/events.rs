@@ -15,7 +15,7 @@ use crate::client::CallError;
 use crate::find;
 use crate::print::{field, or_dash, shown};
 
-pub fn run(id: &str, follow: bool, as_json: bool) -> Result<()> {
+pub(crate) fn run(id: &str, follow: bool, as_json: bool) -> Result<()> {
     let state = find::find(id)?;
     let mut out = io::stdout().lock();
     let ended: Result<EventsEnd, CallError> = find::connect(&state).and_then(|mut client| {

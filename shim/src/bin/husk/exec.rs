@@ -32,7 +32,7 @@ const END_OF_TYPING: &[u8] = b"\x04";
 
 /// What to run, and how.
 #[derive(Args)]
-pub struct Options {
+pub(crate) struct Options {
     /// Allocate a terminal even if stdin or stdout is not one
     #[arg(short, long)]
     tty: bool,
@@ -57,7 +57,7 @@ pub struct Options {
 }
 
 /// Runs a process. Failures of husk have their own exit status, because 1 could be the process's.
-pub fn run(id: &str, options: &Options) -> ExitCode {
+pub(crate) fn run(id: &str, options: &Options) -> ExitCode {
     let failure = match relay(id, options) {
         Ok(code) => return ExitCode::from(code),
         Err(failure) => failure,

@@ -1,4 +1,5 @@
-//! Finds the sandboxes of this host, selects one by its id, and reads its status from its shim, or from disk if the shim does not answer.
+//! Finds the sandboxes of this host, selects one by its id, and reads its status from its shim, or from disk if the
+//! shim does not answer.
 
 use std::fs;
 use std::io::{self, Write};
@@ -21,7 +22,7 @@ use crate::print;
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// All sandboxes, ordered by namespace and id. A sandbox whose state cannot be read is reported on stderr and skipped.
-pub fn sandboxes() -> Result<Vec<State>> {
+pub(crate) fn sandboxes() -> Result<Vec<State>> {
     let mut found = Vec::new();
     for namespace in folders(&base())? {
         for sandbox in folders(&namespace)? {
@@ -61,7 +62,7 @@ fn name(path: &Path) -> Option<&str> {
 ///
 /// # Errors
 /// If there is none, or more than one.
-pub fn find(id: &str) -> Result<State> {
+pub(crate) fn find(id: &str) -> Result<State> {
     let mut all = sandboxes()?;
     let ids: Vec<Ids<'_>> = all.iter().map(Ids::of).collect();
     let chosen = choose(id, &ids)?;
@@ -82,7 +83,8 @@ impl<'a> Ids<'a> {
     }
 }
 
-/// The index of the sandbox that `id` identifies. A complete id takes precedence over a prefix, and a sandbox's id over a container's.
+/// The index of the sandbox that `id` identifies. A complete id takes precedence over a prefix, and a sandbox's id over
+/// a container's.
 fn choose(id: &str, all: &[Ids<'_>]) -> Result<usize> {
     let (namespace, name) = id.split_once('/').map_or((None, id), |(namespace, name)| (Some(namespace), name));
     if name.is_empty() {
@@ -113,11 +115,11 @@ fn choose(id: &str, all: &[Ids<'_>]) -> Result<usize> {
 }
 
 /// What is known about a sandbox.
-pub struct Known<T> {
+pub(crate) struct Known<T> {
     /// From the shim. Without it, from disk, without what only the shim knows.
-    pub status: T,
+    pub(crate) status: T,
     /// Why the shim did not return it.
-    pub silence: Option<String>,
+    pub(crate) silence: Option<String>,
 }
 
 /// As JSON: the status, and its source.
@@ -141,12 +143,12 @@ impl<T: Serialize> Serialize for Known<T> {
 }
 
 /// The full status of a sandbox.
-pub fn status(state: &State) -> Known<Status> {
+pub(crate) fn status(state: &State) -> Known<Status> {
     known(state, "compute.vm.status", status::of)
 }
 
 /// Calls the shim's `method`; if the shim does not answer, reads the disk with `read`.
-pub fn known<T: DeserializeOwned>(state: &State, method: &str, read: impl Fn(&State) -> T) -> Known<T> {
+pub(crate) fn known<T: DeserializeOwned>(state: &State, method: &str, read: impl Fn(&State) -> T) -> Known<T> {
     let silence = match connect(state).and_then(|mut client| client.call(method, &NoParams {})) {
         Ok(status) => return Known { status, silence: None },
         Err(error) => Chain(&error).to_string(),
@@ -163,7 +165,7 @@ pub fn known<T: DeserializeOwned>(state: &State, method: &str, read: impl Fn(&St
 ///
 /// # Errors
 /// If the shim is dead or does not accept the connection.
-pub fn connect(state: &State) -> Result<Client, CallError> {
+pub(crate) fn connect(state: &State) -> Result<Client, CallError> {
     match state.shim_lives() {
         Ok(true) => Client::connect(state.dir(), ANSWER),
         Ok(false) => Err(CallError::Unreachable("its shim is dead".to_owned())),

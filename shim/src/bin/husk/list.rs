@@ -19,7 +19,7 @@ const AT_ONCE: usize = 16;
 
 const TITLES: [&str; 9] = ["SANDBOX", "NAMESPACE", "STATE", "PID", "CID", "VCPU", "MEMORY", "AGE", "CONTAINERS"];
 
-pub fn run(as_json: bool) -> Result<()> {
+pub(crate) fn run(as_json: bool) -> Result<()> {
     let all = query(&find::sandboxes()?);
     let mut out = io::stdout().lock();
     if as_json {

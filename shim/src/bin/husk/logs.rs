@@ -18,7 +18,7 @@ use crate::print::shown;
 
 /// A log of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Source {
+pub(crate) enum Source {
     /// The serial console: output of the guest's kernel
     Console,
     /// The log of the guest's init
@@ -35,14 +35,14 @@ impl From<Source> for LogSource {
 }
 
 /// What to print.
-pub struct Options {
-    pub source: Option<Source>,
-    pub lines: Option<usize>,
-    pub follow: bool,
-    pub json: bool,
+pub(crate) struct Options {
+    pub(crate) source: Option<Source>,
+    pub(crate) lines: Option<usize>,
+    pub(crate) follow: bool,
+    pub(crate) json: bool,
 }
 
-pub fn run(id: &str, options: &Options) -> Result<()> {
+pub(crate) fn run(id: &str, options: &Options) -> Result<()> {
     let state = find::find(id)?;
     let params =
         LogsParams { source: options.source.map(LogSource::from), lines: options.lines, follow: options.follow };

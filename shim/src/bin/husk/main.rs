@@ -1,9 +1,9 @@
-//! `husk`: the operator's tool for the virtual machines of this host. It queries the shims through their sockets. If a shim does not answer, it reads
-//! the state that the shim has left on disk. It does not use containerd.
+//! `husk`: the operator's tool for the virtual machines of this host. It queries the shims through their sockets. If a
+//! shim does not answer, it reads the state that the shim has left on disk. It does not use containerd.
 //!
 //! | file | content |
 //! |---|---|
-//! | `list`, `status`, `boot_profile`, `events`, `logs`, `console`, `exec`, `check_config`, `metadata` | one command each |
+//! | `list`, `status`, `boot_profile`, `events`, `logs`, `console`, `exec`, `check_config`, `metadata` | a command |
 //! | `find` | selects a sandbox, and reads its status from the shim or from disk |
 //! | `client` | calls the methods of a shim |
 //! | `print` | text that is safe on a terminal, tables, JSON |
@@ -34,14 +34,14 @@ use husk_protos::chain::Chain;
 
 /// Inspects and debugs husk's virtual machines
 ///
-/// husk runs the containers of each sandbox (a pod, or a container of its own) in a virtual machine. This command shows the sandboxes of the host,
-/// even when containerd is down. Start with `husk list`. It needs root privileges.
+/// husk runs the containers of each sandbox (a pod, or a single container) in a virtual machine. This command shows the
+/// sandboxes of the host, even when containerd is down. Start with `husk list`. It needs root privileges.
 #[derive(Parser)]
 #[command(name = "husk", version, arg_required_else_help = true)]
 #[command(after_help = "Environment:\n  \
     HUSK_CONFIG     the configuration file [default: /etc/husk/config.toml]\n  \
     HUSK_STATE_DIR  the folder with the state of the sandboxes [default: /run/husk]\n\n\
-    Exit status: 0 on success, 1 on failure, 2 for invalid arguments. `husk exec` has its own: see `husk exec --help`.")]
+    Exit status: 0 on success, 1 on failure, 2 for invalid arguments. For `husk exec`, see `husk exec --help`.")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -50,7 +50,8 @@ struct Cli {
 /// The argument that selects a sandbox.
 #[derive(Args)]
 struct Sandbox {
-    /// Id of the sandbox or of one of its containers, or an unambiguous prefix. If several namespaces have it: NAMESPACE/ID
+    /// Id of the sandbox or of one of its containers, or an unambiguous prefix. If several namespaces have it:
+    /// NAMESPACE/ID
     id: String,
 }
 
@@ -65,7 +66,8 @@ struct Format {
 enum Command {
     /// Lists the sandboxes of this host
     ///
-    /// An asterisk after the state marks a sandbox whose shim is dead or does not answer. The row then shows the last state on disk.
+    /// An asterisk after the state marks a sandbox whose shim is dead or does not answer. The row then shows the last
+    /// state on disk.
     List {
         #[command(flatten)]
         format: Format,
@@ -115,13 +117,14 @@ enum Command {
     },
     /// Runs a process in the VM itself, outside its containers; requires debug mode
     ///
-    /// A sandbox is in debug mode if it was created with the annotation io.husk.debug=true, or with `debug = true` in husk's configuration.
+    /// A sandbox is in debug mode if it was created with the annotation io.husk.debug=true, or with `debug = true` in
+    /// husk's configuration.
     ///
-    /// The process gets a terminal if both stdin and stdout are terminals, or with --tty. Otherwise its streams are pipes, and data passes through
-    /// unchanged. When this command ends, the process and its children are killed.
+    /// The process gets a terminal if both stdin and stdout are terminals, or with --tty. Otherwise its streams are
+    /// pipes, and data passes through unchanged. When this command ends, the process and its children are killed.
     ///
-    /// Exit status: that of the process, or 128 plus the number of the signal that killed it; 127 if the program does not exist, 126 if it cannot be
-    /// executed, 125 if husk itself fails.
+    /// Exit status: that of the process, or 128 plus the number of the signal that killed it; 127 if the program does
+    /// not exist, 126 if it cannot be executed, 125 if husk itself fails.
     Exec {
         #[command(flatten)]
         sandbox: Sandbox,

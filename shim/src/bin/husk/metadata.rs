@@ -13,12 +13,12 @@ use tracing::Level;
 
 /// The subcommands.
 #[derive(Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Prints the public key that verifies this host's tokens; creates the key if there is none
     ///
-    /// VMs obtain their tokens (JWT, EdDSA) from the service husk.v1.Metadata on vsock port 1027 of the host (CID 2). The token's header identifies
-    /// the key by `kid`, its thumbprint (RFC 7638). The private key is in the file that `metadata_key` in husk's configuration names, by default
-    /// /etc/husk/metadata.key.
+    /// VMs obtain their tokens (JWT, EdDSA) from the service husk.v1.Metadata on vsock port 1027 of the host (CID 2).
+    /// The token's header identifies the key by `kid`, its thumbprint (RFC 7638). The private key is in the file that
+    /// `metadata_key` in husk's configuration names, by default /etc/husk/metadata.key.
     PublicKey {
         /// Print a JSON Web Key (RFC 8037) instead of PEM
         #[arg(long)]
@@ -26,8 +26,9 @@ pub enum Command {
     },
     /// Serves the metadata service to all VMs that use the kernel's vsock, until SIGTERM or SIGINT
     ///
-    /// Needed only with `vsock = "vhost"` in the configuration; otherwise each VM's shim serves its own VM. Listens on vsock port 1027, which only one
-    /// process of a host can do. Identifies a caller by its CID, and looks up the VM with that CID in the shims' state on disk. Logs to stderr.
+    /// Needed only with `vsock = "vhost"` in the configuration; otherwise each VM's shim serves its own VM. Listens on
+    /// vsock port 1027, which only one process of a host can do. Identifies a caller by its CID, and looks up the VM
+    /// with that CID in the shims' state on disk. Logs to stderr.
     Serve {
         /// Also log each connection that is closed or rejected
         #[arg(long)]
@@ -35,7 +36,7 @@ pub enum Command {
     },
 }
 
-pub fn run(command: Command) -> Result<()> {
+pub(crate) fn run(command: Command) -> Result<()> {
     match command {
         Command::PublicKey { json } => public_key(json),
         Command::Serve { debug } => serve(debug),

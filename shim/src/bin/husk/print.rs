@@ -7,9 +7,9 @@ use std::io;
 use serde::Serialize;
 use serde_json::Value;
 
-/// Text in one line that is safe on a terminal: control characters and characters that change the direction of writing are replaced by caret
-/// notation or their number. Tabs stay.
-pub fn shown(text: &str) -> String {
+/// Text in one line that is safe on a terminal: control characters and characters that change the direction of writing
+/// are replaced by caret notation or their number. Tabs stay.
+pub(crate) fn shown(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -32,17 +32,17 @@ pub fn shown(text: &str) -> String {
 }
 
 /// The same for text with several lines.
-pub fn shown_lines(text: &str) -> String {
+pub(crate) fn shown_lines(text: &str) -> String {
     text.lines().map(shown).collect::<Vec<_>>().join("\n")
 }
 
 /// A value that may be unknown, safe on a terminal; "-" if it is.
-pub fn or_dash(value: Option<impl Display>) -> String {
+pub(crate) fn or_dash(value: Option<impl Display>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| shown(&value.to_string()))
 }
 
 /// A JSON value, safe on a terminal; "-" for null.
-pub fn field(value: &Value) -> String {
+pub(crate) fn field(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
         Value::String(text) => shown(text),
@@ -51,7 +51,7 @@ pub fn field(value: &Value) -> String {
 }
 
 /// Rows with aligned columns. The first row holds the titles and sets the number of columns.
-pub fn table(rows: &[Vec<String>]) -> String {
+pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
     let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
@@ -68,7 +68,7 @@ pub fn table(rows: &[Vec<String>]) -> String {
 }
 
 /// A duration in one or two units.
-pub fn duration(ms: u64) -> String {
+pub(crate) fn duration(ms: u64) -> String {
     let seconds = ms / 1000;
     match seconds {
         0 => format!("{ms} ms"),
@@ -80,7 +80,7 @@ pub fn duration(ms: u64) -> String {
 }
 
 /// Prints JSON, with the keys of its objects in alphabetical order.
-pub fn json(out: &mut impl io::Write, value: &impl Serialize) -> io::Result<()> {
+pub(crate) fn json(out: &mut impl io::Write, value: &impl Serialize) -> io::Result<()> {
     writeln!(out, "{:#}", serde_json::to_value(value)?)
 }
 

@@ -13,7 +13,7 @@ use crate::boot_profile::{bars, steps};
 use crate::find::{self, Known};
 use crate::print::{self, duration, or_dash, shown};
 
-pub fn run(id: &str, as_json: bool) -> Result<()> {
+pub(crate) fn run(id: &str, as_json: bool) -> Result<()> {
     let state = find::find(id)?;
     let known = find::status(&state);
     let mut out = io::stdout().lock();
@@ -161,15 +161,19 @@ mod tests {
             "sandbox": "web", "namespace": "default", "created_ms": 1000, "state": "Failed",
             "shim": {"pid": 10, "alive": true},
             "machine": {"pid": 11, "alive": false, "cid": 3, "vcpus": 2, "memory_mib": 256, "accel": "Tcg",
-                "board": "Microvm", "kernel": "6.12\u{1b}[2J", "init": "0.1.0", "kernel_file": "/k", "initrd_file": "/i"},
-            "health": {"heartbeat_interval_ms": 10000, "since_heartbeat_ms": 12000, "missed": 1, "alive": true, "cause_of_death": null},
-            "supervisor": {"state": "waiting", "pid": null, "restarts": 3, "last_end": "exited with\u{7} status 1", "wait_ms": 4000},
+                "board": "Microvm", "kernel": "6.12\u{1b}[2J", "init": "0.1.0", "kernel_file": "/k",
+                "initrd_file": "/i"},
+            "health": {"heartbeat_interval_ms": 10000, "since_heartbeat_ms": 12000, "missed": 1, "alive": true,
+                "cause_of_death": null},
+            "supervisor": {"state": "waiting", "pid": null, "restarts": 3, "last_end": "exited with\u{7} status 1",
+                "wait_ms": 4000},
             "containers": [{"id": "web", "processes": [
                 {"exec": "", "pid": 20, "exit_status": null},
                 {"exec": "sh\u{1b}", "pid": 21, "exit_status": 137},
                 {"exec": "later", "pid": 0, "exit_status": null}]},
                 {"id": "new", "creating": true}],
-            "transitions": [{"from": "Running", "to": "Failed", "cause": "QEMU was killed\nby signal 9", "at": "2026-01-01T00:00:00Z", "at_ms": 2000}],
+            "transitions": [{"from": "Running", "to": "Failed", "cause": "QEMU was killed\nby signal 9",
+                "at": "2026-01-01T00:00:00Z", "at_ms": 2000}],
             "boot": {"milestones": [{"side": "host", "name": "QEMU started", "at_us": 5000}]},
             "dir": "/run/husk/default/web",
         });
@@ -214,7 +218,8 @@ mod tests {
 
     #[test]
     fn unknown_values_are_shown_as_unknown() {
-        let bare = json!({"sandbox": "web", "namespace": "default", "state": "Pending", "shim": {"pid": null, "alive": false}});
+        let shim = json!({"pid": null, "alive": false});
+        let bare = json!({"sandbox": "web", "namespace": "default", "state": "Pending", "shim": shim});
         let page = page(&known(bare, Some("its shim is dead")), 0);
         for expected in [
             "NOTE        its shim is dead; showing its last state on disk, which may be out of date",

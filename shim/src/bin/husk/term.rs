@@ -1,4 +1,5 @@
-//! Raw mode for a terminal, and signals as events, so that the terminal is restored whatever ends the program, SIGKILL excepted.
+//! Raw mode for a terminal, and signals as events, so that the terminal is restored whatever ends the program, SIGKILL
+//! excepted.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -15,7 +16,7 @@ use signal_hook::iterator::exfiltrator::SignalOnly;
 const ENDING: [i32; 4] = [SIGHUP, SIGINT, SIGTERM, SIGQUIT];
 
 /// A terminal in raw mode, which passes on every key. Dropping this restores the terminal.
-pub struct Raw<'a> {
+pub(crate) struct Raw<'a> {
     terminal: BorrowedFd<'a>,
     before: Termios,
 }
@@ -25,7 +26,7 @@ impl<'a> Raw<'a> {
     ///
     /// # Errors
     /// If it is not a terminal.
-    pub fn enter(terminal: BorrowedFd<'a>) -> io::Result<Self> {
+    pub(crate) fn enter(terminal: BorrowedFd<'a>) -> io::Result<Self> {
         let before = termios::tcgetattr(terminal)?;
         let mut raw = before.clone();
         termios::cfmakeraw(&mut raw);
@@ -44,24 +45,24 @@ impl Drop for Raw<'_> {
 
 /// What is ready, or has ended.
 #[derive(Debug, Clone, Copy)]
-pub struct Ready {
+pub(crate) struct Ready {
     /// Signals.
-    pub signal: bool,
+    pub(crate) signal: bool,
     /// The stream.
-    pub stream: bool,
+    pub(crate) stream: bool,
     /// Stdin.
-    pub stdin: bool,
+    pub(crate) stdin: bool,
 }
 
 /// Signals as events. Their handlers write to a socket pair, which a loop polls beside its streams.
-pub struct Signals(SignalDelivery<UnixStream, SignalOnly>);
+pub(crate) struct Signals(SignalDelivery<UnixStream, SignalOnly>);
 
 impl Signals {
     /// Catches the signals that would end the program, and `others`.
     ///
     /// # Errors
     /// If no socket pair or handler can be created.
-    pub fn catch(others: &[i32]) -> io::Result<Self> {
+    pub(crate) fn catch(others: &[i32]) -> io::Result<Self> {
         let (read, write) = UnixStream::pair()?;
         Ok(Self(SignalDelivery::with_pipe(read, write, SignalOnly, ENDING.iter().chain(others))?))
     }
@@ -70,7 +71,7 @@ impl Signals {
     ///
     /// # Errors
     /// poll(2)'s.
-    pub fn or_ready(&self, stream: &impl AsFd, writes: bool, reads: bool) -> io::Result<Ready> {
+    pub(crate) fn or_ready(&self, stream: &impl AsFd, writes: bool, reads: bool) -> io::Result<Ready> {
         let stdin = io::stdin();
         let events = if writes { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
         let signals = self.0.get_read().as_fd();
@@ -89,13 +90,13 @@ impl Signals {
     }
 
     /// The signals since the last call, each once.
-    pub fn take(&mut self) -> Vec<i32> {
+    pub(crate) fn take(&mut self) -> Vec<i32> {
         self.0.pending().collect()
     }
 }
 
 /// The exit status for a program that a signal ended, as shells report it.
-pub fn exit_status(signal: i32) -> u8 {
+pub(crate) fn exit_status(signal: i32) -> u8 {
     u8::try_from(signal).ok().and_then(|signal| signal.checked_add(128)).unwrap_or(u8::MAX)
 }
 
@@ -103,7 +104,7 @@ pub fn exit_status(signal: i32) -> u8 {
 ///
 /// # Errors
 /// If it is not a terminal.
-pub fn size(terminal: BorrowedFd<'_>) -> io::Result<(u16, u16)> {
+pub(crate) fn size(terminal: BorrowedFd<'_>) -> io::Result<(u16, u16)> {
     let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCGWINSZ writes one winsize, into a variable that outlives the call.
     if unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) } < 0 {
