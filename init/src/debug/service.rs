@@ -1,4 +1,4 @@
-//! The Debug service: maps its calls onto the processes.
+//! The Debug service: maps calls to the processes.
 
 use std::sync::Arc;
 
@@ -7,26 +7,25 @@ use husk_protos::debug::{Process, StartProcessRequest};
 use husk_protos::debug_ttrpc::Debug;
 use ttrpc::r#async::TtrpcContext;
 
-use super::process::{Processes, Wanting};
+use super::process::{ProcessSpec, Processes};
 use crate::io::Size;
 use crate::rpc::{Answer, answer, finish};
 
-/// The Debug service.
-pub struct Service(pub Arc<Processes>);
+pub(super) struct DebugService(pub(super) Arc<Processes>);
 
 fn size(height: u32, width: u32) -> Size {
-    let short = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
-    Size { height: short(height), width: short(width) }
+    let clamp = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
+    Size { height: clamp(height), width: clamp(width) }
 }
 
 #[async_trait]
-impl Debug for Service {
+impl Debug for DebugService {
     async fn start(&self, _: &TtrpcContext, request: StartProcessRequest) -> Answer<Process> {
         let processes = self.0.clone();
         finish(async move {
             let terminal = request.terminal.then(|| size(request.height, request.width));
             let StartProcessRequest { args, env, cwd, stdin, .. } = request;
-            let (id, pid) = processes.start(Wanting { args, env, cwd, terminal, stdin }).await?;
+            let (id, pid) = processes.start(ProcessSpec { args, env, cwd, terminal, stdin }).await?;
             Ok(Process { id, pid: pid as u32, ..Default::default() })
         })
         .await

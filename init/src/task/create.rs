@@ -11,7 +11,7 @@ use super::process::{Process, State, Stdio};
 use super::{Tasks, terminal};
 use crate::cgroup::oom::Kills;
 use crate::error::{Error, Kind};
-use crate::io::{ProcessStreams, Wanted};
+use crate::io::{ProcessStreams, StreamSet};
 use crate::worker::client::Streams;
 use crate::worker::{Reply, Request};
 use crate::{cgroup, places};
@@ -102,8 +102,8 @@ fn check(request: &CreateTaskRequest) -> Result<(), Error> {
 }
 
 /// A stream is wanted where the request names one.
-pub(super) fn wanted(stdio: &Stdio) -> Wanted {
-    Wanted { stdin: !stdio.stdin.is_empty(), stdout: !stdio.stdout.is_empty(), stderr: !stdio.stderr.is_empty() }
+pub(super) fn wanted(stdio: &Stdio) -> StreamSet {
+    StreamSet { stdin: !stdio.stdin.is_empty(), stdout: !stdio.stdout.is_empty(), stderr: !stdio.stderr.is_empty() }
 }
 
 /// A process's streams and its own ends of them, which for a terminal come with it.

@@ -176,7 +176,7 @@ impl Task for Service {
             // Before the answer: the host ends the VM as soon as it has it. Nothing else of this process is of use any more, so it may block.
             nix::unistd::sync();
             // Nor would it hear anything that comes after. It may not listen.
-            let _ = timeout(LAST_REPORTS, reports.all_told()).await;
+            let _ = timeout(LAST_REPORTS, reports.flush()).await;
             Ok(())
         })
         .await?;

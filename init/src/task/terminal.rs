@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::Tasks;
 use super::process::State;
 use crate::error::{Error, Kind};
-use crate::io::{ProcessStreams, Size, Wanted, Wish};
+use crate::io::{ProcessStreams, Size, StreamSet, TerminalSpec};
 use crate::places;
 use crate::reaper::Creation;
 use crate::worker::client::Streams;
@@ -18,12 +18,12 @@ use crate::worker::console::Console;
 use crate::worker::{Reply, Request};
 
 /// What a container's spec says of its init's terminal, or, with the file of an exec's process, of that one's.
-pub(super) fn wish(id: &str, exec: Option<&Path>) -> Result<Wish, Error> {
+pub(super) fn wish(id: &str, exec: Option<&Path>) -> Result<TerminalSpec, Error> {
     let read =
         |path: &Path| std::fs::read(path).map_err(|e| Error::internal(format_args!("read {}", path.display()), &e));
     let config = read(&places::bundle(id).join("config.json"))?;
     let exec = exec.map(read).transpose()?;
-    Wish::read(&config, exec.as_deref())
+    TerminalSpec::read(&config, exec.as_deref())
         .map_err(|e| Error::new(Kind::InvalidArgument, format!("the terminal of a process in {id}: {e}")))
 }
 
@@ -34,8 +34,8 @@ impl Tasks {
         creation: &Creation,
         request: impl FnOnce(PathBuf) -> Request,
         streams: &ProcessStreams,
-        wanted: Wanted,
-        wish: Wish,
+        wanted: StreamSet,
+        wish: TerminalSpec,
     ) -> Result<Reply, Error> {
         let (console, gate) = Console::new().map_err(|e| Error::internal("make a console", &e))?;
         let request = request(console.path().to_owned());

@@ -17,7 +17,7 @@ use super::{CONTROL_FD, GATE_FD, MESSAGE_MAX, NAME, Reply, Request};
 use crate::error::{Error, Kind};
 use crate::reaper::{Creation, Exit, Reaper};
 use crate::spawn;
-pub use crate::spawn::Streams;
+pub(crate) use crate::spawn::ChildStreams as Streams;
 
 /// Time that an operation may take. Under TCG a create takes a fifth of a second; hooks have deadlines of their own, which must fit.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -83,7 +83,7 @@ impl Workers {
         more.extend(streams.gate.as_ref().map(|gate| (gate, GATE_FD)));
         let args = [NAME.to_owned(), self.log.to_string()].map(|arg| CString::new(arg).unwrap_or_default());
         // A group of its own: what has not entered the container's cgroup yet can be killed with the worker.
-        let pid = spawn::again(&args, &[], &streams, &more, true)?;
+        let pid = spawn::spawn_self(&args, &[], &streams, &more, true)?;
         Ok((pid, ours))
     }
 }

@@ -117,7 +117,7 @@ fn delegate(id: &str, container: &Container) -> Result<Option<String>, Error> {
     let pid = container.pid().map_or(0, |pid| pid.as_raw());
     let of_init = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(failed)?;
     let path = of_init.trim_end().strip_prefix("0::").unwrap_or_default();
-    let own = Path::new(cgroup::CONTAINERS_IN_SPEC).join(id);
+    let own = Path::new(husk_protos::CONTAINERS_CGROUP).join(id);
     let below = Path::new(path).strip_prefix(own).map_err(|_| {
         let what = format!("exec in {id}: its cgroup is delegated, and its init has left it for {path}");
         Error::new(Kind::FailedPrecondition, what)

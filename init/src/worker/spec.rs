@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use husk_protos::CONTAINERS_CGROUP;
 use oci_spec::runtime::{
     Capability, LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Mount, Process,
     Spec,
@@ -12,7 +13,6 @@ use oci_spec::runtime::{
 
 use super::devices::{self, Kind, Rule};
 use super::executor::Workload;
-use crate::cgroup::CONTAINERS_IN_SPEC;
 use crate::error::{self, Error};
 
 /// Refuses a spec of which something cannot be applied.
@@ -186,7 +186,7 @@ pub fn adapt(spec: &mut Spec, id: &str) -> (bool, Vec<String>) {
             changed = true;
         }
         // Where the init looks for the container's cgroup. The host's path has no meaning here.
-        let path = Path::new(CONTAINERS_IN_SPEC).join(id);
+        let path = Path::new(CONTAINERS_CGROUP).join(id);
         if linux.cgroups_path().as_ref() != Some(&path) {
             linux.set_cgroups_path(Some(path));
             changed = true;

@@ -8,6 +8,7 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 
+use husk_protos::chain::Chain;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::alarm;
 use oci_spec::runtime::{LinuxResources, Spec};
@@ -50,7 +51,7 @@ pub fn update(id: &str) -> Result<(), Error> {
             _ if refused.source.raw_os_error() == Some(libc::ERANGE) => Kind::InvalidArgument,
             _ => Kind::Internal,
         };
-        Error::new(kind, format!("update {id}: {refused}"))
+        Error::new(kind, format!("update {id}: {}", Chain(&refused)))
     })
 }
 
