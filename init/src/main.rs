@@ -14,7 +14,7 @@ mod events_service;
 mod io;
 mod launch;
 mod log;
-mod places;
+mod paths;
 mod reaper;
 mod report;
 mod rpc;
@@ -102,15 +102,15 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
         None
     };
     let tasks = task::Tasks::new(reaper, workers, events.clone(), streams.clone());
-    std::fs::create_dir_all(places::STATE).context("make the folder of the containers' states")?;
+    std::fs::create_dir_all(paths::STATE).context("make the folder of the containers' states")?;
 
     timeline.mark(BootStep::READY);
     let hello = system::hello(&timeline);
     let (end, mut ended) = mpsc::channel(1);
     let supervisor = supervisor.map(Arc::new);
-    let task = task::service::Service { tasks: tasks.clone(), supervisor, reports: reports.clone(), end };
+    let task = task::service::TaskService { tasks: tasks.clone(), supervisor, reports: reports.clone(), end };
     let mut calls = containerd_shim_protos::shim_async::create_task(Arc::new(task));
-    calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::Service::new(tasks))));
+    calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::BundleService::new(tasks))));
     calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::Service { hello: hello.clone() })));
     if let Some(debug) = &debug {
         calls.extend(debug.service());

@@ -26,8 +26,6 @@ pub const SUPERVISOR: &str = "/sys/fs/cgroup/supervisor";
 pub const CONTAINERS: &str = "/sys/fs/cgroup/containers";
 /// Of a guest in debug mode: what runs in the guest itself, each in a group of its own.
 pub const DEBUG: &str = "/sys/fs/cgroup/debug";
-/// [`CONTAINERS`] as a spec's cgroupsPath sees it.
-pub const CONTAINERS_IN_SPEC: &str = "/containers";
 
 /// Memory that reclaim leaves to PID 1 (`memory.min`), bytes: twice what it may weigh when idle.
 const OWN_MEMORY_MIN: &str = "8388608";
