@@ -208,7 +208,7 @@ mod tests {
     use super::*;
 
     const EXIT: Exit = Exit { status: 3, at: SystemTime::UNIX_EPOCH };
-    const REFUSED: Result<ProcessState, FailureKind> = Err(FailureKind::FailedPrecondition);
+    const REJECTED: Result<ProcessState, FailureKind> = Err(FailureKind::FailedPrecondition);
 
     #[test]
     fn each_state_allows_only_its_transitions() {
@@ -218,31 +218,31 @@ mod tests {
                 ProcessState::Added,
                 [
                     Ok(ProcessState::Starting { pid: None }),
-                    REFUSED,
+                    REJECTED,
                     Ok(ProcessState::Stopped { pid: 0, exit: EXIT }),
                     Ok(ProcessState::Deleted),
                 ],
             ),
             (
                 ProcessState::Created { pid: 5 },
-                [Ok(ProcessState::Starting { pid: Some(5) }), REFUSED, Ok(stopped), REFUSED],
+                [Ok(ProcessState::Starting { pid: Some(5) }), REJECTED, Ok(stopped), REJECTED],
             ),
             (
                 ProcessState::Starting { pid: None },
                 [
-                    REFUSED,
+                    REJECTED,
                     Ok(ProcessState::Running { pid: 5 }),
                     Ok(ProcessState::Stopped { pid: 0, exit: EXIT }),
-                    REFUSED,
+                    REJECTED,
                 ],
             ),
             (
                 ProcessState::Starting { pid: Some(5) },
-                [REFUSED, Ok(ProcessState::Running { pid: 5 }), Ok(stopped), REFUSED],
+                [REJECTED, Ok(ProcessState::Running { pid: 5 }), Ok(stopped), REJECTED],
             ),
-            (ProcessState::Running { pid: 5 }, [REFUSED, REFUSED, Ok(stopped), REFUSED]),
-            (stopped, [REFUSED, REFUSED, REFUSED, Ok(ProcessState::Deleted)]),
-            (ProcessState::Deleted, [REFUSED, REFUSED, REFUSED, Err(FailureKind::NotFound)]),
+            (ProcessState::Running { pid: 5 }, [REJECTED, REJECTED, Ok(stopped), REJECTED]),
+            (stopped, [REJECTED, REJECTED, REJECTED, Ok(ProcessState::Deleted)]),
+            (ProcessState::Deleted, [REJECTED, REJECTED, REJECTED, Err(FailureKind::NotFound)]),
         ];
         for (state, expected) in states {
             for (transition, expected) in

@@ -110,7 +110,8 @@ mod tests {
         assert!(credentials.capabilities.is_some() && !credentials.sets_home);
         let rest: Value = serde_json::to_value(&process).unwrap();
         let root = json!({
-            "user": {"uid": 0, "gid": 0, "umask": 63}, "args": ["id"], "cwd": "/", "env": ["PATH=/bin"], "noNewPrivileges": true
+            "user": {"uid": 0, "gid": 0, "umask": 63}, "args": ["id"],
+            "cwd": "/", "env": ["PATH=/bin"], "noNewPrivileges": true
         });
         assert_eq!(rest, root);
     }
