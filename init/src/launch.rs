@@ -28,7 +28,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::boot;
-use crate::error::{Error, Kind};
+use crate::error::{CallError, FailureKind};
 use crate::reaper::{Exit, Reaper};
 use crate::spawn::{self, ChildStreams};
 
@@ -79,8 +79,8 @@ pub(crate) async fn launch(
     reaper: &Arc<Reaper>,
     program: &Program<'_>,
     streams: ChildStreams,
-) -> Result<(i32, oneshot::Receiver<Exit>), Error> {
-    let failed = |error: std::io::Error| Error::internal("start a process", &error);
+) -> Result<(i32, oneshot::Receiver<Exit>), CallError> {
+    let failed = |error: std::io::Error| CallError::internal("start a process", &error);
     let group = program.group.to_string_lossy();
     let terminal = match program.terminal {
         ControllingTerminal::None => "",
@@ -107,25 +107,30 @@ pub(crate) async fn launch(
         Err(_) => {
             // Fails when the process has just exited.
             let _ = reaper.kill(pid, libc::SIGKILL);
-            Err(Error::new(Kind::DeadlineExceeded, format!("{:?} did not start within {DEADLINE:?}", program.args[0])))
+            Err(CallError::new(
+                FailureKind::DeadlineExceeded,
+                format!("{:?} did not start within {DEADLINE:?}", program.args[0]),
+            ))
         }
     }
 }
 
-fn c_strings<'a>(strings: impl Iterator<Item = &'a str>) -> Result<Vec<CString>, Error> {
+fn c_strings<'a>(strings: impl Iterator<Item = &'a str>) -> Result<Vec<CString>, CallError> {
     let strings = strings.map(CString::new).collect::<Result<_, _>>();
-    strings.map_err(|_| Error::new(Kind::InvalidArgument, "an argument or environment variable contains a NUL byte"))
+    strings.map_err(|_| {
+        CallError::new(FailureKind::InvalidArgument, "an argument or environment variable contains a NUL byte")
+    })
 }
 
 /// Parses a failure report: one byte for the kind, then the message.
-fn parse_failure(report: &[u8]) -> Error {
+fn parse_failure(report: &[u8]) -> CallError {
     let kind = match report.first() {
-        Some(b'n') => Kind::NotFound,
-        Some(b'x') => Kind::FailedPrecondition,
-        Some(b'c') => Kind::InvalidArgument,
-        _ => Kind::Internal,
+        Some(b'n') => FailureKind::NotFound,
+        Some(b'x') => FailureKind::FailedPrecondition,
+        Some(b'c') => FailureKind::InvalidArgument,
+        _ => FailureKind::Internal,
     };
-    Error::new(kind, String::from_utf8_lossy(report.get(1..).unwrap_or_default()))
+    CallError::new(kind, String::from_utf8_lossy(report.get(1..).unwrap_or_default()))
 }
 
 /// Why the intermediate process failed: the byte for the kind, and the message.
@@ -237,10 +242,10 @@ mod tests {
     #[test]
     fn a_failed_exec_keeps_its_kind_and_message_across_the_pipe() {
         let cases = [
-            ("x", Errno::ENOENT, Kind::NotFound, "exec: \"x\": executable file not found in $PATH"),
-            ("/x", Errno::ENOENT, Kind::NotFound, "exec: \"/x\": no such file or directory"),
-            ("/x", Errno::EACCES, Kind::FailedPrecondition, "exec: \"/x\": permission denied"),
-            ("/x", Errno::E2BIG, Kind::Internal, "exec: \"/x\": argument list too long"),
+            ("x", Errno::ENOENT, FailureKind::NotFound, "exec: \"x\": executable file not found in $PATH"),
+            ("/x", Errno::ENOENT, FailureKind::NotFound, "exec: \"/x\": no such file or directory"),
+            ("/x", Errno::EACCES, FailureKind::FailedPrecondition, "exec: \"/x\": permission denied"),
+            ("/x", Errno::E2BIG, FailureKind::Internal, "exec: \"/x\": argument list too long"),
         ];
         for (name, errno, kind, expected) in cases {
             let LaunchFailure(letter, message) = explain(name, errno);
@@ -251,6 +256,6 @@ mod tests {
 
     #[test]
     fn an_argument_with_a_nul_byte_is_rejected() {
-        assert_eq!(c_strings(["a", "b\0c"].into_iter()).unwrap_err().kind, Kind::InvalidArgument);
+        assert_eq!(c_strings(["a", "b\0c"].into_iter()).unwrap_err().kind, FailureKind::InvalidArgument);
     }
 }

@@ -6,26 +6,27 @@
 //!
 //! # Modules
 //!
-//! Imports run from the upper modules to the lower ones.
+//! A module imports only from rows below its own, or from its own row.
 //!
 //! | module | contents |
 //! |---|---|
 //! | `serve` | vsock ports and their TTRPC servers |
-//! | `task` | containerd's Task service: containers, execs and their states |
 //! | `bundle`, `system` | the Bundle and System services |
+//! | `task` | containerd's Task service: containers, execs and their states |
 //! | `debug` | debug mode: a shell on the console, and the Debug service |
 //! | `supervisor` | runs the supervisor agent and restarts it |
 //! | `worker` | short-lived processes that call libcontainer |
+//! | `launch` | starts programs that run outside of containers |
 //! | `boot` | boot steps, kernel parameters, timeline |
-//! | `io` | the standard streams of processes, and the Stdio service |
 //! | `events` | containerd's events, and the Events service |
+//! | `io` | the standard streams of processes, and the Stdio service |
 //! | `cgroup` | cgroups: setup, limits, metrics, freezer, OOM kills |
 //! | `report` | heartbeats, log lines and supervisor status for the host |
-//! | `launch`, `spawn` | start programs and processes |
-//! | `reaper` | reaps children and delivers their exits |
 //! | `log`, `console` | log lines, and the guest's console |
-//! | `rpc`, `error`, `connection` | RPC handlers, their errors, connections that report their end |
-//! | `places`, `clock`, `fd` | paths of a container, the boot clock, descriptors in the runtime |
+//! | `reaper`, `spawn` | reaps children and delivers their exits; starts processes |
+//! | `paths`, `rpc` | paths of a container; runs RPC handlers |
+//! | `error`, `connection` | the error of a call; connections that report their end |
+//! | `clock`, `fd` | the boot clock; descriptors in the async runtime |
 
 mod boot;
 mod bundle;
@@ -40,7 +41,7 @@ mod fd;
 mod io;
 mod launch;
 mod log;
-mod places;
+mod paths;
 mod reaper;
 mod report;
 mod rpc;
@@ -127,15 +128,15 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let debug =
         if cmdline.debug { Some(debug::Debug::start(&reaper, &streams).context("start debug mode")?) } else { None };
     let tasks = task::Tasks::new(reaper, workers, events.clone(), streams.clone());
-    std::fs::create_dir_all(places::STATE).with_context(|| format!("create {}", places::STATE))?;
+    std::fs::create_dir_all(paths::STATE).with_context(|| format!("create {}", paths::STATE))?;
 
     timeline.mark(BootStep::READY);
     let hello = system::hello(&timeline);
     let (end, mut shutdown) = mpsc::channel(1);
     let supervisor = supervisor.map(Arc::new);
-    let task = task::service::Service { tasks: tasks.clone(), supervisor, reports: reports.clone(), end };
+    let task = task::service::TaskService { tasks: tasks.clone(), supervisor, reports: reports.clone(), end };
     let mut calls = containerd_shim_protos::shim_async::create_task(Arc::new(task));
-    calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::Service::new(tasks))));
+    calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::BundleService::new(tasks))));
     calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::SystemService { hello: hello.clone() })));
     if let Some(debug) = &debug {
         calls.extend(debug.service());

@@ -16,7 +16,7 @@ use ttrpc::r#async::TtrpcContext;
 use crate::boot::Timeline;
 use crate::cgroup;
 use crate::clock::boottime_ns;
-use crate::error::Error;
+use crate::error::CallError;
 use crate::rpc::answer;
 
 pub(crate) struct SystemService {
@@ -39,7 +39,7 @@ pub(crate) fn hello(timeline: &Timeline) -> Hello {
 #[async_trait]
 impl System for SystemService {
     async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> ttrpc::Result<InfoResponse> {
-        let mut info = answer(async { measure().map_err(|e| Error::internal("measure the guest", &e)) }).await?;
+        let mut info = answer(async { measure().map_err(|e| CallError::internal("measure the guest", &e)) }).await?;
         info.hello = Some(self.hello.clone()).into();
         Ok(info)
     }

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::environment::environment;
 use crate::cgroup;
-use crate::error::{Error, Kind};
+use crate::error::{CallError, FailureKind};
 use crate::io::{ProcessStreams, Size, StreamSet, Streams, TerminalSpec, terminal_pair};
 use crate::launch::{ControllingTerminal, Program, launch};
 use crate::reaper::{Exit, Reaper};
@@ -70,13 +70,13 @@ impl Processes {
     ///
     /// # Errors
     /// Those of [`launch`].
-    pub(super) async fn start(&self, spec: ProcessSpec) -> Result<(String, i32), Error> {
+    pub(super) async fn start(&self, spec: ProcessSpec) -> Result<(String, i32), CallError> {
         if spec.args.is_empty() {
-            return Err(Error::new(Kind::InvalidArgument, "args must name a program"));
+            return Err(CallError::new(FailureKind::InvalidArgument, "args must name a program"));
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed).to_string();
         let group = Path::new(cgroup::DEBUG).join(format!("exec-{id}"));
-        std::fs::create_dir(&group).map_err(|e| Error::internal("create a process's cgroup", &e))?;
+        std::fs::create_dir(&group).map_err(|e| CallError::internal("create a process's cgroup", &e))?;
         match self.start_in(&group, &spec).await {
             Ok((process, exit)) => {
                 let pid = process.pid;
@@ -92,8 +92,8 @@ impl Processes {
         }
     }
 
-    async fn start_in(&self, group: &Path, spec: &ProcessSpec) -> Result<(Arc<Process>, ExitRelay), Error> {
-        let failed = |e: std::io::Error| Error::internal("create a process's streams", &e);
+    async fn start_in(&self, group: &Path, spec: &ProcessSpec) -> Result<(Arc<Process>, ExitRelay), CallError> {
+        let failed = |e: std::io::Error| CallError::internal("create a process's streams", &e);
         let pipes = StreamSet { stdin: spec.stdin, stdout: true, stderr: true };
         let (streams, ends) = match spec.terminal {
             None => ProcessStreams::new(pipes).map_err(failed)?,
@@ -126,36 +126,36 @@ impl Processes {
     ///
     /// # Errors
     /// NotFound.
-    pub(super) async fn wait(&self, id: &str) -> Result<u32, Error> {
+    pub(super) async fn wait(&self, id: &str) -> Result<u32, CallError> {
         let mut exit = self.find(id)?.exit.clone();
         let exited = exit.wait_for(Option::is_some).await;
         let status = exited.ok().and_then(|exit| exit.map(|exit| exit.status));
-        status.ok_or_else(|| Error::new(Kind::Internal, format!("the exit of process {id} is unknown")))
+        status.ok_or_else(|| CallError::new(FailureKind::Internal, format!("the exit of process {id} is unknown")))
     }
 
     /// # Errors
     /// NotFound.
-    pub(super) fn resize(&self, id: &str, size: Size) -> Result<(), Error> {
+    pub(super) fn resize(&self, id: &str, size: Size) -> Result<(), CallError> {
         let process = self.find(id)?;
         process
             .streams
             .resize(size)
-            .map_err(|e| Error::internal(format_args!("resize the terminal of process {id}"), &e))
+            .map_err(|e| CallError::internal(format_args!("resize the terminal of process {id}"), &e))
     }
 
     /// Sends a signal to the process group.
     ///
     /// # Errors
     /// NotFound, also after the exit; InvalidArgument for an invalid signal number.
-    pub(super) fn signal(&self, id: &str, signal: u32) -> Result<(), Error> {
+    pub(super) fn signal(&self, id: &str, signal: u32) -> Result<(), CallError> {
         let process = self.find(id)?;
         // 0 sends no signal, and 64 is the last one (signal(7)).
         let signal = i32::try_from(signal).ok().filter(|signal| (1..=64).contains(signal));
-        let signal = signal.ok_or_else(|| Error::new(Kind::InvalidArgument, "signal must be 1 to 64"))?;
+        let signal = signal.ok_or_else(|| CallError::new(FailureKind::InvalidArgument, "signal must be 1 to 64"))?;
         match self.reaper.kill_group(process.pid, signal) {
             Ok(()) => Ok(()),
-            Err(Errno::ESRCH) => Err(Error::new(Kind::NotFound, format!("process {id} has exited"))),
-            Err(error) => Err(Error::internal(format_args!("send signal {signal} to process {id}"), &error)),
+            Err(Errno::ESRCH) => Err(CallError::new(FailureKind::NotFound, format!("process {id} has exited"))),
+            Err(error) => Err(CallError::internal(format_args!("send signal {signal} to process {id}"), &error)),
         }
     }
 
@@ -163,7 +163,7 @@ impl Processes {
     ///
     /// # Errors
     /// DeadlineExceeded when it survives SIGKILL.
-    pub(super) async fn end(&self, id: &str) -> Result<(), Error> {
+    pub(super) async fn end(&self, id: &str) -> Result<(), CallError> {
         let Some(process) = self.table().remove(id) else { return Ok(()) };
         self.streams.remove(NO_CONTAINER, id);
         let mut exit = process.exit.clone();
@@ -178,19 +178,19 @@ impl Processes {
                 return Ok(());
             }
         }
-        cgroup::kill(&process.group).map_err(|e| Error::internal(format_args!("kill process {id}"), &e))?;
+        cgroup::kill(&process.group).map_err(|e| CallError::internal(format_args!("kill process {id}"), &e))?;
         match timeout(KILL + KILL, exit.wait_for(Option::is_some)).await {
             Ok(_) => Ok(()),
-            Err(_) => Err(Error::new(
-                Kind::DeadlineExceeded,
+            Err(_) => Err(CallError::new(
+                FailureKind::DeadlineExceeded,
                 format!("process {id} still runs {:?} after SIGKILL", KILL + KILL),
             )),
         }
     }
 
-    fn find(&self, id: &str) -> Result<Arc<Process>, Error> {
+    fn find(&self, id: &str) -> Result<Arc<Process>, CallError> {
         let found = self.table().get(id).cloned();
-        found.ok_or_else(|| Error::new(Kind::NotFound, format!("no process {id:?}")))
+        found.ok_or_else(|| CallError::new(FailureKind::NotFound, format!("no process {id:?}")))
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {

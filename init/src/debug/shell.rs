@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep};
 
 use super::environment::environment;
 use crate::cgroup;
-use crate::error::Error;
+use crate::error::CallError;
 use crate::launch::{ControllingTerminal, Program, launch};
 use crate::reaper::{Exit, Reaper};
 use crate::spawn::ChildStreams;
@@ -49,15 +49,15 @@ fn pause(lived: Duration, last: Duration) -> Duration {
 }
 
 /// Runs a shell and returns its exit status. Processes that it leaves behind keep running.
-async fn run(reaper: &Arc<Reaper>) -> Result<u32, Error> {
+async fn run(reaper: &Arc<Reaper>) -> Result<u32, CallError> {
     let group = Path::new(cgroup::DEBUG).join("shell");
     match std::fs::create_dir(&group) {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            return Err(Error::internal("create the shell's cgroup", &error));
+            return Err(CallError::internal("create the shell's cgroup", &error));
         }
         _ => {}
     }
-    let active = std::fs::read_to_string(ACTIVE).map_err(|e| Error::internal(format_args!("read {ACTIVE}"), &e))?;
+    let active = std::fs::read_to_string(ACTIVE).map_err(|e| CallError::internal(format_args!("read {ACTIVE}"), &e))?;
     // Not /dev/console, which survives the hang-up at the end of a session: two shells would read from it.
     let device = format!("/dev/{}", active.split_ascii_whitespace().next_back().unwrap_or("console"));
     let program = Program {

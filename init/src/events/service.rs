@@ -8,7 +8,7 @@ use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use super::{Events, Next};
 use crate::connection::Disconnect;
-use crate::error::{Error, Kind};
+use crate::error::{CallError, FailureKind};
 
 pub(crate) struct EventsService {
     pub(crate) events: Arc<Events>,
@@ -38,7 +38,7 @@ impl husk_protos::events_ttrpc::Events for EventsService {
                 }
                 Next::Unknown => {
                     let what = format!("event {after} has not happened");
-                    return Err(Error::new(Kind::InvalidArgument, what).into());
+                    return Err(CallError::new(FailureKind::InvalidArgument, what).into());
                 }
                 Next::Nothing => tokio::select! {
                     changed = newest.changed() => {

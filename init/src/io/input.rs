@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use ttrpc::r#async::ServerStreamReceiver;
 
 use crate::connection::Disconnect;
-use crate::error::{Error, Kind};
+use crate::error::{CallError, FailureKind};
 use crate::fd::watch_fd;
 
 /// How [`pump`] ended. The numbers are the bytes written to the pipe.
@@ -23,7 +23,7 @@ pub(super) enum InputEnd {
     /// The process no longer reads its input.
     Unread(u64),
     /// The stream failed. Another one may continue.
-    Broken(OwnedFd, Error),
+    Broken(OwnedFd, CallError),
 }
 
 /// Writes the stream's chunks to the pipe.
@@ -38,7 +38,7 @@ pub(super) async fn pump(
         Ok(pipe) => pipe,
         Err(error) => {
             let (fd, error) = error.into_parts();
-            return InputEnd::Broken(fd, Error::internal("watch a pipe", &error));
+            return InputEnd::Broken(fd, CallError::internal("watch a pipe", &error));
         }
     };
     let mut written = 0;
@@ -58,7 +58,7 @@ pub(super) async fn pump(
         let chunk = match chunk {
             Ok(Some(chunk)) => chunk,
             Ok(None) => return InputEnd::Finished(written),
-            Err(error) => return InputEnd::Broken(pipe.into_inner(), Error::internal("receive input", &error)),
+            Err(error) => return InputEnd::Broken(pipe.into_inner(), CallError::internal("receive input", &error)),
         };
         let wrote = tokio::select! {
             wrote = write_all(&pipe, &chunk.data, &mut written) => wrote,
@@ -71,7 +71,7 @@ pub(super) async fn pump(
                 meter.consumed(&chunk);
                 return InputEnd::Unread(written);
             }
-            Err(error) => return InputEnd::Broken(pipe.into_inner(), Error::internal("write a pipe", &error)),
+            Err(error) => return InputEnd::Broken(pipe.into_inner(), CallError::internal("write a pipe", &error)),
         }
     }
 }
@@ -91,7 +91,7 @@ pub(super) async fn discard(stream: &mut ServerStreamReceiver<InputChunk>, meter
 }
 
 fn aborted(pipe: AsyncFd<OwnedFd>) -> InputEnd {
-    InputEnd::Broken(pipe.into_inner(), Error::new(Kind::Aborted, "the connection ended"))
+    InputEnd::Broken(pipe.into_inner(), CallError::new(FailureKind::Aborted, "the connection ended"))
 }
 
 /// Adds to `written` after each write, so that it stays correct when the future is dropped.

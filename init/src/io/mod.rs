@@ -23,7 +23,7 @@ use nix::unistd::pipe2;
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 
-use crate::error::{Error, Kind};
+use crate::error::{CallError, FailureKind};
 use crate::fd::set_nonblocking;
 use crate::spawn::ChildStreams;
 
@@ -157,16 +157,19 @@ impl Slot {
     }
 
     /// Takes the pipe. None if it has reached its end.
-    fn attach(&self, name: &str) -> Result<Option<OwnedFd>, Error> {
+    fn attach(&self, name: &str) -> Result<Option<OwnedFd>, CallError> {
         let mut state = self.state();
         match std::mem::replace(&mut *state, SlotState::Attached { closing: false }) {
             SlotState::Idle(fd) => Ok(Some(fd)),
             other => {
                 let result = match other {
-                    SlotState::Attached { .. } => {
-                        Err(Error::new(Kind::AlreadyExists, format!("a client is already attached to {name}")))
+                    SlotState::Attached { .. } => Err(CallError::new(
+                        FailureKind::AlreadyExists,
+                        format!("a client is already attached to {name}"),
+                    )),
+                    SlotState::Absent => {
+                        Err(CallError::new(FailureKind::NotFound, format!("the process has no {name}")))
                     }
-                    SlotState::Absent => Err(Error::new(Kind::NotFound, format!("the process has no {name}"))),
                     _ => Ok(None),
                 };
                 *state = other;
@@ -210,7 +213,7 @@ impl Streams {
     ///
     /// # Errors
     /// NotFound when the process does not appear within [`PROCESS_WAIT`].
-    pub(crate) async fn find(&self, container: &str, exec: &str) -> Result<Arc<ProcessStreams>, Error> {
+    pub(crate) async fn find(&self, container: &str, exec: &str) -> Result<Arc<ProcessStreams>, CallError> {
         let key = (container.to_owned(), exec.to_owned());
         let found = async {
             loop {
@@ -224,7 +227,7 @@ impl Streams {
         };
         timeout(PROCESS_WAIT, found).await.map_err(|_| {
             let what = if exec.is_empty() { container.to_owned() } else { format!("{exec} in {container}") };
-            Error::new(Kind::NotFound, format!("{what} did not appear within {PROCESS_WAIT:?}"))
+            CallError::new(FailureKind::NotFound, format!("{what} did not appear within {PROCESS_WAIT:?}"))
         })
     }
 
@@ -242,13 +245,13 @@ mod tests {
         let (read, _write) = pipe2(OFlag::O_CLOEXEC).unwrap();
         let slot = Slot::idle(read).unwrap();
         let fd = slot.attach("stdout").unwrap();
-        assert_eq!(slot.attach("stdout").unwrap_err().kind, Kind::AlreadyExists);
+        assert_eq!(slot.attach("stdout").unwrap_err().kind, FailureKind::AlreadyExists);
         slot.detach(fd);
         let fd = slot.attach("stdout").unwrap();
         assert!(fd.is_some());
         slot.detach(None);
         assert!(slot.attach("stdout").unwrap().is_none(), "the pipe has reached its end");
-        assert_eq!(Slot::absent().attach("stderr").unwrap_err().kind, Kind::NotFound);
+        assert_eq!(Slot::absent().attach("stderr").unwrap_err().kind, FailureKind::NotFound);
     }
 
     #[test]
@@ -274,6 +277,6 @@ mod tests {
         streams.add("c", "", ours.clone());
         streams.add("c", "e", ours);
         assert_eq!(waiting.await.unwrap(), Ok(()));
-        assert_eq!(streams.find("c", "other").await.unwrap_err().kind, Kind::NotFound);
+        assert_eq!(streams.find("c", "other").await.unwrap_err().kind, FailureKind::NotFound);
     }
 }

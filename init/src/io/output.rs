@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use ttrpc::r#async::ServerStreamSender;
 
 use crate::connection::Disconnect;
-use crate::error::{Error, Kind};
+use crate::error::{CallError, FailureKind};
 use crate::fd::watch_fd;
 
 /// More than the output that a terminal buffers: 8 KiB (pty_common_install) and 4 KiB (N_TTY_BUF_SIZE). The amount in
@@ -32,7 +32,7 @@ pub(super) enum OutputEnd {
     /// The last writer has closed the pipe, and all output was sent.
     Finished,
     /// Sending or reading failed. The pipe may contain more output.
-    Broken(OwnedFd, Error),
+    Broken(OwnedFd, CallError),
 }
 
 /// The stream's exit mark, which reports that the process has exited.
@@ -58,7 +58,7 @@ pub(super) async fn pump(
         Ok(pipe) => pipe,
         Err(error) => {
             let (fd, error) = error.into_parts();
-            return OutputEnd::Broken(fd, Error::internal("watch a pipe", &error));
+            return OutputEnd::Broken(fd, CallError::internal("watch a pipe", &error));
         }
     };
     let mut pump = Pump { pipe, source, exited, stream, disconnect, mark: ExitMark::NotDue };
@@ -78,7 +78,7 @@ struct Pump<'a> {
 }
 
 impl Pump<'_> {
-    async fn run(&mut self) -> Result<(), Error> {
+    async fn run(&mut self) -> Result<(), CallError> {
         loop {
             self.advance_mark().await?;
             // Empty while waiting: an idle stream holds no memory.
@@ -97,16 +97,17 @@ impl Pump<'_> {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.mark = ExitMark::After(0),
-                Err(error) => return Err(Error::internal("read a pipe", &error)),
+                Err(error) => return Err(CallError::internal("read a pipe", &error)),
             }
         }
     }
 
     /// Notices the process's exit, and sends the exit mark when it is due.
-    async fn advance_mark(&mut self) -> Result<(), Error> {
+    async fn advance_mark(&mut self) -> Result<(), CallError> {
         if self.mark == ExitMark::NotDue && *self.exited.borrow() {
             let left = if self.is_terminal() { Ok(TERMINAL_BUFFERS) } else { buffered(&self.pipe) };
-            self.mark = ExitMark::After(left.map_err(|e| Error::internal("query the size of a pipe's content", &e))?);
+            self.mark =
+                ExitMark::After(left.map_err(|e| CallError::internal("query the size of a pipe's content", &e))?);
         }
         if self.mark == ExitMark::After(0) {
             self.send(&OutputChunk { exited: true, ..Default::default() }).await?;
@@ -117,7 +118,7 @@ impl Pump<'_> {
 
     /// Waits for output and reads it. None when there is nothing to read yet and [`Self::advance_mark`] has to run
     /// first.
-    async fn read(&mut self, data: &mut Vec<u8>) -> Result<Option<io::Result<usize>>, Error> {
+    async fn read(&mut self, data: &mut Vec<u8>) -> Result<Option<io::Result<usize>>, CallError> {
         let terminal = self.is_terminal();
         let Self { pipe, exited, disconnect, mark, .. } = self;
         let size = if let ExitMark::After(left) = mark { STDIO_CHUNK.min(*left) } else { STDIO_CHUNK };
@@ -129,8 +130,8 @@ impl Pump<'_> {
         }
         let mut ready = tokio::select! {
             biased;
-            () = disconnect.wait() => return Err(Error::new(Kind::Aborted, "the connection ended")),
-            ready = pipe.readable() => ready.map_err(|e| Error::internal("wait for a pipe", &e))?,
+            () = disconnect.wait() => return Err(CallError::new(FailureKind::Aborted, "the connection ended")),
+            ready = pipe.readable() => ready.map_err(|e| CallError::internal("wait for a pipe", &e))?,
             // An error means that the process's record is gone. No exit will follow; only the end of the pipe.
             Ok(()) = exited.changed(), if *mark == ExitMark::NotDue => return Ok(None),
         };
@@ -138,8 +139,8 @@ impl Pump<'_> {
         Ok(ready.try_io(|pipe| read(pipe, data)).ok())
     }
 
-    async fn send(&self, chunk: &OutputChunk) -> Result<(), Error> {
-        self.stream.send(chunk).await.map_err(|e| Error::internal("send output", &e))
+    async fn send(&self, chunk: &OutputChunk) -> Result<(), CallError> {
+        self.stream.send(chunk).await.map_err(|e| CallError::internal("send output", &e))
     }
 
     fn is_terminal(&self) -> bool {

@@ -12,7 +12,7 @@ use ttrpc::r#async::{ServerStreamReceiver, ServerStreamSender, TtrpcContext};
 
 use super::{Streams, input, output};
 use crate::connection::Disconnect;
-use crate::error::{Error, Kind};
+use crate::error::{CallError, FailureKind};
 
 /// Time for the first chunk of an input to arrive. Clients send it together with the request.
 const FIRST_CHUNK: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ impl Stdio for StdioService {
         let (slot, name) = match request.kind.enum_value() {
             Ok(StreamKind::STREAM_KIND_STDOUT) => (&streams.stdout, "stdout"),
             Ok(StreamKind::STREAM_KIND_STDERR) => (&streams.stderr, "stderr"),
-            _ => return Err(Error::new(Kind::InvalidArgument, "kind must be stdout or stderr").into()),
+            _ => return Err(CallError::new(FailureKind::InvalidArgument, "kind must be stdout or stderr").into()),
         };
         let Some(fd) = slot.attach(name)? else { return Ok(()) };
         let source =
@@ -69,12 +69,12 @@ impl Stdio for StdioService {
                 Ok(Ok(Some(first))) => first,
                 Ok(Ok(None)) => {
                     let what = "the first chunk must name the process";
-                    return Err(Error::new(Kind::InvalidArgument, what).into());
+                    return Err(CallError::new(FailureKind::InvalidArgument, what).into());
                 }
                 Ok(Err(error)) => return Err(error),
                 Err(_) => {
                     let what = format!("the first chunk did not arrive within {FIRST_CHUNK:?}");
-                    return Err(Error::new(Kind::DeadlineExceeded, what).into());
+                    return Err(CallError::new(FailureKind::DeadlineExceeded, what).into());
                 }
             },
             () = disconnect.wait() => return Ok(InputResponse::new()),

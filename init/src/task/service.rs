@@ -1,4 +1,4 @@
-//! containerd's Task service: maps each call onto the containers, and nothing else.
+//! containerd's Task service: maps each call onto [`Tasks`].
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,41 +17,39 @@ use tokio::time::timeout;
 use ttrpc::r#async::TtrpcContext;
 
 use super::Tasks;
-use super::container::Freezer;
-use super::process::State;
-use super::tell::timestamp;
-use crate::error::{Error, Kind};
+use super::container::FreezerState;
+use super::events::timestamp;
+use super::process::ProcessState;
+use crate::error::{CallError, FailureKind};
 use crate::io::Size;
 use crate::reaper::Exit;
 use crate::report::Reports;
 use crate::rpc::{Answer, answer, finish};
 use crate::supervisor::Supervisor;
 
-/// How long the last reports may take to get out before the host is told that it can end the VM.
+/// How long Shutdown waits for the last reports to be sent before it replies, which lets the host end the VM.
 const LAST_REPORTS: Duration = Duration::from_millis(500);
 
-/// The Task service.
-pub struct Service {
-    /// What it serves.
-    pub tasks: Arc<Tasks>,
-    /// Ends with the guest, if there is one.
-    pub supervisor: Option<Arc<Supervisor>>,
-    /// What the host is to hear of the end.
-    pub reports: Reports,
-    /// Takes one message: the guest is to end.
-    pub end: mpsc::Sender<()>,
+pub(crate) struct TaskService {
+    pub(crate) tasks: Arc<Tasks>,
+    /// Shutdown stops the supervisor agent.
+    pub(crate) supervisor: Option<Arc<Supervisor>>,
+    /// Shutdown sends the reports that are left.
+    pub(crate) reports: Reports,
+    /// A message on this channel ends the guest.
+    pub(crate) end: mpsc::Sender<()>,
 }
 
 fn unimplemented<T>(call: &str) -> Answer<T> {
-    Err(Error::new(Kind::Unimplemented, format!("{call} is not implemented by the guest")).into())
+    Err(CallError::new(FailureKind::Unimplemented, format!("{call} is not implemented by the guest")).into())
 }
 
-fn exit_of(state: State) -> Option<Exit> {
-    if let State::Stopped { exit, .. } = state { Some(exit) } else { None }
+fn exit_of(state: ProcessState) -> Option<Exit> {
+    if let ProcessState::Stopped { exit, .. } = state { Some(exit) } else { None }
 }
 
 #[async_trait]
-impl Task for Service {
+impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
         let tasks = self.tasks.clone();
         let pid = finish(async move { tasks.create(request).await }).await?;
@@ -104,14 +102,14 @@ impl Task for Service {
             let process = container.process(&request.exec_id)?;
             let state = process.state();
             let status = match state {
-                State::Added | State::Created { .. } | State::Starting { .. } => Status::CREATED,
-                // Of execs too: what the container is, its processes are.
-                State::Running { .. } => match container.freezer() {
-                    Freezer::Thawed => Status::RUNNING,
-                    Freezer::Freezing => Status::PAUSING,
-                    Freezer::Frozen | Freezer::Thawing => Status::PAUSED,
+                ProcessState::Added | ProcessState::Created { .. } | ProcessState::Starting { .. } => Status::CREATED,
+                // Also for execs: pausing a container pauses all its processes.
+                ProcessState::Running { .. } => match container.freezer() {
+                    FreezerState::Thawed => Status::RUNNING,
+                    FreezerState::Freezing => Status::PAUSING,
+                    FreezerState::Frozen | FreezerState::Thawing => Status::PAUSED,
                 },
-                State::Stopped { .. } | State::Deleted => Status::STOPPED,
+                ProcessState::Stopped { .. } | ProcessState::Deleted => Status::STOPPED,
             };
             let exit = exit_of(state);
             Ok(StateResponse {
@@ -167,20 +165,21 @@ impl Task for Service {
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
         let (tasks, supervisor, reports) = (self.tasks.clone(), self.supervisor.clone(), self.reports.clone());
         finish(async move {
-            // At the same time: each has seconds to go by itself, and the host waits for both.
+            // Concurrently: each has a grace period of several seconds, and the host waits for both.
             tokio::join!(tasks.stop_all(), async {
                 if let Some(supervisor) = supervisor {
                     supervisor.stop().await;
                 }
             });
-            // Before the answer: the host ends the VM as soon as it has it. Nothing else of this process is of use any more, so it may block.
+            // Before the reply: the host ends the VM as soon as it receives it. Blocking is harmless now, because no
+            // other work is left.
             nix::unistd::sync();
-            // Nor would it hear anything that comes after. It may not listen.
+            // The host reads no report after the reply. The timeout is for a host that has stopped reading.
             let _ = timeout(LAST_REPORTS, reports.flush()).await;
             Ok(())
         })
         .await?;
-        // Full means that another shutdown has said it already.
+        // A full channel means that another Shutdown was here first.
         let _ = self.end.try_send(());
         Ok(Empty::new())
     }
