@@ -523,6 +523,12 @@ impl Container<'_> {
         self.containerd.ctr(["task", "kill", "--signal", signal, &self.id]).ok()
     }
 
+    /// Kills the container with SIGKILL and waits until `ctr task ls` shows it as stopped.
+    pub fn kill_and_wait(&self) -> Result<()> {
+        self.kill("SIGKILL")?;
+        self.await_status("STOPPED")
+    }
+
     /// `ctr task rm`. Returns the exit status that it reports.
     pub fn delete_task(&self) -> Result<i32> {
         let deleted = self.containerd.ctr(["task", "rm", &self.id]).output()?;

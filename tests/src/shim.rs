@@ -253,8 +253,7 @@ impl<'a> Shim<'a> {
     /// Like [`Self::start`]; also creates and starts the container, without streams.
     pub fn running(containerd: &'a Containerd, id: &str, spec: &Value) -> Result<Self> {
         let shim = Self::start(containerd, id, spec)?;
-        shim.create(&Streams::default())?;
-        shim.task.start(id, "")?;
+        shim.run_detached()?;
         Ok(shim)
     }
 
@@ -286,9 +285,28 @@ impl<'a> Shim<'a> {
 
     /// Creates and starts the container, and returns its id.
     pub fn run_detached(&self) -> Result<&str> {
-        self.create(&Streams::default())?;
-        self.task.start(&self.bundle.id, "")?;
+        self.create_and_start(&Streams::default())?;
         Ok(&self.bundle.id)
+    }
+
+    /// Creates the container with these streams and starts it.
+    pub fn create_and_start(&self, io: &Streams) -> Result<()> {
+        self.create(io)?;
+        self.task.start(&self.bundle.id, "")?;
+        Ok(())
+    }
+
+    /// Adds an exec to the container and starts it.
+    pub fn start_exec(&self, exec: &str, process: &Value, io: &Streams) -> Result<()> {
+        self.task.exec(&self.bundle.id, exec, process, io)?;
+        self.task.start(&self.bundle.id, exec)?;
+        Ok(())
+    }
+
+    /// Asks the shim to shut down, which has no effect while its sandbox has other containers.
+    pub fn shutdown(&self) {
+        // The shim may exit before its response is sent.
+        let _ = self.task.shutdown(&self.bundle.id, false);
     }
 
     /// Runs an exec until it exits, deletes it, and returns its exit status, stdout and stderr.
@@ -403,8 +421,8 @@ impl Drop for Shim<'_> {
         let _ = self.task.kill(id, "", 9);
         let _ = self.task.wait(id, "");
         let _ = self.task.delete(id, "");
-        // As containerd does. No effect while the sandbox has other containers.
-        let _ = self.task.shutdown(id, false);
+        // As containerd does.
+        self.shutdown();
     }
 }
 

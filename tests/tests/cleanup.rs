@@ -61,8 +61,7 @@ fn a_killed_and_deleted_container_leaves_nothing_behind() -> Result<()> {
     container.exec(&["sh", "-c", "exit 2"]).expect_code(2)?;
     let failed = container.exec(&["/no/such/command"]).output()?;
     ensure!(failed.code() != 0 && failed.errors().contains("/no/such/command"), "{failed}");
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     ensure!(container.delete_task()? == 137);
     containerd.ctr(["container", "rm", container.id()]).ok()?;
     before.expect_none_since(&containerd)

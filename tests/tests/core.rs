@@ -397,10 +397,10 @@ async fn a_shutdown_stops_running_containers_and_ends_the_vm() -> Result<()> {
         guest.start(id, "").await?;
         timeout(STEP, stream.recv()).await??.context("no output")?;
     }
-    let polite = guest.task.clone();
+    let handler = guest.task.clone();
     let waited = tokio::spawn(async move {
         let request = containerd_shim_protos::api::WaitRequest { id: "handles-term".into(), ..Default::default() };
-        polite.wait(call(), &request).await.map(|response| response.exit_status)
+        handler.wait(call(), &request).await.map(|response| response.exit_status)
     });
     // A paused container receives the signal as well.
     let request = containerd_shim_protos::api::PauseRequest { id: "handles-term".into(), ..Default::default() };

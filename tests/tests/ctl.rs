@@ -110,8 +110,7 @@ fn clients_that_stay_connected_do_not_delay_deletion_and_leave_nothing_behind() 
     let consoles: Vec<_> = (0..10)
         .map(|_| husk_shim::socket::connect(&folder(&containerd, id), "console.sock"))
         .collect::<std::io::Result<_>>()?;
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     let started = std::time::Instant::now();
     ensure!(container.delete_task()? == 137);
     ensure!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());

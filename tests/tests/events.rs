@@ -78,8 +78,7 @@ fn life(containerd: &Containerd) -> Result<Vec<String>> {
     let shim = Shim::start(containerd, &id, &spec)?;
     let task = &shim.task;
     let (io, _stdout, _stderr) = shim.streams("init")?;
-    shim.create(&io)?;
-    task.start(&id, "")?;
+    shim.create_and_start(&io)?;
     shim.exec_process("ends", &bundle::process(&["sh", "-c", "exit 3"]))?;
     task.exec(&id, "fails", &bundle::process(&["/no/such"]), &Streams::default())?;
     ensure!(task.start(&id, "fails").is_err());
@@ -89,8 +88,7 @@ fn life(containerd: &Containerd) -> Result<Vec<String>> {
     task.resume(&id)?;
     task.delete(&id, "never")?;
     ensure!(shim.exec_process("greedy", &bundle::process(&["tail", "/dev/zero"]))?.0 == 137);
-    task.exec(&id, "stays", &bundle::process(&["sleep", "1000"]), &Streams::default())?;
-    task.start(&id, "stays")?;
+    shim.start_exec("stays", &bundle::process(&["sleep", "1000"]), &Streams::default())?;
     task.kill(&id, "", 9)?;
     task.wait(&id, "")?;
     task.wait(&id, "stays")?;

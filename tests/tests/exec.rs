@@ -188,8 +188,7 @@ fn execs_work_in_a_container_that_delegates_its_cgroup() -> Result<()> {
     }
     let shim = Shim::start(containerd, &id, &spec)?;
     let (io, mut stdout, stderr) = shim.streams("init")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    shim.create_and_start(&io)?;
     // An exec cannot be used to check for readiness: while a process is in the group, the group cannot be delegated.
     let output = stdout.read(64, Duration::from_secs(20))?;
     ensure!(output == b"ready\n", "{}", String::from_utf8_lossy(&stderr.available()?));
@@ -298,8 +297,7 @@ fn an_exec_in_a_user_namespace_gets_the_containers_filter_and_its_own_terminal()
     process["user"] = json!({"uid": 1000, "gid": 1000});
     let (io, _input, mut output) = shim.terminal("tty")?;
     let id = &shim.bundle.id;
-    shim.task.exec(id, "tty", &process, &io)?;
-    shim.task.start(id, "tty")?;
+    shim.start_exec("tty", &process, &io)?;
     let text = String::from_utf8_lossy(&output.read_to_end(Duration::from_secs(60))?).into_owned();
     ensure!(text == "owned by 1000\r\nopened\r\n", "{text}");
     ensure!(shim.task.wait(id, "tty")? == 0);

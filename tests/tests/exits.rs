@@ -66,8 +66,7 @@ fn the_inits_exit_is_published_after_those_of_its_execs() -> Result<()> {
     shim.run_detached()?;
     let execs: Vec<String> = (0..10).map(|number| format!("e{number}")).collect();
     for exec in &execs {
-        shim.task.exec(&id, exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
-        shim.task.start(&id, exec)?;
+        shim.start_exec(exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
     }
     shim.task.kill(&id, "", 9)?;
     ensure!(shim.task.wait(&id, "")? == 137);
@@ -91,8 +90,7 @@ fn the_exit_of_an_exec_that_is_deleted_at_once_is_published() -> Result<()> {
     shim.run_detached()?;
     for number in 0..5 {
         let exec = format!("e{number}");
-        shim.task.exec(&id, &exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
-        shim.task.start(&id, &exec)?;
+        shim.start_exec(&exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
         shim.task.kill(&id, &exec, 9)?;
         // Without a wait for its exit: as soon as possible.
         wait_for(DEADLINE, "the exec can be deleted", || shim.task.delete(&id, &exec).ok())?;
@@ -118,8 +116,7 @@ fn exceeding_the_memory_limit_means_an_oom_event_then_exit_status_137() -> Resul
     ensure!(ends(&events)? == ["oom", "greedy"], "{:?}", ends(&events)?);
     ensure!(shim.task.state(&id, "")?.status.value() == 2, "the init does not run any more");
 
-    shim.task.exec(&id, "go", &bundle::process(&["mkdir", "/run/go"]), &Streams::default())?;
-    shim.task.start(&id, "go")?;
+    shim.start_exec("go", &bundle::process(&["mkdir", "/run/go"]), &Streams::default())?;
     ensure!(shim.task.wait(&id, "")? == 137);
     shim.task.delete(&id, "")?;
     let ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
@@ -222,8 +219,7 @@ fn a_shutdown_loses_neither_the_last_output_nor_the_exit() -> Result<()> {
         let script = "trap 'seq 1 150000; exit 9' TERM; echo ready; while :; do sleep 0.05; done";
         let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", script]))?;
         let (io, mut stdout, _stderr) = shim.streams("init")?;
-        shim.create(&io)?;
-        shim.task.start(&id, "")?;
+        shim.create_and_start(&io)?;
         stdout.read_until("ready\n", DEADLINE)?;
         let reading = std::thread::spawn(move || -> Result<Vec<u8>> {
             let mut output = Vec::new();

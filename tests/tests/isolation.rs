@@ -266,8 +266,7 @@ fn an_exec_follows_its_own_process_spec() -> Result<()> {
     process["capabilities"] = json!({"bounding": ["CAP_KILL"]});
     process["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 99, "hard": 99}]);
     let (io, mut stdout, mut stderr) = shim.streams("e")?;
-    shim.task.exec(&id, "e", &process, &io)?;
-    shim.task.start(&id, "e")?;
+    shim.start_exec("e", &process, &io)?;
     let deadline = Duration::from_secs(60);
     let (out, err) = (stdout.read_to_end(deadline)?, stderr.read_to_end(deadline)?);
     let fields = String::from_utf8_lossy(&out).split_whitespace().collect::<Vec<_>>().join(" ");

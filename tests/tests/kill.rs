@@ -22,8 +22,7 @@ fn a_signal_reaches_only_the_init_only_an_exec_or_all_processes() -> Result<()> 
     let script = format!("({}) & {}", listens("child"), listens("init"));
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", &script]))?;
     shim.run_detached()?;
-    shim.task.exec(&id, "e", &bundle::process(&["sh", "-c", &listens("exec")]), &Streams::default())?;
-    shim.task.start(&id, "e")?;
+    shim.start_exec("e", &bundle::process(&["sh", "-c", &listens("exec")]), &Streams::default())?;
     shim.script("ready", "until [ -d /run/init -a -d /run/child -a -d /run/exec ]; do :; done")?;
 
     let received = |round: &str, count: usize| {
@@ -57,8 +56,7 @@ fn the_exit_status_after_a_signal_is_128_plus_its_number() -> Result<()> {
     // HUP, INT, QUIT, ABRT, KILL, USR1, SEGV, TERM, and two signals without a name (signal(7)).
     for signal in [1, 2, 3, 6, 9, 10, 11, 15, 34, 64] {
         let exec = format!("e{signal}");
-        shim.task.exec(&id, &exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
-        shim.task.start(&id, &exec)?;
+        shim.start_exec(&exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
         shim.task.kill(&id, &exec, signal)?;
         let status = shim.task.wait(&id, &exec)?;
         ensure!(status == 128 + signal, "signal {signal}: {status}");

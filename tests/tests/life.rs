@@ -65,8 +65,7 @@ fn a_vms_states_are_on_disk_while_it_runs_and_remain_in_the_log() -> Result<()> 
     let times = times.context("at_ms")?;
     ensure!(times.is_sorted() && times[0] >= before && times[times.len() - 1] <= now()?, "{times:?}");
 
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     ensure!(container.delete_task()? == 137);
     let lines = logged(containerd, container.id(), "Stopped")?;
     let mut states = UP.to_vec();

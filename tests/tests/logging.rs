@@ -136,8 +136,7 @@ fn ctr_runs_containers_and_execs_with_a_logging_program() -> Result<()> {
     exec.arg(container.id()).args(["sh", "-c", "echo from exec"]).ok()?;
     ensure!(exec_logger.wrote("stdout")? == "from exec\n");
     ensure!(logger.processes(containerd.pid()) > 0);
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     container.delete_task()?;
     logger.wrote("done")?;
     Ok(())
@@ -293,11 +292,9 @@ fn a_logging_program_that_does_not_read_stalls_nothing_and_ends_with_its_contain
     let id = shim.bundle.id.clone();
     let logger =
         Logger::new("trap 'echo terminated >$dir/terminated; exit' TERM; exec 5>&-; while :; do sleep 0.05; done")?;
-    shim.task.exec(&id, "e", &bundle::process(&["sh", "-c", "exec seq 1 5"]), &both(&logger.uri()))?;
-    shim.task.start(&id, "e")?;
+    shim.start_exec("e", &bundle::process(&["sh", "-c", "exec seq 1 5"]), &both(&logger.uri()))?;
     let (io, mut stdout, _stderr) = shim.streams("other")?;
-    shim.task.exec(&id, "other", &bundle::process(&["seq", "1", "100000"]), &io)?;
-    shim.task.start(&id, "other")?;
+    shim.start_exec("other", &bundle::process(&["seq", "1", "100000"]), &io)?;
     ensure!(stdout.read_to_end(DEADLINE)? == sequence(100_000, "\n").into_bytes());
     ensure!(shim.task.wait(&id, "e")? == 0);
     let started = Instant::now();

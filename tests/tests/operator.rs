@@ -354,8 +354,7 @@ fn followers_see_events_and_log_lines_as_they_happen() -> Result<()> {
     ensure!(added["kind"] == "task" && added["fields"]["container"] == id, "{added}");
     events.expect("\"exit_status\":0")?;
     ensure!(logs.expect("said ")? == "console | said ^[[31m by a guest");
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     ensure!(container.delete_task()? == 137);
     for follower in [events, logs] {
         let (code, errors) = follower.finish()?;

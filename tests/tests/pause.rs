@@ -44,8 +44,7 @@ fn a_paused_container_is_frozen_and_every_call_on_it_returns_at_once() -> Result
     ensure!(code(&task.pause(&id)) == precondition, "Pause before Start");
     task.start(&id, "")?;
     ensure!(code(&task.resume(&id)) == precondition, "Resume of a running container");
-    task.exec(&id, "runs", &idle, &io)?;
-    task.start(&id, "runs")?;
+    shim.start_exec("runs", &idle, &io)?;
     task.exec(&id, "waits", &idle, &io)?;
     shim.script("counts", "while ! [ -s /run/count ]; do :; done")?;
 

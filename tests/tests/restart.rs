@@ -74,8 +74,7 @@ fn outlive(version: Version, signal: Signal) -> Result<()> {
         Some("STOPPED") => ensure!(ends.delete_task()? == 7),
         Some(status) => bail!("the exited container is {status}"),
     }
-    dies.kill("SIGKILL")?;
-    dies.await_status("STOPPED")?;
+    dies.kill_and_wait()?;
     ensure!(dies.delete_task()? == 137);
 
     // Exec, attach and wait work as before.
@@ -104,8 +103,7 @@ fn events_wait_for_containerd_and_arrive_once_and_in_order() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("events");
     let mut shim = Shim::start_with(containerd, &id, &bundle::spec(&id, &["sh", "-c", "exit 6"]), Sink::closed()?)?;
-    shim.create(&Streams::default())?;
-    shim.task.start(&id, "")?;
+    shim.create_and_start(&Streams::default())?;
     // Wait returns before the event is delivered.
     ensure!(shim.task.wait(&id, "")? == 6);
     shim.events.open()?;

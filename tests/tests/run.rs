@@ -48,8 +48,7 @@ fn the_kernel_inside_is_not_the_hosts_kernel(version: Version) -> Result<()> {
 fn a_killed_container_exits_with_137(version: Version) -> Result<()> {
     let containerd = Containerd::shared_of(version)?;
     let container = containerd.detached(&[], "killed", &["sleep", "1000"])?;
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     ensure!(container.delete_task()? == 137);
     Ok(())
 }
@@ -92,8 +91,7 @@ fn two_containers_do_not_see_each_other(version: Version) -> Result<()> {
         processes.contains("sleep 1000") && !processes.contains("sleep 1001"),
         "the first container sees the second:\n{processes}"
     );
-    one.kill("SIGKILL")?;
-    one.await_status("STOPPED")?;
+    one.kill_and_wait()?;
     ensure!(two.script("cat /who")? == "2", "the second container no longer works");
     Ok(())
 }
@@ -103,8 +101,7 @@ fn events_are_complete_and_in_order(version: Version) -> Result<()> {
     let watch = Watch::start(containerd)?;
     let container = containerd.detached(&[], "events", &["sleep", "1000"])?;
     containerd.ctr(["task", "exec", "--exec-id", "second", container.id(), "sh", "-c", "exit 3"]).expect_code(3)?;
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     ensure!(container.delete_task()? == 137);
 
     // containerd itself publishes the deletion of an exec with the same topic and the exec's id.

@@ -30,8 +30,7 @@ fn remove(shim: &Shim) -> Result<u32> {
     shim.task.kill(id, "", 9)?;
     shim.task.wait(id, "")?;
     let status = shim.task.delete(id, "")?;
-    // The shim may exit before its response is sent.
-    let _ = shim.task.shutdown(id, false);
+    shim.shutdown();
     Ok(status)
 }
 
@@ -172,8 +171,7 @@ fn twenty_concurrent_containers_in_one_vm_leave_nothing_behind() -> Result<()> {
                         if n % 2 == 0 { (["sh", "-c", &script], false) } else { (["sleep", "1000", "1"], true) };
                     let shim = Shim::start(containerd, id, &spec(pod, id, &args))?;
                     if killed {
-                        shim.create(&Streams::default())?;
-                        shim.task.start(id, "")?;
+                        shim.create_and_start(&Streams::default())?;
                         ensure!(remove(&shim)? == 137, "{id}");
                     } else {
                         let (status, out, err) = shim.run()?;

@@ -154,8 +154,7 @@ fn after_shutdown_the_process_and_its_socket_are_gone() -> Result<()> {
     shim.task.kill(&id, "", 9)?;
     shim.task.wait(&id, "")?;
     shim.task.delete(&id, "")?;
-    // The shim may exit before its response is sent.
-    let _ = shim.task.shutdown(&id, false);
+    shim.shutdown();
     let socket = containerd.path(&shim.socket);
     let gone = || {
         let alive = process.is_alive() || below.iter().any(|process| process.is_alive());
@@ -204,8 +203,7 @@ fn the_shim_runs_after_the_last_delete_until_shutdown() -> Result<()> {
     wait_for(Duration::from_secs(20), "everything is cleaned up", cleaned)?;
     // A slow client must be able to receive the response to its Delete.
     ensure!(code(&shim.task.state(&id, "")) == Some(Code::NOT_FOUND), "the shim no longer responds");
-    // The shim may exit before its response is sent.
-    let _ = shim.task.shutdown(&id, false);
+    shim.shutdown();
     wait_for(Duration::from_secs(5), "the shim is gone", || (!process.is_alive()).then_some(()))
 }
 

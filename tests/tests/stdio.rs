@@ -26,11 +26,11 @@ fn sequence_with(last: usize, end: &str) -> Vec<u8> {
     (1..=last).flat_map(|n| format!("{n}{end}").into_bytes()).collect()
 }
 
-/// Fifos for all three streams of the init process. Returns the test's ends of stdin, stdout and stderr.
-fn with_stdin(shim: &Shim<'_>) -> Result<(Streams, fs::File, fifo::Reader, fifo::Reader)> {
-    let (mut io, stdout, stderr) = shim.streams("init")?;
-    let stdin = fifo::writer(&shim.bundle.outside.join("init.in"))?;
-    io.stdin = shim.bundle.path.join("init.in").display().to_string();
+/// Fifos for all three streams of a process. Returns their paths, and the test's ends of stdin, stdout and stderr.
+fn with_stdin(shim: &Shim<'_>, name: &str) -> Result<(Streams, fs::File, fifo::Reader, fifo::Reader)> {
+    let (mut io, stdout, stderr) = shim.streams(name)?;
+    let stdin = fifo::writer(&shim.bundle.outside.join(format!("{name}.in")))?;
+    io.stdin = shim.bundle.path.join(format!("{name}.in")).display().to_string();
     Ok((io, stdin, stdout, stderr))
 }
 
@@ -59,9 +59,8 @@ fn an_empty_stdin_ends_when_it_is_closed() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("empty");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["wc", "-c"]))?;
-    let (io, stdin, mut stdout, _stderr) = with_stdin(&shim)?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    let (io, stdin, mut stdout, _stderr) = with_stdin(&shim, "init")?;
+    shim.create_and_start(&io)?;
     drop(stdin);
     shim.task.close_stdin(&id, "")?;
     ensure!(stdout.read_to_end(DEADLINE)? == b"0\n");
@@ -141,8 +140,7 @@ fn output_of_100_fast_execs_is_complete() -> Result<()> {
         let exec = format!("e{round}");
         let (io, mut stdout, mut stderr) = shim.streams(&exec)?;
         let script = format!("echo {round}; echo {round} >&2; exit {}", round % 100);
-        shim.task.exec(&id, &exec, &bundle::process(&["sh", "-c", &script]), &io)?;
-        shim.task.start(&id, &exec)?;
+        shim.start_exec(&exec, &bundle::process(&["sh", "-c", &script]), &io)?;
         let (out, err) = (stdout.read_to_end(DEADLINE)?, stderr.read_to_end(DEADLINE)?);
         let status = shim.task.wait(&id, &exec)?;
         shim.task.delete(&id, &exec)?;
@@ -164,8 +162,7 @@ fn all_output_is_available_when_the_exit_is_published() -> Result<()> {
     for round in 0..20 {
         let exec = format!("e{round}");
         let (io, stdout, _stderr) = shim.streams(&exec)?;
-        shim.task.exec(&id, &exec, &bundle::process(&["seq", "1", "8000"]), &io)?;
-        shim.task.start(&id, &exec)?;
+        shim.start_exec(&exec, &bundle::process(&["seq", "1", "8000"]), &io)?;
         let events = shim.events.until("/tasks/exit", DEADLINE)?;
         let exit: TaskExit = events.last().context("an exit event")?.decode()?;
         // Less than a pipe's capacity: all output must be in the fifo without a reader.
@@ -182,8 +179,7 @@ fn a_slow_reader_gets_everything_even_after_the_exit() -> Result<()> {
     let id = containerd.id("slow");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["seq", "1", "300000"]))?;
     let (io, mut stdout, _stderr) = shim.streams("init")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    shim.create_and_start(&io)?;
     let expected = sequence(300_000);
     let mut received = Vec::new();
     loop {
@@ -207,13 +203,11 @@ fn a_stalled_reader_delays_no_other_stream() -> Result<()> {
     let id = shim.bundle.id.clone();
 
     let (io, mut stalled, _err) = shim.streams("stalled")?;
-    shim.task.exec(&id, "stalled", &bundle::process(&["seq", "1", "600000"]), &io)?;
-    shim.task.start(&id, "stalled")?;
+    shim.start_exec("stalled", &bundle::process(&["seq", "1", "600000"]), &io)?;
     stalled.read(1, DEADLINE)?;
 
     let (io, mut stdout, _err) = shim.streams("other")?;
-    shim.task.exec(&id, "other", &bundle::process(&["seq", "1", "100000"]), &io)?;
-    shim.task.start(&id, "other")?;
+    shim.start_exec("other", &bundle::process(&["seq", "1", "100000"]), &io)?;
     expect_same(&stdout.read_to_end(DEADLINE)?, &sequence(100_000))?;
     ensure!(shim.task.wait(&id, "other")? == 0);
 
@@ -228,15 +222,13 @@ fn a_process_that_never_reads_its_stdin_delays_nothing_else() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("unread");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    let (io, stdin, _stdout, _stderr) = with_stdin(&shim)?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    let (io, stdin, _stdout, _stderr) = with_stdin(&shim, "init")?;
+    shim.create_and_start(&io)?;
     // Far more than all buffers on the way hold: the writer stays blocked to the end.
     feed(stdin, sequence(2_000_000));
 
     let (io, mut stdout, _err) = shim.streams("other")?;
-    shim.task.exec(&id, "other", &bundle::process(&["seq", "1", "100000"]), &io)?;
-    shim.task.start(&id, "other")?;
+    shim.start_exec("other", &bundle::process(&["seq", "1", "100000"]), &io)?;
     expect_same(&stdout.read_to_end(DEADLINE)?, &sequence(100_000))?;
 
     shim.task.kill(&id, "", 9)?;
@@ -252,9 +244,8 @@ fn close_io_ends_stdin_while_the_fifo_stays_open() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("close");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "cat; echo end"]))?;
-    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim)?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim, "init")?;
+    shim.create_and_start(&io)?;
     stdin.write_all(b"first ")?;
     ensure!(stdout.read(100, DEADLINE)? == b"first ");
     stdin.write_all(b"last ")?;
@@ -311,9 +302,8 @@ fn repeated_close_io_is_harmless_and_an_early_one_is_remembered() -> Result<()> 
     let containerd = Containerd::shared()?;
     let id = containerd.id("closes");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "wc -c; exec sleep 1000"]))?;
-    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim)?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim, "init")?;
+    shim.create_and_start(&io)?;
     stdin.write_all(b"four")?;
     drop(stdin);
     for _ in 0..3 {
@@ -323,9 +313,7 @@ fn repeated_close_io_is_harmless_and_an_early_one_is_remembered() -> Result<()> 
     shim.task.close_stdin(&id, "")?;
     // runc's shim forgets a CloseIO before Start.
     husk_only!();
-    let (mut io, mut stdout, _stderr) = shim.streams("early")?;
-    let mut stdin = fifo::writer(&shim.bundle.outside.join("early.in"))?;
-    io.stdin = shim.bundle.path.join("early.in").display().to_string();
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim, "early")?;
     shim.task.exec(&id, "early", &bundle::process(&["wc", "-c"]), &io)?;
     // The fifo stays open: its content would be lost with its last descriptor.
     stdin.write_all(b"seven..")?;
@@ -340,9 +328,8 @@ fn stdin_continues_when_its_writer_is_replaced() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("rejoins");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "cat; echo end"]))?;
-    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim)?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim, "init")?;
+    shim.create_and_start(&io)?;
     stdin.write_all(b"first\n")?;
     drop(stdin);
     ensure!(stdout.read_until("\n", DEADLINE)? == "first\n");
@@ -363,7 +350,7 @@ fn a_process_that_never_reads_its_stdin_can_exit() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("ends");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "sleep 1; exit 5"]))?;
-    let (io, stdin, _stdout, _stderr) = with_stdin(&shim)?;
+    let (io, stdin, _stdout, _stderr) = with_stdin(&shim, "init")?;
     shim.create(&io)?;
     feed(stdin, sequence(2_000_000));
     shim.task.start(&id, "")?;
@@ -381,8 +368,7 @@ fn the_next_reader_continues_where_the_last_one_stopped() -> Result<()> {
     let id = containerd.id("leaves");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "seq 1 300000; exit 4"]))?;
     let (io, mut stdout, _stderr) = shim.streams("init")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    shim.create_and_start(&io)?;
     let expected = sequence(300_000);
     let mut received = Vec::new();
     // The fifo always has a reader, because its content would be lost otherwise. The same is true of containerd's
@@ -422,8 +408,7 @@ fn a_child_that_keeps_the_output_open_delays_neither_the_exit_nor_earlier_output
             (io, stdout)
         };
         let process = bundle::process(&["sh", "-c", script]);
-        shim.task.exec(&id, exec, &if terminal { in_terminal(process) } else { process }, &io)?;
-        shim.task.start(&id, exec)?;
+        shim.start_exec(exec, &if terminal { in_terminal(process) } else { process }, &io)?;
         let started = Instant::now();
         ensure!(shim.task.wait(&id, exec)? == 5);
         ensure!(started.elapsed() < Duration::from_secs(15), "{exec}: the exit came after {:?}", started.elapsed());
@@ -479,9 +464,7 @@ fn a_second_start_is_rejected_and_does_not_disturb_the_first() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "twice")?;
     let id = shim.bundle.id.clone();
-    let (mut io, mut stdout, _stderr) = shim.streams("e")?;
-    let mut stdin = fifo::writer(&shim.bundle.outside.join("e.in"))?;
-    io.stdin = shim.bundle.path.join("e.in").display().to_string();
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim, "e")?;
     shim.task.exec(&id, "e", &bundle::process(&["sh", "-c", "echo begun; read line; echo got $line"]), &io)?;
     shim.task.start(&id, "e")?;
     ensure!(stdout.read_until("\n", DEADLINE)? == "begun\n");

@@ -84,8 +84,7 @@ fn an_agent_runs_beside_the_containers_and_inherits_nothing_from_pid_1() -> Resu
     ensure!(container.script(&request("show /run/husk/supervisor"))?.starts_with("755 "));
 
     // An agent that exits on SIGTERM does not delay the VM's end.
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     let (shim, _) = containerd.shim_of(container.id())?;
     let started = Instant::now();
     container.delete_task()?;
@@ -336,8 +335,7 @@ fn a_vm_whose_agent_ignores_sigterm_is_not_killed() -> Result<()> {
     let containerd = &configured.containerd;
     let container =
         containerd.detached(&strs(&Agent::new("ignore-term")?.flags()), "ignore-term", &["sleep", "1000"])?;
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     let (shim, below) = containerd.shim_of(container.id())?;
     container.delete_task()?;
     wait_for(STEP, "the shim exits", || (!shim.is_alive()).then_some(()))?;

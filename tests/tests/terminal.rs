@@ -188,8 +188,7 @@ fn terminal_output_right_before_the_exit_is_complete() -> Result<()> {
     for round in 0..10 {
         let exec = format!("e{round}");
         let (io, _input, mut output) = shim.terminal(&exec)?;
-        shim.task.exec(&id, &exec, &process(&["seq", "1", "3000"]), &io)?;
-        shim.task.start(&id, &exec)?;
+        shim.start_exec(&exec, &process(&["seq", "1", "3000"]), &io)?;
         let received = String::from_utf8(output.read_to_end(DEADLINE)?)?;
         ensure!(received == expected, "round {round}: {} of {} bytes", received.len(), expected.len());
         ensure!(shim.task.wait(&id, &exec)? == 0);
@@ -207,16 +206,14 @@ fn a_terminal_belongs_to_the_processs_user() -> Result<()> {
     with_user["process"]["user"] = json!({"uid": 1234, "gid": 1234});
     let shim = Shim::start(containerd, &id, &with_user)?;
     let (io, _input, mut output) = shim.terminal("init")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    shim.create_and_start(&io)?;
     let text = output.read_until("1234\r\n", DEADLINE)?;
     ensure!(text == "mine\r\n1234\r\n", "{text:?}");
 
     let mut exec = process(&["sh", "-c", "echo mine > $(tty) && stat -c %u $(tty)"]);
     exec["user"] = json!({"uid": 4321, "gid": 4321});
     let (io, _input, mut output) = shim.terminal("exec")?;
-    shim.task.exec(&id, "exec", &exec, &io)?;
-    shim.task.start(&id, "exec")?;
+    shim.start_exec("exec", &exec, &io)?;
     let text = String::from_utf8(output.read_to_end(DEADLINE)?)?;
     ensure!(text == "mine\r\n4321\r\n", "{text:?}");
     Ok(())
@@ -228,8 +225,7 @@ fn dev_console_of_a_container_is_its_terminal() -> Result<()> {
     let id = containerd.id("console");
     let shim = Shim::start(containerd, &id, &spec(&id, &["sh", "-c", "echo by name > /dev/console; exec sleep 1000"]))?;
     let (io, _input, mut output) = shim.terminal("init")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    shim.create_and_start(&io)?;
     ensure!(output.read_until("\n", DEADLINE)? == "by name\r\n");
     Ok(())
 }
@@ -285,8 +281,7 @@ fn the_request_decides_about_an_execs_terminal_and_a_containers_spec_must_agree(
     let id = shim.bundle.id.clone();
     let test = process(&["sh", "-c", "test -t 1; echo $?"]);
     let (io, mut stdout, _stderr) = shim.streams("pipes")?;
-    shim.task.exec(&id, "pipes", &test, &io)?;
-    shim.task.start(&id, "pipes")?;
+    shim.start_exec("pipes", &test, &io)?;
     ensure!(stdout.read_to_end(DEADLINE)? == b"1\n");
     let (io, _input, mut output) = shim.terminal("terminal")?;
     shim.task.exec(&id, "terminal", &bundle::process(&["sh", "-c", "test -t 1; echo $?"]), &io)?;
@@ -309,8 +304,7 @@ fn input_typed_before_the_process_reads_is_not_lost() -> Result<()> {
     let shim = Shim::start(containerd, &id, &spec(&id, &["sh", "-c", "sleep 1; read a; read b; echo \"<$a><$b>\""]))?;
     let (io, mut input, mut output) = shim.terminal("init")?;
     input.write_all(b"one\ntwo\n")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    shim.create_and_start(&io)?;
     let text = String::from_utf8(output.read_to_end(DEADLINE)?)?;
     ensure!(text.ends_with("<one><two>\r\n"), "{text:?}");
     ensure!(shim.task.wait(&id, "")? == 0);

@@ -133,8 +133,7 @@ fn lowering_a_memory_limit_below_the_usage_causes_an_oom_event() -> Result<()> {
     let containerd = Containerd::shared()?;
     let (shim, id) = limited(containerd, "lowered")?;
     let process = bundle::process(&["sh", "-c", "head -c 20000000 /dev/zero | tail -c 20000000 | (sleep 1000; cat)"]);
-    shim.task.exec(&id, "holds", &process, &Streams::default())?;
-    shim.task.start(&id, "holds")?;
+    shim.start_exec("holds", &process, &Streams::default())?;
     let held = || shim.task.metrics(&id).map(|now| (now.memory.anon > 15_000_000).then_some(())).transpose();
     wait_for(Duration::from_secs(20), "the memory is in use", held)??;
     shim.task.update(&id, &json!({"memory": {"limit": 8 << 20}}))?;

@@ -2,6 +2,7 @@
 //! is a request, see [`serve`]. It uses only `std` and libc, so it builds for musl in seconds.
 
 #[path = "../pattern.rs"]
+#[allow(unreachable_pub)] // The library, which shares the file, exports these items.
 mod pattern;
 
 use std::fs::File;
