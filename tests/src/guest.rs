@@ -26,7 +26,8 @@ use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::{self, Context as CallContext};
 
-use crate::vm::{InitramfsFile, MachineType, Vm, VmConfig, workspace};
+use crate::artifacts::repository;
+use crate::vm::{InitramfsFile, MachineType, Vm, VmConfig};
 
 /// Deadline for a single step of a test, on a loaded machine that emulates its guest.
 pub const STEP: Duration = Duration::from_secs(120);
@@ -58,9 +59,9 @@ pub struct Guest {
 
 /// The VM that [`Guest::boot`] boots: `out/husk-init`, and a busybox tree at `/rootfs`.
 pub fn config() -> Result<VmConfig> {
-    let init = workspace().join("out/husk-init");
+    let init = repository().join("out/husk-init");
     ensure!(init.is_file(), "there is no init at {}: build it first", init.display());
-    let output = Command::new(workspace().join("rootfs/busybox")).output().context("run rootfs/busybox")?;
+    let output = Command::new(repository().join("rootfs/busybox")).output().context("run rootfs/busybox")?;
     ensure!(output.status.success(), "rootfs/busybox: {}", String::from_utf8_lossy(&output.stderr));
     let busybox = PathBuf::from(String::from_utf8(output.stdout)?.trim());
     let content = std::fs::read(&busybox).with_context(|| format!("read {}", busybox.display()))?;

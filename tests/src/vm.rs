@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use husk_shim::vm::qemu::args::KERNEL_PARAMETERS;
 
+use crate::artifacts::repository;
+
 /// QEMU's machine type.
 #[derive(Clone, Copy, Debug)]
 pub enum MachineType {
@@ -90,7 +92,7 @@ impl Vm {
 
     /// Boots a VM with `vsock` as QEMU's end of the vhost-user connection.
     pub fn boot_with(config: &VmConfig, vsock: OwnedFd) -> Result<Vm> {
-        let kernel = workspace().join("out/vmlinux");
+        let kernel = repository().join("out/vmlinux");
         ensure!(kernel.is_file(), "no kernel at {}: build it first", kernel.display());
         let folder = tempfile::tempdir().context("create the VM's directory")?;
         let initrd = folder.path().join("initrd");
@@ -220,7 +222,7 @@ impl Drop for Vm {
 
 /// Builds a program of `src/bin/` for the guest and returns its path.
 pub fn guest_program(name: &str) -> Result<PathBuf> {
-    let workspace = workspace();
+    let workspace = repository();
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from);
     let output = Command::new(workspace.join("init/musl/cargo"))
         .args(["build", "--quiet", "--release", "-p", "husk-tests", "--bin", name])
@@ -231,11 +233,6 @@ pub fn guest_program(name: &str) -> Result<PathBuf> {
         .context("run init/musl/cargo")?;
     ensure!(output.status.success(), "build {name} for the guest: {}", String::from_utf8_lossy(&output.stderr));
     Ok(target.join("x86_64-unknown-linux-musl/release").join(name))
-}
-
-/// The repository's root.
-pub fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
 
 /// A socket for the serial console, with a log file of everything printed.

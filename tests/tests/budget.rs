@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_protos::system::BootStep;
+use husk_tests::artifacts::repository;
 use husk_tests::guest::{Guest, config, spec};
-use husk_tests::vm::{VmConfig, workspace};
+use husk_tests::vm::VmConfig;
 
 const MIB: u64 = 1 << 20;
 
@@ -16,7 +17,7 @@ async fn boot_counted() -> Result<Guest> {
 
 #[test]
 fn the_init_is_at_most_5_mib() -> Result<()> {
-    let size = std::fs::metadata(workspace().join("out/husk-init"))?.len();
+    let size = std::fs::metadata(repository().join("out/husk-init"))?.len();
     eprintln!("{size} bytes");
     ensure!(size <= 5 * MIB, "{size} bytes");
     Ok(())
