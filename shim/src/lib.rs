@@ -1,32 +1,19 @@
 //! husk's host side: boots a virtual machine for each sandbox and relays containerd's calls to the guest.
 
-pub mod annotations;
-pub mod bootstrap;
-pub mod cgroup;
 pub mod config;
 pub mod console;
-pub mod container;
+pub mod containerd;
 pub mod ctl;
-pub mod events;
 pub mod extras;
 pub mod guest;
-pub mod hooks;
 pub mod host;
-pub mod io;
-pub mod journal;
-pub mod logging;
 pub mod metadata;
 pub mod prepare;
-pub mod process;
-pub mod recent;
-pub mod record;
 pub mod rootfs;
-pub mod rotate;
 pub mod sandbox;
 pub mod serve;
-pub mod service;
-pub mod socket;
 pub mod state;
-pub mod status;
+pub mod stdio;
+pub mod task_service;
 pub mod vm;
-pub mod vsock;
+pub mod vmm;

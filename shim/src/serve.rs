@@ -18,16 +18,17 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::bootstrap::{self, Start};
 use crate::console;
+use crate::containerd::bootstrap;
+use crate::containerd::bootstrap::Start;
+use crate::containerd::publisher::Publisher;
 use crate::ctl;
-use crate::events::Publisher;
-use crate::journal::Journal;
+use crate::host::process::{ProcessId, wait_dead};
+use crate::host::socket;
 use crate::prepare::sandbox_of;
-use crate::process::{ProcessId, wait_dead};
-use crate::recent::Kind;
 use crate::sandbox::Sandbox;
-use crate::socket;
+use crate::state::journal::Journal;
+use crate::state::recent::Kind;
 use crate::state::{Owner, State, StateError, Step, base};
 
 /// Where the server inherits its listening socket.
@@ -138,8 +139,8 @@ fn adjust_oom_score(pid: u32) {
 
 /// Serves the sandbox `flags.id` until it has ended.
 pub fn serve(flags: &Flags) -> Result<()> {
-    crate::vm::launch::reserve().context("reserve descriptors")?;
-    crate::vm::tsc::begin();
+    crate::host::child::reserve().context("reserve descriptors")?;
+    crate::vmm::tsc::begin();
     // SAFETY: `start` has put the listening socket there, and nobody else in this process uses that number.
     let listener = unsafe { OwnedFd::from_raw_fd(LISTENER) };
     nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
@@ -157,7 +158,8 @@ pub fn serve(flags: &Flags) -> Result<()> {
 }
 
 async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
-    crate::logging::init(Path::new("log"), flags.debug, &flags.namespace, &flags.id).context("open the log fifo")?;
+    crate::containerd::log::init(Path::new("log"), flags.debug, &flags.namespace, &flags.id)
+        .context("open the log fifo")?;
     let state = create_state(&flags.namespace, &flags.id).inspect_err(|error| tracing::error!(%error, "no state"))?;
     let journal = Journal::new(state);
     // In one write. What is in the sandbox's folder would go with it, but until then nobody shall find a socket that nobody serves.
@@ -175,7 +177,7 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
 
     // SAFETY: the descriptor is a listening unix socket, given up here and owned by the server from now on.
     let server = unsafe { ttrpc::r#async::Server::new().add_unix_listener(listener.into_raw_fd()) }?;
-    let mut server = server.register_service(crate::service::services(sandbox.clone()));
+    let mut server = server.register_service(crate::task_service::services(sandbox.clone()));
     server.start().await?;
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(version, "serving");

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Config, PATH, Problem};
+use super::names::PATH;
+use super::problem::Problem;
+use super::settings::Config;
 
 /// Where an installation keeps kernel and initrd.
 const SHARED: &str = "/usr/share/husk";

@@ -5,9 +5,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{UnixListener, UnixStream};
 
-use super::{Console, Line};
-use crate::record::Overrun;
-use crate::socket;
+use crate::console::record::Overrun;
+use crate::console::{Console, Line};
+use crate::host::socket;
 
 /// Clients at once. Each holds a descriptor, of which the shim has some thousand.
 const CLIENTS: usize = 64;
@@ -21,7 +21,7 @@ impl Console {
         let turn_away = |_: &UnixStream| {
             tracing::warn!(clients = CLIENTS, "a client of the console is turned away: there are too many");
         };
-        socket::serve(listener, super::SOCKET, CLIENTS, turn_away, move |stream| {
+        socket::serve(listener, crate::console::SOCKET, CLIENTS, turn_away, move |stream| {
             let console = console.clone();
             async move {
                 if let Err(slow) = console.attend(stream).await {
@@ -98,7 +98,7 @@ mod tests {
 
     use super::*;
     use crate::console::SOCKET;
-    use crate::record::REPLAY;
+    use crate::console::record::REPLAY;
 
     const LONG: Duration = Duration::from_secs(20);
 
@@ -111,7 +111,7 @@ mod tests {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
             let console = Console::new(dir.path());
-            console.serve(UnixListener::from_std(crate::socket::listen(dir.path(), SOCKET).unwrap()).unwrap());
+            console.serve(UnixListener::from_std(crate::host::socket::listen(dir.path(), SOCKET).unwrap()).unwrap());
             Self { dir, console }
         }
 

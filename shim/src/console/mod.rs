@@ -11,9 +11,13 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, watch};
 
-use crate::record::{REPLAY, Record};
+use crate::console::record::{REPLAY, Record};
 
+pub mod chain;
 pub mod clients;
+pub mod lines;
+pub mod record;
+pub mod rotate;
 
 /// The file's name in the sandbox's folder.
 pub const LOG: &str = "console.log";
@@ -183,7 +187,7 @@ async fn write_input(mut to: OwnedWriteHalf, mut input: mpsc::Receiver<Vec<u8>>)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rotate::ROTATE;
+    use crate::console::rotate::ROTATE;
 
     #[test]
     fn a_guests_last_words_are_found_on_its_console() {

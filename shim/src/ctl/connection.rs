@@ -10,9 +10,11 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::method::{self, Answer, Call, DISCOVER, Kind, Method, Note, PREFIX, Running};
-use super::rpc::{self, Message, RpcError};
-use super::{Limits, SOCKET};
+use crate::ctl::method;
+use crate::ctl::method::{Answer, Call, DISCOVER, Kind, Method, Note, PREFIX, Running};
+use crate::ctl::rpc;
+use crate::ctl::rpc::{Message, RpcError};
+use crate::ctl::{Limits, SOCKET};
 
 /// Lines on their way to a client; those who make them wait past that.
 const LINES: usize = 4;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{Answer, Call, rpc};
+use crate::ctl::{Answer, Call, rpc};
 use crate::sandbox::Sandbox;
 
 /// Events of one notification: far below a line's limit, however long they are.

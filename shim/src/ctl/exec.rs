@@ -19,9 +19,10 @@ use tokio::time::timeout;
 use ttrpc::Code;
 use ttrpc::context::Context;
 
-use super::rpc::{self, RpcError};
-use super::{Answer, Call, Note};
-use crate::guest::{Error as GuestError, Guest};
+use crate::ctl::rpc;
+use crate::ctl::rpc::RpcError;
+use crate::ctl::{Answer, Call, Note};
+use crate::guest::client::{Error as GuestError, Guest};
 use crate::sandbox::Sandbox;
 use crate::vm::boot::Vm;
 

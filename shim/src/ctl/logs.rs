@@ -6,9 +6,10 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Answer, Call, RpcError, method::Gone, rpc};
-use crate::record::lines::Lines;
-use crate::record::{Chain, Record};
+use crate::console::lines::Lines;
+use crate::console::record::{Chain, Record};
+use crate::ctl::method::Gone;
+use crate::ctl::{Answer, Call, RpcError, rpc};
 use crate::sandbox::Sandbox;
 
 /// Bytes that are sent at once: far below a line's limit, whatever JSON makes of them.

@@ -4,7 +4,8 @@ use futures::future::BoxFuture;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use super::rpc::{self, RpcError};
+use crate::ctl::rpc;
+use crate::ctl::rpc::RpcError;
 
 /// All methods of a VM have it, and a caller may leave it out.
 pub const PREFIX: &str = "compute.vm.";

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Kind, Method, Param, events, exec, logs};
+use crate::ctl::{Kind, Method, Param, events, exec, logs};
 use crate::sandbox::Sandbox;
 
 /// The methods of `ctl.sock`.

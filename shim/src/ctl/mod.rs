@@ -52,7 +52,7 @@ pub mod rpc;
 #[cfg(test)]
 mod tests;
 
-use crate::socket;
+use crate::host::socket;
 pub use method::{Answer, Call, Kind, Method, Note, Param};
 pub use rpc::RpcError;
 

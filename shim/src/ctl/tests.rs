@@ -103,7 +103,7 @@ impl Connection {
 /// Clients of a server with these limits.
 fn server(limits: Limits) -> impl AsyncFn() -> Connection {
     let dir = tempfile::tempdir().unwrap();
-    let listener = UnixListener::from_std(crate::socket::listen(dir.path(), SOCKET).unwrap()).unwrap();
+    let listener = UnixListener::from_std(crate::host::socket::listen(dir.path(), SOCKET).unwrap()).unwrap();
     serve(listener, 7, METHODS, limits);
     async move || Connection(BufReader::new(UnixStream::connect(dir.path().join(SOCKET)).await.unwrap()))
 }

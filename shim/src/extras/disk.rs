@@ -9,8 +9,8 @@ use husk_protos::extras::{self, SERIAL};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::Source;
-use crate::vm::Disk;
+use super::files::OpenedFile;
+use crate::vmm::Disk;
 
 /// Why there is no disk.
 #[derive(Debug, thiserror::Error)]
@@ -35,14 +35,14 @@ pub enum DiskError {
 /// # Errors
 ///
 /// When one cannot be read, or has become shorter since it was opened; or when memory runs out.
-pub fn write(sources: &[Source]) -> Result<Option<Disk>, DiskError> {
+pub fn write(sources: &[OpenedFile]) -> Result<Option<Disk>, DiskError> {
     if sources.is_empty() {
         return Ok(None);
     }
     let mut image = File::from(memfd_create(c"husk-extras", MFdFlags::MFD_CLOEXEC).map_err(io::Error::from)?);
-    let entry = |source: &Source| extras::File {
-        path: source.wanted.destination.clone(),
-        mode: source.wanted.mode,
+    let entry = |source: &OpenedFile| extras::File {
+        path: source.entry.destination.clone(),
+        mode: source.entry.mode,
         size: source.size,
     };
     let head = extras::encode(&sources.iter().map(entry).collect::<Vec<_>>());
@@ -51,8 +51,8 @@ pub fn write(sources: &[Source]) -> Result<Option<Disk>, DiskError> {
     for source in sources {
         image.seek(SeekFrom::Start(at))?;
         copy(source, &mut image).map_err(|error| DiskError::Source {
-            path: source.wanted.source.clone(),
-            destination: source.wanted.destination.clone(),
+            path: source.entry.source.clone(),
+            destination: source.entry.destination.clone(),
             source: error,
         })?;
         at = extras::after(at, source.size).ok_or_else(too_large)?;
@@ -68,7 +68,7 @@ fn too_large() -> io::Error {
     io::ErrorKind::FileTooLarge.into()
 }
 
-fn copy(source: &Source, image: &mut File) -> io::Result<()> {
+fn copy(source: &OpenedFile, image: &mut File) -> io::Result<()> {
     let mut file = &*source.file;
     // Another boot, that has failed, may have read it.
     file.rewind()?;

@@ -10,13 +10,14 @@ use husk_protos::PORT_METADATA;
 use husk_protos::metadata::GetMetadataResponse;
 use ttrpc::Code;
 
-use super::service::{Refusal, Source, serve};
-use super::token::Identity;
-use super::workspace::Workspace;
-use super::{Issuer, Settings, response, workspace_file};
+use crate::config::settings::TokenSettings;
+use crate::config::workspace::Workspace;
+use crate::metadata::service::{Refusal, Source, serve};
+use crate::metadata::token::Identity;
+use crate::metadata::{Issuer, response, workspace_file};
 use crate::state::cid::{CidError, Leases};
 use crate::state::{State, StateError};
-use crate::vsock::{self, kernel};
+use husk_vsock::kernel;
 
 /// Why a caller is nobody's VM. For the host's log: a caller learns no more than that it is not known.
 #[derive(Debug, thiserror::Error)]
@@ -84,8 +85,8 @@ impl Source for AllVms {
 /// # Errors
 ///
 /// When the port cannot be listened on: another process does, or the kernel has no vsock.
-pub async fn serve_all(base: PathBuf, settings: Settings) -> vsock::Result<()> {
-    let listener = kernel::Listener::bind(PORT_METADATA)?;
+pub async fn serve_all(base: PathBuf, settings: TokenSettings) -> Result<(), husk_vsock::VsockError> {
+    let listener = kernel::KernelListener::bind(PORT_METADATA)?;
     tracing::info!(port = PORT_METADATA, "answering all VMs on the kernel's vsock");
     let incoming = stream::unfold(listener, |listener| async move { Some((listener.accept().await, listener)) });
     serve(Box::pin(incoming), Arc::new(AllVms { base, issuer: Issuer::new(settings) })).await;
@@ -95,7 +96,7 @@ pub async fn serve_all(base: PathBuf, settings: Settings) -> vsock::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::process::ProcessId;
+    use crate::host::process::ProcessId;
     use crate::state::cid::Holder;
     use crate::state::{Machine, Owner, Step};
     use std::process::Command;
@@ -120,7 +121,7 @@ mod tests {
     async fn a_cid_is_the_vm_that_has_leased_it_as_long_as_its_qemu_lives() {
         let base = tempfile::tempdir().unwrap();
         let key = base.path().join("key");
-        let settings = Settings { key, lifetime: std::time::Duration::from_secs(1) };
+        let settings = TokenSettings { key, lifetime: std::time::Duration::from_secs(1) };
         let source = AllVms { base: base.path().to_owned(), issuer: Issuer::new(settings) };
         let refused = |cid: u32| {
             let message = format!("no VM of husk's has CID {cid}");

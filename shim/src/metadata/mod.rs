@@ -5,7 +5,6 @@
 //! |----------------|---------------------------------------------------------------------|
 //! | `key.rs`       | the host's key: made once, read anew for each token                 |
 //! | `token.rs`     | the token (pure)                                                    |
-//! | `workspace.rs` | the workspace configuration: JSON, or a file of an allowed folder   |
 //! | `service.rs`   | TTRPC on connections that may be hostile                            |
 //! | `host.rs`      | answers for all VMs whose connections the kernel's vsock carries    |
 //!
@@ -15,7 +14,6 @@ pub mod host;
 pub mod key;
 mod service;
 pub mod token;
-pub mod workspace;
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -31,31 +29,23 @@ use husk_protos::metadata::GetMetadataResponse;
 use tokio::sync::Semaphore;
 use ttrpc::Code;
 
-use crate::vm::link::Link;
-use crate::vsock::{self, Listener};
+use crate::config::settings::TokenSettings;
+use crate::config::workspace::Workspace;
+use crate::guest::link::Link;
+use husk_vsock::Listener;
 use key::Key;
 pub use service::{Refusal, Source, serve};
 use token::Identity;
-use workspace::Workspace;
 
 /// How often the log may say why there are no tokens: a guest decides how often it asks.
 const TELL_AGAIN: Duration = Duration::from_secs(60);
-
-/// What an operator decides about tokens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Settings {
-    /// The file of the host's key.
-    pub key: PathBuf,
-    /// How long a token is good for.
-    pub lifetime: Duration,
-}
 
 /// Why a VM would be without the service.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Its port cannot be listened on.
     #[error("metadata service: {0}")]
-    Listen(#[from] vsock::Error),
+    Listen(#[from] husk_vsock::VsockError),
     /// The workspace cannot be put where the host's service finds it.
     #[error("write the workspace {}: {source}", path.display())]
     Workspace {
@@ -68,7 +58,7 @@ pub enum Error {
 
 /// Issues tokens by the host's key.
 pub struct Issuer {
-    settings: Settings,
+    settings: TokenSettings,
     /// One reads the key at a time: should its disk hang, no more than one thread hangs with it.
     reading: Arc<Semaphore>,
     told: Mutex<Option<Instant>>,
@@ -76,7 +66,7 @@ pub struct Issuer {
 
 impl Issuer {
     /// One that has not read the key: that is done when it is needed.
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: TokenSettings) -> Self {
         Self { settings, reading: Arc::new(Semaphore::new(1)), told: Mutex::new(None) }
     }
 
@@ -88,7 +78,7 @@ impl Issuer {
     pub async fn issue(&self, identity: Identity) -> Result<String, Refusal> {
         // Never closed; were it, there would be no token.
         let turn = self.reading.clone().acquire_owned().await.map_err(|_| no_token())?;
-        let Settings { key, lifetime } = self.settings.clone();
+        let TokenSettings { key, lifetime } = self.settings.clone();
         let issued = tokio::task::spawn_blocking(move || {
             let _turn = turn;
             let key = Key::read_or_make(&key)?;
@@ -140,7 +130,7 @@ fn workspace_file(dir: &Path) -> PathBuf {
 pub fn provide(
     link: &Link,
     identity: Identity,
-    tokens: &Settings,
+    tokens: &TokenSettings,
     workspace: Option<&Workspace>,
     dir: &Path,
 ) -> Result<(), Error> {
@@ -183,13 +173,13 @@ impl Source for OneVm {
 }
 
 /// Answers the VM behind `listener` until its device has ended.
-pub async fn serve_vm(listener: Listener, identity: Identity, settings: Settings, workspace: Option<Workspace>) {
+pub async fn serve_vm(listener: Listener, identity: Identity, settings: TokenSettings, workspace: Option<Workspace>) {
     let cid = identity.cid;
     let incoming = stream::unfold(listener, move |mut listener| async move {
         loop {
             match listener.accept().await {
                 Ok(stream) => return Some(((stream, cid), listener)),
-                Err(vsock::Error::Closed) => return None,
+                Err(husk_vsock::VsockError::Closed) => return None,
                 // Closed by the guest, or out of descriptors: that connection is lost, the next may not be.
                 Err(error) => tracing::warn!(%error, "a connection to the metadata service is lost"),
             }

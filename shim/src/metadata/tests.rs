@@ -55,7 +55,7 @@ async fn get(client: &MetadataClient) -> ttrpc::Result<GetMetadataResponse> {
 }
 
 fn one_vm(key: &Path, workspace: Option<&str>) -> OneVm {
-    let settings = Settings { key: key.to_owned(), lifetime: Duration::from_secs(300) };
+    let settings = TokenSettings { key: key.to_owned(), lifetime: Duration::from_secs(300) };
     OneVm {
         identity: Identity { namespace: "ns".into(), sandbox: "s1".into(), cid: 3 },
         issuer: Issuer::new(settings),
@@ -67,7 +67,7 @@ fn one_vm(key: &Path, workspace: Option<&str>) -> OneVm {
 async fn a_vm_gets_a_token_that_the_public_key_verifies_and_its_workspace_as_it_stands() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metadata.key");
-    let large = format!("\"{}\"", "x".repeat(workspace::MOST_BYTES - 2));
+    let large = format!("\"{}\"", "x".repeat(crate::config::workspace::MOST_BYTES - 2));
     for workspace in [None, Some("{}"), Some(r#"{"a": 1}"#), Some(&large)] {
         let host = Host::start(one_vm(&path, workspace));
         let client = host.client(3);
@@ -255,11 +255,11 @@ async fn a_vm_has_few_connections_at_a_time_and_none_of_anothers() {
 
 #[tokio::test]
 async fn it_ends_with_the_device() {
-    let (device, _qemus) = crate::vsock::Device::start(3).unwrap();
+    let (device, _qemus) = husk_vsock::Device::start(3).unwrap();
     let vm = one_vm(Path::new("/none"), None);
     let listener = device.listen(husk_protos::PORT_METADATA).unwrap();
     let service = tokio::spawn(serve_vm(listener, vm.identity.clone(), vm.issuer.settings.clone(), None));
-    assert!(matches!(device.listen(husk_protos::PORT_METADATA), Err(vsock::Error::PortInUse(_))));
+    assert!(matches!(device.listen(husk_protos::PORT_METADATA), Err(husk_vsock::VsockError::PortInUse(_))));
     device.stop();
     tokio::time::timeout(WAIT, service).await.expect("it outlives the device").unwrap();
 }
@@ -280,6 +280,6 @@ async fn for_the_hosts_service_the_workspace_of_the_last_boot_is_in_a_file_for_r
         }
         assert_eq!(Workspace::read_back(&path).unwrap(), workspace);
     }
-    std::fs::write(folder.path().join("large"), vec![7; workspace::MOST_BYTES + 1]).unwrap();
+    std::fs::write(folder.path().join("large"), vec![7; crate::config::workspace::MOST_BYTES + 1]).unwrap();
     assert!(Workspace::read_back(&folder.path().join("large")).is_err());
 }

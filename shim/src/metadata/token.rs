@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use base64ct::{Base64UrlUnpadded, Encoding};
 use serde_json::json;
 
-use super::key::Key;
+use crate::metadata::key::Key;
 
 /// Who says so, in each token.
 pub const ISSUER: &str = "husk";

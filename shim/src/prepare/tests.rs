@@ -1,8 +1,9 @@
 //! What comes of a configuration: for each key that there is, an effect on what is booted, or on whether it is.
 
 use super::*;
-use crate::config::{KEYS, parse};
-use crate::vm::qemu::args::{Fds, arguments};
+use crate::config::keys::KEYS;
+use crate::config::load::parse;
+use crate::vmm::qemu::args::{Fds, arguments};
 
 const SPEC: &str = include_str!("../rootfs/testdata/ctr-1.6.json");
 const FDS: Fds = Fds { kernel: 10, initrd: 11, console: 12, qmp: 13, vsock: 14, share: Some(15), disks: Vec::new() };
@@ -243,7 +244,7 @@ fn extras_are_for_the_vm_that_is_booted_and_compared_with_those_of_one_that_is()
     assert!(refused.contains("\"true\": there is no agent") && refused.contains("kernel = \"/k\""), "{refused}");
     // What the VM has is not looked for once more.
     let has = Extras {
-        files: crate::extras::parse(asked(&none, "")["io.husk.extras.files"].as_str().unwrap()).unwrap(),
+        files: crate::config::extras::parse(asked(&none, "")["io.husk.extras.files"].as_str().unwrap()).unwrap(),
         supervisor: None,
     };
     assert!(host.outcome_of(allowed, asked(&none, "true"), Some(&has)).is_ok());
@@ -252,10 +253,10 @@ fn extras_are_for_the_vm_that_is_booted_and_compared_with_those_of_one_that_is()
 }
 
 #[test]
-fn every_key_and_every_annotation_is_in_the_readme() {
-    let readme = include_str!("../../../README.md");
-    let names = KEYS.iter().map(|key| key.name).chain(annotations::NAMES);
-    let missing: Vec<_> = names.filter(|name| !readme.contains(&format!("`{name}"))).collect();
+fn every_key_and_every_annotation_has_a_row_in_the_documentation() {
+    let page = include_str!("../../../docs/configuration.md");
+    let names = KEYS.iter().map(|key| key.name).chain(crate::config::names::NAMES);
+    let missing: Vec<_> = names.filter(|name| !page.contains(&format!("\n| `{name}` |"))).collect();
     assert!(missing.is_empty(), "{missing:?}");
 }
 

@@ -10,8 +10,8 @@ use containerd_shim_protos::api::{
 };
 use husk_protos::{METRICS, PROCESS_DETAILS};
 
-use super::error::not_found;
-use super::{Error, Sandbox};
+use crate::sandbox::error::not_found;
+use crate::sandbox::{Error, Sandbox};
 use crate::vm::boot::Vm;
 
 impl Sandbox {

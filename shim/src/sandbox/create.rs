@@ -8,18 +8,21 @@ use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use husk_protos::events::Event;
 use tokio::sync::watch;
 
-use super::{Error, Machine, STREAM, Sandbox, Slot, alive, hooks};
-use crate::container::Container;
-use crate::extras::Source;
-use crate::extras::disk::{self, DiskError};
-use crate::guest::Metering;
-use crate::io::Stdio;
-use crate::prepare::{self, Prepared};
+use crate::extras::disk;
+use crate::extras::disk::DiskError;
+use crate::extras::files::OpenedFile;
+use crate::guest::client::Metering;
+use crate::prepare;
+use crate::prepare::Prepared;
 use crate::rootfs::share::Share;
+use crate::sandbox::container::Container;
+use crate::sandbox::{Error, Machine, STREAM, Sandbox, Slot, alive, hooks};
+use crate::state::life::VmState;
 use crate::state::{Boot, Owner, facts};
-use crate::vm::Disk;
-use crate::vm::boot::{self, Vm};
-use crate::vm::life::VmState;
+use crate::stdio::Stdio;
+use crate::vm::boot;
+use crate::vm::boot::Vm;
+use crate::vmm::Disk;
 
 impl Sandbox {
     /// Creates a container, and the VM if it is the first. Returns the pid of its init in the guest. On an error nothing is left of it.
@@ -262,7 +265,7 @@ impl Sandbox {
 }
 
 /// Writes the disk for extras. On a thread for it: it may take a while to read them.
-async fn extras_disk(sources: Vec<Source>) -> Result<Option<Disk>, boot::Error> {
+async fn extras_disk(sources: Vec<OpenedFile>) -> Result<Option<Disk>, boot::Error> {
     let written = tokio::task::spawn_blocking(move || disk::write(&sources));
     Ok(written.await.map_err(|error| DiskError::Image(std::io::Error::other(error)))??)
 }

@@ -6,13 +6,13 @@ use std::time::Duration;
 use containerd_shim_protos::api::{DeleteRequest, DeleteResponse};
 use serde_json::json;
 
-use super::{Error, Machine, Sandbox, now, without_guest};
-use crate::container::process::Process;
-use crate::container::{Container, EXIT_RECORDED};
-use crate::recent::Kind;
+use crate::sandbox::container::process::Process;
+use crate::sandbox::container::{Container, EXIT_RECORDED};
+use crate::sandbox::{Error, Machine, Sandbox, now, without_guest};
 use crate::state::Owner;
+use crate::state::life::VmState;
+use crate::state::recent::Kind;
 use crate::vm::boot::{DELIVERED, Vm};
-use crate::vm::life::VmState;
 
 /// How long containerd may take to accept the last events before the shim ends without.
 const FLUSH: Duration = Duration::from_secs(2);

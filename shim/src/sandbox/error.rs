@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::guest;
+use crate::guest::client as guest;
 use crate::prepare;
 use crate::rootfs::share::ShareError;
 use crate::state::StateError;
@@ -55,7 +55,7 @@ pub enum Error {
     Invalid(#[from] prepare::Error),
     /// The streams that were asked for.
     #[error("{0}")]
-    Stdio(#[from] crate::io::Error),
+    Stdio(#[from] crate::stdio::Error),
     /// Asked for, but not supported.
     #[error("{0}")]
     Unsupported(String),
@@ -73,7 +73,7 @@ pub enum Error {
     Share(#[from] ShareError),
     /// A hook of the host.
     #[error("{0}")]
-    Hook(crate::hooks::Error),
+    Hook(crate::host::hooks::Error),
     /// Something inside the shim ended unexpectedly.
     #[error("{0}")]
     Task(String),

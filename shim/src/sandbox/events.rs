@@ -7,9 +7,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use husk_protos::events::Event;
 
-use super::{Sandbox, now};
-use crate::container::told::{self, Refused};
-use crate::guest::{self, Guest, Metering};
+use crate::guest::client as guest;
+use crate::guest::client::{Guest, Metering};
+use crate::sandbox::container::guest_event as told;
+use crate::sandbox::container::guest_event::Refused;
+use crate::sandbox::{Sandbox, now};
 use crate::vm::boot::Vm;
 
 /// Attempts to take the stream up again, without an event between them. Their pauses add up to far more than the end of a VM takes to be noticed

@@ -1,11 +1,12 @@
-//! When a container's hooks of the host are run. What runs one is in `crate::hooks`.
+//! When a container's hooks of the host are run. What runs one is in `crate::host::hooks`.
 
 use containerd_shim_protos::api::{CreateTaskRequest, KillRequest};
 
-use super::{Error, Sandbox};
-use crate::container::Container;
-use crate::hooks::{self, Hook, Hooks, Status, Subject};
+use crate::host::hooks;
+use crate::host::hooks::{Hook, Hooks, Status, Subject};
 use crate::prepare::Prepared;
+use crate::sandbox::container::Container;
+use crate::sandbox::{Error, Sandbox};
 use crate::state::{Owner, Step};
 use crate::vm::boot::Vm;
 

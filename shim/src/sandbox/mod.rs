@@ -1,13 +1,14 @@
 //! One sandbox: its VM and its containers. What containerd asks of a task is looked up and relayed here; how containers come and go is in
 //! [`create`] and [`end`], and what is heard of them meanwhile in [`events`].
 
+pub mod container;
 mod control;
 mod create;
 mod end;
 mod error;
 mod events;
 mod hooks;
-mod look;
+mod status;
 mod without_guest;
 
 use std::collections::HashMap;
@@ -18,17 +19,18 @@ use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
+use crate::config::extras::Extras;
 use crate::console::Words;
-use crate::container::Container;
-use crate::container::process::{Exit, Process};
-use crate::events::Publisher;
-use crate::extras::Extras;
-use crate::guest;
-use crate::io::Stdio;
-use crate::journal::Journal;
+use crate::containerd::publisher::Publisher;
+use crate::guest::client as guest;
 use crate::rootfs::share::Share;
-use crate::vm::boot::{self, Vm};
-use crate::vm::life::VmState;
+use crate::sandbox::container::Container;
+use crate::sandbox::container::process::{Exit, Process};
+use crate::state::journal::Journal;
+use crate::state::life::VmState;
+use crate::stdio::Stdio;
+use crate::vm::boot;
+use crate::vm::boot::Vm;
 
 pub use error::Error;
 use error::not_found;

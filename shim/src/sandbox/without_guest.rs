@@ -4,9 +4,9 @@ use containerd_shim_protos::api::{DeleteResponse, StateResponse, Status};
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 
-use super::error::Error;
-use crate::container::process::Process;
-use crate::container::{Container, EXIT_RECORDED};
+use crate::sandbox::container::process::Process;
+use crate::sandbox::container::{Container, EXIT_RECORDED};
+use crate::sandbox::error::Error;
 
 /// The guest is gone, but what is known of the process is still answered.
 pub(super) fn state(process: &Process) -> StateResponse {

@@ -5,9 +5,9 @@ use std::time::Instant;
 use husk_protos::system::Hello;
 use serde::{Deserialize, Serialize};
 
-use crate::process::ProcessId;
-use crate::vm::Spec;
-use crate::vm::life::now_ms;
+use crate::host::process::ProcessId;
+use crate::state::life::now_ms;
+use crate::vmm::Spec;
 
 /// Most milestones that are kept of a guest's; an honest one has eight.
 const GUEST_MILESTONES: usize = 32;

@@ -16,21 +16,23 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use ttrpc::context::with_duration;
 
-use super::launch::Child;
-use super::life::VmState;
-use super::link::{self, Carrier, Link};
-use super::report::{self, Heard, Listening};
-use super::{Machine, Sockets, Spec, Vmm};
-use crate::cgroup::{CgroupError, Hierarchies};
+use crate::config::workspace::Workspace;
 use crate::console::{Attached, Words};
-use crate::guest::Guest;
-use crate::journal::Journal;
+use crate::guest::client::Guest;
+use crate::guest::link;
+use crate::guest::link::{Carrier, Link};
+use crate::guest::report;
+use crate::guest::report::{Heard, Listening};
+use crate::host::child::Child;
+use crate::host::process::ProcessId;
 use crate::metadata;
 use crate::metadata::token::Identity;
-use crate::metadata::workspace::Workspace;
-use crate::process::ProcessId;
+use crate::state::journal::Journal;
+use crate::state::life::VmState;
 use crate::state::{Boot, Machine as Facts, Owner, StateError, Step};
+use crate::vm::cgroup::{CgroupError, Hierarchies};
 use crate::vm::virtiofsd;
+use crate::vmm::{Machine, Sockets, Spec, Vmm};
 
 /// How long QEMU may take to end by itself, when the guest does not answer, and after it was killed.
 const EXIT: Duration = Duration::from_secs(3);
@@ -73,7 +75,7 @@ pub struct Plan {
     /// The cgroup that the VM's processes live in, as the OCI runtime spec writes it; their parent's if none.
     pub cgroup: Option<String>,
     /// How the metadata service signs its tokens.
-    pub tokens: metadata::Settings,
+    pub tokens: crate::config::settings::TokenSettings,
     /// What it tells of the workspace.
     pub workspace: Option<Workspace>,
 }
@@ -83,7 +85,7 @@ pub struct Plan {
 pub enum Error {
     /// The machine's process.
     #[error("{0}")]
-    Machine(#[from] super::Error),
+    Machine(#[from] crate::vmm::Error),
     /// The disk for extras.
     #[error("{0}")]
     Extras(#[from] crate::extras::disk::DiskError),
@@ -131,7 +133,7 @@ pub enum Error {
     Hello(#[from] husk_protos::frame::Error),
     /// It said hello, but could not be called.
     #[error("{0}")]
-    Guest(#[from] crate::guest::Error),
+    Guest(#[from] crate::guest::client::Error),
 }
 
 impl Error {
@@ -492,7 +494,7 @@ impl<F: FnOnce()> Drop for Otherwise<F> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::launch::Launch;
+    use crate::host::child::Launch;
 
     /// A process in the place of QEMU or virtiofsd.
     struct Sleeper(Child);

@@ -7,10 +7,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use super::launch::{Child, Launch, LaunchError};
+use crate::host::child::{Child, Launch, LaunchError};
 
 /// The number at which virtiofsd inherits its listening socket.
-const LISTENER: i32 = super::launch::FIRST_FD;
+const LISTENER: i32 = crate::host::child::FIRST_FD;
 /// Where distributions put it, outside of PATH. /usr/lib/qemu/virtiofsd is not among them: that is the old one in C, with other options.
 const PLACES: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/libexec/qemu/virtiofsd"];
 

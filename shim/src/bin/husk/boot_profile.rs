@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write};
 
 use anyhow::{Result, bail};
-use husk_shim::status;
+use husk_shim::state::status;
 use serde_json::{Value, json};
 
 use crate::find;

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use husk_shim::config;
-use husk_shim::host::{self, Places};
+use husk_shim::config::load::ConfigError;
+use husk_shim::prepare::host;
+use husk_shim::prepare::host::Places;
 use serde_json::json;
 
 pub fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {
@@ -16,7 +17,7 @@ pub fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {
             Ok((path, there)) => {
                 (json!({"ok": true, "file": path, "exists": there, "problems": []}), ExitCode::SUCCESS)
             }
-            Err(config::Error::Invalid { path, problems }) => {
+            Err(ConfigError::Invalid { path, problems }) => {
                 let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
                 (json!({"ok": false, "file": path, "exists": path.exists(), "problems": problems}), ExitCode::FAILURE)
             }
@@ -28,7 +29,7 @@ pub fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {
     match checked {
         Ok((path, true)) => writeln!(io::stdout(), "ok: {}", path.display())?,
         Ok((path, false)) => writeln!(io::stdout(), "ok: no {}, everything is as by default", path.display())?,
-        Err(config::Error::Invalid { path, problems }) => {
+        Err(ConfigError::Invalid { path, problems }) => {
             for problem in problems {
                 writeln!(io::stderr(), "{}: {problem}", path.display())?;
             }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use husk_shim::ctl::SOCKET;
-use husk_shim::socket;
+use husk_shim::host::socket;
 use serde_json::{Value, json};
 
 /// Longest line that is taken from a shim: what has passed through it may be a guest's.

@@ -8,8 +8,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use husk_shim::console::SOCKET;
+use husk_shim::host::socket;
 use husk_shim::state::State;
-use husk_shim::{socket, status};
+use husk_shim::state::status;
 use serde_json::json;
 
 use crate::find;

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anyhow::Result;
 use husk_shim::state::State;
-use husk_shim::status::utc;
+use husk_shim::state::status::utc;
 use serde_json::{Value, json};
 
 use crate::client::Problem;
@@ -47,7 +47,7 @@ pub fn run(id: &str, follow: bool, as_json: bool) -> Result<()> {
 /// What a dead shim has left.
 fn of_disk(state: &State) -> Vec<Value> {
     let transitions = state.vm().into_iter().flat_map(|vm| vm.transitions());
-    let event = |made: &husk_shim::vm::life::Transition| {
+    let event = |made: &husk_shim::state::life::Transition| {
         json!({
             "number": null,
             "at_ms": made.at_ms,

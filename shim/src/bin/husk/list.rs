@@ -6,8 +6,8 @@ use std::thread;
 
 use anyhow::Result;
 use husk_shim::state::State;
-use husk_shim::status;
-use husk_shim::vm::life::now_ms;
+use husk_shim::state::life::now_ms;
+use husk_shim::state::status;
 use serde_json::{Value, json};
 
 use crate::find::{self, Known};

@@ -4,9 +4,9 @@ use std::io::{self, Write};
 
 use anyhow::Result;
 use clap::ValueEnum;
+use husk_shim::console::lines::Lines;
+use husk_shim::console::record::Chain;
 use husk_shim::console::{INIT_LOG, LOG};
-use husk_shim::record::Chain;
-use husk_shim::record::lines::Lines;
 use husk_shim::state::State;
 use serde_json::{Value, json};
 

@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Write};
 
 use anyhow::{Context, Result};
 use clap::Subcommand;
-use husk_shim::config;
+use husk_shim::config::load;
 use husk_shim::metadata::host::serve_all;
 use husk_shim::metadata::key::Key;
 use husk_shim::state::base;
@@ -44,7 +44,7 @@ pub fn run(command: Command) -> Result<()> {
 }
 
 fn public_key(json: bool) -> Result<()> {
-    let public = Key::read_or_make(&config::load()?.tokens.key)?.public();
+    let public = Key::read_or_make(&load::load()?.tokens.key)?.public();
     let mut out = io::stdout().lock();
     if json {
         writeln!(out, "{}", serde_json::to_string_pretty(&public.jwk())?)?;
@@ -59,7 +59,7 @@ fn serve(debug: bool) -> Result<()> {
     let log = tracing_subscriber::fmt().with_max_level(level).with_target(false).with_writer(io::stderr);
     // A journal has its own clock.
     log.without_time().with_ansi(io::stderr().is_terminal()).init();
-    let tokens = config::load()?.tokens;
+    let tokens = load::load()?.tokens;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let served = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;

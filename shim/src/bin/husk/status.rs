@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 use std::io::{self, Write};
 
 use anyhow::Result;
-use husk_shim::status;
-use husk_shim::vm::life::now_ms;
+use husk_shim::state::life::now_ms;
+use husk_shim::state::status;
 use serde_json::Value;
 
 use crate::boot_profile::{bars, steps};

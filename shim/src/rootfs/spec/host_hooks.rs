@@ -2,8 +2,8 @@
 
 use oci_spec::runtime::{Hook as SpecHook, Spec};
 
-use super::Work;
-use crate::hooks::{Hook, Hooks};
+use crate::host::hooks::{Hook, Hooks};
+use crate::rootfs::spec::Work;
 
 /// containerd's own hook program (`containerd oci-hook`, and so `ctr run --gpus`) puts the container's pid and root folder in place of these.
 const INTO_THE_CONTAINER: [&str; 2] = ["{{pid}}", "{{rootfs}}"];

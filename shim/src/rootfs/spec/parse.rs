@@ -4,7 +4,7 @@
 use oci_spec::runtime::Spec;
 use serde_json::Value;
 
-use super::{Problem, Problems};
+use crate::rootfs::spec::{Problem, Problems};
 
 /// Reads a spec.
 ///

@@ -246,7 +246,7 @@ fn hooks_are_the_hosts_or_the_guests() {
         "poststart": hook("/4"), "poststop": hook("/5"),
     });
     let rewritten = run(&with("/hooks", hooks), true).unwrap();
-    let paths = |hooks: &[crate::hooks::Hook]| {
+    let paths = |hooks: &[crate::host::hooks::Hook]| {
         hooks.iter().map(|hook| format!("{} {}", hook.field, hook.path.display())).collect::<Vec<_>>()
     };
     assert_eq!(paths(&rewritten.hooks.create), ["hooks.prestart[0] /1", "hooks.createRuntime[0] /2"]);

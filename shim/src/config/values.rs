@@ -1,0 +1,91 @@
+//! Checks of single values, for keys and annotations alike.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use toml::Value;
+
+use super::names::NAMES;
+use super::settings::{LEAST_MEMORY_MIB, MOST_VCPUS};
+
+/// MiB of extras, in the guest's memory, beyond which they are none.
+const MOST_EXTRAS_MIB: u64 = 4096;
+
+/// Checks a count of virtual CPUs.
+pub(crate) fn vcpus(count: i64) -> Result<u32, String> {
+    match u32::try_from(count) {
+        Ok(0) | Err(_) if count <= 0 => Err("vCPU count must be greater than zero".to_owned()),
+        Ok(count) if count <= MOST_VCPUS => Ok(count),
+        _ => Err(format!("at most {MOST_VCPUS} vCPUs are possible")),
+    }
+}
+
+/// Checks a size of memory.
+pub(crate) fn memory_mib(size: i64) -> Result<u64, String> {
+    match u64::try_from(size) {
+        Ok(0) | Err(_) => Err("memory must be greater than zero".to_owned()),
+        Ok(size) if size >= LEAST_MEMORY_MIB => Ok(size),
+        Ok(_) => Err(format!("a guest needs at least {LEAST_MEMORY_MIB} MiB")),
+    }
+}
+
+/// Checks what extras may have. As much again of the host's memory is taken while a VM boots.
+pub(crate) fn extras_max_mib(size: i64) -> Result<u64, String> {
+    let size = u64::try_from(size).ok().filter(|size| *size <= MOST_EXTRAS_MIB);
+    size.ok_or_else(|| format!("must be a number of MiB, {MOST_EXTRAS_MIB} at most"))
+}
+
+pub(crate) fn integer(value: &Value) -> Result<i64, String> {
+    value.as_integer().ok_or_else(|| "must be a whole number".to_owned())
+}
+
+pub(crate) fn boolean(value: &Value) -> Result<bool, String> {
+    value.as_bool().ok_or_else(|| "must be true or false".to_owned())
+}
+
+pub(crate) fn text(value: &Value) -> Result<&str, String> {
+    value.as_str().filter(|text| !text.is_empty()).ok_or_else(|| "must be a string, and not an empty one".to_owned())
+}
+
+pub(crate) fn absolute(value: &Value) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text(value)?);
+    if path.is_absolute() { Ok(path) } else { Err("must be an absolute path".to_owned()) }
+}
+
+pub(crate) fn choice<T: Copy>(value: &Value, choices: &[(&str, T)]) -> Result<T, String> {
+    one_of(value.as_str(), choices)
+}
+
+/// Checks a word of which there are few.
+pub(crate) fn one_of<T: Copy>(text: Option<&str>, choices: &[(&str, T)]) -> Result<T, String> {
+    let found = text.and_then(|text| choices.iter().find(|(name, _)| *name == text));
+    found.map(|(_, chosen)| *chosen).ok_or_else(|| {
+        let names: Vec<String> = choices.iter().map(|(name, _)| format!("{name:?}")).collect();
+        format!("must be one of {}", names.join(", "))
+    })
+}
+
+pub(crate) fn milliseconds(value: &Value) -> Result<Duration, String> {
+    match integer(value).map(u64::try_from)? {
+        Ok(ms @ 1..) => Ok(Duration::from_millis(ms)),
+        _ => Err("must be a number of milliseconds greater than zero".to_owned()),
+    }
+}
+
+pub(crate) fn list(value: &Value) -> Result<Vec<&str>, String> {
+    let items = value.as_array().and_then(|items| items.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
+    items.ok_or_else(|| "must be a list of strings".to_owned())
+}
+
+pub(crate) fn annotations(value: &Value) -> Result<Vec<String>, String> {
+    let names = list(value)?;
+    match names.iter().find(|name| !NAMES.contains(name)) {
+        Some(name) => Err(format!("{name:?} is none of {}", NAMES.join(", "))),
+        None => Ok(names.into_iter().map(str::to_owned).collect()),
+    }
+}
+
+pub(crate) fn user(value: &Value) -> Result<(u32, u32), String> {
+    let ids = text(value)?.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
+    ids.ok_or_else(|| "must be a string UID:GID, both numbers".to_owned())
+}

@@ -1,0 +1,59 @@
+//! A guest's vsock device.
+//!
+//! The device is a vhost-user backend (virtio 1.2, 5.10; stream sockets) inside the shim's process. It occupies no CID
+//! and no port of the host and leaves nothing on disk: each connection is a socket pair with one end in the device.
+//! Alternatively the kernel's vhost-vsock device carries the connections.
+//!
+//! | file            | content                                                               |
+//! |-----------------|-----------------------------------------------------------------------|
+//! | `device.rs`     | [`Device`] and [`Listener`], the handles that the shim uses           |
+//! | `worker.rs`     | the device's thread: an epoll loop that drives the files below        |
+//! | `forwarder.rs`  | moves packets between the virtqueues and the host's sockets           |
+//! | `table.rs`      | all connections of the guest, RSTs and round-robin scheduling (pure)  |
+//! | `connection.rs` | the state machine of one connection (pure)                            |
+//! | `credit.rs`     | flow control arithmetic (pure)                                        |
+//! | `header.rs`     | the packet header (pure)                                              |
+//! | `backend.rs`    | QEMU's vhost-user requests                                            |
+//! | `ring.rs`       | a virtqueue and its notifications                                     |
+//! | `scatter.rs`    | pieces of guest memory, and system calls on them                      |
+//! | `host_end.rs`   | the device's end of a socket pair                                     |
+//! | `shared.rs`     | state shared by the handles and the device's thread                   |
+//! | `kernel.rs`     | the kernel's vhost-vsock device                                       |
+//! | `stream.rs`     | a connection over either device                                       |
+//! | `error.rs`      | [`VsockError`]                                                        |
+//! | `lock.rs`       | locking without poison                                                |
+//!
+//! Imports run down the table: device → worker → forwarder → table → connection → credit, header. The pure files make
+//! the decisions and are tested as tables; `tests/` runs them in random order and feeds the device hostile virtqueues.
+
+mod backend;
+mod connection;
+mod credit;
+mod device;
+mod error;
+mod forwarder;
+mod header;
+mod host_end;
+pub mod kernel;
+mod lock;
+mod ring;
+mod scatter;
+mod shared;
+mod stream;
+mod table;
+mod worker;
+
+pub use device::{Device, Listener};
+pub use error::VsockError;
+pub use stream::Stream;
+
+/// Internals for the integration tests. Not part of the API.
+#[doc(hidden)]
+pub mod testing {
+    pub use crate::connection::{Connection, NextSend};
+    pub use crate::forwarder::{Forwarder, LINGER, Progress, WINDOW};
+    pub use crate::header::{HEADER_LEN, HOST_CID, Header, Op, Shut, TYPE_STREAM};
+    pub use crate::ring::Ring;
+    pub use crate::shared::Shared;
+    pub use crate::table::{ConnectionId, Entry, NextPacket, Outcome, Table};
+}
