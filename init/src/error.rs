@@ -4,9 +4,6 @@ use husk_protos::chain::Chain;
 use serde::{Deserialize, Serialize};
 use ttrpc::{Code, get_status};
 
-// The names under which modules outside `task` and `worker` import the types below.
-pub(crate) use self::{CallError as Error, FailureKind as Kind};
-
 /// A failed call. Workers send it to PID 1 unchanged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]

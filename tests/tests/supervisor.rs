@@ -96,7 +96,7 @@ fn an_agent_runs_beside_the_containers_and_has_nothing_of_pid_1() -> Result<()> 
     container.delete_task()?;
     wait_for(STEP, "the shim ends", || (!shim.is_alive()).then_some(()))?;
     eprintln!("gone after {:?}", began.elapsed());
-    ensure!(containerd.logged("did not end on SIGTERM").is_empty(), "{}", containerd.log_tail());
+    ensure!(containerd.logged("did not exit on SIGTERM").is_empty(), "{}", containerd.log_tail());
     Ok(())
 }
 
@@ -266,7 +266,7 @@ async fn one_that_crashes_is_started_again_after_growing_waits_and_given_up_in_t
     let counted = Config { instruction_clock: true, ..config()? };
     let mut guest = boot(&Agent::new("crash")?, counted).await?;
     let (lines, status) = told_until(&mut guest, State::GAVE_UP).await?;
-    ensure!((status.restarts, status.pid) == (10, 0) && status.last_end == "ended with status 3", "{status}");
+    ensure!((status.restarts, status.pid) == (10, 0) && status.last_end == "exited with status 3", "{status}");
     let waits: Vec<u64> = lines.iter().filter_map(|line| field(line, "wait_ms")?.parse().ok()).collect();
     ensure!(waits == [1000, 2000, 4000, 8000, 16000, 30000, 30000, 30000, 30000, 30000], "{waits:?}");
 
@@ -286,7 +286,7 @@ async fn one_that_crashes_is_started_again_after_growing_waits_and_given_up_in_t
         // The state goes before the lines that wait.
         None => timeout(STEP, error_told(&mut guest)).await.context("no error is told")??,
     };
-    let wanted = "the supervisor agent ended with status 3, and is not started again: that was 10 times within 300 s";
+    let wanted = "the supervisor agent exited with status 3; giving up after 10 restarts within 300 s";
     ensure!(message == wanted, "{message}");
     guest.shut_down().await?;
     Ok(())
@@ -299,7 +299,7 @@ async fn one_that_cannot_be_executed_counts_as_one_that_crashes() -> Result<()> 
     agent.replace(b"no program\n")?;
     let mut guest = boot(&agent, counted).await?;
     let (_, status) = told_until(&mut guest, State::GAVE_UP).await?;
-    let wanted = "could not be started: exec: \"/run/husk/supervisor\": exec format error";
+    let wanted = "failed to start: exec: \"/run/husk/supervisor\": exec format error";
     ensure!(status.restarts == 10 && status.last_end == wanted, "{status}");
     guest.shut_down().await?;
     Ok(())
@@ -315,7 +315,7 @@ async fn one_that_ignores_sigterm_has_five_seconds_and_takes_along_what_it_start
     let script = format!("{child}; [ -e /proc/$child ] && kill -KILL $(cat /tmp/run/husk-supervisor.pid)");
     ensure!(guest.run("kills", &insider(&script)).await?.0 == 0);
     let (_, status) = told_until(&mut guest, State::RUNNING).await?;
-    ensure!(status.restarts == 1 && status.last_end == "ended with status 137", "{status}");
+    ensure!(status.restarts == 1 && status.last_end == "exited with status 137", "{status}");
     let (code, out) = guest.run("looks", &insider(&format!("{child}; echo $child; [ ! -e /proc/$child ]"))).await?;
     ensure!(code == 0 && out.trim().parse::<u32>().is_ok(), "{code} {out:?}");
     // And the second one is deaf by now.
@@ -328,8 +328,8 @@ async fn one_that_ignores_sigterm_has_five_seconds_and_takes_along_what_it_start
         (answer.map(drop), began.elapsed())
     });
     let (lines, status) = told_until(&mut guest, State::STOPPED).await?;
-    ensure!(status.last_end == "ended with status 137", "{status}");
-    ensure!(lines.iter().any(|line| line.message.contains("did not end on SIGTERM")), "{lines:?}");
+    ensure!(status.last_end == "exited with status 137", "{status}");
+    ensure!(lines.iter().any(|line| line.message.contains("did not exit on SIGTERM")), "{lines:?}");
     let (answer, took) = shutdown.await?;
     ensure!(answer.is_ok() && (5..10).contains(&took.as_secs()), "{answer:?} after {took:?}");
     Ok(())
@@ -450,13 +450,13 @@ async fn a_guest_without_what_it_was_told_of_says_so_and_ends() -> Result<()> {
         (
             vec![decoy.clone()],
             "husk.extras=no-such-disk",
-            "extras: no block device with the serial \"no-such-disk\" within 5 s; there is vda with \"decoy\"",
+            "unpack the extras: no block device with serial \"no-such-disk\" within 5 s; present: vda (\"decoy\")",
         ),
-        (vec![], "husk.extras=no-such-disk", "with the serial \"no-such-disk\" within 5 s; there is none"),
-        (vec![decoy], "husk.extras=decoy", "extras: it does not begin as an extras disk does"),
-        (vec![impossible.disk()?], PARAMETERS, "extras: write /dev/pts/x: nothing there may be executed (noexec)"),
-        (vec![file_as_folder.disk()?], PARAMETERS, "extras: write /init/x: "),
-        (vec![], "husk.supervisor=1", "the supervisor agent was asked for: /run/husk/supervisor: No such file"),
+        (vec![], "husk.extras=no-such-disk", "with serial \"no-such-disk\" within 5 s; there are none"),
+        (vec![decoy], "husk.extras=decoy", "unpack the extras: it does not begin as an extras disk does"),
+        (vec![impossible.disk()?], PARAMETERS, "unpack the extras: write /dev/pts/x: its file system does not allow executables (noexec)"),
+        (vec![file_as_folder.disk()?], PARAMETERS, "unpack the extras: write /init/x: "),
+        (vec![], "husk.supervisor=1", "husk.supervisor=1 requires /run/husk/supervisor: No such file"),
     ];
     for (disks, parameters, wanted) in table {
         let began = Instant::now();

@@ -14,7 +14,7 @@ use crate::cgroup::oom::Kills;
 use crate::error::{CallError, FailureKind};
 use crate::io::ProcessStreams;
 use crate::reaper::{Creation, Exit};
-use crate::worker::client::Streams;
+use crate::spawn::ChildStreams;
 use crate::worker::{Created, Reply, Request};
 use crate::{cgroup, paths};
 
@@ -68,7 +68,7 @@ impl Tasks {
         stdio: &StdioRequest,
         creation: &Creation,
         streams: &ProcessStreams,
-        ends: Streams,
+        ends: ChildStreams,
     ) -> Result<Created, CallError> {
         let bundle = paths::bundle(id);
         let reply = if stdio.terminal {

@@ -14,7 +14,7 @@ use super::process::{ProcessState, Transition};
 use crate::cgroup::freezer;
 use crate::error::{CallError, FailureKind};
 use crate::reaper::Exit;
-use crate::worker::client::Streams;
+use crate::spawn::ChildStreams;
 use crate::worker::{Reply, Request};
 use crate::{cgroup, paths};
 
@@ -81,7 +81,7 @@ impl Tasks {
         cgroup::remove(&container.cgroup(), KILL_TIMEOUT).await.map_err(|e| failed("cgroup", e))?;
         if container.poststop_hooks && paths::state(id).exists() {
             let creation = self.reaper.creation();
-            match self.workers.run(&creation, &Request::Delete { id: id.into() }, Streams::default()).await? {
+            match self.workers.run(&creation, &Request::Delete { id: id.into() }, ChildStreams::default()).await? {
                 Reply::Done => {}
                 other => return Err(other.unexpected(&format!("delete {id}"))),
             }

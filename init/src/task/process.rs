@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use crate::error::{CallError, FailureKind};
 use crate::io::ProcessStreams;
 use crate::reaper::Exit;
-use crate::worker::client;
+use crate::spawn::ChildStreams;
 
 /// An exec starts as `Added`, an init as `Created`. PIDs are those of the guest's PID namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,7 +122,7 @@ pub(crate) struct Process {
     /// Set once and kept after the deletion: a Wait that began before the deletion still returns.
     exit: watch::Sender<Option<Exit>>,
     /// The process's ends of the streams, until a worker takes them.
-    ends: Mutex<Option<client::Streams>>,
+    ends: Mutex<Option<ChildStreams>>,
 }
 
 impl Process {
@@ -132,7 +132,7 @@ impl Process {
         stdio: StdioRequest,
         streams: Arc<ProcessStreams>,
         state: ProcessState,
-        ends: Option<client::Streams>,
+        ends: Option<ChildStreams>,
     ) -> Arc<Self> {
         Arc::new(Self {
             container: container.into(),
@@ -196,7 +196,7 @@ impl Process {
     }
 
     /// Takes the process's ends of the streams. Later calls return empty ones.
-    pub(crate) fn take_ends(&self) -> client::Streams {
+    pub(crate) fn take_ends(&self) -> ChildStreams {
         lock(&self.ends).take().unwrap_or_default()
     }
 }

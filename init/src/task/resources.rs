@@ -15,7 +15,7 @@ use super::Tasks;
 use super::process::ProcessState;
 use crate::cgroup::{self, stats};
 use crate::error::{CallError, FailureKind};
-use crate::worker::client::Streams;
+use crate::spawn::ChildStreams;
 use crate::worker::{Reply, Request};
 
 /// End of the type URL under which containerd sends the JSON of `LinuxResources`.
@@ -34,7 +34,7 @@ impl Tasks {
             return Err(CallError::new(FailureKind::InvalidArgument, what));
         }
         let input = memory_file(&resources.value).map_err(|e| CallError::internal("pass resources to a worker", &e))?;
-        let streams = Streams { stdin: Some(input), ..Streams::default() };
+        let streams = ChildStreams { stdin: Some(input), ..ChildStreams::default() };
         let creation = self.reaper.creation();
         match self.workers.run(&creation, &Request::Update { id: id.clone() }, streams).await? {
             Reply::Done => Ok(()),

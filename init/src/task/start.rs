@@ -8,7 +8,7 @@ use super::Tasks;
 use super::container::Container;
 use super::process::Transition;
 use crate::error::CallError;
-use crate::worker::client::Streams;
+use crate::spawn::ChildStreams;
 use crate::worker::{Reply, Request, start};
 
 impl Tasks {
@@ -50,7 +50,7 @@ impl Tasks {
     async fn start_with_hooks(&self, container: &Container) -> Result<(), CallError> {
         let creation = self.reaper.creation();
         let request = Request::Start { id: container.id.clone() };
-        match self.workers.run(&creation, &request, Streams::default()).await? {
+        match self.workers.run(&creation, &request, ChildStreams::default()).await? {
             Reply::Done => Ok(()),
             other => Err(other.unexpected(&format!("start {}", container.id))),
         }

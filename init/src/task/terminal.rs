@@ -11,10 +11,10 @@ use tokio::time::timeout;
 use super::Tasks;
 use super::process::ProcessState;
 use crate::error::{CallError, FailureKind};
-use crate::io::{ProcessStreams, Size, Wanted, Wish};
+use crate::io::{ProcessStreams, Size, StreamSet, TerminalSpec};
 use crate::paths;
 use crate::reaper::Creation;
-use crate::worker::client::Streams;
+use crate::spawn::ChildStreams;
 use crate::worker::console::ConsoleSocket;
 use crate::worker::{Reply, Request};
 
@@ -23,12 +23,12 @@ use crate::worker::{Reply, Request};
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Reads the terminal's properties from the container's spec, and for an exec from the file that holds its process.
-pub(super) fn read_spec(id: &str, exec: Option<&Path>) -> Result<Wish, CallError> {
+pub(super) fn read_spec(id: &str, exec: Option<&Path>) -> Result<TerminalSpec, CallError> {
     let read =
         |path: &Path| std::fs::read(path).map_err(|e| CallError::internal(format_args!("read {}", path.display()), &e));
     let config = read(&paths::bundle(id).join("config.json"))?;
     let exec = exec.map(read).transpose()?;
-    Wish::read(&config, exec.as_deref()).map_err(|e| {
+    TerminalSpec::read(&config, exec.as_deref()).map_err(|e| {
         let what = format!("terminal of a process in {id}: {}", Chain(&e));
         CallError::new(FailureKind::InvalidArgument, what)
     })
@@ -42,12 +42,12 @@ impl Tasks {
         creation: &Creation,
         request: impl FnOnce(PathBuf) -> Request,
         streams: &ProcessStreams,
-        requested: Wanted,
-        spec: Wish,
+        requested: StreamSet,
+        spec: TerminalSpec,
     ) -> Result<Reply, CallError> {
         let (console, gate) = ConsoleSocket::new().map_err(|e| CallError::internal("create a console socket", &e))?;
         let request = request(console.path().to_owned());
-        let ends = Streams { gate: Some(gate), ..Streams::default() };
+        let ends = ChildStreams { gate: Some(gate), ..ChildStreams::default() };
         let work = self.workers.run(creation, &request, ends);
         tokio::pin!(work);
         let (received, early_reply) = receive_terminal(console.receive(), work.as_mut()).await?;

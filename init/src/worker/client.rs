@@ -17,8 +17,7 @@ use tracing::level_filters::LevelFilter;
 use super::{CONTROL_FD, GATE_FD, MESSAGE_MAX, NAME, Reply, Request};
 use crate::error::{CallError, FailureKind};
 use crate::reaper::{Creation, Exit, Reaper};
-use crate::spawn;
-pub(crate) use crate::spawn::Streams;
+use crate::spawn::{self, ChildStreams};
 
 /// How long an operation may take. A create takes a fifth of a second under TCG. Hooks have their own timeouts, which
 /// must fit into this one.
@@ -56,7 +55,7 @@ impl Workers {
         &self,
         creation: &Creation,
         request: &Request,
-        streams: Streams,
+        streams: ChildStreams,
     ) -> Result<Reply, CallError> {
         let failed = |what: &str, source: io::Error| CallError::internal(format_args!("{what} a worker"), &source);
         let _slot = acquire_slot(&self.slots).await?;
@@ -83,7 +82,7 @@ impl Workers {
         }
     }
 
-    fn spawn(&self, streams: Streams) -> io::Result<(i32, UnixDatagram)> {
+    fn spawn(&self, streams: ChildStreams) -> io::Result<(i32, UnixDatagram)> {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let ours = StdSocket::from(ours);
         ours.set_nonblocking(true)?;
@@ -92,7 +91,7 @@ impl Workers {
         more.extend(streams.gate.as_ref().map(|gate| (gate, GATE_FD)));
         let args = [NAME.to_owned(), self.log.to_string()].map(|arg| CString::new(arg).unwrap_or_default());
         // Its own process group: processes that have not entered the container's cgroup yet are killed with the worker.
-        let pid = spawn::again(&args, &[], &streams, &more, true)?;
+        let pid = spawn::spawn_self(&args, &[], &streams, &more, true)?;
         Ok((pid, ours))
     }
 }
