@@ -6,26 +6,27 @@
 //!
 //! # Modules
 //!
-//! Imports run from the upper modules to the lower ones.
+//! A module imports only from rows below its own, or from its own row.
 //!
 //! | module | contents |
 //! |---|---|
 //! | `serve` | vsock ports and their TTRPC servers |
-//! | `task` | containerd's Task service: containers, execs and their states |
 //! | `bundle`, `system` | the Bundle and System services |
+//! | `task` | containerd's Task service: containers, execs and their states |
 //! | `debug` | debug mode: a shell on the console, and the Debug service |
 //! | `supervisor` | runs the supervisor agent and restarts it |
 //! | `worker` | short-lived processes that call libcontainer |
+//! | `launch` | starts programs that run outside of containers |
 //! | `boot` | boot steps, kernel parameters, timeline |
-//! | `io` | the standard streams of processes, and the Stdio service |
 //! | `events` | containerd's events, and the Events service |
+//! | `io` | the standard streams of processes, and the Stdio service |
 //! | `cgroup` | cgroups: setup, limits, metrics, freezer, OOM kills |
 //! | `report` | heartbeats, log lines and supervisor status for the host |
-//! | `launch`, `spawn` | start programs and processes |
-//! | `reaper` | reaps children and delivers their exits |
 //! | `log`, `console` | log lines, and the guest's console |
-//! | `rpc`, `error`, `connection` | RPC handlers, their errors, connections that report their end |
-//! | `paths`, `clock`, `fd` | paths of a container, the boot clock, descriptors in the runtime |
+//! | `reaper`, `spawn` | reaps children and delivers their exits; starts processes |
+//! | `paths`, `rpc` | paths of a container; runs RPC handlers |
+//! | `error`, `connection` | the error of a call; connections that report their end |
+//! | `clock`, `fd` | the boot clock; descriptors in the async runtime |
 
 mod boot;
 mod bundle;
