@@ -16,7 +16,7 @@ use ttrpc::r#async::TtrpcContext;
 
 use crate::error::{CallError, FailureKind};
 use crate::paths;
-use crate::rpc::answer;
+use crate::rpc::handle;
 use crate::task::Tasks;
 
 pub(crate) struct BundleService {
@@ -101,12 +101,12 @@ fn write_bundle(bundle: &Path, request: &PutBundleRequest) -> Result<(), CallErr
 #[async_trait]
 impl husk_protos::bundle_ttrpc::Bundle for BundleService {
     async fn put(&self, _: &TtrpcContext, request: PutBundleRequest) -> ttrpc::Result<PutBundleResponse> {
-        let path = answer(async { self.put(&request) }).await?;
+        let path = handle(async { self.put(&request) }).await?;
         Ok(PutBundleResponse { path, ..Default::default() })
     }
 
     async fn remove(&self, _: &TtrpcContext, request: RemoveBundleRequest) -> ttrpc::Result<RemoveBundleResponse> {
-        answer(async { self.remove(&request.id) }).await.map(|()| RemoveBundleResponse::new())
+        handle(async { self.remove(&request.id) }).await.map(|()| RemoveBundleResponse::new())
     }
 }
 

@@ -7,14 +7,11 @@ use futures::FutureExt;
 
 use crate::error::{CallError, FailureKind};
 
-/// What a handler returns to ttrpc.
-pub(crate) type Answer<T> = ttrpc::Result<T>;
-
 /// Runs a handler that changes something. It runs to completion even if its connection closes: ttrpc drops the handlers
 /// of a closed connection, and a dropped create would leave half a container behind.
-pub(crate) async fn finish<T: Send + 'static>(
+pub(crate) async fn handle_uninterrupted<T: Send + 'static>(
     handler: impl Future<Output = Result<T, CallError>> + Send + 'static,
-) -> Answer<T> {
+) -> ttrpc::Result<T> {
     match tokio::spawn(handler).await {
         Ok(result) => Ok(result?),
         Err(_) => Err(handler_panicked().into()),
@@ -22,7 +19,7 @@ pub(crate) async fn finish<T: Send + 'static>(
 }
 
 /// Runs a handler that may be dropped at any time.
-pub(crate) async fn answer<T>(handler: impl Future<Output = Result<T, CallError>>) -> Answer<T> {
+pub(crate) async fn handle<T>(handler: impl Future<Output = Result<T, CallError>>) -> ttrpc::Result<T> {
     match AssertUnwindSafe(handler).catch_unwind().await {
         Ok(result) => Ok(result?),
         Err(_) => Err(handler_panicked().into()),
@@ -39,8 +36,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_in_a_handler_is_returned_as_an_error() {
-        for result in [finish(async { panic!("one") }).await, answer(async { panic!("two") }).await] {
-            let result: Answer<()> = result;
+        for result in [handle_uninterrupted(async { panic!("one") }).await, handle(async { panic!("two") }).await] {
+            let result: ttrpc::Result<()> = result;
             assert!(matches!(result, Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::INTERNAL));
         }
     }
@@ -48,7 +45,7 @@ mod tests {
     #[tokio::test]
     async fn a_change_completes_after_its_caller_disconnects() {
         let (sender, receiver) = tokio::sync::oneshot::channel();
-        let call = finish(async move {
+        let call = handle_uninterrupted(async move {
             tokio::task::yield_now().await;
             // The caller is gone; a failed send shows in the assertion below.
             let _ = sender.send(());

@@ -17,7 +17,7 @@ use crate::boot::Timeline;
 use crate::cgroup;
 use crate::clock::boottime_ns;
 use crate::error::CallError;
-use crate::rpc::answer;
+use crate::rpc::handle;
 
 pub(crate) struct SystemService {
     /// The message that this guest sent when it became ready.
@@ -39,7 +39,7 @@ pub(crate) fn hello(timeline: &Timeline) -> Hello {
 #[async_trait]
 impl System for SystemService {
     async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> ttrpc::Result<InfoResponse> {
-        let mut info = answer(async { measure().map_err(|e| CallError::internal("measure the guest", &e)) }).await?;
+        let mut info = handle(async { measure().map_err(|e| CallError::internal("measure the guest", &e)) }).await?;
         info.hello = Some(self.hello.clone()).into();
         Ok(info)
     }

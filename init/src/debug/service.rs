@@ -9,7 +9,7 @@ use ttrpc::r#async::TtrpcContext;
 
 use super::process::{ProcessSpec, Processes};
 use crate::io::Size;
-use crate::rpc::{Answer, answer, finish};
+use crate::rpc::{handle, handle_uninterrupted};
 
 pub(super) struct DebugService(pub(super) Arc<Processes>);
 
@@ -20,9 +20,9 @@ fn size(height: u32, width: u32) -> Size {
 
 #[async_trait]
 impl Debug for DebugService {
-    async fn start(&self, _: &TtrpcContext, request: StartProcessRequest) -> Answer<Process> {
+    async fn start(&self, _: &TtrpcContext, request: StartProcessRequest) -> ttrpc::Result<Process> {
         let processes = self.0.clone();
-        finish(async move {
+        handle_uninterrupted(async move {
             let terminal = request.terminal.then(|| size(request.height, request.width));
             let StartProcessRequest { args, env, cwd, stdin, .. } = request;
             let (id, pid) = processes.start(ProcessSpec { args, env, cwd, terminal, stdin }).await?;
@@ -31,25 +31,25 @@ impl Debug for DebugService {
         .await
     }
 
-    async fn wait(&self, _: &TtrpcContext, process: Process) -> Answer<Process> {
-        answer(async {
+    async fn wait(&self, _: &TtrpcContext, process: Process) -> ttrpc::Result<Process> {
+        handle(async {
             let exit_status = self.0.wait(&process.id).await?;
             Ok(Process { exit_status, ..Default::default() })
         })
         .await
     }
 
-    async fn resize(&self, _: &TtrpcContext, process: Process) -> Answer<Process> {
+    async fn resize(&self, _: &TtrpcContext, process: Process) -> ttrpc::Result<Process> {
         let resized = self.0.resize(&process.id, size(process.height, process.width));
         Ok(resized.map(|()| Process::new())?)
     }
 
-    async fn signal(&self, _: &TtrpcContext, process: Process) -> Answer<Process> {
+    async fn signal(&self, _: &TtrpcContext, process: Process) -> ttrpc::Result<Process> {
         Ok(self.0.signal(&process.id, process.signal).map(|()| Process::new())?)
     }
 
-    async fn end(&self, _: &TtrpcContext, process: Process) -> Answer<Process> {
+    async fn end(&self, _: &TtrpcContext, process: Process) -> ttrpc::Result<Process> {
         let processes = self.0.clone();
-        finish(async move { processes.end(&process.id).await.map(|()| Process::new()) }).await
+        handle_uninterrupted(async move { processes.end(&process.id).await.map(|()| Process::new()) }).await
     }
 }

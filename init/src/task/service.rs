@@ -24,7 +24,7 @@ use crate::error::{CallError, FailureKind};
 use crate::io::Size;
 use crate::reaper::Exit;
 use crate::report::Reports;
-use crate::rpc::{Answer, answer, finish};
+use crate::rpc::{handle, handle_uninterrupted};
 use crate::supervisor::Supervisor;
 
 /// How long Shutdown waits for the last reports to be sent before it replies, which lets the host end the VM.
@@ -40,7 +40,7 @@ pub(crate) struct TaskService {
     pub(crate) end: mpsc::Sender<()>,
 }
 
-fn unimplemented<T>(call: &str) -> Answer<T> {
+fn unimplemented<T>(call: &str) -> ttrpc::Result<T> {
     Err(CallError::new(FailureKind::Unimplemented, format!("{call} is not implemented by the guest")).into())
 }
 
@@ -50,21 +50,21 @@ fn exit_of(state: ProcessState) -> Option<Exit> {
 
 #[async_trait]
 impl Task for TaskService {
-    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
         let tasks = self.tasks.clone();
-        let pid = finish(async move { tasks.create(request).await }).await?;
+        let pid = handle_uninterrupted(async move { tasks.create(request).await }).await?;
         Ok(CreateTaskResponse { pid: pid as u32, ..Default::default() })
     }
 
-    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let tasks = self.tasks.clone();
-        let pid = finish(async move { tasks.start(&request.id, &request.exec_id).await }).await?;
+        let pid = handle_uninterrupted(async move { tasks.start(&request.id, &request.exec_id).await }).await?;
         Ok(StartResponse { pid: pid as u32, ..Default::default() })
     }
 
-    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         let tasks = self.tasks.clone();
-        let deleted = finish(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
+        let deleted = handle_uninterrupted(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
         Ok(DeleteResponse {
             pid: deleted.pid as u32,
             exit_status: deleted.exit.status,
@@ -73,18 +73,18 @@ impl Task for TaskService {
         })
     }
 
-    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
-        answer(async { self.tasks.add_exec(request) }).await.map(|()| Empty::new())
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        handle(async { self.tasks.add_exec(request) }).await.map(|()| Empty::new())
     }
 
-    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
-        answer(async { self.tasks.kill(&request.id, &request.exec_id, request.signal, request.all) })
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        handle(async { self.tasks.kill(&request.id, &request.exec_id, request.signal, request.all) })
             .await
             .map(|()| Empty::new())
     }
 
-    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
-        answer(async {
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        handle(async {
             let process = self.tasks.container(&request.id)?.process(&request.exec_id)?;
             let exit = process.wait().await;
             Ok(WaitResponse {
@@ -96,8 +96,8 @@ impl Task for TaskService {
         .await
     }
 
-    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
-        answer(async {
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        handle(async {
             let container = self.tasks.container(&request.id)?;
             let process = container.process(&request.exec_id)?;
             let state = process.state();
@@ -130,16 +130,16 @@ impl Task for TaskService {
         .await
     }
 
-    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
-        answer(async {
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        handle(async {
             let processes = self.tasks.pids(&request.id)?;
             Ok(PidsResponse { processes, ..Default::default() })
         })
         .await
     }
 
-    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
-        answer(async {
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        handle(async {
             let container = self.tasks.container(&request.id)?;
             Ok(ConnectResponse {
                 shim_pid: std::process::id(),
@@ -151,8 +151,8 @@ impl Task for TaskService {
         .await
     }
 
-    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
-        answer(async {
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        handle(async {
             let process = self.tasks.container(&request.id)?.process(&request.exec_id)?;
             if request.stdin {
                 process.streams.close_stdin();
@@ -162,9 +162,9 @@ impl Task for TaskService {
         .await
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
         let (tasks, supervisor, reports) = (self.tasks.clone(), self.supervisor.clone(), self.reports.clone());
-        finish(async move {
+        handle_uninterrupted(async move {
             // Concurrently: each has a grace period of several seconds, and the host waits for both.
             tokio::join!(tasks.stop_all(), async {
                 if let Some(supervisor) = supervisor {
@@ -184,22 +184,22 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
         let tasks = self.tasks.clone();
-        finish(async move { tasks.pause(&request.id).await }).await.map(|()| Empty::new())
+        handle_uninterrupted(async move { tasks.pause(&request.id).await }).await.map(|()| Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let tasks = self.tasks.clone();
-        finish(async move { tasks.resume(&request.id).await }).await.map(|()| Empty::new())
+        handle_uninterrupted(async move { tasks.resume(&request.id).await }).await.map(|()| Empty::new())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Answer<Empty> {
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         unimplemented("Checkpoint")
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
-        answer(async {
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        handle(async {
             let short = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
             let size = Size { height: short(request.height), width: short(request.width) };
             self.tasks.resize(&request.id, &request.exec_id, size)
@@ -208,13 +208,13 @@ impl Task for TaskService {
         .map(|()| Empty::new())
     }
 
-    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let tasks = self.tasks.clone();
-        finish(async move { tasks.update(request).await }).await.map(|()| Empty::new())
+        handle_uninterrupted(async move { tasks.update(request).await }).await.map(|()| Empty::new())
     }
 
-    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
-        answer(async {
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        handle(async {
             let stats = MessageField::some(self.tasks.stats(&request.id)?);
             Ok(StatsResponse { stats, ..Default::default() })
         })

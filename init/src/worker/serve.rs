@@ -20,8 +20,8 @@ use crate::{boot, log};
 /// Bytes of diagnostics that are read to complete an error. The cause comes first, its consequences later.
 const DIAGNOSTICS_MAX: u64 = 4096;
 
-/// Serves the request on [`CONTROL_FD`]; the process exits afterwards. Fails if the request cannot be received or the reply
-/// cannot be sent. PID 1 cannot receive that error either, and sees only the exit.
+/// Serves the request on [`CONTROL_FD`]; the process exits afterwards. Fails if the request cannot be received or the
+/// reply cannot be sent. PID 1 cannot receive that error either, and sees only the exit.
 pub(crate) fn run(level: &str) -> io::Result<()> {
     // SAFETY: PID 1 starts every worker with its socket as this descriptor, and nothing else in this process owns it.
     let control = UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });

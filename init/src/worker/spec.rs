@@ -289,12 +289,17 @@ mod tests {
             "root": {"path": "rootfs"},
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
-                {"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]}
+                {
+                    "destination": "/run", "type": "tmpfs", "source": "tmpfs",
+                    "options": ["nosuid", "mode=755", "size=65536k"]
+                }
             ],
             "linux": {
                 "resources": {"devices": [{"allow": false, "access": "rwm"}]},
                 "cgroupsPath": "/default/x",
-                "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}],
+                "namespaces": [
+                    {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}
+                ],
                 "maskedPaths": ["/proc/keys"], "readonlyPaths": ["/proc/sys"]
             }
         })
@@ -333,7 +338,10 @@ mod tests {
             ),
             (
                 "/linux/seccomp",
-                json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mount"], "action": "SCMP_ACT_NOTIFY"}]}),
+                json!({
+                    "defaultAction": "SCMP_ACT_ALLOW",
+                    "syscalls": [{"names": ["mount"], "action": "SCMP_ACT_NOTIFY"}]
+                }),
                 "linux.seccomp: SCMP_ACT_NOTIFY needs a listener, which would be on the host",
             ),
             (
