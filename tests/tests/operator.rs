@@ -406,7 +406,7 @@ fn a_guest_that_stands_still_is_told_of_before_it_is_killed() -> Result<()> {
     ensure!(late?.contains("health      a heartbeat is late heartbeat_interval_ms=4000 missed=1 "));
     let page = page?.ok()?.text();
     ensure!(page.contains("health      heartbeats are missing: last heartbeat "), "{page}");
-    following.expect("a heartbeat has come again")?;
+    following.expect("the heartbeats have resumed")?;
     ensure!(status(containerd, container.id())?["state"] == "Running");
     Ok(())
 }

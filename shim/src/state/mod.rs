@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::host::hooks::{Hook, Subject};
 use crate::host::process::ProcessId;
 use crate::state::life::{Illegal, Life, VmState};
-pub use facts::{Boot, Machine};
+pub use facts::{Boot, MachineRecord};
 pub use undo::{Failure, Step};
 
 /// Where the state of all sandboxes lives, unless `HUSK_STATE_DIR` names another folder.
@@ -117,7 +117,7 @@ struct Contents {
     /// None where nothing is known of it.
     vm: Option<Life>,
     /// The last one that was started.
-    machine: Option<Machine>,
+    machine: Option<MachineRecord>,
     /// The last one that was tried.
     boot: Option<Boot>,
     journal: Vec<Entry>,
@@ -320,12 +320,12 @@ impl State {
     }
 
     /// What the VM runs on, or ran on.
-    pub fn machine(&self) -> Option<&Machine> {
+    pub fn machine(&self) -> Option<&MachineRecord> {
         self.contents.machine.as_ref()
     }
 
     /// Notes, or notes more of, what the VM runs on. Written with what is written next.
-    pub fn set_machine(&mut self, machine: Machine) {
+    pub fn set_machine(&mut self, machine: MachineRecord) {
         self.contents.machine = Some(machine);
     }
 

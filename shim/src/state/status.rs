@@ -6,7 +6,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::state::life::Life;
-use crate::state::{Boot, Machine, State};
+use crate::state::{Boot, MachineRecord, State};
 
 /// A time as people read it (RFC 3339), always with three digits after the second; from a file, so it may be any number.
 pub fn utc(ms: u64) -> String {
@@ -44,7 +44,7 @@ pub fn summary(state: &State) -> Value {
     })
 }
 
-fn machine(machine: &Machine) -> Value {
+fn machine(machine: &MachineRecord) -> Value {
     json!({
         "pid": machine.process.pid,
         "alive": machine.process.runs().unwrap_or(false),
