@@ -34,7 +34,7 @@ pub enum GuestError {
         /// The port.
         port: u32,
         /// Why the connection failed.
-        source: husk_vsock::Error,
+        source: husk_vsock::VsockError,
     },
     /// The guest's init uses another protocol version.
     #[error(

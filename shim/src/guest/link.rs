@@ -31,7 +31,7 @@ pub enum Carrier {
 pub enum LinkError {
     /// The device, or one of its ports.
     #[error("vsock device")]
-    Vsock(#[from] husk_vsock::Error),
+    Vsock(#[from] husk_vsock::VsockError),
     /// The kernel's device.
     #[error("open {}", kernel::DEVICE)]
     Device(#[source] io::Error),
@@ -68,9 +68,9 @@ impl Link {
     /// # Errors
     ///
     /// When the guest rejects the connection, is gone, or does not answer in time.
-    pub(super) async fn connect(&self, port: u32, deadline: Duration) -> husk_vsock::Result<Stream> {
+    pub(super) async fn connect(&self, port: u32, deadline: Duration) -> Result<Stream, husk_vsock::VsockError> {
         match self {
-            Self::Own(device) => device.connect(port, deadline).await.map(Stream::Own),
+            Self::Own(device) => device.connect(port, deadline).await.map(Stream::VhostUser),
             Self::Kernel(cid) => kernel::connect(*cid, port, deadline).await.map(Stream::Kernel),
         }
     }
@@ -81,7 +81,7 @@ pub(crate) enum Ready {
     /// A port of the guest's own device.
     Own(Listener),
     /// A port of the kernel's device that accepts connections from one CID only.
-    Kernel { listener: kernel::Listener, cid: u32 },
+    Kernel { listener: kernel::KernelListener, cid: u32 },
 }
 
 impl Ready {
@@ -98,9 +98,9 @@ impl Ready {
     /// # Errors
     ///
     /// When the device has ended.
-    pub(crate) async fn accept(&mut self) -> husk_vsock::Result<Stream> {
+    pub(crate) async fn accept(&mut self) -> Result<Stream, husk_vsock::VsockError> {
         match self {
-            Self::Own(listener) => listener.accept().await.map(Stream::Own),
+            Self::Own(listener) => listener.accept().await.map(Stream::VhostUser),
             Self::Kernel { listener, cid } => Ok(Stream::Kernel(listener.accept_from(*cid).await)),
         }
     }
@@ -130,7 +130,7 @@ pub(crate) async fn create(carrier: Carrier, journal: &Journal) -> Result<NewLin
         Carrier::Kernel => {
             let journal = journal.clone();
             let (cid, device) = tokio::task::spawn_blocking(move || lease(&journal)).await??;
-            let listener = kernel::Listener::bind(READY_PORTS + cid)?;
+            let listener = kernel::KernelListener::bind(READY_PORTS + cid)?;
             Ok(NewLink { link: Link::Kernel(cid), ready: Ready::Kernel { listener, cid }, machine_end: device })
         }
     }

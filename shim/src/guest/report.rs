@@ -119,7 +119,7 @@ pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks
             Ok(Some(What::Supervisor(status))) => log.supervisor(status, health, &sinks.recent),
             // Only a guest with a newer protocol sends other reports, and its hello has been rejected.
             Ok(_) => {}
-            Err(frame::Error::Io(_)) => return "the guest's connection was lost".to_owned(),
+            Err(frame::FrameError::Io(_)) => return "the guest's connection was lost".to_owned(),
             Err(error) => return format!("the guest sent an invalid report: {}", Chain(&error)),
         }
     }

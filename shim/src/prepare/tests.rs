@@ -255,10 +255,10 @@ fn extras_are_given_to_a_new_vm_and_compared_with_those_of_a_booted_one() {
 }
 
 #[test]
-fn every_key_and_every_annotation_is_in_the_readme() {
-    let readme = include_str!("../../../README.md");
+fn every_key_and_every_annotation_has_a_row_in_the_documentation() {
+    let page = include_str!("../../../docs/configuration.md");
     let names = KEYS.iter().map(|key| key.name).chain(crate::config::names::NAMES);
-    let missing: Vec<_> = names.filter(|name| !readme.contains(&format!("`{name}"))).collect();
+    let missing: Vec<_> = names.filter(|name| !page.contains(&format!("\n| `{name}` |"))).collect();
     assert!(missing.is_empty(), "{missing:?}");
 }
 

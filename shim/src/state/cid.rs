@@ -13,8 +13,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use super::error::StateError;
 use crate::host::process::ProcessId;
-use crate::state::StateError;
 
 /// 0 to 2 are the kernel's (vsock(7)), and 3 is what the shim's own device calls each of its guests.
 pub const CIDS: RangeInclusive<u32> = 4..=65535;
@@ -301,7 +301,7 @@ mod tests {
 
     #[test]
     fn who_cleans_up_after_a_killed_shim_gives_back_what_it_had_leased() {
-        use super::super::{Owner, State, Step};
+        use crate::state::{Owner, State, Step};
         let base = tempfile::tempdir().unwrap();
         let mut state = State::create(base.path(), "ns", "s1").unwrap();
         let (leases, holder) = (state.leases(), own());

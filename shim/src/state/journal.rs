@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::error::StateError;
+use super::store::{Owner, State};
+use super::undo::Step;
 use crate::host::hooks;
 use crate::state::life::{Life, VmState};
 use crate::state::recent::{Kind, Recent};
-use crate::state::{Owner, State, StateError, Step};
 
 /// How long undoing may take: most of it is waiting for killed processes to be gone.
 const UNDO: Duration = Duration::from_secs(4);

@@ -5,8 +5,9 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::facts::{Boot, MachineRecord};
+use super::store::State;
 use crate::state::life::Life;
-use crate::state::{Boot, MachineRecord, State};
 
 /// A time as people read it (RFC 3339), always with three digits after the second; from a file, so it may be any number.
 pub fn utc(ms: u64) -> String {

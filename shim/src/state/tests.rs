@@ -1,11 +1,18 @@
 //! The state with real effects, so as root: mounts, processes and cgroups in a temporary folder.
 
+use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 use std::process::{Child, Command};
+use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 
-use super::*;
+use super::error::{StateError, check_identifier};
+use super::life::{Life, VmState};
+use super::store::{FILE, Owner, State};
+use super::undo::Step;
+use crate::host::process::ProcessId;
 use crate::vm::cgroup::Hierarchies;
 
 const WITHIN: Duration = Duration::from_secs(5);

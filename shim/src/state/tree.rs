@@ -13,8 +13,6 @@ use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{SFlag, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use crate::state::undo::is_gone;
-
 /// husk's own folders are five deep at most. Each level holds a descriptor.
 const MAX_DEPTH: u32 = 32;
 
@@ -83,4 +81,9 @@ fn named(name: &[u8], e: Errno) -> io::Error {
         Errno::EXDEV | Errno::EBUSY => io::Error::new(io::ErrorKind::CrossesDevices, format!("{name}: a mount point")),
         _ => io::Error::new(source.kind(), format!("{name}: {source}")),
     }
+}
+
+/// Whether the error says that there is nothing (any more) at that path.
+pub(super) fn is_gone(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::NotFound || e.kind() == io::ErrorKind::NotADirectory
 }

@@ -10,11 +10,11 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
+use super::cid::Leases;
+use super::tree::{self, is_gone};
 use crate::host::hooks;
 use crate::host::hooks::{Hook, Subject};
 use crate::host::process::ProcessId;
-use crate::state::cid::Leases;
-use crate::state::tree;
 
 /// However late it is, each wait gets this much: a process that was sent SIGKILL is normally dead within it.
 const LEAST_WAIT: Duration = Duration::from_millis(100);
@@ -83,16 +83,6 @@ pub enum Step {
     },
 }
 
-/// A step that could not be undone.
-#[derive(Debug, thiserror::Error)]
-#[error("{step}: {source}")]
-pub struct Failure {
-    /// Which.
-    pub step: Step,
-    /// Why.
-    pub source: io::Error,
-}
-
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -134,11 +124,6 @@ impl Step {
             }
         }
     }
-}
-
-/// Whether the error says that there is nothing (any more) at that path.
-pub(super) fn is_gone(e: &io::Error) -> bool {
-    e.kind() == io::ErrorKind::NotFound || e.kind() == io::ErrorKind::NotADirectory
 }
 
 fn is_busy(e: &io::Error) -> bool {

@@ -64,7 +64,7 @@ pub enum BootError {
     },
     /// The guest's hello is malformed.
     #[error("read the guest's hello")]
-    Hello(#[from] husk_protos::frame::Error),
+    Hello(#[from] husk_protos::frame::FrameError),
     /// The guest sent its hello, but cannot be called.
     #[error(transparent)]
     Guest(#[from] GuestError),
