@@ -52,7 +52,7 @@ impl PrepareError {
 #[derive(Debug, Clone)]
 pub struct Prepared {
     /// The spec for the guest, and what the host does for the container.
-    pub(crate) rewritten: Rewritten,
+    pub rewritten: Rewritten,
     /// The machine, if it has to be booted for this container.
     machine: vmm::Spec,
     /// Files for the guest itself. A VM that is already booted must have them.
