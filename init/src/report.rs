@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use husk_protos::frame;
+use husk_protos::frame::{self, FrameError};
 use husk_protos::lock::lock;
 use husk_protos::report::report::What;
 use husk_protos::report::{Heartbeat, LogLine, Report, SupervisorStatus};
@@ -97,7 +97,7 @@ impl Reports {
         &self,
         host: &mut (impl AsyncWrite + Unpin),
         heartbeat: Option<Duration>,
-    ) -> frame::Error {
+    ) -> FrameError {
         let mut heartbeat = heartbeat.map(|period| {
             let mut ticks = interval(period);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -156,7 +156,7 @@ async fn tick(heartbeat: &mut Option<Interval>) {
     }
 }
 
-async fn send(host: &mut (impl AsyncWrite + Unpin), what: What) -> Result<(), frame::Error> {
+async fn send(host: &mut (impl AsyncWrite + Unpin), what: What) -> Result<(), FrameError> {
     frame::write(host, &Report { what: Some(what), ..Default::default() }).await
 }
 
@@ -211,7 +211,7 @@ mod tests {
         }
         assert_eq!(received, ["before the host reads", "beat", "later", "beat"]);
         drop(theirs);
-        assert!(matches!(deliver.await.unwrap(), frame::Error::Io(_)));
+        assert!(matches!(deliver.await.unwrap(), FrameError::Io(_)));
     }
 
     #[tokio::test(start_paused = true)]
