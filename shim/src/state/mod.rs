@@ -18,6 +18,6 @@ mod tree;
 pub mod undo;
 
 pub use error::{StateError, check_identifier};
-pub use facts::{Boot, Machine};
+pub use facts::{Boot, MachineRecord};
 pub use store::{BASE, Owner, Recorder, State, base, sandbox_dir};
 pub use undo::Step;

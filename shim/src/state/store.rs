@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::error::{StateError, UndoFailure, check_identifier, io_error};
-use super::facts::{Boot, Machine};
+use super::facts::{Boot, MachineRecord};
 use super::life::{Life, VmState};
 use super::undo::Step;
 use super::{cid, life, tree};
@@ -59,7 +59,7 @@ struct Contents {
     /// None where nothing is known of it.
     vm: Option<Life>,
     /// The last one that was started.
-    machine: Option<Machine>,
+    machine: Option<MachineRecord>,
     /// The last one that was tried.
     boot: Option<Boot>,
     journal: Vec<Entry>,
@@ -247,12 +247,12 @@ impl State {
     }
 
     /// What the VM runs on, or ran on.
-    pub fn machine(&self) -> Option<&Machine> {
+    pub fn machine(&self) -> Option<&MachineRecord> {
         self.contents.machine.as_ref()
     }
 
     /// Notes, or notes more of, what the VM runs on. Written with what is written next.
-    pub fn set_machine(&mut self, machine: Machine) {
+    pub fn set_machine(&mut self, machine: MachineRecord) {
         self.contents.machine = Some(machine);
     }
 
