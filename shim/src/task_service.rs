@@ -74,7 +74,7 @@ fn status(code: Code, text: String) -> ttrpc::Error {
 fn reply(error: Error) -> ttrpc::Error {
     let code = match &error {
         // The guest's own answer, code and all.
-        Error::Guest(crate::guest::client::Error::Call(ttrpc::Error::RpcStatus(answer))) => {
+        Error::Guest(crate::guest::client::GuestError::Call(ttrpc::Error::RpcStatus(answer))) => {
             return ttrpc::Error::RpcStatus(answer.clone());
         }
         Error::NotFound { .. } => Code::NOT_FOUND,

@@ -25,9 +25,9 @@ use crate::ctl::messages::{
 use crate::ctl::method::{Answer, Call, Note};
 use crate::ctl::rpc;
 use crate::ctl::rpc::RpcError;
-use crate::guest::client::{Error as GuestError, Guest};
+use crate::guest::client::{Guest, GuestError};
 use crate::sandbox::Sandbox;
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 /// Chunks of output on their way to the client.
 const CHUNKS: usize = 4;

@@ -29,8 +29,8 @@ pub(super) async fn run(sandbox: Arc<Sandbox>, mut call: Call) -> Answer {
     let mut readers = Vec::new();
     for source in LogSource::ALL.into_iter().filter(|source| params.source.is_none_or(|only| only == *source)) {
         let record = match source {
-            LogSource::Console => sandbox.words().console.record().clone(),
-            LogSource::Init => sandbox.words().init.clone(),
+            LogSource::Console => sandbox.guest_logs().console.record().clone(),
+            LogSource::Init => sandbox.guest_logs().init.clone(),
         };
         let mut reader = Reader { source, record, at: 0, lines: Lines::default() };
         reader.send_past(&call, params.lines).await?;

@@ -83,7 +83,7 @@ pub(crate) static METHODS: &[Method<Arc<Sandbox>>] = &[
             output, then new output; what it sends is typed on the console",
         params: &[],
         result: "{path, log, machine: unused, up or ended, replay_bytes}",
-        kind: Kind::Unary(|sandbox, _| Box::pin(async move { rpc::result(sandbox.words().console.endpoint()) })),
+        kind: Kind::Unary(|sandbox, _| Box::pin(async move { rpc::result(sandbox.guest_logs().console.endpoint()) })),
     },
     Method {
         name: "compute.vm.exec",

@@ -12,7 +12,7 @@ use husk_protos::{METRICS, PROCESS_DETAILS};
 
 use crate::sandbox::error::not_found;
 use crate::sandbox::{Error, Sandbox};
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 impl Sandbox {
     /// Sends a signal.

@@ -21,8 +21,7 @@ use crate::state::facts::HostMilestone;
 use crate::state::life::VmState;
 use crate::state::{Boot, Owner, facts};
 use crate::stdio::Stdio;
-use crate::vm::boot;
-use crate::vm::boot::Vm;
+use crate::vm::{BootError, Vm};
 use crate::vmm::Disk;
 
 impl Sandbox {
@@ -165,7 +164,7 @@ impl Sandbox {
                 // Again: another container may have come first while this one was prepared.
                 let beyond = prepared.extras.beyond(&inner.extras);
                 if !beyond.is_empty() {
-                    return Err(prepare::Error(beyond.iter().map(ToString::to_string).collect()).into());
+                    return Err(prepare::PrepareError(beyond.iter().map(ToString::to_string).collect()).into());
                 }
             }
             match &inner.machine {
@@ -202,7 +201,7 @@ impl Sandbox {
         }
     }
 
-    async fn boot(self: &Arc<Self>, prepared: &Prepared, share: PathBuf) -> Result<Arc<Vm>, boot::Error> {
+    async fn boot(self: &Arc<Self>, prepared: &Prepared, share: PathBuf) -> Result<Arc<Vm>, BootError> {
         let began = std::time::Instant::now();
         let mut reached = Boot::begin();
         let booted = self.boot_and_listen(prepared, share, &mut reached).await;
@@ -249,10 +248,10 @@ impl Sandbox {
         prepared: &Prepared,
         share: PathBuf,
         reached: &mut Boot,
-    ) -> Result<(Arc<Vm>, Metering<Event>), boot::Error> {
+    ) -> Result<(Arc<Vm>, Metering<Event>), BootError> {
         let extras = extras_disk(prepared.sources.clone()).await?;
         let (vmm, plan) = prepare::plan(prepared, share, extras.clone());
-        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.words, reached).await?;
+        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached).await?;
         // A guest that has said hello has taken what is on it.
         if let Some(disk) = extras
             && let Err(error) = disk::give_back(&disk)
@@ -266,7 +265,7 @@ impl Sandbox {
 }
 
 /// Writes the disk for extras. On a thread for it: it may take a while to read them.
-async fn extras_disk(sources: Vec<OpenedFile>) -> Result<Option<Disk>, boot::Error> {
+async fn extras_disk(sources: Vec<OpenedFile>) -> Result<Option<Disk>, BootError> {
     let written = tokio::task::spawn_blocking(move || disk::write(&sources));
     Ok(written.await.map_err(|error| DiskError::Image(std::io::Error::other(error)))??)
 }

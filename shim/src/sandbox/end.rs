@@ -12,7 +12,7 @@ use crate::sandbox::{Error, Machine, Sandbox, now, without_guest};
 use crate::state::Owner;
 use crate::state::life::VmState;
 use crate::state::recent::Kind;
-use crate::vm::boot::{DELIVERED, Vm};
+use crate::vm::{DELIVERY, Vm};
 
 /// How long containerd may take to accept the last events before the shim ends without.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -112,7 +112,7 @@ impl Sandbox {
         if let Some(vm) = vm {
             self.stop(&vm, cause, ended()).await;
             // Its last events are being read, and those of its processes that it told no end of end with it.
-            if tokio::time::timeout(DELIVERED, ended()).await.is_err() {
+            if tokio::time::timeout(DELIVERY, ended()).await.is_err() {
                 tracing::debug!("processes of the VM are not recorded as ended yet");
             }
         } else if self.journal.vm() == Some(VmState::Pending) {

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use crate::guest::client as guest;
+use crate::guest::client::GuestError;
 use crate::prepare;
 use crate::rootfs::share::ShareError;
 use crate::state::StateError;
-use crate::vm::boot;
+use crate::vm::BootError;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +52,7 @@ pub enum Error {
     },
     /// The request, the spec, the annotations or the configuration are wrong.
     #[error("{0}")]
-    Invalid(#[from] prepare::Error),
+    Invalid(#[from] prepare::PrepareError),
     /// The streams that were asked for.
     #[error("{0}")]
     Stdio(#[from] crate::stdio::Error),
@@ -61,10 +61,10 @@ pub enum Error {
     Unsupported(String),
     /// The VM did not come up.
     #[error("{0}")]
-    Boot(#[from] Arc<boot::Error>),
+    Boot(#[from] Arc<BootError>),
     /// The guest refused, or could not be reached.
     #[error("{0}")]
-    Guest(#[from] guest::Error),
+    Guest(#[from] GuestError),
     /// The state on disk.
     #[error("{0}")]
     State(#[from] StateError),
@@ -81,7 +81,7 @@ pub enum Error {
 
 impl From<ttrpc::Error> for Error {
     fn from(error: ttrpc::Error) -> Self {
-        Self::Guest(guest::Error::Call(error))
+        Self::Guest(GuestError::Call(error))
     }
 }
 

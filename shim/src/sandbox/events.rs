@@ -7,12 +7,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use husk_protos::events::Event;
 
-use crate::guest::client as guest;
-use crate::guest::client::{Guest, Metering};
+use crate::guest::client::{Guest, GuestError, Metering};
 use crate::sandbox::container::guest_event as told;
 use crate::sandbox::container::guest_event::Refused;
 use crate::sandbox::{Sandbox, now};
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 /// Attempts to take the stream up again, without an event between them. Their pauses add up to far more than the end of a VM takes to be noticed
 /// after that of its connections: that is the usual reason.
@@ -49,7 +48,7 @@ fn check(last: u64, event: &Event) -> Result<(), Lost> {
 trait Source: Send {
     /// The next event; none at the stream's end. Without a stream, one is opened that begins after number `after`; or if that is none, this is an
     /// end too.
-    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, guest::Error>;
+    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, GuestError>;
 }
 
 struct Subscription {
@@ -59,7 +58,7 @@ struct Subscription {
 
 #[async_trait]
 impl Source for Subscription {
-    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, guest::Error> {
+    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, GuestError> {
         let stream = match (&mut self.stream, after) {
             (Some(stream), _) => stream,
             (None, Some(after)) => self.stream.insert(self.guest.events(after).await?),
@@ -127,7 +126,7 @@ impl Sandbox {
                 next = follower.next() => match next {
                     Ok(event) => self.route(event, &mut refused).await,
                     Err(lost) => {
-                        vm.condemn(format!("the guest's events are lost: {lost}"));
+                        vm.fail(format!("the guest's events are lost: {lost}"));
                         break vm.died().await;
                     }
                 },
@@ -213,7 +212,7 @@ mod tests {
 
     #[async_trait]
     impl Source for Streams {
-        async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, guest::Error> {
+        async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, GuestError> {
             if self.current.is_none() && after.is_some() {
                 let refused = || ttrpc::Error::Others("nobody listens".to_owned());
                 let (begins, events) = self.streams.pop_front().ok_or_else(refused)?;

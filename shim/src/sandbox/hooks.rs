@@ -8,7 +8,7 @@ use crate::prepare::Prepared;
 use crate::sandbox::container::Container;
 use crate::sandbox::{Error, Sandbox};
 use crate::state::{Owner, Step};
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 /// What a container's hooks are told of it.
 pub(super) fn subject(request: &CreateTaskRequest, prepared: &Prepared) -> Subject {

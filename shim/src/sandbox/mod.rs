@@ -20,17 +20,16 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
 use crate::config::extras::Extras;
-use crate::console::Words;
+use crate::console::GuestLogs;
 use crate::containerd::publisher::Publisher;
-use crate::guest::client as guest;
+use crate::guest::client::GuestError;
 use crate::rootfs::share::Share;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::{Exit, Process};
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
 use crate::stdio::Stdio;
-use crate::vm::boot;
-use crate::vm::boot::Vm;
+use crate::vm::{BootError, Vm};
 
 pub use error::Error;
 use error::not_found;
@@ -45,7 +44,7 @@ enum Machine {
     /// Not asked for yet.
     None,
     /// Being booted by the first container; those that come meanwhile wait for it.
-    Booting(watch::Receiver<Option<Result<Arc<Vm>, Arc<boot::Error>>>>),
+    Booting(watch::Receiver<Option<Result<Arc<Vm>, Arc<BootError>>>>),
     /// Up, or dead without anybody having stopped it.
     Up(Arc<Vm>),
     /// Being ended, or ended.
@@ -72,7 +71,7 @@ pub struct Sandbox {
     namespace: String,
     journal: Journal,
     publisher: Publisher,
-    words: Words,
+    guest_logs: GuestLogs,
     inner: Mutex<Inner>,
     /// True when everything has been cleaned up.
     ended: watch::Sender<bool>,
@@ -86,7 +85,7 @@ impl Sandbox {
         Arc::new(Self {
             id: id.to_owned(),
             namespace: namespace.to_owned(),
-            words: Words::new(journal.dir()),
+            guest_logs: GuestLogs::new(journal.dir()),
             journal,
             publisher,
             inner: Mutex::new(Inner {
@@ -240,7 +239,7 @@ impl Sandbox {
     /// A call that was lost on its way to the guest: when the VM has died, that is why, and may only be noticed a moment later.
     pub async fn explain(&self, error: Error) -> Error {
         let lost =
-            matches!(&error, Error::Guest(guest::Error::Call(call)) if !matches!(call, ttrpc::Error::RpcStatus(_)));
+            matches!(&error, Error::Guest(GuestError::Call(call)) if !matches!(call, ttrpc::Error::RpcStatus(_)));
         let vm = match &self.lock().machine {
             Machine::Up(vm) if lost => vm.clone(),
             _ => return error,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::console::Words;
+use crate::console::GuestLogs;
 use crate::guest::report;
 use crate::sandbox::error::Error;
 use crate::sandbox::{Machine, Sandbox, Slot};
@@ -10,7 +10,7 @@ use crate::state::State;
 use crate::state::recent::Recent;
 use crate::state::status;
 use crate::state::status::{ContainerStatus, HealthStatus, List, Live, Status, Summary};
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 /// Why an operator's request cannot be met.
 #[derive(Debug, thiserror::Error)]
@@ -35,9 +35,9 @@ impl Sandbox {
         self.journal.recent()
     }
 
-    /// The guest's console and log.
-    pub fn words(&self) -> &Words {
-        &self.words
+    /// The guest's console and the log of its init.
+    pub fn guest_logs(&self) -> &GuestLogs {
+        &self.guest_logs
     }
 
     /// Everything that is known about the sandbox.
@@ -91,11 +91,11 @@ impl Sandbox {
             Machine::Up(vm) => {
                 let cause_of_death = vm.cause_of_death();
                 let health = HealthStatus {
-                    heartbeats: report::heartbeats(vm.heard().health()),
+                    heartbeats: report::heartbeats(vm.health().snapshot()),
                     alive: cause_of_death.is_none(),
                     cause_of_death,
                 };
-                let supervisor = vm.heard().supervisor().borrow().as_ref().map(report::supervisor_status);
+                let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_status);
                 Live { health: Some(health), supervisor }
             }
             Machine::None | Machine::Booting(_) | Machine::Stopping => Live::default(),
