@@ -19,7 +19,7 @@ use tracing::Level;
 
 use crate::console::record::Record;
 use crate::containerd::log as logging;
-use crate::state::recent::{Kind, Recent};
+use crate::state::recent::{EventKind, Recent};
 
 /// So many heartbeats in a row that do not come are a death.
 const MISSED: u32 = 3;
@@ -104,14 +104,14 @@ pub async fn listen(mut from: impl AsyncRead + Unpin, listening: Listening, hear
                 }
                 () = sleep_until(last + heard.interval * 3 / 2), if !late => {
                     late = true;
-                    listening.recent.note(Kind::Health, "a heartbeat is late", in_json(heard.health()));
+                    listening.recent.note(EventKind::Health, "a heartbeat is late", in_json(heard.health()));
                 }
             }
         };
         match read.map(|report| report.what) {
             Ok(Some(What::Heartbeat(_))) => {
                 if std::mem::take(&mut late) {
-                    listening.recent.note(Kind::Health, "a heartbeat has come again", in_json(heard.health()));
+                    listening.recent.note(EventKind::Health, "a heartbeat has come again", in_json(heard.health()));
                 }
                 *heard.last() = Instant::now();
             }
@@ -211,7 +211,7 @@ impl Log {
         status.last_end = harmless(&status.last_end);
         let (pid, restarts, last_end) = (status.pid, status.restarts, &status.last_end);
         if let Admitted::Yes { .. } = self.supervisors.admit(Instant::now()) {
-            recent.note(Kind::Supervisor, "the supervisor's state", supervisor_in_json(&status));
+            recent.note(EventKind::Supervisor, "the supervisor's state", supervisor_in_json(&status));
             match status.state.enum_value_or_default() {
                 State::GAVE_UP => {
                     tracing::error!(restarts, last_end, "the supervisor has failed too often and is given up")
@@ -377,7 +377,7 @@ mod tests {
         let told = &recent.after(0, 100)[0];
         assert_eq!(
             (told.kind, &told.fields["state"], &told.fields["pid"]),
-            (Kind::Supervisor, &json!("running"), &json!(9))
+            (EventKind::Supervisor, &json!("running"), &json!(9))
         );
         let kept = std::fs::read_to_string(dir.path().join("guest.log")).unwrap();
         assert_eq!(kept, "1.234 warn: one level=error msg=forged ab=\" [31m \\\"x\" lost_before=2\n");

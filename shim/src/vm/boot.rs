@@ -189,7 +189,7 @@ impl Vm {
         reached: &mut Boot,
     ) -> Result<Arc<Self>, Error> {
         let io = |what| move |source| Error::Io { what, source };
-        journal.vm_passes(VmState::Provisioning, "a container needs it")?;
+        journal.set_vm_state_unsaved(VmState::Provisioning, "a container needs it")?;
         let link::Made { link, mut ready, qemus: vsock } = link::make(plan.carrier, journal).await?;
         let identity = identity(journal, link.cid())?;
         metadata::provide(&link, identity, &plan.tokens, plan.workspace.as_ref(), journal.dir())?;
@@ -209,7 +209,7 @@ impl Vm {
         let sockets = Sockets { vsock, share: Some(share_socket), console: console_theirs.into(), log };
         let (vcpus, memory_mib, accel) = (plan.spec.vcpus, plan.spec.memory_mib, plan.spec.accel);
         let configured = format!("ready to be started with vcpus={vcpus} memory_mib={memory_mib} accel={accel:?}");
-        journal.vm_passes(VmState::Configured, &configured)?;
+        journal.set_vm_state_unsaved(VmState::Configured, &configured)?;
         reached.reached("configured");
         let machine: Arc<dyn Machine> = vmm.start(&spec, sockets).await?.into();
         let kill_machine = Otherwise::new({
@@ -222,7 +222,7 @@ impl Vm {
             state.set_machine(Facts::of(&spec, machine.process(), link.cid(), plan.debug));
             Ok(())
         })?;
-        journal.vm_passes(VmState::Starting, &format!("QEMU runs as process {}", machine.process().pid))?;
+        journal.set_vm_state_unsaved(VmState::Starting, &format!("QEMU runs as process {}", machine.process().pid))?;
         journal.record(&Owner::Sandbox, [Step::Process { id: machine.process(), name: "qemu".into() }])?;
 
         // Second, because it is ready much sooner; and it waits for its cgroup, which takes a grace period of the host's kernel, while QEMU
