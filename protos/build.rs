@@ -1,8 +1,12 @@
 //! Generates the messages and the async TTRPC stubs from `proto/*.proto`.
 
+use std::error::Error;
+use std::path::{Path, PathBuf};
+
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-const FILES: [&str; 6] = [
+/// Files that define a service.
+const SERVICES: [&str; 6] = [
     "proto/system.proto",
     "proto/bundle.proto",
     "proto/stdio.proto",
@@ -10,27 +14,28 @@ const FILES: [&str; 6] = [
     "proto/metadata.proto",
     "proto/debug.proto",
 ];
-/// Without a service.
+/// Files that define only messages.
 const MESSAGES: [&str; 2] = ["proto/runc_options.proto", "proto/report.proto"];
 
-fn main() {
+fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let out = std::path::PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
     Codegen::new()
-        .inputs(FILES.iter().chain(&MESSAGES))
+        .inputs(SERVICES.iter().chain(&MESSAGES))
         .include("proto")
         .out_dir(&out)
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(true))
         .customize(Customize { async_all: true, ..Default::default() })
-        .run()
-        .expect("generate code from proto/");
+        .run()?;
 
-    // The generator's mod.rs knows the messages only; the stubs, which begin with inner attributes, have to be modules of files too.
-    let mut modules = std::fs::read_to_string(out.join("mod.rs")).expect("read the generated mod.rs");
-    for file in FILES {
-        let name = std::path::Path::new(file).file_stem().and_then(|stem| stem.to_str()).expect("a proto file's name");
+    // The generated mod.rs lists only the messages. The stubs start with inner attributes, so each must be a module in
+    // its own file as well.
+    let mut modules = std::fs::read_to_string(out.join("mod.rs"))?;
+    for file in SERVICES {
+        let name = Path::new(file).file_stem().and_then(|stem| stem.to_str()).ok_or("a .proto file without a name")?;
         modules.push_str(&format!("pub mod {name}_ttrpc;\n"));
     }
-    std::fs::write(out.join("mod.rs"), modules).expect("write the generated mod.rs");
+    std::fs::write(out.join("mod.rs"), modules)?;
+    Ok(())
 }

@@ -1,14 +1,14 @@
 //! Prints an error together with its causes.
 //!
-//! husk's errors print their own context only and return their cause from [`source()`](Error::source). Whatever shows an error to a person, a log or a
-//! peer prints it through [`Chain`].
+//! husk's errors print only their own context and return their cause from [`source()`](Error::source). Code that shows
+//! an error to a user, a log or a peer prints it through [`Chain`].
 
 use std::error::Error;
 use std::fmt::{self, Display, Formatter};
 
 /// Displays an error and its causes, separated by `: `, outermost first.
 ///
-/// A cause that the text so far already ends with is left out: some libraries print their cause and return it too.
+/// Omits a cause that the text already ends with: some libraries both print their cause and return it.
 pub struct Chain<'a>(pub &'a (dyn Error + 'a));
 
 impl Display for Chain<'_> {
@@ -31,7 +31,7 @@ impl Display for Chain<'_> {
 mod tests {
     use super::*;
 
-    /// On Linux.
+    /// The number on Linux.
     const EACCES: i32 = 13;
 
     #[derive(Debug, thiserror::Error)]

@@ -1,32 +1,34 @@
-//! The extras disk: files for the guest itself, as they lie one after the other on a read-only block device. The host writes it and the guest reads
-//! it, once, from its beginning to its end.
+//! The extras disk: files for the guest itself, one after the other on a read-only block device. The host writes the
+//! disk, and the guest reads it once from beginning to end.
 //!
-//! [`MAGIC`], the number of files (u32), then for each its permission bits (u32), its size (u64), the length of its path (u32) and its path; numbers are
-//! little-endian. The contents follow in the same order, each from the next multiple of [`ALIGNMENT`] on, and the disk ends at one as well.
+//! The header is [`MAGIC`], the number of files (u32), and for each file its permission bits (u32), its size (u64), the
+//! length of its path (u32) and its path. Integers are little-endian. The contents follow in the same order. Each
+//! starts at a multiple of [`ALIGNMENT`], and the disk's size is a multiple of it as well.
 
 use std::io::{self, Error, ErrorKind, Read};
 use std::time::Duration;
 
 /// virtio serial of the disk, by which the guest finds it.
 pub const SERIAL: &str = "husk-extras";
-/// Where the supervisor agent is in the guest. Extras that have it make a guest with an agent.
+/// Path of the supervisor agent in the guest. The guest runs an agent if the extras contain this file.
 pub const SUPERVISOR: &str = "/run/husk/supervisor";
-/// What the supervisor agent has from SIGTERM to SIGKILL when its guest ends; the host waits so much longer for that.
+/// Time between SIGTERM and SIGKILL for the supervisor agent when the guest shuts down. The host's own deadline is
+/// longer by as much.
 pub const SUPERVISOR_GRACE: Duration = Duration::from_secs(5);
-/// Has the agent's pid while it runs.
+/// Contains the agent's PID while the agent runs.
 pub const SUPERVISOR_PID: &str = "/run/husk-supervisor.pid";
-/// Has the agent's output.
+/// The agent's current log.
 pub const SUPERVISOR_LOG: &str = "/var/log/husk-supervisor.log";
-/// Has its output from before that.
+/// The agent's previous log, after rotation.
 pub const SUPERVISOR_LOG_BEFORE: &str = "/var/log/husk-supervisor.log.1";
 
-/// What the disk begins with: no partition table, and no file system.
+/// First bytes of the disk, which has neither a partition table nor a file system.
 pub const MAGIC: &[u8; 12] = b"husk extras\n";
-/// Where contents begin: a page, so that they can go from the disk into pages.
+/// Alignment of the contents, bytes: a page, so that the guest can read them from the disk directly into pages.
 pub const ALIGNMENT: u64 = 4096;
 /// Most files on a disk.
 pub const FILES_MAX: usize = 256;
-/// Longest path, bytes (PATH_MAX, with its NUL).
+/// Longest path, bytes (PATH_MAX without the NUL).
 pub const PATH_MAX: usize = 4095;
 
 /// A file on the disk.
@@ -36,11 +38,11 @@ pub struct File {
     pub path: String,
     /// Permission bits.
     pub mode: u32,
-    /// Bytes.
+    /// Size, bytes.
     pub size: u64,
 }
 
-/// What stands before the contents of these files, without what fills it up to [`ALIGNMENT`].
+/// Encodes the disk's header for these files, without padding up to [`ALIGNMENT`].
 pub fn encode(files: &[File]) -> Vec<u8> {
     let mut head = MAGIC.to_vec();
     head.extend((files.len() as u32).to_le_bytes());
@@ -53,18 +55,18 @@ pub fn encode(files: &[File]) -> Vec<u8> {
     head
 }
 
-/// The files of a disk that is read from its beginning, and where the first content begins.
+/// Reads the header of a disk from its beginning. Returns the files, and the offset of the first content.
 ///
 /// # Errors
-/// InvalidData when it is no extras disk, else what the reader says.
+/// InvalidData if the disk is not an extras disk, or the reader's error.
 pub fn decode(disk: &mut impl Read) -> io::Result<(Vec<File>, u64)> {
     let mut disk = Counting { inner: disk, read: 0 };
     if &disk.bytes::<12>()? != MAGIC {
-        return Err(invalid("it does not begin as an extras disk does"));
+        return Err(invalid("not an extras disk"));
     }
     let count = u32::from_le_bytes(disk.bytes()?) as usize;
     if count > FILES_MAX {
-        return Err(invalid("it has too many files"));
+        return Err(invalid("too many files"));
     }
     let mut files = Vec::with_capacity(count);
     for _ in 0..count {
@@ -76,13 +78,13 @@ pub fn decode(disk: &mut impl Read) -> io::Result<(Vec<File>, u64)> {
         }
         let mut path = vec![0; length];
         disk.fill(&mut path)?;
-        let path = String::from_utf8(path).map_err(|_| invalid("a path is no UTF-8"))?;
+        let path = String::from_utf8(path).map_err(|_| invalid("a path is not UTF-8"))?;
         files.push(File { path, mode, size });
     }
     Ok((files, disk.read.next_multiple_of(ALIGNMENT)))
 }
 
-/// Where the content after one of `size` bytes begins, that begins at `at`; nothing if there can be no such disk.
+/// Offset of the content that follows one of `size` bytes at offset `at`. `None` if it overflows.
 pub fn after(at: u64, size: u64) -> Option<u64> {
     at.checked_add(size)?.checked_next_multiple_of(ALIGNMENT)
 }
@@ -119,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_read() {
+    fn a_header_decodes_to_the_files_it_was_encoded_from() {
         for files in [vec![], vec![file("/a", 0)], vec![file("/run/husk/supervisor", 1 << 40), file("/ä", 7)]] {
             let head = encode(&files);
             assert_eq!(decode(&mut &head[..]).unwrap(), (files, ALIGNMENT));
@@ -129,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_extras_disk_is_refused() {
+    fn an_invalid_header_is_rejected() {
         let good = encode(&[file("/a", 3)]);
         let with = |at: usize, bytes: &[u8]| {
             let mut head = good.clone();
@@ -138,23 +140,23 @@ mod tests {
         };
         let table = [
             (Vec::new(), "failed to fill whole buffer"),
-            (with(0, b"H"), "it does not begin as an extras disk does"),
-            (with(12, &257u32.to_le_bytes()), "it has too many files"),
+            (with(0, b"H"), "not an extras disk"),
+            (with(12, &257u32.to_le_bytes()), "too many files"),
             (with(12, &2u32.to_le_bytes()), "failed to fill whole buffer"),
             (with(28, &4096u32.to_le_bytes()), "a path is too long"),
-            (with(32, &[0xff]), "a path is no UTF-8"),
+            (with(32, &[0xff]), "a path is not UTF-8"),
         ];
-        for (head, wanted) in table {
-            assert_eq!(decode(&mut &head[..]).unwrap_err().to_string(), wanted, "{head:?}");
+        for (head, expected) in table {
+            assert_eq!(decode(&mut &head[..]).unwrap_err().to_string(), expected, "{head:?}");
         }
     }
 
     #[test]
-    fn contents_begin_at_pages() {
+    fn contents_start_at_page_boundaries() {
         let table =
             [((4096, 0), Some(4096)), ((4096, 1), Some(8192)), ((4096, 4096), Some(8192)), ((1, u64::MAX), None)];
-        for ((at, size), wanted) in table {
-            assert_eq!(after(at, size), wanted, "{at} {size}");
+        for ((at, size), expected) in table {
+            assert_eq!(after(at, size), expected, "{at} {size}");
         }
         assert_eq!(after(0, u64::MAX), None);
     }

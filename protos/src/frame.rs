@@ -1,44 +1,46 @@
-//! One protobuf message as a length-prefixed frame, for the connections that carry no TTRPC.
+//! Length-prefixed frames with one protobuf message each, for connections without TTRPC.
 //!
-//! A frame is a 32-bit big-endian length and that many bytes. The length is checked before anything is allocated, because the
-//! sender may be hostile.
+//! A frame is a 32-bit big-endian length followed by as many bytes. The length is checked before the allocation because
+//! the sender may be hostile.
 
 use protobuf::Message;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// Most bytes in a frame's message.
+/// Largest message in a frame, bytes.
 pub const MAX_FRAME: usize = 64 * 1024;
 
-/// Why a frame could not be read or written.
+/// Why a frame could not be read or written. Display prints no cause; `source()` returns it.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The length says more than [`MAX_FRAME`].
+pub enum FrameError {
+    /// The length exceeds [`MAX_FRAME`].
     #[error("frame of {0} bytes is larger than {MAX_FRAME}")]
     TooLarge(usize),
     /// The bytes are not a message of the expected type.
-    #[error("decode frame: {0}")]
+    #[error("decode frame")]
     Decode(#[from] protobuf::Error),
-    /// The connection failed or ended inside the frame.
-    #[error("frame: {0}")]
+    /// The connection failed, or ended before the end of the frame.
+    #[error("transfer frame")]
     Io(#[from] std::io::Error),
 }
 
-/// Reads one frame. Has no deadline of its own.
-pub async fn read<M: Message>(from: &mut (impl AsyncRead + Unpin)) -> Result<M, Error> {
+pub use self::FrameError as Error;
+
+/// Reads one frame, without a deadline.
+pub async fn read<M: Message>(from: &mut (impl AsyncRead + Unpin)) -> Result<M, FrameError> {
     let len = from.read_u32().await? as usize;
     if len > MAX_FRAME {
-        return Err(Error::TooLarge(len));
+        return Err(FrameError::TooLarge(len));
     }
     let mut bytes = vec![0; len];
     from.read_exact(&mut bytes).await?;
     Ok(M::parse_from_bytes(&bytes)?)
 }
 
-/// Writes one frame and flushes it. Has no deadline of its own.
-pub async fn write<M: Message>(to: &mut (impl AsyncWrite + Unpin), message: &M) -> Result<(), Error> {
+/// Writes and flushes one frame, without a deadline.
+pub async fn write<M: Message>(to: &mut (impl AsyncWrite + Unpin), message: &M) -> Result<(), FrameError> {
     let bytes = message.write_to_bytes()?;
     if bytes.len() > MAX_FRAME {
-        return Err(Error::TooLarge(bytes.len()));
+        return Err(FrameError::TooLarge(bytes.len()));
     }
     let mut frame = Vec::with_capacity(4 + bytes.len());
     frame.extend_from_slice(&(bytes.len() as u32).to_be_bytes());
@@ -54,7 +56,7 @@ mod tests {
     use crate::system::Hello;
 
     #[tokio::test]
-    async fn a_frame_comes_back_as_it_was() {
+    async fn a_written_frame_reads_back_unchanged() {
         let hello = Hello { version: "1.2.3".into(), protocol: 7, ..Default::default() };
         let mut wire = Vec::new();
         write(&mut wire, &hello).await.unwrap();
@@ -62,14 +64,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_length_beyond_the_limit_is_refused_before_its_bytes_come() {
+    async fn an_oversized_length_is_rejected_before_the_payload_is_read() {
         let mut wire: &[u8] = &(MAX_FRAME as u32 + 1).to_be_bytes();
-        assert!(matches!(read::<Hello>(&mut wire).await, Err(Error::TooLarge(n)) if n == MAX_FRAME + 1));
+        assert!(matches!(read::<Hello>(&mut wire).await, Err(FrameError::TooLarge(n)) if n == MAX_FRAME + 1));
     }
 
     #[tokio::test]
-    async fn a_frame_cut_short_is_an_error() {
+    async fn a_truncated_frame_is_an_error() {
         let mut wire: &[u8] = &[0, 0, 0, 9, 1, 2];
-        assert!(matches!(read::<Hello>(&mut wire).await, Err(Error::Io(_))));
+        assert!(matches!(read::<Hello>(&mut wire).await, Err(FrameError::Io(_))));
     }
 }

@@ -1,6 +1,15 @@
-//! What travels between husk's host and guest: generated messages and stubs, ports, limits and frames.
+//! The protocol between husk's host and guest, without the behavior of either side.
 //!
-//! No behaviour of either side lives here.
+//! | file         | content                                                              |
+//! |--------------|----------------------------------------------------------------------|
+//! | `proto/`     | messages and services, from which `build.rs` generates code          |
+//! | `lib.rs`     | ports, limits and names that both sides use                          |
+//! | `frame.rs`   | length-prefixed messages on connections without TTRPC                |
+//! | `metered.rs` | backpressure for TTRPC streams                                       |
+//! | `extras.rs`  | the format of the extras disk                                        |
+//! | `param.rs`   | names of kernel parameters                                           |
+//! | `chain.rs`   | prints an error with its causes                                      |
+//! | `lock.rs`    | locking without poison                                               |
 
 pub mod chain;
 pub mod extras;
@@ -9,7 +18,7 @@ pub mod lock;
 pub mod metered;
 pub mod param;
 
-#[allow(missing_docs, clippy::all)]
+#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::too_many_lines)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
@@ -20,42 +29,42 @@ pub use generated::{
 };
 pub use {protobuf, ttrpc};
 
-/// Version of the wire between host and guest. A host refuses a guest that says another one in its `Hello`.
+/// Version of the protocol. The host rejects a guest whose `Hello` has another one.
 pub const PROTOCOL: u32 = 3;
 
-/// CID by which a guest reaches its host (`VMADDR_CID_HOST`, vsock(7)).
+/// The host's CID as seen from a guest (`VMADDR_CID_HOST`, vsock(7)).
 pub const HOST_CID: u32 = 2;
 
-/// Guest port: containerd's Task service, husk's System and Bundle, and in debug mode its Debug.
+/// Guest port: containerd's Task service, husk's System and Bundle services, and Debug in debug mode.
 pub const PORT_TASK: u32 = 1024;
-/// Guest port: the Stdio service, one stream a connection.
+/// Guest port: the Stdio service, one stream per connection.
 pub const PORT_STDIO: u32 = 1025;
-/// Host port: a guest that is ready connects here, sends one `Hello` frame, and then `Report` frames as long as it lives.
+/// Host port: when a guest is ready, it connects here and sends one `Hello` frame, followed by `Report` frames.
 pub const PORT_READY: u32 = 1026;
 /// Guest port: the Events service.
 pub const PORT_EVENTS: u32 = 1027;
 /// Host port: the Metadata service.
 pub const PORT_METADATA: u32 = 1027;
 
-/// Most bytes in one chunk of a stdio stream. Not more, because the guest's allocator (musl's mallocng) asks the kernel for memory for each
-/// block of 26 KiB or more, and gives it back at once: with chunks of 32 KiB that took more time than all else about them.
+/// Largest chunk of a stdio stream, bytes. The guest's allocator (musl's mallocng) maps each block of 26 KiB or more
+/// and unmaps it when freed: with chunks of 32 KiB that took longer than everything else done with them.
 pub const STDIO_CHUNK: usize = 24 * 1024;
-/// Bytes of one connection that may be read from its socket but not yet be consumed: see [`metered`].
+/// Most bytes that may be read from a connection but not yet consumed: see [`metered`].
 pub const RECEIVE_WINDOW: usize = 256 * 1024;
 
-/// containerd's type of what a task uses.
+/// Type URL of containerd's resource metrics of a task.
 pub const METRICS: &str = "io.containerd.cgroups.v2.Metrics";
-/// containerd's type of what is known of one of a task's processes.
+/// Type URL of containerd's details of a task's process.
 pub const PROCESS_DETAILS: &str = "containerd.runc.v1.ProcessDetails";
 
-/// Tag of the virtio-fs share that holds the containers' root filesystems and bind mounts.
+/// Tag of the virtio-fs share with the containers' root filesystems and bind mounts.
 pub const SHARE_TAG: &str = "husk";
 /// Where the guest mounts the share.
 pub const SHARE_PATH: &str = "/run/husk/share";
 
-/// The sandbox annotation that lets containers use AF_VSOCK; its value is `true` or `false`.
+/// The sandbox annotation that allows containers to use AF_VSOCK: `true` or `false`.
 pub const ANNOTATION_VSOCK: &str = "io.husk.vsock";
-/// The guest cgroup that holds every container, as `linux.cgroupsPath` of an OCI spec writes it.
+/// The guest cgroup that contains every container, in the form of `linux.cgroupsPath` in an OCI spec.
 pub const CONTAINERS_CGROUP: &str = "/containers";
-/// Prefix of the console line with which the init reports why it gives up.
+/// Prefix of the console line in which the init reports why it cannot continue.
 pub const FATAL_PREFIX: &str = "husk: fatal: ";

@@ -1,9 +1,8 @@
-//! Backpressure for a TTRPC stream that has a connection to itself.
+//! Backpressure for a TTRPC stream with its own connection.
 //!
-//! ttrpc's connection loops read whatever the socket has into queues without bound (client mailboxes) or spawn a task for each message
-//! (server). A peer that sends faster than a stream is consumed, or a hostile one, would fill memory. [`Metered`] stops reading
-//! from the socket while more than a window of bytes has been read but not consumed; the transport's own flow control
-//! then holds the peer back.
+//! ttrpc reads everything that a socket offers into unbounded queues (client) or spawns a task per message (server). A
+//! peer that is hostile, or faster than the stream's consumer, would fill the memory. [`Metered`] stops reading from
+//! the socket while a window of bytes is read but not consumed. The transport's flow control then throttles the peer.
 
 use std::io::Result;
 use std::pin::Pin;
@@ -24,12 +23,12 @@ struct State {
     reader: Option<Waker>,
 }
 
-/// The consumer's side: tells the connection what has been consumed.
+/// The consumer's end: reports what was consumed.
 #[derive(Debug, Clone)]
 pub struct Meter(Arc<Mutex<State>>);
 
 impl Meter {
-    /// A message received from the stream has been dealt with.
+    /// Reports that a message received from the stream was consumed.
     pub fn consumed(&self, message: &impl Message) {
         self.release(TTRPC_HEADER + message.compute_size() as usize);
     }
@@ -46,7 +45,7 @@ impl Meter {
     }
 }
 
-/// A socket that is not read from while a window's worth of bytes is unconsumed.
+/// A socket that pauses reading while a window of bytes is unconsumed.
 #[derive(Debug)]
 pub struct Metered<S> {
     inner: S,
@@ -55,8 +54,8 @@ pub struct Metered<S> {
 }
 
 impl<S> Metered<S> {
-    /// Wraps `inner` with a window in bytes. The window must hold the largest message that the peer may send, or the connection stands
-    /// still half-way through it.
+    /// Wraps `inner` with a window in bytes. The window must hold the largest message that the peer may send: a larger
+    /// one would stall the connection forever.
     pub fn new(inner: S, window: usize) -> (Self, Meter) {
         let state = Arc::new(Mutex::new(State::default()));
         let meter = Meter(state.clone());
@@ -70,7 +69,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
             let mut state = lock(&self.state);
             let room = self.window.saturating_sub(state.unconsumed);
             if room == 0 {
-                // Registered under the lock that release() takes: a release between the check and this line cannot be missed.
+                // Register while holding the lock that release() takes: a release after the check would be missed
+                // otherwise.
                 state.reader = Some(cx.waker().clone());
                 return Poll::Pending;
             }
@@ -80,7 +80,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
         let before = part.filled().len();
         std::task::ready!(Pin::new(&mut self.inner).poll_read(cx, &mut part))?;
         let read = part.filled().len() - before;
-        // SAFETY: `part` is the unfilled rest of `buf`, and the inner reader has initialised and filled its first `read` bytes.
+        // SAFETY: `part` is the unfilled rest of `buf`, whose first `read` bytes the inner reader has initialised.
         unsafe { buf.assume_init(read) };
         buf.advance(read);
         lock(&self.state).unconsumed += read;
@@ -120,7 +120,7 @@ mod tests {
     use tokio::io::AsyncReadExt;
 
     #[tokio::test]
-    async fn reading_stops_at_the_window_and_goes_on_when_something_was_consumed() {
+    async fn reading_pauses_at_the_window_and_resumes_after_consumption() {
         let (mut metered, meter) = Metered::new(&[7u8; 100][..], 60);
         let mut got = [0; 100];
         let mut filled = 0;
@@ -135,12 +135,12 @@ mod tests {
             rest.len()
         });
         tokio::task::yield_now().await;
-        assert!(futures_pending(&mut rest).await, "read beyond the window");
+        assert!(is_pending(&mut rest).await, "read beyond the window");
         meter.release(25);
         assert_eq!(rest.await.unwrap(), 25);
     }
 
-    async fn futures_pending(task: &mut tokio::task::JoinHandle<usize>) -> bool {
+    async fn is_pending(task: &mut tokio::task::JoinHandle<usize>) -> bool {
         for _ in 0..10 {
             tokio::task::yield_now().await;
         }

@@ -2,13 +2,14 @@
 
 /// Prefix of every parameter for the init.
 pub const PREFIX: &str = "husk.";
-/// Least severe level of the log lines that the init sends to the host: `off`, `error`, `warn`, `info`, `debug` or `trace`.
+/// Least severe level of the log lines that the init sends to the host: `off`, `error`, `warn`, `info`, `debug` or
+/// `trace`.
 pub const LOG: &str = "husk.log";
 /// The guest's host name.
 pub const HOSTNAME: &str = "husk.hostname";
-/// The host's wall clock when the guest starts, nanoseconds since 1970.
+/// The host's wall clock at the guest's start, nanoseconds since 1970.
 pub const EPOCH_NS: &str = "husk.epoch_ns";
-/// The host's vsock port that expects this guest's `Hello`.
+/// The host's vsock port for this guest's `Hello`.
 pub const READY_PORT: &str = "husk.ready_port";
 /// Interval between two heartbeats, milliseconds.
 pub const HEARTBEAT_MS: &str = "husk.heartbeat_ms";

@@ -1,4 +1,4 @@
-//! Where the things under test are, and what to say when one is missing.
+//! Locations of the artifacts under test, and errors that say how to build a missing one.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 pub enum Runtime {
     /// husk: every container in a VM.
     Husk,
-    /// containerd's own runc shim: shows that a test expects what containerd's users are used to.
+    /// containerd's own runc shim. A test that passes with runc expects what containerd users are used to.
     Runc,
 }
 
@@ -24,15 +24,16 @@ impl Runtime {
         }
     }
 
-    /// Says on the terminal why a test about VMs does nothing under runc.
-    pub fn is_husk_or_tell(self, test: &str) -> bool {
+    /// Whether the runtime is husk. Otherwise prints that the test is skipped: a test about VMs has no meaning for
+    /// runc.
+    pub fn is_husk_or_report_skip(self) -> bool {
         if self == Self::Runc {
-            eprintln!("{test}: about husk alone, nothing to do with runc");
+            eprintln!("{}: skipped what applies to husk only", current_test());
         }
         self == Self::Husk
     }
 
-    /// What `ctr run --runtime` wants.
+    /// The value of `ctr run --runtime`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Husk => "io.containerd.husk.v1",
@@ -52,16 +53,16 @@ impl Runtime {
 /// A release line of containerd that husk works with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
-    /// Debian 12's.
+    /// The version in Debian 12.
     V1_6,
-    /// Debian 13's.
+    /// The version in Debian 13.
     V1_7,
-    /// The present one.
+    /// The current version.
     V2_1,
 }
 
 impl Version {
-    /// Folder name under `.cache/containerd`, and how the version begins.
+    /// Directory name under `.cache/containerd`, and prefix of the version.
     pub fn name(self) -> &'static str {
         match self {
             Self::V1_6 => "1.6",
@@ -70,7 +71,7 @@ impl Version {
         }
     }
 
-    /// `HUSK_TEST_CONTAINERD`, or the one that most tests run with.
+    /// `HUSK_TEST_CONTAINERD`, or the default for most tests.
     pub fn default_for_tests() -> Self {
         match env::var("HUSK_TEST_CONTAINERD").as_deref() {
             Err(_) | Ok("" | "2.1") => Self::V2_1,
@@ -80,7 +81,7 @@ impl Version {
         }
     }
 
-    /// Folder with `containerd`, `ctr` and `containerd-shim-runc-v2` of this version.
+    /// Directory with `containerd`, `ctr` and `containerd-shim-runc-v2` of this version.
     pub fn bin(self) -> Result<PathBuf> {
         let unpacked = repository().join(".cache/containerd").join(self.name());
         let candidates = [unpacked.clone(), unpacked.join("bin"), unpacked.join("usr/bin")];
@@ -93,19 +94,35 @@ impl Version {
     }
 }
 
-/// The top of the repository.
+/// The repository's root.
 pub fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the repository")
+    let crate_dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+    crate_dir.parent().unwrap_or(crate_dir)
 }
 
-/// A file that the build leaves in `out/`.
+/// Name of the running test: the test harness names its threads after the tests.
+pub fn current_test() -> String {
+    std::thread::current().name().unwrap_or("a test").to_owned()
+}
+
+/// Returns from a test unless husk is the runtime under test. Prints that the test is skipped.
+#[macro_export]
+macro_rules! husk_only {
+    () => {
+        if !$crate::artifacts::Runtime::under_test().is_husk_or_report_skip() {
+            return Ok(());
+        }
+    };
+}
+
+/// A file that the build writes to `out/`.
 pub fn built(name: &str) -> Result<PathBuf> {
     let path = repository().join("out").join(name);
     path.metadata().with_context(|| format!("{} is missing: run `./task build` first", path.display()))?;
     Ok(path)
 }
 
-/// Each scenario, a function of a [`Version`] in the test file, as one test per containerd.
+/// Turns each scenario, a function of a [`Version`] in the test file, into one test per containerd version.
 #[macro_export]
 macro_rules! on_every_containerd {
     ($($scenario:ident),* $(,)?) => {

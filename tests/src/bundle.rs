@@ -1,4 +1,4 @@
-//! Bundles as containerd would write them: the spec that its clients make by default, to be changed by each test.
+//! Bundles as containerd writes them. The spec is the default of containerd's clients; each test modifies it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -77,22 +77,31 @@ pub fn spec(id: &str, args: &[&str]) -> Value {
     })
 }
 
-/// A bundle folder in a containerd's private `/run`, and the mounts of its root filesystem.
+/// Appends to a list of a spec, which must exist.
+pub fn append(spec: &mut Value, pointer: &str, values: impl IntoIterator<Item = Value>) {
+    match spec.pointer_mut(pointer).and_then(Value::as_array_mut) {
+        Some(list) => list.extend(values),
+        None => panic!("the spec has no list {pointer}"),
+    }
+}
+
+/// A bundle directory in a containerd's private `/run`, and its rootfs mounts.
 pub struct Bundle {
     /// Container id.
     pub id: String,
-    /// As the shim sees it.
+    /// Path as the shim sees it.
     pub path: PathBuf,
-    /// As the test sees it.
+    /// Path as the test sees it.
     pub outside: PathBuf,
-    /// What a shim logs: containerd makes this fifo in each bundle.
+    /// The shim's log: containerd creates this fifo in each bundle.
     pub log: fifo::Reader,
-    /// What Create gets as `rootfs`: an overlay over the test image, the form of containerd's default snapshotter.
+    /// The `rootfs` of the Create request: an overlay over the test image, as containerd's default snapshotter makes
+    /// it.
     pub rootfs: Vec<Mount>,
 }
 
 impl Bundle {
-    /// Writes the folder with its `config.json`.
+    /// Writes the bundle directory with its `config.json`.
     pub fn write(containerd: &Containerd, id: &str, spec: &Value) -> Result<Self> {
         let path = Path::new("/run/bundles").join(id);
         let outside = containerd.path(&path);

@@ -1,4 +1,4 @@
-//! Runs a program to its end, or to a deadline.
+//! Runs a program until it exits or a deadline expires.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -11,31 +11,31 @@ use anyhow::{Context, Result, bail};
 
 use crate::process;
 
-/// Most bytes of output that are kept: a test that makes more has gone wrong.
-const MOST_OUTPUT: u64 = 512 * 1024 * 1024;
+/// Limit for captured output: a test that produces more has gone wrong.
+const MAX_OUTPUT: u64 = 512 * 1024 * 1024;
 
-/// How a program ended and what it said.
+/// Exit status and output of a program.
 pub struct Output {
-    /// As waited for.
+    /// Wait status.
     pub status: ExitStatus,
-    /// Everything from its stdout.
+    /// Complete stdout.
     pub stdout: Vec<u8>,
-    /// Everything from its stderr.
+    /// Complete stderr.
     pub stderr: Vec<u8>,
-    /// From start to end, streams included.
+    /// Time from start until exit and the end of both streams.
     pub took: Duration,
-    /// The command line, for messages.
+    /// The command line, for error messages.
     line: String,
 }
 
 impl Output {
-    /// Exit code, 128 + n for signal n.
+    /// Exit code, or 128 + n for signal n.
     pub fn code(&self) -> i32 {
         use std::os::unix::process::ExitStatusExt;
         self.status.code().unwrap_or_else(|| 128 + self.status.signal().unwrap_or_default())
     }
 
-    /// Stdout as text, without the last line's end.
+    /// Stdout as text, without trailing whitespace.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).trim_end().to_owned()
     }
@@ -45,15 +45,15 @@ impl Output {
         String::from_utf8_lossy(&self.stderr).into_owned()
     }
 
-    /// Itself if the exit code is `code`; otherwise an error with all that was said.
+    /// Returns the output if the exit code is `code`, otherwise an error with both streams.
     pub fn expect_code(self, code: i32) -> Result<Self> {
         if self.code() != code {
-            bail!("wanted exit code {code}: {self}");
+            bail!("expected exit code {code}: {self}");
         }
         Ok(self)
     }
 
-    /// Itself if the exit code is 0.
+    /// Returns the output if the exit code is 0, otherwise an error with both streams.
     pub fn ok(self) -> Result<Self> {
         self.expect_code(0)
     }
@@ -62,7 +62,7 @@ impl Output {
 impl fmt::Display for Output {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shorten = |bytes: &[u8]| String::from_utf8_lossy(&bytes[..bytes.len().min(4096)]).into_owned();
-        write!(f, "`{}` ended with {} after {:.1?}", self.line, self.code(), self.took)?;
+        write!(f, "`{}` exited with {} after {:.1?}", self.line, self.code(), self.took)?;
         write!(f, "\n--- stdout ---\n{}\n--- stderr ---\n{}", shorten(&self.stdout), shorten(&self.stderr))
     }
 }
@@ -73,7 +73,8 @@ impl fmt::Debug for Output {
     }
 }
 
-/// Runs `command` with `stdin` to its end. After `deadline` it and all that it started are killed, and that is an error.
+/// Runs `command` with `stdin` until it exits. After `deadline`, kills it with all its descendants and returns an
+/// error.
 pub fn run(mut command: Command, stdin: Option<Vec<u8>>, deadline: Duration) -> Result<Output> {
     let line = describe(&command);
     command.stdin(if stdin.is_some() { Stdio::piped() } else { Stdio::null() });
@@ -82,12 +83,12 @@ pub fn run(mut command: Command, stdin: Option<Vec<u8>>, deadline: Duration) -> 
     collect(child, stdin, line, deadline)
 }
 
-/// Waits for a child whose streams are piped; see [`run`].
+/// Waits for a child with piped streams; see [`run`].
 fn collect(mut child: Child, stdin: Option<Vec<u8>>, line: String, deadline: Duration) -> Result<Output> {
     let started = Instant::now();
     let pid = child.id() as i32;
     if let (Some(bytes), Some(mut pipe)) = (stdin, child.stdin.take()) {
-        // A program that ends before it has read everything is no error of the writer.
+        // A program may exit before it has read everything.
         thread::spawn(move || drop(pipe.write_all(&bytes)));
     }
     let stdout = drain(child.stdout.take());
@@ -104,7 +105,7 @@ fn collect(mut child: Child, stdin: Option<Vec<u8>>, line: String, deadline: Dur
             let (out, err) =
                 (stdout.recv_timeout(grace).unwrap_or_default(), stderr.recv_timeout(grace).unwrap_or_default());
             bail!(
-                "`{line}` was not done after {deadline:?}\n--- stdout ---\n{}\n--- stderr ---\n{}\n--- below it ---\n{}",
+                "`{line}` did not exit within {deadline:?}\n--- stdout ---\n{}\n--- stderr ---\n{}\n--- descendants ---\n{}",
                 String::from_utf8_lossy(&out),
                 String::from_utf8_lossy(&err),
                 tree.join("\n")
@@ -112,33 +113,33 @@ fn collect(mut child: Child, stdin: Option<Vec<u8>>, line: String, deadline: Dur
         }
     };
     let stdout =
-        stdout.recv_timeout(left()).with_context(|| format!("`{line}` has ended, its stdout is still open"))?;
+        stdout.recv_timeout(left()).with_context(|| format!("`{line}` has exited, but its stdout is still open"))?;
     let stderr =
-        stderr.recv_timeout(left()).with_context(|| format!("`{line}` has ended, its stderr is still open"))?;
+        stderr.recv_timeout(left()).with_context(|| format!("`{line}` has exited, but its stderr is still open"))?;
     Ok(Output { status, stdout, stderr, took: started.elapsed(), line })
 }
 
-/// Reads a stream to its end in a thread of its own.
+/// Reads a stream to its end in a separate thread.
 fn drain(stream: Option<impl Read + Send + 'static>) -> mpsc::Receiver<Vec<u8>> {
     let (done, result) = mpsc::channel();
     thread::spawn(move || {
         let mut bytes = Vec::new();
         if let Some(stream) = stream {
-            // What was read before an error is what the test gets to see.
-            let _ = stream.take(MOST_OUTPUT).read_to_end(&mut bytes);
+            // After a read error, the test still gets what came before it.
+            let _ = stream.take(MAX_OUTPUT).read_to_end(&mut bytes);
         }
         drop(done.send(bytes));
     });
     result
 }
 
-/// The command line, for messages.
+/// The command line, for error messages.
 pub fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
-/// Polls `probe` until it gives a value; the last resort where nothing tells that something has happened.
+/// Polls `probe` until it returns a value. The last resort, for conditions without a notification.
 pub fn wait_for<T>(deadline: Duration, what: &str, mut probe: impl FnMut() -> Option<T>) -> Result<T> {
     let started = Instant::now();
     loop {

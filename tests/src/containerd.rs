@@ -1,8 +1,8 @@
-//! A containerd of one's own: its `/run`, its mounts and its processes live in namespaces that vanish with it.
+//! A private containerd: its `/run`, mounts and processes live in namespaces that end with it.
 //!
-//! The daemon lives in a PID namespace and in a mount namespace whose `/run` is an empty tmpfs. So its paths are the usual
-//! ones and yet private, a test sees every process and mount that a shim leaves behind and no others, and when the test
-//! ends, however it ends, the kernel ends the daemon, its shims and their VMs and drops their mounts.
+//! The daemon runs in its own PID namespace, and in a mount namespace whose `/run` is an empty tmpfs. Its paths are
+//! therefore the usual ones but private, and a test sees the processes and mounts that a shim leaves behind, and no
+//! others. However the test ends, the kernel then kills the daemon, its shims and their VMs, and drops their mounts.
 
 use std::collections::VecDeque;
 use std::fs::OpenOptions;
@@ -13,26 +13,28 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use husk_protos::lock::lock;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::artifacts::{Runtime, Version, built, repository};
+use crate::cgroup;
 use crate::command::{self, Output};
 use crate::fifo;
 use crate::process::{self, Process};
 
-/// containerd's namespace that all tests use.
+/// The containerd namespace of all tests.
 pub const NAMESPACE: &str = "husk-test";
-/// Longest that a daemon may take until it serves.
+/// Deadline for a daemon to become ready.
 const START: Duration = Duration::from_secs(30);
-/// Longest for one `ctr`: VMs without an accelerator, on a machine that does other things as well.
+/// Deadline for one `ctr` call, on a loaded machine that emulates its VMs.
 const CTR: Duration = Duration::from_secs(90);
-/// Lines of the daemon's log that are kept for failure messages.
+/// Lines of the daemon's log kept for failure messages.
 const LOG_LINES: usize = 2000;
 
 const CONFIG: &str = r#"version = 2
@@ -44,12 +46,14 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
 address = "/run/containerd/containerd.sock"
 "#;
 
-/// Where process 1 looks for leave to start containerd again when it has ended: a fifo, if the test wants that.
-const AGAIN: &str = "/run/again";
+/// The fifo that makes process 1 restart containerd. Process 1 waits on it after containerd has exited; without the
+/// fifo it exits too.
+const RESTART_FIFO: &str = "/run/again";
 
-/// Process 1 is a shell that reaps what shims leave to it, as a machine's init does; containerd itself reaps only its own.
-/// A shell ignores SIGINT and SIGQUIT for what it runs in the background, and containers would inherit that.
-const STAGE: &str = r#"set -e
+/// Process 1 is a shell that reaps the processes orphaned by shims, as a machine's init does; containerd reaps only its
+/// own children. `env` resets SIGINT and SIGQUIT, which a shell ignores in background jobs and containers would
+/// inherit.
+const ENTRYPOINT: &str = r#"set -e
 mount --make-rshared /
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/containerd /run/lock
@@ -62,7 +66,7 @@ while :; do
   read -r leave </run/again
 done"#;
 
-/// A running daemon with the test image in it.
+/// A running daemon with the test image imported.
 pub struct Containerd {
     version: Version,
     runtime: Runtime,
@@ -78,7 +82,7 @@ pub struct Containerd {
     ended: Mutex<mpsc::Receiver<std::io::Result<ExitStatus>>>,
 }
 
-/// A containerd whose shims read a husk configuration of the test's own.
+/// A containerd whose shims read their own husk configuration.
 pub struct Configured {
     /// The daemon.
     pub containerd: Containerd,
@@ -86,7 +90,7 @@ pub struct Configured {
 }
 
 impl Configured {
-    /// Starts one; `config` is the text of the configuration file.
+    /// Starts a daemon; `config` is the text of the configuration file.
     pub fn start(config: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("config.toml");
@@ -96,38 +100,38 @@ impl Configured {
     }
 }
 
-/// What is special about a daemon.
+/// Options of a daemon.
 #[derive(Default)]
 pub struct Setup {
-    /// [`Version::default_for_tests`] if not given.
+    /// [`Version::default_for_tests`] by default.
     pub version: Option<Version>,
-    /// [`Runtime::under_test`] if not given.
+    /// [`Runtime::under_test`] by default.
     pub runtime: Option<Runtime>,
-    /// Environment of the daemon, and so of its shims.
+    /// Environment of the daemon, inherited by its shims.
     pub env: Vec<(String, String)>,
-    /// Lines of configuration beside the usual ones.
+    /// Additional lines of containerd's configuration.
     pub config: String,
 }
 
 impl Containerd {
-    /// Starts one of the given version for the runtime under test.
+    /// Starts a daemon of the given version for the runtime under test.
     pub fn start(version: Version) -> Result<Self> {
         Self::with(Setup { version: Some(version), ..Setup::default() })
     }
 
-    /// The daemon that the tests of one binary share; it ends with the process.
+    /// The daemon shared by the tests of one binary; it ends with the process.
     pub fn shared() -> Result<&'static Self> {
         Self::shared_of(Version::default_for_tests())
     }
 
-    /// The shared one of this version.
+    /// The shared daemon of this version.
     pub fn shared_of(version: Version) -> Result<&'static Self> {
         static SHARED: [OnceLock<Result<Containerd, String>>; 3] = [const { OnceLock::new() }; 3];
         let shared = SHARED[version as usize].get_or_init(|| Self::start(version).map_err(|e| format!("{e:?}")));
         shared.as_ref().map_err(|e| anyhow!("{e}"))
     }
 
-    /// Starts one with these particulars.
+    /// Starts a daemon with these options.
     pub fn with(setup: Setup) -> Result<Self> {
         static DAEMONS: AtomicU32 = AtomicU32::new(0);
         let version = setup.version.unwrap_or_else(Version::default_for_tests);
@@ -144,7 +148,7 @@ impl Containerd {
         let ready = UnixDatagram::bind_addr(&address).context("bind the readiness socket")?;
         let mut command = Command::new("unshare");
         command.args(["--mount", "--pid", "--fork", "--kill-child=KILL", "--propagation", "slave", "--mount-proc"]);
-        command.args(["sh", "-c", STAGE]).arg(bin.join("containerd"));
+        command.args(["sh", "-c", ENTRYPOINT]).arg(bin.join("containerd"));
         command
             .env("PATH", search_path(&bin))
             .env("NOTIFY_SOCKET", format!("@{name}"))
@@ -152,7 +156,7 @@ impl Containerd {
         command.envs(setup.env.clone());
 
         let log = Arc::new(Mutex::new(VecDeque::new()));
-        let (pid, ended) = keep(command, log.clone())?;
+        let (pid, ended) = spawn_daemon(command, log.clone())?;
         let mut daemon = Self {
             version,
             runtime,
@@ -169,49 +173,49 @@ impl Containerd {
         };
         daemon.ready.set_read_timeout(Some(Duration::from_millis(200)))?;
         daemon.await_ready().with_context(|| daemon.log_tail())?;
-        // Process 1 of its namespace.
-        daemon.pid = daemon.child().context("containerd has no process")?.pid;
+        // From here on, process 1 of the namespace instead of `unshare`.
+        daemon.pid = daemon.child().context("unshare has no child process")?.pid;
         daemon.image = daemon.import(&tarball).with_context(|| daemon.log_tail())?;
         Ok(daemon)
     }
 
-    /// Blocks until the daemon says that it serves, or has ended, or the deadline is over.
+    /// Blocks until the daemon is ready. Fails if it exits or the deadline expires.
     fn await_ready(&self) -> Result<()> {
         let mut message = [0; 256];
-        command::wait_for(START, "containerd says that it serves", || match self.ready.recv(&mut message) {
+        command::wait_for(START, "containerd reports readiness", || match self.ready.recv(&mut message) {
             Ok(length) if message[..length].starts_with(b"READY=1") => Some(Ok(())),
-            _ => Process::read(self.pid).is_none_or(|p| p.zombie).then(|| bail!("containerd has ended")),
+            _ => Process::read(self.pid).is_none_or(|p| p.zombie).then(|| bail!("containerd has exited")),
         })?
     }
 
-    /// The one process that the daemon's process 1, or before that is known `unshare`, has started itself.
+    /// The only direct child of `pid`, which is `unshare` until process 1 is known.
     fn child(&self) -> Option<Process> {
         process::descendants(self.pid).into_iter().find(|process| process.parent == self.pid)
     }
 
-    /// Ends containerd, and it alone, with this signal. What it has started goes on.
-    pub fn end(&self, signal: Signal) -> Result<()> {
+    /// Sends containerd this signal and waits until it has exited. Its shims keep running.
+    pub fn stop(&self, signal: Signal) -> Result<()> {
         let daemon = self.daemon()?;
-        fifo::make(&self.path(AGAIN))?;
+        fifo::make(&self.path(RESTART_FIFO))?;
         kill(Pid::from_raw(daemon.pid), signal)?;
-        command::wait_for(START, "containerd ends", || (!daemon.is_alive()).then_some(()))
+        command::wait_for(START, "containerd exits", || (!daemon.is_alive()).then_some(()))
     }
 
-    /// Starts containerd again after [`Self::end`]; it serves when this returns.
-    pub fn start_again(&self) -> Result<()> {
-        let again = self.path(AGAIN);
-        // Opened both ways because opening only for writing would wait for the shell: fifo(7).
-        let mut leave = OpenOptions::new().read(true).write(true).open(&again)?;
-        leave.write_all(b"\n")?;
+    /// Starts containerd again after [`Self::stop`] and waits until it is ready.
+    pub fn restart(&self) -> Result<()> {
+        let fifo = self.path(RESTART_FIFO);
+        // Opening a fifo only for writing would block until the shell opens it: fifo(7).
+        let mut writer = OpenOptions::new().read(true).write(true).open(&fifo)?;
+        writer.write_all(b"\n")?;
         self.await_ready().with_context(|| self.log_tail())?;
-        std::fs::remove_file(again)?;
+        std::fs::remove_file(fifo)?;
         Ok(())
     }
 
     fn daemon(&self) -> Result<Process> {
         let program = self.bin.join("containerd").display().to_string();
         let ours = |process: &Process| process.parent == self.pid && process.command.starts_with(&program);
-        process::descendants(self.pid).into_iter().find(ours).context("containerd has no process")
+        process::descendants(self.pid).into_iter().find(ours).context("containerd is not running")
     }
 
     fn import(&self, tarball: &Path) -> Result<String> {
@@ -220,7 +224,7 @@ impl Containerd {
         Ok(images.lines().next().context("no image after the import")?.to_owned())
     }
 
-    /// Where the image's files are, read-only, for callers that mount them by themselves.
+    /// Mount point of the image, read-only, for callers that build their own overlay.
     pub fn unpacked_image(&self) -> Result<&'static str> {
         const FOLDER: &str = "/run/image";
         let mount = || {
@@ -231,47 +235,48 @@ impl Containerd {
         unpacked.as_ref().map(|()| FOLDER).map_err(|e| anyhow!("{e}"))
     }
 
-    /// Its release line.
+    /// Release line of the daemon.
     pub fn version(&self) -> Version {
         self.version
     }
 
-    /// The shim that its containers run with.
+    /// The runtime of its containers.
     pub fn runtime(&self) -> Runtime {
         self.runtime
     }
 
-    /// Name of the busybox image in it.
+    /// Name of the imported busybox image.
     pub fn image(&self) -> &str {
         &self.image
     }
 
-    /// Process 1 of its PID namespace, as the test sees it: everything that it and its shims start is below.
+    /// Process 1 of the daemon's PID namespace, as the test sees it: the ancestor of everything that the daemon and its
+    /// shims start.
     pub fn pid(&self) -> i32 {
         self.pid
     }
 
-    /// Part of every container id that it hands out, and of nobody else's.
+    /// A part of every container id of this daemon, unique to it.
     pub fn token(&self) -> &str {
         &self.token
     }
 
-    /// What a test has set of the daemon's environment, which is that of its shims.
+    /// The test's additions to the daemon's environment, which its shims inherit.
     pub fn env(&self) -> &[(String, String)] {
         &self.env
     }
 
-    /// PATH of the daemon, and so of its shims: husk's programs, and this containerd's with its runc, before the machine's.
+    /// PATH of the daemon and its shims: husk's programs, then this containerd's with its runc, then the machine's.
     pub fn search_path(&self) -> String {
         search_path(&self.bin)
     }
 
-    /// Folder with its programs.
+    /// Directory of the daemon's programs.
     pub fn bin(&self) -> &Path {
         &self.bin
     }
 
-    /// The shim process that serves `id`, and what that has started.
+    /// The shim process that serves `id`, and its descendants.
     pub fn shim_of(&self, id: &str) -> Result<(Process, Vec<Process>)> {
         let ours = |process: &Process| process.name.starts_with("containerd-shim") && process.command.contains(id);
         let shim = process::descendants(self.pid).into_iter().find(ours);
@@ -280,25 +285,38 @@ impl Containerd {
         Ok((shim, below))
     }
 
-    /// The socket of the shim that serves `id`, as the test reaches it.
+    /// The descendant of the shim that serves `id` whose name starts with `name`; its own child if there are several.
+    pub fn shim_child(&self, id: &str, name: &str) -> Result<Process> {
+        let (shim, below) = self.shim_of(id)?;
+        let mut found: Vec<_> = below.iter().filter(|process| process.name.starts_with(name)).collect();
+        found.sort_by_key(|process| process.parent != shim.pid);
+        found.first().map(|process| (*process).clone()).with_context(|| format!("the shim has no {name}: {below:#?}"))
+    }
+
+    /// QEMU of the shim that serves `id`.
+    pub fn qemu_of(&self, id: &str) -> Result<Process> {
+        self.shim_child(id, "qemu")
+    }
+
+    /// Socket of the shim that serves `id`, as the test reaches it.
     pub fn shim_socket(&self, id: &str) -> Result<PathBuf> {
         let bundle = self.path("/run/containerd/state/io.containerd.runtime.v2.task").join(NAMESPACE).join(id);
         let address = std::fs::read_to_string(bundle.join("address")).context("the bundle's `address`")?;
         Ok(self.path(address.strip_prefix("unix://").context("not a unix socket")?))
     }
 
-    /// A container id that nobody has had.
+    /// A unique container id.
     pub fn id(&self, name: &str) -> String {
         format!("{name}-{}-{}", self.token, self.next.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// The path by which the test reaches what the daemon calls `path`.
+    /// The path by which the test reaches the daemon's `path`.
     pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();
         Path::new("/proc").join(self.pid.to_string()).join("root").join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// A command that will run in the daemon's mount and PID namespaces.
+    /// A command that runs in the daemon's mount and PID namespaces.
     pub fn enter(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.pid.to_string(), "--mount", "--pid", "--"]).arg(program.as_ref());
@@ -312,7 +330,7 @@ impl Containerd {
         command::run(command, None, CTR)?.ok()
     }
 
-    /// A `ctr` call to be completed.
+    /// A `ctr` call, to be completed by the caller.
     pub fn ctr<'a>(&'a self, args: impl IntoIterator<Item = &'a str>) -> Ctr<'a> {
         let args = args.into_iter().map(str::to_owned).collect();
         Ctr { containerd: self, args, stdin: None, deadline: CTR }
@@ -324,17 +342,17 @@ impl Containerd {
         ctr.args(flags).args([&self.image, id]).args(args)
     }
 
-    /// Runs a shell script in a container of its own and gives what it printed.
+    /// Runs a shell script in its own container and returns its output.
     pub fn script(&self, flags: &[&str], name: &str, script: &str) -> Result<String> {
         Ok(self.run(flags, &self.id(name), &["sh", "-c", script]).ok()?.text())
     }
 
-    /// `ctr run --detach`; killed and removed when dropped.
+    /// `ctr run --detach`. The container is killed and removed on drop.
     pub fn detached(&self, flags: &[&str], name: &str, args: &[&str]) -> Result<Container<'_>> {
         self.detached_with(self.runtime, flags, name, args)
     }
 
-    /// The same with another runtime than the daemon's usual one.
+    /// Like [`Self::detached`], with another runtime.
     pub fn detached_with(&self, runtime: Runtime, flags: &[&str], name: &str, args: &[&str]) -> Result<Container<'_>> {
         let container = Container { containerd: self, id: self.id(name) };
         let ctr = self.ctr(["run", "--detach", "--runtime", runtime.name()]);
@@ -342,42 +360,42 @@ impl Containerd {
         Ok(container)
     }
 
-    /// A container that the test makes by itself; killed and removed when dropped.
+    /// A container that the test creates itself. It is killed and removed on drop.
     pub fn adopt(&self, id: &str) -> Container<'_> {
         Container { containerd: self, id: id.to_owned() }
     }
 
-    /// The last lines of the daemon's log, shims' lines included.
+    /// The last lines of the daemon's log, which include the shims' lines.
     pub fn log_tail(&self) -> String {
-        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let log = lock(&self.log);
         let lines: Vec<_> = log.iter().skip(log.len().saturating_sub(40)).cloned().collect();
-        format!("containerd {}'s last words:\n{}", self.version.name(), lines.join("\n"))
+        format!("containerd {}: end of the log:\n{}", self.version.name(), lines.join("\n"))
     }
 
-    /// Lines of the daemon's log with `needle` in them.
+    /// Lines of the daemon's log that contain `needle`.
     pub fn logged(&self, needle: &str) -> Vec<String> {
-        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let log = lock(&self.log);
         log.iter().filter(|line| line.contains(needle)).cloned().collect()
     }
 }
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        // The kernel ends all others of the namespace with its process 1.
+        // The kernel kills the rest of the PID namespace with its process 1.
         if let Some(process) = Process::read(self.pid) {
             process.kill();
         }
-        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let ended = lock(&self.ended);
         if ended.recv_timeout(Duration::from_secs(10)).is_err() && !thread::panicking() {
-            panic!("containerd did not end within 10 s of its SIGKILL");
+            panic!("containerd did not exit within 10 s of SIGKILL");
         }
         remove_cgroups(&self.token);
     }
 }
 
-/// Spawns the daemon from a thread that lives as long as the daemon does: the parent-death signal follows the thread that
-/// forked (prctl(2)), not the process.
-fn keep(
+/// Spawns the daemon from a thread that lives as long as the daemon: the parent-death signal follows the thread that
+/// forked, not the process (prctl(2)).
+fn spawn_daemon(
     mut command: Command,
     log: Arc<Mutex<VecDeque<String>>>,
 ) -> Result<(i32, mpsc::Receiver<std::io::Result<ExitStatus>>)> {
@@ -399,7 +417,7 @@ fn keep(
         let stderr = child.stderr.take();
         drop(started.send(Ok(child.id() as i32)));
         for line in stderr.map(BufReader::new).into_iter().flat_map(BufRead::lines).map_while(Result::ok) {
-            let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut log = lock(&log);
             log.push_back(line);
             if log.len() > LOG_LINES {
                 log.pop_front();
@@ -407,19 +425,19 @@ fn keep(
         }
         drop(done.send(child.wait()));
     });
-    let pid = start.recv().context("the daemon's thread has ended")?.context("start unshare")?;
+    let pid = start.recv().context("the daemon's thread has exited")?.context("start unshare")?;
     Ok((pid, ended))
 }
 
-/// Removes what containers with `token` in their ids have left in the cgroup hierarchies.
+/// Removes the cgroups of containers with `token` in their ids.
 fn remove_cgroups(token: &str) {
-    for folder in crate::leftovers::cgroups(token).iter().rev() {
-        // One that is in use or gone is not ours to remove any more.
+    for folder in cgroup::find(token).iter().rev() {
+        // A cgroup that is in use or already gone is no longer ours to remove.
         let _ = std::fs::remove_dir(folder);
     }
 }
 
-/// A `ctr` call in the making.
+/// A `ctr` call under construction.
 pub struct Ctr<'a> {
     containerd: &'a Containerd,
     args: Vec<String>,
@@ -440,62 +458,62 @@ impl Ctr<'_> {
         self
     }
 
-    /// Gives it a stdin; without one it is /dev/null.
+    /// Sets stdin, which is /dev/null by default.
     pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.stdin = Some(bytes.into());
         self
     }
 
-    /// Instead of the usual deadline.
+    /// Replaces the default deadline.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
 
-    /// As a command, for callers that don't want to wait for its end.
+    /// The call as a command, for callers that don't wait for its exit.
     pub fn command(&self) -> Command {
         let mut command = self.containerd.enter(self.containerd.bin.join("ctr"));
         command.args(["--namespace", NAMESPACE]).args(&self.args);
         command
     }
 
-    /// Runs it to its end, whatever that is.
+    /// Runs the call until it exits, with any exit code.
     pub fn output(self) -> Result<Output> {
         let command = self.command();
         command::run(command, self.stdin, self.deadline).with_context(|| self.containerd.log_tail())
     }
 
-    /// Runs it and wants exit code 0.
+    /// Runs the call and expects exit code 0.
     pub fn ok(self) -> Result<Output> {
         self.expect_code(0)
     }
 
-    /// Runs it and wants this exit code.
+    /// Runs the call and expects this exit code.
     pub fn expect_code(self, code: i32) -> Result<Output> {
         let containerd = self.containerd;
         self.output()?.expect_code(code).with_context(|| containerd.log_tail())
     }
 }
 
-/// A container that runs in the background.
+/// A container in the background.
 pub struct Container<'a> {
     containerd: &'a Containerd,
     id: String,
 }
 
 impl Container<'_> {
-    /// Its id.
+    /// The container's id.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// `ctr task exec` of a command in it.
+    /// `ctr task exec` of a command in the container.
     pub fn exec(&self, args: &[&str]) -> Ctr<'_> {
         let id = self.containerd.id("exec");
         self.containerd.ctr(["task", "exec", "--exec-id"]).arg(id).arg(&self.id).args(args)
     }
 
-    /// What a shell script prints in it.
+    /// Runs a shell script in the container and returns its output.
     pub fn script(&self, script: &str) -> Result<String> {
         Ok(self.exec(&["sh", "-c", script]).ok()?.text())
     }
@@ -505,10 +523,16 @@ impl Container<'_> {
         self.containerd.ctr(["task", "kill", "--signal", signal, &self.id]).ok()
     }
 
-    /// `ctr task rm`; the exit status that it reports.
+    /// Kills the container with SIGKILL and waits until `ctr task ls` shows it as stopped.
+    pub fn kill_and_wait(&self) -> Result<()> {
+        self.kill("SIGKILL")?;
+        self.await_status("STOPPED")
+    }
+
+    /// `ctr task rm`. Returns the exit status that it reports.
     pub fn delete_task(&self) -> Result<i32> {
         let deleted = self.containerd.ctr(["task", "rm", &self.id]).output()?;
-        // Some versions end with the status, others only warn of it.
+        // Some versions exit with the status, others only print a warning.
         match (deleted.code(), deleted.errors().rsplit_once("non-zero exit code ")) {
             (0, Some((_, status))) => {
                 let digits: String = status.chars().take_while(char::is_ascii_digit).collect();
@@ -520,7 +544,7 @@ impl Container<'_> {
         }
     }
 
-    /// The status column of `ctr task ls`; nothing when there is no such task.
+    /// The status column of `ctr task ls`, or `None` without such a task.
     pub fn status(&self) -> Result<Option<String>> {
         let list = self.containerd.ctr(["task", "ls"]).ok()?.text();
         let line = list.lines().find(|line| line.split_whitespace().next() == Some(&self.id));
@@ -538,7 +562,7 @@ impl Container<'_> {
 
 impl Drop for Container<'_> {
     fn drop(&mut self) {
-        // Already gone is fine: the tests that delete by themselves come here too.
+        // Both fail if the test has already deleted the container.
         let _ = self.containerd.ctr(["task", "rm", "--force", &self.id]).deadline(Duration::from_secs(30)).output();
         let _ = self.containerd.ctr(["container", "rm", &self.id]).deadline(Duration::from_secs(30)).output();
     }

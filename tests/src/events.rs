@@ -1,9 +1,9 @@
-//! What shims publish: as `ctr events` shows it, or taken in by the test in containerd's place.
+//! Events that shims publish: as `ctr events` shows them, or received by the test in place of containerd.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use containerd_shim_protos::api::{Empty, ForwardRequest};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::{Events, create_events, ttrpc};
+use husk_protos::lock::lock;
 use serde_json::Value;
 
 use crate::command::wait_for;
@@ -40,7 +41,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Starts to watch; from its return on no event is missed.
+    /// Starts `ctr events`. It misses no event after this function has returned.
     pub fn start(containerd: &Containerd) -> Result<Self> {
         let mut command = containerd.ctr(["events"]).command();
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
@@ -50,26 +51,26 @@ impl Watch {
             BufReader::new(stdout).lines().map_while(Result::ok).try_for_each(|line| send.send(line))
         });
         let watch = Self { child, lines };
-        // ctr doesn't say when it is subscribed: make noise until some of it comes through.
+        // ctr does not report when it has subscribed: cause events until one arrives.
         let mut round = 0;
-        wait_for(Duration::from_secs(20), "ctr events shows something", || {
+        wait_for(Duration::from_secs(20), "ctr events shows an event", || {
             round += 1;
             let label = format!("round={round}");
             let made = containerd.ctr(["namespaces", "label", NAMESPACE]).arg(label).ok();
-            let heard = watch.lines.recv_timeout(Duration::from_millis(100)).is_ok();
-            made.map(|_| heard.then_some(())).transpose()
+            let received = watch.lines.recv_timeout(Duration::from_millis(100)).is_ok();
+            made.map(|_| received.then_some(())).transpose()
         })??;
         Ok(watch)
     }
 
-    /// The events of the container `id` until one for which `last` holds.
+    /// Collects the events of container `id` up to the first for which `last` holds.
     pub fn collect(&self, id: &str, deadline: Duration, last: impl Fn(&Event) -> bool) -> Result<Vec<Event>> {
         let started = Instant::now();
         let mut events: Vec<Event> = Vec::new();
         loop {
             let left = deadline.saturating_sub(started.elapsed());
             let Ok(line) = self.lines.recv_timeout(left) else {
-                bail!("the last event did not come within {deadline:?}; these did: {events:#?}");
+                bail!("the last event did not arrive within {deadline:?}; received: {events:#?}");
             };
             // "<date> <time> <zone> <zone> <namespace> <topic> <json>"
             let Some((head, json)) = line.find('{').map(|at| line.split_at(at)) else { continue };
@@ -90,12 +91,12 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         process::kill_tree(self.child.id() as i32);
-        // A child that is killed and can't be waited for is gone all the same.
+        // If the wait fails, the killed child is gone anyway.
         let _ = self.child.wait();
     }
 }
 
-/// An event as it came from a shim.
+/// An event as the shim sent it.
 #[derive(Debug, Clone)]
 pub struct Published {
     /// Such as `/tasks/exit`.
@@ -105,7 +106,7 @@ pub struct Published {
 }
 
 impl Published {
-    /// The event as the message that its type says it is.
+    /// Decodes the event as the message type that it names.
     pub fn decode<M: containerd_shim_protos::protobuf::MessageFull>(&self) -> Result<M> {
         // containerd's typeurl leaves out the "type.googleapis.com/" that protobuf's own packing writes.
         if self.event.type_url.rsplit('/').next() != Some(M::descriptor().full_name()) {
@@ -115,7 +116,7 @@ impl Published {
     }
 }
 
-/// A server that stands where containerd's event service would.
+/// A server in place of containerd's event service.
 pub struct Sink {
     server: Option<ttrpc::Server>,
     address: String,
@@ -130,8 +131,8 @@ impl Events for Forwarder {
     fn forward(&self, _: &ttrpc::TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
         let envelope = request.envelope.unwrap_or_default();
         let published = Published { topic: envelope.topic, event: envelope.event.unwrap_or_default() };
-        // Nobody listens any more when the test is over.
-        let _ = self.0.lock().unwrap_or_else(PoisonError::into_inner).send(published);
+        // The receiver is gone when the test is over.
+        let _ = lock(&self.0).send(published);
         Ok(Empty::new())
     }
 }
@@ -144,7 +145,7 @@ impl Sink {
         Ok(sink)
     }
 
-    /// One that nobody reaches before [`Self::open`]: as a containerd that is down.
+    /// A sink that is unreachable before [`Self::open`], like a stopped containerd.
     pub fn closed() -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("husk-events").tempdir()?;
         let address = folder.path().join("sock").display().to_string();
@@ -152,7 +153,7 @@ impl Sink {
         Ok(Self { server: None, address, sender, events: Mutex::new(events), _folder: folder })
     }
 
-    /// From now on it serves.
+    /// Starts to serve.
     pub fn open(&mut self) -> Result<()> {
         let service = Arc::new(Forwarder(Mutex::new(self.sender.clone())));
         let services: HashMap<_, _> = create_events(service);
@@ -162,20 +163,20 @@ impl Sink {
         Ok(())
     }
 
-    /// What a shim gets as `TTRPC_ADDRESS`.
+    /// The value of a shim's `TTRPC_ADDRESS`.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// All events until one with this topic, that one included.
+    /// All events up to and including the first with this topic.
     pub fn until(&self, topic: &str, deadline: Duration) -> Result<Vec<Published>> {
         let started = Instant::now();
-        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let events = lock(&self.events);
         let mut seen: Vec<Published> = Vec::new();
         loop {
             match events.recv_timeout(deadline.saturating_sub(started.elapsed())) {
                 Ok(event) => seen.push(event),
-                Err(_) => bail!("no {topic} within {deadline:?}; these came: {seen:#?}"),
+                Err(_) => bail!("no {topic} within {deadline:?}; received: {seen:#?}"),
             }
             if seen.last().is_some_and(|event| event.topic == topic) {
                 return Ok(seen);
@@ -186,7 +187,7 @@ impl Sink {
 
 impl Drop for Sink {
     fn drop(&mut self) {
-        // It waits for its connections, and the test has no reason to.
+        // Shutting down waits for open connections, which the test has no reason to do.
         if let Some(server) = self.server.take() {
             thread::spawn(move || server.shutdown());
         }

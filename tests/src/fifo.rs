@@ -1,4 +1,4 @@
-//! The client's ends of the fifos that carry a process's standard streams, as containerd's clients hold them.
+//! The client's ends of the fifos of a process's standard streams, as containerd's clients hold them.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
@@ -12,7 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
-/// Makes a fifo at `path`.
+/// Creates a fifo at `path`.
 pub fn make(path: &Path) -> Result<()> {
     mkfifo(path, Mode::from_bits_truncate(0o600)).with_context(|| format!("mkfifo {}", path.display()))
 }
@@ -24,19 +24,19 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Makes the fifo and opens it; a writer need not be there yet.
+    /// Creates the fifo and opens it, before there is a writer.
     pub fn make(path: &Path) -> Result<Self> {
         make(path)?;
         Self::open(path)
     }
 
-    /// Opens a fifo that somebody else has made.
+    /// Opens an existing fifo.
     pub fn open(path: &Path) -> Result<Self> {
         let open = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
         Ok(Self { path: path.to_path_buf(), file: open.with_context(|| format!("open {}", path.display()))? })
     }
 
-    /// What is in the fifo at this moment, without waiting for more.
+    /// Returns the bytes now in the fifo, without waiting for more.
     pub fn available(&self) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         match (&self.file).read_to_end(&mut bytes) {
@@ -45,16 +45,16 @@ impl Reader {
         }
     }
 
-    /// At most `most` bytes, as soon as there are some; nothing at the end of the stream.
+    /// Waits for bytes and returns up to `most` of them; empty at the end of the stream.
     pub fn read(&mut self, most: usize, deadline: Duration) -> Result<Vec<u8>> {
         let started = Instant::now();
         let mut bytes = vec![0; most];
         loop {
             let left = deadline.saturating_sub(started.elapsed());
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            // Before its first writer a fifo is neither readable nor hung up: pipe(7), poll(2).
+            // A fifo without a first writer is neither readable nor hung up: pipe(7), poll(2).
             if poll(&mut [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)], timeout)? == 0 {
-                bail!("nothing came through {} within {deadline:?}", self.path.display());
+                bail!("no data in {} within {deadline:?}", self.path.display());
             }
             match self.file.read(&mut bytes) {
                 Ok(length) => {
@@ -67,13 +67,13 @@ impl Reader {
         }
     }
 
-    /// Reads on until `needle` has come, and gives all up to its end.
+    /// Reads up to and including `needle` and returns everything read.
     pub fn read_until(&mut self, needle: &str, deadline: Duration) -> Result<String> {
         let started = Instant::now();
         let mut all = Vec::new();
         while !all.ends_with(needle.as_bytes()) {
             let left = deadline.saturating_sub(started.elapsed());
-            // Byte by byte: what comes behind it is for the next one who reads.
+            // Byte by byte: what follows belongs to the next read.
             let byte = self.read(1, left).with_context(|| format!("after {:?}", String::from_utf8_lossy(&all)))?;
             if byte.is_empty() {
                 bail!("the stream has ended after {:?}, without {needle:?}", String::from_utf8_lossy(&all));
@@ -83,7 +83,7 @@ impl Reader {
         Ok(String::from_utf8_lossy(&all).into_owned())
     }
 
-    /// Everything until the last writer has closed.
+    /// Reads until the last writer has closed the fifo.
     pub fn read_to_end(&mut self, deadline: Duration) -> Result<Vec<u8>> {
         let started = Instant::now();
         let mut all = Vec::new();
@@ -98,10 +98,10 @@ impl Reader {
     }
 }
 
-/// Fills a fifo that somebody holds open: whoever writes to it then waits for the reader.
+/// Fills a fifo that another process holds open, so that writers block until it is read.
 pub fn fill(path: &Path) -> Result<()> {
     let mut fifo = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    // Byte by byte at the end: a fifo takes a small write whole or not at all, pipe(7).
+    // Byte by byte at the end: a fifo accepts a small write completely or not at all, pipe(7).
     for size in [4096, 1] {
         loop {
             match fifo.write(&vec![b'-'; size]) {
@@ -114,9 +114,9 @@ pub fn fill(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes a fifo and opens its writing end before there is a reader.
+/// Creates a fifo and opens it for writing, before there is a reader.
 pub fn writer(path: &Path) -> Result<File> {
     make(path)?;
-    // Opened both ways because opening only for writing would wait for the reader: fifo(7).
+    // Opening a fifo only for writing would block until it has a reader: fifo(7).
     Ok(OpenOptions::new().read(true).write(true).open(path)?)
 }

@@ -1,4 +1,4 @@
-//! A VM with the real init and a busybox, driven over vsock without a shim: for tests of the guest alone.
+//! A VM with the real init and busybox, driven over vsock without a shim, for tests of the guest alone.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -26,21 +26,22 @@ use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::{self, Context as CallContext};
 
-use crate::vm::{Config, File, Machine, Vm, workspace};
+use crate::artifacts::repository;
+use crate::vm::{InitramfsFile, MachineType, Vm, VmConfig};
 
-/// Any single step of a test, on a machine that emulates its guest and has other work.
+/// Deadline for a single step of a test, on a loaded machine that emulates its guest.
 pub const STEP: Duration = Duration::from_secs(120);
 
-/// One VM at a time: a machine with two processors is busy enough with one that is emulated.
-static TURN: Mutex<()> = Mutex::const_new(());
+/// Only one VM at a time: one emulated VM keeps a machine with two processors busy.
+static VM_LOCK: Mutex<()> = Mutex::const_new(());
 
-/// A guest that has said hello.
+/// A guest that has sent its hello.
 pub struct Guest {
-    /// To connect with.
+    /// The host's side of the vsock device.
     pub device: Device,
-    /// To look at, and to wait for its end.
+    /// The VM itself: its console, and its exit.
     pub vm: Vm,
-    /// Its first words.
+    /// The guest's first message.
     pub hello: Hello,
     /// The Task service.
     pub task: TaskClient,
@@ -48,50 +49,50 @@ pub struct Guest {
     pub bundle: BundleClient,
     /// The System service.
     pub system: SystemClient,
-    /// The Debug service, which answers in debug mode only.
+    /// The Debug service, which works in debug mode only.
     pub debug: DebugClient,
-    /// Its end is the guest's.
+    /// The guest closes this connection when it ends.
     pub ready: UnixStream,
     _listener: Listener,
-    _turn: MutexGuard<'static, ()>,
+    _vm_lock: MutexGuard<'static, ()>,
 }
 
 /// The VM that [`Guest::boot`] boots: `out/husk-init`, and a busybox tree at `/rootfs`.
-pub fn config() -> Result<Config> {
-    let init = workspace().join("out/husk-init");
+pub fn config() -> Result<VmConfig> {
+    let init = repository().join("out/husk-init");
     ensure!(init.is_file(), "there is no init at {}: build it first", init.display());
-    let output = Command::new(workspace().join("rootfs/busybox")).output().context("run rootfs/busybox")?;
+    let output = Command::new(repository().join("rootfs/busybox")).output().context("run rootfs/busybox")?;
     ensure!(output.status.success(), "rootfs/busybox: {}", String::from_utf8_lossy(&output.stderr));
     let busybox = PathBuf::from(String::from_utf8(output.stdout)?.trim());
     let content = std::fs::read(&busybox).with_context(|| format!("read {}", busybox.display()))?;
 
-    let mut files = vec![File { path: "rootfs/bin/busybox".into(), content, link: false }];
+    let mut files = vec![InitramfsFile { path: "rootfs/bin/busybox".into(), content, link: false }];
     for applet in [
         "sh", "true", "cat", "echo", "sleep", "grep", "id", "dd", "head", "ls", "mknod", "hostname", "wc", "kill",
         "yes", "tty", "ps", "stty",
     ] {
-        files.push(File { path: format!("rootfs/bin/{applet}"), content: b"busybox".into(), link: true });
+        files.push(InitramfsFile { path: format!("rootfs/bin/{applet}"), content: b"busybox".into(), link: true });
     }
     for folder in ["proc", "sys", "dev", "tmp", "run"] {
-        files.push(File { path: format!("rootfs/{folder}/.keep"), content: Vec::new(), link: false });
+        files.push(InitramfsFile { path: format!("rootfs/{folder}/.keep"), content: Vec::new(), link: false });
     }
-    Ok(Config { files, memory: 512, ..Config::bare(Machine::Microvm, &init) })
+    Ok(VmConfig { files, memory: 512, ..VmConfig::bare(MachineType::Microvm, &init) })
 }
 
-/// The same in debug mode: with the files of the debug initramfs, and told to use them.
-pub fn debug_config() -> Result<Config> {
+/// [`config`] in debug mode: with the files of the debug initramfs and the kernel parameters that enable it.
+pub fn debug_config() -> Result<VmConfig> {
     let mut config = config()?;
     let rootfs = config.files.iter().filter_map(|file| {
         let path = file.path.strip_prefix("rootfs/").filter(|path| path.starts_with("bin/"))?.to_owned();
-        Some(File { path, ..file.clone() })
+        Some(InitramfsFile { path, ..file.clone() })
     });
-    let own: Vec<File> = rootfs.collect();
-    config.files.extend(own);
+    let debug_files: Vec<InitramfsFile> = rootfs.collect();
+    config.files.extend(debug_files);
     config.kernel_parameters = "husk.debug=1 husk.log=debug".into();
     Ok(config)
 }
 
-/// A spec as `ctr run` makes it, for these arguments.
+/// A spec for these arguments, as `ctr run` writes it.
 pub fn spec(args: &[&str]) -> Value {
     let capabilities = json!([
         "CAP_CHOWN",
@@ -143,28 +144,28 @@ pub fn spec(args: &[&str]) -> Value {
     })
 }
 
-/// A context with a deadline for one call.
+/// A ttrpc context with the deadline of one step.
 pub fn call() -> CallContext {
     context::with_duration(STEP)
 }
 
 impl Guest {
-    /// Boots one.
+    /// Boots the default guest.
     pub async fn boot() -> Result<Guest> {
         Self::boot_with(config()?).await
     }
 
-    /// Boots one of this configuration.
-    pub async fn boot_with(config: Config) -> Result<Guest> {
-        let turn = TURN.lock().await;
+    /// Boots a guest with this configuration.
+    pub async fn boot_with(config: VmConfig) -> Result<Guest> {
+        let vm_lock = VM_LOCK.lock().await;
         let (device, qemus_end) = Device::start(3)?;
         let mut listener = device.listen(PORT_READY)?;
         let vm = Vm::boot_with(&config, qemus_end)?;
         let mut ready = match timeout(STEP, listener.accept()).await {
             Ok(Ok(ready)) => ready,
-            other => bail!("the guest did not come up ({other:?}); its console:\n{}", vm.console()),
+            other => bail!("the guest did not boot ({other:?}); console:\n{}", vm.console()),
         };
-        let hello = timeout(STEP, frame::read(&mut ready)).await.context("the guest did not say hello")??;
+        let hello = timeout(STEP, frame::read(&mut ready)).await.context("the guest did not send a hello")??;
         let client = client(&device, PORT_TASK).await?;
         Ok(Guest {
             task: TaskClient::new(client.clone()),
@@ -176,16 +177,16 @@ impl Guest {
             hello,
             ready,
             _listener: listener,
-            _turn: turn,
+            _vm_lock: vm_lock,
         })
     }
 
-    /// A connection to a port, for one stream or many calls.
+    /// Connects to a port, for one stream or many calls.
     pub async fn connect(&self, port: u32) -> Result<Client> {
         client(&self.device, port).await
     }
 
-    /// Puts a bundle and creates its container, with those of the streams of which the letter (i, o, e) is in `streams`.
+    /// Sends a bundle and creates its container. `streams` contains the letters (i, o, e) of its standard streams.
     pub async fn create(&self, id: &str, spec: &Value, streams: &str) -> Result<u32> {
         let put = PutBundleRequest { id: id.into(), spec: serde_json::to_vec(spec)?, ..Default::default() };
         let bundle = self.bundle.put(call(), &put).await.context("put the bundle")?.path;
@@ -213,7 +214,7 @@ impl Guest {
         Ok(self.task.delete(call(), &request).await?)
     }
 
-    /// Runs a container to its end and answers its status and output.
+    /// Runs a container until it exits and returns its status and output.
     pub async fn run(&self, id: &str, spec: &Value) -> Result<(u32, String)> {
         self.create(id, spec, "oe").await?;
         let output = async { tokio::try_join!(self.output(id, "", false), self.output(id, "", true)) };
@@ -239,40 +240,40 @@ impl Guest {
         Ok(all)
     }
 
-    /// Writes to a process's stdin and closes it. Answers what reached it.
+    /// Writes to a process's stdin and closes it. Returns the number of bytes that reached the process.
     pub async fn input(&self, id: &str, exec: &str, data: &[u8]) -> Result<u64> {
         let client = StdioClient::new(self.connect(PORT_STDIO).await?);
         let mut stream = client.input(context::with_timeout(0)).await?;
         let name = InputChunk { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
         stream.send(&name).await?;
         for part in data.chunks(husk_protos::STDIO_CHUNK) {
-            // The process may close its end before all is sent; the answer tells how much it had.
+            // The process may close its end early; the response contains what it received.
             if stream.send(&InputChunk { data: part.into(), ..Default::default() }).await.is_err() {
                 break;
             }
         }
-        Ok(timeout(STEP, stream.close_and_recv()).await.context("the input was not answered")??.written)
+        Ok(timeout(STEP, stream.close_and_recv()).await.context("no response to the input")??.written)
     }
 
-    /// Starts a process in the guest itself, without a terminal; its id.
+    /// Starts a process in the guest itself, without a terminal, and returns its id.
     pub async fn start_in_vm(&self, args: &[&str], stdin: bool) -> Result<String> {
         let args = args.iter().map(|arg| (*arg).to_owned()).collect();
         let request = StartProcessRequest { args, stdin, ..Default::default() };
         Ok(self.debug.start(call(), &request).await?.id)
     }
 
-    /// Waits for such a process's exit status.
+    /// Waits for the exit status of a process in the guest itself.
     pub async fn wait_in_vm(&self, id: &str) -> Result<u32> {
         Ok(self.debug.wait(call(), &Process { id: id.into(), ..Default::default() }).await?.exit_status)
     }
 
-    /// Forgets such a process, and ends it if it runs.
+    /// Removes a process of the guest itself, and kills it if it runs.
     pub async fn end_in_vm(&self, id: &str) -> Result<()> {
         self.debug.end(call(), &Process { id: id.into(), ..Default::default() }).await?;
         Ok(())
     }
 
-    /// Runs a process in the guest itself to its end: its status, stdout and stderr.
+    /// Runs a process in the guest itself until it exits and returns its status, stdout and stderr.
     pub async fn run_in_vm(&self, args: &[&str], stdin: Option<&[u8]>) -> Result<(u32, Vec<u8>, Vec<u8>)> {
         let id = self.start_in_vm(args, stdin.is_some()).await?;
         let input = async {
@@ -287,17 +288,17 @@ impl Guest {
         Ok((status, stdout, stderr))
     }
 
-    /// What the guest says of itself.
+    /// Calls the guest's `Info`.
     pub async fn info(&self) -> Result<InfoResponse> {
         Ok(self.system.info(call(), &InfoRequest::new()).await?)
     }
 
-    /// Ends the guest and waits for QEMU's end.
+    /// Shuts the guest down and waits until QEMU has exited.
     pub async fn shut_down(mut self) -> Result<String> {
-        // The answer and the end of the guest race: a connection that ends is as good as the answer.
-        let answer = self.task.shutdown(call(), &Default::default()).await;
-        if let Err(ttrpc::Error::RpcStatus(status)) = answer {
-            bail!("shutdown was refused: {status}");
+        // The response races with the guest's end: a closed connection is as good.
+        let response = self.task.shutdown(call(), &Default::default()).await;
+        if let Err(ttrpc::Error::RpcStatus(status)) = response {
+            bail!("shutdown failed: {status}");
         }
         let console = self.vm.console();
         tokio::task::spawn_blocking(move || self.vm.wait(STEP)).await??;

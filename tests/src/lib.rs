@@ -1,14 +1,16 @@
-//! The harness of husk's end-to-end tests: real containerd, real shims, real VMs, each in a private corner of the machine.
+//! Harness of husk's end-to-end tests: real containerd, real shims and real VMs, each isolated from the rest of the
+//! machine.
 //!
-//! The promises themselves are in `tests/tests/`, one file a subject, each test named after what a user would notice. They run
-//! against husk, or with `HUSK_TEST_RUNTIME=runc` against runc: what holds for both is known to be a right expectation.
+//! The tests are in `tests/tests/`, one file per subject, each named after what a user would notice. They run against
+//! husk, or with `HUSK_TEST_RUNTIME=runc` against runc: an expectation that holds for both is the usual one.
 
-// The programs for bare test VMs (`src/bin/`) are built for musl, without the harness.
+// The guest programs of bare test VMs (`src/bin/`) are built for musl, without the harness.
 #![cfg(not(target_env = "musl"))]
 
 pub mod agent;
 pub mod artifacts;
 pub mod bundle;
+mod cgroup;
 pub mod command;
 pub mod containerd;
 pub mod debug;
@@ -22,3 +24,4 @@ pub mod process;
 pub mod pty;
 pub mod shim;
 pub mod vm;
+mod walk;

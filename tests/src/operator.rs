@@ -1,4 +1,4 @@
-//! What an operator has: `husk`, and the sockets of a sandbox.
+//! An operator's tools: `husk`, and the sockets of a sandbox.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -17,28 +17,28 @@ use crate::command::{self, Output};
 use crate::containerd::{Containerd, NAMESPACE};
 use crate::process;
 
-/// For one call of `husk`, and for what follows from something.
+/// Deadline for one call of `husk`, and for its effects.
 pub const SOON: Duration = Duration::from_secs(30);
 
-/// `husk` on the sandboxes of this containerd.
+/// `husk` for the sandboxes of this containerd.
 pub fn command(containerd: &Containerd, args: &[&str]) -> Result<Command> {
     let mut command = containerd.enter(built("husk")?);
     command.args(args);
     Ok(command)
 }
 
-/// Runs it to its end, whatever that is.
+/// Runs `husk` until it exits, with any exit code.
 pub fn husk(containerd: &Containerd, args: &[&str]) -> Result<Output> {
     command::run(command(containerd, args)?, None, SOON)
 }
 
-/// What it prints as JSON; its exit code is 0.
+/// Runs `husk`, which must succeed, and parses its stdout as JSON.
 pub fn husk_json(containerd: &Containerd, args: &[&str]) -> Result<Value> {
     let out = husk(containerd, args)?.ok()?;
     serde_json::from_slice(&out.stdout).with_context(|| out.to_string())
 }
 
-/// The columns of a sandbox in `husk list`, by their titles, which all have one word.
+/// The columns of a sandbox in `husk list`, by title.
 pub fn listed(containerd: &Containerd, id: &str) -> Result<HashMap<String, String>> {
     let list = husk(containerd, &["list"])?.ok()?.text();
     let mut lines = list.lines().map(|line| line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()));
@@ -47,20 +47,20 @@ pub fn listed(containerd: &Containerd, id: &str) -> Result<HashMap<String, Strin
     Ok(titles.zip(columns).map(|(title, column)| (title.to_owned(), column.to_owned())).collect())
 }
 
-/// The folder of a sandbox, as the test reaches it.
+/// The state directory of a sandbox, as the test reaches it.
 pub fn folder(containerd: &Containerd, id: &str) -> PathBuf {
     containerd.path("/run/husk").join(NAMESPACE).join(id)
 }
 
-/// A `husk` that goes on until it is ended, and its lines.
-pub struct Following {
+/// A `husk` that runs until it is stopped, and its lines.
+pub struct Follower {
     child: Child,
     lines: mpsc::Receiver<String>,
     errors: mpsc::Receiver<String>,
 }
 
-impl Following {
-    /// Starts it.
+impl Follower {
+    /// Starts `husk`.
     pub fn start(containerd: &Containerd, args: &[&str]) -> Result<Self> {
         let mut command = command(containerd, args)?;
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -70,7 +70,7 @@ impl Following {
         Ok(Self { child, lines, errors })
     }
 
-    /// The next line with this in it; those before it are passed over.
+    /// Skips to the next line that contains `needle` and returns it.
     pub fn expect(&self, needle: &str) -> Result<String> {
         let started = Instant::now();
         let mut seen = Vec::new();
@@ -81,20 +81,20 @@ impl Following {
             seen.push(line);
         }
         let errors: Vec<String> = self.errors.try_iter().collect();
-        bail!("no {needle:?} after {:?}, but {seen:#?}, and {errors:#?}", started.elapsed())
+        bail!("no {needle:?} within {:?}; stdout: {seen:#?}; stderr: {errors:#?}", started.elapsed())
     }
 
-    /// Waits for its end; its exit code and what it said on stderr.
+    /// Waits until `husk` exits and returns its exit code and stderr.
     pub fn finish(mut self) -> Result<(Option<i32>, String)> {
-        let status = command::wait_for(SOON, "husk ends by itself", || self.child.try_wait().transpose())??;
+        let status = command::wait_for(SOON, "husk exits", || self.child.try_wait().transpose())??;
         Ok((status.code(), self.errors.iter().collect::<Vec<_>>().join("\n")))
     }
 }
 
-impl Drop for Following {
+impl Drop for Follower {
     fn drop(&mut self) {
         process::kill_tree(self.child.id() as i32);
-        // It is dead, or was waited for already.
+        // It is dead or already reaped.
         let _ = self.child.wait();
     }
 }
@@ -111,7 +111,7 @@ fn lines_of(stream: Option<impl Read + Send + 'static>) -> mpsc::Receiver<String
     receiver
 }
 
-/// A bare connection to a sandbox's `ctl.sock`.
+/// A raw connection to a sandbox's `ctl.sock`.
 pub struct Rpc(BufReader<UnixStream>);
 
 impl Rpc {
@@ -123,17 +123,17 @@ impl Rpc {
         Ok(Self(BufReader::new(stream)))
     }
 
-    /// Sends bytes as they are.
+    /// Sends raw bytes.
     pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
         self.0.get_mut().write_all(bytes).context("write to ctl.sock")
     }
 
-    /// The next line; nothing at the end.
+    /// Receives the next line; `None` at the end of the stream.
     pub fn receive(&mut self) -> Result<Option<Value>> {
         let mut line = String::new();
         match self.0.read_line(&mut line) {
             Ok(0) => Ok(None),
-            // It was closed with something unread.
+            // The peer closed the connection with unread data.
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(None),
             read => {
                 read.context("read from ctl.sock")?;
@@ -142,7 +142,7 @@ impl Rpc {
         }
     }
 
-    /// Calls a method; its response, after any notifications.
+    /// Calls a method and returns its response, skipping notifications.
     pub fn call(&mut self, method: &str, params: Value) -> Result<Value> {
         let request = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
         self.send(format!("{request}\n").as_bytes())?;

@@ -1,18 +1,19 @@
-//! Bytes that tell where in a stream they belong: both ends of a transfer make them from the position alone, so each byte that arrives is
-//! checked, and a lost, doubled or displaced one shows at once. Shared with the guest's programs, so only `std`.
+//! Bytes that encode their position in a stream. Both ends of a transfer derive them from the position alone, so each
+//! received byte is checked, and a lost, repeated or displaced one is detected at once. Shared with the guest's
+//! programs, so it uses only `std`.
 
 use std::io::{self, Read, Write};
 
 /// Length after which the bytes repeat: a prime, so that no buffer or packet size divides it.
 const PERIOD: usize = 1_048_573;
-/// Bytes compared or written at a time when nobody says otherwise.
+/// Default number of bytes compared or written at a time.
 const BLOCK: usize = 256 * 1024;
 
-/// One period of the bytes, and then so many again that a block can start anywhere in it.
+/// One period of the bytes, extended by one block so that a block can start anywhere in the period.
 pub struct Pattern(Vec<u8>);
 
 impl Pattern {
-    /// Makes the bytes for streams whose blocks are at most `block` bytes. Streams with different `seed`s differ.
+    /// Creates the bytes for streams with blocks of up to `block` bytes. Streams with different `seed`s differ.
     pub fn new(seed: u64, block: usize) -> Self {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut bytes: Vec<u8> = Vec::with_capacity(PERIOD + block);
@@ -30,14 +31,14 @@ impl Pattern {
         Pattern(bytes)
     }
 
-    /// The `len` bytes at position `at` of the stream. `len` is at most the block that was asked for.
+    /// The `len` bytes at position `at` of the stream. `len` must not exceed the block size of [`Pattern::new`].
     pub fn at(&self, at: u64, len: usize) -> &[u8] {
         let start = (at % PERIOD as u64) as usize;
         &self.0[start..start + len]
     }
 }
 
-/// Writes `total` bytes of the stream `seed`, `block` bytes a call.
+/// Writes `total` bytes of the stream `seed`, `block` bytes per call.
 pub fn write(to: &mut impl Write, seed: u64, total: u64, block: usize) -> io::Result<()> {
     let pattern = Pattern::new(seed, block);
     let mut at = 0;
@@ -52,7 +53,8 @@ pub fn write(to: &mut impl Write, seed: u64, total: u64, block: usize) -> io::Re
     Ok(())
 }
 
-/// Reads to the end of the stream, or `limit` bytes of it, and compares each byte with the stream `seed`; answers how many there were.
+/// Reads to the end of the stream, but at most `limit` bytes, compares each byte with the stream `seed`, and returns
+/// their number.
 pub fn check(from: &mut impl Read, seed: u64, limit: u64) -> io::Result<u64> {
     let pattern = Pattern::new(seed, BLOCK);
     let mut buffer = vec![0; BLOCK];
@@ -66,7 +68,11 @@ pub fn check(from: &mut impl Read, seed: u64, limit: u64) -> io::Result<u64> {
             Err(error) => return Err(error),
         };
         if buffer[..n] != *pattern.at(at, n) {
-            let off = buffer[..n].iter().zip(pattern.at(at, n)).take_while(|(got, wanted)| got == wanted).count();
+            let off = buffer[..n]
+                .iter()
+                .zip(pattern.at(at, n))
+                .take_while(|(received, expected)| received == expected)
+                .count();
             return Err(io::Error::new(io::ErrorKind::InvalidData, format!("wrong byte at {}", at + off as u64)));
         }
         at += n as u64;

@@ -1,4 +1,4 @@
-//! The machine's processes as /proc tells them: who descends from whom, and how to end exactly those.
+//! The machine's processes according to /proc: who descends from whom, and how to kill exactly those.
 
 use std::collections::HashMap;
 use std::fs;
@@ -9,25 +9,25 @@ use nix::unistd::Pid;
 /// One process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
-    /// As this process (the test) sees it.
+    /// As the test's PID namespace shows it.
     pub pid: i32,
-    /// Its parent.
+    /// Parent PID.
     pub parent: i32,
-    /// Its short name.
+    /// Short name.
     pub name: String,
-    /// Arguments, joined by blanks; empty for a zombie.
+    /// Arguments, joined by spaces; empty for a zombie.
     pub command: String,
-    /// Clock ticks since boot: tells a process from a later one with the same pid.
+    /// Start time in clock ticks since boot: distinguishes a process from a later one with the same PID.
     pub started: u64,
-    /// It has ended and waits for its parent to notice.
+    /// Whether it has exited without being reaped.
     pub zombie: bool,
 }
 
 impl Process {
-    /// Reads `/proc/<pid>`; nothing if the process is gone.
+    /// Reads `/proc/<pid>`; `None` if the process is gone.
     pub fn read(pid: i32) -> Option<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name stands in parentheses and may contain some itself: proc_pid_stat(5).
+        // The name is in parentheses and may contain some itself: proc_pid_stat(5).
         let (head, tail) = stat.rsplit_once(')')?;
         let name = head.split_once('(')?.1.to_owned();
         let fields: Vec<&str> = tail.split_whitespace().collect();
@@ -43,7 +43,7 @@ impl Process {
         })
     }
 
-    /// Still the same process, and not only a zombie of it.
+    /// Whether it is still the same process, and not a zombie.
     pub fn is_alive(&self) -> bool {
         Self::read(self.pid).is_some_and(|now| now.started == self.started && !now.zombie)
     }
@@ -53,19 +53,19 @@ impl Process {
         self.signal(Signal::SIGKILL);
     }
 
-    /// Sends SIGSTOP if it is still the same process: it is there, and does nothing any more.
+    /// Sends SIGSTOP if it is still the same process.
     pub fn stop(&self) {
         self.signal(Signal::SIGSTOP);
     }
 
-    /// Has it go on after [`Process::stop`].
-    pub fn go_on(&self) {
+    /// Sends SIGCONT if it is still the same process.
+    pub fn resume(&self) {
         self.signal(Signal::SIGCONT);
     }
 
     fn signal(&self, signal: Signal) {
         if self.is_alive() {
-            // A process that ended in between is no error: the caller looks at what became of it.
+            // The process may exit in between: the caller examines the outcome.
             let _ = kill(Pid::from_raw(self.pid), signal);
         }
     }
@@ -77,24 +77,24 @@ pub fn all() -> Vec<Process> {
     entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter_map(Process::read).collect()
 }
 
-/// Everything that `ancestor` has started, directly or not, without itself.
+/// All processes that `ancestor` has started, directly or indirectly, without itself.
 pub fn descendants(ancestor: i32) -> Vec<Process> {
     let mut children: HashMap<i32, Vec<Process>> = HashMap::new();
     for process in all() {
         children.entry(process.parent).or_default().push(process);
     }
     let mut found = Vec::new();
-    let mut open = vec![ancestor];
-    while let Some(pid) = open.pop() {
+    let mut pending = vec![ancestor];
+    while let Some(pid) = pending.pop() {
         for child in children.remove(&pid).unwrap_or_default() {
-            open.push(child.pid);
+            pending.push(child.pid);
             found.push(child);
         }
     }
     found
 }
 
-/// Ends `ancestor` and all that it has started, deepest last so that nobody is reparented before it is found.
+/// Kills `ancestor` and its descendants. The descendants are listed first: an orphan would no longer be found.
 pub fn kill_tree(ancestor: i32) {
     let below = descendants(ancestor);
     if let Some(process) = Process::read(ancestor) {

@@ -1,4 +1,4 @@
-//! A terminal of the test's own, and a program in it: what a user in front of a terminal sees and types.
+//! A pseudo-terminal with a program in it: what a user at a terminal sees and types.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -14,17 +14,17 @@ use nix::pty::{Winsize, openpty};
 use crate::command::{describe, wait_for};
 use crate::process;
 
-/// A program that runs in a terminal. It is killed when this is dropped.
+/// A program in its own terminal. It is killed on drop.
 pub struct Pty {
     master: File,
     child: Child,
     line: String,
-    /// Read, and not expected yet.
-    unseen: Vec<u8>,
+    /// Output that was read but not yet matched by [`Self::expect`].
+    unmatched: Vec<u8>,
 }
 
 impl Pty {
-    /// Starts the program in a new terminal of this size, as its session's leader.
+    /// Starts the program in a new terminal of this size, as its session leader.
     pub fn spawn(mut command: Command, rows: u16, columns: u16) -> Result<Self> {
         let line = describe(&command);
         let pty = openpty(&size(rows, columns), None).context("openpty")?;
@@ -41,48 +41,48 @@ impl Pty {
             })
         };
         let child = command.spawn().with_context(|| format!("start `{line}`"))?;
-        // The command holds copies of the slave, and with them the terminal open.
+        // The command holds copies of the slave, which would keep the terminal open.
         drop(command);
         nix::fcntl::fcntl(&pty.master, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
         nix::fcntl::fcntl(&pty.master, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
-        Ok(Self { master: pty.master.into(), child, line, unseen: Vec::new() })
+        Ok(Self { master: pty.master.into(), child, line, unmatched: Vec::new() })
     }
 
-    /// Types.
+    /// Types `text`.
     pub fn send(&mut self, text: &str) -> Result<()> {
         self.master.write_all(text.as_bytes()).with_context(|| format!("type {text:?}"))
     }
 
-    /// Reads on until `needle` has come, and gives what came before it.
+    /// Reads until `needle` appears and returns the output before it.
     pub fn expect(&mut self, needle: &str, deadline: Duration) -> Result<String> {
         let started = Instant::now();
         loop {
-            if let Some(at) = self.unseen.windows(needle.len()).position(|part| part == needle.as_bytes()) {
-                let rest = self.unseen.split_off(at + needle.len());
-                let mut before = std::mem::replace(&mut self.unseen, rest);
+            if let Some(at) = self.unmatched.windows(needle.len()).position(|part| part == needle.as_bytes()) {
+                let rest = self.unmatched.split_off(at + needle.len());
+                let mut before = std::mem::replace(&mut self.unmatched, rest);
                 before.truncate(at);
                 return Ok(String::from_utf8_lossy(&before).into_owned());
             }
             let left = deadline.saturating_sub(started.elapsed());
             if !self.read_some(left)? {
-                let seen = String::from_utf8_lossy(&self.unseen).into_owned();
-                bail!("`{}`: no {needle:?} after {:.1?}, but {seen:?}", self.line, started.elapsed());
+                let seen = String::from_utf8_lossy(&self.unmatched).into_owned();
+                bail!("`{}`: no {needle:?} within {:.1?}; output: {seen:?}", self.line, started.elapsed());
             }
         }
     }
 
-    /// Reads to the terminal's end and waits for the program; the rest of what it showed, and its exit code.
+    /// Reads to the terminal's end, waits until the program exits, and returns the remaining output and the exit code.
     pub fn finish(mut self, deadline: Duration) -> Result<(String, i32)> {
         let started = Instant::now();
         while self.read_some(deadline.saturating_sub(started.elapsed()))? {}
-        let what = format!("`{}` ends", self.line);
+        let what = format!("`{}` exits", self.line);
         let status = wait_for(deadline, &what, || self.child.try_wait().transpose())
-            .with_context(|| String::from_utf8_lossy(&self.unseen).into_owned())??;
+            .with_context(|| String::from_utf8_lossy(&self.unmatched).into_owned())??;
         let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
-        Ok((String::from_utf8_lossy(&self.unseen).into_owned(), code))
+        Ok((String::from_utf8_lossy(&self.unmatched).into_owned(), code))
     }
 
-    /// Changes the terminal's size, as a window's frame does.
+    /// Changes the terminal's size, as resizing a window does.
     pub fn resize(&self, rows: u16, columns: u16) -> Result<()> {
         let size = size(rows, columns);
         // SAFETY: TIOCSWINSZ reads one winsize, which outlives the call.
@@ -90,7 +90,7 @@ impl Pty {
         Ok(())
     }
 
-    /// False at the terminal's end, or when nothing came in time.
+    /// Returns false at the terminal's end and after the timeout.
     fn read_some(&mut self, within: Duration) -> Result<bool> {
         let timeout = PollTimeout::try_from(within).unwrap_or(PollTimeout::MAX);
         if poll(&mut [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)], timeout)? == 0 {
@@ -99,12 +99,12 @@ impl Pty {
         let mut bytes = [0; 4096];
         match self.master.read(&mut bytes) {
             Ok(0) => Ok(false),
-            // Nobody has the terminal any more.
+            // The last process has closed the terminal.
             Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(false),
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(true),
             Err(error) => Err(error).context("read a terminal"),
             Ok(length) => {
-                self.unseen.extend_from_slice(&bytes[..length]);
+                self.unmatched.extend_from_slice(&bytes[..length]);
                 Ok(true)
             }
         }
@@ -114,7 +114,7 @@ impl Pty {
 impl Drop for Pty {
     fn drop(&mut self) {
         process::kill_tree(self.child.id() as i32);
-        // It is dead, or was waited for already.
+        // It is dead or already reaped.
         let _ = self.child.wait();
     }
 }

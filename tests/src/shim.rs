@@ -1,4 +1,4 @@
-//! A shim without containerd's hand between: started by the test as containerd would, called over raw TTRPC.
+//! A shim driven by the test instead of containerd: started as containerd starts it, and called over raw TTRPC.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -20,12 +20,12 @@ use crate::containerd::{Containerd, NAMESPACE};
 use crate::events::Sink;
 use crate::fifo;
 
-/// Longest for one call: a Create boots a VM without an accelerator.
+/// Deadline for one call: Create boots a VM without an accelerator.
 const CALL: Duration = Duration::from_secs(60);
-/// Longest that containerd waits for `start` and `delete` is 10 s and 5 s; this leaves room for a busy machine.
+/// Deadline for `start` and `delete`. containerd waits 10 s and 5 s; a loaded machine needs more.
 const ACTION: Duration = Duration::from_secs(30);
 
-/// The Task service's name in containerd 1.x and in 2.x; the messages are the same.
+/// The Task service's name in containerd 1.x and 2.x; the messages are identical.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Api {
     /// `containerd.task.v2.Task`
@@ -58,7 +58,7 @@ impl Task {
         Ok(Self { client, api })
     }
 
-    /// Any method, under the service name of this client.
+    /// Calls any method, under this client's service name.
     pub fn call<Q: Message, A: Message>(&self, method: &str, request: &Q) -> ttrpc::Result<A> {
         let request = Request {
             service: self.api.service().into(),
@@ -67,14 +67,15 @@ impl Task {
             payload: request.write_to_bytes().map_err(|e| ttrpc::Error::Others(e.to_string()))?,
             ..Default::default()
         };
-        let answer = self.client.request(request)?;
-        A::parse_from_bytes(&answer.payload).map_err(|e| ttrpc::Error::Others(format!("decode {method}'s answer: {e}")))
+        let response = self.client.request(request)?;
+        A::parse_from_bytes(&response.payload)
+            .map_err(|e| ttrpc::Error::Others(format!("decode the response to {method}: {e}")))
     }
 
-    /// Start; the pid.
+    /// Start. Returns the PID.
     pub fn start(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
         let request = api::StartRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
-        self.call("Start", &request).map(|answer: api::StartResponse| answer.pid)
+        self.call("Start", &request).map(|response: api::StartResponse| response.pid)
     }
 
     /// State.
@@ -82,10 +83,10 @@ impl Task {
         self.call("State", &api::StateRequest { id: id.into(), exec_id: exec.into(), ..Default::default() })
     }
 
-    /// Wait; the exit status.
+    /// Wait. Returns the exit status.
     pub fn wait(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
         let request = api::WaitRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
-        self.call("Wait", &request).map(|answer: api::WaitResponse| answer.exit_status)
+        self.call("Wait", &request).map(|response: api::WaitResponse| response.exit_status)
     }
 
     /// Kill.
@@ -94,7 +95,7 @@ impl Task {
         self.call("Kill", &request).map(|_: api::Empty| ())
     }
 
-    /// CloseIO of stdin.
+    /// CloseIO for stdin.
     pub fn close_stdin(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
         let request = api::CloseIORequest { id: id.into(), exec_id: exec.into(), stdin: true, ..Default::default() };
         self.call("CloseIO", &request).map(|_: api::Empty| ())
@@ -107,13 +108,13 @@ impl Task {
         self.call("ResizePty", &request).map(|_: api::Empty| ())
     }
 
-    /// Delete; the exit status.
+    /// Delete. Returns the exit status.
     pub fn delete(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
         let request = api::DeleteRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
-        self.call("Delete", &request).map(|answer: api::DeleteResponse| answer.exit_status)
+        self.call("Delete", &request).map(|response: api::DeleteResponse| response.exit_status)
     }
 
-    /// Exec of a process as [`crate::bundle::process`] makes it.
+    /// Exec of a process in the form of [`crate::bundle::process`].
     pub fn exec(&self, id: &str, exec: &str, process: &Value, io: &Streams) -> Result<()> {
         let spec = Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
@@ -133,7 +134,7 @@ impl Task {
         self.call("Exec", &request).map(|_: api::Empty| ()).with_context(|| format!("exec {exec}"))
     }
 
-    /// Kill of all processes of a container.
+    /// Kill for all processes of a container.
     pub fn kill_all(&self, id: &str, signal: u32) -> ttrpc::Result<()> {
         let request = api::KillRequest { id: id.into(), signal, all: true, ..Default::default() };
         self.call("Kill", &request).map(|_: api::Empty| ())
@@ -152,10 +153,10 @@ impl Task {
     /// Pids.
     pub fn pids(&self, id: &str) -> ttrpc::Result<Vec<api::ProcessInfo>> {
         let request = api::PidsRequest { id: id.into(), ..Default::default() };
-        self.call("Pids", &request).map(|answer: api::PidsResponse| answer.processes)
+        self.call("Pids", &request).map(|response: api::PidsResponse| response.processes)
     }
 
-    /// Update with what a spec calls `linux.resources`.
+    /// Update with resources in the form of a spec's `linux.resources`.
     pub fn update(&self, id: &str, resources: &Value) -> ttrpc::Result<()> {
         let any = Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
@@ -166,13 +167,13 @@ impl Task {
         self.call("Update", &request).map(|_: api::Empty| ())
     }
 
-    /// Stats, in whatever message.
+    /// Stats, as the undecoded message.
     pub fn stats(&self, id: &str) -> ttrpc::Result<Any> {
         let request = api::StatsRequest { id: id.into(), ..Default::default() };
-        self.call("Stats", &request).map(|answer: api::StatsResponse| answer.stats.unwrap_or_default())
+        self.call("Stats", &request).map(|response: api::StatsResponse| response.stats.unwrap_or_default())
     }
 
-    /// Stats as cgroup v2 has them.
+    /// Stats, decoded as cgroup v2 metrics.
     pub fn metrics(&self, id: &str) -> Result<Metrics> {
         let stats = self.stats(id)?;
         match stats.type_url.as_str() {
@@ -188,9 +189,9 @@ impl Task {
     }
 }
 
-/// Code of a refused call; nothing for other kinds of failure.
-pub fn code<T>(answer: &ttrpc::Result<T>) -> Option<Code> {
-    match answer {
+/// The error code of a rejected call; `None` for success and for other failures.
+pub fn code<T>(result: &ttrpc::Result<T>) -> Option<Code> {
+    match result {
         Err(ttrpc::Error::RpcStatus(status)) => Some(status.code()),
         _ => None,
     }
@@ -205,7 +206,7 @@ pub struct Streams {
     pub stdout: String,
     /// Written by the process.
     pub stderr: String,
-    /// All of them are one terminal.
+    /// All streams are one terminal.
     pub terminal: bool,
 }
 
@@ -217,26 +218,26 @@ pub enum Bootstrap {
     Params,
 }
 
-/// A serving shim with its bundle.
+/// A running shim with its bundle.
 pub struct Shim<'a> {
     containerd: &'a Containerd,
-    /// Its first container's bundle.
+    /// Bundle of the shim's first container.
     pub bundle: Bundle,
-    /// What it publishes.
+    /// Events that the shim publishes.
     pub events: Sink,
-    /// Its Task service.
+    /// Client of the shim's Task service.
     pub task: Task,
-    /// The path of its socket, as it says itself.
+    /// Path of the shim's socket, as the shim reports it.
     pub socket: PathBuf,
 }
 
 impl<'a> Shim<'a> {
-    /// Starts the shim under test for a container with this spec; it serves when this returns.
+    /// Starts the shim under test for a container with this spec and waits until it serves.
     pub fn start(containerd: &'a Containerd, id: &str, spec: &Value) -> Result<Self> {
         Self::start_with(containerd, id, spec, Sink::start()?)
     }
 
-    /// The same, publishing to this sink.
+    /// Like [`Self::start`], with this sink for events.
     pub fn start_with(containerd: &'a Containerd, id: &str, spec: &Value, events: Sink) -> Result<Self> {
         let bundle = Bundle::write(containerd, id, spec)?;
         let started = action(containerd, &bundle, &events, &Bootstrap::Flags, "start")?.ok()?;
@@ -249,31 +250,30 @@ impl<'a> Shim<'a> {
         Ok(Self { containerd, bundle, events, task, socket })
     }
 
-    /// The same, with its container created and started, which has no streams.
+    /// Like [`Self::start`]; also creates and starts the container, without streams.
     pub fn running(containerd: &'a Containerd, id: &str, spec: &Value) -> Result<Self> {
         let shim = Self::start(containerd, id, spec)?;
-        shim.create(&Streams::default())?;
-        shim.task.start(id, "")?;
+        shim.run_detached()?;
         Ok(shim)
     }
 
-    /// A running container that does nothing by itself.
+    /// Starts a shim with a running container that only sleeps.
     pub fn idle(containerd: &'a Containerd, name: &str) -> Result<Self> {
         let id = containerd.id(name);
         Self::running(containerd, &id, &spec(&id, &["sleep", "1000"]))
     }
 
-    /// A second client, for the service under another name.
+    /// A second client, with a service name of choice.
     pub fn client(&self, api: Api) -> Result<Task> {
         Task::connect(&self.containerd.path(&self.socket), api)
     }
 
-    /// The containerd in whose corner it lives.
+    /// The containerd whose namespaces the shim runs in.
     pub fn containerd(&self) -> &'a Containerd {
         self.containerd
     }
 
-    /// Makes fifos for a process; the reading ends of stdout and stderr, and the paths for the request.
+    /// Creates fifos for a process. Returns their paths for the request, and the reading ends of stdout and stderr.
     pub fn streams(&self, name: &str) -> Result<(Streams, fifo::Reader, fifo::Reader)> {
         let inside = |stream: &str| self.bundle.path.join(format!("{name}.{stream}"));
         let outside = |stream: &str| self.bundle.outside.join(format!("{name}.{stream}"));
@@ -283,20 +283,39 @@ impl<'a> Shim<'a> {
         Ok((streams, stdout, stderr))
     }
 
-    /// Creates and starts the container, whose id it gives back.
+    /// Creates and starts the container, and returns its id.
     pub fn run_detached(&self) -> Result<&str> {
-        self.create(&Streams::default())?;
-        self.task.start(&self.bundle.id, "")?;
+        self.create_and_start(&Streams::default())?;
         Ok(&self.bundle.id)
     }
 
-    /// Runs an exec to its end: exit status, stdout, stderr. It is deleted afterwards.
+    /// Creates the container with these streams and starts it.
+    pub fn create_and_start(&self, io: &Streams) -> Result<()> {
+        self.create(io)?;
+        self.task.start(&self.bundle.id, "")?;
+        Ok(())
+    }
+
+    /// Adds an exec to the container and starts it.
+    pub fn start_exec(&self, exec: &str, process: &Value, io: &Streams) -> Result<()> {
+        self.task.exec(&self.bundle.id, exec, process, io)?;
+        self.task.start(&self.bundle.id, exec)?;
+        Ok(())
+    }
+
+    /// Asks the shim to shut down, which has no effect while its sandbox has other containers.
+    pub fn shutdown(&self) {
+        // The shim may exit before its response is sent.
+        let _ = self.task.shutdown(&self.bundle.id, false);
+    }
+
+    /// Runs an exec until it exits, deletes it, and returns its exit status, stdout and stderr.
     pub fn exec_process(&self, exec: &str, process: &Value) -> Result<(u32, String, String)> {
         let (io, mut stdout, mut stderr) = self.streams(exec)?;
         let id = &self.bundle.id;
         self.task.exec(id, exec, process, &io)?;
         if let Err(error) = self.task.start(id, exec) {
-            // What a client does then.
+            // As containerd's clients do.
             self.task.delete(id, exec)?;
             return Err(error.into());
         }
@@ -310,13 +329,13 @@ impl<'a> Shim<'a> {
         Ok((status, text(out), text(err)))
     }
 
-    /// The same for a command: exit status and stdout.
+    /// Like [`Self::exec_process`] for a command; returns exit status and stdout.
     pub fn exec(&self, exec: &str, args: &[&str]) -> Result<(u32, String)> {
         let (status, out, _) = self.exec_process(exec, &process(args))?;
         Ok((status, out))
     }
 
-    /// Runs a shell script as an exec that has to succeed, and gives what it printed.
+    /// Runs a shell script as an exec, which must succeed, and returns its output.
     pub fn script(&self, exec: &str, script: &str) -> Result<String> {
         match self.exec_process(exec, &process(&["sh", "-c", script]))? {
             (0, out, _) => Ok(out),
@@ -324,38 +343,39 @@ impl<'a> Shim<'a> {
         }
     }
 
-    /// Makes the fifos of a process with a terminal: what is typed goes into the file, what is shown comes from the reader.
+    /// Creates the fifos of a process with a terminal. Returns their paths, the file to type into, and the reader of
+    /// the output.
     pub fn terminal(&self, name: &str) -> Result<(Streams, std::fs::File, fifo::Reader)> {
         let path = |stream: &str| format!("{name}.{stream}");
-        let (typed, shown) = (path("typed"), path("shown"));
+        let (input, output) = (path("input"), path("output"));
         let ends =
-            (fifo::writer(&self.bundle.outside.join(&typed))?, fifo::Reader::make(&self.bundle.outside.join(&shown))?);
+            (fifo::writer(&self.bundle.outside.join(&input))?, fifo::Reader::make(&self.bundle.outside.join(&output))?);
         let inside = |name: &str| self.bundle.path.join(name).display().to_string();
-        let streams = Streams { stdin: inside(&typed), stdout: inside(&shown), terminal: true, ..Streams::default() };
+        let streams = Streams { stdin: inside(&input), stdout: inside(&output), terminal: true, ..Streams::default() };
         Ok((streams, ends.0, ends.1))
     }
 
-    /// Create with these streams; the pid.
+    /// Creates the container with these streams and returns its PID.
     pub fn create(&self, io: &Streams) -> Result<u32> {
-        let answer: api::CreateTaskResponse = self
+        let response: api::CreateTaskResponse = self
             .task
             .call("Create", &self.create_request(io))
             .map_err(|e| anyhow::anyhow!("create {}: {e}\n--- shim's log ---\n{}", self.bundle.id, self.log()))?;
-        Ok(answer.pid)
+        Ok(response.pid)
     }
 
-    /// How Create is refused, without streams.
-    pub fn refused(&self) -> Result<String> {
+    /// Calls Create without streams, which must be rejected, and returns the error message.
+    pub fn create_error(&self) -> Result<String> {
         let created: ttrpc::Result<api::CreateTaskResponse> =
             self.task.call("Create", &self.create_request(&Streams::default()));
         match created {
-            Ok(_) => bail!("the container was created all the same"),
+            Ok(_) => bail!("Create succeeded"),
             Err(ttrpc::Error::RpcStatus(status)) => Ok(status.message),
             Err(other) => Err(other.into()),
         }
     }
 
-    /// What [`Self::create`] sends.
+    /// The request that [`Self::create`] sends.
     pub fn create_request(&self, io: &Streams) -> api::CreateTaskRequest {
         api::CreateTaskRequest {
             id: self.bundle.id.clone(),
@@ -369,7 +389,7 @@ impl<'a> Shim<'a> {
         }
     }
 
-    /// What it has logged since this was last asked.
+    /// Lines that the shim has logged since the last call.
     pub fn log(&self) -> String {
         self.bundle.log.available().map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
@@ -379,16 +399,16 @@ impl<'a> Shim<'a> {
         action(self.containerd, &self.bundle, &self.events, &Bootstrap::Flags, "delete")
     }
 
-    /// Runs the container to its end: exit status, stdout, stderr. It is deleted afterwards.
+    /// Runs the container until it exits, deletes it, and returns its exit status, stdout and stderr.
     pub fn run(&self) -> Result<(u32, String, String)> {
         let (io, mut stdout, mut stderr) = self.streams("init")?;
         self.create(&io)?;
         let id = &self.bundle.id;
-        let logged = |e: ttrpc::Error| anyhow::anyhow!("{id}: {e}\n--- shim's log ---\n{}", self.log());
-        self.task.start(id, "").map_err(logged)?;
-        let status = self.task.wait(id, "").map_err(logged)?;
+        let with_log = |e: ttrpc::Error| anyhow::anyhow!("{id}: {e}\n--- shim's log ---\n{}", self.log());
+        self.task.start(id, "").map_err(with_log)?;
+        let status = self.task.wait(id, "").map_err(with_log)?;
         let (out, err) = (stdout.read_to_end(CALL)?, stderr.read_to_end(CALL)?);
-        self.task.delete(id, "").map_err(logged)?;
+        self.task.delete(id, "").map_err(with_log)?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim_end().to_owned();
         Ok((status, text(out), text(err)))
     }
@@ -396,17 +416,17 @@ impl<'a> Shim<'a> {
 
 impl Drop for Shim<'_> {
     fn drop(&mut self) {
-        // Whatever state the test has left it in; what fails here is ended with the containerd.
+        // The test may leave the container in any state. What fails here is cleaned up with containerd.
         let id = &self.bundle.id;
         let _ = self.task.kill(id, "", 9);
         let _ = self.task.wait(id, "");
         let _ = self.task.delete(id, "");
-        // As containerd does: without effect while the sandbox has other containers.
-        let _ = self.task.shutdown(id, false);
+        // As containerd does.
+        self.shutdown();
     }
 }
 
-/// Runs the shim's binary with an action as containerd does.
+/// Runs the shim's binary with an action, as containerd does.
 pub fn action(
     containerd: &Containerd,
     bundle: &Bundle,
@@ -421,10 +441,10 @@ pub fn action(
     };
     let socket = "/run/containerd/containerd.sock";
     let mut command: Command = containerd.enter("sh");
-    // As containerd does: runc's shim looks for runc there, which need not be installed on this machine.
+    // As containerd does: runc's shim looks for runc in PATH, and the machine may not have it installed.
     command.env("PATH", containerd.search_path());
     command.envs(containerd.env().iter().cloned());
-    // Not exec: a shim looks at its parent, which must be in the same PID namespace.
+    // Not exec: a shim inspects its parent, which must be in the same PID namespace.
     command.args(["-c", r#"cd "$0" && "$@"; exit $?"#]).arg(&bundle.path).arg(binary);
     command.args(["-namespace", NAMESPACE, "-id", &bundle.id, "-address", socket]);
     command.arg("-publish-binary").arg(containerd.bin().join("containerd"));
@@ -450,17 +470,11 @@ pub fn action(
             Some(params.write_to_bytes()?)
         }
     };
-    command::run(
-        {
-            command.arg(action);
-            command
-        },
-        stdin,
-        ACTION,
-    )
+    command.arg(action);
+    command::run(command, stdin, ACTION)
 }
 
-/// The socket's path out of what `start` has printed: a bare address, or JSON with one (containerd 2.x).
+/// Extracts the socket's path from the output of `start`: a bare address, or JSON that contains it (containerd 2.x).
 pub fn address(printed: &str) -> Result<PathBuf> {
     let address = match serde_json::from_str::<Value>(printed) {
         Ok(json) => json["address"].as_str().unwrap_or_default().to_owned(),
@@ -468,11 +482,11 @@ pub fn address(printed: &str) -> Result<PathBuf> {
     };
     match address.strip_prefix("unix://") {
         Some(path) => Ok(path.into()),
-        None => bail!("`start` printed no address of a socket: {printed:?}"),
+        None => bail!("`start` printed no socket address: {printed:?}"),
     }
 }
 
-/// Writes all of `bytes` to a stdin fifo and closes it.
+/// Writes `bytes` to a stdin fifo from another thread and closes it.
 pub fn feed(mut stdin: std::fs::File, bytes: Vec<u8>) {
     std::thread::spawn(move || drop(stdin.write_all(&bytes)));
 }

@@ -1,4 +1,4 @@
-//! A bare VM: our kernel, one static program as `/init`, a vsock device, and nothing else. For tests below the shim's level.
+//! A bare VM for tests below the shim: husk's kernel, one static program as `/init`, a vsock device, and nothing else.
 
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Write};
@@ -12,10 +12,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use husk_shim::vmm::qemu::args::KERNEL_PARAMETERS;
 
-/// The machine that QEMU plays.
+use crate::artifacts::repository;
+
+/// QEMU's machine type.
 #[derive(Clone, Copy, Debug)]
-pub enum Machine {
-    /// virtio over MMIO, what sandboxes use.
+pub enum MachineType {
+    /// virtio over MMIO, as sandboxes use it.
     Microvm,
     /// virtio over PCI.
     Q35,
@@ -27,49 +29,50 @@ pub struct Vm {
     folder: tempfile::TempDir,
 }
 
-/// What a bare VM is made of.
+/// The parts of a bare VM.
 #[derive(Clone, Debug)]
-pub struct Config {
-    /// The machine that QEMU plays.
-    pub machine: Machine,
-    /// A static program, its `/init`.
+pub struct VmConfig {
+    /// QEMU's machine type.
+    pub machine: MachineType,
+    /// A static program that becomes `/init`.
     pub init: PathBuf,
-    /// Further files of its initramfs; the folders that they are in are made.
-    pub files: Vec<File>,
-    /// Its memory, MiB.
+    /// More files of the initramfs. Their parent directories are created.
+    pub files: Vec<InitramfsFile>,
+    /// Memory in MiB.
     pub memory: u32,
-    /// Added to the kernel's command line.
+    /// Appended to the kernel command line.
     pub kernel_parameters: String,
-    /// Read-only block devices, in the order in which QEMU gets them.
+    /// Read-only block devices, in QEMU's order.
     pub disks: Vec<Disk>,
-    /// The guest's clock counts its instructions, one a nanosecond, instead of time: measures are the same whatever else the machine does.
+    /// Makes the guest's clock count instructions, one per nanosecond, instead of time: measurements do not depend on
+    /// the machine's load.
     pub instruction_clock: bool,
 }
 
 /// A block device.
 #[derive(Clone, Debug)]
 pub struct Disk {
-    /// By which the guest finds it.
+    /// The serial by which the guest finds it.
     pub serial: String,
-    /// What is on it: whole sectors.
+    /// Content, a whole number of sectors.
     pub content: Vec<u8>,
 }
 
-/// A file, or with `link` a symbolic link.
+/// A file of the initramfs, or with `link` a symbolic link.
 #[derive(Clone, Debug)]
-pub struct File {
-    /// Where it stands, without the first slash.
+pub struct InitramfsFile {
+    /// Path without the leading slash.
     pub path: String,
-    /// What is in it; a link's target.
+    /// Content, or the target of a link.
     pub content: Vec<u8>,
-    /// Whether it is a symbolic link. Other files may be executed.
+    /// Whether it is a symbolic link. Other files are executable.
     pub link: bool,
 }
 
-impl Config {
-    /// A VM with nothing but `init`.
-    pub fn bare(machine: Machine, init: &Path) -> Self {
-        Config {
+impl VmConfig {
+    /// A VM with `init` only.
+    pub fn bare(machine: MachineType, init: &Path) -> Self {
+        VmConfig {
             machine,
             init: init.into(),
             files: Vec::new(),
@@ -82,22 +85,22 @@ impl Config {
 }
 
 impl Vm {
-    /// Boots `init` (a static program) with `vsock` as QEMU's end of the vhost-user connection.
-    pub fn boot(machine: Machine, init: &Path, vsock: OwnedFd) -> Result<Vm> {
-        Self::boot_with(&Config::bare(machine, init), vsock)
+    /// Boots `init`, a static program, with `vsock` as QEMU's end of the vhost-user connection.
+    pub fn boot(machine: MachineType, init: &Path, vsock: OwnedFd) -> Result<Vm> {
+        Self::boot_with(&VmConfig::bare(machine, init), vsock)
     }
 
     /// Boots a VM with `vsock` as QEMU's end of the vhost-user connection.
-    pub fn boot_with(config: &Config, vsock: OwnedFd) -> Result<Vm> {
-        let kernel = workspace().join("out/vmlinux");
-        ensure!(kernel.is_file(), "there is no kernel at {}: build it first", kernel.display());
-        let folder = tempfile::tempdir().context("make a folder for the VM")?;
+    pub fn boot_with(config: &VmConfig, vsock: OwnedFd) -> Result<Vm> {
+        let kernel = repository().join("out/vmlinux");
+        ensure!(kernel.is_file(), "no kernel at {}: build it first", kernel.display());
+        let folder = tempfile::tempdir().context("create the VM's directory")?;
         let initrd = folder.path().join("initrd");
         let init = std::fs::read(&config.init).with_context(|| format!("read {}", config.init.display()))?;
         std::fs::write(&initrd, cpio(&init, &config.files)).context("write the initramfs")?;
         let (options, bus) = match config.machine {
-            Machine::Microvm => ("microvm,acpi=off,rtc=on", "device"),
-            Machine::Q35 => ("q35", "pci"),
+            MachineType::Microvm => ("microvm,acpi=off,rtc=on", "device"),
+            MachineType::Q35 => ("q35", "pci"),
         };
         let fd = vsock.as_raw_fd();
         let memory = config.memory;
@@ -150,23 +153,24 @@ impl Vm {
         Ok(Vm { qemu, folder })
     }
 
-    /// QEMU's process id.
+    /// QEMU's PID.
     pub fn pid(&self) -> u32 {
         self.qemu.id()
     }
 
-    /// What the guest's kernel and `/init` have printed.
+    /// Output of the guest's kernel and `/init`.
     pub fn console(&self) -> String {
         let console = std::fs::read(self.folder.path().join("console")).unwrap_or_default();
         String::from_utf8_lossy(&console).into_owned()
     }
 
-    /// The other end of the guest's serial console. One at a time; what is printed while nobody has it is in [`Vm::console`] only.
+    /// Connects to the guest's serial console, which accepts one client at a time. Output without a client is only in
+    /// [`Vm::console`].
     pub fn serial(&self) -> Result<UnixStream> {
         UnixStream::connect(self.folder.path().join("serial")).context("connect to the serial console")
     }
 
-    /// Has QEMU execute QMP commands without arguments, in turn.
+    /// Makes QEMU execute QMP commands without arguments, in order.
     pub fn qmp(&self, commands: &[&str]) -> Result<()> {
         let stream = UnixStream::connect(self.folder.path().join("qmp")).context("connect to QMP")?;
         stream.set_read_timeout(Some(Duration::from_secs(10))).context("set a deadline for QMP")?;
@@ -191,7 +195,7 @@ impl Vm {
         self.qemu.wait().context("wait for QEMU").map(|_| ())
     }
 
-    /// Waits until QEMU has ended by itself.
+    /// Waits until QEMU exits.
     pub fn wait(&mut self, deadline: Duration) -> Result<()> {
         let end = Instant::now() + deadline;
         loop {
@@ -202,7 +206,7 @@ impl Vm {
             if Instant::now() > end {
                 bail!("QEMU still runs after {deadline:?}");
             }
-            // There is no wait with a deadline in std; this is a test's end, not its synchronisation.
+            // std has no wait with a deadline. This is the end of a test, not its synchronisation.
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -210,20 +214,20 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        // Either may have happened already.
+        // QEMU may be dead or reaped already.
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }
 }
 
-/// Builds one of `src/bin/` for the guest and answers where it is.
+/// Builds a program of `src/bin/` for the guest and returns its path.
 pub fn guest_program(name: &str) -> Result<PathBuf> {
-    let workspace = workspace();
+    let workspace = repository();
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from);
     let output = Command::new(workspace.join("init/musl/cargo"))
         .args(["build", "--quiet", "--release", "-p", "husk-tests", "--bin", name])
         .env("CARGO_TARGET_DIR", &target)
-        // What `cargo test` sets for the tests is not meant for another build.
+        // `cargo test` sets RUSTFLAGS for the tests, not for this build.
         .env_remove("RUSTFLAGS")
         .output()
         .context("run init/musl/cargo")?;
@@ -231,12 +235,7 @@ pub fn guest_program(name: &str) -> Result<PathBuf> {
     Ok(target.join("x86_64-unknown-linux-musl/release").join(name))
 }
 
-/// The repository.
-pub fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
-}
-
-/// A socket for the serial console, beside a file with all that is printed.
+/// A socket for the serial console, with a log file of everything printed.
 fn serial(folder: &Path) -> OsString {
     let mut argument = prefixed("socket,id=serial,server=on,wait=off,path=", &folder.join("serial"));
     argument.push(prefixed(",logfile=", &folder.join("console")));
@@ -251,18 +250,18 @@ fn prefixed(prefix: &str, path: &Path) -> OsString {
 
 /// An initramfs (Documentation/driver-api/early-userspace/buffer-format.rst) with `/init`, `/dev/console` for its
 /// output, and the given files.
-pub fn cpio(init: &[u8], files: &[File]) -> Vec<u8> {
+pub fn cpio(init: &[u8], files: &[InitramfsFile]) -> Vec<u8> {
     let mut archive = Vec::with_capacity(init.len() + 1024);
     let mut entries: Vec<(&str, u32, u32, u32, &[u8])> =
         vec![("dev", 0o040755, 0, 0, &[]), ("dev/console", 0o020600, 5, 1, &[]), ("init", 0o100755, 0, 0, init)];
-    // Sorted, each folder comes before what is in it.
+    // In sorted order, each directory precedes its contents.
     let folders: std::collections::BTreeSet<&str> = files
         .iter()
         .flat_map(|file| file.path.match_indices('/').map(|(end, _)| &file.path[..end]))
         .filter(|folder| *folder != "dev")
         .collect();
     entries.extend(folders.into_iter().map(|folder| (folder, 0o040755, 0, 0, &[][..])));
-    for File { path, content, link } in files {
+    for InitramfsFile { path, content, link } in files {
         entries.push((path, if *link { 0o120777 } else { 0o100755 }, 0, 0, content));
     }
     entries.push(("TRAILER!!!", 0, 0, 0, &[]));

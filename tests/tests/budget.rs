@@ -1,29 +1,30 @@
-//! What the init costs: its size, its memory, its boot, and that it does nothing when nothing is asked of it.
+//! The resource budget of the init: its size, its memory, its boot, and that it sleeps when idle.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_protos::system::BootStep;
+use husk_tests::artifacts::repository;
 use husk_tests::guest::{Guest, config, spec};
-use husk_tests::vm::{Config, workspace};
+use husk_tests::vm::VmConfig;
 
 const MIB: u64 = 1 << 20;
 
-/// Under the instruction clock a nanosecond is an instruction.
+/// Boots a guest whose clock counts instructions, one per nanosecond.
 async fn boot_counted() -> Result<Guest> {
-    Guest::boot_with(Config { instruction_clock: true, ..config()? }).await
+    Guest::boot_with(VmConfig { instruction_clock: true, ..config()? }).await
 }
 
 #[test]
 fn the_init_is_at_most_5_mib() -> Result<()> {
-    let size = std::fs::metadata(workspace().join("out/husk-init"))?.len();
+    let size = std::fs::metadata(repository().join("out/husk-init"))?.len();
     eprintln!("{size} bytes");
     ensure!(size <= 5 * MIB, "{size} bytes");
     Ok(())
 }
 
 #[tokio::test]
-async fn from_its_first_instruction_to_ready_the_init_needs_at_most_8_million() -> Result<()> {
+async fn the_init_is_ready_within_8_million_instructions() -> Result<()> {
     let guest = boot_counted().await?;
     let mut last = None;
     for milestone in &guest.hello.timeline {
@@ -42,34 +43,34 @@ async fn from_its_first_instruction_to_ready_the_init_needs_at_most_8_million() 
 }
 
 #[tokio::test]
-async fn an_idle_init_holds_at_most_4_mib_and_sleeps() -> Result<()> {
-    // Counted, and so with a clock that does not wait: whoever sleeps is woken at once, and an idle guest is through minutes in seconds,
-    // whatever else the machine does.
+async fn an_idle_init_uses_at_most_4_mib_and_sleeps() -> Result<()> {
+    // With an instruction clock, time does not wait: a sleeper wakes at once, and an idle guest passes minutes in
+    // seconds, whatever the machine's load.
     let guest = boot_counted().await?;
     ensure!(guest.run("c", &spec(&["true"])).await?.0 == 0);
-    // A container that does nothing gives it nothing to do.
+    // An idle container must not cause wake-ups.
     guest.create("idle", &spec(&["sleep", "1000000"]), "").await?;
     guest.start("idle", "").await?;
     let before = guest.info().await?;
     eprintln!("RSS {} KiB, {} fds", before.init_rss_bytes / 1024, before.init_open_fds);
     ensure!(before.init_rss_bytes <= 4 * MIB, "{} bytes", before.init_rss_bytes);
-    // The thing that is measured, not a wait for it.
+    // This is the measurement, not a wait for a condition.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let after = guest.info().await?;
     let idle = Duration::from_nanos(after.uptime_ns - before.uptime_ns);
     let woken = after.init_context_switches - before.init_context_switches;
     eprintln!("{woken} switches in {idle:?} of the guest's time");
-    ensure!(idle > Duration::from_secs(600), "the guest's clock has moved by {idle:?} only");
-    // The question itself takes a few, and the ends of the container's connections.
+    ensure!(idle > Duration::from_secs(600), "the guest's clock has advanced by {idle:?} only");
+    // The `info` call causes a few switches, and so does closing the container's connections.
     ensure!(woken <= 10, "{woken} switches in {idle:?}");
     guest.shut_down().await?;
     Ok(())
 }
 
 #[tokio::test]
-async fn what_a_container_costs_is_known() -> Result<()> {
+async fn the_cost_of_a_container_is_reported() -> Result<()> {
     let guest = boot_counted().await?;
-    // What the page cache and the kernel's caches hold from the second time on.
+    // Fills the page cache and the kernel's caches.
     ensure!(guest.run("first", &spec(&["true"])).await?.0 == 0);
     let before = guest.info().await?;
     let begin = guest.info().await?;
@@ -80,7 +81,7 @@ async fn what_a_container_costs_is_known() -> Result<()> {
     let ended = guest.info().await?;
     guest.delete("c", "").await?;
     let deleted = guest.info().await?;
-    eprintln!("thousand instructions   init and workers   container   until then");
+    eprintln!("thousand instructions   init and workers   container   elapsed");
     for (name, from, to) in [
         ("nothing", &before, &begin),
         ("create", &begin, &created),

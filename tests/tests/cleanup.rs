@@ -1,4 +1,4 @@
-//! Whatever happens to a container, its shim or its VM: afterwards the host is as it was before.
+//! The host is clean after any end of a container, its shim or its VM.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -8,11 +8,12 @@ use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Watch;
+use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::process;
 
-/// A containerd to oneself, used once already: the first container leaves folders of containerd's own that stay.
-fn alone() -> Result<(Containerd, Leftovers)> {
+/// A private containerd that has run one container: the first one creates directories of containerd that remain.
+fn private_containerd() -> Result<(Containerd, Leftovers)> {
     let containerd = Containerd::start(Version::default_for_tests())?;
     containerd.run(&[], &containerd.id("first"), &["true"]).ok()?;
     let before = Leftovers::now(&containerd);
@@ -20,11 +21,11 @@ fn alone() -> Result<(Containerd, Leftovers)> {
 }
 
 #[test]
-fn nothing_is_left_of_the_first_container() -> Result<()> {
+fn the_first_container_leaves_nothing_behind() -> Result<()> {
     let containerd = Containerd::start(Version::default_for_tests())?;
     let before = Leftovers::now(&containerd);
     containerd.run(&[], &containerd.id("very-first"), &["true"]).ok()?;
-    // What containerd itself sets up on first use, and the folder that all sandboxes of a namespace share.
+    // Created by containerd on first use, and the directory shared by all sandboxes of a namespace.
     let stays = ["/run/containerd", "/run/husk", "/run/husk/husk-test", "/run/netns", "cgroup"];
     let state = "/run/containerd/state/io.containerd.runtime.v2.task/husk-test";
     let stays = |line: &String| {
@@ -32,7 +33,7 @@ fn nothing_is_left_of_the_first_container() -> Result<()> {
         let known = folders.contains(line) || *line == format!("folder {state}");
         known || stays.iter().any(|name| *line == format!("folder {name}"))
     };
-    wait_for(Duration::from_secs(5), "only known folders are left", || {
+    wait_for(Duration::from_secs(5), "only known directories remain", || {
         let added = before.added(&Leftovers::now(&containerd));
         added.iter().all(stays).then_some(())
     })
@@ -40,8 +41,8 @@ fn nothing_is_left_of_the_first_container() -> Result<()> {
 }
 
 #[test]
-fn nothing_is_left_after_a_run() -> Result<()> {
-    let (containerd, before) = alone()?;
+fn a_run_leaves_nothing_behind() -> Result<()> {
+    let (containerd, before) = private_containerd()?;
     let folder = tempfile::tempdir()?;
     fs::write(folder.path().join("kept"), "kept")?;
     let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", folder.path().display());
@@ -54,22 +55,21 @@ fn nothing_is_left_after_a_run() -> Result<()> {
 }
 
 #[test]
-fn nothing_is_left_after_a_container_was_killed_and_deleted() -> Result<()> {
-    let (containerd, before) = alone()?;
+fn a_killed_and_deleted_container_leaves_nothing_behind() -> Result<()> {
+    let (containerd, before) = private_containerd()?;
     let container = containerd.detached(&[], "killed", &["sh", "-c", "sleep 1000 & sleep 1000"])?;
     container.exec(&["sh", "-c", "exit 2"]).expect_code(2)?;
-    let refused = container.exec(&["/no/such/command"]).output()?;
-    ensure!(refused.code() != 0 && refused.errors().contains("/no/such/command"), "{refused}");
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    let failed = container.exec(&["/no/such/command"]).output()?;
+    ensure!(failed.code() != 0 && failed.errors().contains("/no/such/command"), "{failed}");
+    container.kill_and_wait()?;
     ensure!(container.delete_task()? == 137);
     containerd.ctr(["container", "rm", container.id()]).ok()?;
     before.expect_none_since(&containerd)
 }
 
 #[test]
-fn nothing_is_left_after_many_containers_at_once() -> Result<()> {
-    let (containerd, before) = alone()?;
+fn concurrent_containers_leave_nothing_behind() -> Result<()> {
+    let (containerd, before) = private_containerd()?;
     std::thread::scope(|scope| -> Result<()> {
         let runs: Vec<_> = (0..4)
             .map(|n| {
@@ -86,79 +86,69 @@ fn nothing_is_left_after_many_containers_at_once() -> Result<()> {
     before.expect_none_since(&containerd)
 }
 
-/// Kills with SIGKILL what `chosen` picks from the shim's children (none: the shim itself) while a container runs, and lets containerd clean up.
-fn after_the_death_of(chosen: Option<&str>) -> Result<()> {
-    let (containerd, before) = alone()?;
+/// Kills a child of the shim whose name starts with `chosen` (`None`: the shim itself) while a container runs, and lets
+/// containerd clean up.
+fn expect_clean_host_after_killing(chosen: Option<&str>) -> Result<()> {
+    let (containerd, before) = private_containerd()?;
     let folder = tempfile::tempdir()?;
     fs::write(folder.path().join("kept"), "kept")?;
     let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", folder.path().display());
     let container = containerd.detached(&["--mount", &mount], "death", &["sleep", "1000"])?;
     let watch = Watch::start(&containerd)?;
-    let (shim, below) = containerd.shim_of(container.id())?;
     let victim = match chosen {
-        None => shim,
-        Some(name) => {
-            let found = below.iter().find(|process| process.name.starts_with(name)).cloned();
-            found.with_context(|| format!("the shim has no {name}: {below:#?}"))?
-        }
+        None => containerd.shim_of(container.id())?.0,
+        Some(name) => containerd.shim_child(container.id(), name)?,
     };
     let killed = Instant::now();
     victim.kill();
     let events = watch.collect(container.id(), Duration::from_secs(20), |event| event.topic == "/tasks/exit")?;
     let exit = events.last().context("an event")?;
     ensure!(exit.fields["exit_status"] == 137, "{exit:?}");
-    ensure!(killed.elapsed() < Duration::from_secs(10), "the exit was told only after {:?}", killed.elapsed());
+    ensure!(killed.elapsed() < Duration::from_secs(10), "the exit was published only after {:?}", killed.elapsed());
 
     if chosen.is_some() {
-        // The shim lives, so the task is there until it is deleted.
+        // The shim is alive, so the task exists until it is deleted.
         container.await_status("STOPPED")?;
         ensure!(container.delete_task()? == 137);
     } else {
         let gone = || container.status().map(|status| status.is_none().then_some(())).transpose();
-        wait_for(Duration::from_secs(20), "containerd has dropped the task", gone)??;
+        wait_for(Duration::from_secs(20), "containerd drops the task", gone)??;
     }
     containerd.ctr(["container", "rm", container.id()]).ok()?;
     drop(watch);
-    // Fifos are the client's own: ctr removes them with the task, which was gone here before it could. And runc's shim leaves its socket.
+    // ctr owns the fifos and removes them with the task, which was gone too early here. And runc's shim leaves its
+    // socket.
     let runc = containerd.runtime() == Runtime::Runc;
     let excused = |line: &str| {
         chosen.is_none() && (line.contains("/run/containerd/fifo/") || runc && line.contains("/run/containerd/s/"))
     };
     before.expect_none_since_but(&containerd, excused)?;
-    ensure!(fs::read_to_string(folder.path().join("kept"))? == "kept", "a file of the host is gone");
+    ensure!(fs::read_to_string(folder.path().join("kept"))? == "kept", "a host file is gone");
     containerd.run(&[], &containerd.id("again"), &["true"]).ok()?;
     Ok(())
 }
 
 #[test]
-fn nothing_is_left_after_the_shim_was_killed() -> Result<()> {
-    after_the_death_of(None)
+fn a_killed_shim_leaves_nothing_behind() -> Result<()> {
+    expect_clean_host_after_killing(None)
 }
 
 #[test]
-fn when_qemu_is_killed_the_container_has_exited_with_137_and_nothing_is_left() -> Result<()> {
-    let name = "when_qemu_is_killed_the_container_has_exited_with_137_and_nothing_is_left";
-    if !Runtime::under_test().is_husk_or_tell(name) {
-        return Ok(());
-    }
-    after_the_death_of(Some("qemu"))
+fn a_killed_qemu_means_exit_status_137_and_leaves_nothing_behind() -> Result<()> {
+    husk_only!();
+    expect_clean_host_after_killing(Some("qemu"))
 }
 
 #[test]
-fn when_virtiofsd_is_killed_the_container_has_exited_with_137_and_nothing_is_left() -> Result<()> {
-    let name = "when_virtiofsd_is_killed_the_container_has_exited_with_137_and_nothing_is_left";
-    if !Runtime::under_test().is_husk_or_tell(name) {
-        return Ok(());
-    }
-    after_the_death_of(Some("virtiofsd"))
+fn a_killed_virtiofsd_means_exit_status_137_and_leaves_nothing_behind() -> Result<()> {
+    husk_only!();
+    expect_clean_host_after_killing(Some("virtiofsd"))
 }
 
 #[test]
-fn nothing_is_left_when_the_shim_is_killed_while_the_vm_boots() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("nothing_is_left_when_the_shim_is_killed_while_the_vm_boots") {
-        return Ok(());
-    }
-    let (containerd, before) = alone()?;
+fn a_shim_killed_while_the_vm_boots_leaves_nothing_behind() -> Result<()> {
+    husk_only!();
+    let (containerd, before) = private_containerd()?;
     let id = containerd.id("early");
     std::thread::scope(|scope| -> Result<()> {
         let run = scope.spawn(|| containerd.run(&[], &id, &["sleep", "1000"]).output());
@@ -167,23 +157,23 @@ fn nothing_is_left_when_the_shim_is_killed_while_the_vm_boots() -> Result<()> {
             let qemu = all.iter().find(|process| process.name.starts_with("qemu"))?;
             all.iter().find(|process| process.pid == qemu.parent).cloned()
         };
-        wait_for(Duration::from_secs(30), "QEMU has been started", booting)?.kill();
+        wait_for(Duration::from_secs(30), "QEMU starts", booting)?.kill();
         let ran = run.join().map_err(|_| anyhow::anyhow!("the run panicked"))??;
         ensure!(ran.code() != 0, "{ran}");
         Ok(())
     })?;
-    // `--rm` may or may not have come to it.
+    // `--rm` may or may not have removed the container.
     let _ = containerd.ctr(["container", "rm", &id]).output()?;
     before.expect_none_since(&containerd)
 }
 
 #[test]
-fn everything_goes_with_the_test_that_made_it() -> Result<()> {
+fn everything_ends_with_the_test_that_started_it() -> Result<()> {
     let containerd = Containerd::start(Version::default_for_tests())?;
     let container = containerd.detached(&[], "abandoned", &["sleep", "1000"])?;
     let all = process::descendants(containerd.pid());
     ensure!(all.len() > 2, "{all:#?}");
-    // As if the test had panicked before it could clean up by itself.
+    // As if the test had panicked before its own cleanup.
     std::mem::forget(container);
     drop(containerd);
     let gone = || all.iter().all(|process| !process.is_alive()).then_some(());

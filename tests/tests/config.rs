@@ -1,18 +1,16 @@
-//! What the configuration and a sandbox's annotations ask for shows in the VM. What they may not ask for is in `errors.rs`.
+//! Settings of the configuration and of annotations take effect in the VM. `errors.rs` tests the rejected ones.
 
 use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::artifacts::Runtime;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Configured;
+use husk_tests::husk_only;
 
 #[test]
-fn a_profile_and_parameters_of_the_kernel_show_in_the_guest() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("a_profile_and_parameters_of_the_kernel_show_in_the_guest") {
-        return Ok(());
-    }
+fn a_profile_and_kernel_parameters_take_effect_in_the_guest() -> Result<()> {
+    husk_only!();
     let configured = Configured::start("profile = \"throughput\"\nkernel_params = [\"sysctl.vm.dirty_ratio=33\"]\n")?;
     let table: [(&[&str], &str); 3] = [
         (&[], "4\n33"),
@@ -29,7 +27,7 @@ fn a_profile_and_parameters_of_the_kernel_show_in_the_guest() -> Result<()> {
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
-/// Huge pages that the host has beside its own, until this is dropped.
+/// Additional huge pages of the host, removed on drop.
 struct HugePages {
     before: u64,
 }
@@ -40,7 +38,7 @@ impl HugePages {
         let more = Self { before };
         fs::write(POOL, (before + pages).to_string())?;
         let now: u64 = fs::read_to_string(POOL)?.trim().parse()?;
-        ensure!(now == before + pages, "the host has no room for {pages} huge pages more, only for {}", now - before);
+        ensure!(now == before + pages, "the host has no memory for {pages} more huge pages, only for {}", now - before);
         Ok(more)
     }
 }
@@ -53,7 +51,7 @@ impl Drop for HugePages {
     }
 }
 
-/// A number of `/proc/meminfo`.
+/// A value from `/proc/meminfo`.
 fn meminfo(name: &str) -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -61,22 +59,20 @@ fn meminfo(name: &str) -> Result<u64> {
     Ok(number.parse()?)
 }
 
-/// Huge pages of the host that nobody has, nor was promised.
+/// Huge pages of the host that are neither used nor reserved.
 fn available() -> Result<u64> {
     Ok(meminfo("HugePages_Free")? - meminfo("HugePages_Rsvd")?)
 }
 
 #[test]
-fn a_guests_memory_is_taken_out_of_the_hosts_huge_pages_and_given_back() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("a_guests_memory_is_taken_out_of_the_hosts_huge_pages_and_given_back") {
-        return Ok(());
-    }
+fn guest_memory_comes_from_the_hosts_huge_pages_and_is_returned() -> Result<()> {
+    husk_only!();
     let pages = (128 * 1024_u64).div_ceil(meminfo("Hugepagesize")?);
     let _more = HugePages::add(pages)?;
     let before = available()?;
     let configured = Configured::start("hugepages = true\nmemory_mib = 128\n")?;
     let container = configured.containerd.detached(&[], "huge", &["sleep", "1000"])?;
-    ensure!(available()? == before - pages, "{} huge pages are left of {before}", available()?);
+    ensure!(available()? == before - pages, "{} of {before} huge pages remain", available()?);
     drop(container);
-    wait_for(Duration::from_secs(10), "the huge pages are given back", || (available().ok()? == before).then_some(()))
+    wait_for(Duration::from_secs(10), "the huge pages are returned", || (available().ok()? == before).then_some(()))
 }

@@ -6,23 +6,20 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use husk_tests::artifacts::{Runtime, built};
+use husk_tests::artifacts::built;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Container, Containerd};
+use husk_tests::husk_only;
 use husk_tests::operator::{SOON, folder, husk, husk_json};
 use husk_tests::process;
 use husk_tests::pty::Pty;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// What each client gets of what was before it.
+/// Bytes of earlier output that each client receives.
 const REPLAY: usize = 64 * 1024;
-/// Makes the guest's serial port a file of a privileged container's.
+/// Creates a device file for the guest's serial port in a privileged container.
 const SERIAL: &str = "[ -e /dev/serial ] || mknod /dev/serial c 4 64";
-
-fn is_husk(test: &str) -> bool {
-    Runtime::under_test().is_husk_or_tell(test)
-}
 
 fn privileged<'a>(containerd: &'a Containerd, name: &str) -> Result<Container<'a>> {
     let container = containerd.detached(&["--privileged"], name, &["sleep", "1000"])?;
@@ -37,7 +34,7 @@ fn client(containerd: &Containerd, id: &str) -> Result<UnixStream> {
     Ok(stream)
 }
 
-/// Reads until this has come, and gives what came before it.
+/// Reads until `needle` appears and returns the output before it.
 fn until(stream: &mut UnixStream, needle: &str) -> Result<Vec<u8>> {
     let started = Instant::now();
     let (mut seen, mut buffer) = (Vec::new(), [0; 4096]);
@@ -48,17 +45,15 @@ fn until(stream: &mut UnixStream, needle: &str) -> Result<Vec<u8>> {
         }
         ensure!(started.elapsed() < SOON, "no {needle:?} in {} bytes", seen.len());
         match stream.read(&mut buffer)? {
-            0 => bail!("the end before {needle:?}, after {:?}", String::from_utf8_lossy(&seen)),
+            0 => bail!("the stream ended before {needle:?}, after {:?}", String::from_utf8_lossy(&seen)),
             length => seen.extend_from_slice(&buffer[..length]),
         }
     }
 }
 
 #[test]
-fn every_client_gets_what_was_and_what_comes_and_types() -> Result<()> {
-    if !is_husk("every_client_gets_what_was_and_what_comes_and_types") {
-        return Ok(());
-    }
+fn every_client_gets_earlier_and_new_output_and_can_type() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let container = privileged(containerd, "console")?;
     container.script("echo first-words >/dev/serial")?;
@@ -70,7 +65,7 @@ fn every_client_gets_what_was_and_what_comes_and_types() -> Result<()> {
     for client in &mut clients {
         until(client, "second-words")?;
     }
-    // What one of them types is read from the serial port, and its echo is on the console of both.
+    // Input of one client arrives at the serial port, and both see its echo on the console.
     std::thread::scope(|scope| -> Result<()> {
         let reader = scope
             .spawn(|| container.script("stty -F /dev/serial sane; echo reads >/dev/serial; head -n 1 /dev/serial"));
@@ -83,7 +78,7 @@ fn every_client_gets_what_was_and_what_comes_and_types() -> Result<()> {
     for client in &mut clients {
         until(client, "typed words")?;
     }
-    // One who only wants what was there: without input, there is an end.
+    // A client that shuts down its input gets the earlier output, then the end.
     let mut last = client(containerd, container.id())?;
     last.shutdown(std::net::Shutdown::Write)?;
     let mut all = Vec::new();
@@ -94,40 +89,39 @@ fn every_client_gets_what_was_and_what_comes_and_types() -> Result<()> {
 }
 
 #[test]
-fn a_slow_client_is_dropped_while_others_and_the_file_have_everything() -> Result<()> {
-    if !is_husk("a_slow_client_is_dropped_while_others_and_the_file_have_everything") {
-        return Ok(());
-    }
+fn a_slow_client_is_dropped_while_others_and_the_log_file_get_everything() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let container = privileged(containerd, "slow")?;
     let mut slow = client(containerd, container.id())?;
     let mut quick = client(containerd, container.id())?;
-    // More than what is kept for the slow one and what its socket holds.
+    // More than husk buffers for the slow client, plus its socket's buffer.
     let size = 1_000_000;
     let flood = format!(
         "stty -F /dev/serial raw; head -c {size} /dev/zero | tr '\\0' x >/dev/serial; echo flood-ends >/dev/serial"
     );
     let (mut command, started) = (container.exec(&["sh", "-c", &flood]).command(), Instant::now());
     let mut flooding = command.spawn()?;
-    let got = until(&mut quick, "flood-ends").with_context(|| format!("after {:?}", started.elapsed()))?;
-    ensure!(got.iter().filter(|&&byte| byte == b'x').count() == size, "{} bytes", got.len());
-    wait_for(SOON, "the flood's exec ends", || flooding.try_wait().transpose())??;
+    let received = until(&mut quick, "flood-ends").with_context(|| format!("after {:?}", started.elapsed()))?;
+    ensure!(received.iter().filter(|&&byte| byte == b'x').count() == size, "{} bytes", received.len());
+    wait_for(SOON, "the flooding exec exits", || flooding.try_wait().transpose())??;
     let (mut all, mut buffer) = (0, [0; 65536]);
-    // It may find the connection reset, with what it had not read.
+    // The connection may be reset with unread data.
     while let Ok(length @ 1..) = slow.read(&mut buffer) {
         all += length;
     }
-    ensure!(all < size, "{all} bytes were kept for a client that did not read");
+    ensure!(all < size, "{all} bytes were buffered for a client that did not read");
     let kept = std::fs::read(folder(containerd, container.id()).join("console.log"))?;
     ensure!(kept.iter().filter(|&&byte| byte == b'x').count() == size);
-    // A new one gets the end of it, and no more than that.
+    // A new client gets the end of the output, and no more.
     let replayed = until(&mut client(containerd, container.id())?, "flood-ends")?;
     ensure!(replayed.len() > REPLAY - 100 && replayed.len() <= REPLAY, "{}", replayed.len());
     ensure!(containerd.logged("a client of the console is dropped").iter().any(|line| line.contains(container.id())));
     Ok(())
 }
 
-/// A shell on a terminal that tells whether the terminal is afterwards as it was before `husk console`, and husk's exit code.
+/// Runs `husk console` in a shell on a terminal. The shell prints husk's exit code, and whether the terminal's settings
+/// were restored.
 fn on_a_terminal(containerd: &Containerd, id: &str) -> Result<Pty> {
     let script = format!(
         "before=$(stty -g); {} console {id}; code=$?; [ \"$(stty -g)\" = \"$before\" ] && echo restored; echo ended with $code",
@@ -139,10 +133,8 @@ fn on_a_terminal(containerd: &Containerd, id: &str) -> Result<Pty> {
 }
 
 #[test]
-fn an_operators_terminal_is_the_guests_console_until_it_leaves() -> Result<()> {
-    if !is_husk("an_operators_terminal_is_the_guests_console_until_it_leaves") {
-        return Ok(());
-    }
+fn husk_console_connects_a_terminal_until_the_user_leaves() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let container = privileged(containerd, "terminal")?;
     container.script("echo before-husk >/dev/serial")?;
@@ -154,7 +146,7 @@ fn an_operators_terminal_is_the_guests_console_until_it_leaves() -> Result<()> {
         let reader = scope
             .spawn(|| container.script("stty -F /dev/serial sane; echo reads >/dev/serial; head -n 2 /dev/serial"));
         pty.expect("reads", SOON)?;
-        // Neither a tilde elsewhere nor a doubled one is the way out.
+        // A tilde in mid-line does not leave the console, nor does a doubled one.
         pty.send("a~.b\r~~.\r")?;
         let read = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
         ensure!(read == "a~.b\n~.", "{read:?}");
@@ -167,10 +159,8 @@ fn an_operators_terminal_is_the_guests_console_until_it_leaves() -> Result<()> {
 }
 
 #[test]
-fn the_terminal_is_restored_when_husk_is_ended_and_when_the_vm_dies() -> Result<()> {
-    if !is_husk("the_terminal_is_restored_when_husk_is_ended_and_when_the_vm_dies") {
-        return Ok(());
-    }
+fn the_terminal_is_restored_when_husk_is_killed_and_when_the_vm_dies() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let container = privileged(containerd, "restored")?;
     let id = container.id();
@@ -187,8 +177,7 @@ fn the_terminal_is_restored_when_husk_is_ended_and_when_the_vm_dies() -> Result<
     }
     let mut pty = on_a_terminal(containerd, id)?;
     pty.expect("before-husk", SOON)?;
-    let (_, below) = containerd.shim_of(id)?;
-    below.iter().find(|process| process.name.starts_with("qemu")).context("no QEMU")?.kill();
+    containerd.qemu_of(id)?.kill();
     let (rest, _) = pty.finish(SOON)?;
     ensure!(rest.contains("husk: the console has ended") && rest.contains("restored"), "{rest:?}");
     let ended = husk(containerd, &["console", id])?.ok()?;
@@ -198,10 +187,8 @@ fn the_terminal_is_restored_when_husk_is_ended_and_when_the_vm_dies() -> Result<
 }
 
 #[test]
-fn a_file_is_typed_as_fast_as_the_guest_reads() -> Result<()> {
-    if !is_husk("a_file_is_typed_as_fast_as_the_guest_reads") {
-        return Ok(());
-    }
+fn piped_input_is_sent_as_fast_as_the_guest_reads() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let container = privileged(containerd, "typed")?;
     let text: String = (0..200).map(|n| format!("line {n}\n")).collect();
@@ -218,8 +205,8 @@ fn a_file_is_typed_as_fast_as_the_guest_reads() -> Result<()> {
         let sum = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
         let mut command = Command::new("md5sum");
         command.current_dir("/");
-        let wanted = husk_tests::command::run(command, Some(text.clone().into_bytes()), SOON)?.ok()?.text();
-        ensure!(sum == wanted, "{sum:?} {wanted:?}");
+        let expected = husk_tests::command::run(command, Some(text.clone().into_bytes()), SOON)?.ok()?.text();
+        ensure!(sum == expected, "{sum:?} {expected:?}");
         Ok(())
     })
 }

@@ -1,4 +1,4 @@
-//! The guest's core, below the shim: the init and its containers, driven over vsock.
+//! The core of the guest, below the shim: the init and its containers, driven over vsock.
 
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ const CONTAINERS: u32 = 200;
 fn code<T: std::fmt::Debug>(result: Result<T>) -> Result<(Code, String)> {
     match result.map_err(|error| error.downcast()) {
         Err(Ok(ttrpc::Error::RpcStatus(status))) => Ok((status.code(), status.message)),
-        other => bail!("not an answer with a status: {other:?}"),
+        other => bail!("no error with a status: {other:?}"),
     }
 }
 
@@ -60,8 +60,8 @@ async fn status(guest: &Guest, id: &str, exec: &str) -> Result<Status> {
     guest.task.state(call(), &request).await?.status.enum_value().map_err(|unknown| anyhow::anyhow!("status {unknown}"))
 }
 
-/// Waits until the guest has as many descriptors, processes, zombies and cgroups as `before`: the last worker may still be ending when its
-/// call is answered.
+/// Waits until the guest has as many descriptors, processes, zombies and cgroups as `before`: the last worker may still
+/// be exiting after its call has returned.
 async fn nothing_leaked(guest: &Guest, before: &InfoResponse) -> Result<()> {
     let counts = |info: &InfoResponse| (info.init_open_fds, info.processes, info.zombies, info.container_cgroups);
     let began = Instant::now();
@@ -75,9 +75,9 @@ async fn nothing_leaked(guest: &Guest, before: &InfoResponse) -> Result<()> {
 }
 
 #[tokio::test]
-async fn two_hundred_containers_that_exit_at_once_are_all_accounted_for() -> Result<()> {
+async fn exit_statuses_of_200_concurrent_containers_are_all_reported() -> Result<()> {
     let guest = Guest::boot().await?;
-    // Whatever is made once and kept is there before the count.
+    // Initialises whatever is created once and kept.
     ensure!(guest.run("first", &spec(&["sh", "-c", "exit 7"])).await?.0 == 7);
     let before = guest.info().await?;
 
@@ -86,9 +86,9 @@ async fn two_hundred_containers_that_exit_at_once_are_all_accounted_for() -> Res
         let id = format!("c{number}");
         guest.create(&id, &spec(&["sh", "-c", &format!("exit {number}")]), "").await?;
         let (waited, _) = tokio::try_join!(guest.wait(&id, ""), guest.start(&id, ""))?;
-        ensure!(waited == number, "wait says {waited}");
+        ensure!(waited == number, "wait returned {waited}");
         let deleted = guest.delete(&id, "").await?.exit_status;
-        ensure!(deleted == number, "delete says {deleted}");
+        ensure!(deleted == number, "delete returned {deleted}");
         Ok(())
     };
     let all = (0..CONTAINERS).map(|number| {
@@ -103,30 +103,31 @@ async fn two_hundred_containers_that_exit_at_once_are_all_accounted_for() -> Res
 }
 
 #[tokio::test]
-async fn a_thousand_streams_that_are_asked_for_at_once_all_find_room() -> Result<()> {
+async fn a_thousand_simultaneous_stream_connections_are_accepted() -> Result<()> {
     let guest = Guest::boot().await?;
-    // As by hundreds of processes that are started together: none can be accepted before all have asked, as the guest has one processor.
-    let asked = (0..1000).map(|_| guest.device.connect(PORT_STDIO, Duration::from_secs(30)));
-    let refused = futures::future::join_all(asked).await.into_iter().filter_map(Result::err).collect::<Vec<_>>();
-    ensure!(refused.is_empty(), "{} of them: {}", refused.len(), refused[0]);
+    // As hundreds of processes starting together would do. None is accepted before all have connected, because the
+    // guest has one CPU.
+    let connections = (0..1000).map(|_| guest.device.connect(PORT_STDIO, Duration::from_secs(30)));
+    let failed = futures::future::join_all(connections).await.into_iter().filter_map(Result::err).collect::<Vec<_>>();
+    ensure!(failed.is_empty(), "{} connections failed: {}", failed.len(), failed[0]);
     Ok(())
 }
 
 #[tokio::test]
-async fn what_goes_in_comes_out_and_the_exit_is_marked_behind_it() -> Result<()> {
+async fn stdio_passes_unchanged_and_the_exit_mark_follows_the_output() -> Result<()> {
     let guest = Guest::boot().await?;
     let input: Vec<u8> = (0..1_000_000u32).flat_map(u32::to_le_bytes).collect();
     guest.create("cat", &spec(&["cat"]), "io").await?;
-    // Both streams wait for their process, and the process for its start.
+    // Both streams wait for their process, and the process waits for its start.
     let (written, output, _) =
         tokio::try_join!(guest.input("cat", "", &input), guest.output("cat", "", false), guest.start("cat", ""))?;
-    ensure!(written == input.len() as u64, "{written} bytes were written");
-    ensure!(output == input, "{} bytes came out", output.len());
+    ensure!(written == input.len() as u64, "{written} bytes written");
+    ensure!(output == input, "{} bytes received", output.len());
     ensure!(guest.wait("cat", "").await? == 0);
     guest.delete("cat", "").await?;
 
-    // The shell ends, what it started keeps the pipe: the mark comes at once, the rest of the output behind it, and the end when the last
-    // has gone.
+    // The shell exits, but its child keeps the pipe open. The mark comes at once, then the child's output, and the end
+    // of the stream when the child exits.
     guest.create("mark", &spec(&["sleep", "1000"]), "").await?;
     guest.start("mark", "").await?;
     exec(&guest, "mark", "e", &["sh", "-c", "(sleep 2; echo late) & head -c 100000 /dev/zero; echo early"], "o")
@@ -142,37 +143,37 @@ async fn what_goes_in_comes_out_and_the_exit_is_marked_behind_it() -> Result<()>
     guest.start("mark", "e").await?;
     let mut before = Vec::new();
     before.extend(timeout(STEP, stream.recv()).await??.context("no output")?.data);
-    // One reader at a time.
+    // Each stream has one reader at a time.
     let second = StdioClient::new(guest.connect(PORT_STDIO).await?);
-    let mut refused = second.output(context::with_timeout(0), &request).await?;
-    ensure!(code(refused.recv().await.map_err(Into::into))?.0 == Code::ALREADY_EXISTS);
+    let mut second_reader = second.output(context::with_timeout(0), &request).await?;
+    ensure!(code(second_reader.recv().await.map_err(Into::into))?.0 == Code::ALREADY_EXISTS);
     loop {
-        let chunk = timeout(STEP, stream.recv()).await??.context("the stream ended without a mark")?;
+        let chunk = timeout(STEP, stream.recv()).await??.context("the stream ended without an exit mark")?;
         if chunk.exited {
             break;
         }
         before.extend(chunk.data);
     }
-    ensure!(before.len() == 100_006 && before.ends_with(b"early\n"), "{} bytes before the mark", before.len());
+    ensure!(before.len() == 100_006 && before.ends_with(b"early\n"), "{} bytes before the exit mark", before.len());
     guest.delete("mark", "e").await?;
-    let late = timeout(STEP, stream.recv()).await??.context("nothing behind the mark")?;
+    let late = timeout(STEP, stream.recv()).await??.context("nothing after the exit mark")?;
     ensure!(late.data == b"late\n" && !late.exited, "{late}");
     ensure!(timeout(STEP, stream.recv()).await??.is_none());
     kill(&guest, "mark", "", libc::SIGKILL, false).await?;
     guest.wait("mark", "").await?;
     guest.delete("mark", "").await?;
 
-    // A process that never reads: what was not taken is told, and nothing hangs.
-    guest.create("deaf", &spec(&["true"]), "i").await?;
-    let (written, _) = tokio::try_join!(guest.input("deaf", "", &input), guest.start("deaf", ""))?;
+    // A process that never reads: the response contains the bytes taken, and nothing hangs.
+    guest.create("unread", &spec(&["true"]), "i").await?;
+    let (written, _) = tokio::try_join!(guest.input("unread", "", &input), guest.start("unread", ""))?;
     ensure!(written < input.len() as u64);
-    guest.delete("deaf", "").await?;
+    guest.delete("unread", "").await?;
     guest.shut_down().await?;
     Ok(())
 }
 
 #[tokio::test]
-async fn execs_run_beside_the_init_and_are_told_of_before_it() -> Result<()> {
+async fn execs_run_beside_the_init_and_their_exits_are_reported_first() -> Result<()> {
     let guest = Guest::boot().await?;
     guest.create("c", &spec(&["sleep", "1000"]), "").await?;
     exec(&guest, "c", "early", &["true"], "").await?;
@@ -204,7 +205,7 @@ async fn execs_run_beside_the_init_and_are_told_of_before_it() -> Result<()> {
     guest.delete("c", "e").await?;
     nothing_leaked(&guest, &before).await?;
 
-    // The init's end takes its execs along, and comes after theirs.
+    // The init's exit ends its execs, and is reported after theirs.
     exec(&guest, "c", "last", &["sleep", "1000"], "").await?;
     guest.start("c", "last").await?;
     kill(&guest, "c", "", libc::SIGKILL, false).await?;
@@ -218,32 +219,33 @@ async fn execs_run_beside_the_init_and_are_told_of_before_it() -> Result<()> {
         Ok(events.subscribe(context::with_timeout(0), &request).await?)
     };
     let mut stream = subscribe(0).await?;
-    let mut told = Vec::new();
-    while told.last().is_none_or(|(topic, _)| topic != "/tasks/delete") {
-        if told.len() % 10 == 9 {
-            // The one before goes with its connection; nothing is lost, and nothing comes twice.
-            stream = subscribe(told.len() as u64).await?;
+    let mut events = Vec::new();
+    while events.last().is_none_or(|(topic, _)| topic != "/tasks/delete") {
+        if events.len() % 10 == 9 {
+            // The previous subscription ends with its connection. No event may be lost or repeated.
+            stream = subscribe(events.len() as u64).await?;
         }
         let event = timeout(STEP, stream.recv()).await??.context("the events ended")?;
-        ensure!(event.sequence == told.len() as u64 + 1, "{event}");
+        ensure!(event.sequence == events.len() as u64 + 1, "{event}");
         let id = match event.topic.as_str() {
             "/tasks/exit" => TaskExit::parse_from_bytes(&event.event.value)?.id,
             "/tasks/exec-added" => TaskExecAdded::parse_from_bytes(&event.event.value)?.exec_id,
             _ => String::new(),
         };
-        told.push((event.topic, id));
+        events.push((event.topic, id));
     }
-    let of = |wanted: &str| told.iter().filter(|(topic, _)| topic == wanted).count();
-    ensure!((of("/tasks/create"), of("/tasks/start"), of("/tasks/exec-added")) == (1, 1, 24), "{told:?}");
-    ensure!((of("/tasks/exec-started"), of("/tasks/exit")) == (22, 23), "{told:?}");
-    let exits: Vec<&str> = told.iter().filter(|(topic, _)| topic == "/tasks/exit").map(|(_, id)| id.as_str()).collect();
+    let count = |expected: &str| events.iter().filter(|(topic, _)| topic == expected).count();
+    ensure!((count("/tasks/create"), count("/tasks/start"), count("/tasks/exec-added")) == (1, 1, 24), "{events:?}");
+    ensure!((count("/tasks/exec-started"), count("/tasks/exit")) == (22, 23), "{events:?}");
+    let exits: Vec<&str> =
+        events.iter().filter(|(topic, _)| topic == "/tasks/exit").map(|(_, id)| id.as_str()).collect();
     ensure!(exits.ends_with(&["last", "c"]), "{exits:?}");
     guest.shut_down().await?;
     Ok(())
 }
 
 #[tokio::test]
-async fn what_is_refused_is_named_and_leaves_nothing() -> Result<()> {
+async fn rejected_specs_are_named_in_the_error_and_leave_nothing_behind() -> Result<()> {
     let guest = Guest::boot().await?;
     ensure!(guest.run("first", &spec(&["true"])).await?.0 == 0);
     let before = guest.info().await?;
@@ -276,21 +278,21 @@ async fn what_is_refused_is_named_and_leaves_nothing() -> Result<()> {
         ("/process/cwd", json!("/proc/absent"), Code::INTERNAL, "ENOENT"),
         ("/linux/resources/unified", json!({"memory.absent": "1"}), Code::INTERNAL, "memory.absent"),
     ];
-    for (pointer, value, wanted, names) in cases {
+    for (pointer, value, expected, names) in cases {
         let (code, message) = code(guest.create("bad", &changed(pointer, value), "oe").await).context(pointer)?;
-        ensure!(code == wanted && message.contains(names), "{pointer}: {code:?} {message}");
+        ensure!(code == expected && message.contains(names), "{pointer}: {code:?} {message}");
         let remove = husk_protos::bundle::RemoveBundleRequest { id: "bad".into(), ..Default::default() };
         guest.bundle.remove(call(), &remove).await?;
         nothing_leaked(&guest, &before).await.context(pointer)?;
     }
-    ensure!(guest.run("bad", &spec(&["true"])).await?.0 == 0, "the id is free again");
+    ensure!(guest.run("bad", &spec(&["true"])).await?.0 == 0, "the id cannot be used again");
     nothing_leaked(&guest, &before).await?;
     guest.shut_down().await?;
     Ok(())
 }
 
 #[tokio::test]
-async fn a_create_that_hangs_is_ended_by_its_deadline_and_leaves_nothing() -> Result<()> {
+async fn a_hanging_create_fails_at_its_deadline_and_leaves_nothing_behind() -> Result<()> {
     let guest = Guest::boot().await?;
     ensure!(guest.run("first", &spec(&["true"])).await?.0 == 0);
     let before = guest.info().await?;
@@ -306,23 +308,23 @@ async fn a_create_that_hangs_is_ended_by_its_deadline_and_leaves_nothing() -> Re
 }
 
 #[tokio::test]
-async fn hooks_run_in_order_and_one_that_hangs_is_ended_by_its_deadline() -> Result<()> {
+async fn hooks_run_in_order_and_a_hanging_hook_fails_at_its_deadline() -> Result<()> {
     let guest = Guest::boot().await?;
-    let mut hooked = spec(&["sh", "-c", "until grep -q running /tmp/told; do :; done; cat /tmp/told"]);
+    let mut hooked = spec(&["sh", "-c", "until grep -q running /tmp/states; do :; done; cat /tmp/states"]);
     hooked["root"]["readonly"] = json!(false);
-    // The one in the container's root, the other in the guest's.
+    // The first path is in the container's root, the second in the guest's.
     let hook = |path: &str, script: &str| json!({"path": path, "args": ["sh", "-c", script], "env": ["PATH=/bin"]});
-    let (first, second) = ("sleep 1; echo first > /tmp/told", "/rootfs/bin/busybox cat >> /rootfs/tmp/told");
+    let (first, second) = ("sleep 1; echo first > /tmp/states", "/rootfs/bin/busybox cat >> /rootfs/tmp/states");
     hooked["hooks"] = json!({
         "startContainer": [hook("/bin/sh", first)],
         "poststart": [hook("/rootfs/bin/busybox", second)],
-        "poststop": [hook("/rootfs/bin/busybox", "echo last > /rootfs/tmp/told")],
+        "poststop": [hook("/rootfs/bin/busybox", "echo last > /rootfs/tmp/states")],
     });
-    let (status, told) = guest.run("c", &hooked).await?;
-    let state: Value = serde_json::from_str(told.strip_prefix("first\n").with_context(|| told.clone())?)?;
+    let (status, output) = guest.run("c", &hooked).await?;
+    let state: Value = serde_json::from_str(output.strip_prefix("first\n").with_context(|| output.clone())?)?;
     ensure!(status == 0 && state["status"] == json!("running") && state["pid"].as_u64() > Some(1), "{status} {state}");
 
-    ensure!(guest.run("c", &spec(&["cat", "/tmp/told"])).await? == (0, "last\n".to_owned()));
+    ensure!(guest.run("c", &spec(&["cat", "/tmp/states"])).await? == (0, "last\n".to_owned()));
 
     let before = guest.info().await?;
     hooked["hooks"] = json!({"startContainer": [hook("/bin/sh", "sleep 1000")]});
@@ -337,9 +339,9 @@ async fn hooks_run_in_order_and_one_that_hangs_is_ended_by_its_deadline() -> Res
 }
 
 #[tokio::test]
-async fn calls_answer_by_the_state_of_the_process() -> Result<()> {
+async fn calls_return_codes_for_the_state_of_the_process() -> Result<()> {
     let guest = Guest::boot().await?;
-    let not_there = [
+    let missing = [
         code(guest.start("absent", "").await)?,
         code(guest.wait("absent", "").await)?,
         code(guest.delete("absent", "").await)?,
@@ -347,7 +349,7 @@ async fn calls_answer_by_the_state_of_the_process() -> Result<()> {
         code(status(&guest, "absent", "").await)?,
         code(exec(&guest, "absent", "e", &["true"], "").await)?,
     ];
-    ensure!(not_there.iter().all(|(code, _)| *code == Code::NOT_FOUND), "{not_there:?}");
+    ensure!(missing.iter().all(|(code, _)| *code == Code::NOT_FOUND), "{missing:?}");
 
     guest.create("c", &spec(&["sleep", "1000"]), "").await?;
     ensure!(status(&guest, "c", "").await? == Status::CREATED);
@@ -368,7 +370,10 @@ async fn calls_answer_by_the_state_of_the_process() -> Result<()> {
 
     guest.create("never", &spec(&["true"]), "").await?;
     ensure!(code(guest.create("never", &spec(&["true"]), "").await)?.0 == Code::ALREADY_EXISTS);
-    ensure!(guest.delete("never", "").await?.exit_status == 137, "a container that was never started can be deleted");
+    ensure!(
+        guest.delete("never", "").await?.exit_status == 137,
+        "a container that was never started cannot be deleted"
+    );
 
     let request = containerd_shim_protos::api::CheckpointTaskRequest::new();
     ensure!(code(guest.task.checkpoint(call(), &request).await.map_err(Into::into))?.0 == Code::UNIMPLEMENTED);
@@ -377,9 +382,9 @@ async fn calls_answer_by_the_state_of_the_process() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_shutdown_stops_what_runs_and_ends_the_vm() -> Result<()> {
+async fn a_shutdown_stops_running_containers_and_ends_the_vm() -> Result<()> {
     let guest = Guest::boot().await?;
-    for (id, trap) in [("deaf", "trap '' TERM"), ("polite", "trap 'exit 3' TERM")] {
+    for (id, trap) in [("ignores-term", "trap '' TERM"), ("handles-term", "trap 'exit 3' TERM")] {
         let script = format!("{trap}; echo set; sleep 1000 & wait; wait");
         guest.create(id, &spec(&["sh", "-c", &script]), "o").await?;
         let request = OutputRequest {
@@ -392,23 +397,23 @@ async fn a_shutdown_stops_what_runs_and_ends_the_vm() -> Result<()> {
         guest.start(id, "").await?;
         timeout(STEP, stream.recv()).await??.context("no output")?;
     }
-    let polite = guest.task.clone();
+    let handler = guest.task.clone();
     let waited = tokio::spawn(async move {
-        let request = containerd_shim_protos::api::WaitRequest { id: "polite".into(), ..Default::default() };
-        polite.wait(call(), &request).await.map(|answer| answer.exit_status)
+        let request = containerd_shim_protos::api::WaitRequest { id: "handles-term".into(), ..Default::default() };
+        handler.wait(call(), &request).await.map(|response| response.exit_status)
     });
-    // One that is paused hears of it as well.
-    let request = containerd_shim_protos::api::PauseRequest { id: "polite".into(), ..Default::default() };
+    // A paused container receives the signal as well.
+    let request = containerd_shim_protos::api::PauseRequest { id: "handles-term".into(), ..Default::default() };
     guest.task.pause(call(), &request).await?;
-    ensure!(status(&guest, "polite", "").await? == Status::PAUSED);
+    ensure!(status(&guest, "handles-term", "").await? == Status::PAUSED);
     let began = Instant::now();
     let mut end = [0];
     let mut guest = guest;
     let mut ready = std::mem::replace(&mut guest.ready, tokio::net::UnixStream::pair()?.0);
     let console = guest.shut_down().await?;
     eprintln!("ended after {:?}\n{console}", began.elapsed());
-    ensure!(ready.read(&mut end).await? == 0, "the ready connection's end tells of the guest's");
-    ensure!(began.elapsed() > Duration::from_secs(3), "the deaf one has its time");
-    ensure!(waited.await?? == 3, "the polite one said so itself");
+    ensure!(ready.read(&mut end).await? == 0, "the ready connection must end with the guest");
+    ensure!(began.elapsed() > Duration::from_secs(3), "the container that ignores SIGTERM got no grace period");
+    ensure!(waited.await?? == 3, "the container that handles SIGTERM did not exit by itself");
     Ok(())
 }

@@ -1,25 +1,20 @@
-//! A sandbox's sockets, as whoever speaks JSON-RPC on them finds them: private, exact, and held up by nobody.
+//! A sandbox's sockets from the view of a JSON-RPC client: private, exact, and never blocked by other clients.
 
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::artifacts::{Runtime, Version};
+use husk_tests::artifacts::Version;
 use husk_tests::containerd::{Configured, Containerd};
+use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::operator::{Rpc, folder, husk};
 use serde_json::{Value, json};
 
-fn is_husk(test: &str) -> bool {
-    Runtime::under_test().is_husk_or_tell(test)
-}
-
 #[test]
-fn the_sockets_are_private_and_answer_every_line_as_json_rpc_says() -> Result<()> {
-    if !is_husk("the_sockets_are_private_and_answer_every_line_as_json_rpc_says") {
-        return Ok(());
-    }
-    // So that the init has something to log.
+fn the_sockets_are_private_and_speak_json_rpc() -> Result<()> {
+    husk_only!();
+    // Makes the init write log lines.
     let configured = Configured::start("log_level = \"debug\"\n")?;
     let containerd = &configured.containerd;
     let container = containerd.detached(&[], "rpc", &["sleep", "1000"])?;
@@ -42,21 +37,21 @@ fn the_sockets_are_private_and_answer_every_line_as_json_rpc_says() -> Result<()
         ("{\"jsonrpc\":\"2.0\",\"id\":9,\"method\":\"logs\",\"params\":{\"source\":\"x\"}}\n", -32602, json!(9)),
         ("{\"jsonrpc\":\"2.0\",\"id\":9,\"method\":\"events.tail\",\"params\":{\"x\":1}}\n", -32602, json!(9)),
     ];
-    for (line, code, wanted) in table {
+    for (line, code, expected) in table {
         rpc.send(line.as_bytes())?;
-        let answer = rpc.receive()?.context("no answer")?;
-        ensure!(answer["error"]["code"] == code && answer["id"] == wanted, "{line}: {answer}");
+        let response = rpc.receive()?.context("no response")?;
+        ensure!(response["error"]["code"] == code && response["id"] == expected, "{line}: {response}");
     }
-    for (method, who) in [
+    for (method, hint) in [
         ("create", "containerd creates"),
         ("start", "containerd starts"),
         ("stop", "ctr task kill"),
         ("remove", "ctr task rm"),
     ] {
         for name in [method.to_owned(), format!("compute.vm.{method}")] {
-            let answer = rpc.call(&name, json!({}))?;
-            let told = answer["error"]["message"].as_str().unwrap_or_default();
-            ensure!(told.contains("containerd") && told.contains(who), "{name}: {answer}");
+            let response = rpc.call(&name, json!({}))?;
+            let message = response["error"]["message"].as_str().unwrap_or_default();
+            ensure!(message.contains("containerd") && message.contains(hint), "{name}: {response}");
         }
     }
     for method in ["compute.vm.status", "status"] {
@@ -66,33 +61,31 @@ fn the_sockets_are_private_and_answer_every_line_as_json_rpc_says() -> Result<()
     let last = rpc.call("events.tail", json!({"after": 2}))?["result"]["last"].clone();
     ensure!(rpc.call("events.tail", json!({"after": last}))?["result"] == json!({"last": last, "ended": false}));
 
-    // What is listed is there, and takes what it says that it takes.
+    // Every listed method exists and checks its parameters.
     let listed = rpc.call("rpc.discover", json!({}))?["result"]["methods"].clone();
     let names: Vec<&str> = listed.as_array().context("methods")?.iter().filter_map(|m| m["name"].as_str()).collect();
     for method in ["status", "list", "events.tail", "console.endpoint", "logs", "create", "start", "stop", "remove"] {
         ensure!(names.contains(&format!("compute.vm.{method}").as_str()), "no {method} in {names:?}");
     }
     for name in names {
-        let answer = Rpc::connect(containerd, id)?.call(name, json!({"no such parameter": 1}))?;
-        ensure!(answer["error"]["code"] != -32601, "{name}: {answer}");
+        let response = Rpc::connect(containerd, id)?.call(name, json!({"no such parameter": 1}))?;
+        ensure!(response["error"]["code"] != -32601, "{name}: {response}");
     }
 
-    // A line without end is cut off; others have not noticed.
+    // An endless line is rejected, without effect on other clients.
     let mut hostile = Rpc::connect(containerd, id)?;
     let sent = hostile.send(&vec![b'x'; 3 << 20]);
-    let answer = hostile.receive()?;
-    let told = answer.as_ref().map(|answer| answer["error"]["message"].clone());
-    ensure!(told == Some(json!("a line is longer than 1048576 bytes")), "{answer:?}, {sent:?}");
+    let response = hostile.receive()?;
+    let message = response.as_ref().map(|response| response["error"]["message"].clone());
+    ensure!(message == Some(json!("a line is longer than 1048576 bytes")), "{response:?}, {sent:?}");
     ensure!(hostile.receive()?.is_none());
     ensure!(rpc.call("status", json!({}))?["result"]["state"] == "Running");
     Ok(())
 }
 
 #[test]
-fn clients_that_stay_connected_hold_up_no_end_and_leave_nothing() -> Result<()> {
-    if !is_husk("clients_that_stay_connected_hold_up_no_end_and_leave_nothing") {
-        return Ok(());
-    }
+fn clients_that_stay_connected_do_not_delay_deletion_and_leave_nothing_behind() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     containerd.run(&[], &containerd.id("first"), &["true"]).ok()?;
     let before = Leftovers::now(&containerd);
@@ -100,25 +93,24 @@ fn clients_that_stay_connected_hold_up_no_end_and_leave_nothing() -> Result<()> 
     let id = container.id();
     let mut clients = Vec::new();
     for _ in 0..80 {
-        // Some say nothing, some ask for without end and read nothing; the last are turned away.
+        // Some clients send nothing, others follow events and read nothing. The last ones are over the limit.
         let mut client = Rpc::connect(&containerd, id)?;
         if clients.len() % 2 == 0 {
             let follow = "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"events.tail\",\"params\":{\"follow\":true}}\n";
-            // One that was turned away may not take it any more.
+            // A rejected client may already be closed.
             let _ = client.send(follow.as_bytes());
         }
         clients.push(client);
     }
-    let busy = clients.last_mut().context("a client")?.receive()?.context("no answer")?;
+    let busy = clients.last_mut().context("a client")?.receive()?.context("no response")?;
     ensure!(busy["error"]["code"] == -32000, "{busy}");
-    // husk goes without the shim then.
+    // husk then works without the shim.
     let page = husk(&containerd, &["status", id])?.ok()?.text();
     ensure!(page.contains("NOTE") && page.contains("state       Running"), "{page}");
     let consoles: Vec<_> = (0..10)
         .map(|_| husk_shim::host::socket::connect(&folder(&containerd, id), "console.sock"))
         .collect::<std::io::Result<_>>()?;
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     let started = std::time::Instant::now();
     ensure!(container.delete_task()? == 137);
     ensure!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());

@@ -1,31 +1,28 @@
-//! How VMs die, and what is told of it: every task ends with status 137, whoever waits is told, the cause is on record, and all can be removed.
+//! How VMs die, and what is reported: every task exits with status 137, waiting clients return, the cause is recorded,
+//! and everything can be removed.
 
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::artifacts::{Runtime, Version, built};
+use husk_tests::artifacts::{Version, built};
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Container, Containerd, NAMESPACE};
 use husk_tests::debug::{IN_DEBUG_MODE, panic_kernel, run_in_vm};
 use husk_tests::events::Watch;
+use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::operator;
-use husk_tests::process::Process;
-use husk_tests::vm::{self, File};
+use husk_tests::vm::{self, InitramfsFile};
 
-/// For what follows a death.
+/// Deadline for the consequences of a death.
 const SOON: Duration = Duration::from_secs(30);
-/// Heartbeats come often, so that their absence is noticed soon; and seldom enough for a machine under load.
-const BEATS: &str = "heartbeat_interval_ms = 1000\n";
+/// Heartbeats frequent enough to detect their absence soon, and rare enough for a loaded machine.
+const FAST_HEARTBEATS: &str = "heartbeat_interval_ms = 1000\n";
 
-fn is_husk(test: &str) -> bool {
-    Runtime::under_test().is_husk_or_tell(test)
-}
-
-/// What an operator does in a death: one command, and its output is kept with the test's.
-fn seen(containerd: &Containerd, id: &str, cause: &str) -> Result<()> {
-    wait_for(SOON, "the VM has failed", || {
+/// Checks what an operator sees of a failed VM with one command, and prints it.
+fn expect_failure_in_status(containerd: &Containerd, id: &str, cause: &str) -> Result<()> {
+    wait_for(SOON, "the VM is in state Failed", || {
         let listed = operator::listed(containerd, id).ok()?;
         (listed.get("STATE").map(String::as_str) == Some("Failed")).then_some(())
     })
@@ -37,14 +34,7 @@ fn seen(containerd: &Containerd, id: &str, cause: &str) -> Result<()> {
     Ok(())
 }
 
-/// QEMU of the container's VM.
-fn qemu(containerd: &Containerd, id: &str) -> Result<Process> {
-    let (shim, below) = containerd.shim_of(id)?;
-    let found = below.iter().find(|process| process.name.starts_with("qemu") && process.parent == shim.pid);
-    found.cloned().with_context(|| format!("no QEMU: {below:#?}"))
-}
-
-/// The cause of the VM's failure, as it was logged.
+/// The logged cause of the VM's failure.
 fn cause(containerd: &Containerd, id: &str) -> Result<String> {
     let failed = || {
         let mut lines = containerd.logged("the VM's state").into_iter();
@@ -55,8 +45,9 @@ fn cause(containerd: &Containerd, id: &str) -> Result<String> {
     Ok(cause.trim_end().trim_end_matches('"').to_owned())
 }
 
-/// What must hold of a container and its exec once `kill` has killed their VM; answers the cause that is on record.
-fn dies(
+/// Starts a container with an exec, lets `kill` kill their VM, and checks what a client sees. Returns the recorded
+/// cause.
+fn expect_death(
     containerd: &Containerd,
     name: &str,
     flags: &[&str],
@@ -74,30 +65,28 @@ fn dies(
     containerd.ctr(["task", "exec", "--detach", "--exec-id", "second", &id, "sleep", "2000"]).ok()?;
     let events = Watch::start(containerd)?;
     kill(&container)?;
-    let killed = Instant::now();
-    // The init's comes after that of its exec.
-    let told = events
+    let started = Instant::now();
+    // The init's exit follows the exec's.
+    let published = events
         .collect(container.id(), SOON, |event| event.topic == "/tasks/exit" && event.text("id") == container.id())?;
-    eprintln!("{name}: the exits were told within {:?} of the kill", killed.elapsed());
-    let exits: Vec<_> = told.iter().filter(|event| event.topic == "/tasks/exit").collect();
-    ensure!(exits.len() == 2 && exits.iter().all(|exit| exit.fields["exit_status"] == 137), "{told:#?}");
-    let status = wait_for(SOON, "the client has ended", || waiting.try_wait().transpose())??;
+    eprintln!("{name}: the exits were published within {:?} of the kill", started.elapsed());
+    let exits: Vec<_> = published.iter().filter(|event| event.topic == "/tasks/exit").collect();
+    ensure!(exits.len() == 2 && exits.iter().all(|exit| exit.fields["exit_status"] == 137), "{published:#?}");
+    let status = wait_for(SOON, "the client exits", || waiting.try_wait().transpose())??;
     ensure!(status.code() == Some(137), "{status}");
     let cause = cause(containerd, container.id())?;
     drop(events);
-    // What a client leaves that has gone its way is not the shim's.
+    // The shim is not responsible for fifos that a departed client leaves behind.
     before.expect_none_since_but(containerd, |line| line.contains(" /run/containerd/fifo/"))?;
     Ok(cause)
 }
 
 #[test]
-fn a_vm_whose_qemu_is_killed_is_told_as_ended() -> Result<()> {
-    if !is_husk("a_vm_whose_qemu_is_killed_is_told_as_ended") {
-        return Ok(());
-    }
+fn a_killed_qemu_is_reported_as_the_cause() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
-    let cause = dies(&containerd, "killed", &[], |container| {
-        qemu(&containerd, container.id())?.kill();
+    let cause = expect_death(&containerd, "killed", &[], |container| {
+        containerd.qemu_of(container.id())?.kill();
         Ok(())
     })?;
     ensure!(cause == "QEMU was killed by signal 9", "{cause}");
@@ -105,53 +94,43 @@ fn a_vm_whose_qemu_is_killed_is_told_as_ended() -> Result<()> {
 }
 
 #[test]
-fn a_guest_whose_kernel_panics_is_told_as_ended() -> Result<()> {
-    if !is_husk("a_guest_whose_kernel_panics_is_told_as_ended") {
-        return Ok(());
-    }
+fn a_kernel_panic_is_reported_as_the_cause() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
-    let cause = dies(&containerd, "panicked", &IN_DEBUG_MODE, |container| {
+    let cause = expect_death(&containerd, "panicked", &IN_DEBUG_MODE, |container| {
         panic_kernel(&containerd, container.id())?.expect_code(125).map(drop)
     })?;
-    let wanted = "QEMU exited with status 0 after guest-reset; its console says: Kernel panic - not syncing: sysrq triggered crash";
-    ensure!(cause == wanted, "{cause}");
+    let expected = "QEMU exited with status 0 after guest-reset; its console says: Kernel panic - not syncing: sysrq triggered crash";
+    ensure!(cause == expected, "{cause}");
     Ok(())
 }
 
 #[test]
-fn a_guest_that_is_out_of_memory_for_good_is_told_as_ended() -> Result<()> {
-    if !is_husk("a_guest_that_is_out_of_memory_for_good_is_told_as_ended") {
-        return Ok(());
-    }
+fn a_guest_out_of_memory_is_reported_as_the_cause() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
-    // Files in memory, which no kill gives back; the kernel ends when there is nobody left whose death could help.
+    // Memory of tmpfs files is not freed by killing processes; the kernel panics when no process is left to kill.
     let eat = "echo 2 > /proc/sys/vm/panic_on_oom; mount -o remount,size=100% /dev/shm; dd if=/dev/zero of=/dev/shm/all bs=1M";
-    let cause = dies(&containerd, "full", &IN_DEBUG_MODE, |container| {
+    let cause = expect_death(&containerd, "full", &IN_DEBUG_MODE, |container| {
         run_in_vm(&containerd, container.id(), &["sh", "-c", eat], None)?.expect_code(125).map(drop)
     })?;
-    let wanted =
+    let expected =
         "QEMU exited with status 0 after guest-reset; its console says: Kernel panic - not syncing: Out of memory";
-    ensure!(cause.starts_with(wanted), "{cause}");
+    ensure!(cause.starts_with(expected), "{cause}");
     Ok(())
 }
 
 #[test]
-fn one_command_tells_an_operator_what_a_vm_has_died_of() -> Result<()> {
-    if !is_husk("one_command_tells_an_operator_what_a_vm_has_died_of") {
-        return Ok(());
-    }
+fn husk_status_shows_the_cause_of_a_vms_death() -> Result<()> {
+    husk_only!();
     type Kill = fn(&Containerd, &str) -> Result<()>;
-    let kill: Kill = |containerd, id| qemu(containerd, id).map(|qemu| qemu.kill());
-    let stop: Kill = |containerd, id| qemu(containerd, id).map(|qemu| qemu.stop());
-    let share: Kill = |containerd, id| {
-        let (shim, below) = containerd.shim_of(id)?;
-        let found = below.iter().find(|process| process.name.starts_with("virtiofsd") && process.parent == shim.pid);
-        found.with_context(|| format!("{below:#?}")).map(Process::kill)
-    };
+    let kill: Kill = |containerd, id| containerd.qemu_of(id).map(|qemu| qemu.kill());
+    let stop: Kill = |containerd, id| containerd.qemu_of(id).map(|qemu| qemu.stop());
+    let share: Kill = |containerd, id| containerd.shim_child(id, "virtiofsd").map(|virtiofsd| virtiofsd.kill());
     let panic: Kill = |containerd, id| panic_kernel(containerd, id)?.expect_code(125).map(drop);
-    let configured = Configured::start(BEATS)?;
+    let configured = Configured::start(FAST_HEARTBEATS)?;
     let containerd = &configured.containerd;
-    for (name, kill, cause, last_words) in [
+    for (name, kill, cause, log_line) in [
         ("killed", kill, "QEMU was killed by signal 9", None),
         ("unshared", share, "virtiofsd was killed by signal 9", None),
         ("stopped", stop, "the guest has not sent a heartbeat for ", None),
@@ -164,28 +143,26 @@ fn one_command_tells_an_operator_what_a_vm_has_died_of() -> Result<()> {
     ] {
         let container = containerd.detached(&IN_DEBUG_MODE, name, &["sleep", "1000"])?;
         kill(containerd, container.id())?;
-        seen(containerd, container.id(), cause)?;
-        if let Some(words) = last_words {
+        expect_failure_in_status(containerd, container.id(), cause)?;
+        if let Some(log_line) = log_line {
             let logs = operator::husk(containerd, &["logs", container.id()])?.ok()?.text();
-            ensure!(logs.contains(words), "{logs}");
+            ensure!(logs.contains(log_line), "{logs}");
         }
     }
     Ok(())
 }
 
 #[test]
-fn a_call_that_the_vm_dies_under_says_what_it_died_of() -> Result<()> {
-    if !is_husk("a_call_that_the_vm_dies_under_says_what_it_died_of") {
-        return Ok(());
-    }
+fn a_call_interrupted_by_the_vms_death_reports_the_cause() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "under", &["sleep", "1000"])?;
-    let qemu = qemu(containerd, container.id())?;
-    // It answers no more, so that the call is under way when it dies, or comes after.
+    let qemu = containerd.qemu_of(container.id())?;
+    // A stopped QEMU keeps the call pending until it dies, unless the call comes later.
     qemu.stop();
     let called = std::thread::scope(|scope| {
         let call = scope.spawn(|| container.exec(&["true"]).output());
-        wait_for(SOON, "the shim is asked", || containerd.ctr(["task", "ls"]).ok().is_ok().then_some(()))?;
+        wait_for(SOON, "the shim receives a call", || containerd.ctr(["task", "ls"]).ok().is_ok().then_some(()))?;
         qemu.kill();
         call.join().unwrap_or_else(|_| anyhow::bail!("the call panicked"))
     })?;
@@ -194,14 +171,12 @@ fn a_call_that_the_vm_dies_under_says_what_it_died_of() -> Result<()> {
 }
 
 #[test]
-fn a_vm_that_stands_still_is_killed_for_its_missing_heartbeats() -> Result<()> {
-    if !is_husk("a_vm_that_stands_still_is_killed_for_its_missing_heartbeats") {
-        return Ok(());
-    }
-    let configured = Configured::start(BEATS)?;
+fn a_hanging_vm_is_killed_after_missed_heartbeats() -> Result<()> {
+    husk_only!();
+    let configured = Configured::start(FAST_HEARTBEATS)?;
     let containerd = &configured.containerd;
-    let cause = dies(containerd, "stopped", &[], |container| {
-        qemu(containerd, container.id())?.stop();
+    let cause = expect_death(containerd, "stopped", &[], |container| {
+        containerd.qemu_of(container.id())?.stop();
         Ok(())
     })?;
     ensure!(
@@ -212,20 +187,18 @@ fn a_vm_that_stands_still_is_killed_for_its_missing_heartbeats() -> Result<()> {
 }
 
 #[test]
-fn a_shim_that_stood_still_finds_its_vm_alive() -> Result<()> {
-    if !is_husk("a_shim_that_stood_still_finds_its_vm_alive") {
-        return Ok(());
-    }
-    let configured = Configured::start(BEATS)?;
+fn a_suspended_shim_does_not_kill_its_vm_when_it_resumes() -> Result<()> {
+    husk_only!();
+    let configured = Configured::start(FAST_HEARTBEATS)?;
     let containerd = &configured.containerd;
     let container = containerd.detached(&[], "patient", &["sleep", "1000"])?;
     let (shim, _) = containerd.shim_of(container.id())?;
     shim.stop();
-    // What is tested: longer than the heartbeats that a VM may miss.
+    // Longer than the heartbeats that a VM may miss.
     std::thread::sleep(Duration::from_secs(6));
-    shim.go_on();
+    shim.resume();
     ensure!(container.script("echo alive")? == "alive");
-    // A heartbeat later it is still so.
+    // And still after the next heartbeat.
     std::thread::sleep(Duration::from_secs(2));
     ensure!(container.script("echo alive")? == "alive", "{}", containerd.log_tail());
     ensure!(container.status()?.as_deref() == Some("RUNNING"));
@@ -233,42 +206,38 @@ fn a_shim_that_stood_still_finds_its_vm_alive() -> Result<()> {
 }
 
 #[test]
-fn an_init_that_fails_its_boot_says_why_and_the_create_too() -> Result<()> {
-    if !is_husk("an_init_that_fails_its_boot_says_why_and_the_create_too") {
-        return Ok(());
-    }
-    // A file stands where it wants to mount.
-    let in_the_way = File { path: "tmp".into(), content: b"x".to_vec(), link: false };
+fn a_failed_boot_is_explained_on_the_console_and_in_the_create_error() -> Result<()> {
+    husk_only!();
+    // A file in place of a mount point.
+    let obstacle = InitramfsFile { path: "tmp".into(), content: b"x".to_vec(), link: false };
     let folder = tempfile::tempdir()?;
     let initrd = folder.path().join("initrd.img");
-    std::fs::write(&initrd, vm::cpio(&std::fs::read(built("husk-init")?)?, &[in_the_way]))?;
+    std::fs::write(&initrd, vm::cpio(&std::fs::read(built("husk-init")?)?, &[obstacle]))?;
     let configured = Configured::start(&format!("initrd = {initrd:?}\n"))?;
     let containerd = &configured.containerd;
-    let id = containerd.id("stillborn");
+    let id = containerd.id("failed-boot");
     let before = Leftovers::now(containerd);
     let ran = containerd.run(&[], &id, &["true"]).output()?;
     ensure!(ran.code() != 0, "{ran}");
     let errors = ran.errors();
-    for wanted in [
+    for expected in [
         "the VM ended while it booted",
         "QEMU exited with status 0 after guest-reset; its console says: husk: fatal: create the mount point /tmp",
         "husk: fatal: create the mount point /tmp",
     ] {
-        ensure!(errors.contains(wanted), "no {wanted:?} in {errors}");
+        ensure!(errors.contains(expected), "no {expected:?} in {errors}");
     }
-    // The first use of a containerd leaves folders of its own.
+    // A new containerd creates directories on first use.
     before.expect_none_since_but(containerd, |line| line.starts_with("folder ") || line.starts_with("cgroup "))
 }
 
 #[test]
-fn a_guest_whose_memory_is_eaten_loses_the_eater_and_nothing_else() -> Result<()> {
-    if !is_husk("a_guest_whose_memory_is_eaten_loses_the_eater_and_nothing_else") {
-        return Ok(());
-    }
+fn the_oom_killer_ends_only_the_process_that_eats_the_memory() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     let container = containerd.detached(&[], "frugal", &["sleep", "1000"])?;
     let events = Watch::start(&containerd)?;
-    // It holds all that comes, and more comes than the guest has.
+    // tail keeps all its input, more than the guest's memory.
     let eaten = container.exec(&["sh", "-c", "exec tail /dev/zero"]).output()?;
     ensure!(eaten.code() == 137, "{eaten}");
     events.collect(container.id(), SOON, |event| event.topic == "/tasks/oom")?;
@@ -278,24 +247,22 @@ fn a_guest_whose_memory_is_eaten_loses_the_eater_and_nothing_else() -> Result<()
 }
 
 #[test]
-fn what_the_guests_init_logs_is_in_the_hosts_log_from_its_first_line_on() -> Result<()> {
-    if !is_husk("what_the_guests_init_logs_is_in_the_hosts_log_from_its_first_line_on") {
-        return Ok(());
-    }
-    // This line comes before there is a vsock.
+fn the_hosts_log_contains_all_lines_of_the_guests_init() -> Result<()> {
+    husk_only!();
+    // The init writes this line before vsock is available.
     let configured = Configured::start("log_level = \"info\"\n")?;
     let containerd = &configured.containerd;
-    let container = containerd.detached(&[], "told", &["sleep", "1000"])?;
-    let wanted = "the guest is set up";
-    let line = wait_for(SOON, "the guest's line is in the log", || containerd.logged(wanted).into_iter().next())
+    let container = containerd.detached(&[], "logged", &["sleep", "1000"])?;
+    let expected = "the guest is set up";
+    let line = wait_for(SOON, "the guest's line is in the log", || containerd.logged(expected).into_iter().next())
         .with_context(|| containerd.log_tail())?;
     for part in ["level=info", "from=guest", " version=", &format!("sandbox={}", container.id())] {
         ensure!(line.contains(part), "no {part} in {line}");
     }
     let folder = containerd.path("/run/husk").join(NAMESPACE).join(container.id());
     let kept = std::fs::read_to_string(folder.join("guest.log"))?;
-    ensure!(kept.lines().any(|line| line.contains(" info: ") && line.contains(wanted)), "{kept}");
+    ensure!(kept.lines().any(|line| line.contains(" info: ") && line.contains(expected)), "{kept}");
     let console = std::fs::read_to_string(folder.join("console.log"))?;
-    ensure!(!console.contains(wanted), "it is on the console too: {console}");
+    ensure!(!console.contains(expected), "the line is on the console too: {console}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Debug mode: a shell on the console and processes in the VM itself, and neither without it.
+//! Debug mode: a shell on the console and processes in the VM itself. Without debug mode, neither exists.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -14,45 +14,45 @@ use husk_tests::guest::{Guest, STEP, call, config, debug_config, spec};
 use tokio::time::timeout;
 use ttrpc::{Code, context};
 
-/// The serial console, as somebody in front of it has it.
+/// The serial console, as a user in front of it sees it.
 struct Serial {
     socket: UnixStream,
-    unseen: String,
+    unmatched: String,
 }
 
 impl Serial {
     fn of(guest: &Guest) -> Result<Self> {
         let socket = guest.vm.serial()?;
         socket.set_read_timeout(Some(STEP))?;
-        Ok(Self { socket, unseen: String::new() })
+        Ok(Self { socket, unmatched: String::new() })
     }
 
     fn send(&mut self, text: &str) -> Result<()> {
         self.socket.write_all(text.as_bytes()).with_context(|| format!("type {text:?}"))
     }
 
-    /// Reads on until `needle` has come, and gives what came before it.
+    /// Reads until `needle` appears and returns the output before it.
     fn expect(&mut self, needle: &str) -> Result<String> {
         loop {
-            if let Some((before, rest)) = self.unseen.split_once(needle) {
+            if let Some((before, rest)) = self.unmatched.split_once(needle) {
                 let before = before.to_owned();
-                self.unseen = rest.to_owned();
+                self.unmatched = rest.to_owned();
                 return Ok(before);
             }
             let mut bytes = [0; 4096];
             match self.socket.read(&mut bytes) {
-                Ok(length @ 1..) => self.unseen.push_str(&String::from_utf8_lossy(&bytes[..length])),
-                other => bail!("no {needle:?} ({other:?}), but {:?}", self.unseen),
+                Ok(length @ 1..) => self.unmatched.push_str(&String::from_utf8_lossy(&bytes[..length])),
+                other => bail!("no {needle:?} ({other:?}); output: {:?}", self.unmatched),
             }
         }
     }
 }
 
-fn refused<T>(result: Result<T>) -> Result<(Code, String)> {
+fn status_of<T>(result: Result<T>) -> Result<(Code, String)> {
     match result.err().map(|error| error.downcast()) {
         Some(Ok(ttrpc::Error::RpcStatus(status))) => Ok((status.code(), status.message)),
-        Some(other) => bail!("not an answer with a status: {other:?}"),
-        None => bail!("not refused"),
+        Some(other) => bail!("no error with a status: {other:?}"),
+        None => bail!("the call succeeded"),
     }
 }
 
@@ -61,10 +61,10 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[tokio::test]
-async fn a_shell_answers_on_the_console_and_comes_again_when_it_has_ended() -> Result<()> {
+async fn a_shell_runs_on_the_console_and_respawns_when_it_exits() -> Result<()> {
     let guest = Guest::boot_with(debug_config()?).await?;
     let mut serial = Serial::of(&guest)?;
-    // Of a shell that is not looked at before it has begun, nothing is seen: it is asked.
+    // Output before the connection is lost, so the test sends a command instead of waiting for a prompt.
     serial.send("tty; echo $((6 * 7)) $TERM $HOME $PATH\n")?;
     serial.expect("/dev/ttyS0")?;
     serial.expect("42 vt100 / /bin:/sbin:/usr/bin:/usr/sbin")?;
@@ -72,7 +72,7 @@ async fn a_shell_answers_on_the_console_and_comes_again_when_it_has_ended() -> R
     let own = serial.expect("end\r\n")?;
     ensure!(own.ends_with("0\r\n00000000\r\n0::/debug/shell\r\n"), "{own:?}");
 
-    // Job control: Ctrl-C reaches what runs, and not the shell.
+    // Job control: Ctrl-C interrupts the command, not the shell.
     serial.send("echo $(( 40 + 4 )); sleep 1000\n")?;
     serial.expect("\r\n44\r\n")?;
     serial.send("\x03")?;
@@ -82,30 +82,31 @@ async fn a_shell_answers_on_the_console_and_comes_again_when_it_has_ended() -> R
 
     for (number, end) in ["exit", "exit 3", "kill -9 $$"].into_iter().enumerate() {
         serial.send(&format!("{end}\n"))?;
-        // The next one asks for nothing, and has the terminal to itself. What is typed while there is none may be lost.
+        // The next shell starts without login and has the terminal to itself. Input typed between two shells may be
+        // lost.
         serial.expect("built-in shell (ash)").with_context(|| guest.vm.console())?;
         serial.expect("# ")?;
         serial.send(&format!("echo shell-$(({number} + 100))\n"))?;
         serial.expect(&format!("\r\nshell-{}", 100 + number)).with_context(|| guest.vm.console())?;
     }
     ensure!(guest.info().await?.zombies == 0);
-    // PID 1 and its containers are as always.
+    // PID 1 and containers work as usual.
     ensure!(guest.run("c", &spec(&["sh", "-c", "exit 7"])).await?.0 == 7);
 
     serial.send("echo $(( 50 + 5 )); sleep 1000\n")?;
     serial.expect("\r\n55\r\n")?;
     let began = Instant::now();
     guest.shut_down().await?;
-    ensure!(began.elapsed() < Duration::from_secs(8), "the shell kept the guest for {:?}", began.elapsed());
+    ensure!(began.elapsed() < Duration::from_secs(8), "the shell delayed the shutdown for {:?}", began.elapsed());
     Ok(())
 }
 
 #[tokio::test]
-async fn without_a_shell_in_the_initramfs_debug_mode_says_so_once() -> Result<()> {
+async fn debug_mode_logs_once_that_the_initramfs_has_no_shell() -> Result<()> {
     let mut config = config()?;
     config.kernel_parameters = "husk.debug=1".into();
     let guest = Guest::boot_with(config).await?;
-    let (code, message) = refused(guest.start_in_vm(&["sh"], false).await)?;
+    let (code, message) = status_of(guest.start_in_vm(&["sh"], false).await)?;
     ensure!(
         code == Code::NOT_FOUND && message == "exec: \"sh\": executable file not found in $PATH",
         "{code:?} {message}"
@@ -116,15 +117,15 @@ async fn without_a_shell_in_the_initramfs_debug_mode_says_so_once() -> Result<()
 }
 
 #[tokio::test]
-async fn without_debug_mode_nothing_answers() -> Result<()> {
-    // Not even where there would be a shell.
+async fn without_debug_mode_no_shell_runs_and_exec_is_rejected() -> Result<()> {
+    // Even if the initramfs contains a shell.
     let guest =
-        Guest::boot_with(husk_tests::vm::Config { kernel_parameters: String::new(), ..debug_config()? }).await?;
+        Guest::boot_with(husk_tests::vm::VmConfig { kernel_parameters: String::new(), ..debug_config()? }).await?;
     let mut serial = Serial::of(&guest)?;
     serial.send("echo answer-$((1 + 1))\n")?;
-    let (code, message) = refused(guest.start_in_vm(&["sh"], false).await)?;
+    let (code, message) = status_of(guest.start_in_vm(&["sh"], false).await)?;
     ensure!(code == Code::UNIMPLEMENTED || code == Code::INVALID_ARGUMENT, "{code:?} {message}");
-    // A container's whole life later.
+    // By the end of a container's life, a shell would have responded.
     ensure!(guest.run("c", &spec(&["ls", "/sys/fs/cgroup/debug"])).await?.0 != 0);
     let console = guest.shut_down().await?;
     ensure!(!console.contains("answer-2"), "{console}");
@@ -145,13 +146,13 @@ async fn processes_in_the_vm_have_streams_and_exit_codes() -> Result<()> {
 
     let script = "echo out; echo err >&2; cat; tty; pwd; echo $HOME; cat /proc/self/oom_score_adj /proc/self/personality; exit 7";
     let (status, stdout, stderr) = guest.run_in_vm(&["sh", "-c", script], None).await?;
-    let wanted = "out\nnot a tty\n/\n/\n0\n00000000\n";
+    let expected = "out\nnot a tty\n/\n/\n0\n00000000\n";
     ensure!(
-        (status, text(&stdout).as_str(), text(&stderr).as_str()) == (7, wanted, "err\n"),
+        (status, text(&stdout).as_str(), text(&stderr).as_str()) == (7, expected, "err\n"),
         "{status} {}",
         text(&stdout)
     );
-    // Rust's runtime, which every program starts from, ignores SIGPIPE; none may inherit that.
+    // Rust's runtime, with which every program is started, ignores SIGPIPE; no program may inherit that.
     ensure!(
         guest.run_in_vm(&["sh", "-c", "kill -PIPE $$; echo survived"], None).await?.0 == 128 + libc::SIGPIPE as u32
     );
@@ -162,43 +163,48 @@ async fn processes_in_the_vm_have_streams_and_exit_codes() -> Result<()> {
     let start = async |args: &[&str], cwd: &str| {
         let args = args.iter().map(|arg| (*arg).to_owned()).collect();
         let request = StartProcessRequest { args, cwd: cwd.into(), ..Default::default() };
-        refused(guest.debug.start(call(), &request).await.map_err(Into::into))
+        status_of(guest.debug.start(call(), &request).await.map_err(Into::into))
     };
     let cases = [
         (start(&["absent"], "").await?, Code::NOT_FOUND, "exec: \"absent\": executable file not found in $PATH"),
         (start(&["/no/such"], "").await?, Code::NOT_FOUND, "exec: \"/no/such\": no such file or directory"),
         (start(&["/proc"], "").await?, Code::FAILED_PRECONDITION, "exec: \"/proc\": permission denied"),
         (start(&["true"], "/none").await?, Code::INVALID_ARGUMENT, "chdir to \"/none\": No such file or directory"),
-        (start(&["a\0b"], "").await?, Code::INVALID_ARGUMENT, "an argument or a variable has a NUL in it"),
+        (
+            start(&["a\0b"], "").await?,
+            Code::INVALID_ARGUMENT,
+            "an argument or environment variable contains a NUL byte",
+        ),
         (start(&[], "").await?, Code::INVALID_ARGUMENT, "args must name a program"),
     ];
-    for ((code, message), wanted_code, wanted) in cases {
-        ensure!(code == wanted_code && message == wanted, "{code:?} {message}, not {wanted}");
+    for ((code, message), expected_code, expected) in cases {
+        ensure!(code == expected_code && message == expected, "{code:?} {message}, expected {expected}");
     }
-    ensure!(refused(guest.wait_in_vm("77").await)?.0 == Code::NOT_FOUND);
-    nothing_is_left(&guest, &before).await?;
+    ensure!(status_of(guest.wait_in_vm("77").await)?.0 == Code::NOT_FOUND);
+    expect_nothing_left(&guest, &before).await?;
     guest.shut_down().await?;
     Ok(())
 }
 
-/// PID 1 has no more descriptors, children and zombies than before, when a connection of the run before may still have been closing.
-async fn nothing_is_left(guest: &Guest, before: &InfoResponse) -> Result<()> {
+/// Waits until PID 1 has no more descriptors, children and zombies than before. At that time, a connection may still
+/// have been closing.
+async fn expect_nothing_left(guest: &Guest, before: &InfoResponse) -> Result<()> {
     let began = Instant::now();
     loop {
         let after = guest.info().await?;
-        let as_before = (after.processes, after.zombies) == (before.processes, before.zombies);
-        if as_before && after.init_open_fds <= before.init_open_fds {
+        let same_processes = (after.processes, after.zombies) == (before.processes, before.zombies);
+        if same_processes && after.init_open_fds <= before.init_open_fds {
             break;
         }
         ensure!(began.elapsed() < Duration::from_secs(10), "before: {before}\nafter: {after}");
     }
     let (_, groups, _) = guest.run_in_vm(&["sh", "-c", "ls -d /sys/fs/cgroup/debug/*/"], None).await?;
-    ensure!(text(&groups).lines().count() == 2, "its own and the shell's: {}", text(&groups));
+    ensure!(text(&groups).lines().count() == 2, "expected the cgroups of ls and of the shell: {}", text(&groups));
     Ok(())
 }
 
 #[tokio::test]
-async fn what_a_process_in_the_vm_started_ends_with_it() -> Result<()> {
+async fn children_of_a_process_in_the_vm_end_with_it() -> Result<()> {
     let guest = Guest::boot_with(debug_config()?).await?;
     guest.run_in_vm(&["true"], None).await?;
     let before = guest.info().await?;
@@ -207,15 +213,15 @@ async fn what_a_process_in_the_vm_started_ends_with_it() -> Result<()> {
         Ok(text(&processes).lines().filter(|line| line.trim() == "sleep 1234").count())
     };
 
-    // It leaves one behind that holds its streams: neither the streams nor the exit wait for that.
+    // A child in the background keeps the streams open. Neither the streams' end nor the exit may wait for it.
     let (status, stdout, _) = guest.run_in_vm(&["sh", "-c", "sleep 1234 & echo started; exit 5"], None).await?;
     ensure!((status, text(&stdout).as_str(), running().await?) == (5, "started\n", 0));
 
-    // Ended from outside, whatever it does against it.
+    // `end` kills even processes that ignore signals.
     let id = guest.start_in_vm(&["sh", "-c", "trap '' HUP TERM; setsid sleep 1234 & sleep 1234"], false).await?;
     let began = Instant::now();
     while running().await? != 2 {
-        ensure!(began.elapsed() < STEP, "they do not run");
+        ensure!(began.elapsed() < STEP, "the processes do not run");
     }
     let (waited, ended) = tokio::join!(guest.wait_in_vm(&id), guest.end_in_vm(&id));
     ensure!((ended?, waited?) == ((), 137) && running().await? == 0);
@@ -226,18 +232,18 @@ async fn what_a_process_in_the_vm_started_ends_with_it() -> Result<()> {
         let request = Process { id: id.clone(), signal, ..Default::default() };
         guest.debug.signal(call(), &request).await
     };
-    ensure!(refused(signal(65).await.map_err(Into::into))?.0 == Code::INVALID_ARGUMENT);
+    ensure!(status_of(signal(65).await.map_err(Into::into))?.0 == Code::INVALID_ARGUMENT);
     signal(libc::SIGTERM as u32).await?;
     ensure!(guest.wait_in_vm(&id).await? == 143);
-    ensure!(refused(signal(libc::SIGTERM as u32).await.map_err(Into::into))?.0 == Code::NOT_FOUND);
+    ensure!(status_of(signal(libc::SIGTERM as u32).await.map_err(Into::into))?.0 == Code::NOT_FOUND);
     guest.end_in_vm(&id).await?;
-    nothing_is_left(&guest, &before).await?;
+    expect_nothing_left(&guest, &before).await?;
     guest.shut_down().await?;
     Ok(())
 }
 
 #[tokio::test]
-async fn a_process_in_the_vm_has_a_terminal_of_its_own_if_it_wants() -> Result<()> {
+async fn a_process_in_the_vm_can_have_its_own_terminal() -> Result<()> {
     let guest = Guest::boot_with(debug_config()?).await?;
     guest.run_in_vm(&["true"], None).await?;
     let before = guest.info().await?;
@@ -254,31 +260,31 @@ async fn a_process_in_the_vm_has_a_terminal_of_its_own_if_it_wants() -> Result<(
     let streams =
         (StdioClient::new(guest.connect(PORT_STDIO).await?), StdioClient::new(guest.connect(PORT_STDIO).await?));
     let kind = StreamKind::STREAM_KIND_STDOUT.into();
-    let wanted = OutputRequest { exec_id: id.clone(), kind, ..Default::default() };
-    let mut output = streams.0.output(context::with_timeout(0), &wanted).await?;
+    let request = OutputRequest { exec_id: id.clone(), kind, ..Default::default() };
+    let mut output = streams.0.output(context::with_timeout(0), &request).await?;
     let input = streams.1.input(context::with_timeout(0)).await?;
     input.send(&InputChunk { exec_id: id.clone(), ..Default::default() }).await?;
-    let mut seen = String::new();
-    let mut shows = async |typed: &str, wanted: &str| -> Result<()> {
+    let mut output_text = String::new();
+    let mut type_and_expect = async |typed: &str, expected: &str| -> Result<()> {
         input.send(&InputChunk { data: typed.into(), ..Default::default() }).await?;
-        while !seen.contains(wanted) {
+        while !output_text.contains(expected) {
             match timeout(STEP, output.recv()).await {
-                Ok(Ok(Some(chunk))) => seen.push_str(&text(&chunk.data)),
-                other => bail!("no {wanted:?} ({other:?}), but {seen:?}"),
+                Ok(Ok(Some(chunk))) => output_text.push_str(&text(&chunk.data)),
+                other => bail!("no {expected:?} ({other:?}); output: {output_text:?}"),
             }
         }
-        seen.clear();
+        output_text.clear();
         Ok(())
     };
-    shows("tty; stty size; echo $TERM\n", "/dev/pts/0\r\n30 100\r\nxterm\r\n").await?;
+    type_and_expect("tty; stty size; echo $TERM\n", "/dev/pts/0\r\n30 100\r\nxterm\r\n").await?;
     guest.debug.resize(call(), &Process { id: id.clone(), height: 50, width: 132, ..Default::default() }).await?;
-    shows("stty size\n", "50 132\r\n").await?;
-    shows("echo $((20 + 2)); sleep 1234\n", "\r\n22\r\n").await?;
-    shows("\x03", "# ").await?;
-    shows("echo $? d''one\n", "130 done").await?;
+    type_and_expect("stty size\n", "50 132\r\n").await?;
+    type_and_expect("echo $((20 + 2)); sleep 1234\n", "\r\n22\r\n").await?;
+    type_and_expect("\x03", "# ").await?;
+    type_and_expect("echo $? d''one\n", "130 done").await?;
 
-    // Somebody closes the window while something runs.
-    shows("echo $((30 + 3)); sleep 1234\n", "\r\n33\r\n").await?;
+    // The client's window is closed while a command runs.
+    type_and_expect("echo $((30 + 3)); sleep 1234\n", "\r\n33\r\n").await?;
     let began = Instant::now();
     let (waited, ended) = tokio::join!(guest.wait_in_vm(&id), guest.end_in_vm(&id));
     ended?;
@@ -286,13 +292,13 @@ async fn a_process_in_the_vm_has_a_terminal_of_its_own_if_it_wants() -> Result<(
     let (_, processes, _) = guest.run_in_vm(&["ps"], None).await?;
     ensure!(!text(&processes).contains("1234"), "{}", text(&processes));
     drop((streams, output, input));
-    nothing_is_left(&guest, &before).await?;
+    expect_nothing_left(&guest, &before).await?;
     guest.shut_down().await?;
     Ok(())
 }
 
 #[tokio::test]
-async fn a_guest_can_be_crashed_on_purpose() -> Result<()> {
+async fn an_operator_can_crash_the_guest() -> Result<()> {
     let mut guest = Guest::boot_with(debug_config()?).await?;
     guest.start_in_vm(&["sh", "-c", "echo c > /proc/sysrq-trigger"], false).await.ok();
     let guest = tokio::task::spawn_blocking(move || guest.vm.wait(STEP).map(|()| guest)).await??;

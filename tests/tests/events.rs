@@ -1,4 +1,4 @@
-//! What the shim publishes is what runc's would: the same events with the same fields, in the same order.
+//! The shim publishes the same events as runc's shim, with the same fields in the same order.
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -14,17 +14,18 @@ use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
 use husk_tests::containerd::{Containerd, Setup};
 use husk_tests::events::Published;
+use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams};
 use serde_json::json;
 
-/// Puts in the place of what differs from run to run what it stands for.
+/// Replaces values that differ from run to run by placeholders.
 #[derive(Default)]
 struct Names {
     pids: HashMap<u32, usize>,
 }
 
 impl Names {
-    /// Pids by the order of their first appearance, beginning with 1; none stays none.
+    /// Replaces PIDs by the order of their first appearance, starting with 1; 0 stays 0.
     fn pid(&mut self, pid: &mut u32) {
         let next = self.pids.len() + 1;
         if *pid != 0 {
@@ -34,33 +35,33 @@ impl Names {
 
     fn time(time: Option<&mut Timestamp>) {
         if let Some(time) = time {
-            // Of this century, or not.
+            // 1 for a time of this century, 0 otherwise.
             *time = Timestamp { seconds: i64::from(time.seconds > 1_600_000_000), ..Default::default() };
         }
     }
 }
 
-fn told<M: MessageFull + Debug>(event: &Published, change: impl FnOnce(&mut M)) -> Result<String> {
+fn describe<M: MessageFull + Debug>(event: &Published, change: impl FnOnce(&mut M)) -> Result<String> {
     let mut message: M = event.decode()?;
     change(&mut message);
     Ok(format!("{} {message:?}", event.topic))
 }
 
-/// An event in words that are the same for the same happening.
-fn words(event: &Published, id: &str, names: &mut Names) -> Result<String> {
+/// An event as text that is the same in every run.
+fn normalised(event: &Published, id: &str, names: &mut Names) -> Result<String> {
     let text = match event.topic.as_str() {
-        "/tasks/create" => told::<TaskCreate>(event, |event| names.pid(&mut event.pid)),
-        "/tasks/start" => told::<TaskStart>(event, |event| names.pid(&mut event.pid)),
-        "/tasks/exec-added" => told::<TaskExecAdded>(event, |_| {}),
-        "/tasks/exec-started" => told::<TaskExecStarted>(event, |event| names.pid(&mut event.pid)),
-        "/tasks/paused" => told::<TaskPaused>(event, |_| {}),
-        "/tasks/resumed" => told::<TaskResumed>(event, |_| {}),
-        "/tasks/oom" => told::<TaskOOM>(event, |_| {}),
-        "/tasks/exit" => told::<TaskExit>(event, |event| {
+        "/tasks/create" => describe::<TaskCreate>(event, |event| names.pid(&mut event.pid)),
+        "/tasks/start" => describe::<TaskStart>(event, |event| names.pid(&mut event.pid)),
+        "/tasks/exec-added" => describe::<TaskExecAdded>(event, |_| {}),
+        "/tasks/exec-started" => describe::<TaskExecStarted>(event, |event| names.pid(&mut event.pid)),
+        "/tasks/paused" => describe::<TaskPaused>(event, |_| {}),
+        "/tasks/resumed" => describe::<TaskResumed>(event, |_| {}),
+        "/tasks/oom" => describe::<TaskOOM>(event, |_| {}),
+        "/tasks/exit" => describe::<TaskExit>(event, |event| {
             names.pid(&mut event.pid);
             Names::time(event.exited_at.as_mut());
         }),
-        "/tasks/delete" => told::<TaskDelete>(event, |event| {
+        "/tasks/delete" => describe::<TaskDelete>(event, |event| {
             names.pid(&mut event.pid);
             Names::time(event.exited_at.as_mut());
         }),
@@ -69,7 +70,7 @@ fn words(event: &Published, id: &str, names: &mut Names) -> Result<String> {
     Ok(text?.replace(id, "ID"))
 }
 
-/// All events of a container that goes through everything.
+/// All events of a container that goes through every state.
 fn life(containerd: &Containerd) -> Result<Vec<String>> {
     let id = containerd.id("events");
     let mut spec = bundle::spec(&id, &["sleep", "1000"]);
@@ -77,8 +78,7 @@ fn life(containerd: &Containerd) -> Result<Vec<String>> {
     let shim = Shim::start(containerd, &id, &spec)?;
     let task = &shim.task;
     let (io, _stdout, _stderr) = shim.streams("init")?;
-    shim.create(&io)?;
-    task.start(&id, "")?;
+    shim.create_and_start(&io)?;
     shim.exec_process("ends", &bundle::process(&["sh", "-c", "exit 3"]))?;
     task.exec(&id, "fails", &bundle::process(&["/no/such"]), &Streams::default())?;
     ensure!(task.start(&id, "fails").is_err());
@@ -88,8 +88,7 @@ fn life(containerd: &Containerd) -> Result<Vec<String>> {
     task.resume(&id)?;
     task.delete(&id, "never")?;
     ensure!(shim.exec_process("greedy", &bundle::process(&["tail", "/dev/zero"]))?.0 == 137);
-    task.exec(&id, "stays", &bundle::process(&["sleep", "1000"]), &Streams::default())?;
-    task.start(&id, "stays")?;
+    shim.start_exec("stays", &bundle::process(&["sleep", "1000"]), &Streams::default())?;
     task.kill(&id, "", 9)?;
     task.wait(&id, "")?;
     task.wait(&id, "stays")?;
@@ -97,29 +96,28 @@ fn life(containerd: &Containerd) -> Result<Vec<String>> {
     task.delete(&id, "")?;
     let mut names = Names::default();
     let events = shim.events.until("/tasks/delete", Duration::from_secs(20))?;
-    events.iter().map(|event| words(event, &id, &mut names)).collect()
+    events.iter().map(|event| normalised(event, &id, &mut names)).collect()
 }
 
 #[test]
-fn the_events_are_those_of_runcs_shim() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("the_events_are_those_of_runcs_shim") {
-        return Ok(());
-    }
+fn events_equal_those_of_runcs_shim() -> Result<()> {
+    husk_only!();
     let runc = life(&Containerd::with(Setup { runtime: Some(Runtime::Runc), ..Setup::default() })?)?;
     let husk = life(Containerd::shared()?)?;
-    // The kernel tells runc's shim of an OOM by another way than of the exit that it causes: there, they race.
+    // The kernel notifies runc's shim of an OOM and of the resulting exit on separate paths, so these events race
+    // there.
     let sorted = |events: &[String]| {
         let mut events = events.to_vec();
         events.sort();
         events
     };
     ensure!(sorted(&husk) == sorted(&runc), "husk: {husk:#?}\nrunc: {runc:#?}");
-    let but_oom = |events: &[String]| -> Vec<String> {
+    let without_oom = |events: &[String]| -> Vec<String> {
         events.iter().filter(|event| !event.starts_with("/tasks/oom")).cloned().collect()
     };
-    ensure!(but_oom(&husk) == but_oom(&runc), "husk: {husk:#?}\nrunc: {runc:#?}");
-    let at = |start: &str| husk.iter().position(|event| event.starts_with(start));
+    ensure!(without_oom(&husk) == without_oom(&runc), "husk: {husk:#?}\nrunc: {runc:#?}");
+    let position = |start: &str| husk.iter().position(|event| event.starts_with(start));
     let greedy = husk.iter().position(|event| event.starts_with("/tasks/exit") && event.contains("greedy"));
-    ensure!(at("/tasks/oom") < greedy, "{husk:#?}");
+    ensure!(position("/tasks/oom") < greedy, "{husk:#?}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Further processes in a container that is there: all of their spec holds for them, and the container's own bounds do too.
+//! Execs: their whole process spec takes effect, and so do the container's own limits.
 
 use std::thread;
 use std::time::Duration;
@@ -8,6 +8,7 @@ use containerd_shim_protos::ttrpc;
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
+use husk_tests::husk_only;
 use husk_tests::shim::Shim;
 use serde_json::{Value, json};
 
@@ -20,8 +21,8 @@ fn running<'a>(containerd: &'a Containerd, name: &str, change: impl FnOnce(&mut 
     Ok(shim)
 }
 
-/// What a shell script prints as an exec whose process was changed, in words.
-fn words(shim: &Shim, exec: &str, script: &str, change: impl FnOnce(&mut Value)) -> Result<String> {
+/// Runs a shell script as an exec with a modified process, and returns its output, separated by single spaces.
+fn exec_output(shim: &Shim, exec: &str, script: &str, change: impl FnOnce(&mut Value)) -> Result<String> {
     let mut process = bundle::process(&["sh", "-c", script]);
     change(&mut process);
     let (_, out, err) = shim.exec_process(exec, &process).with_context(|| exec.to_owned())?;
@@ -29,18 +30,19 @@ fn words(shim: &Shim, exec: &str, script: &str, change: impl FnOnce(&mut Value))
 }
 
 #[test]
-fn all_of_an_execs_process_spec_holds() -> Result<()> {
+fn the_whole_process_spec_of_an_exec_takes_effect() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = running(containerd, "spec", |_| {})?;
     let user = json!({"uid": 1000, "gid": 1001, "additionalGids": [5, 2000], "umask": 0o27});
-    let out = words(&shim, "user", "id -u; id -g; umask; id -G; touch /root/x", |process| process["user"] = user)?;
+    let out =
+        exec_output(&shim, "user", "id -u; id -g; umask; id -G; touch /root/x", |process| process["user"] = user)?;
     // runc 1.1 sets no umask for an exec.
     let umask = if Runtime::under_test() == Runtime::Husk { "0027" } else { "0022" };
-    let wanted = format!("1000 1001 {umask} 1001 5 2000 ");
-    ensure!(out.starts_with(&wanted) && out.contains("Permission denied"), "{out}");
+    let expected = format!("1000 1001 {umask} 1001 5 2000 ");
+    ensure!(out.starts_with(&expected) && out.contains("Permission denied"), "{out}");
 
     let limits = "ulimit -n; ulimit -Hn; ulimit -c; ulimit -u";
-    let out = words(&shim, "limits", limits, |process| {
+    let out = exec_output(&shim, "limits", limits, |process| {
         let limit =
             |kind: &str, soft: u64, hard: u64| json!({"type": format!("RLIMIT_{kind}"), "soft": soft, "hard": hard});
         process["rlimits"] = json!([limit("NOFILE", 99, 199), limit("CORE", 0, 0), limit("NPROC", 50, 60)]);
@@ -48,25 +50,26 @@ fn all_of_an_execs_process_spec_holds() -> Result<()> {
     ensure!(out == "99 199 0 50", "{out}");
 
     let status = "grep -E '^(CapInh|CapPrm|CapEff|CapBnd|CapAmb|NoNewPrivs)' /proc/self/status; echo $HOME-$A";
-    let out = words(&shim, "caps", status, |process| {
+    let out = exec_output(&shim, "caps", status, |process| {
         // CHOWN is 0, KILL is 5.
         let (one, two) = (json!(["CAP_KILL"]), json!(["CAP_KILL", "CAP_CHOWN"]));
         process["capabilities"] =
             json!({"bounding": two, "permitted": two, "effective": one, "inheritable": one, "ambient": one});
         process["env"] = json!(["PATH=/bin", "A=b=c"]);
     })?;
-    let wanted = ["Inh", "Prm", "Eff", "Bnd", "Amb"].iter().zip(["20", "21", "20", "21", "20"]);
-    // What a root's program may do comes from its user, too: execve(2) gives it the permitted ones.
-    let caps: Vec<String> = wanted.map(|(kind, set)| format!("Cap{kind}: {set:0>16}")).collect();
+    let expected = ["Inh", "Prm", "Eff", "Bnd", "Amb"].iter().zip(["20", "21", "20", "21", "20"]);
+    // The permitted set also depends on the user: execve(2) grants capabilities to root.
+    let caps: Vec<String> = expected.map(|(kind, set)| format!("Cap{kind}: {set:0>16}")).collect();
     ensure!(out.ends_with("NoNewPrivs: 1 /root-b=c"), "{out}");
     for part in [&caps[0], &caps[3]] {
         ensure!(out.contains(part), "no {part}: {out}");
     }
-    let out = words(&shim, "oom", "cat /proc/self/oom_score_adj", |process| process["oomScoreAdj"] = json!(77))?;
+    let out = exec_output(&shim, "oom", "cat /proc/self/oom_score_adj", |process| process["oomScoreAdj"] = json!(77))?;
     ensure!(out == "77", "{out}");
 
-    // What has no meaning in a guest is left out, and said in a log.
-    let out = words(&shim, "labels", "echo fine", |process| process["apparmorProfile"] = json!("docker-default"))?;
+    // Settings without a meaning in a guest are ignored, with a log line.
+    let out =
+        exec_output(&shim, "labels", "echo fine", |process| process["apparmorProfile"] = json!("docker-default"))?;
     if Runtime::under_test() == Runtime::Husk {
         ensure!(out == "fine", "{out}");
     }
@@ -74,7 +77,7 @@ fn all_of_an_execs_process_spec_holds() -> Result<()> {
 }
 
 #[test]
-fn the_containers_seccomp_filter_holds_for_its_execs() -> Result<()> {
+fn the_containers_seccomp_filter_applies_to_its_execs() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = running(containerd, "filter", |spec| {
         let rule = json!({"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38});
@@ -88,13 +91,13 @@ fn the_containers_seccomp_filter_holds_for_its_execs() -> Result<()> {
             for capabilities in [bundle::process(&[])["capabilities"].clone(), json!({})] {
                 number += 1;
                 let case = format!("noNewPrivileges {no_new_privileges}, user {uid}, {capabilities}");
-                let out = words(&shim, &format!("e{number}"), script, |process| {
+                let out = exec_output(&shim, &format!("e{number}"), script, |process| {
                     process["noNewPrivileges"] = json!(no_new_privileges);
                     process["user"] = json!({"uid": uid, "gid": uid});
                     process["capabilities"] = capabilities.clone();
                 })?;
                 ensure!(out.starts_with("Seccomp: 2 ") && out.contains("not implemented"), "{case}: {out}");
-                // CAP_SYS_ADMIN, bit 21, which loading a filter can take, is not there afterwards.
+                // Loading a filter can require CAP_SYS_ADMIN, bit 21. The process must not keep it.
                 let effective = out.split_whitespace().nth(3).unwrap_or_default();
                 let effective = u64::from_str_radix(effective, 16).with_context(|| format!("{case}: {out}"))?;
                 ensure!(effective & 1 << 21 == 0, "{case}: {out}");
@@ -105,11 +108,11 @@ fn the_containers_seccomp_filter_holds_for_its_execs() -> Result<()> {
 }
 
 #[test]
-fn an_exec_that_cannot_be_is_named_as_runc_names_it_and_leaves_nothing() -> Result<()> {
+fn a_failed_exec_has_runcs_error_message_and_leaves_nothing_behind() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = running(containerd, "cannot", |_| {})?;
     let id = shim.bundle.id.as_str();
-    let refusal = |exec: &str, args: Value, cwd: &str| -> Result<String> {
+    let start_error = |exec: &str, args: Value, cwd: &str| -> Result<String> {
         let mut process = bundle::process(&[]);
         (process["args"], process["cwd"]) = (args, json!(cwd));
         shim.task.exec(id, exec, &process, &Default::default())?;
@@ -127,39 +130,42 @@ fn an_exec_that_cannot_be_is_named_as_runc_names_it_and_leaves_nothing() -> Resu
         ("folder", json!(["/etc"]), "/", r#"exec: "/etc": "#),
         ("cwd", json!(["true"]), "/no/such", "no such file or directory"),
     ];
-    for (exec, args, cwd, wanted) in cases {
-        // The second time shows that the id is free again.
+    for (exec, args, cwd, expected) in cases {
+        // The second round shows that the id is free again.
         for _ in 0..2 {
-            let message = refusal(exec, args.clone(), cwd)?;
-            ensure!(message.contains(wanted), "{exec}: {message}");
+            let message = start_error(exec, args.clone(), cwd)?;
+            ensure!(message.contains(expected), "{exec}: {message}");
         }
     }
-    ensure!(shim.task.pids(&shim.bundle.id)?.len() == 1, "something is left");
+    ensure!(shim.task.pids(&shim.bundle.id)?.len() == 1, "a process remains");
     ensure!(shim.script("after", "echo fine")? == "fine");
     Ok(())
 }
 
 #[test]
-fn an_exec_that_did_not_start_keeps_nobody_waiting() -> Result<()> {
+fn an_exec_that_failed_to_start_blocks_nobody() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = running(containerd, "failed", |_| {})?;
     let id = shim.bundle.id.as_str();
     shim.task.exec(id, "fails", &bundle::process(&["/no/such"]), &Default::default())?;
     shim.task.exec(id, "never", &bundle::process(&["true"]), &Default::default())?;
     ensure!(shim.task.start(id, "fails").is_err());
-    // The init's exit waits for nothing that is not there.
+    // The init's exit must not wait for an exec that never ran.
     shim.task.kill(id, "", 9)?;
     ensure!(shim.task.wait(id, "")? == 137);
     let events = shim.events.until("/tasks/exit", Duration::from_secs(5))?;
     ensure!(!events.iter().any(|event| event.topic == "/tasks/exec-started"), "{events:?}");
     if Runtime::under_test() == Runtime::Husk {
-        ensure!(shim.task.wait(id, "fails")? == 255, "the status of an exec that did not start");
+        ensure!(shim.task.wait(id, "fails")? == 255, "wrong status of an exec that failed to start");
         let waits = thread::spawn({
             let (task, id) = (shim.task.clone(), id.to_owned());
             move || task.wait(&id, "never")
         });
         shim.task.delete(id, "never")?;
-        ensure!(waits.join().map_err(|_| anyhow!("the wait panicked"))?.is_err(), "there is nothing to wait for");
+        ensure!(
+            waits.join().map_err(|_| anyhow!("the wait panicked"))?.is_err(),
+            "the wait for a deleted exec succeeded"
+        );
         shim.task.delete(id, "fails")?;
     }
     shim.task.delete(id, "")?;
@@ -167,18 +173,14 @@ fn an_exec_that_did_not_start_keeps_nobody_waiting() -> Result<()> {
 }
 
 #[test]
-fn a_container_that_delegates_its_cgroup_can_be_entered() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("a_container_that_delegates_its_cgroup_can_be_entered") {
-        return Ok(());
-    }
+fn execs_work_in_a_container_that_delegates_its_cgroup() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let script = "set -e; cd /sys/fs/cgroup; mkdir init other; echo 1 > init/cgroup.procs; \
         echo '+memory +pids' > cgroup.subtree_control; echo ready; sleep 1000";
     let id = containerd.id("delegates");
     let mut spec = bundle::spec(&id, &["sh", "-c", script]);
-    if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
-        namespaces.push(json!({"type": "cgroup"}));
-    }
+    bundle::append(&mut spec, "/linux/namespaces", [json!({"type": "cgroup"})]);
     for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
         if mount["type"] == "cgroup" {
             mount["options"] = json!(["rw", "nosuid", "noexec", "nodev"]);
@@ -186,11 +188,10 @@ fn a_container_that_delegates_its_cgroup_can_be_entered() -> Result<()> {
     }
     let shim = Shim::start(containerd, &id, &spec)?;
     let (io, mut stdout, stderr) = shim.streams("init")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
-    // Not by an exec that looks: while it is in the group, the group cannot be delegated.
-    let said = stdout.read(64, Duration::from_secs(20))?;
-    ensure!(said == b"ready\n", "{}", String::from_utf8_lossy(&stderr.available()?));
+    shim.create_and_start(&io)?;
+    // An exec cannot be used to check for readiness: while a process is in the group, the group cannot be delegated.
+    let output = stdout.read(64, Duration::from_secs(20))?;
+    ensure!(output == b"ready\n", "{}", String::from_utf8_lossy(&stderr.available()?));
     let out = shim.script("inside", "cat /sys/fs/cgroup/cgroup.subtree_control /proc/self/cgroup")?;
     ensure!(out == "memory pids\n0::/init", "{out}");
     let metrics = shim.task.metrics(&shim.bundle.id)?;
@@ -199,7 +200,7 @@ fn a_container_that_delegates_its_cgroup_can_be_entered() -> Result<()> {
 }
 
 #[test]
-fn a_hundred_execs_at_once_each_have_their_own_status_and_output() -> Result<()> {
+fn a_hundred_concurrent_execs_keep_their_own_status_and_output() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = running(containerd, "hundred", |_| {})?;
     let one = |number: u32| -> Result<()> {
@@ -212,64 +213,63 @@ fn a_hundred_execs_at_once_each_have_their_own_status_and_output() -> Result<()>
         let all: Vec<_> = (0..100).map(|number| scope.spawn(move || one(number))).collect();
         all.into_iter().try_for_each(|one| one.join().map_err(|_| anyhow!("an exec panicked"))?)
     })?;
-    ensure!(shim.task.pids(&shim.bundle.id)?.len() == 1, "something is left");
+    ensure!(shim.task.pids(&shim.bundle.id)?.len() == 1, "a process remains");
     Ok(())
 }
 
 fn in_user_namespace(spec: &mut Value) {
-    if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
-        namespaces.push(json!({"type": "user"}));
-    }
+    bundle::append(spec, "/linux/namespaces", [json!({"type": "user"})]);
     spec["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
     spec["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 200_000, "size": 65_536}]);
 }
 
-/// Who a process is to the kernel.
-const WHO: &str = "readlink /proc/self/ns/user; cat /proc/self/uid_map /proc/self/gid_map; \
+/// Prints the credentials of a process, from the kernel's view.
+const CREDENTIALS: &str = "readlink /proc/self/ns/user; cat /proc/self/uid_map /proc/self/gid_map; \
     grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs)' /proc/self/status";
 
 #[test]
-fn an_exec_in_a_user_namespace_is_who_the_init_is() -> Result<()> {
+fn an_exec_in_a_user_namespace_has_the_credentials_of_the_init() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("userns");
-    let script = format!("({WHO}) > /run/init; sleep 1000");
+    let script = format!("({CREDENTIALS}) > /run/init; sleep 1000");
     let mut spec = bundle::spec(&id, &["sh", "-c", &script]);
     in_user_namespace(&mut spec);
     let shim = Shim::start(containerd, &id, &spec)?;
     shim.run_detached()?;
     let ready = "until [ \"$(grep -c NoNewPrivs /run/init 2>/dev/null)\" = 1 ]; do :; done; id -u; id -g";
-    ensure!(words(&shim, "ready", ready, |_| {})? == "0 0");
+    ensure!(exec_output(&shim, "ready", ready, |_| {})? == "0 0");
     let before = shim.task.pids(&shim.bundle.id)?.len();
-    let exec = shim.script("who", WHO)?;
+    let exec = shim.script("credentials", CREDENTIALS)?;
     let init = shim.script("init", "cat /run/init")?;
     ensure!(exec == init && exec.contains("100000") && exec.contains("CapEff"), "exec:\n{exec}\ninit:\n{init}");
 
-    // What it makes is its own, and what is the guest's root's is nobody's, and not to be had.
+    // The exec owns the files that it creates. Files of the guest's root belong to nobody and are protected.
     let files = "cd /tmp && touch new && chown 5:6 new && stat -c '%u %g' new; stat -c %u /etc; chown 0 /etc; echo 1 > /proc/sys/kernel/panic";
-    let out = words(&shim, "files", files, |_| {})?;
+    let out = exec_output(&shim, "files", files, |_| {})?;
     ensure!(out.starts_with("5 6 65534 ") && out.contains("chown: /etc") && out.contains("panic"), "{out}");
 
     let user = json!({"uid": 1000, "gid": 1001, "additionalGids": [5]});
-    let out = words(&shim, "user", "id -u; id -g; id -G; grep CapEff /proc/self/status; echo $HOME", |process| {
-        process["user"] = user.clone();
-    })?;
+    let out =
+        exec_output(&shim, "user", "id -u; id -g; id -G; grep CapEff /proc/self/status; echo $HOME", |process| {
+            process["user"] = user.clone();
+        })?;
     ensure!(out == "1000 1001 1001 5 CapEff: 0000000000000000 /home/app", "{out}");
-    let out = words(&shim, "home", "echo $HOME", |process| process["env"] = json!(["PATH=/bin", "HOME=/own"]))?;
+    let out = exec_output(&shim, "home", "echo $HOME", |process| process["env"] = json!(["PATH=/bin", "HOME=/own"]))?;
     ensure!(out == "/own", "{out}");
 
-    // The size of the map: no such user is in it.
-    let mut stranger = bundle::process(&["id"]);
-    stranger["user"] = json!({"uid": 65_536, "gid": 0});
-    let refused = shim.exec_process("stranger", &stranger).err().context("it ran, as whom?")?;
+    // The first user beyond the map.
+    let mut unmapped = bundle::process(&["id"]);
+    unmapped["user"] = json!({"uid": 65_536, "gid": 0});
+    let error = shim.exec_process("unmapped", &unmapped).err().context("an exec with an unmapped user ran")?;
     if Runtime::under_test() == Runtime::Husk {
-        ensure!(format!("{refused:#}").contains("process.user.uid: become user 65536"), "{refused:#}");
+        ensure!(format!("{error:#}").contains("process.user.uid: become user 65536"), "{error:#}");
     }
-    ensure!(shim.task.pids(&shim.bundle.id)?.len() == before, "something is left");
+    ensure!(shim.task.pids(&shim.bundle.id)?.len() == before, "a process remains");
     Ok(())
 }
 
 #[test]
-fn an_exec_in_a_user_namespace_has_the_containers_filter_and_a_terminal_of_its_own() -> Result<()> {
+fn an_exec_in_a_user_namespace_gets_the_containers_filter_and_its_own_terminal() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = running(containerd, "userns-filter", |spec| {
         in_user_namespace(spec);
@@ -282,24 +282,23 @@ fn an_exec_in_a_user_namespace_has_the_containers_filter_and_a_terminal_of_its_o
     for no_new_privileges in [true, false] {
         let script = "mkdir /tmp/x; grep -E '^(CapEff|Seccomp:|NoNewPrivs)' /proc/self/status";
         let exec = format!("filtered-{no_new_privileges}");
-        let out = words(&shim, &exec, script, |process| {
+        let out = exec_output(&shim, &exec, script, |process| {
             process["noNewPrivileges"] = json!(no_new_privileges);
             process["capabilities"] =
                 json!({"bounding": ["CAP_KILL"], "permitted": ["CAP_KILL"], "effective": ["CAP_KILL"]});
         })?;
         let flag = u8::from(no_new_privileges);
-        let wanted = format!("CapEff: 0000000000000020 NoNewPrivs: {flag} Seccomp: 2 ");
-        ensure!(out.starts_with(&wanted) && out.contains("not implemented"), "{no_new_privileges}: {out}");
+        let expected = format!("CapEff: 0000000000000020 NoNewPrivs: {flag} Seccomp: 2 ");
+        ensure!(out.starts_with(&expected) && out.contains("not implemented"), "{no_new_privileges}: {out}");
     }
 
     let mut process = bundle::process(&["sh", "-c", "stat -c 'owned by %u' $(tty); echo opened > $(tty)"]);
     process["terminal"] = json!(true);
     process["user"] = json!({"uid": 1000, "gid": 1000});
-    let (io, _typed, mut shown) = shim.terminal("tty")?;
+    let (io, _input, mut output) = shim.terminal("tty")?;
     let id = &shim.bundle.id;
-    shim.task.exec(id, "tty", &process, &io)?;
-    shim.task.start(id, "tty")?;
-    let text = String::from_utf8_lossy(&shown.read_to_end(Duration::from_secs(60))?).into_owned();
+    shim.start_exec("tty", &process, &io)?;
+    let text = String::from_utf8_lossy(&output.read_to_end(Duration::from_secs(60))?).into_owned();
     ensure!(text == "owned by 1000\r\nopened\r\n", "{text}");
     ensure!(shim.task.wait(id, "tty")? == 0);
     Ok(())

@@ -1,4 +1,4 @@
-//! `husk exec` and the console's shell, as an operator has them in debug mode; and that there is neither without it.
+//! `husk exec` and the console's shell, as an operator uses them in debug mode. Without debug mode, neither exists.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -7,37 +7,33 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::artifacts::{Runtime, built};
+use husk_tests::artifacts::built;
 use husk_tests::command::{self, wait_for};
 use husk_tests::containerd::{Configured, Containerd, NAMESPACE};
 use husk_tests::debug::{IN_DEBUG_MODE, panic_kernel, run_in_vm};
+use husk_tests::husk_only;
 use husk_tests::operator::command as husk;
 use husk_tests::process;
 use husk_tests::pty::Pty;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
-fn is_husk(test: &str) -> bool {
-    Runtime::under_test().is_husk_or_tell(test)
-}
-
 #[test]
-fn a_command_runs_in_the_vm_with_its_streams_and_its_exit_code() -> Result<()> {
-    if !is_husk("a_command_runs_in_the_vm_with_its_streams_and_its_exit_code") {
-        return Ok(());
-    }
+fn husk_exec_runs_a_command_in_the_vm_with_streams_and_exit_code() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&IN_DEBUG_MODE, "exec", &["sleep", "1000"])?;
     let id = container.id();
     let run = |args: &[&str], stdin| run_in_vm(containerd, id, args, stdin);
     let script = |script: &str| run(&["sh", "-c", script], None);
 
-    // In the VM, and not in the container: the init is its first process, and the container's is among the others.
-    let told = script("cat /proc/1/comm; echo err >&2; ps -o args | grep -c '^sleep 1000$'; exit 7")?.expect_code(7)?;
-    ensure!((told.text().as_str(), told.errors().as_str()) == ("init\n1", "err\n"), "{told}");
+    // In the VM, not in the container: the init is PID 1, and the container's process is visible.
+    let output =
+        script("cat /proc/1/comm; echo err >&2; ps -o args | grep -c '^sleep 1000$'; exit 7")?.expect_code(7)?;
+    ensure!((output.text().as_str(), output.errors().as_str()) == ("init\n1", "err\n"), "{output}");
     let bytes: Vec<u8> = (0..262_144_u32).flat_map(|n| (n ^ 0x0a0d_0304).to_le_bytes()).collect();
     let copied = run(&["cat"], Some(bytes.clone()))?.ok()?;
-    ensure!(copied.stdout == bytes, "{} bytes of {} came back", copied.stdout.len(), bytes.len());
+    ensure!(copied.stdout == bytes, "{} of {} bytes came back", copied.stdout.len(), bytes.len());
     let much = run(&["head", "-c", "5000000", "/dev/zero"], None)?.ok()?;
     ensure!(much.stdout.len() == 5_000_000, "{} bytes", much.stdout.len());
 
@@ -49,71 +45,69 @@ fn a_command_runs_in_the_vm_with_its_streams_and_its_exit_code() -> Result<()> {
         (&["sh", "-c", "exit 125"], 125, ""),
     ];
     for (args, code, errors) in cases {
-        let refused = run(args, None)?.expect_code(code)?;
-        ensure!(refused.errors() == errors, "{refused}");
+        let failed = run(args, None)?.expect_code(code)?;
+        ensure!(failed.errors() == errors, "{failed}");
     }
-    let with = |args: &[&str], stdin: Option<&str>| {
-        let words: Vec<&str> = ["exec"].iter().chain(args).copied().collect();
-        command::run(husk(containerd, &words)?, stdin.map(|text| text.as_bytes().to_vec()), DEADLINE)
+    let exec = |args: &[&str], stdin: Option<&str>| {
+        let arguments: Vec<&str> = ["exec"].iter().chain(args).copied().collect();
+        command::run(husk(containerd, &arguments)?, stdin.map(|text| text.as_bytes().to_vec()), DEADLINE)
     };
-    let told = with(&["-e", "A=b", "-w", "/tmp", id, "--", "sh", "-c", "echo $A; pwd"], None)?.ok()?;
-    ensure!(told.text() == "b\n/tmp", "{told}");
-    let refused = with(&["-w", "/none", id, "--", "true"], None)?.expect_code(125)?;
-    ensure!(refused.errors().contains("chdir to \"/none\""), "{refused}");
-    ensure!(with(&["-n", id, "--", "cat"], Some("not for it"))?.ok()?.stdout.is_empty());
-    let json = with(&["--json", id, "--", "sh", "-c", "echo hi; exit 3"], None)?.expect_code(3)?;
+    let output = exec(&["-e", "A=b", "-w", "/tmp", id, "--", "sh", "-c", "echo $A; pwd"], None)?.ok()?;
+    ensure!(output.text() == "b\n/tmp", "{output}");
+    let failed = exec(&["-w", "/none", id, "--", "true"], None)?.expect_code(125)?;
+    ensure!(failed.errors().contains("chdir to \"/none\""), "{failed}");
+    ensure!(exec(&["-n", id, "--", "cat"], Some("not for it"))?.ok()?.stdout.is_empty());
+    let json = exec(&["--json", id, "--", "sh", "-c", "echo hi; exit 3"], None)?.expect_code(3)?;
     ensure!(json.text() == "{\"data\":\"aGkK\",\"stream\":\"stdout\"}\n{\"exit_code\":3}", "{json}");
-    // Without a command it is a shell, which reads its stdin here.
-    ensure!(with(&[id], Some("echo $((6 * 7)); exit 4\n"))?.expect_code(4)?.text() == "42");
-    // A terminal for what has none, and whose input ends.
-    let typed = with(&["-t", id, "--", "sh", "-c", "tty; cat"], Some("typed\n"))?.ok()?;
-    // The terminal echoes what is typed when that comes, be it before the first output or after it.
+    // Without a command, husk exec starts a shell, which reads its stdin here.
+    ensure!(exec(&[id], Some("echo $((6 * 7)); exit 4\n"))?.expect_code(4)?.text() == "42");
+    // A terminal for a client that has none and whose input ends.
+    let typed = exec(&["-t", id, "--", "sh", "-c", "tty; cat"], Some("typed\n"))?.ok()?;
+    // The terminal echoes the input when it arrives, before or after the first output.
     ensure!(typed.text().contains("/dev/pts/") && typed.text().matches("typed").count() == 2, "{typed}");
-    let status = with(&["nobody", "--", "true"], None)?.expect_code(125)?;
+    let status = exec(&["nobody", "--", "true"], None)?.expect_code(125)?;
     ensure!(status.errors().contains("no sandbox \"nobody\""), "{status}");
     Ok(())
 }
 
 #[test]
 fn a_process_in_the_vm_ends_with_its_client() -> Result<()> {
-    if !is_husk("a_process_in_the_vm_ends_with_its_client") {
-        return Ok(());
-    }
+    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&IN_DEBUG_MODE, "gone", &["sleep", "1000"])?;
     let id = container.id();
     let running = || -> Result<usize> {
-        let told = run_in_vm(containerd, id, &["ps", "-o", "args"], None)?.ok()?;
-        Ok(told.text().lines().filter(|line| line.trim() == "sleep 4321").count())
+        let output = run_in_vm(containerd, id, &["ps", "-o", "args"], None)?.ok()?;
+        Ok(output.text().lines().filter(|line| line.trim() == "sleep 4321").count())
     };
-    // One that takes nothing of the input that it is given, so that its client is behind with that; and one that says nothing.
+    // The first process reads none of its input, so its client is blocked writing; the second prints nothing.
     for script in ["sleep 4321 & sleep 4321 <&0", "trap '' HUP TERM; sleep 4321 & exec sleep 4321"] {
         let mut client = husk(containerd, &["exec", id, "--", "sh", "-c", script])?;
         let mut child = client.stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
         let mut stdin = child.stdin.take().context("a stdin")?;
         let filled = std::thread::spawn(move || stdin.write_all(&vec![b'x'; 4 << 20]));
-        let begun = wait_for(DEADLINE, "both run", || running().map(|count| count == 2).unwrap_or(true).then_some(()));
+        let started = wait_for(DEADLINE, "both processes run", || {
+            running().map(|count| count == 2).unwrap_or(true).then_some(())
+        });
         process::kill_tree(child.id() as i32);
         child.wait()?;
-        begun?;
+        started?;
         ensure!(
             filled.join().is_ok_and(|written| written.is_err()),
-            "4 MiB were taken for a process that reads nothing"
+            "husk accepted 4 MiB for a process that reads nothing"
         );
-        wait_for(DEADLINE, "none runs", || running().map(|count| count == 0).unwrap_or(false).then_some(()))?;
+        wait_for(DEADLINE, "no process runs", || running().map(|count| count == 0).unwrap_or(false).then_some(()))?;
     }
     Ok(())
 }
 
 #[test]
-fn a_terminal_in_the_vm_is_as_one_expects_and_leaves_the_own_one_as_it_was() -> Result<()> {
-    if !is_husk("a_terminal_in_the_vm_is_as_one_expects_and_leaves_the_own_one_as_it_was") {
-        return Ok(());
-    }
+fn a_terminal_in_the_vm_works_and_the_users_own_terminal_is_restored() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&IN_DEBUG_MODE, "tty", &["sleep", "1000"])?;
     let mut shell = Pty::spawn(husk(containerd, &["exec", container.id()])?, 33, 101)?;
-    // The arithmetic tells an answer from the echo of the question.
+    // The arithmetic distinguishes the output from the echo of the command.
     shell.send("stty size; echo sized $((1 + 1))\n")?;
     let start = shell.expect("sized 2", DEADLINE)?;
     ensure!(start.contains("33 101") && !start.contains("job control turned off"), "{start}");
@@ -131,7 +125,7 @@ fn a_terminal_in_the_vm_is_as_one_expects_and_leaves_the_own_one_as_it_was() -> 
     let (_, code) = shell.finish(DEADLINE)?;
     ensure!(code == 7, "{code}");
 
-    // As it was: after an end, and after a signal to the tool.
+    // The user's terminal is restored after an exit, and after a signal to husk.
     let exec = format!("{} exec {}", built("husk")?.display(), container.id());
     let script = format!(
         "before=$(stty -g); {exec} -- sh -c 'exit 3'; echo code $?; [ \"$before\" = \"$(stty -g)\" ] && echo restored 1
@@ -154,10 +148,8 @@ fn a_terminal_in_the_vm_is_as_one_expects_and_leaves_the_own_one_as_it_was() -> 
 }
 
 #[test]
-fn the_console_has_a_shell_and_a_crash_on_purpose_is_told() -> Result<()> {
-    if !is_husk("the_console_has_a_shell_and_a_crash_on_purpose_is_told") {
-        return Ok(());
-    }
+fn the_console_has_a_shell_and_a_deliberate_crash_is_reported() -> Result<()> {
+    husk_only!();
     let configured = Configured::start("debug = true\n")?;
     let containerd = &configured.containerd;
     let container = containerd.detached(&[], "console", &["sleep", "1000"])?;
@@ -186,22 +178,21 @@ fn the_console_has_a_shell_and_a_crash_on_purpose_is_told() -> Result<()> {
 
 #[test]
 fn without_debug_mode_there_is_neither_shell_nor_exec() -> Result<()> {
-    if !is_husk("without_debug_mode_there_is_neither_shell_nor_exec") {
-        return Ok(());
-    }
+    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "production", &["sleep", "1000"])?;
     let id = container.id();
-    let refused = run_in_vm(containerd, id, &["true"], None)?.expect_code(125)?;
+    let failed = run_in_vm(containerd, id, &["true"], None)?.expect_code(125)?;
     ensure!(
-        refused.errors().contains("not in debug mode") && refused.errors().contains("io.husk.debug=true"),
-        "{refused}"
+        failed.errors().contains("not in debug mode") && failed.errors().contains("io.husk.debug=true"),
+        "{failed}"
     );
 
     let folder = containerd.path("/run/husk").join(NAMESPACE).join(id);
     let mut console = UnixStream::connect(folder.join("console.sock"))?;
     console.write_all(b"\necho answer-$((1 + 1))\n")?;
-    // What nobody answers has no moment at which it is known: a whole container's life, and the end of the VM, come after it.
+    // The absence of a response cannot be observed directly, so wait for another container's whole life and the end of
+    // the VM.
     containerd.script(&[], "meanwhile", "true")?;
     drop(container);
     let mut shown = String::new();
@@ -209,27 +200,28 @@ fn without_debug_mode_there_is_neither_shell_nor_exec() -> Result<()> {
     console.read_to_string(&mut shown)?;
     ensure!(!shown.contains("answer-2"), "{shown}");
 
-    // Nor is there anything to run: the initramfs is the init, and what it needs to be started.
+    // Nor is there a shell to run: the initramfs contains only the init and what it needs to start.
     let initrd = std::fs::read(built("initrd.img")?)?;
-    let wanted = ["dev", "dev/console", "init", "proc", "run", "sys", "tmp"].map(String::from);
-    ensure!(names(&initrd)? == BTreeSet::from(wanted), "{:?}", names(&initrd)?);
+    let expected = ["dev", "dev/console", "init", "proc", "run", "sys", "tmp"].map(String::from);
+    ensure!(names(&initrd)? == BTreeSet::from(expected), "{:?}", names(&initrd)?);
     let debug = names(&std::fs::read(built("initrd-debug.img")?)?)?;
     ensure!(["bin/busybox", "bin/sh", "init"].iter().all(|name| debug.contains(*name)), "{debug:?}");
     Ok(())
 }
 
-/// What is in an initramfs: its `newc` headers have the sizes of contents and names in hexadecimal, and both are filled up to words.
+/// The file names in an initramfs. Its `newc` headers contain the sizes of contents and names in hexadecimal; both are
+/// padded to 4 bytes.
 fn names(initrd: &[u8]) -> Result<BTreeSet<String>> {
     const HEADER: usize = 110;
     let (mut names, mut at) = (BTreeSet::new(), 0_usize);
     loop {
-        let header = initrd.get(at..at + HEADER).context("the archive has no end")?;
+        let header = initrd.get(at..at + HEADER).context("the archive has no trailer")?;
         ensure!(header.starts_with(b"070701"), "no header at {at}");
         let field = |number: usize| -> Result<usize> {
             Ok(usize::from_str_radix(std::str::from_utf8(&header[6 + 8 * number..][..8])?, 16)?)
         };
         let (size, length) = (field(6)?, field(11)?);
-        let name = initrd.get(at + HEADER..at + HEADER + length - 1).context("a name that is cut")?;
+        let name = initrd.get(at + HEADER..at + HEADER + length - 1).context("a truncated name")?;
         if name == b"TRAILER!!!" {
             return Ok(names);
         }

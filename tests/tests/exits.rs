@@ -1,4 +1,4 @@
-//! How processes end: with which status, told in which order, and why.
+//! How processes end: their exit statuses, and the order and reason of their events.
 
 use std::time::{Duration, Instant};
 
@@ -11,14 +11,14 @@ use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Published;
 use husk_tests::fifo;
-use husk_tests::process::Process;
+use husk_tests::husk_only;
 use husk_tests::shim::{Api, Shim, Streams, code};
 use serde_json::json;
 
-/// Longest for an event on a busy machine.
+/// Deadline for an event on a loaded machine.
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// The exits and OOMs among events, by the process's id; `oom` for an OOM.
+/// The exits among events, by process id, and the OOMs as `oom`.
 fn ends(events: &[Published]) -> Result<Vec<String>> {
     let mut ends = Vec::new();
     for event in events {
@@ -35,7 +35,7 @@ fn ends(events: &[Published]) -> Result<Vec<String>> {
 }
 
 #[test]
-fn every_status_from_0_to_255_is_told_as_it_is() -> Result<()> {
+fn exit_statuses_from_0_to_255_are_reported_unchanged() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("status");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "exit 255"]))?;
@@ -43,13 +43,13 @@ fn every_status_from_0_to_255_is_told_as_it_is() -> Result<()> {
     shim.task.exec(&id, "before", &bundle::process(&["sleep", "1000"]), &Streams::default())?;
     for status in [0, 1, 2, 42, 125, 126, 127, 128, 129, 137, 143, 200, 254, 255] {
         let exec = format!("e{status}");
-        let ended = shim.exec_process(&exec, &bundle::process(&["sh", "-c", &format!("exit {status}")]))?.0;
-        ensure!(ended == status, "exit {status} is told as {ended}");
+        let reported = shim.exec_process(&exec, &bundle::process(&["sh", "-c", &format!("exit {status}")]))?.0;
+        ensure!(reported == status, "exit {status} is reported as {reported}");
     }
     shim.task.start(&id, "")?;
     ensure!(shim.task.wait(&id, "")? == 255 && shim.task.state(&id, "")?.exit_status == 255);
     let late = code(&shim.task.start(&id, "before"));
-    // runc's shim answers the one or the other, as it has heard of the end itself or not.
+    // runc's shim returns one or the other, depending on whether it has already noticed the exit.
     ensure!(matches!(late, Some(Code::FAILED_PRECONDITION | Code::UNKNOWN)), "{late:?}");
     if Runtime::under_test() == Runtime::Husk {
         ensure!(late == Some(Code::FAILED_PRECONDITION), "{late:?}");
@@ -59,15 +59,14 @@ fn every_status_from_0_to_255_is_told_as_it_is() -> Result<()> {
 }
 
 #[test]
-fn the_inits_exit_is_told_after_those_of_its_execs() -> Result<()> {
+fn the_inits_exit_is_published_after_those_of_its_execs() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("order");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
     shim.run_detached()?;
     let execs: Vec<String> = (0..10).map(|number| format!("e{number}")).collect();
     for exec in &execs {
-        shim.task.exec(&id, exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
-        shim.task.start(&id, exec)?;
+        shim.start_exec(exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
     }
     shim.task.kill(&id, "", 9)?;
     ensure!(shim.task.wait(&id, "")? == 137);
@@ -77,25 +76,24 @@ fn the_inits_exit_is_told_after_those_of_its_execs() -> Result<()> {
     }
     shim.task.delete(&id, "")?;
     let mut ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
-    ensure!(ends.pop() == Some(id), "the init's was not the last: {ends:?}");
+    ensure!(ends.pop() == Some(id), "the init's exit was not the last: {ends:?}");
     ends.sort();
     ensure!(ends == execs, "{ends:?}");
     Ok(())
 }
 
 #[test]
-fn the_exit_of_an_exec_that_is_deleted_at_once_is_told() -> Result<()> {
+fn the_exit_of_an_exec_that_is_deleted_at_once_is_published() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("at-once");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
     shim.run_detached()?;
     for number in 0..5 {
         let exec = format!("e{number}");
-        shim.task.exec(&id, &exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
-        shim.task.start(&id, &exec)?;
+        shim.start_exec(&exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
         shim.task.kill(&id, &exec, 9)?;
-        // Without waiting for its exit: as soon as there is one.
-        wait_for(DEADLINE, "it can be deleted", || shim.task.delete(&id, &exec).ok())?;
+        // Without a wait for its exit: as soon as possible.
+        wait_for(DEADLINE, "the exec can be deleted", || shim.task.delete(&id, &exec).ok())?;
         let ends = ends(&shim.events.until("/tasks/exit", DEADLINE)?)?;
         ensure!(ends == [exec], "{ends:?}");
     }
@@ -103,10 +101,10 @@ fn the_exit_of_an_exec_that_is_deleted_at_once_is_told() -> Result<()> {
 }
 
 #[test]
-fn who_needs_more_memory_than_the_limit_ends_with_137_after_an_oom_event() -> Result<()> {
+fn exceeding_the_memory_limit_means_an_oom_event_then_exit_status_137() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("oom");
-    // tail keeps what it has read as long as no line ends.
+    // tail keeps its input until a line ends.
     let greedy = ["tail", "/dev/zero"];
     let mut spec = bundle::spec(&id, &["sh", "-c", "until [ -e /run/go ]; do sleep 0.1; done; exec tail /dev/zero"]);
     spec["linux"]["resources"]["memory"] = json!({"limit": 24 << 20, "swap": 24 << 20});
@@ -116,10 +114,9 @@ fn who_needs_more_memory_than_the_limit_ends_with_137_after_an_oom_event() -> Re
     ensure!(status == 137, "{status}");
     let events = shim.events.until("/tasks/exit", DEADLINE)?;
     ensure!(ends(&events)? == ["oom", "greedy"], "{:?}", ends(&events)?);
-    ensure!(shim.task.state(&id, "")?.status.value() == 2, "the init had no part in it");
+    ensure!(shim.task.state(&id, "")?.status.value() == 2, "the init does not run any more");
 
-    shim.task.exec(&id, "go", &bundle::process(&["mkdir", "/run/go"]), &Streams::default())?;
-    shim.task.start(&id, "go")?;
+    shim.start_exec("go", &bundle::process(&["mkdir", "/run/go"]), &Streams::default())?;
     ensure!(shim.task.wait(&id, "")? == 137);
     shim.task.delete(&id, "")?;
     let ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
@@ -128,50 +125,39 @@ fn who_needs_more_memory_than_the_limit_ends_with_137_after_an_oom_event() -> Re
     Ok(())
 }
 
-/// QEMU of the shim's VM.
-fn qemu(shim: &Shim) -> Result<Process> {
-    let below = shim.containerd().shim_of(&shim.bundle.id)?.1;
-    let found = below.iter().find(|process| process.name.starts_with("qemu")).cloned();
-    found.with_context(|| format!("the shim has no QEMU: {below:#?}"))
-}
-
 #[test]
-fn an_exec_that_was_never_started_ends_with_its_vm_and_can_be_deleted() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("an_exec_that_was_never_started_ends_with_its_vm_and_can_be_deleted") {
-        return Ok(());
-    }
+fn an_unstarted_exec_ends_with_its_vm_and_can_be_deleted() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "never")?;
     let id = shim.bundle.id.clone();
     for exec in ["waited", "deleted"] {
         shim.task.exec(&id, exec, &bundle::process(&["true"]), &Streams::default())?;
     }
-    // Somebody may be waiting already.
+    // A client that waits already.
     let early = shim.client(Api::V2)?;
     let waiting = std::thread::spawn({
         let id = id.clone();
         move || early.wait(&id, "waited")
     });
-    qemu(&shim)?.kill();
+    containerd.qemu_of(&id)?.kill();
     ensure!(waiting.join().map_err(|_| anyhow::anyhow!("the wait panicked"))?? == 137);
     ensure!(shim.task.wait(&id, "waited")? == 137);
     for exec in ["waited", "deleted"] {
-        let asked = Instant::now();
+        let started = Instant::now();
         ensure!(shim.task.delete(&id, exec)? == 137);
-        ensure!(asked.elapsed() < Duration::from_secs(3), "Delete took {:?}", asked.elapsed());
+        ensure!(started.elapsed() < Duration::from_secs(3), "Delete took {:?}", started.elapsed());
     }
     ensure!(shim.task.wait(&id, "")? == 137);
     shim.task.delete(&id, "")?;
     let ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
-    ensure!(ends == [id], "an exec that never ran has ended: {ends:?}");
+    ensure!(ends == [id], "an exec that never ran has an exit event: {ends:?}");
     Ok(())
 }
 
 #[test]
-fn when_the_vm_dies_readers_who_do_not_read_are_waited_for_together() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("when_the_vm_dies_readers_who_do_not_read_are_waited_for_together") {
-        return Ok(());
-    }
+fn the_vms_death_waits_for_stalled_readers_only_once() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "unread")?;
     let id = shim.bundle.id.clone();
@@ -185,27 +171,25 @@ fn when_the_vm_dies_readers_who_do_not_read_are_waited_for_together() -> Result<
         stderr.read_until("there\n", DEADLINE)?;
         readers.push((stdout, stderr));
     }
-    let asked = Instant::now();
-    qemu(&shim)?.kill();
+    let killed = Instant::now();
+    containerd.qemu_of(&id)?.kill();
     ensure!(shim.task.wait(&id, "")? == 137);
-    // One after the other they would take 20 s.
-    ensure!(asked.elapsed() < Duration::from_secs(10), "the init's exit came after {:?}", asked.elapsed());
+    // One after the other would take 20 s.
+    ensure!(killed.elapsed() < Duration::from_secs(10), "the init's exit came after {:?}", killed.elapsed());
     for exec in &execs {
         ensure!(shim.task.delete(&id, exec)? == 137);
     }
     shim.task.delete(&id, "")?;
     let mut ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
-    ensure!(ends.pop() == Some(id), "the init's was not the last: {ends:?}");
+    ensure!(ends.pop() == Some(id), "the init's exit was not the last: {ends:?}");
     ends.sort();
     ensure!(ends == execs, "{ends:?}");
     Ok(())
 }
 
 #[test]
-fn a_reader_who_does_not_read_holds_up_no_other_exit() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("a_reader_who_does_not_read_holds_up_no_other_exit") {
-        return Ok(());
-    }
+fn a_stalled_reader_delays_no_other_exit() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "holds-up")?;
     let id = shim.bundle.id.clone();
@@ -213,12 +197,12 @@ fn a_reader_who_does_not_read_holds_up_no_other_exit() -> Result<()> {
     fifo::fill(&shim.bundle.outside.join("unread.out"))?;
     shim.task.exec(&id, "unread", &bundle::process(&["sh", "-c", "echo; exit 4"]), &io)?;
     shim.task.start(&id, "unread")?;
-    let ended = || shim.task.state(&id, "unread").ok().filter(|state| state.exit_status == 4);
-    wait_for(DEADLINE, "it has ended in the guest", ended)?;
+    let exited = || shim.task.state(&id, "unread").ok().filter(|state| state.exit_status == 4);
+    wait_for(DEADLINE, "the exec has exited in the guest", exited)?;
     for number in 0..3 {
         ensure!(shim.exec(&format!("e{number}"), &["true"])?.0 == 0);
     }
-    // Otherwise they waited for the exit before them, and that for its reader.
+    // Otherwise these execs would wait for the exit before them, and thus for its reader.
     let first = ends(&shim.events.until("/tasks/exit", DEADLINE)?)?;
     ensure!(first == ["e0"], "{first:?}");
     ensure!(shim.task.wait(&id, "unread")? == 4);
@@ -226,37 +210,34 @@ fn a_reader_who_does_not_read_holds_up_no_other_exit() -> Result<()> {
 }
 
 #[test]
-fn a_shutdown_of_what_runs_loses_neither_its_last_words_nor_its_exit() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("a_shutdown_of_what_runs_loses_neither_its_last_words_nor_its_exit") {
-        return Ok(());
-    }
+fn a_shutdown_loses_neither_the_last_output_nor_the_exit() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     for round in 0..3 {
         let id = containerd.id("last-words");
-        // More than all buffers on the way hold, so that each is full when it ends.
+        // More output than all buffers on the way hold, so each is full when the process exits.
         let script = "trap 'seq 1 150000; exit 9' TERM; echo ready; while :; do sleep 0.05; done";
         let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", script]))?;
         let (io, mut stdout, _stderr) = shim.streams("init")?;
-        shim.create(&io)?;
-        shim.task.start(&id, "")?;
+        shim.create_and_start(&io)?;
         stdout.read_until("ready\n", DEADLINE)?;
         let reading = std::thread::spawn(move || -> Result<Vec<u8>> {
-            let mut said = Vec::new();
+            let mut output = Vec::new();
             loop {
                 let bytes = stdout.read(8 * 1024, DEADLINE)?;
                 if bytes.is_empty() {
-                    return Ok(said);
+                    return Ok(output);
                 }
-                said.extend(bytes);
-                // A reader who takes his time: some 800 KiB a second.
+                output.extend(bytes);
+                // A slow reader: some 800 KiB/s.
                 std::thread::sleep(Duration::from_millis(10));
             }
         });
-        // The shim may be gone before its answer is out.
+        // The shim may exit before its response is sent.
         let _ = shim.task.shutdown(&id, true);
-        let said = reading.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
-        let wanted: String = (1..=150_000).map(|number| format!("{number}\n")).collect();
-        ensure!(said == wanted.as_bytes(), "round {round}: {} of {} bytes came", said.len(), wanted.len());
+        let output = reading.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+        let expected: String = (1..=150_000).map(|number| format!("{number}\n")).collect();
+        ensure!(output == expected.as_bytes(), "round {round}: received {} of {} bytes", output.len(), expected.len());
         let events = shim.events.until("/tasks/exit", DEADLINE)?;
         let exit: TaskExit = events.last().context("an event")?.decode()?;
         ensure!(exit.id == id && exit.exit_status == 9, "round {round}: {exit:?}");

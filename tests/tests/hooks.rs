@@ -1,5 +1,5 @@
-//! The hooks of a spec that are programs of the host: nerdctl has two of them in every container. Those of `startContainer`, which run inside,
-//! are in `flags.rs`.
+//! Hooks of a spec that run on the host; nerdctl adds two to every container. `flags.rs` tests `startContainer` hooks,
+//! which run inside.
 
 use std::fs;
 
@@ -7,17 +7,19 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
+use husk_tests::husk_only;
 use husk_tests::process::Process;
 use husk_tests::shim::{Shim, Streams};
 use serde_json::{Value, json};
 
-/// A hook that notes its name and the state that it is told of in the bundle, which it finds itself in, and does more then.
+/// A hook that appends its name and the state from its stdin to `notes` in the bundle, its working directory, and then
+/// runs `more`.
 fn note(name: &str, more: &str) -> Value {
     let script = format!("{{ echo {name}; cat; echo; }} >> notes; {more}");
     json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"], "timeout": 20}])
 }
 
-/// A serving shim for a container with these hooks.
+/// Starts a shim for a container with these hooks.
 fn with_hooks(name: &str, args: &[&str], hooks: Value) -> Result<Shim<'static>> {
     let containerd = Containerd::shared()?;
     let id = containerd.id(name);
@@ -27,7 +29,7 @@ fn with_hooks(name: &str, args: &[&str], hooks: Value) -> Result<Shim<'static>> 
     Shim::start(containerd, &id, &spec)
 }
 
-/// What the hooks have noted so far: their names, and the states that they were told of.
+/// The names of the hooks that have run, and the states that they received.
 fn notes(shim: &Shim<'_>) -> Result<Vec<(String, Value)>> {
     let noted = fs::read_to_string(shim.bundle.outside.join("notes")).context("no hook has run")?;
     let lines: Vec<&str> = noted.lines().filter(|line| !line.is_empty()).collect();
@@ -40,12 +42,9 @@ fn names(shim: &Shim<'_>) -> Result<String> {
 }
 
 #[test]
-fn hooks_run_at_their_points_and_are_told_of_the_container() -> Result<()> {
-    // runc runs those of `poststart` when the container is created, before its process.
-    let name = "hooks_run_at_their_points_and_are_told_of_the_container";
-    if !Runtime::under_test().is_husk_or_tell(name) {
-        return Ok(());
-    }
+fn hooks_run_at_their_points_and_receive_the_containers_state() -> Result<()> {
+    // runc runs `poststart` hooks at the container's creation, before its process.
+    husk_only!();
     let hooks = json!({
         "prestart": note("prestart", ""), "createRuntime": note("createRuntime", ""),
         "poststart": note("poststart", ""), "poststop": note("poststop", ""),
@@ -59,47 +58,48 @@ fn hooks_run_at_their_points_and_are_told_of_the_container() -> Result<()> {
     shim.task.kill(id, "", 9)?;
     ensure!(shim.task.wait(id, "")? == 137);
     shim.task.delete(id, "")?;
-    ensure!(names(&shim)? == "prestart createRuntime poststart poststop", "when Delete has answered");
+    ensure!(
+        names(&shim)? == "prestart createRuntime poststart poststop",
+        "the poststop hook did not run before Delete returned"
+    );
 
     let states = ["creating", "creating", "running", "stopped"];
     for ((name, state), status) in notes(&shim)?.into_iter().zip(states) {
         ensure!(state["id"] == json!(id) && state["status"] == json!(status), "{name}: {state}");
         ensure!(state["bundle"] == json!(shim.bundle.path), "{name}: {state}");
         ensure!(state["annotations"]["org.example.colour"] == json!("green"), "{name}: {state}");
-        // No process of the host is the container's; whoever looks for its namespaces must not find the host's.
+        // The container has no process on the host. A hook that looks for its namespaces must not find the host's.
         ensure!(state.get("pid").is_none(), "{name}: {state}");
     }
     Ok(())
 }
 
 #[test]
-fn a_hook_that_fails_before_the_container_is_named_by_create_and_nothing_is_left() -> Result<()> {
+fn a_failing_hook_before_the_container_is_named_by_create_and_nothing_is_left_behind() -> Result<()> {
     let hooks = json!({
         "createRuntime": note("createRuntime", "echo no luck >&2; exit 3"), "poststop": note("poststop", "exit 4"),
     });
     let shim = with_hooks("bad-hook", &["true"], hooks)?;
-    let error = shim.refused()?;
+    let error = shim.create_error()?;
     ensure!(error.contains("no luck"), "{error}");
     if shim.containerd().runtime() == Runtime::Husk {
         ensure!(error.contains("hooks.createRuntime[0] /bin/sh: exited with status 3"), "{error}");
         ensure!(names(&shim)? == "createRuntime poststop");
-        ensure!(shim.log().contains("hook failed"), "the failure of the poststop hook is not logged");
+        ensure!(shim.log().contains("hook failed"), "the failed poststop hook is not logged");
     }
-    ensure!(shim.task.state(&shim.bundle.id, "").is_err(), "the container is there");
+    ensure!(shim.task.state(&shim.bundle.id, "").is_err(), "the container exists");
     Ok(())
 }
 
 #[test]
-fn a_container_whose_hook_fails_after_its_start_is_killed() -> Result<()> {
-    // With runc it is Create that fails then.
-    if !Runtime::under_test().is_husk_or_tell("a_container_whose_hook_fails_after_its_start_is_killed") {
-        return Ok(());
-    }
+fn a_failing_poststart_hook_kills_the_container() -> Result<()> {
+    // With runc, Create fails instead.
+    husk_only!();
     let hooks = json!({"poststart": note("poststart", "exit 3")});
     let shim = with_hooks("late-hook", &["sleep", "1000"], hooks)?;
     let id = &shim.bundle.id;
     shim.create(&Streams::default())?;
-    let error = shim.task.start(id, "").err().context("the start went well")?.to_string();
+    let error = shim.task.start(id, "").err().context("Start succeeded")?.to_string();
     ensure!(error.contains("hooks.poststart[0] /bin/sh: exited"), "{error}");
     ensure!(shim.task.wait(id, "")? == 137);
     shim.task.delete(id, "")?;
@@ -107,7 +107,7 @@ fn a_container_whose_hook_fails_after_its_start_is_killed() -> Result<()> {
 }
 
 #[test]
-fn hooks_of_the_end_run_although_the_shim_was_killed() -> Result<()> {
+fn poststop_hooks_run_after_the_shim_was_killed() -> Result<()> {
     let hooks = json!({"createRuntime": note("createRuntime", ""), "poststop": note("poststop", "")});
     let shim = with_hooks("orphan", &["sleep", "1000"], hooks)?;
     shim.run_detached()?;
@@ -122,11 +122,8 @@ fn hooks_of_the_end_run_although_the_shim_was_killed() -> Result<()> {
 }
 
 #[test]
-fn hooks_that_reach_into_the_container_and_networks_of_nerdctl_are_refused_by_name() -> Result<()> {
-    let name = "hooks_that_reach_into_the_container_and_networks_of_nerdctl_are_refused_by_name";
-    if !Runtime::under_test().is_husk_or_tell(name) {
-        return Ok(());
-    }
+fn hooks_that_need_the_containers_process_and_nerdctl_networks_are_rejected_by_name() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("refused");
     let mut spec = bundle::spec(&id, &["true"]);
@@ -136,15 +133,15 @@ fn hooks_that_reach_into_the_container_and_networks_of_nerdctl_are_refused_by_na
         "createContainer": [{"path": "/bin/inside"}],
         "poststop": [{"path": "relative", "timeout": -1}],
     });
-    let error = Shim::start(containerd, &id, &spec)?.refused()?;
-    for want in [
+    let error = Shim::start(containerd, &id, &spec)?.create_error()?;
+    for expected in [
         "hooks.createRuntime[0].path \"/bin/containerd\": a program of the host cannot act on a container in a VM",
         "hooks.createContainer[0].path \"/bin/inside\": a program of the host cannot run",
         "hooks.poststop[0].path \"relative\": must be an absolute path",
         "hooks.poststop[0].timeout \"-1\": must be a number of seconds",
         "networks of the host (CNI) are not supported yet: use --network none",
     ] {
-        ensure!(error.contains(want), "{want}: {error}");
+        ensure!(error.contains(expected), "{expected}: {error}");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A signal reaches whom it is for, and nobody else; what it ends says so in its status.
+//! Signals reach exactly the intended processes, and exit statuses show which signal killed a process.
 
 use std::time::Duration;
 
@@ -10,55 +10,53 @@ use husk_tests::containerd::Containerd;
 use husk_tests::shim::{Shim, Streams, code};
 use serde_json::json;
 
-/// Says each USR1, in a file of its own for each process.
+/// A script that appends `name` to a file at each SIGUSR1. The directory `/run/<name>` shows that it is ready.
 fn listens(name: &str) -> String {
-    format!("trap 'echo {name} >> /run/heard' USR1; mkdir -p /run/{name}; while :; do sleep 0.1; done")
+    format!("trap 'echo {name} >> /run/received' USR1; mkdir -p /run/{name}; while :; do sleep 0.1; done")
 }
 
 #[test]
-fn a_signal_reaches_the_init_alone_or_an_exec_alone_or_all() -> Result<()> {
+fn a_signal_reaches_only_the_init_only_an_exec_or_all_processes() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("signal");
     let script = format!("({}) & {}", listens("child"), listens("init"));
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", &script]))?;
     shim.run_detached()?;
-    shim.task.exec(&id, "e", &bundle::process(&["sh", "-c", &listens("exec")]), &Streams::default())?;
-    shim.task.start(&id, "e")?;
+    shim.start_exec("e", &bundle::process(&["sh", "-c", &listens("exec")]), &Streams::default())?;
     shim.script("ready", "until [ -d /run/init -a -d /run/child -a -d /run/exec ]; do :; done")?;
 
-    let heard = |round: &str, count: usize| {
-        let waits = format!("until [ $(wc -l < /run/heard) -ge {count} ]; do :; done; sort /run/heard | xargs");
+    let received = |round: &str, count: usize| {
+        let waits = format!("until [ $(wc -l < /run/received) -ge {count} ]; do :; done; sort /run/received | xargs");
         shim.script(round, &waits)
     };
     shim.task.kill(&id, "", 10)?;
-    ensure!(heard("one", 1)? == "init");
+    ensure!(received("one", 1)? == "init");
     shim.task.kill(&id, "e", 10)?;
-    ensure!(heard("two", 2)? == "exec init");
+    ensure!(received("two", 2)? == "exec init");
     shim.task.kill_all(&id, 10)?;
-    ensure!(heard("three", 5)? == "child exec exec init init");
+    ensure!(received("three", 5)? == "child exec exec init init");
 
     // SIGKILL to all ends the exec with the init.
     shim.task.kill_all(&id, 9)?;
     ensure!(shim.task.wait(&id, "")? == 137 && shim.task.wait(&id, "e")? == 137);
-    ensure!(code(&shim.task.kill(&id, "", 9)) == Some(Code::NOT_FOUND), "a kill after the exit");
-    ensure!(code(&shim.task.kill(&id, "e", 15)) == Some(Code::NOT_FOUND), "a kill of an exec after its exit");
+    ensure!(code(&shim.task.kill(&id, "", 9)) == Some(Code::NOT_FOUND), "Kill after the exit");
+    ensure!(code(&shim.task.kill(&id, "e", 15)) == Some(Code::NOT_FOUND), "Kill of an exec after its exit");
     Ok(())
 }
 
 #[test]
-fn what_a_signal_ended_says_128_and_its_number() -> Result<()> {
+fn the_exit_status_after_a_signal_is_128_plus_its_number() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("numbers");
     let mut spec = bundle::spec(&id, &["sleep", "1000"]);
-    // The first process of a PID namespace is deaf to what it has no handler for: this one is the first of none.
+    // PID 1 of a PID namespace ignores signals without a handler, so this container has no PID namespace.
     spec["linux"]["namespaces"] = json!([{"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}]);
     let shim = Shim::start(containerd, &id, &spec)?;
     shim.run_detached()?;
-    // HUP, INT, QUIT, ABRT, KILL, USR1, SEGV, TERM, and two that have no name (signal(7)).
+    // HUP, INT, QUIT, ABRT, KILL, USR1, SEGV, TERM, and two signals without a name (signal(7)).
     for signal in [1, 2, 3, 6, 9, 10, 11, 15, 34, 64] {
         let exec = format!("e{signal}");
-        shim.task.exec(&id, &exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
-        shim.task.start(&id, &exec)?;
+        shim.start_exec(&exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
         shim.task.kill(&id, &exec, signal)?;
         let status = shim.task.wait(&id, &exec)?;
         ensure!(status == 128 + signal, "signal {signal}: {status}");

@@ -1,30 +1,27 @@
-//! The life of a VM as its operator sees it: each state with its cause, in the state on disk, in the log and in `husk`.
+//! The life of a VM as its operator sees it: each state with its cause, in state.json, in the log and in `husk`.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use husk_tests::artifacts::{Runtime, Version};
+use husk_tests::artifacts::Version;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Container, Containerd, NAMESPACE};
+use husk_tests::husk_only;
 use husk_tests::operator::{husk_json, listed};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-/// For what follows a death, or is on its way to the log.
+/// Deadline for the consequences of a death, and for log lines.
 const SOON: Duration = Duration::from_secs(20);
 
-fn is_husk(test: &str) -> bool {
-    Runtime::under_test().is_husk_or_tell(test)
-}
-
-/// What the state on disk says of the VM.
+/// The VM's part of state.json.
 fn vm(containerd: &Containerd, id: &str) -> Result<Value> {
     let path = containerd.path("/run/husk").join(NAMESPACE).join(id).join("state.json");
     let mut state: Value = serde_json::from_slice(&std::fs::read(path)?)?;
     Ok(state["vm"].take())
 }
 
-/// The states that it went through, and the cause of the last transition.
+/// The states that the VM went through, and the cause of the last transition.
 fn path(vm: &Value) -> Result<(Vec<&str>, &str)> {
     let transitions = vm["transitions"].as_array().context("transitions")?;
     let mut states = Vec::new();
@@ -41,10 +38,10 @@ fn path(vm: &Value) -> Result<(Vec<&str>, &str)> {
     Ok((states, cause))
 }
 
-/// The lines of the log that tell of transitions of this sandbox, as soon as the last one is to this state.
+/// The log lines about the sandbox's transitions, once the last one leads to the state `last`.
 fn logged(containerd: &Containerd, id: &str, last: &str) -> Result<Vec<String>> {
     let last = format!(" to={last} ");
-    wait_for(SOON, &format!("{id} is logged as{last}"), || {
+    wait_for(SOON, &format!("a transition of {id} is logged with{last}"), || {
         let mut lines = containerd.logged("the VM's state");
         lines.retain(|line| line.contains(&format!("sandbox={id} ")));
         lines.last().is_some_and(|line| line.contains(&last)).then_some(lines)
@@ -55,10 +52,8 @@ fn logged(containerd: &Containerd, id: &str, last: &str) -> Result<Vec<String>> 
 const UP: [&str; 5] = ["Pending", "Provisioning", "Configured", "Starting", "Running"];
 
 #[test]
-fn a_vms_states_are_on_disk_while_it_runs_and_in_the_log_when_it_is_gone() -> Result<()> {
-    if !is_husk("a_vms_states_are_on_disk_while_it_runs_and_in_the_log_when_it_is_gone") {
-        return Ok(());
-    }
+fn a_vms_states_are_on_disk_while_it_runs_and_remain_in_the_log() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_millis() as u64);
     let before = now()?;
@@ -70,21 +65,21 @@ fn a_vms_states_are_on_disk_while_it_runs_and_in_the_log_when_it_is_gone() -> Re
     let times = times.context("at_ms")?;
     ensure!(times.is_sorted() && times[0] >= before && times[times.len() - 1] <= now()?, "{times:?}");
 
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     ensure!(container.delete_task()? == 137);
     let lines = logged(containerd, container.id(), "Stopped")?;
     let mut states = UP.to_vec();
     states.extend(["Stopping", "Stopped"]);
     ensure!(lines.len() == states.len() - 1, "{lines:#?}");
     for (line, states) in lines.iter().zip(states.windows(2)) {
-        let told = format!(" from={} to={} cause=", states[0], states[1]);
-        ensure!(line.contains("level=info") && line.contains(&told), "no{told}in {line}");
+        let transition = format!(" from={} to={} cause=", states[0], states[1]);
+        ensure!(line.contains("level=info") && line.contains(&transition), "no{transition}in {line}");
     }
     Ok(())
 }
 
-/// Kills a process below the shim, chosen by its name and whether the shim has started it itself; the cause of the VM's failure.
+/// Kills a process below the shim, selected by its name and by whether the shim is its parent. Returns the cause of the
+/// VM's failure.
 fn cause_of_death(containerd: &Containerd, container: &Container, name: &str, started: bool) -> Result<String> {
     let (shim, below) = containerd.shim_of(container.id())?;
     let chosen = below.iter().find(|process| process.name.starts_with(name) && (process.parent == shim.pid) == started);
@@ -93,7 +88,7 @@ fn cause_of_death(containerd: &Containerd, container: &Container, name: &str, st
         Ok(vm) if vm["state"] == "Failed" => Some(vm),
         _ => None,
     };
-    let vm = wait_for(SOON, "the VM has failed", failed).with_context(|| containerd.log_tail())?;
+    let vm = wait_for(SOON, "the VM is in state Failed", failed).with_context(|| containerd.log_tail())?;
     let (states, cause) = path(&vm)?;
     ensure!(states[..UP.len()] == UP && states[UP.len()..] == ["Failed"], "{vm:#}");
     let lines = logged(containerd, container.id(), "Failed")?;
@@ -102,15 +97,13 @@ fn cause_of_death(containerd: &Containerd, container: &Container, name: &str, st
 }
 
 #[test]
-fn a_vm_whose_qemu_was_killed_has_failed_of_that() -> Result<()> {
-    if !is_husk("a_vm_whose_qemu_was_killed_has_failed_of_that") {
-        return Ok(());
-    }
+fn a_killed_qemu_is_the_cause_of_the_vms_failure() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "qemu", &["sleep", "1000"])?;
     let cause = cause_of_death(containerd, &container, "qemu", true)?;
     ensure!(cause == "QEMU was killed by signal 9", "{cause}");
-    // It stays what it was when the sandbox is removed.
+    // The removal of the sandbox does not change the state.
     container.await_status("STOPPED")?;
     ensure!(container.delete_task()? == 137);
     let gone = || vm(containerd, container.id()).is_err().then_some(());
@@ -119,27 +112,24 @@ fn a_vm_whose_qemu_was_killed_has_failed_of_that() -> Result<()> {
 }
 
 #[test]
-fn a_vm_whose_virtiofsd_was_killed_has_failed_of_that() -> Result<()> {
-    if !is_husk("a_vm_whose_virtiofsd_was_killed_has_failed_of_that") {
-        return Ok(());
-    }
+fn a_killed_virtiofsd_is_the_cause_of_the_vms_failure() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
-    // The one that the shim has started, and the one that serves, whose end the first tells as its own (-9).
+    // The parent, which the shim has started, and its child, which serves. The parent exits with the child's status
+    // (-9).
     let table =
         [("started", true, "virtiofsd was killed by signal 9"), ("serves", false, "virtiofsd exited with status 247")];
-    for (name, started, wanted) in table {
+    for (name, started, expected) in table {
         let container = containerd.detached(&[], name, &["sleep", "1000"])?;
         let cause = cause_of_death(containerd, &container, "virtiofsd", started)?;
-        ensure!(cause == wanted, "{name}: {cause}");
+        ensure!(cause == expected, "{name}: {cause}");
     }
     Ok(())
 }
 
 #[test]
-fn a_vm_that_no_container_came_to_need_is_stopped() -> Result<()> {
-    if !is_husk("a_vm_that_no_container_came_to_need_is_stopped") {
-        return Ok(());
-    }
+fn a_vm_without_a_container_is_stopped() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("refused");
     let ran = containerd.run(&["--annotation", "io.husk.vcpus=many"], &id, &["true"]).output()?;
@@ -150,10 +140,8 @@ fn a_vm_that_no_container_came_to_need_is_stopped() -> Result<()> {
 }
 
 #[test]
-fn a_boot_that_fails_is_a_start_that_failed() -> Result<()> {
-    if !is_husk("a_boot_that_fails_is_a_start_that_failed") {
-        return Ok(());
-    }
+fn a_failed_boot_leads_to_start_failed() -> Result<()> {
+    husk_only!();
     let table = [
         ("kernel = \"/etc/passwd\"", "Starting", "QEMU exited with status 1"),
         ("qemu = \"/etc/passwd\"", "Configured", "start /etc/passwd"),
@@ -172,32 +160,30 @@ fn a_boot_that_fails_is_a_start_that_failed() -> Result<()> {
 }
 
 #[test]
-fn husk_tells_what_a_vm_is_doing_and_why_it_ended_also_without_containerd() -> Result<()> {
-    if !is_husk("husk_tells_what_a_vm_is_doing_and_why_it_ended_also_without_containerd") {
-        return Ok(());
-    }
+fn husk_shows_a_vms_state_and_cause_of_failure_without_containerd() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     let container = containerd.detached(&[], "seen", &["sleep", "1000"])?;
-    let (shim, below) = containerd.shim_of(container.id())?;
-    let qemu = below.iter().find(|process| process.name.starts_with("qemu")).context("no QEMU")?;
-    containerd.end(Signal::SIGKILL)?;
+    let (shim, _) = containerd.shim_of(container.id())?;
+    let qemu = containerd.qemu_of(container.id())?;
+    containerd.stop(Signal::SIGKILL)?;
 
     let columns = listed(&containerd, container.id())?;
-    let seen = ["NAMESPACE", "STATE"].map(|title| columns.get(title).map(String::as_str));
-    ensure!(seen == [Some(NAMESPACE), Some("Running")], "{columns:?}");
+    let shown = ["NAMESPACE", "STATE"].map(|title| columns.get(title).map(String::as_str));
+    ensure!(shown == [Some(NAMESPACE), Some("Running")], "{columns:?}");
     let status = || husk_json(&containerd, &["status", "--json", container.id()]);
     let vm = &status()?;
     ensure!(path(vm)?.0 == UP, "{vm:#}");
-    let kept = self::vm(&containerd, container.id())?["transitions"][0]["at_ms"].as_u64().context("at_ms")?;
-    let seconds = containerd.sh(&format!("date -u -d @{} +%FT%T", kept / 1000))?.text();
-    ensure!(vm["transitions"][0]["at"] == format!("{seconds}.{:03}Z", kept % 1000), "{kept} {vm:#}");
+    let recorded = self::vm(&containerd, container.id())?["transitions"][0]["at_ms"].as_u64().context("at_ms")?;
+    let seconds = containerd.sh(&format!("date -u -d @{} +%FT%T", recorded / 1000))?.text();
+    ensure!(vm["transitions"][0]["at"] == format!("{seconds}.{:03}Z", recorded % 1000), "{recorded} {vm:#}");
 
     qemu.kill();
-    wait_for(SOON, "the VM has failed", || {
+    wait_for(SOON, "the VM is in state Failed", || {
         status().map(|status| (status["state"] == "Failed").then_some(())).transpose()
     })??;
     let vm = &status()?;
     ensure!(path(vm)?.1 == "QEMU was killed by signal 9", "{vm:#}");
     ensure!(listed(&containerd, container.id())?["STATE"] == "Failed" && shim.is_alive());
-    containerd.start_again()
+    containerd.restart()
 }

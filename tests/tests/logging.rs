@@ -1,4 +1,5 @@
-//! Output that goes to files and to logging programs, as `nerdctl run -d` and `ctr run --log-uri` have it, with and without a terminal.
+//! Output to files and to logging programs, as with `nerdctl run -d` and `ctr run --log-uri`, with and without a
+//! terminal.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -11,14 +12,15 @@ use containerd_shim_protos::ttrpc::{self, Code};
 use husk_tests::bundle;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
+use husk_tests::husk_only;
 use husk_tests::process;
 use husk_tests::shim::{Shim, Streams, code};
 use serde_json::{Value, json};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What a logging program does that does as it should: takes both streams apart, goes by their end and not by the signal, and says
-/// what it was started with.
+/// A well-behaved logging program: it records its arguments, separates both streams, and exits at their end, not at the
+/// signal.
 const LOGGER: &str = r#"
 trap '' TERM
 echo "$CONTAINER_NAMESPACE/$CONTAINER_ID $*" >"$dir/started"
@@ -28,11 +30,11 @@ wait
 echo done >"$dir/done"
 "#;
 
-/// A logging program of the test's own, and what it has written.
+/// A logging program in its own directory, and the files that it writes.
 struct Logger(tempfile::TempDir);
 
 impl Logger {
-    /// `script` knows its folder as `$dir`.
+    /// Creates the program. `script` finds its directory in `$dir`.
     fn new(script: &str) -> Result<Self> {
         let logger = Self(tempfile::tempdir()?);
         let text = format!("#!/bin/bash\ndir={}\n{script}", logger.0.path().display());
@@ -53,14 +55,14 @@ impl Logger {
         format!("binary://{}", self.program().display())
     }
 
-    /// What it has written to its file of that name, as soon as that is not empty.
+    /// Waits until the program's file of that name is not empty, and returns its content.
     fn wrote(&self, name: &str) -> Result<String> {
         wait_for(DEADLINE, &format!("the logger writes {name}"), || {
             fs::read_to_string(self.path(name)).ok().filter(|text| !text.is_empty())
         })
     }
 
-    /// Its processes below `ancestor`.
+    /// The number of its processes below `ancestor`.
     fn processes(&self, ancestor: i32) -> usize {
         let program = self.program().display().to_string();
         process::descendants(ancestor).iter().filter(|process| process.command.contains(&program)).count()
@@ -95,16 +97,16 @@ fn sequence(last: usize, end: &str) -> String {
     (1..=last).map(|n| format!("{n}{end}")).collect()
 }
 
-fn refusal<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> Result<(Option<Code>, String)> {
-    let code = code(&answer);
-    match answer.err().context("it was not refused")? {
+fn error_of<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Result<(Option<Code>, String)> {
+    let code = code(&result);
+    match result.err().context("the call succeeded")? {
         ttrpc::Error::RpcStatus(status) => Ok((code, status.message)),
         other => Err(other.into()),
     }
 }
 
 #[test]
-fn a_logging_program_gets_both_streams_apart_its_arguments_and_its_environment() -> Result<()> {
+fn a_logging_program_gets_separate_streams_arguments_and_environment() -> Result<()> {
     let containerd = Containerd::shared()?;
     let logger = Logger::new(LOGGER)?;
     let id = containerd.id("logged");
@@ -116,7 +118,7 @@ fn a_logging_program_gets_both_streams_apart_its_arguments_and_its_environment()
     shim.task.start(&id, "")?;
     ensure!(shim.task.wait(&id, "")? == 3);
     shim.task.delete(&id, "")?;
-    logger.wrote("done").context("the logger ends by itself when the output does")?;
+    logger.wrote("done").context("the logger did not reach the end of the output")?;
     ensure!(fs::read_to_string(logger.path("stdout"))? == sequence(200_000, "\n"));
     ensure!(fs::read_to_string(logger.path("stderr"))? == sequence(1000, "\n"));
     Ok(())
@@ -125,24 +127,23 @@ fn a_logging_program_gets_both_streams_apart_its_arguments_and_its_environment()
 #[test]
 fn ctr_runs_containers_and_execs_with_a_logging_program() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let (logger, of_exec) = (Logger::new(LOGGER)?, Logger::new(LOGGER)?);
+    let (logger, exec_logger) = (Logger::new(LOGGER)?, Logger::new(LOGGER)?);
     let uri = format!("{}?container=yes", logger.uri());
     let container = containerd.detached(&["--log-uri", &uri], "ctr-log", &["sh", "-c", "echo out; sleep 1000"])?;
     ensure!(logger.wrote("stdout")? == "out\n");
     ensure!(logger.wrote("started")?.ends_with(" container yes\n"));
-    let exec = containerd.ctr(["task", "exec", "--log-uri"]).arg(of_exec.uri()).args(["--exec-id", "e"]);
+    let exec = containerd.ctr(["task", "exec", "--log-uri"]).arg(exec_logger.uri()).args(["--exec-id", "e"]);
     exec.arg(container.id()).args(["sh", "-c", "echo from exec"]).ok()?;
-    ensure!(of_exec.wrote("stdout")? == "from exec\n");
+    ensure!(exec_logger.wrote("stdout")? == "from exec\n");
     ensure!(logger.processes(containerd.pid()) > 0);
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     container.delete_task()?;
     logger.wrote("done")?;
     Ok(())
 }
 
 #[test]
-fn a_file_is_made_appended_to_and_shared_by_both_streams() -> Result<()> {
+fn a_log_file_is_created_appended_to_and_shared_by_both_streams() -> Result<()> {
     let containerd = Containerd::shared()?;
     let folder = tempfile::tempdir()?;
     let log = folder.path().join("new/folder/log");
@@ -157,8 +158,10 @@ fn a_file_is_made_appended_to_and_shared_by_both_streams() -> Result<()> {
     shim.task.delete(&id, "")?;
     let text = fs::read_to_string(&log)?;
     ensure!(text.len() == 7 + sequence(1_200_000, "\n").len() + 6, "{} bytes", text.len());
-    let ours = text.strip_prefix("before\n").context("it was not appended to")?;
-    ensure!(ours.matches("error\n").count() == 1 && ours.replacen("error\n", "", 1) == sequence(1_200_000, "\n"));
+    let appended = text.strip_prefix("before\n").context("the output was not appended")?;
+    ensure!(
+        appended.matches("error\n").count() == 1 && appended.replacen("error\n", "", 1) == sequence(1_200_000, "\n")
+    );
 
     let other = folder.path().join("made/by/the/shim");
     let uri = format!("file://{}", other.display());
@@ -168,11 +171,11 @@ fn a_file_is_made_appended_to_and_shared_by_both_streams() -> Result<()> {
 }
 
 #[test]
-fn a_terminals_output_goes_to_a_file_a_logging_program_or_nowhere() -> Result<()> {
+fn a_terminals_output_can_go_to_a_file_a_logging_program_or_nowhere() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "terminals")?;
     let id = shim.bundle.id.clone();
-    let wanted = sequence(3000, "\r\n");
+    let expected = sequence(3000, "\r\n");
     let run = |exec: &str, io: &Streams| -> Result<u32> {
         shim.task.exec(&id, exec, &process_with_terminal("seq 1 3000; exit 4"), io)?;
         shim.task.start(&id, exec)?;
@@ -183,22 +186,20 @@ fn a_terminals_output_goes_to_a_file_a_logging_program_or_nowhere() -> Result<()
     let logger = Logger::new(LOGGER)?;
     ensure!(run("binary", &in_terminal(&logger.uri()))? == 4);
     logger.wrote("done")?;
-    ensure!(fs::read_to_string(logger.path("stdout"))? == wanted);
+    ensure!(fs::read_to_string(logger.path("stdout"))? == expected);
     ensure!(fs::read_to_string(logger.path("stderr"))?.is_empty());
-    if !containerd.runtime().is_husk_or_tell("a_terminals_output_goes_to_a_file_or_nowhere") {
-        // runc's shim takes the address of a file for a fifo's path, and fails without one.
-        return Ok(());
-    }
+    // runc's shim mistakes a file URI for a fifo's path, and fails without an output.
+    husk_only!();
     let log = logger.path("log");
     ensure!(run("file", &in_terminal(&format!("file://{}", log.display())))? == 4);
-    ensure!(fs::read_to_string(&log)? == wanted);
-    // Far more than a terminal holds: somebody has to take it.
+    ensure!(fs::read_to_string(&log)? == expected);
+    // Far more output than a terminal buffers: husk must read and discard it.
     ensure!(run("nowhere", &in_terminal(""))? == 4);
     Ok(())
 }
 
 #[test]
-fn a_container_with_a_terminal_can_log_as_well() -> Result<()> {
+fn a_container_with_a_terminal_can_use_a_logging_program() -> Result<()> {
     let containerd = Containerd::shared()?;
     let logger = Logger::new(LOGGER)?;
     let id = containerd.id("tty-logged");
@@ -213,11 +214,9 @@ fn a_container_with_a_terminal_can_log_as_well() -> Result<()> {
 }
 
 #[test]
-fn an_unknown_kind_of_output_is_refused_with_its_name_and_value() -> Result<()> {
+fn unknown_output_uris_are_rejected_with_stream_and_value() -> Result<()> {
     let containerd = Containerd::shared()?;
-    if !containerd.runtime().is_husk_or_tell("an_unknown_kind_of_output_is_refused_with_its_name_and_value") {
-        return Ok(());
-    }
+    husk_only!();
     let cases = [
         (Streams { stderr: "syslog://local".into(), ..Streams::default() }, "stderr \"syslog://local\""),
         (Streams { stdout: "binary://logger".into(), ..Streams::default() }, "stdout \"binary://logger\""),
@@ -225,31 +224,29 @@ fn an_unknown_kind_of_output_is_refused_with_its_name_and_value() -> Result<()> 
         (Streams { stdout: "/no/such/fifo".into(), ..Streams::default() }, "stdout: open /no/such/fifo"),
         (both("file:///proc/version/log"), "stdout: open /proc/version/log"),
     ];
-    for (io, wanted) in &cases {
-        // A shim ends with its last container, also with one that did not come to be.
+    for (io, expected) in &cases {
+        // A new shim for each case: a shim exits after a failed Create of its only container.
         let id = containerd.id("scheme");
         let shim = Shim::start(containerd, &id, &spec(&id, "sleep 1000"))?;
         let created: ttrpc::Result<api::CreateTaskResponse> = shim.task.call("Create", &shim.create_request(io));
-        let (code, text) = refusal(created)?;
-        ensure!(code == Some(Code::INVALID_ARGUMENT) && text.contains(wanted), "{text}");
+        let (code, text) = error_of(created)?;
+        ensure!(code == Some(Code::INVALID_ARGUMENT) && text.contains(expected), "{text}");
     }
     let shim = Shim::idle(containerd, "scheme-exec")?;
     let id = shim.bundle.id.clone();
-    for (io, wanted) in &cases[..3] {
-        let refused = shim.task.exec(&id, "e", &bundle::process(&["true"]), io).err().context("it was not refused")?;
-        let (code, text) = refusal(Err::<(), _>(refused.downcast()?))?;
-        ensure!(code == Some(Code::INVALID_ARGUMENT) && text.contains(wanted), "{text}");
+    for (io, expected) in &cases[..3] {
+        let error = shim.task.exec(&id, "e", &bundle::process(&["true"]), io).err().context("Exec succeeded")?;
+        let (code, text) = error_of(Err::<(), _>(error.downcast()?))?;
+        ensure!(code == Some(Code::INVALID_ARGUMENT) && text.contains(expected), "{text}");
     }
     Ok(())
 }
 
 #[test]
-fn a_logging_program_that_does_not_get_ready_is_named_and_leaves_nothing() -> Result<()> {
+fn a_logging_program_that_does_not_become_ready_is_named_and_leaves_nothing_behind() -> Result<()> {
     let containerd = Containerd::shared()?;
-    if !containerd.runtime().is_husk_or_tell("a_logging_program_that_does_not_get_ready_is_named_and_leaves_nothing") {
-        // runc's shim takes a program's death for its readiness, and waits without a deadline.
-        return Ok(());
-    }
+    // runc's shim mistakes the program's exit for its readiness, and waits without a deadline.
+    husk_only!();
     let shim = Shim::idle(containerd, "not-ready")?;
     let id = shim.bundle.id.clone();
     let cases = [
@@ -257,28 +254,26 @@ fn a_logging_program_that_does_not_get_ready_is_named_and_leaves_nothing() -> Re
         ("kill -9 $$", "was killed by signal 9 before it was ready"),
         ("sleep 1000 & wait", "did not say within 10s that it is ready"),
     ];
-    for (index, (script, wanted)) in cases.into_iter().enumerate() {
+    for (index, (script, expected)) in cases.into_iter().enumerate() {
         let logger = Logger::new(script)?;
         let exec = format!("e{index}");
         shim.task.exec(&id, &exec, &bundle::process(&["true"]), &both(&logger.uri()))?;
-        let (_, text) = refusal(shim.task.start(&id, &exec))?;
+        let (_, text) = error_of(shim.task.start(&id, &exec))?;
         let program = logger.program().display().to_string();
-        ensure!(text.contains(wanted) && text.contains(&program) && text.contains("stdout"), "{text}");
+        ensure!(text.contains(expected) && text.contains(&program) && text.contains("stdout"), "{text}");
         wait_for(DEADLINE, "the logger is gone", || (logger.processes(containerd.pid()) == 0).then_some(()))?;
     }
     shim.task.exec(&id, "absent", &bundle::process(&["true"]), &both("binary:///no/such/logger"))?;
-    let (_, text) = refusal(shim.task.start(&id, "absent"))?;
+    let (_, text) = error_of(shim.task.start(&id, "absent"))?;
     ensure!(text.contains("/no/such/logger") && text.contains("No such file"), "{text}");
     Ok(())
 }
 
 #[test]
-fn a_logging_program_that_dies_stalls_nothing() -> Result<()> {
+fn a_logging_program_that_exits_early_stalls_nothing() -> Result<()> {
     let containerd = Containerd::shared()?;
-    if !containerd.runtime().is_husk_or_tell("a_logging_program_that_dies_stalls_nothing") {
-        // There the process is the one that writes into the broken pipe, and is killed by it.
-        return Ok(());
-    }
+    // With runc, the process itself writes to the broken pipe and is killed by SIGPIPE.
+    husk_only!();
     let shim = Shim::idle(containerd, "dies")?;
     let id = shim.bundle.id.clone();
     let logger = Logger::new("head -c 1000 <&3 >$dir/stdout 3<&- 4<&- 5>&- & exec 3<&- 4<&- 5>&-; wait")?;
@@ -286,44 +281,40 @@ fn a_logging_program_that_dies_stalls_nothing() -> Result<()> {
     shim.task.start(&id, "e")?;
     ensure!(shim.task.wait(&id, "e")? == 6);
     ensure!(logger.wrote("stdout")?.len() == 1000);
-    wait_for(DEADLINE, "the shim's log tells of it", || shim.log().contains("output is lost").then_some(()))?;
+    wait_for(DEADLINE, "the shim logs the lost output", || shim.log().contains("output is lost").then_some(()))?;
     Ok(())
 }
 
 #[test]
-fn a_logging_program_that_does_not_read_stalls_nothing_and_is_ended_with_its_container() -> Result<()> {
+fn a_logging_program_that_does_not_read_stalls_nothing_and_ends_with_its_container() -> Result<()> {
     let containerd = Containerd::shared()?;
-    let shim = Shim::idle(containerd, "deaf")?;
+    let shim = Shim::idle(containerd, "unread-log")?;
     let id = shim.bundle.id.clone();
-    let logger = Logger::new("trap 'echo asked >$dir/asked; exit' TERM; exec 5>&-; while :; do sleep 0.05; done")?;
-    shim.task.exec(&id, "e", &bundle::process(&["sh", "-c", "exec seq 1 5"]), &both(&logger.uri()))?;
-    shim.task.start(&id, "e")?;
+    let logger =
+        Logger::new("trap 'echo terminated >$dir/terminated; exit' TERM; exec 5>&-; while :; do sleep 0.05; done")?;
+    shim.start_exec("e", &bundle::process(&["sh", "-c", "exec seq 1 5"]), &both(&logger.uri()))?;
     let (io, mut stdout, _stderr) = shim.streams("other")?;
-    shim.task.exec(&id, "other", &bundle::process(&["seq", "1", "100000"]), &io)?;
-    shim.task.start(&id, "other")?;
+    shim.start_exec("other", &bundle::process(&["seq", "1", "100000"]), &io)?;
     ensure!(stdout.read_to_end(DEADLINE)? == sequence(100_000, "\n").into_bytes());
     ensure!(shim.task.wait(&id, "e")? == 0);
-    let asked = Instant::now();
+    let started = Instant::now();
     shim.task.delete(&id, "e")?;
-    ensure!(asked.elapsed() < Duration::from_secs(10), "Delete took {:?}", asked.elapsed());
-    logger.wrote("asked")?;
+    ensure!(started.elapsed() < Duration::from_secs(10), "Delete took {:?}", started.elapsed());
+    logger.wrote("terminated")?;
     ensure!(logger.processes(containerd.pid()) == 0);
     Ok(())
 }
 
 #[test]
-fn a_logging_program_that_is_slow_has_everything_when_its_container_is_gone() -> Result<()> {
+fn a_slow_logging_program_has_all_output_when_its_container_is_deleted() -> Result<()> {
     let containerd = Containerd::shared()?;
-    if !containerd.runtime().is_husk_or_tell("a_logging_program_that_is_slow_has_everything_when_its_container_is_gone")
-    {
-        // It is asked to end at once, whatever is in its pipe.
-        return Ok(());
-    }
+    // runc's shim terminates the program at once, even if its pipe still contains output.
+    husk_only!();
     let logger = Logger::new("cat <&3 >$dir/stdout 5>&- & exec 3<&- 4<&- 5>&-; wait; sleep 0.5; echo done >$dir/done")?;
     let container = containerd.detached(&["--log-uri", &logger.uri()], "slow-log", &["sh", "-c", "seq 1 100000"])?;
     container.await_status("STOPPED")?;
     container.delete_task()?;
-    ensure!(fs::read_to_string(logger.path("done"))? == "done\n", "the container was gone before its logger");
+    ensure!(fs::read_to_string(logger.path("done"))? == "done\n", "the container was deleted before its logger exited");
     ensure!(fs::read_to_string(logger.path("stdout"))? == sequence(100_000, "\n"));
     Ok(())
 }
@@ -331,9 +322,7 @@ fn a_logging_program_that_is_slow_has_everything_when_its_container_is_gone() ->
 #[test]
 fn no_logging_program_outlives_its_shim() -> Result<()> {
     let containerd = Containerd::shared()?;
-    if !containerd.runtime().is_husk_or_tell("no_logging_program_outlives_its_shim") {
-        return Ok(());
-    }
+    husk_only!();
     let logger = Logger::new("trap '' TERM; exec 5>&-; while :; do sleep 0.05; done")?;
     let container = containerd.detached(&["--log-uri", &logger.uri()], "outlive", &["sleep", "1000"])?;
     ensure!(logger.processes(containerd.pid()) > 0);
@@ -343,27 +332,25 @@ fn no_logging_program_outlives_its_shim() -> Result<()> {
 }
 
 #[test]
-fn what_a_logging_program_has_started_is_killed_with_it() -> Result<()> {
+fn children_of_a_logging_program_are_killed_with_it() -> Result<()> {
     let containerd = Containerd::shared()?;
-    if !containerd.runtime().is_husk_or_tell("what_a_logging_program_has_started_is_killed_with_it") {
-        // Only the program itself is killed there.
-        return Ok(());
-    }
+    // runc's shim kills only the program itself.
+    husk_only!();
     let shim = Shim::idle(containerd, "with-children")?;
     let id = shim.bundle.id.clone();
-    // Itself once more, so that its name tells whose process it is; neither goes by a signal that can be caught.
+    // The child runs the same script, so its command line identifies it. Both ignore SIGTERM.
     let script =
         "trap '' TERM; [ \"$1\" = child ] && { echo there >$dir/there; exec 5>&-; while :; do sleep 0.05; done; }
         $0 child & until [ -s $dir/there ]; do sleep 0.05; done; ";
-    let ways = [("exec 5>&-; wait", true), ("wait", false)];
-    for (index, (then, gets_ready)) in ways.into_iter().enumerate() {
-        let logger = Logger::new(&format!("{script}{then}"))?;
+    let cases = [("exec 5>&-; wait", true), ("wait", false)];
+    for (index, (end, becomes_ready)) in cases.into_iter().enumerate() {
+        let logger = Logger::new(&format!("{script}{end}"))?;
         let exec = format!("e{index}");
         shim.task.exec(&id, &exec, &bundle::process(&["true"]), &both(&logger.uri()))?;
         let started = shim.task.start(&id, &exec);
-        ensure!(started.is_ok() == gets_ready, "{started:?}");
-        if gets_ready {
-            // And what they have forked and not yet called by another name.
+        ensure!(started.is_ok() == becomes_ready, "{started:?}");
+        if becomes_ready {
+            // At least two: forks that have not yet executed another program count as well.
             ensure!(logger.processes(containerd.pid()) >= 2);
             ensure!(shim.task.wait(&id, &exec)? == 0);
         }
@@ -377,12 +364,10 @@ fn what_a_logging_program_has_started_is_killed_with_it() -> Result<()> {
 }
 
 #[test]
-fn a_fifo_named_as_a_file_does_not_wait_for_its_reader() -> Result<()> {
+fn a_fifo_given_as_a_file_does_not_wait_for_its_reader() -> Result<()> {
     let containerd = Containerd::shared()?;
-    if !containerd.runtime().is_husk_or_tell("a_fifo_named_as_a_file_does_not_wait_for_its_reader") {
-        // There the start waits for it.
-        return Ok(());
-    }
+    // With runc, Start waits for the reader.
+    husk_only!();
     let shim = Shim::idle(containerd, "fifo-file")?;
     let id = shim.bundle.id.clone();
     let folder = tempfile::tempdir()?;
@@ -400,7 +385,7 @@ fn a_fifo_named_as_a_file_does_not_wait_for_its_reader() -> Result<()> {
 }
 
 #[test]
-fn a_path_that_is_no_fifo_is_written_to_as_a_file() -> Result<()> {
+fn a_path_that_is_no_fifo_is_written_as_a_file() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "plain")?;
     let id = shim.bundle.id.clone();

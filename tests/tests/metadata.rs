@@ -1,4 +1,5 @@
-//! The metadata service of the host, as what runs in a VM finds it: who the VM is, with a proof for others, and its workspace.
+//! The host's metadata service, from inside a VM: the VM's identity, with a token that others can verify, and its
+//! workspace.
 
 use std::fs;
 use std::path::Path;
@@ -10,16 +11,17 @@ use husk_protos::metadata::GetMetadataResponse;
 use husk_protos::protobuf::Message;
 use husk_protos::ttrpc::proto::{MESSAGE_HEADER_LENGTH, MessageHeader, Request, Response};
 use husk_protos::{HOST_CID, PORT_METADATA};
-use husk_tests::agent::{Agent, question};
-use husk_tests::artifacts::{Runtime, built};
+use husk_tests::agent::{Agent, request};
+use husk_tests::artifacts::built;
 use husk_tests::containerd::{Configured, Containerd, NAMESPACE};
+use husk_tests::husk_only;
 use husk_tests::vm::guest_program;
 use serde_json::{Value, json};
 
-/// In each workspace of these tests, and nowhere else.
+/// Part of every workspace of these tests, and of nothing else.
 const SECRET: &str = "hunter2";
 
-/// Where the configuration of these tests has everything, for a containerd of its own.
+/// A containerd whose configuration has all files in a temporary directory.
 struct Host {
     configured: Configured,
     folder: tempfile::TempDir,
@@ -32,7 +34,7 @@ impl Host {
         Self::start_with("")
     }
 
-    /// With more configuration.
+    /// Like [`Self::start`], with additional configuration.
     fn start_with(more: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let at = |name: &str| folder.path().join(name).display().to_string();
@@ -53,10 +55,10 @@ impl Host {
         &self.configured.containerd
     }
 
-    /// Flags of a container that has vsock and the probe, and this workspace.
+    /// Flags of a container with vsock, the probe and this workspace.
     fn flags<'a>(&'a self, workspace: &'a str) -> Vec<&'a str> {
         let mut flags = vec!["--mount", &self.probe, "--annotation", "io.husk.vsock=true"];
-        // Little, because a test looks through it.
+        // Little memory, because a test searches it.
         flags.extend(["--annotation", "io.husk.memory_mib=128"]);
         if !workspace.is_empty() {
             flags.extend(["--annotation", workspace]);
@@ -64,15 +66,15 @@ impl Host {
         flags
     }
 
-    /// `husk metadata public-key`, in this form.
-    fn public_key(&self, form: &[&str]) -> Result<String> {
+    /// The output of `husk metadata public-key` in this format.
+    fn public_key(&self, format: &[&str]) -> Result<String> {
         let mut command = Command::new(built("husk")?);
-        let output = command.args(["metadata", "public-key"]).args(form).env("HUSK_CONFIG", &self.config).output()?;
+        let output = command.args(["metadata", "public-key"]).args(format).env("HUSK_CONFIG", &self.config).output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// Has openssl verify a token by the printed public key, and gives its claims.
+    /// Verifies a token with openssl and the printed public key, and returns its claims.
     fn claims(&self, token: &str) -> Result<Value> {
         let parts: Vec<&str> = token.split('.').collect();
         let [header, claims, signature] = parts[..] else { anyhow::bail!("{token}: not three parts") };
@@ -106,9 +108,9 @@ fn base64url(text: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The command line of a Get by the probe, which says in each place that there is that it is somebody else.
-fn ask() -> Result<String> {
-    // Fields that GetMetadataRequest has not: "somebody" and "else".
+/// The probe's command line for a Get request that claims to come from somebody else, in unknown fields.
+fn get_command() -> Result<String> {
+    // GetMetadataRequest does not have these fields, which contain "somebody" and "else".
     let payload = b"\x0a\x08somebody\x12\x04else".to_vec();
     let request = Request { service: "husk.v1.Metadata".into(), method: "Get".into(), payload, ..Default::default() };
     let bytes = request.write_to_bytes()?;
@@ -120,12 +122,12 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn answer(text: &str) -> Result<GetMetadataResponse> {
+fn parse_response(text: &str) -> Result<GetMetadataResponse> {
     let digits = |at| u8::from_str_radix(text.get(at..at + 2).unwrap_or("none"), 16);
     let bytes =
         (0..text.len()).step_by(2).map(digits).collect::<Result<Vec<u8>, _>>().with_context(|| text.to_owned())?;
-    let header = MessageHeader::from(bytes.get(..MESSAGE_HEADER_LENGTH).context("no answer")?);
-    let body = bytes.get(MESSAGE_HEADER_LENGTH..).context("no answer")?;
+    let header = MessageHeader::from(bytes.get(..MESSAGE_HEADER_LENGTH).context("no response")?);
+    let body = bytes.get(MESSAGE_HEADER_LENGTH..).context("no response")?;
     ensure!(header.length as usize == body.len(), "{} bytes of {}", body.len(), header.length);
     let response = Response::parse_from_bytes(body)?;
     ensure!(response.status.is_none(), "{:?}", response.status);
@@ -137,13 +139,11 @@ fn now() -> Result<u64> {
 }
 
 #[test]
-fn a_vm_proves_who_it_is_and_gets_its_workspace_and_no_others() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("a_vm_proves_who_it_is_and_gets_its_workspace_and_no_others") {
-        return Ok(());
-    }
+fn a_vm_gets_a_verifiable_token_and_only_its_own_workspace() -> Result<()> {
+    husk_only!();
     let host = Host::start()?;
     let file = host.folder.path().join("workspaces/project");
-    // Not JSON, and as large as it may be.
+    // Not JSON, and of the maximum size.
     let content = [SECRET.as_bytes(), &vec![0xfe; 256 * 1024 - SECRET.len()]].concat();
     fs::write(&file, &content)?;
     let inline = format!(r#"{{"password": "{SECRET}"}}"#);
@@ -152,28 +152,31 @@ fn a_vm_proves_who_it_is_and_gets_its_workspace_and_no_others() -> Result<()> {
         (format!("io.husk.workspace={inline}"), Some(inline.as_bytes())),
         (format!("io.husk.workspace={}", file.display()), Some(&content[..])),
     ];
-    ensure!(!host.folder.path().join("etc/metadata.key").exists(), "the key is there before its first use");
+    ensure!(!host.folder.path().join("etc/metadata.key").exists(), "the key exists before its first use");
     let containers = table
         .iter()
         .map(|(workspace, _)| host.containerd().detached(&host.flags(workspace), "metadata", &["sleep", "1000"]))
         .collect::<Result<Vec<_>>>()?;
-    ensure!(!host.folder.path().join("etc/metadata.key").exists(), "the key is made for VMs that do not ask");
+    ensure!(
+        !host.folder.path().join("etc/metadata.key").exists(),
+        "the key was created for VMs that did not ask for it"
+    );
     for (container, (workspace, expected)) in containers.iter().zip(&table) {
         let began = now()?;
-        let answer = answer(&container.script(&ask()?)?)?;
+        let response = parse_response(&container.script(&get_command()?)?)?;
         ensure!(
-            answer.workspace.as_deref() == *expected,
+            response.workspace.as_deref() == *expected,
             "{workspace}: {:?}",
-            answer.workspace.map(|bytes| bytes.len())
+            response.workspace.map(|bytes| bytes.len())
         );
-        let claims = host.claims(&answer.token)?;
+        let claims = host.claims(&response.token)?;
         let issued = claims["iat"].as_u64().context("no time of issue")?;
         ensure!((began..=now()?).contains(&issued), "{claims}");
         let expected = json!({"iss": "husk", "sandbox": container.id(), "namespace": NAMESPACE, "cid": 3,
             "iat": issued, "exp": issued + 90});
-        ensure!(claims == expected, "{claims}, not {expected}");
+        ensure!(claims == expected, "{claims}, expected {expected}");
     }
-    // What husk wrote, said, and told the guest: nothing of it has the workspace.
+    // The workspace appears in no file, log or command line of husk, and in no data passed to the guest.
     let containerd = host.containerd();
     for (container, (workspace, _)) in containers.iter().zip(&table) {
         let state = containerd.sh(&format!(
@@ -184,23 +187,23 @@ fn a_vm_proves_who_it_is_and_gets_its_workspace_and_no_others() -> Result<()> {
         ensure!(state.text().contains(container.id()) && !state.text().contains(SECRET), "{}", state.text());
         let inside = container.script("cat /proc/cmdline; dmesg")?;
         ensure!(inside.contains("husk.log=debug") && !inside.contains(SECRET), "{inside}");
-        let (shim, below) = containerd.shim_of(container.id())?;
-        let qemu = below.iter().find(|process| process.name.starts_with("qemu")).context("no QEMU")?;
-        for process in [&shim, qemu] {
+        let (shim, _) = containerd.shim_of(container.id())?;
+        let qemu = containerd.qemu_of(container.id())?;
+        for process in [&shim, &qemu] {
             ensure!(!process.command.contains(SECRET), "{}", process.command);
         }
         if !workspace.contains(SECRET) {
             continue;
         }
-        // The one annotation travels with the spec, the other does not.
-        ensure!(memory_has(qemu.pid, "io.husk.vsock")?, "the guest's memory was not looked through");
-        ensure!(!memory_has(qemu.pid, "io.husk.workspace")?, "the guest's memory has the annotation");
+        // The vsock annotation is in the spec sent to the guest, the workspace annotation is not.
+        ensure!(memory_has(qemu.pid, "io.husk.vsock")?, "the search of the guest's memory found nothing");
+        ensure!(!memory_has(qemu.pid, "io.husk.workspace")?, "the guest's memory contains the annotation");
     }
     ensure!(containerd.logged(SECRET).is_empty(), "{:?}", containerd.logged(SECRET));
     Ok(())
 }
 
-/// Whether some writable page of a process has this text in it: for a QEMU, also the guest's memory.
+/// Whether a memfd mapping of a process contains this text. For QEMU, that is the guest's memory.
 fn memory_has(pid: i32, text: &str) -> Result<bool> {
     use std::io::{Read, Seek, SeekFrom};
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
@@ -212,7 +215,8 @@ fn memory_has(pid: i32, text: &str) -> Result<bool> {
         let mut bytes = Vec::new();
         Read::by_ref(&mut memory).take(to - from).read_to_end(&mut bytes)?;
         ensure!(bytes.len() as u64 == to - from, "{} bytes of {line}", bytes.len());
-        // SAFETY: both are slices of these lengths, and memmem(3) reads nothing else. In Rust it would take minutes without an optimiser.
+        // SAFETY: both are slices of these lengths, and memmem(3) reads nothing else. Unoptimised Rust would take
+        // minutes.
         let found = unsafe { libc::memmem(bytes.as_ptr().cast(), bytes.len(), text.as_ptr().cast(), text.len()) };
         if !found.is_null() {
             return Ok(true);
@@ -222,70 +226,61 @@ fn memory_has(pid: i32, text: &str) -> Result<bool> {
 }
 
 #[test]
-fn containers_of_a_pod_are_one_vm_whose_workspace_is_that_of_the_one_that_it_was_booted_for() -> Result<()> {
-    let name = "containers_of_a_pod_are_one_vm_whose_workspace_is_that_of_the_one_that_it_was_booted_for";
-    if !Runtime::under_test().is_husk_or_tell(name) {
-        return Ok(());
-    }
+fn containers_of_a_pod_share_the_workspace_of_its_first_container() -> Result<()> {
+    husk_only!();
     let host = Host::start()?;
     let pod = host.containerd().id("pod");
-    let of_pod = format!("io.kubernetes.cri.sandbox-id={pod}");
+    let in_pod = format!("io.kubernetes.cri.sandbox-id={pod}");
     let [first, second] = [r#"io.husk.workspace={"first": 1}"#, r#"io.husk.workspace={"second": 2}"#];
     let start = |workspace| {
-        let flags = [&host.flags(workspace)[..], &["--annotation", &of_pod]].concat();
+        let flags = [&host.flags(workspace)[..], &["--annotation", &in_pod]].concat();
         host.containerd().detached(&flags, "member", &["sleep", "1000"])
     };
     for container in [start(first)?, start(second)?] {
-        let answer = answer(&container.script(&ask()?)?)?;
-        ensure!(answer.workspace.as_deref() == Some(br#"{"first": 1}"#), "{:?}", answer.workspace);
-        let claims = host.claims(&answer.token)?;
+        let response = parse_response(&container.script(&get_command()?)?)?;
+        ensure!(response.workspace.as_deref() == Some(br#"{"first": 1}"#), "{:?}", response.workspace);
+        let claims = host.claims(&response.token)?;
         ensure!(claims["sandbox"] == json!(pod), "{claims}");
     }
     Ok(())
 }
 
 #[test]
-fn the_supervisor_agent_reaches_it_beside_containers_that_do_not() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("the_supervisor_agent_reaches_it_beside_containers_that_do_not") {
-        return Ok(());
-    }
+fn the_supervisor_agent_reaches_the_metadata_service_and_containers_do_not() -> Result<()> {
+    husk_only!();
     let host = Host::start_with("allowed_annotations = [\"io.husk.extras.files\", \"io.husk.workspace\"]\n")?;
     let mut agent = Agent::new("serve")?;
-    agent.bring("/probe", &fs::read(guest_program("probe")?)?, 0o755)?;
+    agent.add("/probe", &fs::read(guest_program("probe")?)?, 0o755)?;
     let flags = agent.flags();
     let flags = ["--net-host", "--mount", &host.probe, "--annotation", "io.husk.workspace={}", &flags[0], &flags[1]];
     let container = host.containerd().detached(&flags, "supervised", &["sleep", "1000"])?;
-    let refused = container.script(&format!("{} || echo $?", ask()?))?;
-    ensure!(refused.starts_with("refused: ") && refused.ends_with("\n1"), "{refused}");
-    // The container asks the agent, and that the host.
-    let told = container.script(&question(&format!("run {}", ask()?)))?;
-    let answer = answer(&told)?;
-    ensure!(answer.workspace.as_deref() == Some(b"{}".as_slice()), "{told}");
-    ensure!(host.claims(&answer.token)?["sandbox"] == container.id(), "{told}");
+    let output = container.script(&format!("{} || echo $?", get_command()?))?;
+    ensure!(output.starts_with("refused: ") && output.ends_with("\n1"), "{output}");
+    // The container forwards the request through the agent, which may use vsock.
+    let output = container.script(&request(&format!("run {}", get_command()?)))?;
+    let response = parse_response(&output)?;
+    ensure!(response.workspace.as_deref() == Some(b"{}".as_slice()), "{output}");
+    ensure!(host.claims(&response.token)?["sandbox"] == container.id(), "{output}");
     Ok(())
 }
 
 #[test]
-fn a_container_that_was_not_given_vsock_does_not_reach_it() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("a_container_that_was_not_given_vsock_does_not_reach_it") {
-        return Ok(());
-    }
+fn a_container_without_vsock_cannot_reach_the_metadata_service() -> Result<()> {
+    husk_only!();
     let host = Host::start()?;
-    let script = format!("{} || echo $?", ask()?);
+    let script = format!("{} || echo $?", get_command()?);
     for more in [&[][..], &["--privileged"], &["--annotation", "io.husk.vsock=false"]] {
         let flags = [&["--mount", &host.probe, "--annotation", "io.husk.workspace={}"], more].concat();
-        let seen = host.containerd().script(&flags, "metadata", &script)?;
-        ensure!(seen.starts_with("refused: ") && seen.ends_with("\n1"), "{more:?}: {seen}");
+        let output = host.containerd().script(&flags, "metadata", &script)?;
+        ensure!(output.starts_with("refused: ") && output.ends_with("\n1"), "{more:?}: {output}");
     }
-    ensure!(!host.folder.path().join("etc/metadata.key").exists(), "somebody has asked");
+    ensure!(!host.folder.path().join("etc/metadata.key").exists(), "a request reached the service");
     Ok(())
 }
 
 #[test]
-fn a_workspace_that_is_not_allowed_is_refused_at_create_and_not_told() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("a_workspace_that_is_not_allowed_is_refused_at_create_and_not_told") {
-        return Ok(());
-    }
+fn an_invalid_workspace_is_rejected_at_create_without_printing_it() -> Result<()> {
+    husk_only!();
     let host = Host::start()?;
     let outside = host.folder.path().join("config.toml").display().to_string();
     let large = format!("\"{SECRET}{}\"", "x".repeat(100_000));
@@ -297,9 +292,9 @@ fn a_workspace_that_is_not_allowed_is_refused_at_create_and_not_told() -> Result
     for (workspace, expected) in table {
         let annotation = format!("io.husk.workspace={workspace}");
         let id = host.containerd().id("refused");
-        let refused = host.containerd().run(&["--annotation", &annotation], &id, &["true"]).output()?;
-        let errors = refused.errors();
-        ensure!(refused.code() != 0 && errors.contains(expected) && !errors.contains(SECRET), "{expected}: {errors}");
+        let failed = host.containerd().run(&["--annotation", &annotation], &id, &["true"]).output()?;
+        let errors = failed.errors();
+        ensure!(failed.code() != 0 && errors.contains(expected) && !errors.contains(SECRET), "{expected}: {errors}");
     }
     ensure!(host.containerd().logged(SECRET).is_empty(), "{:?}", host.containerd().logged(SECRET));
     Ok(())

@@ -1,4 +1,4 @@
-//! Files: root filesystems of both snapshotters, and folders and files of the host inside a container.
+//! Files: rootfs of both snapshotters, and host directories and files in a container.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -15,8 +15,8 @@ fn bind(source: &Path, destination: &str, options: &str) -> String {
     format!("type=bind,src={},dst={destination},options={options}", source.display())
 }
 
-/// Does with a root filesystem what programs do with one, and prints a line for each thing that worked.
-const EVERYDAY: &str = r#"
+/// Common operations on a rootfs. Prints a line for each that worked.
+const COMMON_OPERATIONS: &str = r#"
 cd /root
 echo content > file && [ "$(cat file)" = content ] && echo write
 echo more >> file && [ "$(wc -l < file)" = 2 ] && echo append
@@ -35,44 +35,44 @@ for i in $(seq 300); do echo $i > many.$i; done && [ "$(ls | grep -c many)" = 30
 sync && echo sync
 "#;
 
-fn everyday_work(flags: &[&str]) -> Result<()> {
+fn check_rootfs(flags: &[&str]) -> Result<()> {
     let containerd = Containerd::shared()?;
-    let done = containerd.script(flags, "everyday", EVERYDAY)?;
-    let wanted = "write append folders symlink hardlink owner time fifo unlinked lower-rename lower-remove opaque big \
+    let done = containerd.script(flags, "rootfs", COMMON_OPERATIONS)?;
+    let expected = "write append folders symlink hardlink owner time fifo unlinked lower-rename lower-remove opaque big \
         many sync";
-    ensure!(done.split_whitespace().eq(wanted.split_whitespace()), "done: {done}\nwanted: {wanted}");
+    ensure!(done.split_whitespace().eq(expected.split_whitespace()), "done: {done}\nexpected: {expected}");
     Ok(())
 }
 
 #[test]
-fn the_root_filesystem_of_overlayfs_does_what_programs_want() -> Result<()> {
-    everyday_work(&[])
+fn an_overlayfs_rootfs_supports_common_operations() -> Result<()> {
+    check_rootfs(&[])
 }
 
 #[test]
-fn the_root_filesystem_of_the_native_snapshotter_does_what_programs_want() -> Result<()> {
-    everyday_work(&["--snapshotter", "native"])
+fn a_native_snapshotter_rootfs_supports_common_operations() -> Result<()> {
+    check_rootfs(&["--snapshotter", "native"])
 }
 
 #[test]
-fn what_a_container_writes_is_not_in_the_next_one() -> Result<()> {
+fn a_containers_changes_do_not_appear_in_the_next_container() -> Result<()> {
     let containerd = Containerd::shared()?;
     containerd.script(&[], "first", "echo secret > /root/kept; rm /etc/passwd")?;
-    let seen = containerd.script(&[], "second", "ls /root; wc -l < /etc/passwd")?;
-    ensure!(!seen.contains("kept") && seen.trim() != "0", "{seen}");
+    let output = containerd.script(&[], "second", "ls /root; wc -l < /etc/passwd")?;
+    ensure!(!output.contains("kept") && output.trim() != "0", "{output}");
     Ok(())
 }
 
 #[test]
-fn a_folder_of_the_host_is_shared_both_ways() -> Result<()> {
+fn a_host_directory_is_shared_both_ways() -> Result<()> {
     let containerd = Containerd::shared()?;
     let folder = tempfile::tempdir()?;
     fs::write(folder.path().join("from-host"), "hello")?;
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
     let script = "cat /data/from-host; echo answer > /data/from-guest; chown 1234:5678 /data/from-guest; \
         chmod 604 /data/from-guest; mkdir /data/folder; rm /data/from-host";
-    let seen = containerd.script(&["--mount", &bind(folder.path(), "/data", "rbind:rw")], "folder", script)?;
-    ensure!(seen == "hello", "{seen}");
+    let output = containerd.script(&["--mount", &bind(folder.path(), "/data", "rbind:rw")], "folder", script)?;
+    ensure!(output == "hello", "{output}");
     let answer = folder.path().join("from-guest");
     let metadata = answer.metadata().context("the container's file is not on the host")?;
     ensure!(fs::read_to_string(answer)? == "answer\n" && metadata.mode() & 0o777 == 0o604, "{metadata:?}");
@@ -82,7 +82,7 @@ fn a_folder_of_the_host_is_shared_both_ways() -> Result<()> {
 }
 
 #[test]
-fn a_large_file_of_the_host_is_read_whole_and_written_whole() -> Result<()> {
+fn a_large_host_file_is_read_and_written_completely() -> Result<()> {
     let containerd = Containerd::shared()?;
     let folder = tempfile::tempdir()?;
     let bytes: Vec<u8> = (0..24_000_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
@@ -96,13 +96,13 @@ fn a_large_file_of_the_host_is_read_whole_and_written_whole() -> Result<()> {
 }
 
 #[test]
-fn a_read_only_folder_refuses_every_kind_of_write() -> Result<()> {
+fn a_read_only_directory_rejects_every_kind_of_write() -> Result<()> {
     let containerd = Containerd::shared()?;
     let folder = tempfile::tempdir()?;
     fs::write(folder.path().join("file"), "kept")?;
     let script = "touch /data/new; echo x > /data/file; rm /data/file; chmod 777 /data/file; \
         mount -o remount,rw /data && echo x > /data/file; cat /data/file";
-    // Even a container that may remount has to find it read-only: the host's side enforces it.
+    // The host enforces it, so even a container that may remount cannot write.
     let flags = ["--mount", &bind(folder.path(), "/data", "rbind:ro"), "--cap-add", "CAP_SYS_ADMIN"];
     let ran = containerd.run(&flags, &containerd.id("ro"), &["sh", "-c", script]).output()?;
     if containerd.runtime() == Runtime::Husk {
@@ -114,7 +114,7 @@ fn a_read_only_folder_refuses_every_kind_of_write() -> Result<()> {
 }
 
 #[test]
-fn a_single_file_of_the_host_can_be_read_and_written() -> Result<()> {
+fn a_single_host_file_can_be_read_and_written() -> Result<()> {
     let containerd = Containerd::shared()?;
     let folder = tempfile::tempdir()?;
     let (file, fixed, neighbour) = (folder.path().join("file"), folder.path().join("ro"), folder.path().join("next"));
@@ -131,7 +131,7 @@ fn a_single_file_of_the_host_can_be_read_and_written() -> Result<()> {
 }
 
 #[test]
-fn a_mount_below_a_shared_folder_is_seen_and_also_one_made_later() -> Result<()> {
+fn mounts_below_a_shared_directory_appear_even_if_made_later() -> Result<()> {
     let containerd = Containerd::shared()?;
     let top = Path::new("/run").join(containerd.id("shared"));
     let folder = top.display();
@@ -143,22 +143,22 @@ fn a_mount_below_a_shared_folder_is_seen_and_also_one_made_later() -> Result<()>
     ensure!(container.script("cat /data/early/file")? == "early");
 
     containerd.sh(&format!("mount -t tmpfs t {folder}/late && echo late > {folder}/late/file"))?;
-    // A guest may remember for a moment that the file was not there.
-    let seen = || container.script("cat /data/late/file").ok();
-    let late = wait_for(Duration::from_secs(10), "the later mount is seen", seen)?;
+    // The guest may cache the file's absence for a moment.
+    let read = || container.script("cat /data/late/file").ok();
+    let late = wait_for(Duration::from_secs(10), "the later mount appears", read)?;
     ensure!(late == "late", "{late}");
     Ok(())
 }
 
 #[test]
-fn a_tmpfs_of_the_spec_has_its_size_and_is_the_guests() -> Result<()> {
+fn a_tmpfs_mount_has_the_size_and_mode_of_the_spec() -> Result<()> {
     let containerd = Containerd::shared()?;
     let mount = "type=tmpfs,src=tmpfs,dst=/scratch,options=size=1m:mode=711";
     let script = "grep ' /scratch ' /proc/mounts; stat -c %a /scratch; \
         dd if=/dev/zero of=/scratch/x bs=64k count=40 2>/dev/null || echo full";
-    let seen = containerd.script(&["--mount", mount], "tmpfs", script)?;
-    ensure!(seen.starts_with("tmpfs /scratch tmpfs ") && seen.contains("size=1024k"), "{seen}");
-    ensure!(seen.ends_with("711\nfull"), "{seen}");
+    let output = containerd.script(&["--mount", mount], "tmpfs", script)?;
+    ensure!(output.starts_with("tmpfs /scratch tmpfs ") && output.contains("size=1024k"), "{output}");
+    ensure!(output.ends_with("711\nfull"), "{output}");
     Ok(())
 }
 
@@ -172,6 +172,6 @@ fn an_exec_and_the_container_see_the_same_files() -> Result<()> {
     ensure!(container.script("cat /root/file /data/file")? == "one\ntwo");
     fs::write(folder.path().join("file"), "three\n")?;
     let fresh = || container.script("cat /data/file").ok().filter(|text| text == "three");
-    wait_for(Duration::from_secs(10), "what the host wrote is seen", fresh)?;
+    wait_for(Duration::from_secs(10), "the host's change appears", fresh)?;
     Ok(())
 }

@@ -1,19 +1,19 @@
-//! husk through nerdctl: the way of a container that is run, looked into, stopped, started again and removed by it.
+//! husk through nerdctl: containers are run, inspected, paused, updated, stopped, restarted and removed.
 //!
-//! nerdctl stands on the host's hooks, on `binary://` outputs and on a stdin that it asks to be closed once.
+//! nerdctl needs host hooks, `binary://` outputs and a stdin that can be closed once.
 
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use husk_tests::artifacts::repository;
+use husk_tests::artifacts::{current_test, repository};
 use husk_tests::command::{self, Output, wait_for};
 use husk_tests::containerd::{Containerd, NAMESPACE};
 use husk_tests::pty::Pty;
 
 const DEADLINE: Duration = Duration::from_secs(60);
-/// All that nerdctl keeps, in the daemon's own /run.
+/// nerdctl's data directory, in the daemon's own /run.
 const DATA: &str = "/run/nerdctl";
 
 /// nerdctl for one containerd.
@@ -23,11 +23,11 @@ struct Nerdctl {
 }
 
 impl Nerdctl {
-    /// None, and a word on why, where setting up the tests has found that nerdctl cannot be had.
-    fn or_tell(test: &str) -> Result<Option<Self>> {
+    /// `None`, with a message, if the setup of the tests found nerdctl unavailable.
+    fn or_report_skip() -> Result<Option<Self>> {
         let folder = repository().join(".cache/nerdctl");
         if let Ok(why) = std::fs::read_to_string(folder.join("missing")) {
-            eprintln!("{test}: not tried, there is no nerdctl here: {}", why.trim());
+            eprintln!("{}: skipped, nerdctl is unavailable: {}", current_test(), why.trim());
             return Ok(None);
         }
         let program = folder.join("nerdctl");
@@ -49,12 +49,12 @@ impl Nerdctl {
         command::run(self.command(args), stdin.map(|text| text.as_bytes().to_vec()), DEADLINE)
     }
 
-    /// What it prints, if it goes well.
+    /// Runs nerdctl, which must succeed, and returns its output.
     fn ok(&self, args: &[&str]) -> Result<String> {
         Ok(self.run(args, None)?.ok()?.text())
     }
 
-    /// The arguments of a `run` without a network.
+    /// The arguments of `run` without a network.
     fn run_args<'a>(&'a self, flags: &[&'a str], process: &[&'a str]) -> Vec<&'a str> {
         let mut args = vec!["run", "--runtime", self.containerd.runtime().name(), "--network", "none"];
         args.extend(flags);
@@ -63,7 +63,7 @@ impl Nerdctl {
         args
     }
 
-    /// The folders that it keeps for its containers.
+    /// The directories that nerdctl keeps for its containers.
     fn folders(&self) -> Result<String> {
         let found = self.containerd.sh(&format!("find {DATA} -path '*/containers/*/*' -prune -print"))?.text();
         Ok(found)
@@ -71,9 +71,8 @@ impl Nerdctl {
 }
 
 #[test]
-fn a_container_runs_with_its_input_its_limits_and_its_exit_status() -> Result<()> {
-    let name = "a_container_runs_with_its_input_its_limits_and_its_exit_status";
-    let Some(nerdctl) = Nerdctl::or_tell(name)? else { return Ok(()) };
+fn nerdctl_run_supports_input_limits_and_exit_status() -> Result<()> {
+    let Some(nerdctl) = Nerdctl::or_report_skip()? else { return Ok(()) };
     let through = nerdctl.run(&nerdctl.run_args(&["--rm", "-i"], &["cat"]), Some("through stdin"))?.ok()?;
     ensure!(through.text() == "through stdin", "{through}");
     nerdctl.run(&nerdctl.run_args(&["--rm"], &["sh", "-c", "exit 7"]), None)?.expect_code(7)?;
@@ -85,11 +84,11 @@ fn a_container_runs_with_its_input_its_limits_and_its_exit_status() -> Result<()
     let more = ["--hostname", "inside", "--read-only", "--tmpfs", "/scratch", "--cap-drop", "ALL", "-v", &volume];
     let script = "id -u; pwd; echo $A; hostname; cat /volume/file; echo; cd /sys/fs/cgroup; cat memory.max cpu.max pids.max; \
         grep CapEff /proc/self/status; touch /scratch/a && ! touch /a 2>/dev/null && echo read-only";
-    let seen = nerdctl.ok(&nerdctl.run_args(&[&flags[..], &more[..]].concat(), &["sh", "-c", script]))?;
-    let lines: Vec<&str> = seen.lines().collect();
-    let wanted = ["1000", "/tmp", "b", "inside", "of the host", "104857600", "150000 100000", "50"];
-    ensure!(lines.len() == 10 && lines[..8] == wanted, "{seen}");
-    ensure!(lines[8].ends_with("0000000000000000") && lines[9] == "read-only", "{seen}");
+    let output = nerdctl.ok(&nerdctl.run_args(&[&flags[..], &more[..]].concat(), &["sh", "-c", script]))?;
+    let lines: Vec<&str> = output.lines().collect();
+    let expected = ["1000", "/tmp", "b", "inside", "of the host", "104857600", "150000 100000", "50"];
+    ensure!(lines.len() == 10 && lines[..8] == expected, "{output}");
+    ensure!(lines[8].ends_with("0000000000000000") && lines[9] == "read-only", "{output}");
 
     let mut shell = Pty::spawn(nerdctl.command(&nerdctl.run_args(&["--rm", "-it"], &["sh"])), 24, 80)?;
     shell.send("tty; exit 3\r")?;
@@ -99,17 +98,16 @@ fn a_container_runs_with_its_input_its_limits_and_its_exit_status() -> Result<()
 }
 
 #[test]
-fn a_container_is_looked_into_paused_changed_stopped_started_again_and_removed() -> Result<()> {
-    let name = "a_container_is_looked_into_paused_changed_stopped_started_again_and_removed";
-    let Some(nerdctl) = Nerdctl::or_tell(name)? else { return Ok(()) };
+fn nerdctl_can_exec_pause_update_stop_restart_and_remove_a_container() -> Result<()> {
+    let Some(nerdctl) = Nerdctl::or_report_skip()? else { return Ok(()) };
     let id = nerdctl.containerd.id("nerdctl");
     let script = "echo out; echo err >&2; trap 'echo bye; exit 5' TERM; while :; do sleep 0.1; done";
     nerdctl.ok(&nerdctl.run_args(&["-d", "--name", &id], &["sh", "-c", script]))?;
-    let logged = |wanted: &[&str]| {
+    let logged = |expected: &[&str]| {
         wait_for(DEADLINE, "the output is in nerdctl's log", || {
             let logs = nerdctl.run(&["logs", &id], None).ok()?;
             let all = logs.text() + &logs.errors();
-            wanted.iter().all(|word| all.contains(word)).then_some(())
+            expected.iter().all(|word| all.contains(word)).then_some(())
         })
     };
     logged(&["out", "err"])?;

@@ -1,38 +1,30 @@
-//! The operator's tool and the sockets that it talks to: what they tell of a VM that runs, of one that is dead, when containerd is down, and when
-//! the shim is dead. (The console is in `console.rs`, the socket by itself in `ctl.rs`.)
+//! `husk` and the sockets that it uses: what they show of a running VM, of a dead one, without containerd, and after
+//! the shim's death. (`console.rs` tests the console, `ctl.rs` the socket itself.)
 
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use husk_tests::artifacts::{Runtime, Version};
+use husk_tests::artifacts::Version;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Container, Containerd, NAMESPACE};
-use husk_tests::operator::{Following, SOON, folder, husk, husk_json, listed};
+use husk_tests::husk_only;
+use husk_tests::operator::{Follower, SOON, folder, husk, husk_json, listed};
 use husk_tests::process::Process;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-/// A guest with something to say: its kernel on the console, its init in its log.
-const TALKATIVE: &str = "log_level = \"debug\"\nkernel_params = [\"loglevel=7\"]\n";
+/// Makes the guest's kernel print to the console, and its init write log lines.
+const VERBOSE: &str = "log_level = \"debug\"\nkernel_params = [\"loglevel=7\"]\n";
 
-fn is_husk(test: &str) -> bool {
-    Runtime::under_test().is_husk_or_tell(test)
-}
-
-/// The containerd that most tests here share.
-fn talkative() -> Result<&'static Containerd> {
+/// The verbose containerd shared by most tests here.
+fn verbose() -> Result<&'static Containerd> {
     static SHARED: OnceLock<Result<Configured, String>> = OnceLock::new();
-    let shared = SHARED.get_or_init(|| Configured::start(TALKATIVE).map_err(|error| format!("{error:?}")));
+    let shared = SHARED.get_or_init(|| Configured::start(VERBOSE).map_err(|error| format!("{error:?}")));
     shared.as_ref().map(|configured| &configured.containerd).map_err(|error| anyhow!("{error}"))
 }
 
-fn qemu(containerd: &Containerd, id: &str) -> Result<Process> {
-    let (_, below) = containerd.shim_of(id)?;
-    below.into_iter().find(|process| process.name.starts_with("qemu")).context("no QEMU")
-}
-
-/// The pid of a process in its own namespace, where `husk` and the shim see it.
+/// The PID of a process in its own namespace, as `husk` and the shim see it.
 fn pid_inside(process: &Process) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid))?;
     let line = status.lines().find(|line| line.starts_with("NSpid:")).context("NSpid")?;
@@ -43,23 +35,23 @@ fn status(containerd: &Containerd, id: &str) -> Result<Value> {
     husk_json(containerd, &["status", "--json", id])
 }
 
-/// Waits until the VM is Failed; its status then.
+/// Waits until the VM is in state Failed, and returns its status.
 fn failed(containerd: &Containerd, id: &str) -> Result<Value> {
     let failed = || match status(containerd, id) {
         Ok(status) if status["state"] == "Failed" => Some(status),
         _ => None,
     };
-    wait_for(SOON, "the VM has failed", failed).with_context(|| containerd.log_tail())
+    wait_for(SOON, "the VM is in state Failed", failed).with_context(|| containerd.log_tail())
 }
 
-/// What every command tells of a VM that runs, whether containerd does or not.
-fn all_is_told(containerd: &Containerd, container: &Container<'_>) -> Result<()> {
+/// Checks every command for a running VM, with or without containerd.
+fn expect_running_vm(containerd: &Containerd, container: &Container<'_>) -> Result<()> {
     let id = container.id();
-    let pid = pid_inside(&qemu(containerd, id)?)?.to_string();
+    let pid = pid_inside(&containerd.qemu_of(id)?)?.to_string();
     let columns = listed(containerd, id)?;
-    let wanted = [("NAMESPACE", NAMESPACE), ("STATE", "Running"), ("PID", &pid), ("CID", "3"), ("CONTAINERS", id)];
-    for (title, wanted) in wanted {
-        ensure!(columns.get(title).map(String::as_str) == Some(wanted), "{title}: {columns:?}");
+    let expected = [("NAMESPACE", NAMESPACE), ("STATE", "Running"), ("PID", &pid), ("CID", "3"), ("CONTAINERS", id)];
+    for (title, expected) in expected {
+        ensure!(columns.get(title).map(String::as_str) == Some(expected), "{title}: {columns:?}");
     }
     let status = status(containerd, id)?;
     let machine = &status["machine"];
@@ -80,7 +72,7 @@ fn all_is_told(containerd: &Containerd, container: &Container<'_>) -> Result<()>
     ensure!(processes[0]["exit_status"].is_null(), "{status:#}");
     let page = husk(containerd, &["status", id])?.ok()?.text();
     let kernel = machine["kernel"].as_str().context("kernel")?;
-    let told = [
+    let expected_lines = [
         format!("sandbox     {id} in namespace {NAMESPACE}"),
         "state       Running, for ".to_owned(),
         format!("QEMU, pid {pid}, alive; "),
@@ -90,13 +82,13 @@ fn all_is_told(containerd: &Containerd, container: &Container<'_>) -> Result<()>
         "Starting -> Running".to_owned(),
         "kernel, up to PID 1".to_owned(),
     ];
-    for told in told {
-        ensure!(page.contains(&told), "no {told:?} in\n{page}");
+    for expected in expected_lines {
+        ensure!(page.contains(&expected), "no {expected:?} in\n{page}");
     }
 
     let events = husk(containerd, &["events", id])?.ok()?.text();
-    for told in ["from=Starting to=Running", &format!("/tasks/start container={id} pid=")] {
-        ensure!(events.contains(told), "no {told:?} in\n{events}");
+    for expected in ["from=Starting to=Running", &format!("/tasks/start container={id} pid=")] {
+        ensure!(events.contains(expected), "no {expected:?} in\n{events}");
     }
     let events = husk(containerd, &["events", "--json", id])?.ok()?.text();
     let numbers: Vec<u64> = events
@@ -106,8 +98,8 @@ fn all_is_told(containerd: &Containerd, container: &Container<'_>) -> Result<()>
     ensure!(numbers.iter().copied().eq(1..=numbers.len() as u64), "{events}");
 
     let logs = husk(containerd, &["logs", id])?.ok()?.text();
-    let of = |source: &str| logs.lines().filter(|line| line.starts_with(&format!("{source:<7} | "))).count();
-    let (console, init) = (of("console"), of("init"));
+    let count = |source: &str| logs.lines().filter(|line| line.starts_with(&format!("{source:<7} | "))).count();
+    let (console, init) = (count("console"), count("init"));
     ensure!(console > 10 && init > 0 && console + init == logs.lines().count(), "{logs}");
     let some = husk(containerd, &["logs", "--lines", "2", id])?.ok()?.text();
     ensure!(some.lines().count() == 2 + init.min(2), "{some}");
@@ -125,60 +117,56 @@ fn all_is_told(containerd: &Containerd, container: &Container<'_>) -> Result<()>
 }
 
 #[test]
-fn a_vm_that_runs_is_shown_by_every_command_with_and_without_containerd() -> Result<()> {
-    if !is_husk("a_vm_that_runs_is_shown_by_every_command_with_and_without_containerd") {
-        return Ok(());
-    }
-    let configured = Configured::start(TALKATIVE)?;
+fn every_command_shows_a_running_vm_with_and_without_containerd() -> Result<()> {
+    husk_only!();
+    let configured = Configured::start(VERBOSE)?;
     let containerd = &configured.containerd;
     let nothing = husk(containerd, &["list"])?.ok()?.text();
     ensure!(nothing == "SANDBOX  NAMESPACE  STATE  PID  CID  VCPU  MEMORY  AGE  CONTAINERS", "{nothing}");
     ensure!(husk_json(containerd, &["list", "--json"])? == json!([]));
     let container = containerd.detached(&[], "shown", &["sleep", "1000"])?;
-    all_is_told(containerd, &container).context("with containerd")?;
-    containerd.end(Signal::SIGKILL)?;
-    all_is_told(containerd, &container).context("without containerd")?;
-    containerd.start_again()
+    expect_running_vm(containerd, &container).context("with containerd")?;
+    containerd.stop(Signal::SIGKILL)?;
+    expect_running_vm(containerd, &container).context("without containerd")?;
+    containerd.restart()
 }
 
 #[test]
-fn a_vm_that_died_is_shown_with_its_cause() -> Result<()> {
-    if !is_husk("a_vm_that_died_is_shown_with_its_cause") {
-        return Ok(());
-    }
-    let containerd = talkative()?;
+fn a_dead_vm_is_shown_with_the_cause() -> Result<()> {
+    husk_only!();
+    let containerd = verbose()?;
     let container = containerd.detached(&[], "dead", &["sleep", "1000"])?;
     let id = container.id();
-    let following = Following::start(containerd, &["events", "-f", id])?;
-    following.expect("to=Running")?;
-    qemu(containerd, id)?.kill();
+    let follower = Follower::start(containerd, &["events", "-f", id])?;
+    follower.expect("to=Running")?;
+    containerd.qemu_of(id)?.kill();
     let cause = "QEMU was killed by signal 9";
-    following.expect(&format!("cause=\"{cause}\" from=Running to=Failed"))?;
+    follower.expect(&format!("cause=\"{cause}\" from=Running to=Failed"))?;
 
     let status = failed(containerd, id)?;
     ensure!(status["health"]["alive"] == false && status["health"]["cause_of_death"] == cause, "{status:#}");
     ensure!(status["machine"]["alive"] == false && status["shim"]["alive"] == true, "{status:#}");
-    let ended = |status: &Value| status["containers"][0]["processes"][0]["exit_status"] == 137;
-    wait_for(SOON, "the process has ended", || self::status(containerd, id).ok().filter(ended))?;
+    let exited = |status: &Value| status["containers"][0]["processes"][0]["exit_status"] == 137;
+    wait_for(SOON, "the process has exited", || self::status(containerd, id).ok().filter(exited))?;
     ensure!(listed(containerd, id)?["STATE"] == "Failed");
     let page = husk(containerd, &["status", id])?.ok()?.text();
-    for told in [&format!(": {cause}"), &format!("health      dead: {cause}"), "Running -> Failed"] {
-        ensure!(page.contains(told), "no {told:?} in\n{page}");
+    for expected in [&format!(": {cause}"), &format!("health      dead: {cause}"), "Running -> Failed"] {
+        ensure!(page.contains(expected), "no {expected:?} in\n{page}");
     }
     ensure!(husk(containerd, &["logs", id])?.ok()?.text().contains("console | "));
     let exit = format!("/tasks/exit container={id} exit_status=137 pid=");
-    let told = || husk(containerd, &["events", id]).ok().filter(|events| events.text().contains(&exit));
-    let events = wait_for(SOON, "the exit is told", told)?.ok()?.text();
+    let published = || husk(containerd, &["events", id]).ok().filter(|events| events.text().contains(&exit));
+    let events = wait_for(SOON, "the exit is published", published)?.ok()?.text();
     ensure!(events.contains("to=Failed"), "{events}");
     ensure!(husk(containerd, &["boot-profile", id])?.ok()?.text().contains("kernel, up to PID 1"));
     let console = husk(containerd, &["console", id])?.ok()?;
-    let told = format!("husk: the console has ended: the VM is Failed ({cause})");
-    ensure!(console.errors().contains(&told) && !console.text().is_empty(), "{console}");
-    // When the sandbox is removed, who follows is told of that, and ends.
+    let expected = format!("husk: the console has ended: the VM is Failed ({cause})");
+    ensure!(console.errors().contains(&expected) && !console.text().is_empty(), "{console}");
+    // A follower is notified of the sandbox's removal, and exits.
     container.await_status("STOPPED")?;
     ensure!(container.delete_task()? == 137);
-    following.expect("everything has been removed")?;
-    let (code, errors) = following.finish()?;
+    follower.expect("everything has been removed")?;
+    let (code, errors) = follower.finish()?;
     ensure!(code == Some(0) && errors.ends_with("husk: the sandbox has ended"), "{code:?} {errors}");
     let gone = husk(containerd, &["status", id])?.expect_code(1)?;
     ensure!(gone.errors() == format!("husk: no sandbox {id:?}; `husk list` shows those that there are\n"), "{gone}");
@@ -186,27 +174,25 @@ fn a_vm_that_died_is_shown_with_its_cause() -> Result<()> {
 }
 
 #[test]
-fn a_boot_that_failed_is_shown_with_how_far_it_came() -> Result<()> {
-    if !is_husk("a_boot_that_failed_is_shown_with_how_far_it_came") {
-        return Ok(());
-    }
-    // Nothing answers before the time is over, and meanwhile there is a sandbox to be looked at.
+fn a_failed_boot_is_shown_with_its_progress() -> Result<()> {
+    husk_only!();
+    // The stopped guest does not respond before the timeout, so husk can inspect a booting sandbox.
     let configured = Configured::start("boot_timeout_ms = 4000\nkernel_params = [\"loglevel=7\"]\n")?;
     let containerd = &configured.containerd;
     let id = containerd.id("stuck");
     std::thread::scope(|scope| -> Result<()> {
         let run = scope.spawn(|| containerd.run(&[], &id, &["true"]).output());
-        let booting = || qemu(containerd, &id).ok();
-        wait_for(SOON, "QEMU has been started", booting)?.stop();
-        let status = wait_for(SOON, "its start is noted", || {
+        let booting = || containerd.qemu_of(&id).ok();
+        wait_for(SOON, "QEMU starts", booting)?.stop();
+        let status = wait_for(SOON, "the state Starting is recorded", || {
             status(containerd, &id).ok().filter(|status| status["state"] == "Starting")
         })?;
         ensure!(status["machine"]["alive"] == true && status["machine"]["kernel"].is_null(), "{status:#}");
         ensure!(status["health"].is_null() && status["containers"][0]["creating"] == true, "{status:#}");
         let profile = husk(containerd, &["boot-profile", &id])?.expect_code(1)?;
         ensure!(profile.errors().contains("nothing is noted of a boot of"), "{profile}");
-        let following = Following::start(containerd, &["events", "-f", &id])?;
-        following.expect("to=StartFailed")?;
+        let follower = Follower::start(containerd, &["events", "-f", &id])?;
+        follower.expect("to=StartFailed")?;
         let ran = run.join().map_err(|_| anyhow!("the run panicked"))??;
         ensure!(ran.code() != 0 && ran.errors().contains("the VM was not ready after 4000 ms"), "{ran}");
         Ok(())
@@ -214,46 +200,44 @@ fn a_boot_that_failed_is_shown_with_how_far_it_came() -> Result<()> {
 }
 
 #[test]
-fn what_a_dead_shim_has_left_is_shown_and_said_to_be_that() -> Result<()> {
-    if !is_husk("what_a_dead_shim_has_left_is_shown_and_said_to_be_that") {
-        return Ok(());
-    }
-    let configured = Configured::start(TALKATIVE)?;
+fn a_dead_shims_last_state_is_shown_and_marked_as_such() -> Result<()> {
+    husk_only!();
+    let configured = Configured::start(VERBOSE)?;
     let containerd = &configured.containerd;
     let container = containerd.detached(&[], "orphan", &["sleep", "1000"])?;
     let id = container.id();
-    // Or it would clean up at once.
-    containerd.end(Signal::SIGKILL)?;
-    let following =
-        [Following::start(containerd, &["events", "-f", id])?, Following::start(containerd, &["logs", "-f", id])?];
-    following[0].expect("to=Running")?;
-    following[1].expect("console | ")?;
+    // A running containerd would clean up at once.
+    containerd.stop(Signal::SIGKILL)?;
+    let followers =
+        [Follower::start(containerd, &["events", "-f", id])?, Follower::start(containerd, &["logs", "-f", id])?];
+    followers[0].expect("to=Running")?;
+    followers[1].expect("console | ")?;
     let (shim, below) = containerd.shim_of(id)?;
     shim.kill();
     let all_dead = || (!shim.is_alive() && below.iter().all(|process| !process.is_alive())).then_some(());
     wait_for(SOON, "the VM dies with the shim", all_dead)?;
-    for following in following {
-        let (code, errors) = following.finish()?;
+    for follower in followers {
+        let (code, errors) = follower.finish()?;
         ensure!(code == Some(0) && errors == "husk: the sandbox's shim has ended", "{code:?} {errors}");
     }
 
     let list = husk(containerd, &["list"])?.ok()?;
     ensure!(list.text().contains("  Running*  "), "{list}");
-    let why = "its shim is dead; this is from the disk, the last that it wrote";
-    ensure!(list.errors() == format!("husk: * {id}: {why}\n"), "{list}");
-    // QEMU's threads may take a moment longer than its first one, which is all that /proc shows of a process.
+    let note = "its shim is dead; this is from the disk, the last that it wrote";
+    ensure!(list.errors() == format!("husk: * {id}: {note}\n"), "{list}");
+    // QEMU's threads may live a moment longer than its first thread, and /proc shows only that one as a process.
     let page = wait_for(SOON, "QEMU is dead with all its threads", || {
         let page = || Ok::<_, anyhow::Error>(husk(containerd, &["status", id])?.ok()?.text());
         page().map(|page| (!page.contains(", alive;")).then_some(page)).transpose()
     })??;
     let note = "NOTE        its shim is dead: this is what it wrote last, and may be out of date";
-    for told in [note, "health      not known", "Starting -> Running", "kernel, up to PID 1"] {
-        ensure!(page.contains(told), "no {told:?} in\n{page}");
+    for expected in [note, "health      not known", "Starting -> Running", "kernel, up to PID 1"] {
+        ensure!(page.contains(expected), "no {expected:?} in\n{page}");
     }
     ensure!(page.lines().any(|line| line.starts_with("shim        pid ") && line.ends_with(", dead")), "{page}");
     ensure!(page.lines().any(|line| line.starts_with("machine     QEMU, pid ") && line.contains(", dead;")), "{page}");
-    let told = status(containerd, id)?;
-    ensure!(told["source"] == json!({"from": "disk", "because": "its shim is dead"}), "{told:#}");
+    let status = status(containerd, id)?;
+    ensure!(status["source"] == json!({"from": "disk", "because": "its shim is dead"}), "{status:#}");
     let logs = husk(containerd, &["logs", "--lines", "3", id])?.ok()?;
     ensure!(logs.errors() == "husk: its shim is dead; this is from the disk\n", "{logs}");
     ensure!(logs.text().lines().filter(|line| line.starts_with("console | ")).count() == 3, "{logs}");
@@ -263,26 +247,24 @@ fn what_a_dead_shim_has_left_is_shown_and_said_to_be_that() -> Result<()> {
     let profile = husk(containerd, &["boot-profile", id])?.ok()?.text();
     ensure!(profile.contains("kernel, up to PID 1"), "{profile}");
     let console = husk(containerd, &["console", id])?.expect_code(1)?;
-    let told =
+    let expected =
         format!("husk: the shim of {id:?} is dead, and its console with it; `husk logs {id}` shows what was on it");
-    ensure!(console.errors().trim_end() == told, "{console}");
-    // containerd finds the shim dead and cleans up; then there is nothing to be shown any more.
-    containerd.start_again()?;
+    ensure!(console.errors().trim_end() == expected, "{console}");
+    // containerd notices the dead shim and cleans up, so nothing remains to be shown.
+    containerd.restart()?;
     wait_for(SOON, "the sandbox is removed", || (!folder(containerd, id).exists()).then_some(()))
 }
 
 #[test]
-fn a_shim_that_does_not_answer_is_not_waited_for() -> Result<()> {
-    if !is_husk("a_shim_that_does_not_answer_is_not_waited_for") {
-        return Ok(());
-    }
+fn husk_does_not_wait_for_a_hanging_shim() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     let container = containerd.detached(&[], "frozen", &["sleep", "1000"])?;
     let (shim, _) = containerd.shim_of(container.id())?;
     shim.stop();
     let list = husk(&containerd, &["list"]);
     let page = husk(&containerd, &["status", container.id()]);
-    shim.go_on();
+    shim.resume();
     let (list, page) = (list?.ok()?, page?.ok()?);
     ensure!(list.text().contains("Running*") && list.errors().contains("does not answer in time"), "{list}");
     ensure!(page.text().contains("NOTE        its shim does not answer in time"), "{page}");
@@ -291,11 +273,9 @@ fn a_shim_that_does_not_answer_is_not_waited_for() -> Result<()> {
 }
 
 #[test]
-fn an_id_may_be_shortened_as_long_as_it_is_clear() -> Result<()> {
-    if !is_husk("an_id_may_be_shortened_as_long_as_it_is_clear") {
-        return Ok(());
-    }
-    let containerd = talkative()?;
+fn ids_can_be_shortened_to_a_unique_prefix() -> Result<()> {
+    husk_only!();
+    let containerd = verbose()?;
     let (one, other) = std::thread::scope(|scope| -> Result<_> {
         let other = scope.spawn(|| containerd.detached(&[], "prefix-b", &["sleep", "1000"]));
         let one = containerd.detached(&[], "prefix-a", &["sleep", "1000"])?;
@@ -305,13 +285,13 @@ fn an_id_may_be_shortened_as_long_as_it_is_clear() -> Result<()> {
         ensure!(status(containerd, prefix)?["sandbox"] == container.id());
         ensure!(status(containerd, &format!("{NAMESPACE}/{prefix}"))?["sandbox"] == container.id());
     }
-    let unclear = husk(containerd, &["status", "prefix-"])?.expect_code(1)?;
-    let told = format!(
+    let ambiguous = husk(containerd, &["status", "prefix-"])?.expect_code(1)?;
+    let expected = format!(
         "husk: \"prefix-\" may be any of {NAMESPACE}/{}, {NAMESPACE}/{}: give more of the id, or NAMESPACE/ID\n",
         one.id(),
         other.id()
     );
-    ensure!(unclear.errors() == told, "{unclear}");
+    ensure!(ambiguous.errors() == expected, "{ambiguous}");
     for command in ["logs", "events", "console", "boot-profile", "status"] {
         let none = husk(containerd, &[command, "no-such-id"])?.expect_code(1)?;
         ensure!(none.errors().contains("no sandbox \"no-such-id\"; `husk list` shows"), "{none}");
@@ -320,17 +300,15 @@ fn an_id_may_be_shortened_as_long_as_it_is_clear() -> Result<()> {
 }
 
 #[test]
-fn the_time_of_a_boot_adds_up() -> Result<()> {
-    if !is_husk("the_time_of_a_boot_adds_up") {
-        return Ok(());
-    }
-    let containerd = talkative()?;
+fn the_steps_of_a_boot_profile_add_up() -> Result<()> {
+    husk_only!();
+    let containerd = verbose()?;
     let container = containerd.detached(&[], "profile", &["sleep", "1000"])?;
     let profile = husk_json(containerd, &["boot-profile", "--json", container.id()])?;
     let total = profile["total_us"].as_u64().context("total")?;
     let steps = profile["steps"].as_array().context("steps")?;
     let names: Vec<_> = steps.iter().map(|step| step["milestone"].as_str().unwrap_or_default()).collect();
-    for wanted in [
+    for expected in [
         "configured",
         "QEMU started",
         "virtiofsd started",
@@ -340,7 +318,7 @@ fn the_time_of_a_boot_adds_up() -> Result<()> {
         "hello received",
         "events subscribed",
     ] {
-        ensure!(names.contains(&wanted), "no {wanted} in {names:?}");
+        ensure!(names.contains(&expected), "no {expected} in {names:?}");
     }
     for side in ["host", "guest"] {
         let mut before = None;
@@ -349,10 +327,10 @@ fn the_time_of_a_boot_adds_up() -> Result<()> {
             ensure!(start <= end && end <= total && before.is_none_or(|before| before == start), "{profile:#}");
             before = Some(end);
         }
-        // What the host does after the hello is short; what comes before is the guest's.
+        // The host's steps after the hello are short; most of the time before it is the guest's.
         ensure!(before.is_some_and(|last| last * 10 > total * 5), "{profile:#}");
     }
-    // It is the time between the transitions, by another clock.
+    // The total equals the time between the transitions, measured with another clock.
     let transitions = status(containerd, container.id())?["transitions"].clone();
     let at = |index: usize| transitions[index]["at_ms"].as_u64().context("at_ms");
     let (began, running) = (at(0)?, at(3)?);
@@ -361,71 +339,64 @@ fn the_time_of_a_boot_adds_up() -> Result<()> {
 }
 
 #[test]
-fn who_follows_sees_what_happens() -> Result<()> {
-    if !is_husk("who_follows_sees_what_happens") {
-        return Ok(());
-    }
-    let containerd = talkative()?;
+fn followers_see_events_and_log_lines_as_they_happen() -> Result<()> {
+    husk_only!();
+    let containerd = verbose()?;
     let container = containerd.detached(&["--privileged"], "follow", &["sleep", "1000"])?;
     let id = container.id();
-    let events = Following::start(containerd, &["events", "--follow", "--json", id])?;
-    let logs = Following::start(containerd, &["logs", "--follow", "--lines", "1", id])?;
+    let events = Follower::start(containerd, &["events", "--follow", "--json", id])?;
+    let logs = Follower::start(containerd, &["logs", "--follow", "--lines", "1", id])?;
     events.expect("\"to\":\"Running\"")?;
     logs.expect("console | ")?;
-    // The guest's serial port; what is written to it is on the console.
+    // Output to the guest's serial port appears on the console.
     container.script("mknod /dev/serial c 4 64; printf 'said \\033[31m by a guest\\n' >/dev/serial")?;
     let added: Value = serde_json::from_str(&events.expect("/tasks/exec-added")?)?;
     ensure!(added["kind"] == "task" && added["fields"]["container"] == id, "{added}");
     events.expect("\"exit_status\":0")?;
     ensure!(logs.expect("said ")? == "console | said ^[[31m by a guest");
-    container.kill("SIGKILL")?;
-    container.await_status("STOPPED")?;
+    container.kill_and_wait()?;
     ensure!(container.delete_task()? == 137);
-    for following in [events, logs] {
-        let (code, errors) = following.finish()?;
+    for follower in [events, logs] {
+        let (code, errors) = follower.finish()?;
         ensure!(code == Some(0) && errors == "husk: the sandbox has ended", "{code:?} {errors}");
     }
     Ok(())
 }
 
 #[test]
-fn a_guest_that_stands_still_is_told_of_before_it_is_killed() -> Result<()> {
-    if !is_husk("a_guest_that_stands_still_is_told_of_before_it_is_killed") {
-        return Ok(());
-    }
-    // Long enough for a machine under load to go on in time.
+fn a_hanging_guest_is_reported_before_it_is_killed() -> Result<()> {
+    husk_only!();
+    // Long enough for a loaded machine to resume the guest in time.
     let configured = Configured::start("heartbeat_interval_ms = 4000\n")?;
     let containerd = &configured.containerd;
     let container = containerd.detached(&[], "still", &["sleep", "1000"])?;
-    let following = Following::start(containerd, &["events", "-f", container.id()])?;
-    let qemu = qemu(containerd, container.id())?;
+    let follower = Follower::start(containerd, &["events", "-f", container.id()])?;
+    let qemu = containerd.qemu_of(container.id())?;
     qemu.stop();
-    let late = following.expect("a heartbeat is late");
+    let late = follower.expect("a heartbeat is late");
     let page = husk(containerd, &["status", container.id()]);
-    qemu.go_on();
+    qemu.resume();
     ensure!(late?.contains("health      a heartbeat is late heartbeat_interval_ms=4000 missed=1 "));
     let page = page?.ok()?.text();
     ensure!(page.contains("health      heartbeats are missing: last heartbeat "), "{page}");
-    following.expect("a heartbeat has come again")?;
+    follower.expect("a heartbeat has come again")?;
     ensure!(status(containerd, container.id())?["state"] == "Running");
     Ok(())
 }
 
 #[test]
-fn what_is_wrong_with_a_configuration_is_told_in_json_too() -> Result<()> {
-    if !is_husk("what_is_wrong_with_a_configuration_is_told_in_json_too") {
-        return Ok(());
-    }
-    let containerd = talkative()?;
+fn check_config_reports_all_problems_as_json() -> Result<()> {
+    husk_only!();
+    let containerd = verbose()?;
     let file = tempfile::NamedTempFile::new()?;
     std::fs::write(file.path(), "vcpus = 0\nmemory_mib = 0\n")?;
     let path = file.path().to_str().context("a path")?;
     let wrong = husk(containerd, &["check-config", "--json", path])?.expect_code(1)?;
-    let told: Value = serde_json::from_slice(&wrong.stdout)?;
-    let problems = told["problems"].as_array().context("problems")?;
-    ensure!(told["ok"] == false && told["file"] == path && problems.len() == 2, "{told:#}");
-    for (problem, wanted) in problems.iter().zip(["memory must be greater", "vCPU count must be greater"]) {
-        ensure!(problem.as_str().is_some_and(|problem| problem.contains(wanted)), "{told:#}");
+    let report: Value = serde_json::from_slice(&wrong.stdout)?;
+    let problems = report["problems"].as_array().context("problems")?;
+    ensure!(report["ok"] == false && report["file"] == path && problems.len() == 2, "{report:#}");
+    for (problem, expected) in problems.iter().zip(["memory must be greater", "vCPU count must be greater"]) {
+        ensure!(problem.as_str().is_some_and(|problem| problem.contains(expected)), "{report:#}");
     }
     std::fs::write(file.path(), "vcpus = 1\n")?;
     let right = husk_json(containerd, &["check-config", "--json", path])?;
@@ -434,11 +405,9 @@ fn what_is_wrong_with_a_configuration_is_told_in_json_too() -> Result<()> {
 }
 
 #[test]
-fn shells_complete_husks_commands() -> Result<()> {
-    if !is_husk("shells_complete_husks_commands") {
-        return Ok(());
-    }
-    let containerd = talkative()?;
+fn shell_completion_knows_husks_commands() -> Result<()> {
+    husk_only!();
+    let containerd = verbose()?;
     let script = husk(containerd, &["completion", "bash"])?.ok()?;
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("husk");
@@ -449,7 +418,7 @@ fn shells_complete_husks_commands() -> Result<()> {
         ("husk status --j", "--json"),
         ("husk logs --f", "--follow"),
     ];
-    for (typed, wanted) in table {
+    for (typed, expected) in table {
         let words: Vec<String> = typed.split(' ').map(|word| format!("'{word}'")).collect();
         let last = words.len() - 1;
         let complete = format!(
@@ -462,12 +431,12 @@ fn shells_complete_husks_commands() -> Result<()> {
         let mut bash = std::process::Command::new("bash");
         bash.args(["-c", &complete]);
         let completed = husk_tests::command::run(bash, None, SOON)?.ok()?.text();
-        ensure!(completed == wanted, "{typed}: {completed}");
+        ensure!(completed == expected, "{typed}: {completed}");
     }
     for shell in ["zsh", "fish"] {
         ensure!(husk(containerd, &["completion", shell])?.ok()?.text().contains("boot-profile"), "{shell}");
     }
-    // Each command tells what it is for.
+    // Every command has a description and its own help.
     let help = husk(containerd, &["--help"])?.ok()?.text();
     for command in ["list", "status", "logs", "events", "console", "boot-profile", "check-config", "completion"] {
         ensure!(help.lines().any(|line| line.trim_start().starts_with(&format!("{command}  "))), "{command}: {help}");

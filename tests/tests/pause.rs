@@ -1,21 +1,22 @@
-//! A paused container stands still and says so, and is still anybody's to end.
+//! A paused container is frozen and reports it, and can still be killed.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api::Status;
 use containerd_shim_protos::ttrpc::Code;
-use husk_tests::artifacts::{Runtime, Version};
+use husk_tests::artifacts::Version;
 use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Watch;
+use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams, code};
 
-/// Longest for a call that has nothing to wait for, on a busy machine without an accelerator for guests.
+/// Limit for a call that has nothing to wait for, on a loaded machine that emulates its guests.
 const AT_ONCE: Duration = Duration::from_secs(3);
 
-/// Counts in a file, as fast as it can.
-const COUNTS: &str = "i=0; while :; do i=$((i+1)); echo $i > /run/count; done";
+/// Writes a counter to a file in a loop.
+const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i > /run/count; done";
 
 fn status(shim: &Shim, exec: &str) -> Result<Status> {
     let state = shim.task.state(&shim.bundle.id, exec)?;
@@ -23,31 +24,27 @@ fn status(shim: &Shim, exec: &str) -> Result<Status> {
 }
 
 fn at_once<T>(what: &str, call: impl FnOnce() -> T) -> Result<T> {
-    let began = Instant::now();
-    let answer = call();
-    ensure!(began.elapsed() < AT_ONCE, "{what} took {:?}", began.elapsed());
-    Ok(answer)
+    let started = Instant::now();
+    let result = call();
+    ensure!(started.elapsed() < AT_ONCE, "{what} took {:?}", started.elapsed());
+    Ok(result)
 }
 
 #[test]
-fn a_paused_container_stands_still_and_every_call_on_it_answers_at_once() -> Result<()> {
-    let test = "a_paused_container_stands_still_and_every_call_on_it_answers_at_once";
-    if !Runtime::under_test().is_husk_or_tell(test) {
-        return Ok(());
-    }
+fn a_paused_container_is_frozen_and_every_call_on_it_returns_at_once() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("pause");
-    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", COUNTS]))?;
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", COUNT]))?;
     let task = &shim.task;
     let precondition = Some(Code::FAILED_PRECONDITION);
     let (io, idle) = (Streams::default(), bundle::process(&["sleep", "1000"]));
 
     shim.create(&io)?;
-    ensure!(code(&task.pause(&id)) == precondition, "paused before its start");
+    ensure!(code(&task.pause(&id)) == precondition, "Pause before Start");
     task.start(&id, "")?;
-    ensure!(code(&task.resume(&id)) == precondition, "resumed although it runs");
-    task.exec(&id, "runs", &idle, &io)?;
-    task.start(&id, "runs")?;
+    ensure!(code(&task.resume(&id)) == precondition, "Resume of a running container");
+    shim.start_exec("runs", &idle, &io)?;
     task.exec(&id, "waits", &idle, &io)?;
     shim.script("counts", "while ! [ -s /run/count ]; do :; done")?;
 
@@ -56,13 +53,13 @@ fn a_paused_container_stands_still_and_every_call_on_it_answers_at_once() -> Res
     ensure!(status(&shim, "waits")? == Status::CREATED, "an exec without a process is not paused");
     let usage = || task.metrics(&id).map(|metrics| metrics.cpu.usage_usec);
     let before = at_once("Stats", usage)??;
-    for (call, answer) in [
+    for (call, result) in [
         ("Pause", code(&at_once("Pause", || task.pause(&id))?)),
         ("Start of an exec", code(&at_once("Start", || task.start(&id, "waits"))?)),
         ("Delete", code(&at_once("Delete", || task.delete(&id, ""))?)),
         ("Delete of an exec", code(&at_once("Delete", || task.delete(&id, "runs"))?)),
     ] {
-        ensure!(answer == precondition, "{call} of a paused container answers {answer:?}");
+        ensure!(result == precondition, "{call} of a paused container returns {result:?}");
     }
     let added = at_once("Exec", || task.exec(&id, "late", &idle, &io))?;
     ensure!(
@@ -70,17 +67,17 @@ fn a_paused_container_stands_still_and_every_call_on_it_answers_at_once() -> Res
         "an exec was added to a paused container"
     );
     ensure!(at_once("Pids", || task.pids(&id))??.len() == 2);
-    ensure!(usage()? == before, "it ran although it is paused");
+    ensure!(usage()? == before, "the paused container used CPU time");
     at_once("Kill", || task.kill(&id, "runs", 15))??;
 
     task.resume(&id)?;
     ensure!(status(&shim, "")? == Status::RUNNING);
-    ensure!(task.wait(&id, "runs")? == 143, "the signal that came meanwhile");
+    ensure!(task.wait(&id, "runs")? == 143, "the signal sent during the pause was lost");
     task.start(&id, "waits")?;
     let further = "old=$(cat /run/count); while [ \"$(cat /run/count)\" = \"$old\" ]; do :; done";
-    shim.script("goes-on", further).context("it does not count any more")?;
+    shim.script("goes-on", further).context("the counter stands still after Resume")?;
 
-    // What is paused can be ended without being resumed.
+    // A paused container can be killed without being resumed.
     task.pause(&id)?;
     at_once("Kill", || task.kill(&id, "", 9))??;
     ensure!(task.wait(&id, "")? == 137 && task.wait(&id, "waits")? == 137);
@@ -88,10 +85,10 @@ fn a_paused_container_stands_still_and_every_call_on_it_answers_at_once() -> Res
     ensure!(code(&task.resume(&id)) == precondition && code(&task.pause(&id)) == precondition);
     at_once("Delete", || task.delete(&id, ""))??;
     let events = shim.events.until("/tasks/delete", Duration::from_secs(20))?;
-    let told: Vec<&str> =
+    let topics: Vec<&str> =
         events.iter().map(|event| event.topic.as_str()).filter(|topic| topic.ends_with("ed")).collect();
     let (added, started) = ("/tasks/exec-added", "/tasks/exec-started");
-    let wanted = [
+    let expected = [
         added,
         started,
         added,
@@ -104,12 +101,12 @@ fn a_paused_container_stands_still_and_every_call_on_it_answers_at_once() -> Res
         started,
         "/tasks/paused",
     ];
-    ensure!(told == wanted, "{told:?}");
+    ensure!(topics == expected, "{topics:?}");
     Ok(())
 }
 
 #[test]
-fn ctr_pauses_and_resumes_on_every_containerd() -> Result<()> {
+fn ctr_can_pause_and_resume_with_every_containerd() -> Result<()> {
     for version in [Version::V1_6, Version::V1_7, Version::V2_1] {
         let containerd = Containerd::shared_of(version)?;
         let watch = Watch::start(containerd)?;
@@ -121,8 +118,11 @@ fn ctr_pauses_and_resumes_on_every_containerd() -> Result<()> {
         containerd.ctr(["task", "pause", container.id()]).ok()?;
         containerd.ctr(["task", "rm", "--force", container.id()]).ok()?;
         let events = watch.collect(container.id(), Duration::from_secs(20), |event| event.topic == "/tasks/delete")?;
-        let told: Vec<&str> = events.iter().map(|event| event.topic.trim_start_matches("/tasks/")).collect();
-        ensure!(told == ["create", "start", "paused", "resumed", "paused", "exit", "delete"], "{version:?}: {told:?}");
+        let topics: Vec<&str> = events.iter().map(|event| event.topic.trim_start_matches("/tasks/")).collect();
+        ensure!(
+            topics == ["create", "start", "paused", "resumed", "paused", "exit", "delete"],
+            "{version:?}: {topics:?}"
+        );
     }
     Ok(())
 }

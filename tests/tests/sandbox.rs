@@ -5,46 +5,40 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::ttrpc::Code;
-use husk_tests::artifacts::{Runtime, Version};
+use husk_tests::artifacts::Version;
 use husk_tests::bundle;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
+use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::shim::{Shim, Streams, code};
 use serde_json::{Value, json};
 
-/// The annotation by which the CRI plugin names the pod of a container.
+/// The annotation with which the CRI plugin identifies a container's pod.
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
-/// The spec of a container of this sandbox.
+/// The spec of a container in this sandbox.
 fn spec(sandbox: &str, id: &str, args: &[&str]) -> Value {
     let mut spec = bundle::spec(id, args);
     spec["annotations"] = json!({ SANDBOX_ID: sandbox });
     spec
 }
 
-/// Ends and deletes a container, as a kubelet would.
+/// Kills and deletes a container, as the kubelet does.
 fn remove(shim: &Shim) -> Result<u32> {
     let id = &shim.bundle.id;
     shim.task.kill(id, "", 9)?;
     shim.task.wait(id, "")?;
     let status = shim.task.delete(id, "")?;
-    // The shim may be gone before its answer is out.
-    let _ = shim.task.shutdown(id, false);
+    shim.shutdown();
     Ok(status)
-}
-
-fn is_husk(test: &str) -> bool {
-    Runtime::under_test().is_husk_or_tell(test)
 }
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 
 #[test]
-fn containers_of_a_sandbox_share_the_vm_and_not_their_files_or_cgroups() -> Result<()> {
-    if !is_husk("containers_of_a_sandbox_share_the_vm_and_not_their_files_or_cgroups") {
-        return Ok(());
-    }
+fn containers_of_a_sandbox_share_the_vm_but_not_files_or_cgroups() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let (pod, other) = (containerd.id("pod"), containerd.id("other"));
     let first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
@@ -54,13 +48,13 @@ fn containers_of_a_sandbox_share_the_vm_and_not_their_files_or_cgroups() -> Resu
     ensure!(first.exec("boot", &boot)? == second.exec("boot", &boot)?, "two VMs");
 
     ensure!(first.exec("write", &["sh", "-c", "echo first > /mine"])?.0 == 0);
-    ensure!(second.exec("read", &["test", "-e", "/mine"])?.0 == 1, "the second sees the first's file");
+    ensure!(second.exec("read", &["test", "-e", "/mine"])?.0 == 1, "the second container sees the first's file");
     for namespace in ["pid", "ipc", "uts", "mnt", "net", "cgroup"] {
         let link = ["readlink", &format!("/proc/self/ns/{namespace}")];
         let (one, two) = (first.exec("ns", &link)?, second.exec("ns", &link)?);
         ensure!(one.0 == 0 && two.0 == 0 && one != two, "{namespace}: {one:?} {two:?}");
     }
-    // Four processes of its own: the cgroup's limit would count the other's as well.
+    // Two processes in its own cgroup, `sleep` and `cat`: a shared cgroup would contain the first container's too.
     let pids = ["cat", "/sys/fs/cgroup/cgroup.procs"];
     ensure!(second.exec("pids", &pids)?.1.lines().count() == 2, "{:?}", second.exec("again", &pids)?);
     Ok(())
@@ -68,18 +62,19 @@ fn containers_of_a_sandbox_share_the_vm_and_not_their_files_or_cgroups() -> Resu
 
 #[test]
 fn a_sandbox_lives_until_its_last_container_is_deleted() -> Result<()> {
-    if !is_husk("a_sandbox_lives_until_its_last_container_is_deleted") {
-        return Ok(());
-    }
+    husk_only!();
     let containerd = Containerd::shared()?;
     let (pod, other) = (containerd.id("lives"), containerd.id("second"));
     let first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
     let second = Shim::running(containerd, &other, &spec(&pod, &other, &SLEEP))?;
     let (process, below) = containerd.shim_of(&pod)?;
 
-    // Not only the last one that was made: the one that the VM was booted for goes as well.
+    // The first container, for which the VM was booted, is deleted before the others.
     ensure!(remove(&first)? == 137);
-    ensure!(process.is_alive() && below.iter().all(|process| process.is_alive()), "the sandbox ended with its first");
+    ensure!(
+        process.is_alive() && below.iter().all(|process| process.is_alive()),
+        "the sandbox ended with its first container"
+    );
     ensure!(second.exec("there", &["echo", "there"])? == (0, "there".to_owned()));
     let third_id = containerd.id("third");
     let third = Shim::running(containerd, &third_id, &spec(&pod, &third_id, &SLEEP))?;
@@ -91,14 +86,12 @@ fn a_sandbox_lives_until_its_last_container_is_deleted() -> Result<()> {
 }
 
 #[test]
-fn namespaces_of_the_first_container_are_joined_by_their_paths() -> Result<()> {
-    if !is_husk("namespaces_of_the_first_container_are_joined_by_their_paths") {
-        return Ok(());
-    }
+fn a_container_can_join_namespaces_of_the_first_by_path() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let (pod, other) = (containerd.id("joined"), containerd.id("joins"));
     let first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
-    // What the CRI plugin takes for the paths.
+    // The CRI plugin builds the paths from this PID.
     let pid = first.task.state(&pod, "")?.pid;
     let mut joins = spec(&pod, &other, &SLEEP);
     joins["linux"]["namespaces"] = json!([
@@ -108,7 +101,7 @@ fn namespaces_of_the_first_container_are_joined_by_their_paths() -> Result<()> {
         {"type": "uts", "path": format!("/proc/{pid}/ns/uts")},
         {"type": "pid", "path": format!("/proc/{pid}/ns/pid")},
     ]);
-    // A name belongs to whoever made the UTS namespace.
+    // Only the creator of a UTS namespace may set the host name.
     joins.as_object_mut().context("an object")?.remove("hostname");
     let second = Shim::running(containerd, &other, &joins)?;
     for namespace in ["net", "ipc", "uts", "pid"] {
@@ -117,20 +110,18 @@ fn namespaces_of_the_first_container_are_joined_by_their_paths() -> Result<()> {
         ensure!(one.0 == 0 && one == two, "{namespace}: {one:?} {two:?}");
     }
     ensure!(second.exec("name", &["hostname"])?.1 == "husk-test");
-    // Seen from the shared PID namespace: the second's process, by the first.
-    let seen = first.exec("ps", &["ps", "-o", "args"])?.1;
-    ensure!(seen.lines().filter(|line| line.starts_with("sleep")).count() == 2, "{seen}");
-    // An exit of the joined one, which is not the namespace's init, is still noticed.
+    // The first container sees the second's process in the shared PID namespace.
+    let processes = first.exec("ps", &["ps", "-o", "args"])?.1;
+    ensure!(processes.lines().filter(|line| line.starts_with("sleep")).count() == 2, "{processes}");
+    // The joined container's process is not the PID namespace's init; its exit must still be noticed.
     ensure!(remove(&second)? == 137);
     ensure!(first.exec("there", &["echo", "there"])? == (0, "there".to_owned()));
     Ok(())
 }
 
 #[test]
-fn a_namespace_of_nobody_in_the_sandbox_is_refused_by_its_path() -> Result<()> {
-    if !is_husk("a_namespace_of_nobody_in_the_sandbox_is_refused_by_its_path") {
-        return Ok(());
-    }
+fn a_namespace_path_from_outside_the_sandbox_is_rejected() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let (pod, other) = (containerd.id("refuses"), containerd.id("refused"));
     let _first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
@@ -150,17 +141,15 @@ fn a_namespace_of_nobody_in_the_sandbox_is_refused_by_its_path() -> Result<()> {
 }
 
 #[test]
-fn twenty_containers_in_one_vm_come_and_go_in_any_order_and_leave_nothing() -> Result<()> {
-    if !is_husk("twenty_containers_in_one_vm_come_and_go_in_any_order_and_leave_nothing") {
-        return Ok(());
-    }
+fn twenty_concurrent_containers_in_one_vm_leave_nothing_behind() -> Result<()> {
+    husk_only!();
     const COUNT: usize = 20;
     let containerd = &Containerd::start(Version::default_for_tests())?;
     let pod = containerd.id("crowd");
     let mut sees_all = spec(&pod, &pod, &SLEEP);
     sees_all["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "uts"}]);
     let first = Shim::running(containerd, &pod, &sees_all)?;
-    // Command lines, which kernel threads have none of, and the dead that nobody has waited for.
+    // Command lines, which are empty for kernel threads, and the number of zombies.
     let script = "all=$(for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done); echo \"$all\" | sort -u; \
         cat /proc/[0-9]*/stat | grep -c ') Z '";
     let processes = |exec: &str| first.exec(exec, &["sh", "-c", script]);
@@ -176,14 +165,13 @@ fn twenty_containers_in_one_vm_come_and_go_in_any_order_and_leave_nothing() -> R
             .map(|(n, id)| {
                 let pod = &pod;
                 scope.spawn(move || -> Result<()> {
-                    // Half of them end by themselves, at once; the others are killed, so that deletions mix with creations.
+                    // Half of the containers exit at once, the others are killed, so that deletions mix with creations.
                     let script = format!("echo {n}; exit {n}");
                     let (args, killed) =
                         if n % 2 == 0 { (["sh", "-c", &script], false) } else { (["sleep", "1000", "1"], true) };
                     let shim = Shim::start(containerd, id, &spec(pod, id, &args))?;
                     if killed {
-                        shim.create(&Streams::default())?;
-                        shim.task.start(id, "")?;
+                        shim.create_and_start(&Streams::default())?;
                         ensure!(remove(&shim)? == 137, "{id}");
                     } else {
                         let (status, out, err) = shim.run()?;
@@ -202,10 +190,10 @@ fn twenty_containers_in_one_vm_come_and_go_in_any_order_and_leave_nothing() -> R
     })?;
     before.expect_none_since(containerd)?;
     let after = processes("after")?;
-    ensure!(after == listed, "in the guest: {after:?}, before: {listed:?}");
+    ensure!(after == listed, "processes in the guest: {after:?}, before: {listed:?}");
     let left: HashSet<_> = std::fs::read_dir(containerd.path("/run/husk/husk-test").join(&pod).join("share"))?
         .map(|entry| entry.map(|entry| entry.file_name()))
         .collect::<std::io::Result<_>>()?;
-    ensure!(left.len() == 1, "in the share: {left:?}");
+    ensure!(left.len() == 1, "left in the share: {left:?}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The shim's own border: how it is started, what it answers under which name, what its `delete` says.
+//! The shim's interface to containerd: its start, its service names, its responses and its `delete` action.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,14 +13,11 @@ use husk_tests::bundle::{self, Bundle};
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Sink;
+use husk_tests::husk_only;
 use husk_tests::process::Process;
 use husk_tests::shim::{Api, Bootstrap, Shim, Task, action, address, code};
 
-fn is_husk(test: &str) -> bool {
-    Runtime::under_test().is_husk_or_tell(test)
-}
-
-/// A running container, and its id.
+/// An idle container and its id.
 fn running<'a>(containerd: &'a Containerd, name: &str) -> Result<(Shim<'a>, String)> {
     let shim = Shim::idle(containerd, name)?;
     let id = shim.bundle.id.clone();
@@ -29,9 +26,7 @@ fn running<'a>(containerd: &'a Containerd, name: &str) -> Result<(Shim<'a>, Stri
 
 #[test]
 fn start_prints_an_address_and_nothing_on_stderr() -> Result<()> {
-    if !is_husk("start_prints_an_address_and_nothing_on_stderr") {
-        return Ok(());
-    }
+    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("start");
     let bundle = Bundle::write(containerd, &id, &bundle::spec(&id, &["true"]))?;
@@ -47,9 +42,7 @@ fn start_prints_an_address_and_nothing_on_stderr() -> Result<()> {
 
 #[test]
 fn start_understands_the_parameters_of_containerd_2_3() -> Result<()> {
-    if !is_husk("start_understands_the_parameters_of_containerd_2_3") {
-        return Ok(());
-    }
+    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("params");
     let bundle = Bundle::write(containerd, &id, &bundle::spec(&id, &["true"]))?;
@@ -65,10 +58,8 @@ fn start_understands_the_parameters_of_containerd_2_3() -> Result<()> {
 }
 
 #[test]
-fn the_task_service_answers_under_both_names() -> Result<()> {
-    if !is_husk("the_task_service_answers_under_both_names") {
-        return Ok(());
-    }
+fn the_task_service_is_available_under_both_names() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "names")?;
     let two = shim.client(Api::V2)?.state(&id, "")?;
@@ -79,10 +70,8 @@ fn the_task_service_answers_under_both_names() -> Result<()> {
 }
 
 #[test]
-fn what_is_not_there_yet_answers_unimplemented() -> Result<()> {
-    if !is_husk("what_is_not_there_yet_answers_unimplemented") {
-        return Ok(());
-    }
+fn unsupported_calls_return_unimplemented() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "unimplemented")?;
     let task = &shim.task;
@@ -93,38 +82,38 @@ fn what_is_not_there_yet_answers_unimplemented() -> Result<()> {
 }
 
 #[test]
-fn calls_about_what_does_not_exist_answer_not_found() -> Result<()> {
+fn calls_for_unknown_containers_and_execs_return_not_found() -> Result<()> {
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "not-found")?;
     let task = &shim.task;
-    for (method, answer) in [
+    for (method, result) in [
         ("State", code(&task.state("nobody", ""))),
         ("Kill", code(&task.kill("nobody", "", 9))),
         ("Delete", code(&task.delete("nobody", ""))),
         ("State of an exec", code(&task.state(&id, "nothing"))),
         ("Start of an exec", code(&task.start(&id, "nothing"))),
     ] {
-        ensure!(answer == Some(Code::NOT_FOUND), "{method} answers {answer:?}");
+        ensure!(result == Some(Code::NOT_FOUND), "{method} returns {result:?}");
     }
     Ok(())
 }
 
 #[test]
-fn a_running_container_can_not_be_deleted() -> Result<()> {
+fn a_running_container_cannot_be_deleted() -> Result<()> {
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "running")?;
-    let answer = shim.task.delete(&id, "");
-    // runc's shim hides its own precondition in an unknown error.
-    ensure!(matches!(code(&answer), Some(Code::FAILED_PRECONDITION | Code::UNKNOWN)), "{answer:?}");
+    let result = shim.task.delete(&id, "");
+    // runc's shim returns its own precondition failure as Unknown.
+    ensure!(matches!(code(&result), Some(Code::FAILED_PRECONDITION | Code::UNKNOWN)), "{result:?}");
     if Runtime::under_test() == Runtime::Husk {
-        ensure!(code(&answer) == Some(Code::FAILED_PRECONDITION), "{answer:?}");
+        ensure!(code(&result) == Some(Code::FAILED_PRECONDITION), "{result:?}");
     }
-    ensure!(shim.task.state(&id, "")?.status.value() == 2, "it does not run any more");
+    ensure!(shim.task.state(&id, "")?.status.value() == 2, "the container no longer runs");
     Ok(())
 }
 
 #[test]
-fn connect_tells_the_pids_and_pids_lists_them() -> Result<()> {
+fn connect_returns_the_pids_and_pids_lists_them() -> Result<()> {
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "connect")?;
     let connected: api::ConnectResponse =
@@ -136,7 +125,7 @@ fn connect_tells_the_pids_and_pids_lists_them() -> Result<()> {
 }
 
 #[test]
-fn events_come_in_order_with_the_hosts_view_of_things() -> Result<()> {
+fn events_are_in_order_and_contain_host_paths() -> Result<()> {
     use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskExit, TaskStart};
     let containerd = Containerd::shared()?;
     let id = containerd.id("events");
@@ -165,8 +154,7 @@ fn after_shutdown_the_process_and_its_socket_are_gone() -> Result<()> {
     shim.task.kill(&id, "", 9)?;
     shim.task.wait(&id, "")?;
     shim.task.delete(&id, "")?;
-    // The shim may be gone before its answer is out.
-    let _ = shim.task.shutdown(&id, false);
+    shim.shutdown();
     let socket = containerd.path(&shim.socket);
     let gone = || {
         let alive = process.is_alive() || below.iter().any(|process| process.is_alive());
@@ -175,16 +163,16 @@ fn after_shutdown_the_process_and_its_socket_are_gone() -> Result<()> {
     wait_for(Duration::from_secs(20), "the shim, its children and its socket are gone", gone)
 }
 
-/// Runs `delete` as containerd does, and looks at what it says and leaves.
+/// Runs `delete` as containerd does, and checks its output and that nothing is left.
 fn expect_cleaned_up(shim: &Shim, id: &str, below: &[Process]) -> Result<()> {
     let deleted = shim.delete_action()?.ok()?;
-    ensure!(deleted.took < Duration::from_secs(5), "containerd gives it 5 s: {deleted}");
-    let answer = api::DeleteResponse::parse_from_bytes(&deleted.stdout).with_context(|| deleted.to_string())?;
-    ensure!(answer.exit_status == 137, "{answer:?}");
+    ensure!(deleted.took < Duration::from_secs(5), "containerd's timeout is 5 s: {deleted}");
+    let response = api::DeleteResponse::parse_from_bytes(&deleted.stdout).with_context(|| deleted.to_string())?;
+    ensure!(response.exit_status == 137, "{response:?}");
     let alive: Vec<_> = below.iter().filter(|process| process.is_alive()).collect();
-    ensure!(alive.is_empty(), "still there: {alive:#?}");
+    ensure!(alive.is_empty(), "still running: {alive:#?}");
     let state = shim.containerd().path(Path::new("/run/husk/husk-test").join(id));
-    ensure!(!state.exists(), "{} is still there", state.display());
+    ensure!(!state.exists(), "{} still exists", state.display());
     Ok(())
 }
 
@@ -194,45 +182,40 @@ fn delete_of_a_killed_shim_reports_137_and_cleans_up() -> Result<()> {
     let (shim, id) = running(containerd, "delete")?;
     let (process, below) = containerd.shim_of(&id)?;
     process.kill();
-    wait_for(Duration::from_secs(5), "the shim is dead", || (!process.is_alive()).then_some(()))?;
+    wait_for(Duration::from_secs(5), "the shim dies", || (!process.is_alive()).then_some(()))?;
     expect_cleaned_up(&shim, &id, &below)?;
-    // And once more, as containerd may after a restart.
+    // A second time, as containerd may after a restart.
     shim.delete_action()?.ok()?;
     Ok(())
 }
 
 #[test]
-fn the_shim_stays_after_its_last_delete_until_it_is_dismissed() -> Result<()> {
-    if !is_husk("the_shim_stays_after_its_last_delete_until_it_is_dismissed") {
-        return Ok(());
-    }
+fn the_shim_runs_after_the_last_delete_until_shutdown() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
-    let (shim, id) = running(containerd, "dismissed")?;
+    let (shim, id) = running(containerd, "last-delete")?;
     let (process, below) = containerd.shim_of(&id)?;
     shim.task.kill(&id, "", 9)?;
     shim.task.wait(&id, "")?;
     shim.task.delete(&id, "")?;
     let state = containerd.path(Path::new("/run/husk/husk-test").join(&id));
     let cleaned = || (!state.exists() && below.iter().all(|process| !process.is_alive())).then_some(());
-    wait_for(Duration::from_secs(20), "all is cleaned up", cleaned)?;
-    // A client that is slow to take the answer to its Delete must find the connection open.
-    ensure!(code(&shim.task.state(&id, "")) == Some(Code::NOT_FOUND), "it does not answer any more");
-    // The shim may be gone before its answer is out.
-    let _ = shim.task.shutdown(&id, false);
+    wait_for(Duration::from_secs(20), "everything is cleaned up", cleaned)?;
+    // A slow client must be able to receive the response to its Delete.
+    ensure!(code(&shim.task.state(&id, "")) == Some(Code::NOT_FOUND), "the shim no longer responds");
+    shim.shutdown();
     wait_for(Duration::from_secs(5), "the shim is gone", || (!process.is_alive()).then_some(()))
 }
 
 #[test]
-fn delete_ends_a_shim_that_hangs_and_cleans_up() -> Result<()> {
-    if !is_husk("delete_ends_a_shim_that_hangs_and_cleans_up") {
-        return Ok(());
-    }
+fn delete_kills_a_hanging_shim_and_cleans_up() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "hangs")?;
     let (process, below) = containerd.shim_of(&id)?;
-    // A shim that is being killed and is not dead yet looks the same: there, and deaf.
+    // A shim that is being killed but not yet dead appears the same: it exists but does not respond.
     process.stop();
     expect_cleaned_up(&shim, &id, &below)?;
-    ensure!(!process.is_alive(), "the shim is still there");
+    ensure!(!process.is_alive(), "the shim still runs");
     Ok(())
 }

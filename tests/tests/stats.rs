@@ -1,18 +1,17 @@
-//! What a container uses: every field that the guest's kernel counts, under the names that containerd's clients know.
+//! Resource usage: every field that the guest's kernel counts, under the names known to containerd's clients.
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::ttrpc::Code;
-use husk_tests::artifacts::{Runtime, Version};
+use husk_tests::artifacts::Version;
 use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
+use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams, code};
 use serde_json::json;
 
 #[test]
-fn stats_have_every_field_that_the_guests_kernel_counts() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("stats_have_every_field_that_the_guests_kernel_counts") {
-        return Ok(());
-    }
+fn stats_contain_every_field_that_the_guests_kernel_counts() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("stats");
     let mut spec = bundle::spec(&id, &["sleep", "1000"]);
@@ -20,7 +19,7 @@ fn stats_have_every_field_that_the_guests_kernel_counts() -> Result<()> {
     spec["linux"]["resources"]["cpu"] = json!({"quota": 50_000, "period": 100_000});
     spec["linux"]["resources"]["pids"] = json!({"limit": 77});
     let shim = Shim::start(containerd, &id, &spec)?;
-    ensure!(code(&shim.task.stats(&id)) == Some(Code::NOT_FOUND), "there is no container yet");
+    ensure!(code(&shim.task.stats(&id)) == Some(Code::NOT_FOUND), "Stats before Create");
     shim.create(&Streams::default())?;
     let created = shim.task.metrics(&id)?;
     ensure!((created.pids.current, created.pids.limit) == (1, 77), "{created}");
@@ -35,7 +34,7 @@ fn stats_have_every_field_that_the_guests_kernel_counts() -> Result<()> {
     ensure!(cpu.nr_periods > 0 && cpu.psi.some.is_some() && cpu.psi.full.is_some(), "{now}");
     ensure!(
         cpu.nr_throttled > 0 && cpu.throttled_usec > 0 && cpu.psi.some.total > 0,
-        "half a processor was enough: {now}"
+        "the CPU limit never throttled the container: {now}"
     );
     ensure!(memory.usage_limit == 64 << 20 && memory.usage >= 8 << 20 && memory.max_usage >= memory.usage, "{now}");
     ensure!(memory.shmem >= 8 << 20 && memory.file >= memory.shmem && memory.anon > 0, "{now}");
@@ -57,10 +56,8 @@ fn stats_have_every_field_that_the_guests_kernel_counts() -> Result<()> {
 }
 
 #[test]
-fn ctr_task_metrics_shows_them_on_every_containerd() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("ctr_task_metrics_shows_them_on_every_containerd") {
-        return Ok(());
-    }
+fn ctr_task_metrics_shows_the_stats_with_every_containerd() -> Result<()> {
+    husk_only!();
     for version in [Version::V1_6, Version::V1_7, Version::V2_1] {
         let containerd = Containerd::shared_of(version)?;
         let container = containerd.detached(&["--memory-limit", "67108864"], "metrics", &["sleep", "1000"])?;
@@ -80,21 +77,21 @@ fn ctr_task_metrics_shows_them_on_every_containerd() -> Result<()> {
 }
 
 #[test]
-fn pids_name_the_execs_that_they_are() -> Result<()> {
+fn pids_are_listed_with_their_exec_ids() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("pids");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
     let init = shim.create(&Streams::default())?;
-    ensure!(shim.task.pids(&id)?.iter().map(|process| process.pid).eq([init]), "before its start");
+    ensure!(shim.task.pids(&id)?.iter().map(|process| process.pid).eq([init]), "Pids before Start");
     shim.task.start(&id, "")?;
     shim.task.exec(&id, "one", &bundle::process(&["sh", "-c", "sleep 1000; true"]), &Streams::default())?;
     let one = shim.task.start(&id, "one")?;
     shim.script("sees-it", "until [ $(pidof sleep | wc -w) = 2 ]; do :; done")?;
     let pids = shim.task.pids(&id)?;
-    ensure!(pids.len() == 3, "the init, the exec's shell, and what it runs: {pids:?}");
+    ensure!(pids.len() == 3, "expected the init, the exec's shell and its child: {pids:?}");
     for process in pids {
         match process.info.as_ref() {
-            // Field 1, a string of three bytes.
+            // Protobuf field 1, a string of three bytes.
             Some(info) => {
                 ensure!(
                     info.type_url == "containerd.runc.v1.ProcessDetails" && info.value == b"\x0a\x03one",
@@ -102,14 +99,14 @@ fn pids_name_the_execs_that_they_are() -> Result<()> {
                 );
                 ensure!(process.pid == one, "{process:?}");
             }
-            None => ensure!(process.pid != one, "{process:?} is nobody's"),
+            None => ensure!(process.pid != one, "{process:?} has no exec id"),
         }
     }
     Ok(())
 }
 
 #[test]
-fn ctr_task_ps_shows_them_on_every_containerd() -> Result<()> {
+fn ctr_task_ps_shows_execs_with_every_containerd() -> Result<()> {
     for version in [Version::V1_6, Version::V1_7, Version::V2_1] {
         let containerd = Containerd::shared_of(version)?;
         let container = containerd.detached(&[], "ps", &["sleep", "1000"])?;

@@ -1,4 +1,4 @@
-//! What a process reads and writes arrives whole, in order and in time.
+//! Standard streams: input and output arrive completely, in order and in time.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::events::task::TaskExit;
 use husk_tests::containerd::Containerd;
+use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams, feed};
 use husk_tests::{bundle, command, fifo, process};
 
@@ -25,24 +26,27 @@ fn sequence_with(last: usize, end: &str) -> Vec<u8> {
     (1..=last).flat_map(|n| format!("{n}{end}").into_bytes()).collect()
 }
 
-/// Fifos for all three streams of the init process; the test's ends of stdin, stdout and stderr.
-fn with_stdin(shim: &Shim<'_>) -> Result<(Streams, fs::File, fifo::Reader, fifo::Reader)> {
-    let (mut io, stdout, stderr) = shim.streams("init")?;
-    let stdin = fifo::writer(&shim.bundle.outside.join("init.in"))?;
-    io.stdin = shim.bundle.path.join("init.in").display().to_string();
+/// Fifos for all three streams of a process. Returns their paths, and the test's ends of stdin, stdout and stderr.
+fn with_stdin(shim: &Shim<'_>, name: &str) -> Result<(Streams, fs::File, fifo::Reader, fifo::Reader)> {
+    let (mut io, stdout, stderr) = shim.streams(name)?;
+    let stdin = fifo::writer(&shim.bundle.outside.join(format!("{name}.in")))?;
+    io.stdin = shim.bundle.path.join(format!("{name}.in")).display().to_string();
     Ok((io, stdin, stdout, stderr))
 }
 
-/// Compares without printing megabytes.
-fn expect_same(got: &[u8], wanted: &[u8]) -> Result<()> {
-    let differs = got.iter().zip(wanted).position(|(got, wanted)| got != wanted);
-    let (got, wanted) = (got.len(), wanted.len());
-    ensure!(differs.is_none() && got == wanted, "{got} bytes of {wanted}, the first wrong one at {differs:?}");
+/// Compares bytes, without printing megabytes on failure.
+fn expect_same(received: &[u8], expected: &[u8]) -> Result<()> {
+    let differs = received.iter().zip(expected).position(|(received, expected)| received != expected);
+    let (received, expected) = (received.len(), expected.len());
+    ensure!(
+        differs.is_none() && received == expected,
+        "{received} of {expected} bytes, first difference at {differs:?}"
+    );
     Ok(())
 }
 
 #[test]
-fn stdin_passes_through_cat_unharmed_and_ends() -> Result<()> {
+fn stdin_passes_through_cat_unchanged_and_ends() -> Result<()> {
     let containerd = Containerd::shared()?;
     let bytes: Vec<u8> = (0..20_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let ran = containerd.run(&[], &containerd.id("cat"), &["cat"]).stdin(bytes.clone()).ok()?;
@@ -51,13 +55,12 @@ fn stdin_passes_through_cat_unharmed_and_ends() -> Result<()> {
 
 #[test]
 fn an_empty_stdin_ends_when_it_is_closed() -> Result<()> {
-    // Not through `ctr run`: it forgets to close a stdin that ends before the task is created.
+    // Not through `ctr run`, which forgets to close a stdin that ends before the task is created.
     let containerd = Containerd::shared()?;
     let id = containerd.id("empty");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["wc", "-c"]))?;
-    let (io, stdin, mut stdout, _stderr) = with_stdin(&shim)?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    let (io, stdin, mut stdout, _stderr) = with_stdin(&shim, "init")?;
+    shim.create_and_start(&io)?;
     drop(stdin);
     shim.task.close_stdin(&id, "")?;
     ensure!(stdout.read_to_end(DEADLINE)? == b"0\n");
@@ -65,8 +68,8 @@ fn an_empty_stdin_ends_when_it_is_closed() -> Result<()> {
 }
 
 #[test]
-fn a_client_that_writes_and_closes_at_once_finds_the_task() -> Result<()> {
-    // As nerdctl does it: once its input has gone through, it asks for the end, and does not ask again if there is no such task yet.
+fn a_client_that_writes_and_closes_stdin_at_once_finds_the_task() -> Result<()> {
+    // As nerdctl does: after its input it calls CloseIO once, and does not retry if the task does not exist yet.
     let containerd = Containerd::shared()?;
     let id = containerd.id("at-once");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["cat"]))?;
@@ -76,12 +79,15 @@ fn a_client_that_writes_and_closes_at_once_finds_the_task() -> Result<()> {
     io.stdin = shim.bundle.path.join("init.in").display().to_string();
     std::thread::scope(|scope| -> Result<()> {
         let client = scope.spawn(|| -> Result<()> {
-            // Opening for writing waits for the reader: fifo(7).
+            // Opening a fifo for writing blocks until it has a reader: fifo(7).
             fs::OpenOptions::new().write(true).open(&stdin)?.write_all(b"through")?;
             Ok(shim.task.state(&id, "").map(drop)?)
         });
         shim.create(&io)?;
-        client.join().map_err(|_| anyhow::anyhow!("the client panicked"))?.context("asked as soon as it could write")
+        client
+            .join()
+            .map_err(|_| anyhow::anyhow!("the client panicked"))?
+            .context("State failed although stdin was already open")
     })?;
     shim.task.close_stdin(&id, "")?;
     shim.task.start(&id, "")?;
@@ -91,7 +97,7 @@ fn a_client_that_writes_and_closes_at_once_finds_the_task() -> Result<()> {
 }
 
 #[test]
-fn the_stdin_of_an_exec_passes_through_and_ends() -> Result<()> {
+fn stdin_of_an_exec_passes_through_and_ends() -> Result<()> {
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "exec-cat", &["sleep", "1000"])?;
     let bytes = sequence(200_000);
@@ -107,7 +113,7 @@ fn eight_mebibytes_before_an_immediate_exit_are_complete() -> Result<()> {
 }
 
 #[test]
-fn stdout_and_stderr_stay_apart() -> Result<()> {
+fn stdout_and_stderr_stay_separate() -> Result<()> {
     let containerd = Containerd::shared()?;
     let script = "seq 1 20000; seq 1 10000 >&2; echo end; echo end >&2";
     let ran = containerd.run(&[], &containerd.id("apart"), &["sh", "-c", script]).ok()?;
@@ -134,37 +140,33 @@ fn output_of_100_fast_execs_is_complete() -> Result<()> {
         let exec = format!("e{round}");
         let (io, mut stdout, mut stderr) = shim.streams(&exec)?;
         let script = format!("echo {round}; echo {round} >&2; exit {}", round % 100);
-        shim.task.exec(&id, &exec, &bundle::process(&["sh", "-c", &script]), &io)?;
-        shim.task.start(&id, &exec)?;
+        shim.start_exec(&exec, &bundle::process(&["sh", "-c", &script]), &io)?;
         let (out, err) = (stdout.read_to_end(DEADLINE)?, stderr.read_to_end(DEADLINE)?);
         let status = shim.task.wait(&id, &exec)?;
         shim.task.delete(&id, &exec)?;
-        let wanted = format!("{round}\n").into_bytes();
-        ensure!(out == wanted && err == wanted && status == round % 100, "{round}: {out:?} {err:?} {status}");
+        let expected = format!("{round}\n").into_bytes();
+        ensure!(out == expected && err == expected && status == round % 100, "{round}: {out:?} {err:?} {status}");
     }
     Ok(())
 }
 
 #[test]
-fn when_the_exit_is_announced_all_output_is_there() -> Result<()> {
+fn all_output_is_available_when_the_exit_is_published() -> Result<()> {
     let containerd = Containerd::shared()?;
-    if !containerd.runtime().is_husk_or_tell("when_the_exit_is_announced_all_output_is_there") {
-        // runc's shim announces the exit first and copies on.
-        return Ok(());
-    }
+    // runc's shim publishes the exit first and continues copying.
+    husk_only!();
     let shim = Shim::idle(containerd, "announced")?;
     let id = shim.bundle.id.clone();
     shim.events.until("/tasks/start", DEADLINE)?;
-    let wanted = sequence(8_000);
+    let expected = sequence(8_000);
     for round in 0..20 {
         let exec = format!("e{round}");
         let (io, stdout, _stderr) = shim.streams(&exec)?;
-        shim.task.exec(&id, &exec, &bundle::process(&["seq", "1", "8000"]), &io)?;
-        shim.task.start(&id, &exec)?;
+        shim.start_exec(&exec, &bundle::process(&["seq", "1", "8000"]), &io)?;
         let events = shim.events.until("/tasks/exit", DEADLINE)?;
         let exit: TaskExit = events.last().context("an exit event")?.decode()?;
-        // Less than a pipe holds: it all has to lie there without anybody having read.
-        expect_same(&stdout.available()?, &wanted).with_context(|| format!("round {round}"))?;
+        // Less than a pipe's capacity: all output must be in the fifo without a reader.
+        expect_same(&stdout.available()?, &expected).with_context(|| format!("round {round}"))?;
         ensure!(exit.id == exec && exit.exit_status == 0, "{exit:?}");
         shim.task.delete(&id, &exec)?;
     }
@@ -177,38 +179,35 @@ fn a_slow_reader_gets_everything_even_after_the_exit() -> Result<()> {
     let id = containerd.id("slow");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["seq", "1", "300000"]))?;
     let (io, mut stdout, _stderr) = shim.streams("init")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
-    let wanted = sequence(300_000);
-    let mut got = Vec::new();
+    shim.create_and_start(&io)?;
+    let expected = sequence(300_000);
+    let mut received = Vec::new();
     loop {
         let bytes = stdout.read(8 * 1024, DEADLINE)?;
         if bytes.is_empty() {
             break;
         }
-        got.extend(bytes);
-        // The slowness that is being tested: some 4 MiB a second.
+        received.extend(bytes);
+        // The slow reading under test: some 4 MiB/s.
         thread::sleep(Duration::from_millis(2));
     }
-    expect_same(&got, &wanted)?;
+    expect_same(&received, &expected)?;
     ensure!(shim.task.wait(&id, "")? == 0);
     Ok(())
 }
 
 #[test]
-fn a_reader_that_stalls_holds_up_nobody_else() -> Result<()> {
+fn a_stalled_reader_delays_no_other_stream() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "stalls")?;
     let id = shim.bundle.id.clone();
 
     let (io, mut stalled, _err) = shim.streams("stalled")?;
-    shim.task.exec(&id, "stalled", &bundle::process(&["seq", "1", "600000"]), &io)?;
-    shim.task.start(&id, "stalled")?;
+    shim.start_exec("stalled", &bundle::process(&["seq", "1", "600000"]), &io)?;
     stalled.read(1, DEADLINE)?;
 
     let (io, mut stdout, _err) = shim.streams("other")?;
-    shim.task.exec(&id, "other", &bundle::process(&["seq", "1", "100000"]), &io)?;
-    shim.task.start(&id, "other")?;
+    shim.start_exec("other", &bundle::process(&["seq", "1", "100000"]), &io)?;
     expect_same(&stdout.read_to_end(DEADLINE)?, &sequence(100_000))?;
     ensure!(shim.task.wait(&id, "other")? == 0);
 
@@ -219,19 +218,17 @@ fn a_reader_that_stalls_holds_up_nobody_else() -> Result<()> {
 }
 
 #[test]
-fn a_process_that_never_reads_its_stdin_holds_up_nobody() -> Result<()> {
+fn a_process_that_never_reads_its_stdin_delays_nothing_else() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("unread");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
-    let (io, stdin, _stdout, _stderr) = with_stdin(&shim)?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
-    // Far more than all buffers on the way hold: the writer stays stuck to the end.
+    let (io, stdin, _stdout, _stderr) = with_stdin(&shim, "init")?;
+    shim.create_and_start(&io)?;
+    // Far more than all buffers on the way hold: the writer stays blocked to the end.
     feed(stdin, sequence(2_000_000));
 
     let (io, mut stdout, _err) = shim.streams("other")?;
-    shim.task.exec(&id, "other", &bundle::process(&["seq", "1", "100000"]), &io)?;
-    shim.task.start(&id, "other")?;
+    shim.start_exec("other", &bundle::process(&["seq", "1", "100000"]), &io)?;
     expect_same(&stdout.read_to_end(DEADLINE)?, &sequence(100_000))?;
 
     shim.task.kill(&id, "", 9)?;
@@ -243,13 +240,12 @@ fn a_process_that_never_reads_its_stdin_holds_up_nobody() -> Result<()> {
 }
 
 #[test]
-fn closing_stdin_ends_it_though_its_fifo_stays_open() -> Result<()> {
+fn close_io_ends_stdin_while_the_fifo_stays_open() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("close");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "cat; echo end"]))?;
-    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim)?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim, "init")?;
+    shim.create_and_start(&io)?;
     stdin.write_all(b"first ")?;
     ensure!(stdout.read(100, DEADLINE)? == b"first ");
     stdin.write_all(b"last ")?;
@@ -272,15 +268,15 @@ fn many_clients_wait_for_one_exit() -> Result<()> {
     }
     shim.task.kill(&id, "", 9)?;
     for _ in 0..5 {
-        let status = statuses.recv_timeout(DEADLINE).context("a waiter has no answer")?;
+        let status = statuses.recv_timeout(DEADLINE).context("a Wait did not return")?;
         ensure!(matches!(status, Ok(137)), "{status:?}");
     }
-    ensure!(shim.task.wait(&id, "")? == 137, "a wait after the exit");
+    ensure!(shim.task.wait(&id, "")? == 137, "Wait after the exit");
     Ok(())
 }
 
 #[test]
-fn a_checksum_taken_inside_is_the_one_outside() -> Result<()> {
+fn checksums_inside_and_outside_are_equal() -> Result<()> {
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "sums", &["sleep", "1000"])?;
     let bytes = sequence(1_000_000);
@@ -297,18 +293,17 @@ fn sixty_four_mebibytes_are_complete() -> Result<()> {
     let ran = container.exec(&["sh", "-c", "yes 0123456789abcde | head -c 67108864; exit 3"]).expect_code(3)?;
     ensure!(ran.stdout.len() == 64 << 20, "{} bytes", ran.stdout.len());
     let wrong = ran.stdout.chunks(16).position(|line| line != b"0123456789abcde\n");
-    ensure!(wrong.is_none(), "line {wrong:?} is another");
+    ensure!(wrong.is_none(), "line {wrong:?} differs");
     Ok(())
 }
 
 #[test]
-fn closing_stdin_again_is_harmless_and_closing_it_early_is_not_forgotten() -> Result<()> {
+fn repeated_close_io_is_harmless_and_an_early_one_is_remembered() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("closes");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "wc -c; exec sleep 1000"]))?;
-    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim)?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim, "init")?;
+    shim.create_and_start(&io)?;
     stdin.write_all(b"four")?;
     drop(stdin);
     for _ in 0..3 {
@@ -316,15 +311,11 @@ fn closing_stdin_again_is_harmless_and_closing_it_early_is_not_forgotten() -> Re
     }
     ensure!(stdout.read_until("\n", DEADLINE)? == "4\n");
     shim.task.close_stdin(&id, "")?;
-    if !containerd.runtime().is_husk_or_tell("closing_it_early_is_not_forgotten") {
-        // runc's shim forgets it.
-        return Ok(());
-    }
-    let (mut io, mut stdout, _stderr) = shim.streams("early")?;
-    let mut stdin = fifo::writer(&shim.bundle.outside.join("early.in"))?;
-    io.stdin = shim.bundle.path.join("early.in").display().to_string();
+    // runc's shim forgets a CloseIO before Start.
+    husk_only!();
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim, "early")?;
     shim.task.exec(&id, "early", &bundle::process(&["wc", "-c"]), &io)?;
-    // It stays open: what is in a fifo that nobody has open is lost.
+    // The fifo stays open: its content would be lost with its last descriptor.
     stdin.write_all(b"seven..")?;
     shim.task.close_stdin(&id, "early")?;
     shim.task.start(&id, "early")?;
@@ -333,13 +324,12 @@ fn closing_stdin_again_is_harmless_and_closing_it_early_is_not_forgotten() -> Re
 }
 
 #[test]
-fn a_stdin_goes_on_when_its_writer_leaves_and_another_comes() -> Result<()> {
+fn stdin_continues_when_its_writer_is_replaced() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("rejoins");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "cat; echo end"]))?;
-    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim)?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim, "init")?;
+    shim.create_and_start(&io)?;
     stdin.write_all(b"first\n")?;
     drop(stdin);
     ensure!(stdout.read_until("\n", DEADLINE)? == "first\n");
@@ -356,11 +346,11 @@ fn a_stdin_goes_on_when_its_writer_leaves_and_another_comes() -> Result<()> {
 }
 
 #[test]
-fn a_process_that_never_reads_its_stdin_ends_as_it_likes() -> Result<()> {
+fn a_process_that_never_reads_its_stdin_can_exit() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("ends");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "sleep 1; exit 5"]))?;
-    let (io, stdin, _stdout, _stderr) = with_stdin(&shim)?;
+    let (io, stdin, _stdout, _stderr) = with_stdin(&shim, "init")?;
     shim.create(&io)?;
     feed(stdin, sequence(2_000_000));
     shim.task.start(&id, "")?;
@@ -373,29 +363,29 @@ fn a_process_that_never_reads_its_stdin_ends_as_it_likes() -> Result<()> {
 }
 
 #[test]
-fn a_reader_that_goes_away_holds_the_process_and_the_next_one_goes_on() -> Result<()> {
+fn the_next_reader_continues_where_the_last_one_stopped() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("leaves");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "seq 1 300000; exit 4"]))?;
     let (io, mut stdout, _stderr) = shim.streams("init")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
-    let wanted = sequence(300_000);
-    let mut got = Vec::new();
-    // The fifo as such is never without a reader: only then is what is in it kept. That is so for containerd's clients too.
+    shim.create_and_start(&io)?;
+    let expected = sequence(300_000);
+    let mut received = Vec::new();
+    // The fifo always has a reader, because its content would be lost otherwise. The same is true of containerd's
+    // clients.
     for _ in 0..5 {
         let path = shim.bundle.outside.join("init.out");
         let mut reader = fifo::Reader::open(&path)?;
-        got.extend(reader.read(100_000, DEADLINE)?);
+        received.extend(reader.read(100_000, DEADLINE)?);
     }
-    got.extend(stdout.read_to_end(DEADLINE)?);
-    expect_same(&got, &wanted)?;
+    received.extend(stdout.read_to_end(DEADLINE)?);
+    expect_same(&received, &expected)?;
     ensure!(shim.task.wait(&id, "")? == 4);
     Ok(())
 }
 
 #[test]
-fn a_child_that_keeps_the_output_open_delays_neither_the_exit_nor_what_was_written_before() -> Result<()> {
+fn a_child_that_keeps_the_output_open_delays_neither_the_exit_nor_earlier_output() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "grandchild")?;
     let id = shim.bundle.id.clone();
@@ -404,40 +394,39 @@ fn a_child_that_keeps_the_output_open_delays_neither_the_exit_nor_what_was_writt
         process
     };
     let silent = "trap '' HUP; seq 1 8000; sleep 1000 & exit 5";
-    // It floods what its parent has left open; nobody reads more of it than the test.
+    // The child floods the inherited output, and only the test reads from it.
     let loud = "seq 1 8000; yes flood & exit 5";
     for (exec, script, terminal) in [("silent", silent, false), ("loud", loud, false), ("terminal", silent, true)] {
-        let (_typed, _stderr);
+        let (_input, _stderr);
         let (io, mut stdout) = if terminal {
-            let (io, typed, shown) = shim.terminal(exec)?;
-            _typed = typed;
-            (io, shown)
+            let (io, input, output) = shim.terminal(exec)?;
+            _input = input;
+            (io, output)
         } else {
             let (io, stdout, stderr) = shim.streams(exec)?;
             _stderr = stderr;
             (io, stdout)
         };
         let process = bundle::process(&["sh", "-c", script]);
-        shim.task.exec(&id, exec, &if terminal { in_terminal(process) } else { process }, &io)?;
-        shim.task.start(&id, exec)?;
+        shim.start_exec(exec, &if terminal { in_terminal(process) } else { process }, &io)?;
         let started = Instant::now();
         ensure!(shim.task.wait(&id, exec)? == 5);
         ensure!(started.elapsed() < Duration::from_secs(15), "{exec}: the exit came after {:?}", started.elapsed());
-        let wanted = sequence_with(8_000, if terminal { "\r\n" } else { "\n" });
-        let mut got = Vec::new();
-        while got.len() < wanted.len() {
-            got.extend(stdout.read(wanted.len() - got.len(), DEADLINE)?);
+        let expected = sequence_with(8_000, if terminal { "\r\n" } else { "\n" });
+        let mut received = Vec::new();
+        while received.len() < expected.len() {
+            received.extend(stdout.read(expected.len() - received.len(), DEADLINE)?);
         }
-        expect_same(&got, &wanted).with_context(|| exec.to_owned())?;
+        expect_same(&received, &expected).with_context(|| exec.to_owned())?;
         shim.task.delete(&id, exec)?;
-        // With the process's record its streams end, whoever holds their other ends.
-        while !stdout.read(64 * 1024, DEADLINE).with_context(|| format!("{exec}: the end"))?.is_empty() {}
+        // Delete ends the process's streams, even if other processes hold the other ends.
+        while !stdout.read(64 * 1024, DEADLINE).with_context(|| format!("{exec}: the end of stdout"))?.is_empty() {}
     }
     Ok(())
 }
 
 #[test]
-fn clients_attach_and_leave_and_attach_again() -> Result<()> {
+fn clients_can_attach_and_leave_repeatedly() -> Result<()> {
     let containerd = Containerd::shared()?;
     let script = "while read line; do echo \"got $line\"; echo \"err $line\" >&2; done; echo end";
     let container = containerd.detached(&[], "attach", &["sh", "-c", script])?;
@@ -446,7 +435,7 @@ fn clients_attach_and_leave_and_attach_again() -> Result<()> {
         let mut client = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let mut stdin = client.stdin.take().context("stdin")?;
         writeln!(stdin, "{round}")?;
-        for (stream, wanted) in [
+        for (stream, expected) in [
             (client.stdout.take().map(OwnedFd::from), format!("got {round}\n")),
             (client.stderr.take().map(OwnedFd::from), format!("err {round}\n")),
         ] {
@@ -456,10 +445,10 @@ fn clients_attach_and_leave_and_attach_again() -> Result<()> {
                 let mut line = String::new();
                 send.send(lines.read_line(&mut line).map(|_| line))
             });
-            let line = line.recv_timeout(DEADLINE).with_context(|| format!("round {round}: {wanted:?}"))??;
-            ensure!(line == wanted, "round {round}: {line:?}");
+            let line = line.recv_timeout(DEADLINE).with_context(|| format!("round {round}: {expected:?}"))??;
+            ensure!(line == expected, "round {round}: {line:?}");
         }
-        // Half of them end their stdin first, which must not end the container's.
+        // Half of the clients end their stdin first, which must not end the container's.
         if round % 2 == 0 {
             drop(stdin);
         }
@@ -471,13 +460,11 @@ fn clients_attach_and_leave_and_attach_again() -> Result<()> {
 }
 
 #[test]
-fn a_second_start_is_refused_and_takes_nothing_from_the_first() -> Result<()> {
+fn a_second_start_is_rejected_and_does_not_disturb_the_first() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "twice")?;
     let id = shim.bundle.id.clone();
-    let (mut io, mut stdout, _stderr) = shim.streams("e")?;
-    let mut stdin = fifo::writer(&shim.bundle.outside.join("e.in"))?;
-    io.stdin = shim.bundle.path.join("e.in").display().to_string();
+    let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim, "e")?;
     shim.task.exec(&id, "e", &bundle::process(&["sh", "-c", "echo begun; read line; echo got $line"]), &io)?;
     shim.task.start(&id, "e")?;
     ensure!(stdout.read_until("\n", DEADLINE)? == "begun\n");

@@ -1,4 +1,4 @@
-//! `ctr run -t`, `ctr task exec -t` and what a user in front of the terminal expects of them.
+//! `ctr run -t` and `ctr task exec -t`, as a user at the terminal experiences them.
 
 use std::io::Write;
 use std::time::Duration;
@@ -33,9 +33,9 @@ fn exec_in_terminal(container: &Container<'_>, args: &[&str]) -> Result<Pty> {
     Pty::spawn(ctr.args(args).command(), 33, 101)
 }
 
-/// Types what needs a terminal with job control in a shell that has just been started, and leaves it with status 7.
+/// Uses job control in a new shell and checks the terminal's size, then exits the shell with status 7.
 fn use_shell(shell: &mut Pty) -> Result<()> {
-    // The arithmetic tells an answer from the echo of the question.
+    // The arithmetic distinguishes the output from the echo of the command.
     shell.send("until [ \"$(stty size)\" = '33 101' ]; do sleep 0.1; done; echo sized $((1 + 1))\n")?;
     let start = shell.expect("sized 2", DEADLINE)?;
     ensure!(!start.contains("job control turned off"), "{start}");
@@ -65,7 +65,7 @@ fn use_shell(shell: &mut Pty) -> Result<()> {
 }
 
 #[test]
-fn a_shell_of_ctr_run_has_a_terminal_with_job_control() -> Result<()> {
+fn a_ctr_run_shell_has_a_terminal_with_job_control() -> Result<()> {
     let containerd = Containerd::shared()?;
     let run = containerd.run(&["--tty"], &containerd.id("shell"), &["sh"]);
     let mut shell = Pty::spawn(run.command(), 33, 101)?;
@@ -76,10 +76,10 @@ fn a_shell_of_ctr_run_has_a_terminal_with_job_control() -> Result<()> {
 }
 
 #[test]
-fn a_shell_of_ctr_exec_has_a_terminal_with_job_control() -> Result<()> {
+fn a_ctr_exec_shell_has_a_terminal_with_job_control() -> Result<()> {
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "shells", &["sleep", "1000"])?;
-    // Twice: the first one's terminal must be free again.
+    // Twice: the first terminal must have been released.
     for _ in 0..2 {
         let mut shell = exec_in_terminal(&container, &["sh"])?;
         use_shell(&mut shell)?;
@@ -87,12 +87,12 @@ fn a_shell_of_ctr_exec_has_a_terminal_with_job_control() -> Result<()> {
         ensure!(status == 7, "status {status}: {rest}");
     }
     let terminals = container.script("ls /dev/pts")?;
-    ensure!(terminals == "ptmx", "terminals are left: {terminals}");
+    ensure!(terminals == "ptmx", "terminals remain: {terminals}");
     Ok(())
 }
 
 #[test]
-fn a_full_screen_program_draws_for_the_terminals_size() -> Result<()> {
+fn full_screen_programs_use_the_terminals_size() -> Result<()> {
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "screen", &["sleep", "1000"])?;
     container.script("seq 1 200 > /lines")?;
@@ -122,36 +122,34 @@ fn a_full_screen_program_draws_for_the_terminals_size() -> Result<()> {
 }
 
 #[test]
-fn the_size_is_there_from_the_first_moment() -> Result<()> {
+fn the_terminal_has_its_size_from_the_start() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("size");
     let mut with_size = spec(&id, &["sh", "-c", "stty size; exec sleep 1000"]);
     with_size["process"]["consoleSize"] = json!({"height": 30, "width": 100});
     let shim = Shim::start(containerd, &id, &with_size)?;
-    let (io, _typed, mut shown) = shim.terminal("init")?;
+    let (io, _input, mut output) = shim.terminal("init")?;
     shim.create(&io)?;
     shim.task.resize(&id, "", 31, 111)?;
     shim.task.start(&id, "")?;
-    let size = shown.read_until("\n", DEADLINE)?;
-    ensure!(size == "31 111\r\n", "asked for before the start: {size:?}");
+    let size = output.read_until("\n", DEADLINE)?;
+    ensure!(size == "31 111\r\n", "resized before Start: {size:?}");
 
     let mut stty = process(&["stty", "size"]);
     stty["consoleSize"] = json!({"height": 30, "width": 100});
-    for (name, resize, wanted) in [("spec", None, "30 100\r\n"), ("asked", Some((32, 112)), "32 112\r\n")] {
-        if resize.is_some()
-            && !containerd.runtime().is_husk_or_tell("the_size_is_there_from_the_first_moment, of an exec")
-        {
-            // runc's shim takes the call and forgets it.
+    for (name, resize, expected) in [("spec", None, "30 100\r\n"), ("asked", Some((32, 112)), "32 112\r\n")] {
+        if resize.is_some() && !containerd.runtime().is_husk_or_report_skip() {
+            // runc's shim accepts a resize before Start and forgets it.
             continue;
         }
-        let (io, _typed, mut shown) = shim.terminal(name)?;
+        let (io, _input, mut output) = shim.terminal(name)?;
         shim.task.exec(&id, name, &stty, &io)?;
         if let Some((height, width)) = resize {
             shim.task.resize(&id, name, height, width)?;
         }
         shim.task.start(&id, name)?;
-        let size = shown.read_until("\n", DEADLINE)?;
-        ensure!(size == wanted, "{name}: {size:?}");
+        let size = output.read_until("\n", DEADLINE)?;
+        ensure!(size == expected, "{name}: {size:?}");
         ensure!(shim.task.wait(&id, name)? == 0);
         shim.task.delete(&id, name)?;
     }
@@ -159,22 +157,22 @@ fn the_size_is_there_from_the_first_moment() -> Result<()> {
 }
 
 #[test]
-fn state_tells_of_the_terminal_and_only_a_process_that_is_there_is_resized() -> Result<()> {
+fn state_reports_the_terminal_and_resize_requires_a_running_process() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "resizes")?;
     let id = shim.bundle.id.clone();
     ensure!(!shim.task.state(&id, "")?.terminal);
-    // Nothing to change, and no error either.
+    // Without a terminal, a resize has no effect and is not an error.
     shim.task.resize(&id, "", 10, 20)?;
 
-    let (io, _typed, mut shown) = shim.terminal("t")?;
+    let (io, _input, mut output) = shim.terminal("t")?;
     shim.task.exec(&id, "t", &process(&["true"]), &io)?;
     ensure!(shim.task.state(&id, "t")?.terminal);
     shim.task.start(&id, "t")?;
     ensure!(shim.task.wait(&id, "t")? == 0);
-    ensure!(shown.read_to_end(DEADLINE)?.is_empty());
-    let after_its_end = shim.task.resize(&id, "t", 10, 20);
-    ensure!(after_its_end.is_err(), "a process that has ended was resized");
+    ensure!(output.read_to_end(DEADLINE)?.is_empty());
+    let after_the_exit = shim.task.resize(&id, "t", 10, 20);
+    ensure!(after_the_exit.is_err(), "an exited process was resized");
     shim.task.delete(&id, "t")?;
     let deleted = shim.task.resize(&id, "t", 10, 20);
     ensure!(code(&deleted) == Some(Code::NOT_FOUND), "{deleted:?}");
@@ -182,18 +180,17 @@ fn state_tells_of_the_terminal_and_only_a_process_that_is_there_is_resized() -> 
 }
 
 #[test]
-fn what_is_shown_right_before_the_end_is_complete() -> Result<()> {
+fn terminal_output_right_before_the_exit_is_complete() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "last-words")?;
     let id = shim.bundle.id.clone();
-    let wanted: String = (1..=3000).map(|n| format!("{n}\r\n")).collect();
+    let expected: String = (1..=3000).map(|n| format!("{n}\r\n")).collect();
     for round in 0..10 {
         let exec = format!("e{round}");
-        let (io, _typed, mut shown) = shim.terminal(&exec)?;
-        shim.task.exec(&id, &exec, &process(&["seq", "1", "3000"]), &io)?;
-        shim.task.start(&id, &exec)?;
-        let got = String::from_utf8(shown.read_to_end(DEADLINE)?)?;
-        ensure!(got == wanted, "round {round}: {} of {} bytes", got.len(), wanted.len());
+        let (io, _input, mut output) = shim.terminal(&exec)?;
+        shim.start_exec(&exec, &process(&["seq", "1", "3000"]), &io)?;
+        let received = String::from_utf8(output.read_to_end(DEADLINE)?)?;
+        ensure!(received == expected, "round {round}: {} of {} bytes", received.len(), expected.len());
         ensure!(shim.task.wait(&id, &exec)? == 0);
         shim.task.delete(&id, &exec)?;
     }
@@ -201,61 +198,58 @@ fn what_is_shown_right_before_the_end_is_complete() -> Result<()> {
 }
 
 #[test]
-fn a_terminal_belongs_to_the_user_who_has_it() -> Result<()> {
+fn a_terminal_belongs_to_the_processs_user() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("owner");
     let script = "echo mine > $(tty) && stat -c %u $(tty) && exec sleep 1000";
-    let mut of_user = spec(&id, &["sh", "-c", script]);
-    of_user["process"]["user"] = json!({"uid": 1234, "gid": 1234});
-    let shim = Shim::start(containerd, &id, &of_user)?;
-    let (io, _typed, mut shown) = shim.terminal("init")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
-    let text = shown.read_until("1234\r\n", DEADLINE)?;
+    let mut with_user = spec(&id, &["sh", "-c", script]);
+    with_user["process"]["user"] = json!({"uid": 1234, "gid": 1234});
+    let shim = Shim::start(containerd, &id, &with_user)?;
+    let (io, _input, mut output) = shim.terminal("init")?;
+    shim.create_and_start(&io)?;
+    let text = output.read_until("1234\r\n", DEADLINE)?;
     ensure!(text == "mine\r\n1234\r\n", "{text:?}");
 
     let mut exec = process(&["sh", "-c", "echo mine > $(tty) && stat -c %u $(tty)"]);
     exec["user"] = json!({"uid": 4321, "gid": 4321});
-    let (io, _typed, mut shown) = shim.terminal("exec")?;
-    shim.task.exec(&id, "exec", &exec, &io)?;
-    shim.task.start(&id, "exec")?;
-    let text = String::from_utf8(shown.read_to_end(DEADLINE)?)?;
+    let (io, _input, mut output) = shim.terminal("exec")?;
+    shim.start_exec("exec", &exec, &io)?;
+    let text = String::from_utf8(output.read_to_end(DEADLINE)?)?;
     ensure!(text == "mine\r\n4321\r\n", "{text:?}");
     Ok(())
 }
 
 #[test]
-fn the_console_of_a_container_is_its_terminal() -> Result<()> {
+fn dev_console_of_a_container_is_its_terminal() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("console");
     let shim = Shim::start(containerd, &id, &spec(&id, &["sh", "-c", "echo by name > /dev/console; exec sleep 1000"]))?;
-    let (io, _typed, mut shown) = shim.terminal("init")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
-    ensure!(shown.read_until("\n", DEADLINE)? == "by name\r\n");
+    let (io, _input, mut output) = shim.terminal("init")?;
+    shim.create_and_start(&io)?;
+    ensure!(output.read_until("\n", DEADLINE)? == "by name\r\n");
     Ok(())
 }
 
 #[test]
-fn what_is_left_in_a_terminal_is_hung_up_when_its_session_ends() -> Result<()> {
+fn remaining_processes_receive_sighup_when_the_session_ends() -> Result<()> {
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "hang-up", &["sleep", "1000"])?;
     let mut shell = exec_in_terminal(&container, &["sh"])?;
-    // A child in the foreground outlives its shell, the session's leader.
-    let child = "trap \"echo hung up > /told; exit\" HUP; echo ready $((1 + 1)); while :; do sleep 0.1; done";
+    // The child in the foreground outlives its shell, the session leader.
+    let child = "trap \"echo hung up > /received; exit\" HUP; echo ready $((1 + 1)); while :; do sleep 0.1; done";
     shell.send("echo $$ > /shell\n")?;
     shell.send(&format!("sh -c '{child}'\n"))?;
     shell.expect("ready 2", DEADLINE)?;
     container.script("kill -9 $(cat /shell)")?;
     let (rest, status) = shell.finish(DEADLINE)?;
     ensure!(status == 137, "{status}: {rest}");
-    let told = container.script("until [ -s /told ]; do sleep 0.1; done; cat /told")?;
-    ensure!(told == "hung up", "{told}");
+    let received = container.script("until [ -s /received ]; do sleep 0.1; done; cat /received")?;
+    ensure!(received == "hung up", "{received}");
     Ok(())
 }
 
 #[test]
-fn a_client_that_goes_leaves_the_process_alone_and_another_takes_over() -> Result<()> {
+fn a_leaving_client_does_not_end_the_process_and_another_can_attach() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("left");
     let container = containerd.adopt(&id);
@@ -281,39 +275,37 @@ fn a_client_that_goes_leaves_the_process_alone_and_another_takes_over() -> Resul
 }
 
 #[test]
-fn the_requests_word_on_the_terminal_counts_for_an_exec_and_the_spec_must_agree_for_a_container() -> Result<()> {
+fn the_request_decides_about_an_execs_terminal_and_a_containers_spec_must_agree() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "differ")?;
     let id = shim.bundle.id.clone();
     let test = process(&["sh", "-c", "test -t 1; echo $?"]);
     let (io, mut stdout, _stderr) = shim.streams("pipes")?;
-    shim.task.exec(&id, "pipes", &test, &io)?;
-    shim.task.start(&id, "pipes")?;
+    shim.start_exec("pipes", &test, &io)?;
     ensure!(stdout.read_to_end(DEADLINE)? == b"1\n");
-    let (io, _typed, mut shown) = shim.terminal("terminal")?;
+    let (io, _input, mut output) = shim.terminal("terminal")?;
     shim.task.exec(&id, "terminal", &bundle::process(&["sh", "-c", "test -t 1; echo $?"]), &io)?;
     shim.task.start(&id, "terminal")?;
-    ensure!(shown.read_to_end(DEADLINE)? == b"0\r\n");
+    ensure!(output.read_to_end(DEADLINE)? == b"0\r\n");
 
     let id = containerd.id("differs");
     let shim = Shim::start(containerd, &id, &spec(&id, &["true"]))?;
     let (io, _stdout, _stderr) = shim.streams("init")?;
-    let refused = shim.create(&io).map_or_else(|error| format!("{error:#}"), |pid| format!("created: {pid}"));
-    let wanted = if containerd.runtime() == Runtime::Husk { "process.terminal" } else { "tty" };
-    ensure!(refused.contains(wanted), "{refused}");
+    let error = shim.create(&io).map_or_else(|error| format!("{error:#}"), |pid| format!("created: {pid}"));
+    let expected = if containerd.runtime() == Runtime::Husk { "process.terminal" } else { "tty" };
+    ensure!(error.contains(expected), "{error}");
     Ok(())
 }
 
 #[test]
-fn keys_typed_before_anybody_reads_them_are_not_lost() -> Result<()> {
+fn input_typed_before_the_process_reads_is_not_lost() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("typed");
     let shim = Shim::start(containerd, &id, &spec(&id, &["sh", "-c", "sleep 1; read a; read b; echo \"<$a><$b>\""]))?;
-    let (io, mut typed, mut shown) = shim.terminal("init")?;
-    typed.write_all(b"one\ntwo\n")?;
-    shim.create(&io)?;
-    shim.task.start(&id, "")?;
-    let text = String::from_utf8(shown.read_to_end(DEADLINE)?)?;
+    let (io, mut input, mut output) = shim.terminal("init")?;
+    input.write_all(b"one\ntwo\n")?;
+    shim.create_and_start(&io)?;
+    let text = String::from_utf8(output.read_to_end(DEADLINE)?)?;
     ensure!(text.ends_with("<one><two>\r\n"), "{text:?}");
     ensure!(shim.task.wait(&id, "")? == 0);
     Ok(())

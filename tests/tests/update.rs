@@ -1,31 +1,30 @@
-//! New limits for a container that runs: in place, seen from inside and in its stats, and all or none of them.
+//! New limits for a running container: they take effect in place, inside and in the stats, and either all or none
+//! apply.
 
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use containerd_shim_protos::api;
 use containerd_shim_protos::ttrpc::{self, Code};
-use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
+use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams, code};
 use serde_json::{Value, json};
 
-/// A container that sees its own cgroup, and that the test can give other limits; nothing under runc, whose cgroups are the host's.
+/// A container that sees its own cgroup. For husk only: under runc, the cgroups are the host's.
 fn limited<'a>(containerd: &'a Containerd, name: &str) -> Result<(Shim<'a>, String)> {
     let id = containerd.id(name);
     let mut spec = bundle::spec(&id, &["sleep", "1000"]);
-    if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
-        namespaces.push(json!({"type": "cgroup"}));
-    }
+    bundle::append(&mut spec, "/linux/namespaces", [json!({"type": "cgroup"})]);
     spec["linux"]["resources"]["memory"] = json!({"limit": 64 << 20});
     let shim = Shim::start(containerd, &id, &spec)?;
     shim.run_detached()?;
     Ok((shim, id))
 }
 
-fn refused(shim: &Shim, resources: &Value) -> Result<(Code, String)> {
+fn update_error(shim: &Shim, resources: &Value) -> Result<(Code, String)> {
     match shim.task.update(&shim.bundle.id, resources) {
         Err(ttrpc::Error::RpcStatus(status)) => Ok((status.code(), status.message)),
         other => bail!("{resources}: {other:?}"),
@@ -33,10 +32,8 @@ fn refused(shim: &Shim, resources: &Value) -> Result<(Code, String)> {
 }
 
 #[test]
-fn limits_change_in_place_and_are_seen_from_inside_and_in_stats() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("limits_change_in_place_and_are_seen_from_inside_and_in_stats") {
-        return Ok(());
-    }
+fn limits_change_in_place_inside_and_in_the_stats() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = limited(containerd, "update")?;
     let files = "memory.max memory.low memory.swap.max cpu.max cpu.weight cpuset.cpus cpuset.mems pids.max hugetlb.2MB.max memory.high";
@@ -51,17 +48,17 @@ fn limits_change_in_place_and_are_seen_from_inside_and_in_stats() -> Result<()> 
             "pids": {"limit": 50},
             "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
             "unified": {"memory.high": (80 << 20).to_string()},
-            // Clients send what they do not change, too.
+            // Clients also send unchanged settings.
             "devices": bundle::spec(&id, &["sleep"])["linux"]["resources"]["devices"],
         }),
     )?;
-    let wanted = [96 << 20, 16 << 20, 4 << 20].map(|n: u64| n.to_string()).join("\n");
-    let wanted = format!("{wanted}\n30000 50000\n59\n0\n0\n50\n0\n{}", 80 << 20);
-    ensure!(inside("after")? == wanted, "{}\nwanted:\n{wanted}", inside("after-2")?);
+    let expected = [96 << 20, 16 << 20, 4 << 20].map(|n: u64| n.to_string()).join("\n");
+    let expected = format!("{expected}\n30000 50000\n59\n0\n0\n50\n0\n{}", 80 << 20);
+    ensure!(inside("after")? == expected, "{}\nexpected:\n{expected}", inside("after-2")?);
     let metrics = shim.task.metrics(&id)?;
     ensure!((metrics.pids.limit, metrics.memory.usage_limit) == (50, 96 << 20), "{metrics}");
 
-    // They hold: a fork too many fails.
+    // The new limit is enforced: one fork too many fails.
     shim.task.update(&id, &json!({"pids": {"limit": 4}}))?;
     let (status, _, errors) =
         shim.exec_process("forks", &bundle::process(&["sh", "-c", "sleep 5 & sleep 5 & sleep 5 & true"]))?;
@@ -71,24 +68,25 @@ fn limits_change_in_place_and_are_seen_from_inside_and_in_stats() -> Result<()> 
     ensure!((metrics.pids.limit, metrics.memory.usage_limit) == (u64::MAX, u64::MAX), "{metrics}");
     ensure!(shim.script("unlimited", "cat /sys/fs/cgroup/cpu.max")? == "max 50000");
 
-    // A container that is paused can be given limits as well.
+    // A paused container accepts new limits as well.
     shim.task.pause(&id)?;
     shim.task.update(&id, &json!({"pids": {"limit": 60}}))?;
     ensure!(shim.task.metrics(&id)?.pids.limit == 60);
     shim.task.resume(&id)?;
     shim.task.kill(&id, "", 9)?;
     shim.task.wait(&id, "")?;
-    ensure!(code(&shim.task.update(&id, &json!({}))) == Some(Code::FAILED_PRECONDITION), "it has ended");
+    ensure!(
+        code(&shim.task.update(&id, &json!({}))) == Some(Code::FAILED_PRECONDITION),
+        "Update of an exited container"
+    );
     Ok(())
 }
 
 #[test]
-fn an_update_that_cannot_be_is_named_and_changes_nothing() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("an_update_that_cannot_be_is_named_and_changes_nothing") {
-        return Ok(());
-    }
+fn a_failed_update_names_the_limit_and_changes_nothing() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
-    let (shim, id) = limited(containerd, "refused")?;
+    let (shim, id) = limited(containerd, "update-error")?;
     let before = shim.task.metrics(&id)?;
     let cases = [
         (json!({"cpu": {"cpus": "63"}}), "linux.resources.cpu.cpus: the guest has"),
@@ -107,40 +105,40 @@ fn an_update_that_cannot_be_is_named_and_changes_nothing() -> Result<()> {
         (json!({"unified": {"memory.absent": "1"}}), "the guest's kernel has no such limit"),
         (json!({"memory": "much"}), "linux.resources: "),
     ];
-    for (mut resources, named) in cases {
-        // In front of what cannot be, something that can.
+    for (mut resources, expected) in cases {
+        // A possible change precedes the impossible one.
         resources["pids"] = json!({"limit": 33});
         if let Some(all) = resources["hugepageLimits"].as_array_mut() {
             all.insert(0, json!({"pageSize": "2MB", "limit": 0}));
         }
-        let (code, message) = refused(&shim, &resources)?;
-        ensure!(code == Code::INVALID_ARGUMENT && message.contains(named), "{resources}: {code:?} {message}");
+        let (code, message) = update_error(&shim, &resources)?;
+        ensure!(code == Code::INVALID_ARGUMENT && message.contains(expected), "{resources}: {code:?} {message}");
         let after = shim.task.metrics(&id)?;
         ensure!(after.pids.limit == before.pids.limit && after.hugetlb == before.hugetlb, "{resources}: {after}");
     }
     let none = api::UpdateTaskRequest { id: id.clone(), ..Default::default() };
     let none = shim.task.call::<_, api::Empty>("Update", &none);
-    ensure!(code(&none) == Some(Code::INVALID_ARGUMENT), "an update of nothing: {none:?}");
-    let (_, both) = refused(&shim, &json!({"cpu": {"cpus": "63"}, "memory": {"swappiness": 3}}))?;
-    ensure!(both.contains("linux.resources.cpu.cpus") && both.contains("swappiness"), "not both: {both}");
+    ensure!(code(&none) == Some(Code::INVALID_ARGUMENT), "an Update without resources: {none:?}");
+    let (_, both) = update_error(&shim, &json!({"cpu": {"cpus": "63"}, "memory": {"swappiness": 3}}))?;
+    ensure!(
+        both.contains("linux.resources.cpu.cpus") && both.contains("swappiness"),
+        "expected both limits in: {both}"
+    );
     Ok(())
 }
 
 #[test]
-fn a_memory_limit_that_is_lowered_under_what_is_used_is_told_as_an_oom() -> Result<()> {
-    if !Runtime::under_test().is_husk_or_tell("a_memory_limit_that_is_lowered_under_what_is_used_is_told_as_an_oom") {
-        return Ok(());
-    }
+fn lowering_a_memory_limit_below_the_usage_causes_an_oom_event() -> Result<()> {
+    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = limited(containerd, "lowered")?;
     let process = bundle::process(&["sh", "-c", "head -c 20000000 /dev/zero | tail -c 20000000 | (sleep 1000; cat)"]);
-    shim.task.exec(&id, "holds", &process, &Streams::default())?;
-    shim.task.start(&id, "holds")?;
+    shim.start_exec("holds", &process, &Streams::default())?;
     let held = || shim.task.metrics(&id).map(|now| (now.memory.anon > 15_000_000).then_some(())).transpose();
     wait_for(Duration::from_secs(20), "the memory is in use", held)??;
     shim.task.update(&id, &json!({"memory": {"limit": 8 << 20}}))?;
     shim.events.until("/tasks/oom", Duration::from_secs(20))?;
     ensure!(shim.task.metrics(&id)?.memory_events.oom_kill > 0);
-    ensure!(shim.task.state(&id, "")?.status.value() == 2, "the init had no part in it");
+    ensure!(shim.task.state(&id, "")?.status.value() == 2, "the init does not run any more");
     Ok(())
 }

@@ -34,7 +34,7 @@ pub enum Error {
         /// The port.
         port: u32,
         /// Why not.
-        source: husk_vsock::Error,
+        source: husk_vsock::VsockError,
     },
     /// It speaks another version of the wire.
     #[error(

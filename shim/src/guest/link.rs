@@ -31,7 +31,7 @@ pub enum Carrier {
 pub enum Error {
     /// The device, or a port of it.
     #[error("vsock device: {0}")]
-    Vsock(#[from] husk_vsock::Error),
+    Vsock(#[from] husk_vsock::VsockError),
     /// The kernel's device.
     #[error("open {device}: {0}", device = kernel::DEVICE)]
     Device(#[source] io::Error),
@@ -68,9 +68,9 @@ impl Link {
     /// # Errors
     ///
     /// When it refuses, is gone, or does not answer in time.
-    pub async fn connect(&self, port: u32, deadline: Duration) -> husk_vsock::Result<Stream> {
+    pub async fn connect(&self, port: u32, deadline: Duration) -> Result<Stream, husk_vsock::VsockError> {
         match self {
-            Self::Own(device) => device.connect(port, deadline).await.map(Stream::Own),
+            Self::Own(device) => device.connect(port, deadline).await.map(Stream::VhostUser),
             Self::Kernel(cid) => kernel::connect(*cid, port, deadline).await.map(Stream::Kernel),
         }
     }
@@ -83,7 +83,7 @@ pub enum Ready {
     /// A port of the machine, on which only it is heard.
     Kernel {
         /// The port.
-        listener: kernel::Listener,
+        listener: kernel::KernelListener,
         /// Whose.
         cid: u32,
     },
@@ -103,9 +103,9 @@ impl Ready {
     /// # Errors
     ///
     /// When the device has ended.
-    pub async fn accept(&mut self) -> husk_vsock::Result<Stream> {
+    pub async fn accept(&mut self) -> Result<Stream, husk_vsock::VsockError> {
         match self {
-            Self::Own(listener) => listener.accept().await.map(Stream::Own),
+            Self::Own(listener) => listener.accept().await.map(Stream::VhostUser),
             Self::Kernel { listener, cid } => Ok(Stream::Kernel(listener.accept_from(*cid).await)),
         }
     }
@@ -136,7 +136,7 @@ pub async fn make(carrier: Carrier, journal: &Journal) -> Result<Made, Error> {
         Carrier::Kernel => {
             let journal = journal.clone();
             let (cid, device) = tokio::task::spawn_blocking(move || lease(&journal)).await??;
-            let listener = kernel::Listener::bind(READY_PORTS + cid)?;
+            let listener = kernel::KernelListener::bind(READY_PORTS + cid)?;
             Ok(Made { link: Link::Kernel(cid), ready: Ready::Kernel { listener, cid }, qemus: device })
         }
     }

@@ -85,8 +85,8 @@ impl Source for AllVms {
 /// # Errors
 ///
 /// When the port cannot be listened on: another process does, or the kernel has no vsock.
-pub async fn serve_all(base: PathBuf, settings: TokenSettings) -> husk_vsock::Result<()> {
-    let listener = kernel::Listener::bind(PORT_METADATA)?;
+pub async fn serve_all(base: PathBuf, settings: TokenSettings) -> Result<(), husk_vsock::VsockError> {
+    let listener = kernel::KernelListener::bind(PORT_METADATA)?;
     tracing::info!(port = PORT_METADATA, "answering all VMs on the kernel's vsock");
     let incoming = stream::unfold(listener, |listener| async move { Some((listener.accept().await, listener)) });
     serve(Box::pin(incoming), Arc::new(AllVms { base, issuer: Issuer::new(settings) })).await;

@@ -45,7 +45,7 @@ const TELL_AGAIN: Duration = Duration::from_secs(60);
 pub enum Error {
     /// Its port cannot be listened on.
     #[error("metadata service: {0}")]
-    Listen(#[from] husk_vsock::Error),
+    Listen(#[from] husk_vsock::VsockError),
     /// The workspace cannot be put where the host's service finds it.
     #[error("write the workspace {}: {source}", path.display())]
     Workspace {
@@ -179,7 +179,7 @@ pub async fn serve_vm(listener: Listener, identity: Identity, settings: TokenSet
         loop {
             match listener.accept().await {
                 Ok(stream) => return Some(((stream, cid), listener)),
-                Err(husk_vsock::Error::Closed) => return None,
+                Err(husk_vsock::VsockError::Closed) => return None,
                 // Closed by the guest, or out of descriptors: that connection is lost, the next may not be.
                 Err(error) => tracing::warn!(%error, "a connection to the metadata service is lost"),
             }

@@ -259,7 +259,7 @@ async fn it_ends_with_the_device() {
     let vm = one_vm(Path::new("/none"), None);
     let listener = device.listen(husk_protos::PORT_METADATA).unwrap();
     let service = tokio::spawn(serve_vm(listener, vm.identity.clone(), vm.issuer.settings.clone(), None));
-    assert!(matches!(device.listen(husk_protos::PORT_METADATA), Err(husk_vsock::Error::PortInUse(_))));
+    assert!(matches!(device.listen(husk_protos::PORT_METADATA), Err(husk_vsock::VsockError::PortInUse(_))));
     device.stop();
     tokio::time::timeout(WAIT, service).await.expect("it outlives the device").unwrap();
 }

@@ -1,5 +1,5 @@
-//! The control side: what QEMU tells a vhost-user backend about memory and rings. The device thread handles these requests itself, between
-//! two looks at the rings, so a ring that is stopped is at rest by the time that QEMU has its answer.
+//! The control side: QEMU's vhost-user requests, which describe the guest's memory and the rings. The device's thread
+//! handles them between two passes over the rings, so a stopped ring is idle before QEMU gets its reply.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -19,39 +19,46 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::ring::{RING_MAX, Ring};
+use crate::ring::{RING_MAX, Ring};
 
-/// Queues that QEMU leaves to the backend; it keeps the event queue (index 2) to itself.
-pub const RINGS: usize = 2;
-/// Index of the queue with packets to the guest (virtio 1.2, 5.10.2).
-pub const RX: usize = 0;
-/// Index of the queue with packets from the guest.
-pub const TX: usize = 1;
+/// Number of queues that QEMU leaves to the backend. QEMU handles the event queue (index 2) itself.
+pub(crate) const RINGS: usize = 2;
+/// Index of the queue for packets to the guest (virtio 1.2, 5.10.2).
+pub(crate) const RX: usize = 0;
+/// Index of the queue for packets from the guest.
+pub(crate) const TX: usize = 1;
 
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// What QEMU has set up.
-pub struct Backend {
+/// The guest's memory and rings, as QEMU has set them up.
+pub(crate) struct Backend {
     epoll: Arc<Epoll>,
-    /// Epoll token of a ring's kick, by index.
+    /// Epoll tokens of the kicks, by ring index.
     tokens: [u64; RINGS],
     guest_cid: u64,
     /// The guest's memory.
-    pub memory: GuestMemoryMmap,
-    /// The receive and the transmit queue.
-    pub rings: [Ring; RINGS],
-    /// Set when the guest's driver starts over: its connections are gone.
-    pub driver_is_new: bool,
-    /// QEMU's addresses of the memory regions: (its address, length, the guest's address).
-    regions: Vec<(u64, u64, u64)>,
+    pub(crate) memory: GuestMemoryMmap,
+    /// Indexed by [`RX`] and [`TX`].
+    pub(crate) rings: [Ring; RINGS],
+    /// Set when the guest's driver restarts, which ends all its connections.
+    pub(crate) driver_restarted: bool,
+    /// Maps QEMU's addresses to the guest's.
+    regions: Vec<Region>,
+}
+
+/// A region of the guest's memory.
+struct Region {
+    qemu_address: u64,
+    size: u64,
+    guest_address: u64,
 }
 
 impl Backend {
-    /// Nothing set up yet. The rings' kicks are added to `epoll` under `tokens`.
-    pub fn new(
+    /// Starts without memory and rings. Adds the kicks of the rings to `epoll` with `tokens`.
+    pub(crate) fn new(
         epoll: Arc<Epoll>,
         tokens: [u64; RINGS],
         guest_cid: u64,
@@ -62,7 +69,7 @@ impl Backend {
             guest_cid,
             memory: GuestMemoryMmap::default(),
             rings: [Ring::new()?, Ring::new()?],
-            driver_is_new: false,
+            driver_restarted: false,
             regions: Vec::new(),
         })
     }
@@ -74,9 +81,9 @@ impl Backend {
     fn guest_address(&self, address: u64) -> Result<u64> {
         self.regions
             .iter()
-            .find_map(|&(base, len, guest)| {
-                let offset = address.checked_sub(base)?;
-                (offset < len).then(|| guest.checked_add(offset))?
+            .find_map(|region| {
+                let offset = address.checked_sub(region.qemu_address)?;
+                (offset < region.size).then(|| region.guest_address.checked_add(offset))?
             })
             .ok_or(Error::InvalidParam)
     }
@@ -85,13 +92,13 @@ impl Backend {
         let token = self.tokens.get(index).copied().ok_or(Error::InvalidParam)?;
         let ring = &mut self.rings[index];
         if let Some(old) = ring.kick.take() {
-            // QEMU has the same eventfd open: closing ours would not take it off the epoll set.
+            // QEMU has the same eventfd open, so closing this descriptor would not remove it from the epoll set.
             self.epoll
                 .ctl(ControlOperation::Delete, old.as_raw_fd(), EpollEvent::default())
                 .map_err(Error::ReqHandlerError)?;
         }
         let Some(file) = file else { return Ok(()) };
-        // QEMU clears the eventfd itself at times; a read that lost that race must not block the device.
+        // QEMU sometimes clears the eventfd itself. A read that loses that race must not block the device.
         nonblocking(&file)?;
         self.epoll
             .ctl(ControlOperation::Add, file.as_raw_fd(), EpollEvent::new(EventSet::IN, token))
@@ -108,13 +115,13 @@ fn nonblocking(file: &File) -> Result<()> {
     Ok(())
 }
 
-/// Refuses memory that could become shorter under our mapping: touching it then would be a SIGBUS for the whole shim.
+/// Rejects memory that can shrink while it is mapped: an access beyond its end would kill the shim with SIGBUS.
 fn check_sealed(file: &File) -> Result<()> {
     let seals = fcntl(file, FcntlArg::F_GET_SEALS).unwrap_or(0);
     if SealFlag::from_bits_retain(seals).contains(SealFlag::F_SEAL_SHRINK) {
         Ok(())
     } else {
-        log::error!("vsock: the guest's memory is not a memfd that is sealed against shrinking");
+        tracing::error!("the guest's memory is not a memfd with F_SEAL_SHRINK; rejecting QEMU's vsock memory table");
         Err(Error::InvalidParam)
     }
 }
@@ -133,7 +140,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
             ring.stop();
             ring.enabled = false;
         }
-        self.driver_is_new = true;
+        self.driver_restarted = true;
         Ok(())
     }
 
@@ -147,7 +154,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
         }
         for ring in &mut self.rings {
             ring.queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
-            // A front end that can't enable rings wants them enabled from the start (vhost-user, "ring states").
+            // Without protocol features the front end cannot enable rings: they start enabled (vhost-user, "Ring
+            // states").
             ring.enabled |= features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
         }
         Ok(())
@@ -168,8 +176,14 @@ impl VhostUserBackendReqHandlerMut for Backend {
         }
         self.memory = GuestMemoryMmap::from_regions(mapped)
             .map_err(|error| Error::ReqHandlerError(std::io::Error::other(error)))?;
-        self.regions =
-            regions.iter().map(|region| (region.user_addr, region.memory_size, region.guest_phys_addr)).collect();
+        self.regions = regions
+            .iter()
+            .map(|region| Region {
+                qemu_address: region.user_addr,
+                size: region.memory_size,
+                guest_address: region.guest_phys_addr,
+            })
+            .collect();
         Ok(None)
     }
 
@@ -198,7 +212,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         queue.try_set_desc_table_address(descriptor).map_err(|_| Error::InvalidParam)?;
         queue.try_set_avail_ring_address(available).map_err(|_| Error::InvalidParam)?;
         queue.try_set_used_ring_address(used).map_err(|_| Error::InvalidParam)?;
-        // SET_VRING_BASE only brings the available index; where the used ring stands is in the ring itself.
+        // SET_VRING_BASE sets only the available index. The used index is in the ring itself.
         let next_used =
             queue.used_idx(&self.memory, std::sync::atomic::Ordering::Relaxed).map_err(|_| Error::InvalidParam)?;
         queue.set_next_used(next_used.0);
@@ -208,10 +222,10 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
         let ring = self.ring(index)?;
-        // A VM that was paused goes on where its rings stopped. Any other position is that of a driver that started over.
-        let starts_over = ring.queue.next_avail() != base;
+        // A paused VM resumes where its rings stopped. Any other position means that the driver has restarted.
+        let restarted = ring.queue.next_avail() != base;
         ring.queue.set_next_avail(base);
-        self.driver_is_new |= starts_over;
+        self.driver_restarted |= restarted;
         Ok(())
     }
 
@@ -261,7 +275,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        // struct virtio_vsock_config (virtio 1.2, 5.10.4): the guest's CID, and nothing else.
+        // struct virtio_vsock_config (virtio 1.2, 5.10.4) contains only the guest's CID.
         let config = self.guest_cid.to_le_bytes();
         let end = offset.checked_add(size).ok_or(Error::InvalidParam)?;
         config.get(offset as usize..end as usize).map(<[u8]>::to_vec).ok_or(Error::InvalidParam)
@@ -272,23 +286,23 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_gpu_socket(&mut self, _backend: GpuBackend) -> Result<()> {
-        Err(not_offered())
+        Err(unsupported())
     }
 
     fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
-        Err(not_offered())
+        Err(unsupported())
     }
 
     fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(not_offered())
+        Err(unsupported())
     }
 
     fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(not_offered())
+        Err(unsupported())
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
-        Err(not_offered())
+        Err(unsupported())
     }
 
     fn add_mem_region(
@@ -297,11 +311,11 @@ impl VhostUserBackendReqHandlerMut for Backend {
         _file: File,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        Err(not_offered())
+        Err(unsupported())
     }
 
     fn remove_mem_region(&mut self, _region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        Err(not_offered())
+        Err(unsupported())
     }
 
     fn set_device_state_fd(
@@ -310,23 +324,23 @@ impl VhostUserBackendReqHandlerMut for Backend {
         _phase: VhostTransferStatePhase,
         _file: File,
     ) -> Result<Option<File>> {
-        Err(not_offered())
+        Err(unsupported())
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        Err(not_offered())
+        Err(unsupported())
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
-        Err(not_offered())
+        Err(unsupported())
     }
 
     fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(not_offered())
+        Err(unsupported())
     }
 }
 
-/// A request of a protocol feature that `get_protocol_features` does not offer.
-fn not_offered() -> Error {
-    Error::InvalidOperation("not among the features that were offered")
+/// The error for a request of a protocol feature that `get_protocol_features` does not offer.
+fn unsupported() -> Error {
+    Error::InvalidOperation("the request needs a protocol feature that was not offered")
 }

@@ -1,23 +1,23 @@
-//! Credit: how much each side may send without having heard more from the other (virtio 1.2, 5.10.6.3).
-//! Pure arithmetic on counters that wrap at 2^32. Nothing here trusts what the guest says.
+//! Credit: how many bytes each side may send before the other announces more (virtio 1.2, 5.10.6.3). Pure arithmetic on
+//! counters that wrap at 2^32. Nothing here trusts the guest's numbers.
 
-/// Our right to send to the guest, as far as the guest has told us.
+/// The device's credit for sending to the guest, as the guest has announced it.
 #[derive(Clone, Copy, Debug)]
-pub struct SendCredit {
+pub(crate) struct SendCredit {
     peer_alloc: u32,
     peer_forwarded: u32,
     sent: u32,
 }
 
 impl SendCredit {
-    /// Starts with nothing: the first packet of the guest brings credit.
-    pub fn new() -> Self {
+    /// Starts without credit. The guest's first packet announces some.
+    pub(crate) fn new() -> Self {
         SendCredit { peer_alloc: 0, peer_forwarded: 0, sent: 0 }
     }
 
-    /// Takes what a packet's header says. A `fwd_cnt` that is older than one already heard (two CPUs of the guest can queue
-    /// their packets in the other order), or that claims more than was sent, is ignored.
-    pub fn heard(&mut self, buf_alloc: u32, fwd_cnt: u32) {
+    /// Applies the announcement in a packet's header. Ignores a `fwd_cnt` that is older than an earlier one (two CPUs
+    /// of the guest can queue their packets in the opposite order) or that exceeds what was sent.
+    pub(crate) fn update(&mut self, buf_alloc: u32, fwd_cnt: u32) {
         self.peer_alloc = buf_alloc;
         let advance = fwd_cnt.wrapping_sub(self.peer_forwarded);
         if advance <= self.in_flight() {
@@ -25,13 +25,13 @@ impl SendCredit {
         }
     }
 
-    /// Bytes that may be sent now. Zero also when the guest has shrunk its buffer below what is on its way.
-    pub fn available(&self) -> u32 {
+    /// Bytes that may be sent now. Also zero if the guest has shrunk its buffer below the bytes in flight.
+    pub(crate) fn available(&self) -> u32 {
         self.peer_alloc.saturating_sub(self.in_flight())
     }
 
     /// Counts `n` bytes as sent.
-    pub fn sent(&mut self, n: u32) {
+    pub(crate) fn count_sent(&mut self, n: u32) {
         self.sent = self.sent.wrapping_add(n);
     }
 
@@ -40,23 +40,24 @@ impl SendCredit {
     }
 }
 
-/// The guest's right to send to us, and what of it is used.
+/// The guest's credit for sending to the device, and how much of it is in use.
 #[derive(Clone, Copy, Debug)]
-pub struct ReceiveCredit {
+pub(crate) struct ReceiveCredit {
     window: u32,
     received: u32,
     forwarded: u32,
-    told: u32,
+    announced: u32,
 }
 
 impl ReceiveCredit {
-    /// A window of `window` bytes: never more than that is held for the host's side.
-    pub fn new(window: u32) -> Self {
-        ReceiveCredit { window, received: 0, forwarded: 0, told: 0 }
+    /// `window` bounds the bytes held for the host.
+    pub(crate) fn new(window: u32) -> Self {
+        ReceiveCredit { window, received: 0, forwarded: 0, announced: 0 }
     }
 
-    /// Takes `n` bytes in, or refuses them all: the guest has ignored its credit.
-    pub fn received(&mut self, n: u32) -> bool {
+    /// Counts `n` bytes as received. Returns false, and counts none, if they exceed the guest's credit.
+    #[must_use]
+    pub(crate) fn count_received(&mut self, n: u32) -> bool {
         if n > self.window - self.held() {
             return false;
         }
@@ -64,25 +65,25 @@ impl ReceiveCredit {
         true
     }
 
-    /// Counts `n` of the bytes held as gone to the host's side; more than are held counts as all of them.
-    pub fn forwarded(&mut self, n: u32) {
+    /// Counts `n` of the held bytes, or all of them if there are fewer, as forwarded to the host.
+    pub(crate) fn count_forwarded(&mut self, n: u32) {
         self.forwarded = self.forwarded.wrapping_add(n.min(self.held()));
     }
 
-    /// Bytes received and not yet forwarded: at most the window.
-    pub fn held(&self) -> u32 {
+    /// Bytes received but not forwarded, at most the window.
+    pub(crate) fn held(&self) -> u32 {
         self.received.wrapping_sub(self.forwarded)
     }
 
-    /// Whether so much of the window came free since the guest last heard of it that it should hear now. A quarter: with the
-    /// whole window used up, three quarters of it still cover the time that the update needs to arrive.
-    pub fn should_tell(&self) -> bool {
-        self.forwarded.wrapping_sub(self.told) >= self.window / 4
+    /// Whether enough of the window became free since the last announcement to announce it. The threshold is a quarter:
+    /// a guest that sends at full speed still has three quarters of the window while the update is on its way.
+    pub(crate) fn is_update_due(&self) -> bool {
+        self.forwarded.wrapping_sub(self.announced) >= self.window / 4
     }
 
-    /// `buf_alloc` and `fwd_cnt` for a header that goes out now.
-    pub fn tell(&mut self) -> (u32, u32) {
-        self.told = self.forwarded;
+    /// Returns `buf_alloc` and `fwd_cnt` for an outgoing header, and counts them as announced.
+    pub(crate) fn announce(&mut self) -> (u32, u32) {
+        self.announced = self.forwarded;
         (self.window, self.forwarded)
     }
 }
@@ -92,51 +93,51 @@ mod tests {
     use super::*;
 
     #[test]
-    fn send_credit_survives_the_wrap() {
+    fn send_credit_survives_counter_wraparound() {
         let mut credit = SendCredit { peer_alloc: 100, peer_forwarded: u32::MAX - 10, sent: u32::MAX - 10 };
         assert_eq!(credit.available(), 100);
-        credit.sent(60);
+        credit.count_sent(60);
         assert_eq!(credit.available(), 40);
-        credit.heard(100, (u32::MAX - 10).wrapping_add(60));
+        credit.update(100, (u32::MAX - 10).wrapping_add(60));
         assert_eq!(credit.available(), 100);
     }
 
     #[test]
-    fn send_credit_ignores_what_cannot_be() {
+    fn send_credit_ignores_impossible_updates() {
         let mut credit = SendCredit::new();
-        credit.heard(100, 0);
-        credit.sent(80);
-        // (buf_alloc, fwd_cnt) as heard in turn, and what may be sent after it
+        credit.update(100, 0);
+        credit.count_sent(80);
+        // (buf_alloc, fwd_cnt) of successive packets, and the credit after each
         for (alloc, forwarded, available) in [
             (100, 81, 20),       // more forwarded than was sent
-            (100, u32::MAX, 20), // before the beginning
+            (100, u32::MAX, 20), // before the first byte
             (100, 50, 70),
             (100, 30, 70), // overtaken by the one before
             (10, 50, 0),   // shrunk below what is in flight
             (100, 80, 100),
             (u32::MAX, 80, u32::MAX),
         ] {
-            credit.heard(alloc, forwarded);
+            credit.update(alloc, forwarded);
             assert_eq!(credit.available(), available, "after ({alloc}, {forwarded})");
         }
     }
 
     #[test]
-    fn receive_credit_bounds_what_is_held() {
-        let mut credit =
-            ReceiveCredit { window: 100, received: u32::MAX - 5, forwarded: u32::MAX - 5, told: u32::MAX - 5 };
-        assert!(credit.received(100));
-        assert!(!credit.received(1));
+    fn receive_credit_bounds_the_held_bytes() {
+        let start = u32::MAX - 5;
+        let mut credit = ReceiveCredit { window: 100, received: start, forwarded: start, announced: start };
+        assert!(credit.count_received(100));
+        assert!(!credit.count_received(1));
         assert_eq!(credit.held(), 100);
-        credit.forwarded(24);
-        assert!(!credit.should_tell());
-        credit.forwarded(1);
-        assert!(credit.should_tell());
-        assert_eq!(credit.tell(), (100, (u32::MAX - 5).wrapping_add(25)));
-        assert!(!credit.should_tell());
-        assert!(!credit.received(26));
-        assert!(credit.received(25));
-        credit.forwarded(u32::MAX);
+        credit.count_forwarded(24);
+        assert!(!credit.is_update_due());
+        credit.count_forwarded(1);
+        assert!(credit.is_update_due());
+        assert_eq!(credit.announce(), (100, start.wrapping_add(25)));
+        assert!(!credit.is_update_due());
+        assert!(!credit.count_received(26));
+        assert!(credit.count_received(25));
+        credit.count_forwarded(u32::MAX);
         assert_eq!(credit.held(), 0);
     }
 }

@@ -1,30 +1,30 @@
-//! The header that opens every vsock packet (virtio 1.2, 5.10.6), as plain data. Pure: bytes in, fields out, and back.
-//! What a field means for a connection is decided in `connection.rs` and `table.rs`.
+//! The header of a vsock packet (virtio 1.2, 5.10.6): decoding and encoding. Pure. `connection.rs` and `table.rs`
+//! decide what a header means for a connection.
 
-/// Bytes of a header on the wire; all fields little-endian, without padding.
+/// Size of an encoded header, bytes. Fields are little-endian, without padding.
 pub const HEADER_LEN: usize = 44;
-/// The only socket type that is served here (virtio 1.2, 5.10.6: `VIRTIO_VSOCK_TYPE_STREAM`).
+/// The only socket type that the device supports (virtio 1.2, 5.10.6: `VIRTIO_VSOCK_TYPE_STREAM`).
 pub const TYPE_STREAM: u16 = 1;
 /// The host's CID (virtio 1.2, 5.10.4; vsock(7): `VMADDR_CID_HOST`).
 pub const HOST_CID: u64 = 2;
 
-/// What a packet asks for (virtio 1.2, 5.10.6). The numbers are the wire's.
+/// The operation of a packet (virtio 1.2, 5.10.6), with its number on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Op {
-    /// Open a connection.
+    /// Requests a connection.
     Request = 1,
-    /// The answer to a request that was accepted.
+    /// Accepts a requested connection.
     Response = 2,
-    /// Abort, or the last word of an orderly end.
+    /// Aborts a connection, or completes an orderly shutdown.
     Rst = 3,
-    /// The sender will not send, or not receive, any more; see [`Shut`].
+    /// The sender stops sending, receiving, or both: see [`Shut`].
     Shutdown = 4,
-    /// Payload.
+    /// Carries payload.
     Rw = 5,
-    /// Tells the sender's `buf_alloc` and `fwd_cnt`.
+    /// Announces the sender's `buf_alloc` and `fwd_cnt`, which every packet carries.
     CreditUpdate = 6,
-    /// Asks for a credit update.
+    /// Requests a credit update.
     CreditRequest = 7,
 }
 
@@ -43,18 +43,18 @@ impl Op {
     }
 }
 
-/// The directions that one side has closed: the flags of `VIRTIO_VSOCK_OP_SHUTDOWN`. They only ever grow.
+/// The directions that one side has closed: the flags of `VIRTIO_VSOCK_OP_SHUTDOWN`. A closed direction never reopens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Shut(u8);
 
 impl Shut {
     /// Neither direction.
     pub const NONE: Shut = Shut(0);
-    /// The sender of the packet will receive no more.
+    /// The sender of the packet receives no more.
     pub const RECEIVE: Shut = Shut(1);
-    /// The sender of the packet will send no more.
+    /// The sender of the packet sends no more.
     pub const SEND: Shut = Shut(2);
-    /// Both: the request for an orderly end.
+    /// Both directions: requests an orderly shutdown.
     pub const BOTH: Shut = Shut(3);
 
     /// Whether all of `other` is closed.
@@ -62,18 +62,18 @@ impl Shut {
         self.0 & other.0 == other.0
     }
 
-    /// Closes `other` too.
+    /// Closes `other` as well.
     pub fn add(&mut self, other: Shut) {
         self.0 |= other.0;
     }
 
     fn from_wire(flags: u32) -> Self {
-        // Unknown bits are for later versions of the protocol: ignored.
+        // Unknown bits are reserved for later versions of the protocol.
         Shut((flags & 3) as u8)
     }
 }
 
-/// One packet's header, decoded. `op` is `None` when the number is not one of [`Op`].
+/// A decoded header. `op` is `None` if the number is not in [`Op`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     /// CID of the sender.
@@ -86,15 +86,15 @@ pub struct Header {
     pub dst_port: u32,
     /// Bytes of payload that follow.
     pub len: u32,
-    /// Socket type, [`TYPE_STREAM`] or something that is refused.
-    pub kind: u16,
-    /// What the packet asks for.
+    /// Socket type. The device rejects all but [`TYPE_STREAM`].
+    pub socket_type: u16,
+    /// Operation.
     pub op: Option<Op>,
-    /// Only of meaning in [`Op::Shutdown`].
+    /// Closed directions. Only [`Op::Shutdown`] uses them.
     pub shut: Shut,
     /// Size of the sender's receive buffer for this connection, bytes.
     pub buf_alloc: u32,
-    /// Bytes, modulo 2^32, that have left the sender's receive buffer for good.
+    /// Bytes that have left the sender's receive buffer so far, modulo 2^32.
     pub fwd_cnt: u32,
 }
 
@@ -110,7 +110,7 @@ impl Header {
             src_port: u32_at(16),
             dst_port: u32_at(20),
             len: u32_at(24),
-            kind: u16_at(28),
+            socket_type: u16_at(28),
             op: Op::from_wire(u16_at(30)),
             shut: Shut::from_wire(u32_at(32)),
             buf_alloc: u32_at(36),
@@ -118,7 +118,7 @@ impl Header {
         }
     }
 
-    /// Encodes a header. An unknown `op` is written as 0, `VIRTIO_VSOCK_OP_INVALID`.
+    /// Encodes a header. Writes an `op` of `None` as 0, `VIRTIO_VSOCK_OP_INVALID`.
     pub fn encode(&self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
@@ -127,7 +127,7 @@ impl Header {
         put(16, &self.src_port.to_le_bytes());
         put(20, &self.dst_port.to_le_bytes());
         put(24, &self.len.to_le_bytes());
-        put(28, &self.kind.to_le_bytes());
+        put(28, &self.socket_type.to_le_bytes());
         put(30, &self.op.map_or(0, |op| op as u16).to_le_bytes());
         put(32, &u32::from(self.shut.0).to_le_bytes());
         put(36, &self.buf_alloc.to_le_bytes());
@@ -135,7 +135,8 @@ impl Header {
         bytes
     }
 
-    /// The RST that answers this packet: addresses turned around, and the type kept, so that the sender can tell which socket it is for.
+    /// The RST that answers this packet. It swaps the addresses and keeps the socket type, by which the sender finds
+    /// the socket.
     pub fn rst_reply(&self) -> Self {
         Header {
             src_cid: self.dst_cid,
@@ -143,7 +144,7 @@ impl Header {
             src_port: self.dst_port,
             dst_port: self.src_port,
             len: 0,
-            kind: self.kind,
+            socket_type: self.socket_type,
             op: Some(Op::Rst),
             shut: Shut::NONE,
             buf_alloc: 0,
@@ -157,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fields_are_where_the_specification_puts_them() {
+    fn header_fields_have_the_offsets_of_the_specification() {
         let mut bytes = [0; HEADER_LEN];
         for (at, byte) in bytes.iter_mut().enumerate() {
             *byte = at as u8;
@@ -173,7 +174,7 @@ mod tests {
                 src_port: 0x1312_1110,
                 dst_port: 0x1716_1514,
                 len: 0x1b1a_1918,
-                kind: 0x1d1c,
+                socket_type: 0x1d1c,
                 op: Some(Op::Rw),
                 shut: Shut::SEND,
                 buf_alloc: 0x2726_2524,
@@ -184,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn an_operation_that_does_not_exist_is_none() {
+    fn an_unknown_operation_decodes_as_none() {
         for wire in [0u16, 8, 255, u16::MAX] {
             let mut bytes = [0; HEADER_LEN];
             bytes[30..32].copy_from_slice(&wire.to_le_bytes());

@@ -1,5 +1,5 @@
-//! The kernel's vsock device (vhost_vsock): guests have CIDs of the whole machine, and ports of the host are the whole machine's, so whoever accepts a
-//! connection asks where it comes from.
+//! The kernel's vsock device (vhost-vsock). CIDs of guests and ports of the host are shared by the whole machine, so
+//! whoever accepts a connection must check the CID that it comes from.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,24 +8,33 @@ use std::time::Duration;
 
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
-use super::{Error, Result};
+use crate::error::VsockError;
 
-/// The device.
+/// The device's path.
 pub const DEVICE: &str = "/dev/vhost-vsock";
-/// Pause after a failed accept, which is a lack of descriptors or memory: without it the loop would turn until some come free.
+/// Pause after a failed accept, which means that descriptors or memory are exhausted. Without it the loop would spin
+/// until some are free.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A device for one guest, without a CID yet.
+/// Opens a device for one guest. It has no CID yet: see [`claim`].
+///
+/// # Errors
+///
+/// The error of open(2).
 pub fn open() -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(DEVICE)
 }
 
-/// Gives the device this CID; false when another guest of the machine has it, whoever runs that.
+/// Assigns this CID to the device. Returns false when another guest of the machine, of husk or not, has the CID.
+///
+/// # Errors
+///
+/// The error of ioctl(2), other than EADDRINUSE.
 pub fn claim(device: &File, cid: u32) -> io::Result<bool> {
-    // VHOST_VSOCK_SET_GUEST_CID (linux/vhost.h): _IOW(VHOST_VIRTIO, 0x60, __u64). QEMU does it again, which changes nothing.
+    // VHOST_VSOCK_SET_GUEST_CID (linux/vhost.h): _IOW(VHOST_VIRTIO, 0x60, __u64). QEMU repeats the call without effect.
     const SET_GUEST_CID: libc::c_ulong = 0x4008_af60;
     let cid = u64::from(cid);
-    // SAFETY: the descriptor is open, and the call reads one u64, which lives through it.
+    // SAFETY: the descriptor is open. The call reads one u64, which outlives the call.
     match unsafe { libc::ioctl(device.as_raw_fd(), SET_GUEST_CID, &raw const cid) } {
         0 => Ok(true),
         _ => match io::Error::last_os_error() {
@@ -35,51 +44,67 @@ pub fn claim(device: &File, cid: u32) -> io::Result<bool> {
     }
 }
 
-/// Connects to a port of the guest with this CID. Dropping the future gives up.
-pub async fn connect(cid: u32, port: u32, deadline: Duration) -> Result<VsockStream> {
+/// Connects to a port of the guest with this CID. Dropping the future cancels the attempt.
+///
+/// # Errors
+///
+/// [`VsockError::Refused`], [`VsockError::TimedOut`] or [`VsockError::Stream`].
+pub async fn connect(cid: u32, port: u32, deadline: Duration) -> Result<VsockStream, VsockError> {
     match tokio::time::timeout(deadline, VsockStream::connect(VsockAddr::new(cid, port))).await {
         Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) if error.raw_os_error() == Some(libc::ECONNRESET) => Err(Error::Refused(port)),
-        Ok(Err(source)) => Err(Error::Stream { port, source }),
-        Err(_) => Err(Error::TimedOut { port, deadline }),
+        Ok(Err(error)) if error.raw_os_error() == Some(libc::ECONNRESET) => Err(VsockError::Refused(port)),
+        Ok(Err(source)) => Err(VsockError::Stream { port, source }),
+        Err(_) => Err(VsockError::TimedOut { port, deadline }),
     }
 }
 
-/// A port of the host.
-pub struct Listener {
+/// A vsock port of the host, open to every guest of the machine.
+pub struct KernelListener {
     inner: VsockListener,
     port: u32,
 }
 
-impl Listener {
-    /// Listens on a port that nobody else of the machine may have.
-    pub fn bind(port: u32) -> Result<Self> {
+impl KernelListener {
+    /// Listens on a port. Only one process of the machine can.
+    ///
+    /// # Errors
+    ///
+    /// [`VsockError::PortInUse`] or [`VsockError::Stream`].
+    pub fn bind(port: u32) -> Result<Self, VsockError> {
         match VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)) {
             Ok(inner) => Ok(Self { inner, port }),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(Error::PortInUse(port)),
-            Err(source) => Err(Error::Stream { port, source }),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(VsockError::PortInUse(port)),
+            Err(source) => Err(VsockError::Stream { port, source }),
         }
     }
 
-    /// The next connection and the CID that it comes from, which the kernel vouches for. What cannot be accepted is logged, and the next waited for.
+    /// Waits for the next connection, and returns it with the guest's CID, which the kernel guarantees. A failed accept
+    /// is logged and retried.
     pub async fn accept(&self) -> (VsockStream, u32) {
         loop {
             match self.inner.accept().await {
                 Ok((stream, peer)) => return (stream, peer.cid()),
                 Err(error) => {
-                    tracing::error!(port = self.port, %error, "accept a vsock connection");
+                    tracing::error!(port = self.port, %error, "failed to accept a vsock connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
         }
     }
 
-    /// The next connection of this guest. Others are hung up on: any guest of the machine can dial any port.
+    /// Waits for the next connection of this guest, and closes those of others: any guest of the machine can connect to
+    /// any port.
     pub async fn accept_from(&self, cid: u32) -> VsockStream {
         loop {
             match self.accept().await {
                 (stream, from) if from == cid => return stream,
-                (_, from) => tracing::warn!(from, port = self.port, "hung up on a guest that this port is not for"),
+                (_, from) => {
+                    tracing::warn!(
+                        from,
+                        port = self.port,
+                        "closed a vsock connection from a guest that has no access to the port"
+                    );
+                }
             }
         }
     }

@@ -1,122 +1,135 @@
-//! What the handle (`mod.rs`) and the device's thread (`worker.rs`) share: wishes one way, listening ports, and the news of the end.
+//! State shared by the handles (`device.rs`) and the device's thread (`worker.rs`): connection requests, listening
+//! ports, and whether the device is stopping or closed.
 
 use std::collections::HashMap;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use tokio::sync::{mpsc, oneshot};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{CONNECTIONS_MAX, Error};
+use crate::error::VsockError;
+use crate::lock::lock;
 
-/// A host-initiated connection on its way to the device's thread.
-pub struct Opening {
+/// Most connections of one guest at a time, both directions together. The device refuses any beyond that.
+pub(crate) const CONNECTIONS_MAX: usize = 4096;
+
+/// A connection that the host wants to open, on its way to the device's thread.
+pub(crate) struct ConnectRequest {
     /// The guest's port.
-    pub port: u32,
-    /// The device's end of the stream.
-    pub socket: UnixStream,
-    /// Told when the guest has accepted; dropped when it has not.
-    pub connected: oneshot::Sender<()>,
+    pub(crate) port: u32,
+    /// The device's end of the socket pair.
+    pub(crate) socket: UnixStream,
+    /// Receives `()` when the guest accepts. Dropped when the connection fails.
+    pub(crate) connected: oneshot::Sender<()>,
 }
 
-/// See the module.
+/// State shared by the handles and the device's thread.
 pub struct Shared {
-    /// Wakes the thread.
-    pub wake: EventFd,
+    wake: EventFd,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    openings: Vec<Opening>,
+    requests: Vec<ConnectRequest>,
     listeners: HashMap<u32, mpsc::Sender<UnixStream>>,
     stopping: bool,
     closed: bool,
 }
 
-/// A place in a listener's queue.
-pub struct Place(mpsc::OwnedPermit<UnixStream>);
+impl State {
+    fn check_open(&self) -> Result<(), VsockError> {
+        if self.closed || self.stopping { Err(VsockError::Closed) } else { Ok(()) }
+    }
+}
 
-impl Place {
-    /// Puts the stream there.
-    pub fn send(self, stream: UnixStream) {
+/// A reserved slot in a listener's queue.
+pub(crate) struct QueueSlot(mpsc::OwnedPermit<UnixStream>);
+
+impl QueueSlot {
+    /// Queues the stream for the listener.
+    pub(crate) fn send(self, stream: UnixStream) {
         self.0.send(stream);
     }
 }
 
 impl Shared {
-    /// Nothing wished yet. `wake` is nonblocking.
+    /// `wake` must be nonblocking. The device's thread watches it.
     pub fn new(wake: EventFd) -> Self {
         Shared { wake, state: Mutex::default() }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Descriptor that becomes readable when the device's thread has something to do.
+    pub(crate) fn wake_fd(&self) -> RawFd {
+        self.wake.as_raw_fd()
     }
 
-    /// Hands a connection to the thread.
-    pub fn open(&self, opening: Opening) -> Result<(), Error> {
-        let mut state = self.state();
-        if state.closed || state.stopping {
-            return Err(Error::Closed);
+    /// Queues a connection request and wakes the thread.
+    pub(crate) fn request_connection(&self, request: ConnectRequest) -> Result<(), VsockError> {
+        let mut state = lock(&self.state);
+        state.check_open()?;
+        if state.requests.len() >= CONNECTIONS_MAX {
+            return Err(VsockError::TooMany);
         }
-        if state.openings.len() >= CONNECTIONS_MAX {
-            return Err(Error::TooMany);
-        }
-        state.openings.push(opening);
+        state.requests.push(request);
         drop(state);
-        self.wake.write(1).map_err(Error::Setup)
+        self.wake.write(1).map_err(VsockError::Wake)
     }
 
-    /// What was handed over since the last time.
-    pub fn take_openings(&self) -> Vec<Opening> {
-        // Cleared first: what comes in after it wakes again. A counter that is zero already is no error.
+    /// Returns the requests queued since the last call.
+    pub(crate) fn take_requests(&self) -> Vec<ConnectRequest> {
+        // Clear the eventfd first, so that a request queued later wakes the thread again. Reading a counter of zero
+        // fails with EAGAIN, which is expected here.
         let _was_clear = self.wake.read();
-        std::mem::take(&mut self.state().openings)
+        std::mem::take(&mut lock(&self.state).requests)
     }
 
-    /// Registers a listener for connections that the guest makes to `port`.
-    pub fn listen(&self, port: u32, queue: mpsc::Sender<UnixStream>) -> Result<(), Error> {
-        let mut state = self.state();
-        if state.closed || state.stopping {
-            return Err(Error::Closed);
-        }
+    /// Registers a listener for the guest's connections to `port`.
+    ///
+    /// # Errors
+    ///
+    /// [`VsockError::PortInUse`] or [`VsockError::Closed`].
+    pub fn listen(&self, port: u32, queue: mpsc::Sender<UnixStream>) -> Result<(), VsockError> {
+        let mut state = lock(&self.state);
+        state.check_open()?;
         if state.listeners.contains_key(&port) {
-            return Err(Error::PortInUse(port));
+            return Err(VsockError::PortInUse(port));
         }
         state.listeners.insert(port, queue);
         Ok(())
     }
 
-    /// Takes the listener for `port` away.
-    pub fn unlisten(&self, port: u32) {
-        self.state().listeners.remove(&port);
+    /// Removes the listener for `port`.
+    pub(crate) fn unlisten(&self, port: u32) {
+        lock(&self.state).listeners.remove(&port);
     }
 
-    /// A place in the queue of the listener for `port`, if there is a listener, and its queue is not full.
-    pub fn place(&self, port: u32) -> Option<Place> {
-        let queue = self.state().listeners.get(&port)?.clone();
-        queue.try_reserve_owned().ok().map(Place)
+    /// Reserves a slot in the queue of the listener for `port`. `None` without a listener, or when its queue is full.
+    pub(crate) fn reserve(&self, port: u32) -> Option<QueueSlot> {
+        let queue = lock(&self.state).listeners.get(&port)?.clone();
+        queue.try_reserve_owned().ok().map(QueueSlot)
     }
 
-    /// Asks the thread to end.
-    pub fn stop(&self) {
-        self.state().stopping = true;
+    /// Asks the thread to stop.
+    pub(crate) fn stop(&self) {
+        lock(&self.state).stopping = true;
         if let Err(error) = self.wake.write(1) {
-            log::error!("vsock: wake the device's thread to stop it: {error}");
+            tracing::error!(%error, "failed to wake the vsock device's thread to stop it");
         }
     }
 
-    /// Whether the thread was asked to end.
-    pub fn is_stopping(&self) -> bool {
-        self.state().stopping
+    /// Whether the thread was asked to stop.
+    pub(crate) fn is_stopping(&self) -> bool {
+        lock(&self.state).stopping
     }
 
-    /// The device is gone: what waits for it hears so.
-    pub fn close(&self) {
-        let mut state = self.state();
+    /// Marks the device as closed. Dropping the requests and the listeners fails every pending `connect` and `accept`.
+    pub(crate) fn close(&self) {
+        let mut state = lock(&self.state);
         state.closed = true;
-        state.openings.clear();
+        state.requests.clear();
         state.listeners.clear();
     }
 }

@@ -1,63 +1,63 @@
-//! All connections of one guest: who is who, what gets an RST, and whose turn it is to send. Pure: what a connection means on the host is
-//! the type parameter `H`, which is kept here and never looked at.
+//! All connections of one guest: finds the connection of a packet, decides which packets get an RST, and schedules the
+//! connections that have something to send. Pure: the host's end of a connection is the opaque type parameter `H`.
 
 use std::collections::{HashMap, VecDeque};
 
-use super::connection::{Connection, Heard, Plan, Say};
-use super::header::{HOST_CID, Header, Op, Shut, TYPE_STREAM};
+use crate::connection::{Connection, Effect, NextSend, Outgoing};
+use crate::header::{HOST_CID, Header, Op, Shut, TYPE_STREAM};
 
-/// RSTs that wait for room in the guest's queue. Past this many the guest's packets wait too: it is the one that makes no room.
-const REPLIES_MAX: usize = 256;
-/// First port of those that host-initiated connections come from; chosen high, away from the ports that anything listens on.
+/// RSTs queued for the guest. With this many, the device takes no more packets: the guest has to make room first.
+const RSTS_MAX: usize = 256;
+/// First source port of host-initiated connections, well above the ports that services listen on.
 const FIRST_PORT: u32 = 0x4000_0000;
 
-/// Names a connection for as long as the host has a part in it. Never reused.
-pub type Id = u64;
+/// Identifies a connection as long as its host end exists. Never reused.
+pub type ConnectionId = u64;
 
-/// The pair of ports that names a connection on the wire.
+/// The pair of ports that identifies a connection on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Key {
-    /// The host's port.
-    pub host: u32,
-    /// The guest's port.
-    pub guest: u32,
+struct Ports {
+    host: u32,
+    guest: u32,
 }
 
-/// A connection and the host's part of it.
+/// A connection and its host end.
 #[derive(Debug)]
-pub struct Link<H> {
-    /// The state machine.
+pub struct Entry<H> {
+    /// The connection's state machine.
     pub connection: Connection,
-    /// The host's part.
+    /// The host's end.
     pub host: H,
-    key: Key,
+    ports: Ports,
     queued: bool,
 }
 
-/// What a packet of the guest asks of the host.
+/// What the device must do after a packet from the guest.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Verdict<H> {
+pub enum Outcome<H> {
     /// Nothing.
     Nothing,
-    /// The guest wants a connection: answer with [`Table::accept`] or [`Table::refuse`].
+    /// Answer the guest's request with [`Table::accept`] or [`Table::reject`].
     Request,
-    /// The packet's payload is for this connection.
-    Data(Id),
-    /// The host's request was accepted.
-    Connected(Id),
-    /// Half-closes may be due on the host's socket; or the guest's end is over and what is held for the host is still to be delivered.
-    Changed(Id),
-    /// The connection is gone.
-    Dropped(Id, H),
+    /// Deliver the packet's payload to this connection.
+    Payload(ConnectionId),
+    /// The guest accepted the host's request.
+    Connected(ConnectionId),
+    /// Half-closes may be due on the host's socket. Or the guest's end is closed, and held bytes are still to be
+    /// delivered.
+    Changed(ConnectionId),
+    /// The connection was dropped. Returns its host end.
+    Dropped(ConnectionId, H),
 }
 
-/// What to send to the guest next.
+/// The packet to send to the guest next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
-    /// An RST, taken with [`Table::take_reply`].
-    Reply(Header),
-    /// A packet of this connection.
-    Link(Id),
+pub enum NextPacket {
+    /// An RST. After sending it, call [`Table::rst_sent`].
+    Rst(Header),
+    /// A packet of this connection: take it with [`Table::control`] or [`Table::data`], then call
+    /// [`Table::finish_turn`].
+    From(ConnectionId),
 }
 
 /// The connections of one guest.
@@ -66,234 +66,244 @@ pub struct Table<H> {
     guest_cid: u64,
     limit: usize,
     window: u32,
-    ids: HashMap<Key, Id>,
-    links: HashMap<Id, Link<H>>,
-    ready: VecDeque<Id>,
-    replies: VecDeque<Header>,
-    next_id: Id,
+    ids: HashMap<Ports, ConnectionId>,
+    entries: HashMap<ConnectionId, Entry<H>>,
+    /// Connections that may have something to send, in the order of their turns.
+    ready: VecDeque<ConnectionId>,
+    rsts: VecDeque<Header>,
+    next_id: ConnectionId,
     next_port: u32,
 }
 
 impl<H> Table<H> {
-    /// At most `limit` connections with a receive window of `window` bytes each.
+    /// Holds at most `limit` connections with a receive window of `window` bytes each.
     pub fn new(guest_cid: u64, limit: usize, window: u32) -> Self {
         Table {
             guest_cid,
             limit,
             window,
             ids: HashMap::new(),
-            links: HashMap::new(),
+            entries: HashMap::new(),
             ready: VecDeque::new(),
-            replies: VecDeque::new(),
+            rsts: VecDeque::new(),
             next_id: 0,
             next_port: FIRST_PORT,
         }
     }
 
-    /// Whether no more packets of the guest should be taken before it has made room for the answers.
+    /// Whether the guest must make room for RSTs before more of its packets are taken.
     pub fn is_congested(&self) -> bool {
-        self.replies.len() >= REPLIES_MAX
+        self.rsts.len() >= RSTS_MAX
     }
 
-    /// Takes a packet of the guest. `payload` is what the packet really carries, in bytes: a header that claims more is nonsense.
-    pub fn hear(&mut self, header: &Header, payload: usize) -> Verdict<H> {
-        if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID || header.kind != TYPE_STREAM {
+    /// Handles a packet from the guest. `payload` is the size of what the packet really carries, bytes. A header that
+    /// claims more is a violation.
+    pub fn receive(&mut self, header: &Header, payload: usize) -> Outcome<H> {
+        if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID || header.socket_type != TYPE_STREAM {
             return self.reply_rst(header);
         }
-        let key = Key { host: header.dst_port, guest: header.src_port };
-        let Some(&id) = self.ids.get(&key) else {
-            return if header.op == Some(Op::Request) { Verdict::Request } else { self.reply_rst(header) };
+        let ports = Ports { host: header.dst_port, guest: header.src_port };
+        let Some(&id) = self.ids.get(&ports) else {
+            return if header.op == Some(Op::Request) { Outcome::Request } else { self.reply_rst(header) };
         };
-        let Some(link) = self.links.get_mut(&id) else {
-            self.ids.remove(&key);
+        let Some(entry) = self.entries.get_mut(&id) else {
+            self.ids.remove(&ports);
             return self.reply_rst(header);
         };
-        let heard = if header.len as usize > payload { Heard::Violation } else { link.connection.hear(header) };
-        match heard {
-            Heard::Nothing => {
-                self.touch(id);
-                Verdict::Changed(id)
+        let effect = if header.len as usize > payload { Effect::Violation } else { entry.connection.receive(header) };
+        match effect {
+            Effect::Nothing => {
+                self.schedule(id);
+                Outcome::Changed(id)
             }
-            Heard::Data => {
-                self.touch(id);
-                Verdict::Data(id)
+            Effect::Payload => {
+                self.schedule(id);
+                Outcome::Payload(id)
             }
-            Heard::Connected => {
-                self.touch(id);
-                Verdict::Connected(id)
+            Effect::Connected => {
+                self.schedule(id);
+                Outcome::Connected(id)
             }
-            Heard::Ended { rst } => {
-                let held = link.connection.held();
-                self.ids.remove(&key);
+            Effect::Ended { rst } => {
+                let held = entry.connection.held();
+                self.ids.remove(&ports);
                 if rst {
-                    self.replies.push_back(header.rst_reply());
+                    self.rsts.push_back(header.rst_reply());
                 }
-                if held > 0 { Verdict::Changed(id) } else { self.drop_link(id) }
+                if held > 0 { Outcome::Changed(id) } else { self.remove(id) }
             }
-            Heard::Violation => {
-                self.ids.remove(&key);
+            Effect::Violation => {
+                self.ids.remove(&ports);
                 self.reply_rst(header);
-                self.drop_link(id)
+                self.remove(id)
             }
         }
     }
 
-    fn drop_link(&mut self, id: Id) -> Verdict<H> {
-        self.links.remove(&id).map_or(Verdict::Nothing, |link| Verdict::Dropped(id, link.host))
+    fn remove(&mut self, id: ConnectionId) -> Outcome<H> {
+        self.entries.remove(&id).map_or(Outcome::Nothing, |entry| Outcome::Dropped(id, entry.host))
     }
 
-    fn reply_rst(&mut self, header: &Header) -> Verdict<H> {
-        // An RST is never answered: two sides that know nothing of each other would do so for ever.
+    fn reply_rst(&mut self, header: &Header) -> Outcome<H> {
+        // An RST never gets an answer: two sides without a connection would exchange RSTs forever.
         if header.op != Some(Op::Rst) {
-            self.replies.push_back(header.rst_reply());
+            self.rsts.push_back(header.rst_reply());
         }
-        Verdict::Nothing
+        Outcome::Nothing
     }
 
-    /// Says yes to a request. With no room for another connection it is a no, and `host` comes back.
-    pub fn accept(&mut self, request: &Header, host: H) -> Result<Id, H> {
-        if self.links.len() >= self.limit {
-            self.refuse(request);
+    /// Accepts a request.
+    ///
+    /// # Errors
+    ///
+    /// With a full table it rejects the request and returns `host`.
+    pub fn accept(&mut self, request: &Header, host: H) -> Result<ConnectionId, H> {
+        if self.entries.len() >= self.limit {
+            self.reject(request);
             return Err(host);
         }
-        let key = Key { host: request.dst_port, guest: request.src_port };
-        Ok(self.insert(key, Connection::accepted(self.window, request), host))
+        let ports = Ports { host: request.dst_port, guest: request.src_port };
+        Ok(self.insert(ports, Connection::accepted(self.window, request), host))
     }
 
-    /// Says no to a request.
-    pub fn refuse(&mut self, request: &Header) {
+    /// Rejects a request with an RST.
+    pub(crate) fn reject(&mut self, request: &Header) {
         self.reply_rst(request);
     }
 
-    /// Asks the guest for a connection to its `port`. `host` comes back when there is no room.
-    pub fn open(&mut self, port: u32, host: H) -> Result<Id, H> {
-        if self.links.len() >= self.limit {
+    /// Requests a connection to a port of the guest.
+    ///
+    /// # Errors
+    ///
+    /// With a full table it returns `host`.
+    pub fn open(&mut self, port: u32, host: H) -> Result<ConnectionId, H> {
+        if self.entries.len() >= self.limit {
             return Err(host);
         }
-        let mut key = Key { host: self.next_port, guest: port };
-        // Ends: there are fewer connections than ports.
-        while self.ids.contains_key(&key) {
-            key.host = next_port(key.host);
+        let mut ports = Ports { host: self.next_port, guest: port };
+        // The loop ends because there are fewer connections than ports.
+        while self.ids.contains_key(&ports) {
+            ports.host = next_port(ports.host);
         }
-        self.next_port = next_port(key.host);
-        Ok(self.insert(key, Connection::requesting(self.window), host))
+        self.next_port = next_port(ports.host);
+        Ok(self.insert(ports, Connection::requesting(self.window), host))
     }
 
-    fn insert(&mut self, key: Key, connection: Connection, host: H) -> Id {
+    fn insert(&mut self, ports: Ports, connection: Connection, host: H) -> ConnectionId {
         let id = self.next_id;
         self.next_id += 1;
-        self.ids.insert(key, id);
-        self.links.insert(id, Link { connection, host, key, queued: false });
-        self.touch(id);
+        self.ids.insert(ports, id);
+        self.entries.insert(id, Entry { connection, host, ports, queued: false });
+        self.schedule(id);
         id
     }
 
-    /// The connection, to be told what happened on the host's side. Follow it with [`Table::touch`].
-    pub fn link(&mut self, id: Id) -> Option<&mut Link<H>> {
-        self.links.get_mut(&id)
+    /// The connection, for reporting events of the host's end. Call [`Table::schedule`] afterwards.
+    pub fn get(&mut self, id: ConnectionId) -> Option<&mut Entry<H>> {
+        self.entries.get_mut(&id)
     }
 
-    /// Lets the connection take its turn if it has something to send now.
-    pub fn touch(&mut self, id: Id) {
-        if let Some(link) = self.links.get_mut(&id)
-            && !link.queued
-            && link.connection.plan() != Plan::Idle
+    /// Schedules the connection if it has something to send.
+    pub fn schedule(&mut self, id: ConnectionId) {
+        if let Some(entry) = self.entries.get_mut(&id)
+            && !entry.queued
+            && entry.connection.next_send() != NextSend::Nothing
         {
-            link.queued = true;
+            entry.queued = true;
             self.ready.push_back(id);
         }
     }
 
-    /// Ends a connection from the host's side, at once: the guest hears an RST if it knows of it.
-    pub fn abort(&mut self, id: Id) -> Option<H> {
-        let link = self.links.remove(&id)?;
-        if self.ids.get(&link.key) == Some(&id) {
-            self.ids.remove(&link.key);
+    /// Ends a connection at once from the host's side. The guest gets an RST if it knows the connection.
+    pub fn abort(&mut self, id: ConnectionId) -> Option<H> {
+        let entry = self.entries.remove(&id)?;
+        if self.ids.get(&entry.ports) == Some(&id) {
+            self.ids.remove(&entry.ports);
         }
-        if link.connection.guest_knows() {
-            self.replies.push_back(Header { op: Some(Op::Rst), ..self.header(link.key) });
+        if entry.connection.is_known_to_guest() {
+            self.rsts.push_back(Header { op: Some(Op::Rst), ..self.header(entry.ports) });
         }
-        Some(link.host)
+        Some(entry.host)
     }
 
-    /// Ends all connections without a word: the guest has a new driver, or is gone.
-    pub fn clear(&mut self) -> Vec<(Id, H)> {
+    /// Drops all connections without RSTs: the guest's driver has restarted, or the guest is gone.
+    pub(crate) fn clear(&mut self) -> Vec<(ConnectionId, H)> {
         self.ids.clear();
         self.ready.clear();
-        self.replies.clear();
-        self.links.drain().map(|(id, link)| (id, link.host)).collect()
+        self.rsts.clear();
+        self.entries.drain().map(|(id, entry)| (id, entry.host)).collect()
     }
 
-    /// Whose turn it is to send. Connections take turns packet by packet, so that a busy one does not keep others waiting; RSTs come
-    /// first, they make the guest's own queues shorter.
-    pub fn turn(&mut self) -> Option<Turn> {
-        if let Some(reply) = self.replies.front() {
-            return Some(Turn::Reply(*reply));
+    /// The packet to send next. Connections take turns packet by packet, so that a busy one does not delay the others.
+    /// RSTs go first because they shorten the guest's own queues.
+    pub fn next_packet(&mut self) -> Option<NextPacket> {
+        if let Some(rst) = self.rsts.front() {
+            return Some(NextPacket::Rst(*rst));
         }
         loop {
             let id = *self.ready.front()?;
-            match self.links.get_mut(&id) {
-                Some(link) if link.connection.plan() != Plan::Idle => return Some(Turn::Link(id)),
-                Some(link) => link.queued = false,
+            match self.entries.get_mut(&id) {
+                Some(entry) if entry.connection.next_send() != NextSend::Nothing => return Some(NextPacket::From(id)),
+                Some(entry) => entry.queued = false,
                 None => {}
             }
             self.ready.pop_front();
         }
     }
 
-    /// Drops all RSTs that wait: nobody will read them.
-    pub fn drop_replies(&mut self) {
-        self.replies.clear();
+    /// Drops the queued RSTs, which have no reader any more.
+    pub(crate) fn drop_rsts(&mut self) {
+        self.rsts.clear();
     }
 
-    /// The reply of this turn went out.
-    pub fn take_reply(&mut self) {
-        self.replies.pop_front();
+    /// The RST that [`Table::next_packet`] returned was sent.
+    pub fn rst_sent(&mut self) {
+        self.rsts.pop_front();
     }
 
-    /// The turn of the connection in front is over: it goes to the end of the line, or leaves it with nothing to send.
-    pub fn end_turn(&mut self) {
+    /// Ends the turn of the first connection. It goes to the end of the queue if it has more to send.
+    pub fn finish_turn(&mut self) {
         if let Some(id) = self.ready.pop_front()
-            && let Some(link) = self.links.get_mut(&id)
+            && let Some(entry) = self.entries.get_mut(&id)
         {
-            link.queued = false;
-            self.touch(id);
+            entry.queued = false;
+            self.schedule(id);
         }
     }
 
-    /// The packet without payload that a connection has to send, counted as sent.
-    pub fn control(&mut self, id: Id) -> Option<Header> {
-        let link = self.links.get_mut(&id)?;
-        let (say, key) = (link.connection.control()?, link.key);
-        Some(self.address(key, say))
+    /// Returns the packet without payload that a connection has to send, and counts it as sent.
+    pub fn control(&mut self, id: ConnectionId) -> Option<Header> {
+        let entry = self.entries.get_mut(&id)?;
+        let (outgoing, ports) = (entry.connection.control()?, entry.ports);
+        Some(self.address(ports, outgoing))
     }
 
-    /// The header for `len` bytes of a connection's payload, counted as sent.
-    pub fn data(&mut self, id: Id, len: u32) -> Option<Header> {
-        let link = self.links.get_mut(&id)?;
-        let (say, key) = (link.connection.data(len), link.key);
-        Some(self.address(key, say))
+    /// Returns the header for `len` bytes of a connection's payload, and counts them as sent.
+    pub fn data(&mut self, id: ConnectionId, len: u32) -> Option<Header> {
+        let entry = self.entries.get_mut(&id)?;
+        let (outgoing, ports) = (entry.connection.data(len), entry.ports);
+        Some(self.address(ports, outgoing))
     }
 
-    fn address(&self, key: Key, say: Say) -> Header {
+    fn address(&self, ports: Ports, outgoing: Outgoing) -> Header {
         Header {
-            len: say.len,
-            op: Some(say.op),
-            shut: say.shut,
-            buf_alloc: say.buf_alloc,
-            fwd_cnt: say.fwd_cnt,
-            ..self.header(key)
+            len: outgoing.len,
+            op: Some(outgoing.op),
+            shut: outgoing.shut,
+            buf_alloc: outgoing.buf_alloc,
+            fwd_cnt: outgoing.fwd_cnt,
+            ..self.header(ports)
         }
     }
 
-    fn header(&self, key: Key) -> Header {
+    fn header(&self, ports: Ports) -> Header {
         Header {
             src_cid: HOST_CID,
             dst_cid: self.guest_cid,
-            src_port: key.host,
-            dst_port: key.guest,
+            src_port: ports.host,
+            dst_port: ports.guest,
             len: 0,
-            kind: TYPE_STREAM,
+            socket_type: TYPE_STREAM,
             op: None,
             shut: Shut::NONE,
             buf_alloc: 0,
@@ -303,7 +313,7 @@ impl<H> Table<H> {
 }
 
 fn next_port(port: u32) -> u32 {
-    // VMADDR_PORT_ANY (u32::MAX) is no port.
+    // VMADDR_PORT_ANY (u32::MAX) is not a valid port.
     if port >= u32::MAX - 1 { FIRST_PORT } else { port + 1 }
 }
 
@@ -320,7 +330,7 @@ mod tests {
             src_port: 5000,
             dst_port: 1027,
             len: 0,
-            kind: TYPE_STREAM,
+            socket_type: TYPE_STREAM,
             op: Some(op),
             shut: Shut::NONE,
             buf_alloc: 1000,
@@ -332,120 +342,120 @@ mod tests {
         Table::new(GUEST, 2, 100)
     }
 
-    /// A table with the guest's connection from `packet`, its RESPONSE sent.
-    fn connected() -> (Table<&'static str>, Id) {
+    /// A table with one connection that the guest opened with `packet`. Its RESPONSE has been sent.
+    fn connected() -> (Table<&'static str>, ConnectionId) {
         let mut table = table();
-        assert_eq!(table.hear(&packet(Op::Request), 0), Verdict::Request);
+        assert_eq!(table.receive(&packet(Op::Request), 0), Outcome::Request);
         let id = table.accept(&packet(Op::Request), "a").expect("room");
         assert_eq!(sent(&mut table), Some(Op::Response));
         (table, id)
     }
 
-    /// Sends what is next without payload.
+    /// Sends the next packet without payload and returns its operation.
     fn sent(table: &mut Table<&'static str>) -> Option<Op> {
-        match table.turn()? {
-            Turn::Reply(header) => {
-                table.take_reply();
+        match table.next_packet()? {
+            NextPacket::Rst(header) => {
+                table.rst_sent();
                 header.op
             }
-            Turn::Link(id) => {
+            NextPacket::From(id) => {
                 let header = table.control(id);
-                table.end_turn();
+                table.finish_turn();
                 header?.op
             }
         }
     }
 
     #[test]
-    fn nonsense_gets_an_rst_and_an_rst_gets_nothing() {
+    fn an_invalid_packet_gets_an_rst_but_an_rst_gets_no_answer() {
         let cases = [
             ("unknown connection", packet(Op::Rw)),
             ("unknown connection", packet(Op::Response)),
             ("unknown connection", packet(Op::Shutdown)),
             ("unknown connection", packet(Op::CreditUpdate)),
-            ("another's CID", Header { src_cid: 9, ..packet(Op::Request) }),
-            ("not for the host", Header { dst_cid: 1, ..packet(Op::Request) }),
-            ("a type that is not served", Header { kind: 2, ..packet(Op::Request) }),
-            ("an operation that is none", Header { op: None, ..packet(Op::Rw) }),
+            ("the CID of another guest", Header { src_cid: 9, ..packet(Op::Request) }),
+            ("not addressed to the host", Header { dst_cid: 1, ..packet(Op::Request) }),
+            ("an unsupported socket type", Header { socket_type: 2, ..packet(Op::Request) }),
+            ("an unknown operation", Header { op: None, ..packet(Op::Rw) }),
         ];
         for (what, header) in cases {
             let mut table = table();
-            assert_eq!(table.hear(&header, 0), Verdict::Nothing, "{what}");
-            assert_eq!(table.turn(), Some(Turn::Reply(header.rst_reply())), "{what}");
-            table.take_reply();
-            assert_eq!(table.hear(&Header { op: Some(Op::Rst), ..header }, 0), Verdict::Nothing, "{what}");
-            assert_eq!(table.turn(), None, "{what}");
+            assert_eq!(table.receive(&header, 0), Outcome::Nothing, "{what}");
+            assert_eq!(table.next_packet(), Some(NextPacket::Rst(header.rst_reply())), "{what}");
+            table.rst_sent();
+            assert_eq!(table.receive(&Header { op: Some(Op::Rst), ..header }, 0), Outcome::Nothing, "{what}");
+            assert_eq!(table.next_packet(), None, "{what}");
         }
     }
 
     #[test]
-    fn breaking_the_protocol_ends_the_connection() {
+    fn a_protocol_violation_ends_the_connection() {
         let cases = [
-            ("port in use", packet(Op::Request), 0),
-            ("an answer to nothing", packet(Op::Response), 0),
-            ("an operation that is none", Header { op: None, ..packet(Op::Rw) }, 0),
+            ("a request on ports in use", packet(Op::Request), 0),
+            ("a response without a request", packet(Op::Response), 0),
+            ("an unknown operation", Header { op: None, ..packet(Op::Rw) }, 0),
             ("more payload than the credit", Header { len: 101, ..packet(Op::Rw) }, 101),
-            ("less payload than it says", Header { len: 10, ..packet(Op::Rw) }, 9),
+            ("less payload than the header claims", Header { len: 10, ..packet(Op::Rw) }, 9),
         ];
         for (what, header, payload) in cases {
             let (mut table, id) = connected();
-            assert_eq!(table.hear(&header, payload), Verdict::Dropped(id, "a"), "{what}");
+            assert_eq!(table.receive(&header, payload), Outcome::Dropped(id, "a"), "{what}");
             assert_eq!(sent(&mut table), Some(Op::Rst), "{what}");
             assert_eq!(sent(&mut table), None, "{what}");
         }
     }
 
     #[test]
-    fn payload_after_the_end_of_sending_ends_the_connection() {
+    fn payload_after_shutdown_of_sending_ends_the_connection() {
         let (mut table, id) = connected();
-        assert_eq!(table.hear(&Header { shut: Shut::SEND, ..packet(Op::Shutdown) }, 0), Verdict::Changed(id));
-        assert_eq!(table.hear(&Header { len: 1, ..packet(Op::Rw) }, 1), Verdict::Dropped(id, "a"));
+        assert_eq!(table.receive(&Header { shut: Shut::SEND, ..packet(Op::Shutdown) }, 0), Outcome::Changed(id));
+        assert_eq!(table.receive(&Header { len: 1, ..packet(Op::Rw) }, 1), Outcome::Dropped(id, "a"));
         assert_eq!(sent(&mut table), Some(Op::Rst));
     }
 
     #[test]
-    fn connections_are_bounded() {
+    fn the_number_of_connections_is_bounded() {
         let mut table = table();
         assert!(table.open(1, "a").is_ok());
         assert!(table.accept(&packet(Op::Request), "b").is_ok());
         assert_eq!(table.open(2, "c"), Err("c"));
         let third = Header { src_port: 6000, ..packet(Op::Request) };
         assert_eq!(table.accept(&third, "d"), Err("d"));
-        assert_eq!(table.turn(), Some(Turn::Reply(third.rst_reply())));
+        assert_eq!(table.next_packet(), Some(NextPacket::Rst(third.rst_reply())));
     }
 
     #[test]
-    fn a_guest_that_takes_no_answers_is_not_listened_to() {
+    fn a_guest_that_takes_no_rsts_is_throttled() {
         let mut table = table();
-        for _ in 0..REPLIES_MAX {
+        for _ in 0..RSTS_MAX {
             assert!(!table.is_congested());
-            table.hear(&packet(Op::Rw), 0);
+            table.receive(&packet(Op::Rw), 0);
         }
         assert!(table.is_congested());
-        table.take_reply();
+        table.rst_sent();
         assert!(!table.is_congested());
     }
 
     #[test]
-    fn a_refused_request_of_the_host_is_dropped_without_a_word() {
+    fn a_refused_request_of_the_host_is_dropped_without_an_answer() {
         let mut table = table();
         let id = table.open(5000, "a").expect("room");
-        let Some(Turn::Link(turn)) = table.turn() else { panic!("no turn") };
-        let request = table.control(turn).expect("a request");
-        table.end_turn();
+        let Some(NextPacket::From(next)) = table.next_packet() else { panic!("no packet is scheduled") };
+        let request = table.control(next).expect("a request");
+        table.finish_turn();
         assert_eq!(request.op, Some(Op::Request));
         assert_eq!(request.dst_port, 5000);
         let refusal = Header { dst_port: request.src_port, ..packet(Op::Rst) };
-        assert_eq!(table.hear(&refusal, 0), Verdict::Dropped(id, "a"));
-        assert_eq!(table.turn(), None);
+        assert_eq!(table.receive(&refusal, 0), Outcome::Dropped(id, "a"));
+        assert_eq!(table.next_packet(), None);
     }
 
     #[test]
-    fn giving_up_a_request_tells_the_guest_only_if_it_knows() {
+    fn cancelling_a_request_sends_an_rst_only_if_the_guest_knows_the_request() {
         let mut table = table();
         let id = table.open(5000, "a").expect("room");
         assert_eq!(table.abort(id), Some("a"));
-        assert_eq!(table.turn(), None);
+        assert_eq!(table.next_packet(), None);
         let id = table.open(5000, "b").expect("room");
         assert_eq!(sent(&mut table), Some(Op::Request));
         assert_eq!(table.abort(id), Some("b"));
@@ -453,38 +463,38 @@ mod tests {
     }
 
     #[test]
-    fn bytes_before_the_guests_close_are_kept_for_the_host() {
+    fn bytes_sent_before_the_guests_close_reach_the_host() {
         let (mut table, id) = connected();
-        assert_eq!(table.hear(&Header { len: 60, ..packet(Op::Rw) }, 60), Verdict::Data(id));
-        assert_eq!(table.hear(&Header { shut: Shut::BOTH, ..packet(Op::Shutdown) }, 0), Verdict::Changed(id));
-        // The RST goes out at once: the ports are free for the guest's next connection while the host still reads.
+        assert_eq!(table.receive(&Header { len: 60, ..packet(Op::Rw) }, 60), Outcome::Payload(id));
+        assert_eq!(table.receive(&Header { shut: Shut::BOTH, ..packet(Op::Shutdown) }, 0), Outcome::Changed(id));
+        // The RST is sent at once: the guest can reuse the ports while the host still reads.
         assert_eq!(sent(&mut table), Some(Op::Rst));
-        assert_eq!(table.hear(&packet(Op::Request), 0), Verdict::Request);
-        let link = table.link(id).expect("still there");
-        assert_eq!(link.connection.host_half_close(), Shut::RECEIVE);
-        link.connection.host_took(60);
-        assert_eq!(link.connection.host_half_close(), Shut::SEND);
-        assert!(link.connection.is_ended());
+        assert_eq!(table.receive(&packet(Op::Request), 0), Outcome::Request);
+        let entry = table.get(id).expect("the connection still exists");
+        assert_eq!(entry.connection.take_half_close(), Shut::RECEIVE);
+        entry.connection.host_consumed(60);
+        assert_eq!(entry.connection.take_half_close(), Shut::SEND);
+        assert!(entry.connection.is_ended());
     }
 
     #[test]
-    fn a_busy_connection_does_not_keep_others_waiting() {
+    fn a_busy_connection_does_not_delay_the_others() {
         let mut table = table();
         for (at, port) in [5000, 5001].into_iter().enumerate() {
             let request = Header { src_port: port, ..packet(Op::Request) };
             let id = table.accept(&request, "x").expect("room");
-            assert_eq!(id, at as Id);
+            assert_eq!(id, at as ConnectionId);
         }
         assert_eq!((sent(&mut table), sent(&mut table)), (Some(Op::Response), Some(Op::Response)));
         for id in [0, 1] {
-            table.link(id).expect("there").connection.host_readable();
-            table.touch(id);
+            table.get(id).expect("the connection exists").connection.host_readable();
+            table.schedule(id);
         }
         let mut order = Vec::new();
         for _ in 0..6 {
-            let Some(Turn::Link(id)) = table.turn() else { panic!("no turn") };
+            let Some(NextPacket::From(id)) = table.next_packet() else { panic!("no packet is scheduled") };
             table.data(id, 10);
-            table.end_turn();
+            table.finish_turn();
             order.push(id);
         }
         assert_eq!(order, [0, 1, 0, 1, 0, 1]);

@@ -1,175 +1,182 @@
-//! The device's thread: one epoll loop over QEMU's control socket, the rings' kicks and the streams. It only moves bytes and carries out
-//! what the pure parts (`table.rs`, `connection.rs`) decide. It sleeps without a timeout as long as no dropped stream lingers.
+//! The device's thread: one epoll loop over QEMU's control socket, the kicks of the rings, and the host's sockets. It
+//! carries out the decisions of the pure files (`table.rs`, `connection.rs`). It sleeps without a timeout unless a
+//! connection lingers.
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use vhost::vhost_user::BackendReqHandler;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::Error;
-use super::backend::{Backend, RX, TX};
-use super::host::{Delivered, HostSide};
-use super::ring::RING_MAX;
-use super::shared::Shared;
-use super::streams::{BATCH, LINGER, Moved, Streams};
-use super::table::Id;
+use crate::backend::{Backend, RX, TX};
+use crate::error::VsockError;
+use crate::forwarder::{BATCH, Forwarder, LINGER, Progress};
+use crate::host_end::{Delivered, HostEnd};
+use crate::lock::lock;
+use crate::ring::RING_MAX;
+use crate::shared::Shared;
+use crate::table::ConnectionId;
 
+/// Epoll tokens. All others are connection ids, which count up from 0.
 const CONTROL: u64 = u64::MAX;
 const WAKE: u64 = u64::MAX - 1;
 const KICK_RX: u64 = u64::MAX - 2;
 const KICK_TX: u64 = u64::MAX - 3;
 
-/// Why the thread goes on, or not.
+/// Why the loop ends.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Life {
-    Going,
+enum Exit {
     Stopped,
     QemuGone,
 }
 
 /// The thread's state.
-pub struct Worker {
-    /// What `closed()` waits for. First, so that it is dropped before the streams: whoever sees a connection vanish can tell why.
+pub(crate) struct Worker {
+    /// `Device::closed` waits for its drop. The first field, so that it is dropped before the streams: whoever sees a
+    /// stream close can already tell why.
     alive: Option<watch::Sender<()>>,
     epoll: Arc<Epoll>,
     backend: Arc<Mutex<Backend>>,
     control: BackendReqHandler<Mutex<Backend>>,
-    streams: Streams,
+    forwarder: Forwarder,
 }
 
 impl Worker {
-    /// Sets up the device behind `socket`, QEMU's counterpart.
-    pub fn new(
+    /// Sets up a device that serves QEMU through `socket`.
+    pub(crate) fn new(
         guest_cid: u64,
         socket: UnixStream,
         shared: Arc<Shared>,
         alive: watch::Sender<()>,
-    ) -> Result<Self, Error> {
-        let epoll = Arc::new(Epoll::new().map_err(Error::Setup)?);
-        for (fd, token) in [(socket.as_raw_fd(), CONTROL), (shared.wake.as_raw_fd(), WAKE)] {
-            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token)).map_err(Error::Setup)?;
+    ) -> Result<Self, VsockError> {
+        let epoll = Arc::new(Epoll::new().map_err(VsockError::Setup)?);
+        for (fd, token) in [(socket.as_raw_fd(), CONTROL), (shared.wake_fd(), WAKE)] {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token)).map_err(VsockError::Setup)?;
         }
         let backend = Backend::new(epoll.clone(), [KICK_RX, KICK_TX], guest_cid)
-            .map_err(|error| Error::Setup(io::Error::other(error)))?;
+            .map_err(|error| VsockError::Setup(io::Error::other(error)))?;
         let backend = Arc::new(Mutex::new(backend));
         let control = BackendReqHandler::from_stream(socket, backend.clone());
-        let streams = Streams::new(guest_cid, epoll.clone(), shared);
-        Ok(Worker { alive: Some(alive), epoll, backend, control, streams })
+        let forwarder = Forwarder::new(guest_cid, epoll.clone(), shared);
+        Ok(Worker { alive: Some(alive), epoll, backend, control, forwarder })
     }
 
-    /// Runs until it is told to stop, or QEMU is gone.
-    pub fn run(mut self) {
+    /// Runs until the device is stopped or QEMU is gone.
+    pub(crate) fn run(mut self) {
+        if self.serve() == Exit::QemuGone {
+            self.drain_after_disconnect();
+        }
+    }
+
+    fn serve(&mut self) -> Exit {
         let mut events = vec![EpollEvent::default(); 256];
         let mut timeout = Some(Duration::ZERO);
-        let life = loop {
+        loop {
             let count = match self.epoll.wait(epoll_timeout(timeout), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    log::error!("vsock: wait for events: {error}");
-                    break Life::Stopped;
+                    tracing::error!(%error, "failed to wait for events of the vsock device");
+                    return Exit::Stopped;
                 }
             };
-            let mut life = Life::Going;
             for event in &events[..count] {
-                match event.data() {
-                    CONTROL => life = self.control_request(),
-                    WAKE if self.streams.take_wishes() => return,
-                    WAKE => {}
-                    KICK_RX => self.clear_kick(RX),
-                    KICK_TX => self.clear_kick(TX),
-                    id => self.streams.host_event(id, event.event_set()),
+                if let Some(exit) = self.handle(event) {
+                    return exit;
                 }
-                if life != Life::Going {
-                    break;
-                }
-            }
-            if life != Life::Going {
-                break life;
             }
             let more = self.move_packets();
-            timeout = if more { Some(Duration::ZERO) } else { self.streams.check_lingering(Instant::now()) };
-        };
-        if life == Life::QemuGone {
-            self.last_words();
+            timeout = if more { Some(Duration::ZERO) } else { self.forwarder.check_lingering(Instant::now()) };
         }
     }
 
-    fn control_request(&mut self) -> Life {
+    fn handle(&mut self, event: &EpollEvent) -> Option<Exit> {
+        match event.data() {
+            CONTROL => return self.control_request(),
+            WAKE => return self.forwarder.take_requests().then_some(Exit::Stopped),
+            KICK_RX => self.clear_kick(RX),
+            KICK_TX => self.clear_kick(TX),
+            id => self.forwarder.host_event(id, event.event_set()),
+        }
+        None
+    }
+
+    fn control_request(&mut self) -> Option<Exit> {
         use vhost::vhost_user::Error as Vhost;
-        // The request may stop the rings: what the guest sent before that has been sent.
+        // The request may stop the rings: first take the packets that the guest has already sent.
         self.take_all_from_guest();
         match self.control.handle_request() {
             Ok(()) => {
                 let mut backend = lock(&self.backend);
-                if std::mem::take(&mut backend.driver_is_new) {
-                    self.streams.clear();
+                if std::mem::take(&mut backend.driver_restarted) {
+                    self.forwarder.clear();
                 }
-                Life::Going
+                None
             }
-            Err(Vhost::SocketRetry(_)) => Life::Going,
-            Err(Vhost::Disconnected | Vhost::PartialMessage | Vhost::SocketBroken(_)) => Life::QemuGone,
+            Err(Vhost::SocketRetry(_)) => None,
+            Err(Vhost::Disconnected | Vhost::PartialMessage | Vhost::SocketBroken(_)) => Some(Exit::QemuGone),
             Err(error) => {
-                log::error!("vsock: QEMU's request cannot be served: {error}");
-                Life::QemuGone
+                tracing::error!(%error, "failed to serve QEMU's vhost-user request");
+                Some(Exit::QemuGone)
             }
         }
     }
 
-    fn clear_kick(&mut self, index: usize) {
-        if let Err(error) = lock(&self.backend).rings[index].clear_kick() {
-            log::warn!("vsock: clear the kick of ring {index}: {error}");
+    fn clear_kick(&mut self, ring: usize) {
+        if let Err(error) = lock(&self.backend).rings[ring].clear_kick() {
+            tracing::warn!(ring, %error, "failed to clear the kick of a vsock ring");
         }
     }
 
-    /// Moves what can be moved both ways, a batch each. True when there is more to do without any event.
+    /// Moves one batch of packets each way. Returns true if there is more to do without waiting for an event.
     fn move_packets(&mut self) -> bool {
         let mut backend = lock(&self.backend);
         let Backend { memory, rings: [rx, tx], .. } = &mut *backend;
-        let from = self.streams.take_from_guest(memory, tx);
-        let more_to = self.streams.give_to_guest(memory, rx);
-        let relieved = from == Moved::Congested && !self.streams.is_congested();
-        from == Moved::More || more_to || relieved
+        let received = self.forwarder.receive_from_guest(memory, tx);
+        let more_to_send = self.forwarder.send_to_guest(memory, rx);
+        let relieved = received == Progress::Congested && !self.forwarder.is_congested();
+        received == Progress::More || more_to_send || relieved
     }
 
     fn take_all_from_guest(&mut self) {
         let mut backend = lock(&self.backend);
         let Backend { memory, rings: [_, tx], .. } = &mut *backend;
-        // A full ring's worth. A guest that goes on sending meanwhile is not waited for.
+        // One full ring, and no more: the guest may go on sending meanwhile.
         for _ in 0..=usize::from(RING_MAX) / BATCH {
-            if self.streams.take_from_guest(memory, tx) != Moved::More {
+            if self.forwarder.receive_from_guest(memory, tx) != Progress::More {
                 break;
             }
         }
     }
 
-    /// What the guest sent before its end still reaches those who read: what was said on the way down is worth having. Everybody hears
-    /// at once that the device is gone; only streams with bytes for them live on, until these were read, or the streams are dropped.
-    fn last_words(mut self) {
-        self.streams.drop_replies();
+    /// Delivers what the guest sent before its end, such as the last log lines of a failing guest. Callers learn at
+    /// once that the device is closed; only streams with undelivered bytes stay open, until the bytes are read or the
+    /// reader drops the stream.
+    fn drain_after_disconnect(mut self) {
+        self.forwarder.drop_rsts();
         self.take_all_from_guest();
-        let mut left: HashMap<Id, HostSide> = self.streams.end().filter(|(_, host)| host.holds()).collect();
+        let mut left: HashMap<ConnectionId, HostEnd> =
+            self.forwarder.end().filter(|(_, host)| host.has_held_bytes()).collect();
         self.alive = None;
         if left.is_empty() {
             return;
         }
         if let Err(error) = deliver_rest(&mut left) {
-            log::error!("vsock: deliver what the guest had sent before its end: {error}");
+            tracing::error!(%error, "failed to deliver what the guest had sent before its end");
         }
         if !left.is_empty() {
-            log::warn!("vsock: {} readers have not taken what the guest had sent before its end", left.len());
+            tracing::warn!(streams = left.len(), "readers have not taken what the guest had sent before its end");
         }
     }
 }
 
-fn deliver_rest(left: &mut HashMap<Id, HostSide>) -> io::Result<()> {
-    // A set of their own: the device's is full of things that are over, and stay readable.
+fn deliver_rest(left: &mut HashMap<ConnectionId, HostEnd>) -> io::Result<()> {
+    // A new epoll set: the device's set contains descriptors that have ended and stay readable.
     let epoll = Epoll::new()?;
     for (id, host) in left.iter() {
         host.watch(&epoll, *id)?;
@@ -189,10 +196,10 @@ fn deliver_rest(left: &mut HashMap<Id, HostSide>) -> io::Result<()> {
         for event in &events[..count] {
             let id = event.data();
             let Some(host) = left.get_mut(&id) else { continue };
-            if let Delivered::Took(1..) = host.deliver_held(&epoll, id) {
+            if let Delivered::Written(1..) = host.deliver_held(&epoll, id) {
                 deadline = Instant::now() + LINGER;
             }
-            if !host.holds() {
+            if !host.has_held_bytes() {
                 left.remove(&id);
             }
         }
@@ -201,10 +208,6 @@ fn deliver_rest(left: &mut HashMap<Id, HostSide>) -> io::Result<()> {
 }
 
 fn epoll_timeout(timeout: Option<Duration>) -> i32 {
-    // Rounded up: a millisecond early would be a wake-up for nothing.
+    // Rounded up: waking a fraction of a millisecond early would find nothing to do.
     timeout.map_or(-1, |timeout| i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX))
-}
-
-fn lock(backend: &Mutex<Backend>) -> std::sync::MutexGuard<'_, Backend> {
-    backend.lock().unwrap_or_else(PoisonError::into_inner)
 }

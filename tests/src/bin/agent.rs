@@ -1,6 +1,8 @@
-//! A supervisor agent for tests. `/etc/agent`, a file that it is brought with, says what it does: `crash`, `serve`, `deaf` or `flood`.
+//! A supervisor agent for tests. The file `/etc/agent` selects its behaviour: `crash`, `serve`, `ignore-term` or
+//! `flood`.
 //!
-//! All but the first answer on TCP port 7007 of the loopback: a connection is one line, `about`, `show PATH` or `run PATH ARGUMENT…`, and the answer to it.
+//! Except with `crash`, the agent listens on TCP port 7007 of the loopback. A connection carries one request line,
+//! `about`, `show PATH` or `run PATH ARGUMENT…`, and the response.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
@@ -21,7 +23,7 @@ fn main() -> ExitCode {
         },
         _ => {}
     }
-    match live() {
+    match run() {
         Ok(code) => code,
         Err(error) => {
             eprintln!("agent: {error}");
@@ -30,19 +32,19 @@ fn main() -> ExitCode {
     }
 }
 
-fn live() -> io::Result<ExitCode> {
+fn run() -> io::Result<ExitCode> {
     writeln!(io::stdout(), "started pid={} at_ms={}", std::process::id(), boottime_ms())?;
-    let wanted = fs::read_to_string("/etc/agent")?;
-    match wanted.trim() {
+    let behaviour = fs::read_to_string("/etc/agent")?;
+    match behaviour.trim() {
         "crash" => return Ok(ExitCode::from(3)),
-        "deaf" => {
-            // SAFETY: no handler is installed; the signal is ignored, by what it starts as well.
+        "ignore-term" => {
+            // SAFETY: no handler is installed. The signal is ignored, and children inherit that.
             unsafe { libc::signal(libc::SIGTERM, libc::SIG_IGN) };
             let child = Command::new("/proc/self/exe").arg("child").spawn()?;
             writeln!(io::stdout(), "child={}", child.id())?;
         }
         "flood" => {
-            // 2.5 MiB and some.
+            // 2.5 MiB and a little more.
             let mut out = io::stdout().lock();
             for number in 0..40_000 {
                 writeln!(out, "{number:07} {}", "x".repeat(57))?;
@@ -55,17 +57,17 @@ fn live() -> io::Result<ExitCode> {
         let mut stream = stream?;
         let mut line = String::new();
         BufReader::new(&stream).read_line(&mut line)?;
-        let answer = match answer(line.trim()) {
-            Ok(answer) => answer,
+        let response = match respond(line.trim()) {
+            Ok(response) => response,
             Err(error) => format!("{line}: {error}"),
         };
-        // Who asks may have gone.
-        let _ = stream.write_all(answer.as_bytes());
+        // The client may be gone.
+        let _ = stream.write_all(response.as_bytes());
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn answer(line: &str) -> io::Result<String> {
+fn respond(line: &str) -> io::Result<String> {
     match line.split_once(' ').unwrap_or((line, "")) {
         ("show", path) => {
             let mode = fs::metadata(path)?.permissions().mode() & 0o7777;
@@ -81,11 +83,11 @@ fn answer(line: &str) -> io::Result<String> {
     }
 }
 
-/// What it has from whoever started it, a line each.
+/// What the agent inherited from its parent, one item per line.
 fn about() -> io::Result<String> {
     let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned());
     let status = read("/proc/self/status")?;
-    let of_status = |name: &str| {
+    let status_field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
         line.unwrap_or_default().trim().to_owned()
     };
@@ -96,7 +98,7 @@ fn about() -> io::Result<String> {
     }
     // SAFETY: getsid takes an integer and touches no memory.
     let session = unsafe { libc::getsid(0) };
-    // 0, 1, 2, the listener, the connection, and what reads the folder.
+    // 0, 1, 2, the listener, the connection, and the directory that is being read.
     let fds = fs::read_dir("/proc/self/fd")?.count();
     let lines = [
         format!("pid={}", std::process::id()),
@@ -105,7 +107,7 @@ fn about() -> io::Result<String> {
         format!("memory_min={}", read("/sys/fs/cgroup/supervisor/memory.min")?),
         format!("oom_score_adj={}", read("/proc/self/oom_score_adj")?),
         format!("personality={}", read("/proc/self/personality")?),
-        format!("blocked={} ignored={}", of_status("SigBlk:"), of_status("SigIgn:")),
+        format!("blocked={} ignored={}", status_field("SigBlk:"), status_field("SigIgn:")),
         format!("open_files={}", limit.rlim_cur),
         format!("session={session}"),
         format!("fds={fds}"),
@@ -123,7 +125,8 @@ fn checksum(bytes: &[u8]) -> u64 {
 
 fn boottime_ms() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: clock_gettime writes one timespec, into a variable that outlives the call; the clock exists on every kernel of a guest.
+    // SAFETY: clock_gettime writes one timespec, into a variable that outlives the call. Every guest kernel has this
+    // clock.
     unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
     time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
 }

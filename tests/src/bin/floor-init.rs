@@ -1,10 +1,10 @@
-//! The floor of the benchmark: the least that a guest can be. As `/init` it listens on vsock, tells the host how long it took to get there,
-//! and waits for the host to let go. Whatever husk's init takes beyond this is husk's.
+//! The benchmark's baseline: the smallest possible guest. As `/init` it listens on vsock, reports its boot timeline to
+//! the host, and waits until the host closes the connection. What husk's init takes beyond this is husk's own cost.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-/// As `husk_protos` has them; this program uses nothing but libc.
+/// The values of `husk_protos`, repeated because this program depends on libc only.
 const TASK_PORT: u32 = 1024;
 const READY_PORT: u32 = 1026;
 const PROTOCOL: u8 = 1;
@@ -15,10 +15,10 @@ const READY: u8 = 8;
 fn main() -> ExitCode {
     let started = boottime_ns();
     if let Err(error) = serve(started) {
-        // Without a console nobody could be told anyway.
+        // Without a console, the error cannot be reported anyway.
         let _ = writeln!(io::stderr(), "floor-init: {error}");
     }
-    // SAFETY: reboot(2) takes numbers. As PID 1 there is nothing to lose.
+    // SAFETY: reboot(2) takes integers. PID 1 has nothing to lose.
     unsafe { libc::reboot(libc::RB_AUTOBOOT) };
     ExitCode::FAILURE
 }
@@ -26,9 +26,9 @@ fn main() -> ExitCode {
 fn serve(started: u64) -> io::Result<()> {
     let listener = socket()?;
     let any = address(libc::VMADDR_CID_ANY, TASK_PORT);
-    // SAFETY: the address is a sockaddr_vm of the size that is given.
+    // SAFETY: the address is a sockaddr_vm of the given size.
     check(unsafe { libc::bind(listener, (&raw const any).cast(), size_of_val(&any) as u32) })?;
-    // SAFETY: listen(2) takes numbers.
+    // SAFETY: listen(2) takes integers.
     check(unsafe { libc::listen(listener, 16) })?;
 
     let hello = hello(&[(INIT, started), (READY, boottime_ns())]);
@@ -36,15 +36,15 @@ fn serve(started: u64) -> io::Result<()> {
     let ready = address(libc::VMADDR_CID_HOST, READY_PORT);
     // SAFETY: as for bind.
     check(unsafe { libc::connect(host, (&raw const ready).cast(), size_of_val(&ready) as u32) })?;
-    // SAFETY: the buffer is as long as is said; one write of so few bytes is not divided.
+    // SAFETY: the buffer has the given length. A write this short is not split.
     check(unsafe { libc::write(host, hello.as_ptr().cast(), hello.len()) as i32 })?;
     let mut byte = 0_u8;
-    // SAFETY: one byte into a variable of one byte. It returns when the host closes the connection.
+    // SAFETY: one byte into a variable of one byte. Returns when the host closes the connection.
     check(unsafe { libc::read(host, (&raw mut byte).cast(), 1) as i32 })
 }
 
 fn socket() -> io::Result<i32> {
-    // SAFETY: socket(2) takes numbers and gives a descriptor, which lives as long as the process.
+    // SAFETY: socket(2) takes integers and returns a descriptor, which lives as long as the process.
     let fd = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0) };
     check(fd).map(|()| fd)
 }
@@ -54,7 +54,7 @@ fn check(result: i32) -> io::Result<()> {
 }
 
 fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
-    // SAFETY: all zero is a valid sockaddr_vm.
+    // SAFETY: all zeros are a valid sockaddr_vm.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
     address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
     address.svm_cid = cid;
@@ -64,7 +64,7 @@ fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
 
 fn boottime_ns() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the kernel writes into a timespec of ours; this clock exists on every kernel that is built here.
+    // SAFETY: the kernel writes one timespec, into a local variable. Every kernel built here has this clock.
     unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now) };
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }

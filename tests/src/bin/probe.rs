@@ -1,7 +1,8 @@
-//! Asks the kernel for something from inside a container and says whether it got it: what a shell there can't try.
+//! Makes kernel requests that a shell cannot make, from inside a container, and reports whether they succeed.
 //!
-//! `probe socket FAMILY` opens a stream socket of an address family (its number in linux/socket.h).
-//! `probe ask CID PORT HEX` sends these bytes to a vsock port, and nothing more, and prints what comes until the peer hangs up, in hexadecimal.
+//! `probe socket FAMILY` opens a stream socket of an address family (a number of linux/socket.h).
+//! `probe ask CID PORT HEX` sends these bytes to a vsock port, shuts down sending, and prints what the peer sends until
+//! it closes the connection, in hexadecimal.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -10,26 +11,26 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
-    let words: Vec<&str> = arguments.iter().skip(1).map(String::as_str).collect();
-    let answer = match words.as_slice() {
+    let request: Vec<&str> = arguments.iter().skip(1).map(String::as_str).collect();
+    let response = match request.as_slice() {
         ["socket", family] => family.parse().map_err(io::Error::other).and_then(socket).map(|_| "granted".to_owned()),
         ["ask", cid, port, bytes] => ask(cid, port, bytes),
         _ => Err(io::Error::other("usage: probe socket FAMILY | ask CID PORT HEX")),
     };
-    let (line, code) = match answer {
-        Ok(answer) => (answer, ExitCode::SUCCESS),
+    let (line, code) = match response {
+        Ok(response) => (response, ExitCode::SUCCESS),
         Err(e) => (format!("refused: {e}"), ExitCode::FAILURE),
     };
-    // Without a stdout the exit code says it.
+    // Without a stdout, the exit code has to do.
     let _ = writeln!(io::stdout(), "{line}");
     code
 }
 
 fn socket(family: i32) -> io::Result<File> {
-    // SAFETY: socket(2) takes numbers and gives a descriptor.
+    // SAFETY: socket(2) takes integers and returns a descriptor.
     match unsafe { libc::socket(family, libc::SOCK_STREAM, 0) } {
         -1 => Err(io::Error::last_os_error()),
-        // SAFETY: the descriptor is new, and nobody else's. A socket is read and written as a file is.
+        // SAFETY: the descriptor is new and owned by nobody else. Sockets are read and written like files.
         fd => Ok(unsafe { File::from_raw_fd(fd) }),
     }
 }
@@ -39,20 +40,20 @@ fn ask(cid: &str, port: &str, bytes: &str) -> io::Result<String> {
     let digits = |at| u8::from_str_radix(bytes.get(at..at + 2).unwrap_or("none"), 16).map_err(io::Error::other);
     let bytes = (0..bytes.len()).step_by(2).map(digits).collect::<io::Result<Vec<u8>>>()?;
     let mut stream = socket(libc::AF_VSOCK)?;
-    // SAFETY: all zero is a valid address, of no port.
+    // SAFETY: all zeros are a valid address, without a port.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
     (address.svm_family, address.svm_cid, address.svm_port) = (libc::AF_VSOCK as u16, number(cid)?, number(port)?);
     let length = size_of::<libc::sockaddr_vm>() as u32;
-    // SAFETY: the address is a sockaddr_vm of that length, and lives through the call.
+    // SAFETY: the address is a sockaddr_vm of that length and outlives the call.
     if unsafe { libc::connect(stream.as_raw_fd(), (&raw const address).cast(), length) } != 0 {
         return Err(io::Error::last_os_error());
     }
     stream.write_all(&bytes)?;
-    // SAFETY: shutdown(2) takes numbers.
+    // SAFETY: shutdown(2) takes integers.
     if unsafe { libc::shutdown(stream.as_raw_fd(), libc::SHUT_WR) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    Ok(answer.iter().map(|byte| format!("{byte:02x}")).collect())
+    let mut response = Vec::new();
+    stream.read_to_end(&mut response)?;
+    Ok(response.iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -1,7 +1,8 @@
-//! The other end of the vsock tests: `/init` of a bare VM. It listens on port 100; each connection says in its first line what its peer
-//! wants to see, see [`serve`]. Only `std` and libc, so that it builds for musl in seconds.
+//! The guest's end of the vsock tests: `/init` of a bare VM. It listens on port 100. The first line of each connection
+//! is a request, see [`serve`]. It uses only `std` and libc, so it builds for musl in seconds.
 
 #[path = "../pattern.rs"]
+#[allow(unreachable_pub)] // The library, which shares the file, exports these items.
 mod pattern;
 
 use std::fs::File;
@@ -11,17 +12,17 @@ use std::process::{Command, ExitCode};
 use std::sync::{Condvar, Mutex};
 
 const COMMANDS: u32 = 100;
-/// The seed of what the guest sends, and of what it expects.
+/// Seeds of the bytes that the guest sends, and of those that it expects.
 const OURS: u64 = 1;
 const THEIRS: u64 = 2;
 
 static RELEASED: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
-/// How many sinks are done, and the bytes that they have seen.
+/// Number of sinks that are done, and the bytes that they received.
 static TALLY: (Mutex<(u64, u64)>, Condvar) = (Mutex::new((0, 0)), Condvar::new());
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
-    // The kernel passes what it does not know of its command line to init: only this one is ours.
+    // The kernel passes unknown parameters of its command line to init; `die` is the only argument of this program.
     if arguments.next().as_deref() == Some("die") {
         let port = arguments.next().and_then(|port| port.parse().ok()).unwrap_or(0);
         die(port);
@@ -38,16 +39,16 @@ fn main() -> ExitCode {
 fn listen() -> io::Result<ExitCode> {
     let listener = socket()?;
     let address = address(libc::VMADDR_CID_ANY, COMMANDS);
-    // SAFETY: `address` is a sockaddr_vm, and its size is given.
+    // SAFETY: `address` is a sockaddr_vm, passed with its size.
     check(unsafe { libc::bind(listener.as_raw_fd(), (&raw const address).cast(), ADDRESS_LEN) })?;
     // SAFETY: no memory is passed.
     check(unsafe { libc::listen(listener.as_raw_fd(), 1024) })?;
-    // Says that connections are taken from now on. A host that does not want to know refuses.
+    // Signals the host that connections are accepted from now on. A host that does not listen refuses.
     drop(dial(99));
     loop {
-        // SAFETY: null says that the peer's address is not wanted.
+        // SAFETY: null pointers decline the peer's address.
         let fd = check(unsafe { libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) })?;
-        // SAFETY: the fd is fresh, and nobody else's.
+        // SAFETY: the descriptor is new and owned by nobody else.
         let stream = unsafe { File::from_raw_fd(fd) };
         std::thread::spawn(move || {
             if let Err(error) = first_line(&stream).and_then(|line| serve(stream, &line)) {
@@ -57,26 +58,26 @@ fn listen() -> io::Result<ExitCode> {
     }
 }
 
-/// Does what a line asks for, on the connection that it came from:
+/// Executes a request line on its connection:
 ///
-/// | line                  | what happens                                                                          |
+/// | line                  | effect                                                                                |
 /// |-----------------------|---------------------------------------------------------------------------------------|
-/// | `echo`                | sends back what comes, until the end of file                                          |
-/// | `sink`                | checks what comes to the end of file, answers `<bytes>`                               |
-/// | `tally N`             | answers how many bytes the sinks have seen together, once N of them are done          |
-/// | `say N PORT`          | sends N bytes; then connects to the host's PORT, which says that they are on the way  |
-/// | `source N BLOCK`      | sends N bytes in writes of BLOCK, ends sending, waits for the host's end of file      |
-/// | `duplex N BLOCK`      | both at once: N bytes are sent, then `<bytes>` that came, as a line                   |
-/// | `stall`               | answers `ok`, reads nothing until there was a `release`, then goes on as `sink`       |
-/// | `release`             | see `stall`                                                                           |
-/// | `dial PORT LINE...`   | connects to the host's PORT and does LINE there; answers `ok` or `error <errno>`      |
-/// | `deaf`                | ends receiving (`SHUT_RD`), sends `ok`, ends sending when the next `release` comes    |
-/// | `die PORT`            | a process connects to the host's PORT, writes `last words`, and is killed             |
+/// | `echo`                | sends back everything up to the end of file                                           |
+/// | `sink`                | checks everything up to the end of file, responds with `<bytes>`                      |
+/// | `tally N`             | responds with the total bytes of all sinks, once N of them are done                   |
+/// | `send N PORT`         | sends N bytes, then connects to the host's PORT to signal that they are on the way    |
+/// | `source N BLOCK`      | sends N bytes in writes of BLOCK, shuts down sending, waits for the host's end of file |
+/// | `duplex N BLOCK`      | sends N bytes while receiving, then a line with the number of `<bytes>` received      |
+/// | `stall`               | responds `ok`, reads nothing until a `release`, then continues as `sink`              |
+/// | `release`             | releases a `stall` or `shut-read`                                                     |
+/// | `dial PORT LINE...`   | connects to the host's PORT and executes LINE there; responds `ok` or `error <errno>` |
+/// | `shut-read`           | shuts down receiving (`SHUT_RD`), sends `ok`, closes at the next `release`            |
+/// | `die PORT`            | a process connects to the host's PORT, writes `last words`, and aborts                |
 /// | `off`                 | ends the VM                                                                           |
 fn serve(mut stream: File, line: &str) -> io::Result<()> {
-    let words: Vec<&str> = line.split_whitespace().collect();
-    let number = |at: usize| words.get(at).and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
-    match words.first().copied() {
+    let arguments: Vec<&str> = line.split_whitespace().collect();
+    let number = |at: usize| arguments.get(at).and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+    match arguments.first().copied() {
         Some("echo") => {
             let mut buffer = vec![0; 64 * 1024];
             loop {
@@ -92,10 +93,10 @@ fn serve(mut stream: File, line: &str) -> io::Result<()> {
             let tally = TALLY.1.wait_while(tally, |tally| tally.0 < number(1)).map_err(|_| io::ErrorKind::Other)?;
             writeln!(stream, "{}", tally.1)
         }
-        Some("say") => {
+        Some("send") => {
             pattern::write(&mut stream, OURS, number(1), 65536)?;
             drop(dial(number(2) as u32));
-            // Keeps the stream open: its end is to come from the VM's.
+            // Keeps the stream open: it must end with the VM.
             wait_for_release()
         }
         Some("source") => {
@@ -120,7 +121,7 @@ fn serve(mut stream: File, line: &str) -> io::Result<()> {
             RELEASED.1.notify_all();
             stream.write_all(b"ok\n")
         }
-        Some("deaf") => {
+        Some("shut-read") => {
             shutdown(&stream, libc::SHUT_RD)?;
             stream.write_all(b"ok\n")?;
             wait_for_release()
@@ -136,7 +137,7 @@ fn serve(mut stream: File, line: &str) -> io::Result<()> {
             }
         }
         Some("die") => {
-            let status = Command::new("/init").args(["die", words.get(1).unwrap_or(&"0")]).status()?;
+            let status = Command::new("/init").args(["die", arguments.get(1).unwrap_or(&"0")]).status()?;
             writeln!(stream, "{status}")
         }
         Some("off") => power_off(),
@@ -176,7 +177,7 @@ fn first_line(mut stream: &File) -> io::Result<String> {
 
 fn die(port: u32) -> ! {
     if let Ok(mut stream) = dial(port) {
-        let _at_deaths_door = stream.write_all(b"last words");
+        let _aborting_anyway = stream.write_all(b"last words");
     }
     std::process::abort()
 }
@@ -184,7 +185,7 @@ fn die(port: u32) -> ! {
 const ADDRESS_LEN: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
 
 fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
-    // SAFETY: all-zero is a valid sockaddr_vm.
+    // SAFETY: all zeros are a valid sockaddr_vm.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
     address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
     address.svm_cid = cid;
@@ -195,14 +196,14 @@ fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
 fn socket() -> io::Result<OwnedFd> {
     // SAFETY: no memory is passed.
     let fd = check(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
-    // SAFETY: the fd is fresh, and nobody else's.
+    // SAFETY: the descriptor is new and owned by nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn dial(port: u32) -> io::Result<File> {
     let socket = socket()?;
     let address = address(libc::VMADDR_CID_HOST, port);
-    // SAFETY: `address` is a sockaddr_vm, and its size is given.
+    // SAFETY: `address` is a sockaddr_vm, passed with its size.
     check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_LEN) })?;
     Ok(File::from(socket))
 }
@@ -217,7 +218,7 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 }
 
 fn power_off() -> ! {
-    // SAFETY: no memory is passed. QEMU runs with -no-reboot, so this ends it.
+    // SAFETY: no memory is passed. QEMU runs with -no-reboot, so the reboot ends it.
     unsafe { libc::reboot(libc::RB_AUTOBOOT) };
     std::process::abort()
 }

@@ -1,4 +1,4 @@
-//! The guest without containerd and shim: booted by the shim crate's own code from the production's own plan.
+//! The guest without containerd and shim, booted by the shim crate's own code with the production plan.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,50 +20,50 @@ use husk_tests::artifacts::{built, repository};
 use husk_tests::{bundle, command, vm};
 use husk_vsock::Device;
 
-use crate::report::{Column, Report, Wanted};
+use crate::report::{Column, Report, Target};
 
-/// A boot that takes longer hangs.
-pub const BOOT: Duration = Duration::from_secs(30);
-/// A stopped VM has to be gone by then.
+/// A boot that takes longer has hung.
+pub(crate) const BOOT: Duration = Duration::from_secs(30);
+/// Deadline for the end of a stopped VM.
 const END: Duration = Duration::from_secs(20);
-/// How long an idle guest is watched.
+/// How long the idle guest is measured.
 const IDLE: Duration = Duration::from_secs(5);
-/// Of a console that explains a failure.
+/// Lines of the console shown with a failure.
 const LINES: usize = 12;
 const CONTAINER: &str = "bench";
 
-/// The issue's limits.
-const MOST_BINARY_MIB: f64 = 5.0;
-const MOST_RSS_MIB: f64 = 4.0;
-const MOST_READY_MINSTR: f64 = 8.0;
+/// Targets of the issue that introduced the benchmark.
+const MAX_BINARY_MIB: f64 = 5.0;
+const MAX_RSS_MIB: f64 = 4.0;
+const MAX_READY_MINSTR: f64 = 8.0;
 
 const MIB: f64 = (1 << 20) as f64;
 
-/// Everything that VMs are booted from, in a folder of its own.
-pub struct Kit {
+/// The files that VMs boot from, in a temporary directory.
+pub(crate) struct Kit {
     folder: tempfile::TempDir,
     prepared: Prepared,
 }
 
 impl Drop for Kit {
     fn drop(&mut self) {
-        // The file goes with the folder, and the containerds that are started later inherit the environment.
-        // SAFETY: as where it is set: no other thread reads the environment.
+        // The file goes with the directory, and containerds that start later inherit the environment.
+        // SAFETY: as in `new`: no other thread reads the environment.
         unsafe { std::env::remove_var("HUSK_CONFIG") };
     }
 }
 
 impl Kit {
-    /// Prepares a container as the shim would, with a root filesystem out of the test image.
-    pub fn new() -> Result<Self> {
-        // As the shim does it first of all: what it knows by the time of the boot is passed to the guest.
+    /// Prepares a container as the shim does, with a rootfs from the test image.
+    pub(crate) fn new() -> Result<Self> {
+        // The shim calls this first as well: the result is passed to the guest at boot.
         husk_shim::vmm::tsc::begin();
         let folder = tempfile::Builder::new().prefix("husk-bench").tempdir()?;
         let config = folder.path().join("config.toml");
         let out = repository().join("out");
         std::fs::write(&config, format!("image_dir = {:?}\naccel = \"tcg\"\n", out.display()))?;
         let path = format!("{}:{}", out.display(), std::env::var("PATH").unwrap_or_default());
-        // SAFETY: no other thread reads the environment: those that run wait for processes that have ended, or read pipes.
+        // SAFETY: no other thread reads the environment: the running ones only reap processes or read pipes.
         unsafe {
             std::env::set_var("HUSK_CONFIG", &config);
             std::env::set_var("PATH", path);
@@ -88,8 +88,8 @@ impl Kit {
         (vmm, plan)
     }
 
-    /// Boots husk's guest; how long it took until it could be called.
-    pub async fn boot(&self, accel: Accel) -> Result<(Booted, Duration)> {
+    /// Boots husk's guest and returns the time until it accepted calls.
+    pub(crate) async fn boot(&self, accel: Accel) -> Result<(Booted, Duration)> {
         let (vmm, plan) = self.plan(accel);
         let journal = Journal::new(State::create(&self.folder.path().join("state"), "bench", CONTAINER)?);
         let started = Instant::now();
@@ -103,8 +103,8 @@ impl Kit {
         }
     }
 
-    /// Boots the floor; its first words, and how long it took until they came.
-    pub async fn boot_floor(&self, accel: Accel, init: &Path) -> Result<(Hello, Duration)> {
+    /// Boots the baseline guest and returns its hello, and the time until it arrived.
+    pub(crate) async fn boot_floor(&self, accel: Accel, init: &Path) -> Result<(Hello, Duration)> {
         let (vmm, mut plan) = self.plan(accel);
         plan.spec.initrd = self.folder.path().join("floor.img");
         std::fs::write(&plan.spec.initrd, vm::cpio(&std::fs::read(init)?, &[]))?;
@@ -124,13 +124,13 @@ impl Kit {
         let hello = tokio::time::timeout(BOOT, hello).await;
         let took = started.elapsed();
         machine.kill();
-        tokio::time::timeout(END, machine.exited()).await.context("QEMU does not end")?;
+        tokio::time::timeout(END, machine.exited()).await.context("QEMU does not exit")?;
         let hello = hello.map_err(anyhow::Error::from).flatten();
-        Ok((hello.with_context(|| format!("the floor did not get ready: {}", console.tail(LINES)))?, took))
+        Ok((hello.with_context(|| format!("the baseline guest did not become ready: {}", console.tail(LINES)))?, took))
     }
 }
 
-/// Unpacks the layers of the test image, which is an OCI layout.
+/// Unpacks the layers of the test image, an OCI layout.
 fn unpack_image(rootfs: &Path) -> Result<()> {
     let image = built("images/busybox.tar")?;
     std::fs::create_dir_all(rootfs)?;
@@ -138,7 +138,7 @@ fn unpack_image(rootfs: &Path) -> Result<()> {
 layout=$(mktemp -d); trap 'rm -rf "$layout"' EXIT
 tar -x -f "$1" -C "$layout"
 for blob in "$layout"/blobs/sha256/*; do
-    # Whatever is an archive is a layer.
+    # Every archive is a layer.
     if tar -t -f "$blob" >/dev/null 2>&1; then tar -x -f "$blob" -C "$2"; fi
 done
 test -e "$2/bin/sh""#;
@@ -148,15 +148,15 @@ test -e "$2/bin/sh""#;
     Ok(())
 }
 
-/// The floor's program.
-pub fn floor_init() -> Result<PathBuf> {
+/// The baseline guest's program.
+pub(crate) fn floor_init() -> Result<PathBuf> {
     vm::guest_program("floor-init")
 }
 
-/// A guest of husk's that is ready.
-pub struct Booted {
+/// A booted guest of husk.
+pub(crate) struct Booted {
     /// The VM.
-    pub vm: Arc<Vm>,
+    pub(crate) vm: Arc<Vm>,
     journal: Journal,
 }
 
@@ -165,44 +165,45 @@ impl Booted {
         Ok(self.vm.guest.system.info(self.vm.guest.context(), &InfoRequest::new()).await?)
     }
 
-    /// Ends it and removes what it made.
-    pub async fn stop(self) -> Result<()> {
-        tokio::time::timeout(END, self.vm.stop(std::future::ready(()))).await.context("the VM does not stop")??;
+    /// Shuts the guest down and removes its files.
+    pub(crate) async fn stop(self) -> Result<()> {
+        tokio::time::timeout(END, self.vm.stop(std::future::ready(()))).await.context("the VM did not stop")??;
         self.journal.undo_all().await?;
         Ok(())
     }
 }
 
-/// Millions of instructions since the kernel's clock began: under `-icount shift=0` one lasts a nanosecond.
+/// Millions of instructions since the kernel's clock started: with `-icount shift=0`, one instruction takes a
+/// nanosecond.
 fn minstr(hello: &Hello, step: BootStep) -> Result<f64> {
     let found = hello.timeline.iter().find(|milestone| milestone.step == step.into());
     Ok(found.with_context(|| format!("no milestone {step:?} in {:?}", hello.timeline))?.boottime_ns as f64 / 1e6)
 }
 
-/// Millions of instructions between two reports, of PID 1 with its workers, and of containers.
+/// Millions of instructions between two reports: of PID 1 with its workers, and of containers.
 fn spent(from: &InfoResponse, to: &InfoResponse) -> (f64, f64) {
     // A microsecond is a thousand instructions.
     let million = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
     (million(from.init_cpu_usec, to.init_cpu_usec), million(from.containers_cpu_usec, to.containers_cpu_usec))
 }
 
-/// Boots and one container, in instructions.
-pub async fn run(report: &mut Report) -> Result<()> {
+/// Measures the boot and one container, in instructions.
+pub(crate) async fn run(report: &mut Report) -> Result<()> {
     let kit = Kit::new()?;
     let (floor, _) = kit.boot_floor(Accel::TcgCounted, &floor_init()?).await?;
     let (booted, _) = kit.boot(Accel::TcgCounted).await?;
     let hello = booted.vm.hello.clone();
     let to_init = [(Column::Husk, minstr(&hello, BootStep::INIT)?), (Column::Floor, minstr(&floor, BootStep::INIT)?)];
-    report.row("kernel's clock starts -> PID 1", "M instr", &to_init, Wanted::Any);
+    report.row("kernel's clock starts -> PID 1", "M instr", &to_init, Target::Any);
     let to_ready =
         |hello: &Hello| Ok::<_, anyhow::Error>(minstr(hello, BootStep::READY)? - minstr(hello, BootStep::INIT)?);
     let ready = [(Column::Husk, to_ready(&hello)?), (Column::Floor, to_ready(&floor)?)];
-    report.row("PID 1 -> ready", "M instr", &ready, Wanted::AtMost(MOST_READY_MINSTR));
+    report.row("PID 1 -> ready", "M instr", &ready, Target::AtMost(MAX_READY_MINSTR));
     for pair in hello.timeline.windows(2) {
         let [from, to] = [&pair[0], &pair[1]].map(|milestone| milestone.step.enum_value_or_default());
         let name = format!("  {from:?} -> {to:?}");
         let took = pair[1].boottime_ns.saturating_sub(pair[0].boottime_ns) as f64 / 1e6;
-        report.row(&name, "M instr", &[(Column::Husk, took)], Wanted::Any);
+        report.row(&name, "M instr", &[(Column::Husk, took)], Target::Any);
     }
     one_container(&booted, &kit, report).await?;
     booted.stop().await
@@ -214,7 +215,7 @@ async fn one_container(booted: &Booted, kit: &Kit, report: &mut Report) -> Resul
     let put = PutBundleRequest { id: CONTAINER.into(), spec, ..Default::default() };
     let path = guest.bundle.put(guest.context(), &put).await?.path;
 
-    // What a report itself costs is known from two in a row.
+    // Two reports in a row show the cost of a report.
     let before = booted.info().await?;
     let from = booted.info().await?;
     let (cost, _) = spent(&before, &from);
@@ -225,7 +226,7 @@ async fn one_container(booted: &Booted, kit: &Kit, report: &mut Report) -> Resul
     guest.task.start(guest.context(), &start).await?;
     let wait = api::WaitRequest { id: CONTAINER.into(), ..Default::default() };
     let status = guest.task.wait(guest.context(), &wait).await?.exit_status;
-    ensure!(status == 0, "the container ended with {status}");
+    ensure!(status == 0, "the container exited with {status}");
     let ended = booted.info().await?;
     let delete = api::DeleteRequest { id: CONTAINER.into(), ..Default::default() };
     guest.task.delete(guest.context(), &delete).await?;
@@ -238,30 +239,30 @@ async fn one_container(booted: &Booted, kit: &Kit, report: &mut Report) -> Resul
         let (init, containers) = spent(from, to);
         let total = (init - cost).max(0.0) + containers;
         sum += total;
-        report.row(&format!("  {name}"), "M instr", &[(Column::Husk, total)], Wanted::Any);
+        report.row(&format!("  {name}"), "M instr", &[(Column::Husk, total)], Target::Any);
     }
-    report.row("Create + Start + Wait + Delete, idle time excluded", "M instr", &[(Column::Husk, sum)], Wanted::Any);
+    report.row("Create + Start + Wait + Delete, idle time excluded", "M instr", &[(Column::Husk, sum)], Target::Any);
     Ok(())
 }
 
-/// Sizes of the init, and what it does when there is nothing to do.
-pub async fn footprint(report: &mut Report) -> Result<()> {
+/// Measures the size of the init, and its activity in an idle guest.
+pub(crate) async fn footprint(report: &mut Report) -> Result<()> {
     let binary = built("husk-init")?.metadata()?.len() as f64 / MIB;
-    report.row("size of the init's binary", "MiB", &[(Column::Husk, binary)], Wanted::AtMost(MOST_BINARY_MIB));
+    report.row("size of the init's binary", "MiB", &[(Column::Husk, binary)], Target::AtMost(MAX_BINARY_MIB));
     let kit = Kit::new()?;
     let (booted, _) = kit.boot(Accel::Tcg).await?;
     let before = booted.info().await?;
     let from = booted.info().await?;
-    // The one thing that is measured here is that nothing happens.
+    // The measurement is that nothing happens.
     tokio::time::sleep(IDLE).await;
     let to = booted.info().await?;
     let rss = to.init_rss_bytes as f64 / MIB;
-    report.row("RSS of the init, idle", "MiB", &[(Column::Husk, rss)], Wanted::AtMost(MOST_RSS_MIB));
+    report.row("RSS of the init, idle", "MiB", &[(Column::Husk, rss)], Target::AtMost(MAX_RSS_MIB));
     let used = to.memory_total_bytes.saturating_sub(to.memory_available_bytes) as f64 / MIB;
-    report.row("memory that the guest does not have for containers", "MiB", &[(Column::Husk, used)], Wanted::Any);
+    report.row("guest memory not available to containers", "MiB", &[(Column::Husk, used)], Target::Any);
     let per_report = from.init_context_switches.saturating_sub(before.init_context_switches);
     let switches = to.init_context_switches.saturating_sub(from.init_context_switches).saturating_sub(per_report);
     let rate = switches as f64 / IDLE.as_secs_f64();
-    report.row("wake-ups of the init, idle guest", "per s", &[(Column::Husk, rate)], Wanted::AtMost(0.0));
+    report.row("wake-ups of the init, idle guest", "per s", &[(Column::Husk, rate)], Target::AtMost(0.0));
     booted.stop().await
 }

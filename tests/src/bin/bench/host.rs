@@ -1,4 +1,4 @@
-//! What one running VM takes on the host: memory by process, and wake-ups while it is idle.
+//! The cost of one running VM on the host: memory per process, and wake-ups while idle.
 
 use std::fs;
 use std::time::Duration;
@@ -8,24 +8,24 @@ use husk_tests::artifacts::Runtime;
 use husk_tests::containerd::{Containerd, Setup};
 use husk_tests::process::Process;
 
-use crate::report::{Column, Report, Wanted};
+use crate::report::{Column, Report, Target};
 
 /// Two heartbeats of the guest.
 const IDLE: Duration = Duration::from_secs(20);
-/// Of the shim a second: each heartbeat, every 10 s, wakes the thread of the vsock device, the reader, and its timer.
+/// The shim's limit per second: each heartbeat, every 10 s, wakes the vsock device's thread, the reader and its timer.
 const HEARTBEATS: f64 = 0.5;
 const KIB_PER_MIB: f64 = 1024.0;
 
-/// A process's part of the host's memory, KiB.
+/// A process's share of the host's memory, in KiB.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct Memory {
-    /// Proportional set size without the guest's memory.
+    /// Proportional set size, without the guest's memory.
     own: u64,
-    /// Of the guest's memory.
+    /// Proportional set size of the guest's memory.
     guest: u64,
 }
 
-/// Reads proc_pid_smaps(5). The guest's memory is QEMU's memfd, which shim and virtiofsd map too.
+/// Parses proc_pid_smaps(5). The guest's memory is QEMU's memfd, which the shim and virtiofsd map too.
 fn memory(smaps: &str) -> Memory {
     let mut memory = Memory::default();
     let mut in_guest = false;
@@ -35,7 +35,7 @@ fn memory(smaps: &str) -> Memory {
                 let kib: u64 = rest.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0);
                 *if in_guest { &mut memory.guest } else { &mut memory.own } += kib;
             }
-            // A mapping's first line begins with its addresses, and its device number has a colon as well.
+            // The first line of a mapping starts with its addresses; its device number also contains a colon.
             Some((head, _)) if head.contains('-') => in_guest = line.contains("/memfd:memory"),
             _ => {}
         }
@@ -59,8 +59,8 @@ fn switches(process: &Process) -> u64 {
     statuses.map(count).sum()
 }
 
-/// One container with its VM, idle, beside the same with runc.
-pub fn run(report: &mut Report) -> Result<()> {
+/// Measures one idle container with its VM, compared with runc.
+pub(crate) fn run(report: &mut Report) -> Result<()> {
     let containerd = Containerd::with(Setup { runtime: Some(Runtime::Husk), ..Setup::default() })?;
     let husk = containerd.detached_with(Runtime::Husk, &[], "idle", &["sleep", "100000"])?;
     let runc = containerd.detached_with(Runtime::Runc, &[], "idle", &["sleep", "100000"])?;
@@ -83,24 +83,19 @@ pub fn run(report: &mut Report) -> Result<()> {
         if *name == "shim" {
             values.push((Column::Runc, memory_of(&runc_shim)?.own as f64 / KIB_PER_MIB));
         }
-        report.row(&format!("  PSS of {name}, without guest memory"), "MiB", &values, Wanted::Any);
+        report.row(&format!("  PSS of {name}, without guest memory"), "MiB", &values, Target::Any);
     }
     report.row(
-        "host's memory per VM, without guest memory",
+        "host memory per VM, without guest memory",
         "MiB",
         &[(Column::Husk, own as f64 / KIB_PER_MIB)],
-        Wanted::Any,
+        Target::Any,
     );
-    report.row(
-        "guest memory that the host has had to give",
-        "MiB",
-        &[(Column::Husk, guest as f64 / KIB_PER_MIB)],
-        Wanted::Any,
-    );
+    report.row("guest memory allocated on the host", "MiB", &[(Column::Husk, guest as f64 / KIB_PER_MIB)], Target::Any);
 
     let count = || parts.iter().map(|(_, all)| all.iter().map(|p| switches(p)).sum::<u64>()).collect::<Vec<_>>();
     let (before, runc_before) = (count(), switches(&runc_shim));
-    // What is measured is that nothing happens.
+    // The measurement is that nothing happens.
     std::thread::sleep(IDLE);
     let rate = |before: u64, after: u64| after.saturating_sub(before) as f64 / IDLE.as_secs_f64();
     let runc_rate = rate(runc_before, switches(&runc_shim));
@@ -109,12 +104,12 @@ pub fn run(report: &mut Report) -> Result<()> {
         if *name == "shim" {
             values.push((Column::Runc, runc_rate));
         }
-        let wanted = match *name {
-            "shim" => Wanted::AtMost(HEARTBEATS),
-            "virtiofsd" => Wanted::AtMost(0.0),
-            _ => Wanted::Any,
+        let target = match *name {
+            "shim" => Target::AtMost(HEARTBEATS),
+            "virtiofsd" => Target::AtMost(0.0),
+            _ => Target::Any,
         };
-        report.row(&format!("  wake-ups of {name}, idle VM"), "per s", &values, wanted);
+        report.row(&format!("  wake-ups of {name}, idle VM"), "per s", &values, target);
     }
     Ok(())
 }
@@ -124,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn guest_memory_is_counted_apart() {
+    fn guest_memory_is_counted_separately() {
         let smaps = "\
 7f00-7f10 rw-s 00000000 00:01 5 /memfd:memory-backend-memfd (deleted)\nSize: 16 kB\nPss: 12 kB\nPss_Dirty: 12 kB\n\
 7f20-7f30 r-xp 00000000 fe:00 9 /usr/bin/qemu-system-x86_64\nSize: 16 kB\nPss: 7 kB\nVmFlags: rd ex\n\

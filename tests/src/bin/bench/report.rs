@@ -1,29 +1,29 @@
-//! What was measured, as a table and as JSON, beside what is wanted.
+//! The results as a table and as JSON, with their targets.
 
 use std::fmt;
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-/// Who was measured.
+/// The subject of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Column {
+pub(crate) enum Column {
     /// The product.
     Husk,
     /// containerd's runc shim.
     Runc,
-    /// The same kernel with a stub that only listens.
+    /// The baseline: the same kernel with a stub that only listens.
     Floor,
 }
 
 const COLUMNS: [(Column, &str); 3] = [(Column::Husk, "husk"), (Column::Runc, "runc"), (Column::Floor, "floor")];
 
-/// The most that is wanted.
+/// The upper limit of a value.
 #[derive(Debug, Clone, Copy)]
-pub enum Wanted {
-    /// Nothing in particular.
+pub(crate) enum Target {
+    /// No limit.
     Any,
-    /// A value of husk's in the row's unit.
+    /// An absolute limit, in the row's unit.
     AtMost(f64),
     /// A multiple of runc's value.
     TimesRunc(f64),
@@ -31,73 +31,79 @@ pub enum Wanted {
 
 enum Line {
     Section(String),
-    Row { name: String, unit: &'static str, values: Vec<(Column, f64)>, wanted: Wanted },
+    Row { name: String, unit: &'static str, values: Vec<(Column, f64)>, target: Target },
     Note(String),
 }
 
-/// All lines, in the order in which they were measured.
-pub struct Report {
+/// All lines, in the order of measurement.
+pub(crate) struct Report {
     lines: Vec<Line>,
     machine: Map<String, Value>,
     samples: Map<String, Value>,
 }
 
 impl Report {
-    /// An empty one that knows the machine.
-    pub fn new() -> Result<Self> {
+    /// An empty report with a description of the machine.
+    pub(crate) fn new() -> Result<Self> {
         let uname = nix::sys::utsname::uname()?;
         let mut machine = Map::new();
         machine.insert("kernel".into(), json!(uname.release().to_string_lossy()));
         machine.insert("cpus".into(), json!(std::thread::available_parallelism()?.get()));
-        // Wall-clock values of a busy machine say little.
+        // Wall-clock values of a loaded machine mean little.
         let load = std::fs::read_to_string("/proc/loadavg")?;
         machine.insert("load average".into(), json!(load.split_whitespace().next()));
         Ok(Self { lines: Vec::new(), machine, samples: Map::new() })
     }
 
-    /// Something about the machine or the programs that were measured.
-    pub fn about(&mut self, what: &str, value: impl Into<Value>) {
+    /// Records a property of the machine or of the measured programs.
+    pub(crate) fn about(&mut self, what: &str, value: impl Into<Value>) {
         self.machine.insert(what.into(), value.into());
     }
 
-    /// Begins a part of the table.
-    pub fn section(&mut self, title: &str) {
+    /// Starts a section of the table.
+    pub(crate) fn section(&mut self, title: &str) {
         self.lines.push(Line::Section(title.into()));
     }
 
-    /// A line of words.
-    pub fn note(&mut self, text: impl Into<String>) {
+    /// Adds a line of text.
+    pub(crate) fn note(&mut self, text: impl Into<String>) {
         self.lines.push(Line::Note(text.into()));
     }
 
-    /// A row of the table.
-    pub fn row(&mut self, name: &str, unit: &'static str, values: &[(Column, f64)], wanted: Wanted) {
-        self.lines.push(Line::Row { name: name.into(), unit, values: values.to_vec(), wanted });
+    /// Adds a row to the table.
+    pub(crate) fn row(&mut self, name: &str, unit: &'static str, values: &[(Column, f64)], target: Target) {
+        self.lines.push(Line::Row { name: name.into(), unit, values: values.to_vec(), target });
     }
 
-    /// p50 and p99 of samples, as rows; the samples themselves go into the JSON.
-    pub fn distribution(&mut self, name: &str, unit: &'static str, samples: &[(Column, Vec<f64>)], wanted: Wanted) {
-        for (percent, wanted) in [(50, wanted), (99, Wanted::Any)] {
+    /// Adds rows for p50 and p99 of samples. The JSON contains the samples themselves.
+    pub(crate) fn distribution(
+        &mut self,
+        name: &str,
+        unit: &'static str,
+        samples: &[(Column, Vec<f64>)],
+        target: Target,
+    ) {
+        for (percent, target) in [(50, target), (99, Target::Any)] {
             let values: Vec<_> = samples.iter().map(|(column, all)| (*column, percentile(all, percent))).collect();
-            self.row(&format!("{name}, p{percent}"), unit, &values, wanted);
+            self.row(&format!("{name}, p{percent}"), unit, &values, target);
         }
         let all = samples.iter().map(|(column, all)| (title(*column).to_owned(), json!(all))).collect();
         self.samples.insert(name.into(), Value::Object(all));
     }
 
-    /// The whole as JSON.
-    pub fn json(&self) -> Result<String> {
+    /// The report as JSON.
+    pub(crate) fn json(&self) -> Result<String> {
         let mut section = "";
         let mut rows = Vec::new();
         for line in &self.lines {
             match line {
                 Line::Section(title) => section = title,
-                Line::Row { name, unit, values, wanted } => {
+                Line::Row { name, unit, values, target } => {
                     let mut row = json!({"section": section, "name": name, "unit": unit});
                     for (column, value) in values {
                         row[title(*column)] = json!(value);
                     }
-                    if let Some((most, met)) = verdict(values, *wanted) {
+                    if let Some((most, met)) = verdict(values, *target) {
                         row["wanted_at_most"] = json!(most);
                         row["met"] = json!(met);
                     }
@@ -115,30 +121,30 @@ fn title(column: Column) -> &'static str {
     COLUMNS.iter().find(|(known, _)| *known == column).map_or("", |(_, title)| title)
 }
 
-fn value(values: &[(Column, f64)], wanted: Column) -> Option<f64> {
-    values.iter().find(|(column, _)| *column == wanted).map(|(_, value)| *value)
+fn value(values: &[(Column, f64)], target: Column) -> Option<f64> {
+    values.iter().find(|(column, _)| *column == target).map(|(_, value)| *value)
 }
 
-/// The most that husk's value may be, and whether it is no more.
-fn verdict(values: &[(Column, f64)], wanted: Wanted) -> Option<(f64, bool)> {
+/// The limit of husk's value, and whether the value meets it.
+fn verdict(values: &[(Column, f64)], target: Target) -> Option<(f64, bool)> {
     let husk = value(values, Column::Husk)?;
-    let most = match wanted {
-        Wanted::Any => return None,
-        Wanted::AtMost(most) => most,
-        Wanted::TimesRunc(times) => times * value(values, Column::Runc)?,
+    let most = match target {
+        Target::Any => return None,
+        Target::AtMost(most) => most,
+        Target::TimesRunc(times) => times * value(values, Column::Runc)?,
     };
     Some((most, husk <= most))
 }
 
-/// Of at least one sample, by nearest rank.
-pub fn percentile(samples: &[f64], percent: usize) -> f64 {
+/// Percentile of at least one sample, by nearest rank.
+pub(crate) fn percentile(samples: &[f64], percent: usize) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
     let rank = (percent * sorted.len()).div_ceil(100).max(1);
     sorted.get(rank - 1).copied().unwrap_or(f64::NAN)
 }
 
-/// Four significant digits are more than any of this is exact to.
+/// Formats a value with four significant digits, more than any measurement is exact to.
 fn short(value: f64) -> String {
     match value.abs() {
         v if v >= 1000.0 || v == 0.0 => format!("{value:.0}"),
@@ -157,14 +163,14 @@ impl fmt::Display for Report {
             match line {
                 Line::Section(name) => {
                     let titles: String = COLUMNS.iter().map(|(_, title)| format!("{title:>11}")).collect();
-                    writeln!(f, "\n{name:<46}{titles}  {:<14}wanted", "unit")?;
+                    writeln!(f, "\n{name:<46}{titles}  {:<14}target", "unit")?;
                 }
-                Line::Row { name, unit, values, wanted } => {
+                Line::Row { name, unit, values, target } => {
                     write!(f, "  {name:<44}")?;
                     for (column, _) in COLUMNS {
                         write!(f, "{:>11}", value(values, column).map(short).unwrap_or_default())?;
                     }
-                    let verdict = verdict(values, *wanted)
+                    let verdict = verdict(values, *target)
                         .map(|(most, met)| format!("<= {} {}", short(most), if met { "PASS" } else { "OVER" }));
                     writeln!(f, "  {unit:<14}{}", verdict.unwrap_or_default())?;
                 }
@@ -182,18 +188,18 @@ mod tests {
     #[test]
     fn percentiles_are_samples_by_nearest_rank() {
         let samples = [5.0, 1.0, 4.0, 2.0, 3.0];
-        for (percent, wanted) in [(0, 1.0), (20, 1.0), (21, 2.0), (50, 3.0), (99, 5.0), (100, 5.0)] {
-            assert_eq!(percentile(&samples, percent), wanted, "p{percent}");
+        for (percent, target) in [(0, 1.0), (20, 1.0), (21, 2.0), (50, 3.0), (99, 5.0), (100, 5.0)] {
+            assert_eq!(percentile(&samples, percent), target, "p{percent}");
         }
     }
 
     #[test]
-    fn a_verdict_compares_with_what_is_wanted() {
+    fn verdicts_compare_with_the_target() {
         let values = [(Column::Husk, 8.0), (Column::Runc, 2.0)];
-        let table = [(Wanted::AtMost(8.0), true), (Wanted::AtMost(7.9), false), (Wanted::TimesRunc(4.0), true)];
-        for (wanted, met) in table {
-            assert_eq!(verdict(&values, wanted).map(|(_, met)| met), Some(met), "{wanted:?}");
+        let table = [(Target::AtMost(8.0), true), (Target::AtMost(7.9), false), (Target::TimesRunc(4.0), true)];
+        for (target, met) in table {
+            assert_eq!(verdict(&values, target).map(|(_, met)| met), Some(met), "{target:?}");
         }
-        assert_eq!(verdict(&values[..1], Wanted::TimesRunc(9.0)), None, "nothing to compare with");
+        assert_eq!(verdict(&values[..1], Target::TimesRunc(9.0)), None, "nothing to compare with");
     }
 }

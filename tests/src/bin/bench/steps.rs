@@ -1,4 +1,4 @@
-//! Where the time of a `ctr run` goes: each call that containerd makes of a shim, by itself.
+//! The parts of a `ctr run`: the duration of each call that containerd makes to a shim.
 
 use std::time::Instant;
 
@@ -8,18 +8,18 @@ use husk_tests::bundle;
 use husk_tests::containerd::{Containerd, Setup};
 use husk_tests::shim::{Shim, Streams};
 
-use crate::report::{Column, Report, Wanted, percentile};
-use crate::side::{BOTH, ms};
+use crate::ctr::{BOTH, ms};
+use crate::report::{Column, Report, Target, percentile};
 
-/// In the order in which containerd makes them.
-const STEPS: [&str; 6] = ["start (the shim)", "Create", "Start", "Wait", "Delete", "Shutdown, and the end of the shim"];
+/// In containerd's order.
+const STEPS: [&str; 6] = ["start (the shim)", "Create", "Start", "Wait", "Delete", "Shutdown, and exit of the shim"];
 
 /// Times the calls for a container that runs `true`.
-pub fn run(rounds: usize, report: &mut Report) -> Result<()> {
+pub(crate) fn run(rounds: usize, report: &mut Report) -> Result<()> {
     let mut all: Vec<(Column, Vec<[f64; STEPS.len()]>)> = Vec::new();
     for (column, runtime) in BOTH {
         let containerd = Containerd::with(Setup { runtime: Some(runtime), ..Setup::default() })?;
-        // The first one reads everything from the disk.
+        // The first round reads everything from the disk.
         once(&containerd, runtime)?;
         let rounds = (0..rounds).map(|_| once(&containerd, runtime)).collect::<Result<_>>()?;
         all.push((column, rounds));
@@ -29,7 +29,7 @@ pub fn run(rounds: usize, report: &mut Report) -> Result<()> {
             percentile(&rounds.iter().map(|round| round[index]).collect::<Vec<_>>(), 50)
         };
         let values: Vec<_> = all.iter().map(|(column, rounds)| (*column, median(rounds))).collect();
-        report.row(&format!("  {step}, p50"), "ms", &values, Wanted::Any);
+        report.row(&format!("  {step}, p50"), "ms", &values, Target::Any);
     }
     Ok(())
 }
@@ -52,8 +52,7 @@ fn once(containerd: &Containerd, runtime: Runtime) -> Result<[f64; STEPS.len()]>
     lap(3);
     shim.task.delete(&id, "")?;
     lap(4);
-    // The shim may be gone before its answer is out.
-    let _ = shim.task.shutdown(&id, false);
+    shim.shutdown();
     lap(5);
     Ok(took)
 }

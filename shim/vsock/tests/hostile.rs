@@ -1,4 +1,7 @@
-//! Tests of the effects with rings in a memory of our own: chains as no driver of Linux makes them, and rings full of nonsense.
+//! Drives the device's packet path with hostile rings in test memory: descriptor chains that no Linux driver builds,
+//! and corrupted rings.
+
+#![allow(clippy::expect_used, reason = "a failed expectation fails the test")]
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -15,24 +18,23 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::WINDOW;
-use super::header::{HEADER_LEN, HOST_CID, Header, Op, Shut, TYPE_STREAM};
-use super::ring::Ring;
-use super::shared::Shared;
-use super::streams::{LINGER, Moved, Streams};
+use husk_vsock::testing::{
+    Forwarder, HEADER_LEN, HOST_CID, Header, LINGER, Op, Progress, Ring, Shared, Shut, TYPE_STREAM, WINDOW,
+};
 
 const CID: u64 = 3;
 const PORT: u32 = 1027;
 const SIZE: u16 = 256;
 const MEMORY: usize = 4 << 20;
-/// Where the tests put packets.
+/// Address of the packets.
 const DATA: u64 = 1 << 20;
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
+/// The packet path with two rings in test memory, and a listener on [`PORT`].
 struct Rig {
-    streams: Streams,
+    forwarder: Forwarder,
     memory: GuestMemoryMmap,
     epoll: Arc<Epoll>,
     rx: Ring,
@@ -57,8 +59,8 @@ impl Rig {
             ring.start();
             ring
         };
-        let streams = Streams::new(CID, epoll.clone(), shared);
-        Rig { streams, memory, epoll, rx: ring(0x1_0000), tx: ring(0x2_0000), incoming }
+        let forwarder = Forwarder::new(CID, epoll.clone(), shared);
+        Rig { forwarder, memory, epoll, rx: ring(0x1_0000), tx: ring(0x2_0000), incoming }
     }
 
     /// Writes a descriptor into the table at `table`.
@@ -67,7 +69,7 @@ impl Rig {
         self.memory.write_obj(descriptor, GuestAddress(table + 16 * u64::from(at))).expect("descriptor");
     }
 
-    /// Makes the chain that starts at `head` available in a ring.
+    /// Makes the chain at `head` available in a ring.
     fn offer(&self, ring: &Ring, head: u16) {
         let avail = ring.queue.avail_ring();
         let idx: u16 = self.memory.read_obj(GuestAddress(avail + 2)).expect("index");
@@ -75,7 +77,7 @@ impl Rig {
         self.memory.write_obj(idx.wrapping_add(1), GuestAddress(avail + 2)).expect("index");
     }
 
-    /// How many chains a ring has given back, and the length of the last.
+    /// The number of chains that the device has returned, and the length of the last.
     fn used(&self, ring: &Ring) -> (u16, u32) {
         let used = ring.queue.used_ring();
         let idx: u16 = self.memory.read_obj(GuestAddress(used + 2)).expect("index");
@@ -83,7 +85,7 @@ impl Rig {
         (idx, self.memory.read_obj(GuestAddress(at + 4)).expect("length"))
     }
 
-    /// Sends a packet in pieces of the given lengths; what they leave goes into one more.
+    /// Sends a packet in pieces of these lengths and, if bytes are left, one more piece.
     fn send(&mut self, packet: &[u8], pieces: &[usize], indirect: bool) {
         self.memory.write_slice(packet, GuestAddress(DATA)).expect("packet");
         let table = if indirect { 0x3_0000 } else { self.tx.queue.desc_table() };
@@ -100,7 +102,7 @@ impl Rig {
             }
         }
         if indirect {
-            // The indirect table's own first entry is its second slot here.
+            // The indirect table starts at the second slot.
             self.describe(self.tx.queue.desc_table(), 1, table + 16, u32::from(n - 1) * 16, INDIRECT, 0);
             for slot in 1..n {
                 let next = if slot + 1 < n { (NEXT, slot) } else { (0, 0) };
@@ -110,10 +112,10 @@ impl Rig {
             }
         }
         self.offer(&self.tx, 1);
-        self.streams.take_from_guest(&self.memory, &mut self.tx);
+        self.forwarder.receive_from_guest(&self.memory, &mut self.tx);
     }
 
-    /// Offers room of the given pieces and answers the packet that came, if one did.
+    /// Offers a buffer in pieces of these lengths and returns the packet that the device writes, if any.
     fn receive(&mut self, pieces: &[usize]) -> Option<(Header, Vec<u8>)> {
         let mut at = DATA + (2 << 20);
         for (n, &piece) in pieces.iter().enumerate() {
@@ -125,10 +127,10 @@ impl Rig {
         self.take()
     }
 
-    /// Answers the packet that came into room offered before, if one did.
+    /// Returns the packet that the device writes into a buffer offered earlier, if any.
     fn take(&mut self) -> Option<(Header, Vec<u8>)> {
         let before = self.used(&self.rx).0;
-        self.streams.give_to_guest(&self.memory, &mut self.rx);
+        self.forwarder.send_to_guest(&self.memory, &mut self.rx);
         let (used, len) = self.used(&self.rx);
         if used == before {
             return None;
@@ -139,19 +141,19 @@ impl Rig {
         Some((header, packet.split_off(HEADER_LEN)))
     }
 
-    /// Passes what happened to the streams on.
+    /// Passes the pending epoll events to the packet path.
     fn poll(&mut self) {
         let mut events = [EpollEvent::default(); 16];
         let count = self.epoll.wait(0, &mut events).expect("events");
         for event in &events[..count] {
-            self.streams.host_event(event.data(), event.event_set());
+            self.forwarder.host_event(event.data(), event.event_set());
         }
     }
 
-    /// A connection of the guest, its RESPONSE taken.
+    /// Opens a connection from the guest and takes the RESPONSE.
     fn connect(&mut self) -> UnixStream {
         self.send(&header(Op::Request, 0).encode(), &[], false);
-        let (response, _) = self.receive(&[64]).expect("an answer");
+        let (response, _) = self.receive(&[64]).expect("a response");
         assert_eq!(response.op, Some(Op::Response));
         self.poll();
         self.incoming.try_recv().expect("a stream")
@@ -165,7 +167,7 @@ fn header(op: Op, len: u32) -> Header {
         src_port: 5000,
         dst_port: PORT,
         len,
-        kind: TYPE_STREAM,
+        socket_type: TYPE_STREAM,
         op: Some(op),
         shut: Shut::NONE,
         buf_alloc: 1 << 20,
@@ -178,12 +180,12 @@ fn payload(len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_packet_in_any_pieces_arrives_whole() {
+fn a_packet_in_any_number_of_pieces_arrives_complete() {
     let cases: [(&str, usize, Vec<usize>); 6] = [
         ("one piece", 1000, vec![]),
-        ("header apart", 1000, vec![HEADER_LEN]),
-        ("a header in crumbs", 1000, vec![1, 2, 3, 20, 10]),
-        ("pieces of nothing between", 1000, vec![0, 44, 0, 0, 500, 0]),
+        ("separate header", 1000, vec![HEADER_LEN]),
+        ("header in small pieces", 1000, vec![1, 2, 3, 20, 10]),
+        ("empty pieces in between", 1000, vec![0, 44, 0, 0, 500, 0]),
         ("64 KiB in pages", 65536, [HEADER_LEN].into_iter().chain([4096; 15]).collect()),
         ("200 pieces", 4000, vec![20; 200]),
     ];
@@ -205,7 +207,7 @@ fn a_packet_in_any_pieces_arrives_whole() {
 }
 
 #[test]
-fn bytes_for_the_guest_fill_any_pieces() {
+fn bytes_for_the_guest_fill_buffers_of_any_shape() {
     for pieces in [&[2000][..], &[44, 1956], &[10, 30, 4, 1, 1955], &[1; 100]] {
         let mut rig = Rig::new();
         let mut stream = rig.connect();
@@ -221,7 +223,7 @@ fn bytes_for_the_guest_fill_any_pieces() {
 }
 
 #[test]
-fn a_user_who_reads_too_slowly_stops_the_guest_and_nothing_is_lost() {
+fn a_slow_reader_throttles_the_guest_and_loses_nothing() {
     let mut rig = Rig::new();
     let mut stream = rig.connect();
     stream.set_nonblocking(true).expect("nonblocking");
@@ -234,8 +236,8 @@ fn a_user_who_reads_too_slowly_stops_the_guest_and_nothing_is_lost() {
     };
     let sent_bytes = payload(8 << 20);
     let (mut sent, mut got) = (0, Vec::new());
-    // The guest keeps to the credit that it was told. What the user reads makes room in the socket before the device hears of it: what
-    // is held has to go first all the same.
+    // The guest respects its credit. Each read makes room in the socket before the device learns of it, but held bytes
+    // must still be delivered before new ones.
     let mut forwarded = 0;
     while sent + 32768 - forwarded <= WINDOW as usize {
         let packet = [&header(Op::Rw, 32768).encode()[..], &sent_bytes[sent..sent + 32768]].concat();
@@ -247,7 +249,7 @@ fn a_user_who_reads_too_slowly_stops_the_guest_and_nothing_is_lost() {
             forwarded = update.fwd_cnt as usize;
         }
     }
-    assert!(sent > WINDOW as usize, "the socket has taken nothing");
+    assert!(sent > WINDOW as usize, "the socket accepted nothing");
     while got.len() < sent {
         read(10_000, &mut got);
         rig.poll();
@@ -256,7 +258,7 @@ fn a_user_who_reads_too_slowly_stops_the_guest_and_nothing_is_lost() {
 }
 
 #[test]
-fn a_guest_that_ignores_its_credit_gets_an_rst() {
+fn a_guest_that_exceeds_its_credit_gets_an_rst() {
     let mut rig = Rig::new();
     let _stream = rig.connect();
     let packet = [&header(Op::Rw, 65536).encode()[..], &payload(65536)].concat();
@@ -268,15 +270,16 @@ fn a_guest_that_ignores_its_credit_gets_an_rst() {
 }
 
 #[test]
-fn a_guest_without_room_is_asked_for_credit_once_until_it_gives_some() {
+fn credit_is_requested_once_until_the_guest_gives_some() {
     let mut rig = Rig::new();
     let mut stream = rig.connect();
-    let update = |room: u32, taken: u32| Header { buf_alloc: room, fwd_cnt: taken, ..header(Op::CreditUpdate, 0) };
+    let update =
+        |alloc: u32, forwarded: u32| Header { buf_alloc: alloc, fwd_cnt: forwarded, ..header(Op::CreditUpdate, 0) };
     rig.send(&update(0, 0).encode(), &[], false);
     stream.write_all(&payload(100)).expect("room");
     rig.poll();
-    assert_eq!(rig.receive(&[256]).expect("a question").0.op, Some(Op::CreditRequest));
-    // However often it answers with nothing. There is room for one packet.
+    assert_eq!(rig.receive(&[256]).expect("a credit request").0.op, Some(Op::CreditRequest));
+    // Updates without credit do not cause another request. The offered buffer has room for one packet.
     assert_eq!(rig.receive(&[256]), None);
     for _ in 0..3 {
         rig.send(&update(0, 0).encode(), &[], false);
@@ -284,15 +287,15 @@ fn a_guest_without_room_is_asked_for_credit_once_until_it_gives_some() {
         assert_eq!(rig.take(), None);
     }
     rig.send(&update(10, 0).encode(), &[], false);
-    let (data, got) = rig.take().expect("what there is credit for");
+    let (data, got) = rig.take().expect("a packet within the credit");
     assert_eq!((data.op, got), (Some(Op::Rw), payload(100)[..10].to_vec()));
-    // It has given some, and that is used up: it may be asked again, once.
-    assert_eq!(rig.receive(&[256]).expect("a question").0.op, Some(Op::CreditRequest));
+    // The guest gave credit, which is used up: one more request is allowed.
+    assert_eq!(rig.receive(&[256]).expect("a credit request").0.op, Some(Op::CreditRequest));
     assert_eq!(rig.receive(&[256]), None);
 }
 
 #[test]
-fn a_stream_that_its_user_drops_lingers_for_a_guest_that_takes_nothing_and_no_longer() {
+fn a_dropped_stream_lingers_for_a_stalled_guest_but_not_forever() {
     let mut rig = Rig::new();
     let mut stream = rig.connect();
     let full = Header { buf_alloc: 0, ..header(Op::CreditUpdate, 0) };
@@ -300,33 +303,33 @@ fn a_stream_that_its_user_drops_lingers_for_a_guest_that_takes_nothing_and_no_lo
     stream.write_all(&payload(100)).expect("room");
     drop(stream);
     rig.poll();
-    // The guest has been told of everything that can be told, and gives no credit for the rest.
-    while let Some((told, _)) = rig.receive(&[256]) {
-        assert_ne!(told.op, Some(Op::Rst), "given up at once");
+    // The guest has received every packet that needs no credit, and gives no credit for the rest.
+    while let Some((packet, _)) = rig.receive(&[256]) {
+        assert_ne!(packet.op, Some(Op::Rst), "aborted at once");
     }
     let dropped = Instant::now();
-    let left = rig.streams.check_lingering(dropped).expect("it lingers");
+    let left = rig.forwarder.check_lingering(dropped).expect("the connection lingers");
     assert!(left <= LINGER, "{left:?}");
-    assert_eq!(rig.streams.check_lingering(dropped + LINGER), None);
-    assert_eq!(rig.receive(&[256]).expect("the end").0.op, Some(Op::Rst));
+    assert_eq!(rig.forwarder.check_lingering(dropped + LINGER), None);
+    assert_eq!(rig.receive(&[256]).expect("an RST").0.op, Some(Op::Rst));
     assert_eq!(rig.receive(&[256]), None);
 }
 
 #[test]
-fn chains_that_make_no_sense_come_back_empty() {
+fn invalid_chains_are_returned_empty() {
     let table = 0x2_0000;
     type Chain = fn(&Rig, u64);
     let cases: [(&str, Chain); 8] = [
         ("too short for a header", |rig, table| rig.describe(table, 0, DATA, 43, 0, 0)),
-        ("outside of memory", |rig, table| rig.describe(table, 0, u64::MAX - 10, 100, 0, 0)),
-        ("across the end of memory", |rig, table| rig.describe(table, 0, MEMORY as u64 - 10, 100, 0, 0)),
+        ("outside of the memory", |rig, table| rig.describe(table, 0, u64::MAX - 10, 100, 0, 0)),
+        ("across the end of the memory", |rig, table| rig.describe(table, 0, MEMORY as u64 - 10, 100, 0, 0)),
         ("only writable", |rig, table| rig.describe(table, 0, DATA, 100, WRITE, 0)),
         ("a loop", |rig, table| rig.describe(table, 0, DATA, 0, NEXT, 0)),
-        ("a next that is none", |rig, table| rig.describe(table, 0, DATA, 10, NEXT, 9999)),
-        ("an indirect table outside of memory", |rig, table| {
+        ("a next descriptor that does not exist", |rig, table| rig.describe(table, 0, DATA, 10, NEXT, 9999)),
+        ("an indirect table outside of the memory", |rig, table| {
             rig.describe(table, 0, u64::MAX - 15, 160, INDIRECT, 0);
         }),
-        ("indirect in indirect", |rig, table| {
+        ("an indirect table in an indirect table", |rig, table| {
             rig.describe(table, 0, DATA, 16, INDIRECT, 0);
             rig.describe(DATA, 0, DATA, 16, INDIRECT, 0);
         }),
@@ -335,33 +338,33 @@ fn chains_that_make_no_sense_come_back_empty() {
         let mut rig = Rig::new();
         chain(&rig, table);
         rig.offer(&rig.tx, 0);
-        assert_eq!(rig.streams.take_from_guest(&rig.memory, &mut rig.tx), Moved::All, "{what}");
+        assert_eq!(rig.forwarder.receive_from_guest(&rig.memory, &mut rig.tx), Progress::Drained, "{what}");
         assert_eq!(rig.used(&rig.tx), (1, 0), "{what}");
-        // And what comes after it is served.
+        // Packets after the invalid chain are served.
         rig.connect();
     }
 }
 
 #[test]
-fn a_ring_that_makes_no_sense_rests() {
+fn a_corrupted_ring_is_disabled() {
     let mut rig = Rig::new();
     let avail = rig.tx.queue.avail_ring();
     rig.memory.write_obj(9999u16, GuestAddress(avail + 2)).expect("index");
-    assert_eq!(rig.streams.take_from_guest(&rig.memory, &mut rig.tx), Moved::All);
+    assert_eq!(rig.forwarder.receive_from_guest(&rig.memory, &mut rig.tx), Progress::Drained);
     assert!(!rig.tx.is_running());
-    // A head that is no descriptor cannot be given back.
+    // A head outside the descriptor table cannot be returned.
     let mut rig = Rig::new();
     rig.offer(&rig.tx, 9999);
-    assert_eq!(rig.streams.take_from_guest(&rig.memory, &mut rig.tx), Moved::All);
+    assert_eq!(rig.forwarder.receive_from_guest(&rig.memory, &mut rig.tx), Progress::Drained);
     assert!(!rig.tx.is_running());
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// Whatever is in the rings, a pass over them ends, and nothing panics.
+    /// With any content of the rings, a pass over them ends and nothing panics.
     #[test]
-    fn any_bytes_in_the_rings_are_survived(
+    fn random_ring_contents_cause_neither_a_panic_nor_a_hang(
         descriptors in prop::collection::vec((0..MEMORY as u64 + 4096, 0..100_000u32, 0..8u16, 0..300u16), 64),
         heads in prop::collection::vec(0..260u16, 64),
         seed in any::<u64>(),
@@ -374,7 +377,7 @@ proptest! {
         let stream = rig.connect();
         (&stream).write_all(&payload(5000)).expect("room");
         for at in 0..4096u64 {
-            // Packets that are almost right, so that more than the first check is reached.
+            // Almost valid packets, so that they pass the first checks.
             let mut bytes = header(Op::Rw, 0).encode();
             let noise = seed.wrapping_mul(at + 1);
             bytes[24..28].copy_from_slice(&(noise as u32 % 70000).to_le_bytes());
@@ -392,9 +395,9 @@ proptest! {
             rig.offer(&rig.tx, head % 70);
         }
         for _ in 0..8 {
-            rig.streams.take_from_guest(&rig.memory, &mut rig.tx);
+            rig.forwarder.receive_from_guest(&rig.memory, &mut rig.tx);
             rig.poll();
-            rig.streams.give_to_guest(&rig.memory, &mut rig.rx);
+            rig.forwarder.send_to_guest(&rig.memory, &mut rig.rx);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a user of `ctr` waits for, with husk and with runc under the same containerd.
+//! The latencies that a user of `ctr` sees, with husk and with runc under the same containerd.
 
 use std::time::{Duration, Instant};
 
@@ -6,23 +6,23 @@ use anyhow::{Result, ensure};
 use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::containerd::{Containerd, Setup};
 
-use crate::report::{Column, Report, Wanted, percentile};
+use crate::report::{Column, Report, Target, percentile};
 
-/// Bytes that go through a stream: long enough to drown the start of the process that makes them.
+/// Bytes sent through a stream: enough to make the start of the sending process negligible.
 const STREAM: usize = 32 << 20;
-/// The issue's limit for a whole `ctr run` under TCG.
+/// The target for a whole `ctr run` under TCG, from the issue that introduced the benchmark.
 const TIMES_RUNC: f64 = 8.0;
 
-/// What is measured side by side.
-pub const BOTH: [(Column, Runtime); 2] = [(Column::Husk, Runtime::Husk), (Column::Runc, Runtime::Runc)];
+/// The runtimes to compare.
+pub(crate) const BOTH: [(Column, Runtime); 2] = [(Column::Husk, Runtime::Husk), (Column::Runc, Runtime::Runc)];
 
-/// Milliseconds.
-pub fn ms(took: Duration) -> f64 {
+/// Converts to milliseconds.
+pub(crate) fn ms(took: Duration) -> f64 {
     took.as_secs_f64() * 1000.0
 }
 
-/// All that needs a containerd.
-pub fn run(rounds: usize, report: &mut Report) -> Result<()> {
+/// Measures everything that needs a containerd.
+pub(crate) fn run(rounds: usize, report: &mut Report) -> Result<()> {
     let containerd = Containerd::with(Setup { runtime: Some(Runtime::Husk), ..Setup::default() })?;
     report.about("containerd", Version::default_for_tests().name());
     whole_runs(&containerd, rounds, report)?;
@@ -37,15 +37,15 @@ pub fn run(rounds: usize, report: &mut Report) -> Result<()> {
         let zeros = ["dd", "if=/dev/zero", "bs=1M", &format!("count={}", STREAM >> 20)];
         let rate = |took: Duration| (STREAM >> 20) as f64 / took.saturating_sub(exec).as_secs_f64();
         let written = container.exec(&zeros).ok()?;
-        ensure!(written.stdout.len() == STREAM, "{} bytes came of {STREAM}", written.stdout.len());
+        ensure!(written.stdout.len() == STREAM, "received {} of {STREAM} bytes", written.stdout.len());
         out.push((column, rate(written.took)));
         let read = container.exec(&["wc", "-c"]).stdin(vec![0; STREAM]).ok()?;
         ensure!(read.text() == STREAM.to_string(), "{read}");
         input.push((column, rate(read.took)));
     }
-    report.distribution("ctr task exec true", "ms", &execs, Wanted::Any);
-    report.row("stdout of an exec, 32 MiB", "MiB/s", &out, Wanted::Any);
-    report.row("stdin of an exec, 32 MiB", "MiB/s", &input, Wanted::Any);
+    report.distribution("ctr task exec true", "ms", &execs, Target::Any);
+    report.row("stdout of an exec, 32 MiB", "MiB/s", &out, Target::Any);
+    report.row("stdin of an exec, 32 MiB", "MiB/s", &input, Target::Any);
     deletes(&containerd, rounds.div_ceil(2), report)
 }
 
@@ -56,11 +56,11 @@ fn whole_runs(containerd: &Containerd, rounds: usize, report: &mut Report) -> Re
             let ctr = containerd.ctr(["run", "--rm", "--runtime", runtime.name(), containerd.image()]);
             Ok(ms(ctr.arg(containerd.id("run")).arg("true").ok()?.took))
         };
-        // The first one reads everything from the disk.
+        // The first run reads everything from the disk.
         run()?;
         runs.push((column, sample(rounds, run)?));
     }
-    report.distribution("ctr run --rm true", "ms", &runs, Wanted::TimesRunc(TIMES_RUNC));
+    report.distribution("ctr run --rm true", "ms", &runs, Target::TimesRunc(TIMES_RUNC));
     Ok(())
 }
 
@@ -77,7 +77,7 @@ fn deletes(containerd: &Containerd, rounds: usize, report: &mut Report) -> Resul
         })?;
         deletes.push((column, samples));
     }
-    report.distribution("ctr task rm of a stopped container", "ms", &deletes, Wanted::Any);
+    report.distribution("ctr task rm of a stopped container", "ms", &deletes, Target::Any);
     Ok(())
 }
 

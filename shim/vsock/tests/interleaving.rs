@@ -1,18 +1,19 @@
-//! Property tests of the pure parts: a guest, the device's decisions and the users of the streams, moved step by step in an order that proptest
-//! chooses. Whatever the order, all bytes arrive once and in order, neither side oversteps its credit, and everything comes to its end.
+//! Property tests of the pure files: a simulated guest, the device's decisions, and the users of the streams take steps
+//! in an order that proptest chooses. In any order, all bytes arrive once and in order, neither side exceeds its
+//! credit, and every connection ends.
 
 use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
-use super::connection::Plan;
-use super::header::{HOST_CID, Header, Op, Shut, TYPE_STREAM};
-use super::table::{Id, Table, Turn, Verdict};
+use husk_vsock::testing::{
+    ConnectionId, HOST_CID, Header, NextPacket, NextSend, Op, Outcome, Shut, TYPE_STREAM, Table,
+};
 
 const GUEST_CID: u64 = 7;
 const HOST_PORT: u32 = 1027;
 
-/// Byte `at` of the stream that goes `up` (to the guest) or down, of connection `n`.
+/// Byte `at` of connection `n`, in the direction to the guest (`up`) or to the host.
 fn byte(n: usize, up: bool, at: usize) -> u8 {
     (at.wrapping_mul(31) ^ n.wrapping_mul(7) ^ usize::from(up).wrapping_mul(13) ^ (at >> 8)) as u8
 }
@@ -20,7 +21,7 @@ fn byte(n: usize, up: bool, at: usize) -> u8 {
 /// A user's end of a stream, and the socket buffers between it and the device.
 #[derive(Default)]
 struct User {
-    id: Option<Id>,
+    id: Option<ConnectionId>,
     total: usize,
     written: usize,
     to_device: VecDeque<u8>,
@@ -29,10 +30,10 @@ struct User {
     to_user: VecDeque<u8>,
     eof_seen: bool,
     got: usize,
-    over: bool,
+    ended: bool,
 }
 
-/// The guest's end of a connection, with credit of its own.
+/// The guest's end of a connection, with its own credit.
 #[derive(Default)]
 struct Peer {
     ports: Option<(u32, u32)>,
@@ -41,27 +42,27 @@ struct Peer {
     sent: usize,
     alloc: u32,
     forwarded: u32,
-    told: u32,
+    announced: u32,
     inbox: VecDeque<u8>,
     got: usize,
     device_alloc: u32,
     device_forwarded: u32,
     shut: Shut,
     device_shut: Shut,
-    over: bool,
+    ended: bool,
 }
 
 impl Peer {
     fn packet(&mut self, op: Op, shut: Shut, len: u32) -> Option<Header> {
         let (guest, host) = self.ports?;
-        self.told = self.forwarded;
+        self.announced = self.forwarded;
         Some(Header {
             src_cid: GUEST_CID,
             dst_cid: HOST_CID,
             src_port: guest,
             dst_port: host,
             len,
-            kind: TYPE_STREAM,
+            socket_type: TYPE_STREAM,
             op: Some(op),
             shut,
             buf_alloc: self.alloc,
@@ -70,7 +71,7 @@ impl Peer {
     }
 }
 
-struct World {
+struct Simulation {
     table: Table<usize>,
     users: Vec<User>,
     peers: Vec<Peer>,
@@ -81,49 +82,49 @@ struct World {
 }
 
 #[derive(Clone, Debug)]
-struct Setup {
+struct Scenario {
     window: u32,
     pipe: usize,
-    /// (the host asks, bytes to the guest, bytes to the host, the guest's buffer)
+    /// (the host opens it, bytes to the guest, bytes to the host, size of the guest's buffer)
     connections: Vec<(bool, usize, usize, u32)>,
 }
 
-fn setup() -> impl Strategy<Value = Setup> {
+fn scenario() -> impl Strategy<Value = Scenario> {
     let connection = (any::<bool>(), 0..3000usize, 0..3000usize, 1..600u32);
-    (4..600u32, 1..400usize, prop::collection::vec(connection, 1..5)).prop_map(|(window, pipe, connections)| Setup {
+    (4..600u32, 1..400usize, prop::collection::vec(connection, 1..5)).prop_map(|(window, pipe, connections)| Scenario {
         window,
         pipe,
         connections,
     })
 }
 
-impl World {
-    fn new(setup: &Setup) -> Self {
-        let mut world = World {
-            table: Table::new(GUEST_CID, 16, setup.window),
+impl Simulation {
+    fn new(scenario: &Scenario) -> Self {
+        let mut simulation = Simulation {
+            table: Table::new(GUEST_CID, 16, scenario.window),
             users: Vec::new(),
             peers: Vec::new(),
             tx: VecDeque::new(),
-            window: setup.window,
-            pipe: setup.pipe,
+            window: scenario.window,
+            pipe: scenario.pipe,
         };
-        for (n, &(host_asks, up, down, alloc)) in setup.connections.iter().enumerate() {
+        for (n, &(host_opens, up, down, alloc)) in scenario.connections.iter().enumerate() {
             let mut user = User { total: up, ..User::default() };
             let mut peer = Peer { total: down, alloc, ..Peer::default() };
-            if host_asks {
-                user.id = world.table.open(n as u32, n).ok();
+            if host_opens {
+                user.id = simulation.table.open(n as u32, n).ok();
             } else {
                 peer.ports = Some((n as u32, HOST_PORT));
                 let request = peer.packet(Op::Request, Shut::NONE, 0);
-                world.tx.extend(request.map(|request| (request, Vec::new())));
+                simulation.tx.extend(request.map(|request| (request, Vec::new())));
             }
-            world.users.push(user);
-            world.peers.push(peer);
+            simulation.users.push(user);
+            simulation.peers.push(peer);
         }
-        world
+        simulation
     }
 
-    /// One step of one kind for one connection, moving at most `n` bytes. True when something moved.
+    /// Takes one step of one kind for one connection and moves at most `n` bytes. Returns true if something moved.
     fn step(&mut self, kind: u8, who: usize, n: usize) -> bool {
         let who = who % self.users.len();
         match kind % 8 {
@@ -131,7 +132,7 @@ impl World {
             1 => self.user_reads(who, n),
             2 => self.peer_sends(who, n),
             3 => self.peer_reads(who, n),
-            4 => self.device_hears(),
+            4 => self.device_receives(),
             5 | 6 => self.device_sends(n),
             _ => self.device_flushes(who),
         }
@@ -148,10 +149,10 @@ impl World {
         let ends = user.written == user.total && !user.eof_sent;
         user.eof_sent |= ends;
         if room > 0 || ends {
-            if let Some(link) = self.table.link(id) {
-                link.connection.host_readable();
+            if let Some(entry) = self.table.get(id) {
+                entry.connection.host_readable();
             }
-            self.table.touch(id);
+            self.table.schedule(id);
         }
         room > 0 || ends
     }
@@ -196,16 +197,16 @@ impl World {
             peer.got += 1;
         }
         peer.forwarded = peer.forwarded.wrapping_add(take as u32);
-        let freed = peer.forwarded.wrapping_sub(peer.told);
-        if take > 0 && !peer.over && freed >= peer.alloc.div_ceil(2) {
+        let freed = peer.forwarded.wrapping_sub(peer.announced);
+        if take > 0 && !peer.ended && freed >= peer.alloc.div_ceil(2) {
             let update = peer.packet(Op::CreditUpdate, Shut::NONE, 0);
             self.tx.extend(update.map(|update| (update, Vec::new())));
         }
         take > 0
     }
 
-    fn peer_hears(&mut self, header: &Header, payload: &[u8]) {
-        // The guest's port tells which one it is, whoever asked.
+    fn peer_receives(&mut self, header: &Header, payload: &[u8]) {
+        // The guest's port identifies the connection, whichever side opened it.
         let who = header.dst_port as usize;
         let peer = &mut self.peers[who];
         peer.device_alloc = header.buf_alloc;
@@ -221,63 +222,63 @@ impl World {
                 None
             }
             Some(Op::Rw) => {
-                assert!(!peer.device_shut.has(Shut::SEND), "payload after the end of sending");
+                assert!(!peer.device_shut.has(Shut::SEND), "payload after SHUTDOWN(SEND)");
                 peer.inbox.extend(payload);
-                assert!(peer.inbox.len() <= peer.alloc as usize, "the device oversteps its credit");
+                assert!(peer.inbox.len() <= peer.alloc as usize, "the device exceeds its credit");
                 None
             }
             Some(Op::CreditRequest) => peer.packet(Op::CreditUpdate, Shut::NONE, 0),
             Some(Op::Shutdown) => {
                 peer.device_shut.add(header.shut);
                 if peer.device_shut.has(Shut::BOTH) {
-                    peer.over = true;
+                    peer.ended = true;
                     peer.open = false;
                     peer.packet(Op::Rst, Shut::NONE, 0)
                 } else {
                     None
                 }
             }
-            Some(Op::Rst) => panic!("an RST in a world where all is in order"),
+            Some(Op::Rst) => panic!("an RST although both sides follow the protocol"),
             Some(Op::CreditUpdate) | None => None,
         };
         self.tx.extend(answer.map(|answer| (answer, Vec::new())));
     }
 
-    fn device_hears(&mut self) -> bool {
+    fn device_receives(&mut self) -> bool {
         let Some((header, payload)) = self.tx.pop_front() else { return false };
-        match self.table.hear(&header, payload.len()) {
-            Verdict::Nothing | Verdict::Connected(_) => {}
-            Verdict::Request => {
+        match self.table.receive(&header, payload.len()) {
+            Outcome::Nothing | Outcome::Connected(_) => {}
+            Outcome::Request => {
                 let who = header.src_port as usize;
                 self.users[who].id = self.table.accept(&header, who).ok();
             }
-            Verdict::Data(id) => {
-                let who = self.table.link(id).map(|link| link.host);
+            Outcome::Payload(id) => {
+                let who = self.table.get(id).map(|entry| entry.host);
                 if let Some(who) = who {
                     self.users[who].held.extend(payload);
-                    assert!(self.users[who].held.len() <= self.window as usize, "more is held than the window");
+                    assert!(self.users[who].held.len() <= self.window as usize, "held bytes exceed the window");
                 }
             }
-            Verdict::Changed(id) => self.settle(id),
-            Verdict::Dropped(_, who) => {
-                self.users[who].over = true;
+            Outcome::Changed(id) => self.settle(id),
+            Outcome::Dropped(_, who) => {
+                self.users[who].ended = true;
             }
         }
         true
     }
 
-    fn settle(&mut self, id: Id) {
-        let Some(link) = self.table.link(id) else { return };
-        let who = link.host;
-        if link.connection.host_half_close().has(Shut::SEND) {
-            assert!(self.users[who].held.is_empty(), "end of file before the bytes");
+    fn settle(&mut self, id: ConnectionId) {
+        let Some(entry) = self.table.get(id) else { return };
+        let who = entry.host;
+        if entry.connection.take_half_close().has(Shut::SEND) {
+            assert!(self.users[who].held.is_empty(), "end of file before the held bytes");
             self.users[who].eof_seen = true;
         }
-        if link.connection.is_ended() && link.connection.held() == 0 {
+        if entry.connection.is_ended() && entry.connection.held() == 0 {
             self.table.abort(id);
-            self.users[who].over = true;
+            self.users[who].ended = true;
         }
-        self.table.touch(id);
+        self.table.schedule(id);
     }
 
     fn device_flushes(&mut self, who: usize) -> bool {
@@ -286,51 +287,51 @@ impl World {
         let room = (self.pipe - user.to_user.len()).min(user.held.len());
         user.to_user.extend(user.held.drain(..room));
         if room > 0
-            && let Some(link) = self.table.link(id)
+            && let Some(entry) = self.table.get(id)
         {
-            link.connection.host_took(room as u32);
+            entry.connection.host_consumed(room as u32);
         }
         self.settle(id);
         room > 0
     }
 
     fn device_sends(&mut self, room: usize) -> bool {
-        let (header, payload) = match self.table.turn() {
+        let (header, payload) = match self.table.next_packet() {
             None => return false,
-            Some(Turn::Reply(header)) => {
-                self.table.take_reply();
+            Some(NextPacket::Rst(header)) => {
+                self.table.rst_sent();
                 (Some(header), Vec::new())
             }
-            Some(Turn::Link(id)) => {
+            Some(NextPacket::From(id)) => {
                 let mut header = None;
                 let mut payload = Vec::new();
-                if let Some(link) = self.table.link(id)
-                    && let Plan::Data { limit } = link.connection.plan()
+                if let Some(entry) = self.table.get(id)
+                    && let NextSend::Payload { limit } = entry.connection.next_send()
                     && room > 0
                 {
-                    let user = &mut self.users[link.host];
+                    let user = &mut self.users[entry.host];
                     let n = room.min(limit as usize).min(user.to_device.len());
                     payload.extend(user.to_device.drain(..n));
                     if n > 0 {
                         header = self.table.data(id, n as u32);
                     } else if user.eof_sent {
-                        link.connection.host_eof();
+                        entry.connection.host_eof();
                     } else {
-                        link.connection.host_drained();
+                        entry.connection.host_drained();
                     }
                 }
                 let header = header.or_else(|| self.table.control(id));
-                self.table.end_turn();
+                self.table.finish_turn();
                 (header, payload)
             }
         };
         if let Some(header) = header {
-            self.peer_hears(&header, &payload);
+            self.peer_receives(&header, &payload);
         }
         header.is_some()
     }
 
-    /// Lets everybody go on until nothing moves any more.
+    /// Runs all steps until nothing moves any more.
     fn finish(&mut self) {
         let mut idle = 0;
         while idle < 3 {
@@ -349,76 +350,92 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn all_bytes_arrive_once_in_order_and_everything_ends(
-        setup in setup(),
+    fn all_bytes_arrive_once_and_in_order_and_every_connection_ends(
+        scenario in scenario(),
         steps in prop::collection::vec((any::<u8>(), any::<usize>(), 0..300usize), 0..2000),
     ) {
-        let mut world = World::new(&setup);
+        let mut simulation = Simulation::new(&scenario);
         for (kind, who, n) in steps {
-            world.step(kind, who, n);
+            simulation.step(kind, who, n);
         }
-        world.finish();
-        for (n, (user, peer)) in world.users.iter().zip(&world.peers).enumerate() {
+        simulation.finish();
+        for (n, (user, peer)) in simulation.users.iter().zip(&simulation.peers).enumerate() {
             prop_assert_eq!(user.got, peer.total, "bytes to user {}", n);
             prop_assert_eq!(peer.got, user.total, "bytes to peer {}", n);
-            prop_assert!(user.eof_seen, "user {} has not seen the end", n);
-            prop_assert!(peer.device_shut.has(Shut::BOTH) && peer.over, "peer {} has not seen the end", n);
-            prop_assert!(user.over, "connection {} is left", n);
+            prop_assert!(user.eof_seen, "user {} got no end of file", n);
+            prop_assert!(peer.device_shut.has(Shut::BOTH) && peer.ended, "peer {} got no complete shutdown", n);
+            prop_assert!(user.ended, "connection {} did not end", n);
         }
-        prop_assert!(world.table.turn().is_none());
+        prop_assert!(simulation.table.next_packet().is_none());
     }
 
-    /// A guest that says anything at all: nothing panics, and what is kept for it stays bounded.
+    /// A guest may send any packets: nothing panics, and the state kept for it stays bounded.
     #[test]
-    fn nonsense_is_bounded(
+    fn random_packets_keep_the_state_bounded(
         packets in prop::collection::vec(
-            (0..3u64, 0..3u64, 0..4u32, 0..4u32, any::<u32>(), 0..3u16, 0..9u16, any::<u8>(), any::<u32>(), any::<u32>(), 0..2000usize),
+            (
+                (0..3u64, 0..3u64, 0..4u32, 0..4u32),
+                (any::<u32>(), 0..3u16, 0..9u16, any::<u8>(), any::<u32>(), any::<u32>()),
+                0..2000usize,
+            ),
             0..600,
         ),
         sends in prop::collection::vec(0..200usize, 0..100),
     ) {
         let mut table: Table<()> = Table::new(1, 8, 1000);
         let mut sends = sends.into_iter();
-        let mut links: Vec<Id> = Vec::new();
-        for (src_cid, dst_cid, src_port, dst_port, len, kind, op, shut, buf_alloc, fwd_cnt, payload) in packets {
+        let mut ids: Vec<ConnectionId> = Vec::new();
+        for (addresses, fields, payload) in packets {
+            let (src_cid, dst_cid, src_port, dst_port) = addresses;
+            let (len, socket_type, op, shut, buf_alloc, fwd_cnt) = fields;
             if table.is_congested() {
-                while table.turn().is_some_and(|turn| matches!(turn, Turn::Reply(_))) {
-                    table.take_reply();
+                while table.next_packet().is_some_and(|next| matches!(next, NextPacket::Rst(_))) {
+                    table.rst_sent();
                 }
             }
             let mut bytes = Header {
-                src_cid, dst_cid, src_port, dst_port, len: len % 2000, kind, op: None, shut: Shut::NONE, buf_alloc, fwd_cnt,
-            }.encode();
+                src_cid,
+                dst_cid,
+                src_port,
+                dst_port,
+                len: len % 2000,
+                socket_type,
+                op: None,
+                shut: Shut::NONE,
+                buf_alloc,
+                fwd_cnt,
+            }
+            .encode();
             bytes[30] = op as u8;
             bytes[32] = shut;
             let header = Header::decode(&bytes);
-            match table.hear(&header, payload) {
-                Verdict::Request => links.extend(table.accept(&header, ())),
-                Verdict::Data(id) => {
+            match table.receive(&header, payload) {
+                Outcome::Request => ids.extend(table.accept(&header, ())),
+                Outcome::Payload(id) => {
                     prop_assert!(header.len as usize <= payload);
-                    let link = table.link(id);
-                    prop_assert!(link.is_some_and(|link| link.connection.held() <= 1000));
+                    let entry = table.get(id);
+                    prop_assert!(entry.is_some_and(|entry| entry.connection.held() <= 1000));
                 }
-                Verdict::Changed(id) => {
-                    if let Some(link) = table.link(id) {
-                        link.connection.host_half_close();
+                Outcome::Changed(id) => {
+                    if let Some(entry) = table.get(id) {
+                        entry.connection.take_half_close();
                     }
                 }
-                Verdict::Nothing | Verdict::Connected(_) | Verdict::Dropped(..) => {}
+                Outcome::Nothing | Outcome::Connected(_) | Outcome::Dropped(..) => {}
             }
-            if let (Some(n), Some(&id)) = (sends.next(), links.last()) {
-                if let Some(link) = table.link(id) {
-                    link.connection.host_readable();
-                    link.connection.host_took(n as u32);
+            if let (Some(n), Some(&id)) = (sends.next(), ids.last()) {
+                if let Some(entry) = table.get(id) {
+                    entry.connection.host_readable();
+                    entry.connection.host_consumed(n as u32);
                 }
-                table.touch(id);
-                if let Some(Turn::Link(id)) = table.turn() {
+                table.schedule(id);
+                if let Some(NextPacket::From(id)) = table.next_packet() {
                     table.control(id);
-                    table.end_turn();
+                    table.finish_turn();
                 }
             }
-            links.retain(|&id| table.link(id).is_some());
-            prop_assert!(links.len() <= 8);
+            ids.retain(|&id| table.get(id).is_some());
+            prop_assert!(ids.len() <= 8);
         }
     }
 }
