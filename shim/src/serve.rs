@@ -172,7 +172,7 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     let ttrpc_address = std::env::var("TTRPC_ADDRESS").context("TTRPC_ADDRESS")?;
     let publisher = Publisher::start(&ttrpc_address, &flags.namespace, journal.recent().clone());
     let sandbox = Sandbox::new(&flags.id, &flags.namespace, journal, publisher);
-    sandbox.words().console.serve(console);
+    sandbox.guest_logs().console.serve(console);
     ctl::serve(control, sandbox.clone(), ctl::methods::METHODS, ctl::Limits::default());
 
     // SAFETY: the descriptor is a listening unix socket, given up here and owned by the server from now on.

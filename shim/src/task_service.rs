@@ -19,7 +19,7 @@ use protobuf::MessageField;
 use ttrpc::r#async::{Service, TtrpcContext};
 use ttrpc::{Code, get_status};
 
-use crate::guest::client as guest;
+use crate::guest::client::GuestError;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::stdio;
 
@@ -73,7 +73,7 @@ fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
     use SandboxError as Error;
     let code = match &error {
         // The guest's own status passes through unchanged.
-        Error::Guest(guest::Error::Call(ttrpc::Error::RpcStatus(status))) => {
+        Error::Guest(GuestError::Call(ttrpc::Error::RpcStatus(status))) => {
             return ttrpc::Error::RpcStatus(status.clone());
         }
         Error::NotFound { .. } => Code::NOT_FOUND,

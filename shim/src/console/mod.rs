@@ -26,7 +26,7 @@ pub const INIT_LOG: &str = "guest.log";
 /// The socket's.
 pub const SOCKET: &str = "console.sock";
 /// What a guest's last words begin with.
-const LAST_WORDS: [&str; 2] = ["Kernel panic - not syncing: ", "husk: fatal: "];
+const LAST_WORDS: [&str; 2] = ["Kernel panic - not syncing: ", husk_protos::FATAL_PREFIX];
 /// Most of them that is told, bytes.
 const LAST_WORDS_MAX: usize = 200;
 /// Bytes of the console that may explain a failed boot.
@@ -36,14 +36,14 @@ const INPUT: usize = 16;
 
 /// All that a guest says in words. Clones share it.
 #[derive(Debug, Clone)]
-pub struct Words {
+pub struct GuestLogs {
     /// Its console.
     pub console: Console,
     /// The log of its init.
     pub init: Record,
 }
 
-impl Words {
+impl GuestLogs {
     /// Those of the sandbox with this folder. Has no effect until there is something.
     pub fn new(folder: &Path) -> Self {
         Self { console: Console::new(folder), init: Record::new(&folder.join(INIT_LOG)) }

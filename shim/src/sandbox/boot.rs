@@ -12,14 +12,13 @@ use crate::extras::disk::DiskError;
 use crate::extras::files::OpenedFile;
 use crate::guest::client::Metering;
 use crate::prepare;
-use crate::prepare::Prepared;
+use crate::prepare::{PrepareError, Prepared};
 use crate::rootfs::share::Share;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::{Booting, Sandbox, Slots, VmSlot, alive};
 use crate::state::life::VmState;
 use crate::state::{Boot, facts};
-use crate::vm::boot;
-use crate::vm::boot::Vm;
+use crate::vm::{BootError, Vm};
 use crate::vmm::Disk;
 
 impl Sandbox {
@@ -35,7 +34,7 @@ impl Sandbox {
                 // Check again: another container may have started the VM while this one was prepared.
                 let beyond = prepared.extras.beyond(&slots.extras);
                 if !beyond.is_empty() {
-                    return Err(prepare::Error(beyond.iter().map(ToString::to_string).collect()).into());
+                    return Err(PrepareError(beyond.iter().map(ToString::to_string).collect()).into());
                 }
             }
             match &slots.vm {
@@ -69,7 +68,7 @@ impl Sandbox {
         booting
     }
 
-    async fn boot(self: &Arc<Self>, prepared: &Prepared, share: PathBuf) -> Result<Arc<Vm>, boot::Error> {
+    async fn boot(self: &Arc<Self>, prepared: &Prepared, share: PathBuf) -> Result<Arc<Vm>, BootError> {
         let started = std::time::Instant::now();
         let mut reached = Boot::begin();
         let booted = self.boot_and_subscribe(prepared, share, &mut reached).await;
@@ -100,10 +99,10 @@ impl Sandbox {
         prepared: &Prepared,
         share: PathBuf,
         reached: &mut Boot,
-    ) -> Result<(Arc<Vm>, Metering<Event>), boot::Error> {
+    ) -> Result<(Arc<Vm>, Metering<Event>), BootError> {
         let extras = extras_disk(prepared.sources.clone()).await?;
         let (vmm, plan) = prepare::plan(prepared, share, extras.clone());
-        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.words, reached).await?;
+        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached).await?;
         // The guest has copied the disk's contents before its hello.
         if let Some(disk) = extras
             && let Err(error) = disk::give_back(&disk)
@@ -134,7 +133,7 @@ impl Sandbox {
 }
 
 /// Writes the disk for extras, on a separate thread because reading the files may block.
-async fn extras_disk(sources: Vec<OpenedFile>) -> Result<Option<Disk>, boot::Error> {
+async fn extras_disk(sources: Vec<OpenedFile>) -> Result<Option<Disk>, BootError> {
     let written = tokio::task::spawn_blocking(move || disk::write(&sources));
     Ok(written.await.map_err(|error| DiskError::Image(std::io::Error::other(error)))??)
 }

@@ -14,7 +14,7 @@ use crate::sandbox::container::process::{Exit, Process};
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::sandbox::registry::Sandbox;
 use crate::sandbox::without_guest;
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 impl Sandbox {
     /// The state of a process.

@@ -17,7 +17,7 @@ use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
 use crate::sandbox::start::STREAM;
 use crate::state::{Owner, check_identifier};
 use crate::stdio::Stdio;
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 impl Sandbox {
     /// Creates a container, and the VM if it is the first. Returns the PID of its init process in the guest. If it

@@ -17,7 +17,7 @@ use crate::sandbox::without_guest;
 use crate::state::Owner;
 use crate::state::life::VmState;
 use crate::state::recent::EventKind;
-use crate::vm::boot::{DELIVERED, Vm};
+use crate::vm::{DELIVERY, Vm};
 
 /// How long containerd may take to accept the last events. After that the shim exits without delivering them.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -86,7 +86,7 @@ impl Sandbox {
         if let Some(vm) = vm {
             self.stop(&vm, cause, self.containers_ended()).await;
             // The VM's last events are still being read. They record the exits of the processes that died with it.
-            if tokio::time::timeout(DELIVERED, self.containers_ended()).await.is_err() {
+            if tokio::time::timeout(DELIVERY, self.containers_ended()).await.is_err() {
                 tracing::debug!("the exits of some processes of the VM are not recorded yet");
             }
         } else if self.journal.vm() == Some(VmState::Pending) {

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::guest::client as guest;
+use crate::guest::client::GuestError;
 use crate::host::hooks;
-use crate::prepare;
+use crate::prepare::PrepareError;
 use crate::rootfs::share::ShareError;
 use crate::state::StateError;
 use crate::stdio;
-use crate::vm::boot;
+use crate::vm::BootError;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +40,7 @@ pub(crate) enum SandboxError {
     VmDead { cause: String },
     /// The request, the spec, the annotations or the configuration are invalid.
     #[error(transparent)]
-    Invalid(#[from] prepare::Error),
+    Invalid(#[from] PrepareError),
     /// A standard stream cannot be opened.
     #[error(transparent)]
     Stdio(#[from] stdio::Error),
@@ -48,10 +48,10 @@ pub(crate) enum SandboxError {
     Unsupported(String),
     /// The VM did not boot. Shared by all containers that waited for it.
     #[error(transparent)]
-    Boot(#[from] Arc<boot::Error>),
+    Boot(#[from] Arc<BootError>),
     /// The guest returned an error or cannot be reached.
     #[error(transparent)]
-    Guest(#[from] guest::Error),
+    Guest(#[from] GuestError),
     #[error(transparent)]
     State(#[from] StateError),
     /// The root filesystem or a bind mount.
@@ -67,7 +67,7 @@ pub(crate) enum SandboxError {
 
 impl From<ttrpc::Error> for SandboxError {
     fn from(error: ttrpc::Error) -> Self {
-        Self::Guest(guest::Error::Call(error))
+        Self::Guest(GuestError::Call(error))
     }
 }
 

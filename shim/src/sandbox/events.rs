@@ -10,12 +10,11 @@ use husk_protos::chain::Chain;
 use husk_protos::events::Event;
 use protobuf::well_known_types::timestamp::Timestamp;
 
-use crate::guest::client as guest;
-use crate::guest::client::{Guest, Metering};
+use crate::guest::client::{Guest, GuestError, Metering};
 use crate::sandbox::container::guest_event;
 use crate::sandbox::container::guest_event::InvalidEvent;
 use crate::sandbox::registry::Sandbox;
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 /// How often the stream may end without an event in between. Usually it ends because the VM has died, and the shim
 /// notices the death a little later: the pauses between the attempts add up to far more than that delay.
@@ -53,7 +52,7 @@ fn check_sequence(last: u64, event: &Event) -> Result<(), EventLoss> {
 trait EventStream: Send {
     /// The next event; `None` at the end of the stream. If no stream is open, opens one that begins after number
     /// `after`, or returns `None` if `after` is `None`.
-    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, guest::Error>;
+    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, GuestError>;
 }
 
 struct Subscription {
@@ -63,7 +62,7 @@ struct Subscription {
 
 #[async_trait]
 impl EventStream for Subscription {
-    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, guest::Error> {
+    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, GuestError> {
         let stream = match (&mut self.stream, after) {
             (Some(stream), _) => stream,
             (None, Some(after)) => self.stream.insert(self.guest.events(after).await?),
@@ -132,7 +131,7 @@ impl Sandbox {
                 next = follower.next() => match next {
                     Ok(event) => self.forward_event(event, &mut rejected).await,
                     Err(lost) => {
-                        vm.condemn(format!("the guest's events are lost: {}", Chain(&lost)));
+                        vm.fail(format!("the guest's events are lost: {}", Chain(&lost)));
                         break vm.died().await;
                     }
                 },
@@ -225,7 +224,7 @@ mod tests {
 
     #[async_trait]
     impl EventStream for Streams {
-        async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, guest::Error> {
+        async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, GuestError> {
             if self.current.is_none() && after.is_some() {
                 let refused = || ttrpc::Error::Others("connection refused".to_owned());
                 let (begin, events) = self.streams.pop_front().ok_or_else(refused)?;

@@ -10,7 +10,7 @@ use crate::sandbox::container::Container;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
 use crate::state::{Owner, Step};
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 /// The description of a container that its hooks receive.
 pub(super) fn subject(request: &CreateTaskRequest, prepared: &Prepared) -> Subject {

@@ -9,23 +9,22 @@ use husk_protos::lock::lock;
 use tokio::sync::watch;
 
 use crate::config::extras::Extras;
-use crate::console::Words;
+use crate::console::GuestLogs;
 use crate::containerd::publisher::Publisher;
-use crate::guest::client as guest;
+use crate::guest::client::GuestError;
 use crate::rootfs::share::Share;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
-use crate::vm::boot;
-use crate::vm::boot::Vm;
+use crate::vm::{BootError, Vm};
 
 /// How long to wait for containerd's Shutdown after everything has been cleaned up.
 const SHUTDOWN_WAIT: Duration = Duration::from_secs(10);
 
 /// The outcome of a boot, shared by all containers that wait for it. `None` while the boot runs.
-pub(super) type Booting = watch::Receiver<Option<Result<Arc<Vm>, Arc<boot::Error>>>>;
+pub(super) type Booting = watch::Receiver<Option<Result<Arc<Vm>, Arc<BootError>>>>;
 
 /// The place of the sandbox's VM.
 pub(super) enum VmSlot {
@@ -60,7 +59,7 @@ pub(crate) struct Sandbox {
     pub(super) namespace: String,
     pub(super) journal: Journal,
     pub(super) publisher: Publisher,
-    pub(super) words: Words,
+    pub(super) guest_logs: GuestLogs,
     slots: Mutex<Slots>,
     /// True after everything has been cleaned up.
     pub(super) ended: watch::Sender<bool>,
@@ -74,7 +73,7 @@ impl Sandbox {
         Arc::new(Self {
             id: id.to_owned(),
             namespace: namespace.to_owned(),
-            words: Words::new(journal.dir()),
+            guest_logs: GuestLogs::new(journal.dir()),
             journal,
             publisher,
             slots: Mutex::new(Slots {
@@ -115,7 +114,7 @@ impl Sandbox {
     pub(crate) async fn explain(&self, error: SandboxError) -> SandboxError {
         let lost = matches!(
             &error,
-            SandboxError::Guest(guest::Error::Call(call)) if !matches!(call, ttrpc::Error::RpcStatus(_))
+            SandboxError::Guest(GuestError::Call(call)) if !matches!(call, ttrpc::Error::RpcStatus(_))
         );
         let vm = match &self.lock().vm {
             VmSlot::Up(vm) if lost => vm.clone(),

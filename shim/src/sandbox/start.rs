@@ -12,7 +12,7 @@ use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
 use crate::state::check_identifier;
 use crate::stdio::Stdio;
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 /// The value of a stream's field in a request to the guest, for a stream that the shim carries over vsock.
 pub(super) const STREAM: &str = "stream";

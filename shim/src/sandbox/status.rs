@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use crate::console::Words;
+use crate::console::GuestLogs;
 use crate::ctl::{Answer, RpcError};
 use crate::guest::report;
 use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
 use crate::state::State;
 use crate::state::recent::Recent;
 use crate::state::status;
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 impl Sandbox {
     /// What has happened to it lately.
@@ -19,9 +19,9 @@ impl Sandbox {
         self.journal.recent()
     }
 
-    /// What its guest says.
-    pub fn words(&self) -> &Words {
-        &self.words
+    /// The guest's console and the log of its init.
+    pub fn guest_logs(&self) -> &GuestLogs {
+        &self.guest_logs
     }
 
     /// All that is known of it.
@@ -78,10 +78,10 @@ impl Sandbox {
         match &self.lock().vm {
             VmSlot::Up(vm) => {
                 let cause = vm.cause_of_death();
-                let mut health = report::in_json(vm.heard().health());
+                let mut health = report::in_json(vm.health().snapshot());
                 health["alive"] = json!(cause.is_none());
                 health["cause_of_death"] = json!(cause);
-                let supervisor = vm.heard().supervisor().borrow().as_ref().map(report::supervisor_in_json);
+                let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_in_json);
                 (health, json!(supervisor))
             }
             VmSlot::Empty | VmSlot::Booting(_) | VmSlot::Stopping => (Value::Null, Value::Null),

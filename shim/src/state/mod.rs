@@ -19,7 +19,7 @@ pub mod undo;
 
 pub use error::StateError;
 pub(crate) use error::check_identifier;
-pub use facts::{Boot, Machine};
+pub use facts::{Boot, MachineRecord};
 pub use store::{BASE, State, base};
 pub(crate) use store::{Owner, Recorder};
 pub(crate) use undo::Step;

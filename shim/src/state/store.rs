@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::error::{StateError, UndoFailure, check_identifier, io_error};
-use super::facts::{Boot, Machine};
+use super::facts::{Boot, MachineRecord};
 use super::life::{Life, VmState};
 use super::undo::Step;
 use super::{cid, life, tree};
@@ -60,7 +60,7 @@ struct Contents {
     /// `None` if the shim was killed before it could write the file.
     vm: Option<Life>,
     /// The machine that was started last.
-    machine: Option<Machine>,
+    machine: Option<MachineRecord>,
     /// The last attempt to boot.
     boot: Option<Boot>,
     journal: Vec<Entry>,
@@ -236,12 +236,12 @@ impl State {
     }
 
     /// The machine that runs or ran the VM.
-    pub fn machine(&self) -> Option<&Machine> {
+    pub fn machine(&self) -> Option<&MachineRecord> {
         self.contents.machine.as_ref()
     }
 
     /// Records the machine, or more facts about it. The next change writes it.
-    pub(crate) fn set_machine(&mut self, machine: Machine) {
+    pub(crate) fn set_machine(&mut self, machine: MachineRecord) {
         self.contents.machine = Some(machine);
     }
 

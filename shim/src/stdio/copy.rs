@@ -95,7 +95,7 @@ impl Output {
 #[derive(Debug, thiserror::Error)]
 enum CopyError {
     #[error("{0}")]
-    Guest(#[from] crate::guest::client::Error),
+    Guest(#[from] crate::guest::client::GuestError),
     #[error("guest stream: {0}")]
     Stream(#[from] ttrpc::Error),
     #[error("read fifo: {0}")]
