@@ -85,7 +85,7 @@ impl Sandbox {
         };
         if let Some(vm) = vm {
             self.stop(&vm, cause, self.containers_ended()).await;
-            // The VM's last events are still being read. They record the exits of the processes that died with it.
+            // The VM's last events are still being read. Processes without an exit event end with the VM.
             if tokio::time::timeout(DELIVERY, self.containers_ended()).await.is_err() {
                 tracing::debug!("the exits of some processes of the VM are not recorded yet");
             }

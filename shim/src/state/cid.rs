@@ -92,7 +92,7 @@ impl Leases {
         claim: &mut dyn FnMut(u32) -> io::Result<bool>,
     ) -> Result<u32, CidError> {
         let _lock = self.lock()?;
-        // Look for holders only when no CID is without a lease: it is the slowest part, and other shims wait for the
+        // Try unleased CIDs first: checking whether a holder is alive is the slowest part, and other shims wait for the
         // lock.
         let leased = self.leased()?;
         let (taken, free): (Vec<u32>, Vec<u32>) = among.partition(|cid| leased.contains(cid));

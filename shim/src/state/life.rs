@@ -1,6 +1,6 @@
 //! The VM's lifecycle: its states, the allowed transitions, and the latest transitions with their causes.
 //!
-//! Pure: `vm::boot` and `sandbox` make the transitions, `journal` records and logs them.
+//! Pure: `vm` and `sandbox` make the transitions, `journal` records and logs them.
 
 use std::collections::VecDeque;
 use std::fmt;

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
+use procfs::process::Process;
 
 use super::error::{StateError, check_identifier};
 use super::life::{Life, VmState};
@@ -26,10 +27,9 @@ fn tmpfs(path: &Path) {
     mount(Some("husk-test"), path, Some("tmpfs"), MsFlags::empty(), Some("size=1m")).unwrap();
 }
 
-fn mounted_below(dir: &Path) -> Vec<String> {
-    let prefix = dir.to_str().unwrap().to_owned();
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(&prefix)).map(Into::into).collect()
+fn mounted_below(dir: &Path) -> Vec<PathBuf> {
+    let mounts = Process::myself().unwrap().mountinfo().unwrap();
+    mounts.into_iter().map(|mount| mount.mount_point).filter(|point| point.starts_with(dir)).collect()
 }
 
 fn sleeper() -> (Child, ProcessId) {
@@ -126,7 +126,7 @@ fn a_later_process_undoes_everything_and_touches_nothing_else() {
                 Step::Tree { path: tree.clone() },
                 Step::Dir { path: empty.clone() },
                 Step::File { path: file.clone() },
-                // Steps whose effects the shim was killed before.
+                // The shim was killed before the effects of these steps.
                 Step::Mount { path: dir.join("never") },
                 Step::Dir { path: dir.join("never") },
                 Step::File { path: file.join("never") },
@@ -170,7 +170,7 @@ fn a_later_process_undoes_everything_and_touches_nothing_else() {
     theirs.wait().unwrap();
     assert_eq!(fs::read_to_string(&outside).unwrap(), "kept");
     assert!(!dir.exists());
-    assert_eq!(mounted_below(base.path()), Vec::<String>::new());
+    assert_eq!(mounted_below(base.path()), Vec::<PathBuf>::new());
     for procs in made.procs_files() {
         let leaf = procs.parent().unwrap();
         assert!(!leaf.exists() && !leaf.parent().unwrap().exists(), "{}", leaf.display());
@@ -224,7 +224,7 @@ fn a_mount_point_in_a_tree_is_not_entered_and_stays_in_the_journal() {
     assert_eq!(again.steps(&Owner::Sandbox).count(), 1);
     again.record(&Owner::Sandbox, [Step::Mount { path: tree.join("a/bound") }]).unwrap();
     again.undo_all(WITHIN).unwrap();
-    assert_eq!(mounted_below(base.path()), Vec::<String>::new());
+    assert_eq!(mounted_below(base.path()), Vec::<PathBuf>::new());
 }
 
 #[test]
