@@ -1,5 +1,6 @@
 //! Publishes a container's events to containerd, encoded as the messages that containerd's clients decode.
 
+use husk_protos::chain::Chain;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{MessageDyn, MessageFull};
@@ -22,6 +23,7 @@ pub(super) fn offer(publisher: &Publisher, topic: &str, event: &impl MessageFull
 
 fn encode(topic: &str, event: &impl MessageFull) -> Option<Any> {
     let encoded = event.write_to_bytes();
-    let value = encoded.inspect_err(|error| tracing::error!(topic, %error, "failed to encode an event")).ok()?;
-    Some(Any { type_url: event.descriptor_dyn().full_name().to_owned(), value, ..Default::default() })
+    let value = encoded.inspect_err(|error| tracing::error!(topic, error = %Chain(error), "failed to encode an event"));
+    let type_url = event.descriptor_dyn().full_name().to_owned();
+    Some(Any { type_url, value: value.ok()?, ..Default::default() })
 }
