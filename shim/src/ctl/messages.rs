@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::state::recent;
-use crate::state::recent::Kind;
+use crate::state::recent::EventKind;
 use crate::state::status::Name;
 
 /// The parameters of a method that has none.
@@ -35,7 +35,7 @@ pub struct Event {
     #[serde(default)]
     pub at_ms: Option<u64>,
     /// The event's subject.
-    pub kind: Name<Kind>,
+    pub kind: Name<EventKind>,
     /// A description.
     #[serde(default)]
     pub what: String,

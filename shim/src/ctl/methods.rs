@@ -8,8 +8,7 @@ use serde::Serialize;
 use crate::ctl::method::{Answer, Kind, Method, Param};
 use crate::ctl::rpc::RpcError;
 use crate::ctl::{events, exec, logs, rpc};
-use crate::sandbox::Sandbox;
-use crate::sandbox::status::StatusError;
+use crate::sandbox::{Sandbox, StatusError};
 
 fn answer<T: Serialize>(result: Result<T, StatusError>) -> Answer {
     result.map_err(|error| RpcError::refused(Chain(&error).to_string())).and_then(rpc::result)

@@ -22,7 +22,7 @@ use tracing::Level;
 
 use crate::console::record::Record;
 use crate::containerd::log as logging;
-use crate::state::recent::{Kind, Recent};
+use crate::state::recent::{EventKind, Recent};
 use crate::state::status;
 use crate::state::status::Heartbeats;
 
@@ -106,7 +106,7 @@ pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks
                 }
                 () = sleep_until(last + health.interval * 3 / 2), if !late => {
                     late = true;
-                    sinks.recent.note(Kind::Health, "a heartbeat is late", json!(heartbeats(health.snapshot())));
+                    sinks.recent.note(EventKind::Health, "a heartbeat is late", json!(heartbeats(health.snapshot())));
                 }
             }
         };
@@ -114,7 +114,7 @@ pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks
             Ok(Some(What::Heartbeat(_))) => {
                 if std::mem::take(&mut late) {
                     sinks.recent.note(
-                        Kind::Health,
+                        EventKind::Health,
                         "the heartbeats have resumed",
                         json!(heartbeats(health.snapshot())),
                     );
@@ -216,7 +216,7 @@ impl Log {
         status.last_end = sanitized(&status.last_end);
         let (pid, restarts, last_end) = (status.pid, status.restarts, &status.last_end);
         if let Admitted::Yes { .. } = self.supervisors.admit(Instant::now()) {
-            recent.note(Kind::Supervisor, "the supervisor's state", json!(supervisor_status(&status)));
+            recent.note(EventKind::Supervisor, "the supervisor's state", json!(supervisor_status(&status)));
             match status.state.enum_value_or_default() {
                 State::GAVE_UP => {
                     tracing::error!(
@@ -383,7 +383,7 @@ mod tests {
         let event = &recent.after(0, 100)[0];
         assert_eq!(
             (event.kind, &event.fields["state"], &event.fields["pid"]),
-            (Kind::Supervisor, &json!("running"), &json!(9))
+            (EventKind::Supervisor, &json!("running"), &json!(9))
         );
         let kept = std::fs::read_to_string(dir.path().join("guest.log")).unwrap();
         assert_eq!(kept, "1.234 warn: one level=error msg=forged ab=\" [31m \\\"x\" lost_before=2\n");

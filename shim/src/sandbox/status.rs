@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use crate::console::GuestLogs;
 use crate::guest::report;
-use crate::sandbox::error::Error;
-use crate::sandbox::{Machine, Sandbox, Slot};
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
 use crate::state::State;
 use crate::state::recent::Recent;
 use crate::state::status;
@@ -14,13 +14,13 @@ use crate::vm::Vm;
 
 /// Why an operator's request cannot be met.
 #[derive(Debug, thiserror::Error)]
-pub enum StatusError {
+pub(crate) enum StatusError {
     /// The sandbox has been deleted.
     #[error("everything of this sandbox has been removed, and its shim is about to exit")]
     Removed,
     /// The VM does not run.
     #[error(transparent)]
-    NoVm(#[from] Error),
+    NoVm(#[from] SandboxError),
     /// The VM runs without debug mode.
     #[error(
         "the VM is not in debug mode, which cannot be enabled while it runs: create the sandbox with the annotation \
@@ -31,12 +31,12 @@ pub enum StatusError {
 
 impl Sandbox {
     /// The sandbox's latest events.
-    pub fn recent(&self) -> &Recent {
+    pub(crate) fn recent(&self) -> &Recent {
         self.journal.recent()
     }
 
     /// The guest's console and the log of its init.
-    pub fn guest_logs(&self) -> &GuestLogs {
+    pub(crate) fn guest_logs(&self) -> &GuestLogs {
         &self.guest_logs
     }
 
@@ -44,7 +44,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`StatusError::Removed`].
-    pub fn status(&self) -> Result<Status, StatusError> {
+    pub(crate) fn status(&self) -> Result<Status, StatusError> {
         let mut status = self.on_disk(status::of)?;
         status.summary.containers = self.container_statuses();
         status.live = Some(self.live());
@@ -55,7 +55,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`StatusError::Removed`].
-    pub fn list(&self) -> Result<List, StatusError> {
+    pub(crate) fn list(&self) -> Result<List, StatusError> {
         let summary = Summary { containers: self.container_statuses(), ..self.on_disk(status::summary)? };
         Ok(List { sandboxes: vec![summary] })
     }
@@ -64,7 +64,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`StatusError::NoVm`] and [`StatusError::NotInDebugMode`].
-    pub fn vm_in_debug_mode(&self) -> Result<Arc<Vm>, StatusError> {
+    pub(crate) fn vm_in_debug_mode(&self) -> Result<Arc<Vm>, StatusError> {
         let vm = self.live_vm()?;
         if vm.debug { Ok(vm) } else { Err(StatusError::NotInDebugMode) }
     }
@@ -75,9 +75,9 @@ impl Sandbox {
 
     fn container_statuses(&self) -> Vec<ContainerStatus> {
         let inner = self.lock();
-        let status = |(id, slot): (&String, &Slot)| match slot {
-            Slot::Creating => ContainerStatus { id: id.clone(), creating: true, processes: None },
-            Slot::Ready(container) => {
+        let status = |(id, slot): (&String, &ContainerSlot)| match slot {
+            ContainerSlot::Creating => ContainerStatus { id: id.clone(), creating: true, processes: None },
+            ContainerSlot::Ready(container) => {
                 ContainerStatus { id: id.clone(), creating: false, processes: Some(container.process_statuses()) }
             }
         };
@@ -87,8 +87,8 @@ impl Sandbox {
     }
 
     fn live(&self) -> Live {
-        match &self.lock().machine {
-            Machine::Up(vm) => {
+        match &self.lock().vm {
+            VmSlot::Up(vm) => {
                 let cause_of_death = vm.cause_of_death();
                 let health = HealthStatus {
                     heartbeats: report::heartbeats(vm.health().snapshot()),
@@ -98,7 +98,7 @@ impl Sandbox {
                 let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_status);
                 Live { health: Some(health), supervisor }
             }
-            Machine::None | Machine::Booting(_) | Machine::Stopping => Live::default(),
+            VmSlot::Empty | VmSlot::Booting(_) | VmSlot::Stopping => Live::default(),
         }
     }
 }

@@ -7,7 +7,7 @@ use husk_protos::chain::Chain;
 use husk_shim::ctl::messages::{Event, EventsEnd, EventsParams, EventsPart};
 use husk_shim::state::State;
 use husk_shim::state::life::Transition;
-use husk_shim::state::recent::Kind;
+use husk_shim::state::recent::EventKind;
 use husk_shim::state::status::{Name, utc};
 use serde_json::{Map, json};
 
@@ -51,7 +51,7 @@ fn on_disk(state: &State) -> Vec<Event> {
     let event = |Transition { from, to, cause, at_ms }: &Transition| Event {
         number: None,
         at_ms: Some(*at_ms),
-        kind: Name::Known(Kind::Vm),
+        kind: Name::Known(EventKind::Vm),
         what: "the VM's state".to_owned(),
         fields: Map::from_iter([
             ("from".to_owned(), json!(from)),
