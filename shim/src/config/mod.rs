@@ -18,6 +18,8 @@
 
 pub(crate) mod annotations;
 pub(crate) mod artifacts;
+#[cfg(test)]
+mod example_tests;
 pub mod extras;
 pub(crate) mod kernel_params;
 pub(crate) mod keys;

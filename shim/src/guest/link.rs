@@ -1,5 +1,5 @@
-//! The vsock connection between shim and guest: over the device in this process, or over the kernel's device. On the kernel's device, the guest leases
-//! a CID and sends its hello to a port of its own.
+//! The vsock connection between shim and guest: over the device in this process, or over the kernel's device. On the
+//! kernel's device, the guest leases a CID and sends its hello to a port of its own.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -1,8 +1,8 @@
-//! Receives the guest's heartbeats, log lines and supervisor status on the connection of its hello. The end of the connection, an invalid report and
-//! missing heartbeats each mean the death of the VM.
+//! Receives the guest's heartbeats, log lines and supervisor status on the connection of its hello. The end of the
+//! connection, an invalid report and missing heartbeats each mean the death of the VM.
 //!
-//! The guest is untrusted: its texts are bounded and stripped of control characters before they are kept or logged, and a rate limit keeps them from
-//! flooding the host's log.
+//! The guest is untrusted: its texts are bounded and stripped of control characters before they are kept or logged, and
+//! a rate limit keeps them from flooding the host's log.
 
 use std::pin::pin;
 use std::sync::Mutex;
@@ -200,7 +200,8 @@ impl Log {
             Admitted::No => {}
             Admitted::Yes { held_back: 0 } => logging::guest(level, &message, &fields),
             Admitted::Yes { held_back } => {
-                tracing::warn!(lines = held_back, path = %file.path().display(), "guest log lines were dropped here; the guest's log file has them");
+                let path = file.path().display();
+                tracing::warn!(lines = held_back, %path, "guest log lines were dropped here; the guest's log file has them");
                 logging::guest(level, &message, &fields);
             }
         }

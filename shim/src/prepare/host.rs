@@ -1,5 +1,6 @@
-//! What the host provides for VMs: the guest's kernel and initrd, the VMM, virtiofsd, the accelerator and the vsock device. A container's creation and
-//! `husk check-config` search for all of it before anything is created, and report everything that is missing at once.
+//! What the host provides for VMs: the guest's kernel and initrd, the VMM, virtiofsd, the accelerator and the vsock
+//! device. A container's creation and `husk check-config` search for all of it before anything is created, and report
+//! everything that is missing at once.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -91,8 +92,9 @@ pub(crate) fn find(config: &Config, places: &Places, debug: bool) -> Result<Host
     }
 }
 
-/// Checks a configuration file as a container's creation does: its keys, and whether the host has what they require. The file is `named`, or the one
-/// that a creation would read. Returns its path, and whether it exists: without the file, defaults apply.
+/// Checks a configuration file as a container's creation does: its keys, and whether the host has what they require.
+/// The file is `named`, or the one that a creation would read. Returns its path, and whether it exists: without the
+/// file, defaults apply.
 ///
 /// # Errors
 ///
@@ -125,7 +127,8 @@ fn accelerator(configured: AccelMode, kvm: bool) -> Result<vmm::Accel, Problem> 
         AccelMode::Kvm => {
             let [intel, amd] = KVM_MODULES;
             let why = format!(
-                "no hardware virtualization on this host (it requires /dev/kvm, and {intel} or {amd}); set accel = \"tcg\" to run VMs in software"
+                "no hardware virtualization on this host (it requires /dev/kvm, and {intel} or {amd}); set accel = \"tcg\" \
+                 to run VMs in software"
             );
             Err(Problem { key: "accel".to_owned(), value: Some("\"kvm\"".to_owned()), why })
         }

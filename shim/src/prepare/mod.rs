@@ -1,5 +1,5 @@
-//! Prepares a container: reads and checks the request, the spec, the annotations, the configuration and the host, and reports all problems at once,
-//! before anything is created.
+//! Prepares a container: reads and checks the request, the spec, the annotations, the configuration and the host, and
+//! reports all problems at once, before anything is created.
 //!
 //! | file      | contents                                                                |
 //! |-----------|-------------------------------------------------------------------------|
@@ -52,7 +52,7 @@ impl PrepareError {
 #[derive(Debug, Clone)]
 pub struct Prepared {
     /// The spec for the guest, and what the host does for the container.
-    pub(crate) rewritten: Rewritten,
+    pub rewritten: Rewritten,
     /// The machine, if it has to be booted for this container.
     machine: vmm::Spec,
     /// Files for the guest itself. A VM that is already booted must have them.
@@ -76,8 +76,8 @@ pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError
     Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
 }
 
-/// Reads and checks everything that a container needs. `is_init` recognizes the PIDs of the sandbox's containers; `booted_with` holds the extras of the
-/// sandbox's VM, if it is booted.
+/// Reads and checks everything that a container needs. `is_init` recognizes the PIDs of the sandbox's containers;
+/// `booted_with` holds the extras of the sandbox's VM, if it is booted.
 ///
 /// # Errors
 ///
@@ -196,7 +196,8 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
     }
 }
 
-/// User and group of the machine's process: the configured ones, or the group of /dev/kvm if only that group may open it.
+/// User and group of the machine's process: the configured ones, or the group of /dev/kvm if only that group may open
+/// it.
 fn user(config: &Config, accel: Accel) -> (u32, u32) {
     let (uid, gid) = config.qemu_user;
     match (accel, std::fs::metadata("/dev/kvm")) {

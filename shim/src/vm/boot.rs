@@ -1,4 +1,5 @@
-//! The boot of a VM, step by step. On failure, the processes that were started are killed; the caller undoes what the journal records.
+//! The boot of a VM, step by step. On failure, the processes that were started are killed; the caller undoes what the
+//! journal records.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -39,11 +40,13 @@ use crate::vmm::{Machine, Sockets, Spec, Vmm};
 const VIRTIOFSD_LOG: &str = "virtiofsd.log";
 
 impl Vm {
-    /// Boots a VM and adds the milestones to `reached`. The caller records whether the VM is running, and undoes the journal's steps on failure.
+    /// Boots a VM and adds the milestones to `reached`. The caller records whether the VM is running, and undoes the
+    /// journal's steps on failure.
     ///
     /// # Errors
     ///
-    /// When a step fails, one of the VM's processes exits, or the guest is not ready in time. The VM's processes have been killed.
+    /// When a step fails, one of the VM's processes exits, or the guest is not ready in time. The VM's processes have
+    /// been killed.
     pub async fn boot(
         vmm: &dyn Vmm,
         plan: &BootPlan,
@@ -70,8 +73,9 @@ impl Vm {
         reached.reached(&format!("{} started", vmm.name()));
         record_machine(vmm, &spec, machine.process(), link.cid(), journal)?;
 
-        // After the machine, because virtiofsd is ready much sooner; and virtiofsd waits for its cgroup, which takes a grace period of the
-        // host's kernel, while the machine starts. The machine joins the cgroup without that wait, before the guest has any memory.
+        // After the machine, because virtiofsd is ready much sooner; and virtiofsd waits for its cgroup, which takes a
+        // grace period of the host's kernel, while the machine starts. The machine joins the cgroup without that wait,
+        // before the guest has any memory.
         let share = start_share(plan, share_listener, &cgroups, journal)?;
         reached.reached("virtiofsd started");
         let kill_share = OnFailure::new({
@@ -173,7 +177,8 @@ async fn start_machine(
     Ok(vmm.start(spec, sockets).await?.into())
 }
 
-/// Records the machine, its state and its process. Only the last call writes to disk, for all three: the boot waits for each write.
+/// Records the machine, its state and its process. Only the last call writes to disk, for all three: the boot waits for
+/// each write.
 fn record_machine(
     vmm: &dyn Vmm,
     spec: &Spec,
@@ -226,8 +231,8 @@ fn join_cgroups(vmm: &dyn Vmm, machine: ProcessId, cgroups: Vec<File>) -> Result
     Ok(())
 }
 
-/// Records virtiofsd's children. virtiofsd serves from a child that is the first process of its own PID namespace and does not die with its
-/// parent. The child exists by the time of the hello, because it has served the guest.
+/// Records virtiofsd's children. virtiofsd serves from a child that is the first process of its own PID namespace and
+/// does not die with its parent. The child exists by the time of the hello, because it has served the guest.
 fn record_share_workers(share: &Child, journal: &Journal) -> Result<Vec<ProcessId>, BootError> {
     let workers = share.process().children().map_err(io("list virtiofsd's children"))?;
     let step = |id: &ProcessId| Step::Process { id: *id, name: "virtiofsd's worker".into() };

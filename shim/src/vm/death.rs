@@ -1,4 +1,5 @@
-//! When and why a VM is dead. The VM dies with each of its parts: the machine, virtiofsd, and the connection on which the guest reports.
+//! When and why a VM is dead. The VM dies with each of its parts: the machine, virtiofsd, and the connection on which
+//! the guest reports.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,15 +12,16 @@ use crate::vmm::Machine;
 
 /// The machine's exit may be noticed this much later than that of its sockets.
 pub(super) const MACHINE_DELAY: Duration = Duration::from_millis(200);
-/// The guest's connection ends when the machine begins to exit, and the exit then takes longer: a loaded host needs time to free the memory.
+/// The guest's connection ends when the machine begins to exit, and the exit then takes longer: a loaded host needs
+/// time to free the memory.
 const MACHINE_EXIT_DELAY: Duration = Duration::from_millis(600);
 /// Lines of the console that explain an end.
 pub(super) const CONSOLE_LINES: usize = 24;
 /// How long the console's last output may take to arrive after the machine's exit.
 pub(super) const CONSOLE_DEADLINE: Duration = Duration::from_millis(500);
 
-/// Waits for the first part of the VM to fail, kills the machine, and publishes the cause. `lost` resolves when the guest's reports end, with the
-/// reason; `failed` holds a cause once the VM has to be killed.
+/// Waits for the first part of the VM to fail, kills the machine, and publishes the cause. `lost` resolves when the
+/// guest's reports end, with the reason; `failed` holds a cause once the VM has to be killed.
 pub(super) async fn watch_death(
     machine: Arc<dyn Machine>,
     share: Arc<Child>,
@@ -42,8 +44,8 @@ pub(super) async fn watch_death(
     death.send_replace(Some(cause));
 }
 
-/// How the machine exited, if it exits within `delay`, else `cause`: another part's end may be noticed a moment before the machine's exit that
-/// explains it.
+/// How the machine exited, if it exits within `delay`, else `cause`: another part's end may be noticed a moment before
+/// the machine's exit that explains it.
 async fn machine_exit_or(machine: &dyn Machine, delay: Duration, cause: String) -> String {
     tokio::time::timeout(delay, machine.exited()).await.unwrap_or(cause)
 }

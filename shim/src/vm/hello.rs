@@ -43,11 +43,14 @@ impl Processes {
                 };
                 Err(self.ended(cause).await)
             }
-            () = tokio::time::sleep(deadline) => Err(BootError::Deadline { deadline, console: self.console.tail(CONSOLE_LINES) }),
+            () = tokio::time::sleep(deadline) => {
+                Err(BootError::Deadline { deadline, console: self.console.tail(CONSOLE_LINES) })
+            }
         }
     }
 
-    /// Adds virtiofsd's failure to the cause: the machine exits when virtiofsd fails. When the machine exits first, virtiofsd exits with success.
+    /// Adds virtiofsd's failure to the cause: the machine exits when virtiofsd fails. When the machine exits first,
+    /// virtiofsd exits with success.
     async fn with_share(&self, cause: String) -> String {
         match tokio::time::timeout(MACHINE_DELAY, self.share.exited()).await {
             Ok(exit) if !exit.0.success() => format!("{cause}; virtiofsd {exit}"),

@@ -22,7 +22,8 @@ use crate::vmm::Machine;
 const EXIT: Duration = Duration::from_secs(3);
 /// How long a guest that has stopped everything is kept for the output and the events that are still on their way.
 pub(crate) const DELIVERY: Duration = Duration::from_millis(500);
-/// How much later than the loss of a call the VM's death may be noticed: the machine's exit and the console's last output come first.
+/// How much later than the loss of a call the VM's death may be noticed: the machine's exit and the console's last
+/// output come first.
 const DEATH_DELAY: Duration = Duration::from_secs(2);
 
 /// A process of a VM survived its kill.
@@ -90,8 +91,9 @@ impl Vm {
         self.console.tail(CONSOLE_LINES)
     }
 
-    /// Stops the VM: asks the guest to shut down, then kills the machine. Output and exits of the last processes may still be on their way when
-    /// the guest has answered: `delivered` resolves when they have arrived, and is awaited for a moment.
+    /// Stops the VM: asks the guest to shut down, then kills the machine. Output and exits of the last processes may
+    /// still be on their way when the guest has answered: `delivered` resolves when they have arrived, and is awaited
+    /// for a moment.
     ///
     /// # Errors
     ///
@@ -120,7 +122,8 @@ impl Vm {
     async fn shut_guest_down(&self, delivered: impl Future<Output = ()>) {
         let request = ShutdownRequest { now: true, ..Default::default() };
         match self.guest.task.shutdown(with_duration(self.shutdown_timeout), &request).await {
-            // The guest has stopped its processes and written its files back. Killing the machine is faster than the rest of the shutdown.
+            // The guest has stopped its processes and written its files back. Killing the machine is faster than the
+            // rest of the shutdown.
             Ok(_) => tokio::select! {
                 _ = tokio::time::timeout(DELIVERY, delivered) => {}
                 _ = self.machine.exited() => {}

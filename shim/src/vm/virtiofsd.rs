@@ -11,7 +11,8 @@ use crate::host::child::{Child, FIRST_FD, Launch, LaunchError};
 
 /// The descriptor at which virtiofsd inherits its listening socket.
 const LISTENER: i32 = FIRST_FD;
-/// Where distributions install it outside of PATH. /usr/lib/qemu/virtiofsd is left out: it is the old implementation in C, with other options.
+/// Where distributions install it outside of PATH. /usr/lib/qemu/virtiofsd is left out: it is the old implementation in
+/// C, with other options.
 const PLACES: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/libexec/qemu/virtiofsd"];
 
 /// Why virtiofsd does not start.
@@ -19,7 +20,8 @@ const PLACES: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr
 pub enum VirtiofsdError {
     /// The program does not exist.
     #[error(
-        "no virtiofsd found; looked for {}: install it (Debian 13: apt-get install virtiofsd; elsewhere: cargo install virtiofsd), or set `virtiofsd` in husk's configuration",
+        "no virtiofsd found; looked for {}: install it (Debian 13: apt-get install virtiofsd; elsewhere: cargo install virtiofsd), \
+         or set `virtiofsd` in husk's configuration",
         looked.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
     )]
     NotFound {
@@ -68,8 +70,8 @@ pub(crate) fn find(
 
 fn arguments(share: &Path) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec![format!("--fd={LISTENER}").into(), "--shared-dir".into(), share.into()];
-    // virtiofsd's mount namespace is a slave of the host's, so later mounts in the share propagate to it. Each submount gets its own device number
-    // in the guest, so inode numbers of different containers do not collide.
+    // virtiofsd's mount namespace is a slave of the host's, so later mounts in the share propagate to it. Each submount
+    // gets its own device number in the guest, so inode numbers of different containers do not collide.
     args.extend(["--sandbox=namespace", "--announce-submounts"].map(OsString::from));
     // Extended attributes carry the file capabilities in images, such as ping's.
     args.extend(["--xattr", "--cache=auto", "--log-level=warn"].map(OsString::from));
@@ -78,8 +80,8 @@ fn arguments(share: &Path) -> Vec<OsString> {
     args
 }
 
-/// The listening socket for virtiofsd, and a connected one for the machine. The machine may use its socket before virtiofsd runs: the connection
-/// waits in the listener's queue.
+/// The listening socket for virtiofsd, and a connected one for the machine. The machine may use its socket before
+/// virtiofsd runs: the connection waits in the listener's queue.
 ///
 /// `private` is a folder that only root may enter. The socket has a name in it for a moment.
 ///

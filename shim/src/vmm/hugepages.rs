@@ -14,8 +14,8 @@ pub enum HugePagesError {
     Unsupported(&'static str),
     /// Too few pages are free.
     #[error(
-        "hugepages = true: a guest of {memory_mib} MiB takes {needed} huge pages of {page_kib} KiB, and the host has {free} free: give it more \
-         (sysctl vm.nr_hugepages), or set hugepages = false in husk's configuration"
+        "hugepages = true: a guest of {memory_mib} MiB takes {needed} huge pages of {page_kib} KiB, and the host has {free} \
+         free: give it more (sysctl vm.nr_hugepages), or set hugepages = false in husk's configuration"
     )]
     TooFew {
         /// The guest's memory.
@@ -41,14 +41,15 @@ struct Pool {
 ///
 /// # Errors
 ///
-/// When the host has no huge pages, or too few. Another VM may still take them before this one maps them; then the VMM fails.
+/// When the host has no huge pages, or too few. Another VM may still take them before this one maps them; then the VMM
+/// fails.
 pub(crate) fn fit_host(memory_mib: u64) -> Result<u64, HugePagesError> {
     let meminfo = Meminfo::current().map_err(HugePagesError::Read)?;
     fit(memory_mib, pool(meminfo.hugepagesize, meminfo.hugepages_free, meminfo.hugepages_rsvd)?)
 }
 
-/// From the fields of `/proc/meminfo`: the size of a page in bytes, free pages, and those of them that are reserved by mappings that have not
-/// touched them yet.
+/// From the fields of `/proc/meminfo`: the size of a page in bytes, free pages, and those of them that are reserved by
+/// mappings that have not touched them yet.
 fn pool(page_bytes: Option<u64>, free: Option<u64>, reserved: Option<u64>) -> Result<Pool, HugePagesError> {
     let field = |name, value: Option<u64>| value.ok_or(HugePagesError::Unsupported(name));
     let page_kib = field("Hugepagesize", page_bytes)? / 1024;

@@ -1,6 +1,8 @@
-//! The guest kernel's command line. Pure: a function of what the shim passes to the guest, of the board, and of how instructions are executed.
+//! The guest kernel's command line. Pure: a function of what the shim passes to the guest, of the board, and of how
+//! instructions are executed.
 //!
-//! The kernel cuts its command line off at 2048 bytes (COMMAND_LINE_SIZE) without a message. `config/kernel_params.rs` bounds the configured part.
+//! The kernel cuts its command line off at 2048 bytes (COMMAND_LINE_SIZE) without a message. `config/kernel_params.rs`
+//! bounds the configured part.
 
 use husk_protos::extras::SERIAL;
 use husk_protos::param;
@@ -9,12 +11,14 @@ use crate::vmm::machine::{Accel, GuestParams};
 
 /// Parameters of every guest's kernel (Documentation/admin-guide/kernel-parameters.txt).
 ///
-/// - `reboot=t`, `panic=-1`: the VMM exits when the guest resets. Both a shutdown and a panic reset it, without ACPI by a triple fault.
-/// - `no_timer_check`: the kernel compares the ticks of an emulated timer with the host's time stamp counter. On a loaded host the ticks are so
-///   late that the kernel panics for lack of a timer.
-/// - `rcupdate.rcu_expedited`: mounts and cgroups wait for grace periods, which otherwise take several ticks of an idle guest.
-/// - `noreplace-smp`: without it, a kernel with one processor removes its 7,700 lock prefixes at boot, each between two changes of the page
-///   tables. That is a tenth of a boot without KVM.
+/// - `reboot=t`, `panic=-1`: the VMM exits when the guest resets. Both a shutdown and a panic reset it, without ACPI by
+///   a triple fault.
+/// - `no_timer_check`: the kernel compares the ticks of an emulated timer with the host's time stamp counter. On a
+///   loaded host the ticks are so late that the kernel panics for lack of a timer.
+/// - `rcupdate.rcu_expedited`: mounts and cgroups wait for grace periods, which otherwise take several ticks of an idle
+///   guest.
+/// - `noreplace-smp`: without it, a kernel with one processor removes its 7,700 lock prefixes at boot, each between two
+///   changes of the page tables. That is a tenth of a boot without KVM.
 pub const COMMON: [&str; 7] =
     ["console=ttyS0", "quiet", "reboot=t", "panic=-1", "no_timer_check", "rcupdate.rcu_expedited=1", "noreplace-smp"];
 
@@ -44,14 +48,16 @@ pub(crate) fn kernel_cmdline(guest: &GuestParams, platform: Platform, accel: Acc
 /// Parameters for a guest without hardware virtualization.
 fn emulation(platform: Platform, accel: Accel, tsc_khz: Option<u64>) -> Vec<String> {
     let mut words = vec![
-        // For PID 1 only, which reverts it for its children: PID 1 and its workers are loaded at the same address and translated once.
+        // For PID 1 only, which reverts it for its children: PID 1 and its workers are loaded at the same address and
+        // translated once.
         "norandmaps".to_owned(),
         // From kernel-config/patches.
         "noreplace-returns".to_owned(),
         // From kernel-config/patches: without it, the guest executes stale pages of programs on the share.
         "virtiofs.rewrite_pages=1".to_owned(),
     ];
-    // The guest's counter is the host's, or counts instructions, one a nanosecond. KVM has kvmclock and the TSC's deadline timer instead.
+    // The guest's counter is the host's, or counts instructions, one a nanosecond. KVM has kvmclock and the TSC's
+    // deadline timer instead.
     let tsc_khz = if accel == Accel::TcgCounted { Some(1_000_000) } else { tsc_khz };
     if let Some(khz) = tsc_khz {
         words.push(format!("tsc_early_khz={khz}"));

@@ -19,8 +19,8 @@ pub enum Accel {
     Kvm,
     /// Software emulation.
     Tcg,
-    /// [`Accel::Tcg`] with one nanosecond of guest time for each guest instruction: a measure that is independent of the host's load. For
-    /// benchmarks.
+    /// [`Accel::Tcg`] with one nanosecond of guest time for each guest instruction: a measure that is independent of
+    /// the host's load. For benchmarks.
     TcgCounted,
 }
 

@@ -1,4 +1,5 @@
-//! What runs virtual machines: the interface to a VMM, the factory that chooses one, and what every VMM needs of the host and of the guest's kernel.
+//! What runs virtual machines: the interface to a VMM, the factory that chooses one, and what every VMM needs of the
+//! host and of the guest's kernel.
 //!
 //! | file                | contents                                                                             |
 //! |---------------------|--------------------------------------------------------------------------------------|
@@ -9,8 +10,8 @@
 //! | `hugepages.rs`      | the host's free huge pages                                                           |
 //! | `tsc.rs`            | the frequency of the host's time stamp counter                                       |
 //!
-//! A new VMM is one folder here, one arm of each `match` in the factory, and its configuration keys. Nothing here imports the other folders except
-//! `host`. Calls to the guest are in `guest`; the life of a VM is in `vm`.
+//! A new VMM is one folder here, one arm of each `match` in the factory, and its configuration keys. Nothing here
+//! imports the other folders except `host`. Calls to the guest are in `guest`; the life of a VM is in `vm`.
 
 mod error;
 pub(crate) mod factory;

@@ -1,5 +1,6 @@
-//! The frequency of the host's time stamp counter. A guest under TCG reads the host's counter. If the guest knows the frequency, it need not measure
-//! the counter against an emulated timer, which takes a quarter of a second and may hang.
+//! The frequency of the host's time stamp counter. A guest under TCG reads the host's counter. If the guest knows the
+//! frequency, it need not measure the counter against an emulated timer, which takes a quarter of a second and may
+//! hang.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -7,8 +8,8 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 use procfs::{CpuInfo, Current};
 
-/// Minimum time between the two readings. A reading is off by some tens of nanoseconds, so the result is accurate to about 10 ppm. Without the
-/// frequency, the guest takes fifty times as long.
+/// Minimum time between the two readings. A reading is off by some tens of nanoseconds, so the result is accurate to
+/// about 10 ppm. Without the frequency, the guest takes fifty times as long.
 const MIN_INTERVAL: Duration = Duration::from_millis(5);
 /// The narrowest of this many readings counts: the process may be interrupted during any of them.
 const ATTEMPTS: usize = 5;
@@ -29,7 +30,8 @@ pub fn begin() {
     LazyLock::force(&FIRST);
 }
 
-/// The frequency in kHz; none if the counter's rate varies. Blocks until [`MIN_INTERVAL`] after [`begin`], which has usually passed.
+/// The frequency in kHz; none if the counter's rate varies. Blocks until [`MIN_INTERVAL`] after [`begin`], which has
+/// usually passed.
 pub(crate) fn khz() -> Option<u64> {
     let first = FIRST.as_ref()?;
     let elapsed = Duration::from(clock_gettime(CLOCK).ok()?).checked_sub(first.at)?;
@@ -45,7 +47,8 @@ fn frequency(ticks: u64, interval: Duration) -> Option<u64> {
     u64::try_from(u128::from(ticks) * 1_000_000 / interval.as_nanos()).ok().filter(|khz| *khz > 0)
 }
 
-/// Reads the counter between two readings of the clock, and keeps the attempt whose clock readings are closest together.
+/// Reads the counter between two readings of the clock, and keeps the attempt whose clock readings are closest
+/// together.
 #[cfg(target_arch = "x86_64")]
 fn read() -> Option<Reading> {
     let attempt = || {

@@ -4,8 +4,8 @@ use super::board::Board;
 use crate::vmm::kernel_cmdline::kernel_cmdline;
 use crate::vmm::machine::{Accel, Spec};
 
-/// Numbers of the descriptors that QEMU inherits. QEMU opens only its own firmware by path, so its user needs no access to husk's files, and none
-/// of its sockets has a name.
+/// Numbers of the descriptors that QEMU inherits. QEMU opens only its own firmware by path, so its user needs no access
+/// to husk's files, and none of its sockets has a name.
 #[derive(Debug, Clone)]
 pub(crate) struct Fds {
     /// The kernel, readable.
@@ -82,8 +82,8 @@ fn accel(accel: Accel) -> &'static str {
 fn cpu(accel: Accel) -> &'static str {
     match accel {
         Accel::Kvm => "host",
-        // With these flags, the kernel copies and clears memory with `rep movsb` and `rep stosb`, which TCG emulates byte by byte. Without
-        // them, it moves words, which is several times as fast under TCG.
+        // With these flags, the kernel copies and clears memory with `rep movsb` and `rep stosb`, which TCG emulates
+        // byte by byte. Without them, it moves words, which is several times as fast under TCG.
         Accel::Tcg | Accel::TcgCounted => "max,-erms,-fsrm",
     }
 }

@@ -29,8 +29,8 @@ impl Board {
     /// The value of `-machine`.
     pub(super) fn machine(self) -> &'static str {
         match self {
-            // acpi=off: with ACPI, under TCG, a tenth of the boots never get the first timer tick and hang. rtc=on: without it, the kernel
-            // waits two seconds for a missing clock.
+            // acpi=off: with ACPI, under TCG, a tenth of the boots never get the first timer tick and hang. rtc=on:
+            // without it, the kernel waits two seconds for a missing clock.
             Self::Microvm => "microvm,acpi=off,rtc=on,isa-serial=on,auto-kernel-cmdline=on,memory-backend=memory",
             Self::Q35 => "q35,memory-backend=memory",
         }

@@ -134,13 +134,15 @@ struct QemuMachine {
     reason: Arc<Mutex<Option<String>>>,
 }
 
-/// Keeps the reason that QEMU reports for the guest's end. The exit status does not tell: it is 0 for a shutdown and for a panic.
+/// Keeps the reason that QEMU reports for the guest's end. The exit status does not tell: it is 0 for a shutdown and
+/// for a panic.
 async fn listen(socket: UnixStream, reason: Arc<Mutex<Option<String>>>) {
     // Keep the client: dropping it would close the connection.
     let (_qmp, mut events) = match qmp::Qmp::handshake(socket, QMP_DEADLINE).await {
         Ok(connected) => connected,
         Err(error) => {
-            tracing::warn!(error = %Chain(&error), "failed to connect to QMP; the reason for the guest's end will be unknown");
+            // The machine runs, but the reason for the guest's end stays unknown.
+            tracing::warn!(error = %Chain(&error), "failed to connect to QMP");
             return;
         }
     };

@@ -1,4 +1,5 @@
-//! QMP, QEMU's control protocol (QEMU's docs/interop/qmp-spec): one JSON object per line, replies matched by id, events in between.
+//! QMP, QEMU's control protocol (QEMU's docs/interop/qmp-spec): one JSON object per line, replies matched by id, events
+//! in between.
 //!
 //! QEMU is trusted no more than its guest: lines are bounded, and each command has a deadline.
 
