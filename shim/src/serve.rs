@@ -28,7 +28,7 @@ use crate::host::socket;
 use crate::prepare::sandbox_of;
 use crate::sandbox::Sandbox;
 use crate::state::journal::Journal;
-use crate::state::recent::Kind;
+use crate::state::recent::EventKind;
 use crate::state::{Owner, State, StateError, Step, base};
 
 /// Where the server inherits its listening socket.
@@ -181,12 +181,12 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     server.start().await?;
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(version, "serving");
-    sandbox.recent().note(Kind::Sandbox, "the shim serves", serde_json::json!({"version": version}));
+    sandbox.recent().note(EventKind::Sandbox, "the shim serves", serde_json::json!({"version": version}));
 
     let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("catch SIGINT")?;
     tokio::select! {
-        () = sandbox.dismissed() => {}
+        () = sandbox.finished() => {}
         _ = terminate.recv() => sandbox.shutdown(true).await?,
         _ = interrupt.recv() => sandbox.shutdown(true).await?,
     }

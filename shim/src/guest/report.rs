@@ -22,7 +22,7 @@ use tracing::Level;
 
 use crate::console::record::Record;
 use crate::containerd::log as logging;
-use crate::state::recent::{Kind, Recent};
+use crate::state::recent::{EventKind, Recent};
 
 /// This many missing heartbeats in a row mean the death of the VM.
 const MISSED: u32 = 3;
@@ -104,14 +104,14 @@ pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks
                 }
                 () = sleep_until(last + health.interval * 3 / 2), if !late => {
                     late = true;
-                    sinks.recent.note(Kind::Health, "a heartbeat is late", in_json(health.snapshot()));
+                    sinks.recent.note(EventKind::Health, "a heartbeat is late", in_json(health.snapshot()));
                 }
             }
         };
         match read.map(|report| report.what) {
             Ok(Some(What::Heartbeat(_))) => {
                 if std::mem::take(&mut late) {
-                    sinks.recent.note(Kind::Health, "the heartbeats have resumed", in_json(health.snapshot()));
+                    sinks.recent.note(EventKind::Health, "the heartbeats have resumed", in_json(health.snapshot()));
                 }
                 *lock(&health.last) = Instant::now();
             }
@@ -211,7 +211,7 @@ impl Log {
         status.last_end = sanitized(&status.last_end);
         let (pid, restarts, last_end) = (status.pid, status.restarts, &status.last_end);
         if let Admitted::Yes { .. } = self.supervisors.admit(Instant::now()) {
-            recent.note(Kind::Supervisor, "the supervisor's state", supervisor_in_json(&status));
+            recent.note(EventKind::Supervisor, "the supervisor's state", supervisor_in_json(&status));
             match status.state.enum_value_or_default() {
                 State::GAVE_UP => {
                     tracing::error!(
@@ -378,7 +378,7 @@ mod tests {
         let event = &recent.after(0, 100)[0];
         assert_eq!(
             (event.kind, &event.fields["state"], &event.fields["pid"]),
-            (Kind::Supervisor, &json!("running"), &json!(9))
+            (EventKind::Supervisor, &json!("running"), &json!(9))
         );
         let kept = std::fs::read_to_string(dir.path().join("guest.log")).unwrap();
         assert_eq!(kept, "1.234 warn: one level=error msg=forged ab=\" [31m \\\"x\" lost_before=2\n");

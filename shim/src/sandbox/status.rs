@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::console::GuestLogs;
 use crate::ctl::{Answer, RpcError};
 use crate::guest::report;
-use crate::sandbox::{Machine, Sandbox, Slot};
+use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
 use crate::state::State;
 use crate::state::recent::Recent;
 use crate::state::status;
@@ -65,8 +65,8 @@ impl Sandbox {
     fn add(&self, status: &mut Value) {
         let inner = self.lock();
         let listed = inner.containers.iter().map(|(id, slot)| match slot {
-            Slot::Creating => json!({"id": id, "creating": true}),
-            Slot::Ready(container) => json!({"id": id, "processes": container.processes_seen()}),
+            ContainerSlot::Creating => json!({"id": id, "creating": true}),
+            ContainerSlot::Ready(container) => json!({"id": id, "processes": container.processes_seen()}),
         });
         let mut containers: Vec<Value> = listed.collect();
         containers.sort_by(|a, b| a["id"].as_str().cmp(&b["id"].as_str()));
@@ -75,8 +75,8 @@ impl Sandbox {
 
     /// What the guest has said of itself last: its health and its supervisor, null where nothing is known.
     fn reported(&self) -> (Value, Value) {
-        match &self.lock().machine {
-            Machine::Up(vm) => {
+        match &self.lock().vm {
+            VmSlot::Up(vm) => {
                 let cause = vm.cause_of_death();
                 let mut health = report::in_json(vm.health().snapshot());
                 health["alive"] = json!(cause.is_none());
@@ -84,7 +84,7 @@ impl Sandbox {
                 let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_in_json);
                 (health, json!(supervisor))
             }
-            Machine::None | Machine::Booting(_) | Machine::Stopping => (Value::Null, Value::Null),
+            VmSlot::Empty | VmSlot::Booting(_) | VmSlot::Stopping => (Value::Null, Value::Null),
         }
     }
 }

@@ -54,7 +54,7 @@ impl Vm {
         logs: &GuestLogs,
         reached: &mut Boot,
     ) -> Result<Arc<Self>, BootError> {
-        journal.vm_passes(VmState::Provisioning, "a container needs it")?;
+        journal.set_vm_state_unsaved(VmState::Provisioning, "a container needs it")?;
         let NewLink { link, mut ready, machine_end: vsock } = link::create(plan.carrier, journal).await?;
         let identity = identity(journal, link.cid())?;
         metadata::provide(&link, identity, &plan.tokens, plan.workspace.as_ref(), journal.dir())?;
@@ -172,7 +172,7 @@ async fn start_machine(
 ) -> Result<Arc<dyn Machine>, BootError> {
     let (vcpus, memory_mib, accel) = (spec.vcpus, spec.memory_mib, spec.accel);
     let configured = format!("ready to start with vcpus={vcpus} memory_mib={memory_mib} accel={accel:?}");
-    journal.vm_passes(VmState::Configured, &configured)?;
+    journal.set_vm_state_unsaved(VmState::Configured, &configured)?;
     reached.reached("configured");
     Ok(vmm.start(spec, sockets).await?.into())
 }
@@ -203,7 +203,7 @@ fn record_machine(
         state.set_machine(record);
         Ok(())
     })?;
-    journal.vm_passes(VmState::Starting, &format!("{} runs as process {}", vmm.name(), process.pid))?;
+    journal.set_vm_state_unsaved(VmState::Starting, &format!("{} runs as process {}", vmm.name(), process.pid))?;
     journal.record(&Owner::Sandbox, [Step::Process { id: process, name: vmm.id().into() }])
 }
 
