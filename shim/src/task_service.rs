@@ -15,6 +15,7 @@ use containerd_shim_protos::api::{
     StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
+use husk_protos::chain::Chain;
 use protobuf::MessageField;
 use ttrpc::r#async::{Service, TtrpcContext};
 use ttrpc::{Code, get_status};
@@ -80,13 +81,13 @@ fn reply(error: Error) -> ttrpc::Error {
         Error::NotFound { .. } => Code::NOT_FOUND,
         Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
         Error::Stopping | Error::NotStopped { .. } | Error::Ended { .. } => Code::FAILED_PRECONDITION,
-        Error::Stdio(crate::stdio::Error::Logger { .. }) => Code::INTERNAL,
+        Error::Stdio(crate::stdio::StdioError::Logger { .. }) => Code::INTERNAL,
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Boot(_) | Error::Guest(_) | Error::Dead { .. } => Code::UNAVAILABLE,
         Error::State(_) | Error::Share(_) | Error::Hook(_) | Error::Task(_) => Code::INTERNAL,
     };
-    status(code, error.to_string())
+    status(code, Chain(&error).to_string())
 }
 
 #[async_trait]

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::console::lines::Lines;
-use crate::console::record::{Chain, Record};
+use crate::console::{LogChain, Record};
 use crate::ctl::method::Gone;
 use crate::ctl::{Answer, Call, RpcError, rpc};
 use crate::sandbox::Sandbox;
@@ -86,7 +86,7 @@ impl Source {
             blocking(chain, move |chain| lines.map_or(Ok(0), |lines| chain.last_lines(lines))).await.map_err(failed)?;
         let mut chain = Some(chain);
         while let Some(next) = chain.take() {
-            let read = move |chain: &Chain| {
+            let read = move |chain: &LogChain| {
                 let mut piece = vec![0; PIECE];
                 let length = chain.read_at(offset, &mut piece)?;
                 piece.truncate(length);
@@ -132,9 +132,9 @@ impl Source {
 
 /// On a thread for it: there may be a lot to be read, and other calls wait for this one.
 async fn blocking<T: Send + 'static>(
-    chain: Chain,
-    work: impl FnOnce(&Chain) -> io::Result<T> + Send + 'static,
-) -> io::Result<(Chain, T)> {
+    chain: LogChain,
+    work: impl FnOnce(&LogChain) -> io::Result<T> + Send + 'static,
+) -> io::Result<(LogChain, T)> {
     let worked = tokio::task::spawn_blocking(move || work(&chain).map(|done| (chain, done))).await;
     worked.map_err(io::Error::other)?
 }

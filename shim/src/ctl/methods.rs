@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde_json::json;
+
 use crate::ctl::{Kind, Method, Param, events, exec, logs};
 use crate::sandbox::Sandbox;
 
@@ -73,7 +75,7 @@ pub static METHODS: &[Method<Arc<Sandbox>>] = &[
         summary: "Where the guest's console is served: a unix socket, on which what comes from the guest is preceded by its last 64 KiB, and what is sent is typed",
         params: &[],
         result: "{path, log, machine: unused, up or ended, replay_bytes}",
-        kind: Kind::Unary(|sandbox, _| Box::pin(async move { Ok(sandbox.words().console.endpoint()) })),
+        kind: Kind::Unary(|sandbox, _| Box::pin(async move { Ok(json!(sandbox.words().console.endpoint())) })),
     },
     Method {
         name: "compute.vm.exec",

@@ -54,8 +54,8 @@ pub enum Error {
     #[error("{0}")]
     Invalid(#[from] prepare::Error),
     /// The streams that were asked for.
-    #[error("{0}")]
-    Stdio(#[from] crate::stdio::Error),
+    #[error(transparent)]
+    Stdio(#[from] crate::stdio::StdioError),
     /// Asked for, but not supported.
     #[error("{0}")]
     Unsupported(String),
@@ -72,8 +72,8 @@ pub enum Error {
     #[error("{0}")]
     Share(#[from] ShareError),
     /// A hook of the host.
-    #[error("{0}")]
-    Hook(crate::host::hooks::Error),
+    #[error(transparent)]
+    Hook(crate::host::hooks::HookError),
     /// Something inside the shim ended unexpectedly.
     #[error("{0}")]
     Task(String),

@@ -3,7 +3,7 @@
 use containerd_shim_protos::api::{CreateTaskRequest, KillRequest};
 
 use crate::host::hooks;
-use crate::host::hooks::{Hook, Hooks, Status, Subject};
+use crate::host::hooks::{ContainerStatus, Hook, Hooks, Subject};
 use crate::prepare::Prepared;
 use crate::sandbox::container::Container;
 use crate::sandbox::{Error, Sandbox};
@@ -20,7 +20,7 @@ pub(super) fn subject(request: &CreateTaskRequest, prepared: &Prepared) -> Subje
     }
 }
 
-async fn run(hooks: Vec<Hook>, subject: Subject, status: Status) -> Result<(), Error> {
+async fn run(hooks: Vec<Hook>, subject: Subject, status: ContainerStatus) -> Result<(), Error> {
     let ran = tokio::task::spawn_blocking(move || hooks::run(&hooks, &subject, status)).await;
     ran.map_err(|error| Error::Task(format!("hooks: {error}")))?.map_err(Error::Hook)
 }
@@ -33,7 +33,7 @@ impl Sandbox {
         }
         let step = Step::Hooks { container: subject.clone(), poststop: hooks.poststop.clone() };
         self.journal.record(&Owner::Container(subject.id.clone()), [step])?;
-        run(hooks.create.clone(), subject.clone(), Status::Creating).await
+        run(hooks.create.clone(), subject.clone(), ContainerStatus::Creating).await
     }
 
     /// Runs the hooks that come after the start of a container's process, which is killed if one of them fails.
@@ -41,7 +41,7 @@ impl Sandbox {
         if container.poststart.is_empty() {
             return Ok(());
         }
-        let ran = run(container.poststart.clone(), container.subject.clone(), Status::Running).await;
+        let ran = run(container.poststart.clone(), container.subject.clone(), ContainerStatus::Running).await;
         if ran.is_err() {
             let kill = KillRequest { id: container.id.clone(), signal: libc::SIGKILL as u32, ..Default::default() };
             if let Err(error) = vm.guest.task.kill(vm.guest.context(), &kill).await {

@@ -5,8 +5,7 @@ use std::io::{self, Write};
 use anyhow::Result;
 use clap::ValueEnum;
 use husk_shim::console::lines::Lines;
-use husk_shim::console::record::Chain;
-use husk_shim::console::{INIT_LOG, LOG};
+use husk_shim::console::{INIT_LOG, LOG, LogChain};
 use husk_shim::state::State;
 use serde_json::{Value, json};
 
@@ -111,7 +110,7 @@ impl<W: Write> Page<'_, W> {
     fn disk(&mut self, state: &State) -> Result<()> {
         let sources = [Source::Console, Source::Init];
         for source in sources.into_iter().filter(|source| self.wanted.source.is_none_or(|wanted| wanted == *source)) {
-            let chain = Chain::open(&state.dir().join(source.file()))?;
+            let chain = LogChain::open(&state.dir().join(source.file()))?;
             let mut offset = self.wanted.lines.map_or(Ok(0), |lines| chain.last_lines(lines))?;
             let (mut lines, mut buffer) = (Lines::default(), vec![0; 64 * 1024]);
             loop {

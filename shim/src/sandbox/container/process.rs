@@ -9,8 +9,7 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
 use crate::guest::client::Guest;
-use crate::stdio as io;
-use crate::stdio::{Input, Logger, Output, Outputs, Stdio};
+use crate::stdio::{Input, Logger, Output, Outputs, Stdio, StdioError};
 
 /// How long output may stand still before an exit is reported without it. A reader who takes anything at all within this time gets
 /// everything before the exit is reported.
@@ -141,7 +140,7 @@ impl Process {
     }
 
     /// Opens its outputs and begins to copy. On an error none is left open.
-    pub async fn attach_outputs(&self, guest: &Arc<Guest>, container: &str, namespace: &str) -> Result<(), io::Error> {
+    pub async fn attach_outputs(&self, guest: &Arc<Guest>, container: &str, namespace: &str) -> Result<(), StdioError> {
         let (stdout, stderr, loggers) = Outputs::open(&self.stdio, container, namespace).await?.into_parts();
         let mut streams = Streams { loggers, ..Streams::default() };
         for (sink, kind) in [(stdout, StreamKind::STREAM_KIND_STDOUT), (stderr, StreamKind::STREAM_KIND_STDERR)] {
@@ -158,7 +157,7 @@ impl Process {
     ///
     /// For a container's init only when the guest has it: a client's write goes through from here on, and one whose own input ends with it asks
     /// containerd at once to close this one, which must know of the task by then. nerdctl does not ask twice.
-    pub fn attach_input(&self, guest: &Arc<Guest>, container: &str) -> Result<(), io::Error> {
+    pub fn attach_input(&self, guest: &Arc<Guest>, container: &str) -> Result<(), StdioError> {
         if self.stdio.stdin.is_empty() {
             return Ok(());
         }
