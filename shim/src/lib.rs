@@ -20,9 +20,9 @@
 //! | `state`           | the state on disk, and the steps that undo it                               |
 //! | `host`            | the host's processes, children, hooks and sockets                           |
 //!
-//! Imports run downwards: `serve` and `task_service` → `ctl` → `sandbox` → `prepare` → `vm` → `metadata`, `extras`, `guest`, `rootfs`,
-//! `stdio`, `console` → `config`, `containerd`, `state` → `vmm`, `host`. The VM's device for vsock is a crate of its own,
-//! `husk-vsock`.
+//! Imports run downwards: `serve` and `task_service` → `ctl` → `sandbox` → `prepare` → `vm` → `metadata`, `extras`,
+//! `guest`, `rootfs`, `stdio`, `console` → `config`, `containerd`, `state` → `vmm`, `host`. The VM's device for vsock
+//! is a crate of its own, `husk-vsock`.
 
 pub mod config;
 pub mod console;

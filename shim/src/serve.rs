@@ -1,5 +1,5 @@
-//! The shim's three modes: `start` creates the socket and starts the server, the server runs until its sandbox ends, and `delete`
-//! cleans up after a dead server.
+//! The shim's three modes: `start` creates the socket and starts the server, the server runs until its sandbox ends,
+//! and `delete` cleans up after a dead server.
 
 use std::ffi::OsString;
 use std::fs;
@@ -37,7 +37,8 @@ use crate::state::{Owner, State, StateError, Step, base};
 
 /// The descriptor of the server's listening socket.
 const LISTENER: i32 = 3;
-/// Most bytes that `start` reads from stdin. containerd's own limit is 10 MiB, but its messages have some hundred bytes.
+/// Most bytes that `start` reads from stdin. containerd's own limit is 10 MiB, but its messages have some hundred
+/// bytes.
 const MAX_STDIN: u64 = 1 << 20;
 /// Time limit of `delete`. containerd's limit is 5 seconds, including the start of the program.
 const DELETE_TIMEOUT: Duration = Duration::from_millis(4500);
@@ -104,7 +105,8 @@ fn spawn_server(start: &StartParams, sandbox: &str, listener: UnixListener, sock
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let fd = listener.as_raw_fd();
-    // SAFETY: the closure calls only dup2, fcntl and setsid, which are async-signal-safe. `fd` is open until spawn() returns.
+    // SAFETY: the closure calls only dup2, fcntl and setsid, which are async-signal-safe. `fd` is open until spawn()
+    // returns.
     unsafe {
         command.pre_exec(move || {
             if fd == LISTENER {
@@ -126,8 +128,8 @@ fn spawn_server(start: &StartParams, sandbox: &str, listener: UnixListener, sock
     Ok(())
 }
 
-/// Makes the server a slightly better target for the OOM killer than containerd, as containerd's own shims do. Otherwise the server and
-/// its VM would inherit containerd's protection.
+/// Makes the server a slightly better target for the OOM killer than containerd, as containerd's own shims do.
+/// Otherwise the server and its VM would inherit containerd's protection.
 fn adjust_oom_score(server: u32) {
     let adjust = || -> ProcResult<()> {
         let parent = Process::new(std::os::unix::process::parent_id().cast_signed())?.oom_score_adj()?;
@@ -167,8 +169,8 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
         tracing::error!(error = %Chain(error.as_ref()), "failed to create the sandbox's state");
     })?;
     let journal = Journal::new(state);
-    // One write for all. The sockets in the sandbox's directory would be removed with it; these steps remove them earlier, so that no
-    // client finds a socket without a server.
+    // One write for all. The sockets in the sandbox's directory would be removed with it; these steps remove them
+    // earlier, so that no client finds a socket without a server.
     let operator_sockets = [ctl::SOCKET, console::SOCKET];
     let sockets =
         [PathBuf::from(&flags.socket)].into_iter().chain(operator_sockets.map(|name| journal.dir().join(name)));
@@ -246,8 +248,8 @@ fn clean_up(state: State, container: &str, deadline: Instant) -> Result<()> {
         // The shim serves the pod's other containers and has already undone this one.
         return Ok(());
     }
-    // containerd calls `delete` when it has lost its connection to the shim. A killed shim's sockets close before the process counts as
-    // dead, and a shim that is shutting down cleans up best by itself: wait for either.
+    // containerd calls `delete` when it has lost its connection to the shim. A killed shim's sockets close before the
+    // process counts as dead, and a shim that is shutting down cleans up best by itself: wait for either.
     if !ended(shim, left(deadline) / 2)? {
         ensure!(
             !others,

@@ -1,6 +1,6 @@
-//! Serves the console on `console.sock`. Each client receives the last 64 KiB and then new output; its input goes to the guest's
-//! serial port. Bytes pass unchanged. A client that reads too slowly is dropped. One that shuts down its sending side receives the
-//! output up to then and is disconnected.
+//! Serves the console on `console.sock`. Each client receives the last 64 KiB and then new output; its input goes to
+//! the guest's serial port. Bytes pass unchanged. A client that reads too slowly is dropped. One that shuts down its
+//! sending side receives the output up to then and is disconnected.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::OwnedReadHalf;

@@ -10,8 +10,8 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Adds `bytes` and returns the lines that are now complete, without their ends. Invalid UTF-8 is replaced; other control
-    /// characters are kept.
+    /// Adds `bytes` and returns the lines that are now complete, without their ends. Invalid UTF-8 is replaced; other
+    /// control characters are kept.
     pub fn take(&mut self, bytes: &[u8]) -> Vec<String> {
         let mut lines = Vec::new();
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {

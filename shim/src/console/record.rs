@@ -1,5 +1,5 @@
-//! Recorded output: in rotated files, with its last part in memory. Several readers follow it from memory, each at its own pace.
-//! Writers never wait for them: a reader that falls too far behind loses output and learns how much.
+//! Recorded output: in rotated files, with its last part in memory. Several readers follow it from memory, each at its
+//! own pace. Writers never wait for them: a reader that falls too far behind loses output and learns how much.
 
 use std::collections::VecDeque;
 use std::io;
@@ -54,8 +54,8 @@ impl Record {
         &self.path
     }
 
-    /// Appends bytes. Bytes that cannot be written to the file are still kept in memory. The first of several failures in a row
-    /// is logged.
+    /// Appends bytes. Bytes that cannot be written to the file are still kept in memory. The first of several failures
+    /// in a row is logged.
     pub fn append(&self, bytes: &[u8]) {
         let mut inner = lock(&self.inner);
         let written = write(&mut inner.file, &self.path, bytes);

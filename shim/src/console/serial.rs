@@ -1,5 +1,5 @@
-//! The console of a sandbox, which is its machine's serial port: recorded in `console.log`, served on `console.sock`. Its last
-//! lines explain a failed boot.
+//! The console of a sandbox, which is its machine's serial port: recorded in `console.log`, served on `console.sock`.
+//! Its last lines explain a failed boot.
 
 use std::io;
 use std::path::Path;
@@ -104,8 +104,8 @@ impl Attached {
         let _ = tokio::time::timeout(deadline, self.ended.clone().wait_for(|ended| *ended)).await;
     }
 
-    /// Adds the guest's fatal error, if the console shows one, to the cause of a machine's end. Waits for the end of the output
-    /// until `deadline`.
+    /// Adds the guest's fatal error, if the console shows one, to the cause of a machine's end. Waits for the end of
+    /// the output until `deadline`.
     pub async fn explain(&self, cause: String, deadline: Duration) -> String {
         self.ended(deadline).await;
         match fatal_error(&self.tail(usize::MAX)) {
@@ -170,7 +170,8 @@ mod tests {
 
     #[test]
     fn the_guests_fatal_error_is_found_on_its_console() {
-        let panic = "a\nKernel panic - not syncing: sysrq triggered crash\nCPU: 0\n---[ end Kernel panic - not syncing: sysrq triggered crash ]---";
+        let panic = "a\nKernel panic - not syncing: sysrq triggered crash\nCPU: 0\n\
+                     ---[ end Kernel panic - not syncing: sysrq triggered crash ]---";
         let long = format!("husk: fatal: {}", "é".repeat(200));
         let table = [
             ("", None),

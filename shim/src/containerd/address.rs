@@ -8,8 +8,8 @@ use sha2::{Digest, Sha256};
 /// The directory of shim sockets if containerd does not name one.
 const SOCKET_DIR: &str = "/run/containerd/s";
 
-/// The path of the socket of a sandbox's shim. Its name is the SHA-256 of containerd's socket, the namespace and the sandbox,
-/// as containerd's own shims name theirs (containerd, pkg/shim/util_unix.go).
+/// The path of the socket of a sandbox's shim. Its name is the SHA-256 of containerd's socket, the namespace and the
+/// sandbox, as containerd's own shims name theirs (containerd, pkg/shim/util_unix.go).
 pub(crate) fn socket_path(socket_dir: Option<&str>, grpc_address: &str, namespace: &str, sandbox: &str) -> PathBuf {
     let identity = PathBuf::from(grpc_address).join(namespace).join(sandbox);
     let digest = Sha256::digest(identity.display().to_string());

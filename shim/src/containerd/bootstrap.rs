@@ -1,9 +1,9 @@
 //! What containerd passes to `start`, and the reply that it expects.
 //!
-//! Up to 2.2, containerd passes flags, the environment and an optional `Any` on stdin, and accepts a bare address from shims
-//! that serve version 2 of the Task API, which all these releases support. Since 2.3 it sends a `BootstrapParams` on stdin and
-//! expects a `BootstrapResult`. An `Any` also parses as `BootstrapParams`, because both begin with two strings, so husk accepts
-//! a message as `BootstrapParams` only if it names this shim.
+//! Up to 2.2, containerd passes flags, the environment and an optional `Any` on stdin, and accepts a bare address from
+//! shims that serve version 2 of the Task API, which all these releases support. Since 2.3 it sends a `BootstrapParams`
+//! on stdin and expects a `BootstrapResult`. An `Any` also parses as `BootstrapParams`, because both begin with two
+//! strings, so husk accepts a message as `BootstrapParams` only if it names this shim.
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel};
 use protobuf::{Enum, Message};
@@ -43,7 +43,8 @@ pub(crate) struct StartParams {
 pub(crate) enum BootstrapError {
     /// There is no address to send events to.
     #[error(
-        "containerd passed no TTRPC address (TTRPC_ADDRESS in the environment, or containerd_ttrpc_address in the bootstrap parameters)"
+        "containerd passed no TTRPC address (TTRPC_ADDRESS in the environment, \
+         or containerd_ttrpc_address in the bootstrap parameters)"
     )]
     NoTtrpcAddress,
     /// A flag is missing.

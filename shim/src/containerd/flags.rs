@@ -1,5 +1,5 @@
-//! The command line of a shim: flags in Go's syntax (`-namespace default`, `-namespace=default`, `-debug`), followed by the
-//! action (containerd, pkg/shim/shim.go).
+//! The command line of a shim: flags in Go's syntax (`-namespace default`, `-namespace=default`, `-debug`), followed by
+//! the action (containerd, pkg/shim/shim.go).
 
 use std::ffi::OsString;
 

@@ -54,7 +54,8 @@ pub(crate) fn guest(level: Level, message: &str, fields: &str) {
     }
 }
 
-/// A full fifo drops lines and never blocks, because there may be no reader. The next line that fits is preceded by the count.
+/// A full fifo drops lines and never blocks, because there may be no reader. The next line that fits is preceded by the
+/// count.
 struct Fifo {
     file: File,
     dropped: u64,

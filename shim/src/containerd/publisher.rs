@@ -1,7 +1,7 @@
 //! Sends events to containerd, one after the other, in the order in which they were published.
 //!
-//! The publisher repeats an event that containerd does not accept, for example during its restart, before it sends the next:
-//! TaskExit never overtakes TaskStart.
+//! The publisher repeats an event that containerd does not accept, for example during its restart, before it sends the
+//! next: TaskExit never overtakes TaskStart.
 
 use std::time::Duration;
 
@@ -40,8 +40,8 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Starts a publisher for containerd's TTRPC socket at `address` (a path, or `unix://` and a path). Each event is also
-    /// recorded in `recent`, whether containerd accepts it or not.
+    /// Starts a publisher for containerd's TTRPC socket at `address` (a path, or `unix://` and a path). Each event is
+    /// also recorded in `recent`, whether containerd accepts it or not.
     pub(crate) fn start(address: &str, namespace: &str, recent: Recent) -> Self {
         let (queue, items) = mpsc::channel(QUEUE);
         let address = if address.contains("://") { address.to_owned() } else { format!("unix://{address}") };
@@ -56,8 +56,8 @@ impl Publisher {
         }
     }
 
-    /// Queues an event that may be lost: it is dropped while the queue is full, which means that containerd has been away for
-    /// long.
+    /// Queues an event that may be lost: it is dropped while the queue is full, which means that containerd has been
+    /// away for long.
     pub(crate) fn offer(&self, topic: &str, event: Any, timestamp: Timestamp) {
         if let Err(error) = self.queue.try_send(self.item(topic, event, timestamp)) {
             tracing::warn!(topic, error = %Chain(&error), "dropped an event: containerd accepts none");
@@ -137,7 +137,8 @@ async fn forward(address: &str, client: &mut Option<EventsClient>, envelope: Env
                 return;
             }
             Err(error) => {
-                tracing::warn!(topic = request.envelope.topic, error = %Chain(&error), "event not delivered yet; retrying");
+                let topic = &request.envelope.topic;
+                tracing::warn!(topic, error = %Chain(&error), "event not delivered yet; retrying");
                 *client = None;
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(longest);

@@ -19,8 +19,8 @@ use tokio::sync::watch;
 
 use crate::host::process::{ProcessId, pidfd_open, pidfd_send_signal};
 
-/// Lowest number for an inherited descriptor. It is far above the descriptors in use at the fork: one of these is the socket on which
-/// `Command` reports a failed exec, and it must not be overwritten.
+/// Lowest number for an inherited descriptor. It is far above the descriptors in use at the fork: one of these is the
+/// socket on which `Command` reports a failed exec, and it must not be overwritten.
 pub(crate) const FIRST_FD: i32 = 900;
 /// Temporary numbers between fork and exec: above all final ones, and below 1024, the usual limit.
 const PARKING: i32 = 960;
@@ -28,8 +28,8 @@ const PARKING: i32 = 960;
 /// After [`reserve`], inherited descriptors may also have numbers up to this one.
 pub(crate) const LAST_RESERVED: i32 = 5;
 
-/// Occupies all unused numbers up to [`LAST_RESERVED`] for the life of the process, so that `Command`'s socket never gets one. Call it
-/// first, before other code opens descriptors that it later closes.
+/// Occupies all unused numbers up to [`LAST_RESERVED`] for the life of the process, so that `Command`'s socket never
+/// gets one. Call it first, before other code opens descriptors that it later closes.
 ///
 /// # Errors
 /// When /dev/null cannot be opened.
@@ -65,8 +65,8 @@ pub(crate) struct Launch {
     pub(crate) args: Vec<OsString>,
     /// The complete environment. containerd's is not passed on: its LD_LIBRARY_PATH may name the bundle's directory.
     pub(crate) env: Vec<(OsString, OsString)>,
-    /// The inherited descriptors and their numbers in the program: from [`FIRST_FD`] to 959, or up to [`LAST_RESERVED`]. All others are
-    /// closed.
+    /// The inherited descriptors and their numbers in the program: from [`FIRST_FD`] to 959, or up to
+    /// [`LAST_RESERVED`]. All others are closed.
     pub(crate) fds: Vec<(OwnedFd, i32)>,
     /// The user (uid, gid), without supplementary groups; root if `None`.
     pub(crate) user: Option<(u32, u32)>,
@@ -80,8 +80,8 @@ pub(crate) struct Launch {
 
 type Job = (Command, mpsc::SyncSender<io::Result<u32>>);
 
-/// The thread that forks all children. The kernel sends a child's death signal when the forking *thread* ends (prctl(2)), so this
-/// thread lives as long as the process.
+/// The thread that forks all children. The kernel sends a child's death signal when the forking *thread* ends
+/// (prctl(2)), so this thread lives as long as the process.
 static SPAWNER: LazyLock<io::Result<mpsc::SyncSender<Job>>> = LazyLock::new(|| {
     let (jobs, queue) = mpsc::sync_channel::<Job>(8);
     std::thread::Builder::new().name("spawner".into()).spawn(move || {
@@ -106,8 +106,8 @@ impl Launch {
         let (user, cgroups, leads) = (self.user, self.cgroups, self.leads);
         let parent = std::process::id();
         let fds: Vec<(i32, i32)> = self.fds.iter().map(|(fd, target)| (fd.as_raw_fd(), *target)).collect();
-        // SAFETY: the closure makes only async-signal-safe calls, on memory that was allocated before the fork. The descriptors stay
-        // open in `self.fds` until spawn() returns.
+        // SAFETY: the closure makes only async-signal-safe calls, on memory that was allocated before the fork. The
+        // descriptors stay open in `self.fds` until spawn() returns.
         unsafe {
             command.pre_exec(move || {
                 // Not with Command's own methods: they change the user first.
@@ -135,7 +135,8 @@ fn clone_error(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), error.to_string())
 }
 
-/// In the child: joins its cgroups before it allocates memory, which would otherwise be charged to the parent's cgroups.
+/// In the child: joins its cgroups before it allocates memory, which would otherwise be charged to the parent's
+/// cgroups.
 fn join(cgroups: &[File]) -> io::Result<()> {
     for procs in cgroups {
         // 0 means the writing process (cgroup-v2.rst; v1 does the same).
@@ -154,7 +155,8 @@ fn become_user(uid: u32, gid: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// In the child: requests SIGKILL for the end of the parent. Call it after a change of user, which resets the request (prctl(2)).
+/// In the child: requests SIGKILL for the end of the parent. Call it after a change of user, which resets the request
+/// (prctl(2)).
 fn die_with(parent: u32) -> io::Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     // If the parent ended before the call, the signal would never be sent.
@@ -164,8 +166,8 @@ fn die_with(parent: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// In the child: moves each descriptor to its number, without close-on-exec. The moves go through temporary numbers, because one
-/// descriptor's target may be another's source.
+/// In the child: moves each descriptor to its number, without close-on-exec. The moves go through temporary numbers,
+/// because one descriptor's target may be another's source.
 fn place(fds: &[(i32, i32)]) -> io::Result<()> {
     let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     // Descriptors that this process inherited without close-on-exec must not reach the child.
@@ -240,8 +242,8 @@ impl Child {
         }
     }
 
-    /// Sends SIGKILL, to the whole process group if the child leads one. If the leader has already exited, the rest of its group is left
-    /// alone: it may have started them to stay.
+    /// Sends SIGKILL, to the whole process group if the child leads one. If the leader has already exited, the rest of
+    /// its group is left alone: it may have started them to stay.
     pub fn kill(&self) {
         if !self.leads {
             return self.signal(libc::SIGKILL);

@@ -1,8 +1,8 @@
-//! Runs a spec's hooks on the host (runtime spec, config.md, "POSIX-platform Hooks"): `prestart`, `createRuntime`, `poststart` and
-//! `poststop` run in the runtime's own namespaces. nerdctl sets two in every container.
+//! Runs a spec's hooks on the host (runtime spec, config.md, "POSIX-platform Hooks"): `prestart`, `createRuntime`,
+//! `poststart` and `poststop` run in the runtime's own namespaces. nerdctl sets two in every container.
 //!
-//! A hook receives the container's state on stdin, as the runtime spec requires, but without a PID: the container has no process
-//! on the host. A hook that relies on the PID therefore fails, instead of acting on the host's namespaces.
+//! A hook receives the container's state on stdin, as the runtime spec requires, but without a PID: the container has
+//! no process on the host. A hook that relies on the PID therefore fails, instead of acting on the host's namespaces.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -80,7 +80,7 @@ pub struct Subject {
 
 /// The container's status in the state that hooks receive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ContainerStatus {
+pub(crate) enum ContainerStatus {
     /// Before its creation.
     Creating,
     /// After the start of its process.
@@ -97,7 +97,11 @@ impl Subject {
             ContainerStatus::Stopped => "stopped",
         };
         let state = serde_json::json!({
-            "ociVersion": OCI_VERSION, "id": self.id, "status": status, "bundle": self.bundle, "annotations": self.annotations,
+            "ociVersion": OCI_VERSION,
+            "id": self.id,
+            "status": status,
+            "bundle": self.bundle,
+            "annotations": self.annotations,
         });
         state.to_string().into_bytes()
     }
@@ -145,13 +149,13 @@ impl fmt::Display for StderrTail {
 ///
 /// # Errors
 /// That of the hook that failed. A hook that exceeds its time limit is killed with its process group.
-pub fn run(hooks: &[Hook], subject: &Subject, status: ContainerStatus) -> Result<(), HookError> {
+pub(crate) fn run(hooks: &[Hook], subject: &Subject, status: ContainerStatus) -> Result<(), HookError> {
     hooks.iter().try_for_each(|hook| run_one(hook, subject, status, Duration::MAX))
 }
 
-/// Runs all `poststop` hooks in order, within the given time in total. Failures are logged and do not stop the rest (runtime.md,
-/// "Lifecycle").
-pub fn run_to_the_end(hooks: &[Hook], subject: &Subject, within: Duration) {
+/// Runs all `poststop` hooks in order, within the given time in total. Failures are logged and do not stop the rest
+/// (runtime.md, "Lifecycle").
+pub(crate) fn run_to_the_end(hooks: &[Hook], subject: &Subject, within: Duration) {
     let deadline = Instant::now() + within;
     for hook in hooks {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -198,14 +202,14 @@ fn spawn(hook: &Hook, subject: &Subject) -> io::Result<Child> {
     command.env_clear().envs(hook.env.iter().filter_map(|variable| variable.split_once('=')));
     command.current_dir(if subject.bundle.is_dir() { subject.bundle.as_path() } else { Path::new("/") });
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
-    // SAFETY: prctl(2) is async-signal-safe and touches no memory. The forking thread waits for the hook, so it does not end earlier
-    // and trigger the signal.
+    // SAFETY: prctl(2) is async-signal-safe and touches no memory. The forking thread waits for the hook, so it does
+    // not end earlier and trigger the signal.
     unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
     command.spawn()
 }
 
-/// Writes the state to a hook's stdin and reads its stderr, until it exits or the deadline passes. Neither stream blocks the other.
-/// Returns whether the hook exited.
+/// Writes the state to a hook's stdin and reads its stderr, until it exits or the deadline passes. Neither stream
+/// blocks the other. Returns whether the hook exited.
 fn serve(child: &mut Child, state: &[u8], deadline: Instant) -> io::Result<(StderrTail, bool)> {
     let pidfd = pidfd_open(child.id())?.ok_or(io::ErrorKind::NotFound)?;
     let mut stdin = child.stdin.take();
@@ -235,7 +239,8 @@ fn serve(child: &mut Child, state: &[u8], deadline: Instant) -> io::Result<(Stde
     }
 }
 
-/// Writes as much of the state as the pipe takes. Closes the pipe when everything is written, or when the hook has closed its end.
+/// Writes as much of the state as the pipe takes. Closes the pipe when everything is written, or when the hook has
+/// closed its end.
 fn send_state(mut pipe: ChildStdin, unsent: &mut &[u8]) -> Option<ChildStdin> {
     match pipe.write(unsent) {
         Ok(written) => *unsent = &unsent[written..],

@@ -1,5 +1,5 @@
-//! Identifies processes so that a reused PID is never mistaken for the original: PID, start time, pidfd. `child.rs` starts
-//! processes.
+//! Identifies processes so that a reused PID is never mistaken for the original: PID, start time, pidfd. `child.rs`
+//! starts processes.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};

@@ -1,5 +1,5 @@
-//! Unix sockets in a sandbox's directory, reached through a descriptor of the directory: its path may exceed the 107 bytes of a
-//! socket's address (unix(7)).
+//! Unix sockets in a sandbox's directory, reached through a descriptor of the directory: its path may exceed the 107
+//! bytes of a socket's address (unix(7)).
 
 use std::fs::{File, Permissions};
 use std::io;
@@ -21,8 +21,8 @@ fn path_through_descriptor(folder: &File, name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{name}", folder.as_raw_fd()))
 }
 
-/// Listens on `name` in `folder` with mode 0600. Only the owner may have access to the folder, because the socket has another mode
-/// for a moment.
+/// Listens on `name` in `folder` with mode 0600. Only the owner may have access to the folder, because the socket has
+/// another mode for a moment.
 ///
 /// # Errors
 /// `AddrInUse` if the name is taken; otherwise those of the system calls.
@@ -35,8 +35,8 @@ pub fn listen(folder: &Path, name: &str) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves every client with `attend` in a task of its own, at most `clients` at a time. Further clients are passed to `reject` and
-/// disconnected. Runs until the returned task is aborted or the runtime ends. `name` is for the log.
+/// Serves every client with `attend` in a task of its own, at most `clients` at a time. Further clients are passed to
+/// `reject` and disconnected. Runs until the returned task is aborted or the runtime ends. `name` is for the log.
 pub fn serve<F>(
     listener: Listener,
     name: &'static str,

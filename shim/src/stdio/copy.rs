@@ -52,7 +52,8 @@ impl Output {
     /// `patience`: a stalled reader must not delay the exit any longer.
     pub(crate) async fn drained(&self, patience: Duration) -> bool {
         let mut progress = self.progress.clone();
-        // Patience starts now, not when bytes last moved: a process may have been silent for long before its last output.
+        // Patience starts now, not when bytes last moved: a process may have been silent for long before its last
+        // output.
         let started = Instant::now();
         loop {
             let deadline = {

@@ -84,8 +84,8 @@ fn arguments(query: &str) -> Option<Vec<OsString>> {
     Some(args)
 }
 
-/// Decodes percent-encoding, and in a query also `+` as a space (RFC 3986, section 2.1; HTML's form encoding). None if the
-/// encoding is broken.
+/// Decodes percent-encoding, and in a query also `+` as a space (RFC 3986, section 2.1; HTML's form encoding). None if
+/// the encoding is broken.
 fn unescape(text: &str, query: bool) -> Option<OsString> {
     let mut bytes = text.bytes();
     let mut plain = Vec::with_capacity(text.len());

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
     /// husk does not support addresses of this kind.
-    #[error("{field} {value:?}: {} supported, {scheme}:// is not", if *field == "stdin" { "only fifos are" } else { "fifos, file:// and binary:// are" })]
+    #[error("{field} {value:?}: {} supported, {scheme}:// is not", supported(field))]
     Scheme {
         /// The stream.
         field: &'static str,
@@ -45,4 +45,11 @@ pub enum StdioError {
         /// What failed.
         problem: String,
     },
+}
+
+fn supported(field: &str) -> &'static str {
+    match field {
+        "stdin" => "only fifos are",
+        _ => "fifos, file:// and binary:// are",
+    }
 }

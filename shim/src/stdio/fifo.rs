@@ -1,7 +1,7 @@
 //! Fifos that containerd's client creates, and the pipes of logging programs.
 //!
-//! husk opens fifos for reading and writing. Such an open does not wait for the other end, and the stream survives clients
-//! that leave and reconnect: input ends only when containerd closes it, output only when its copy ends.
+//! husk opens fifos for reading and writing. Such an open does not wait for the other end, and the stream survives
+//! clients that leave and reconnect: input ends only when containerd closes it, output only when its copy ends.
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -1,5 +1,5 @@
-//! A logging program that receives a process's output (containerd's `binary://`): stdout on descriptor 3, stderr on 4. The
-//! program reports readiness by closing descriptor 5 or writing to it.
+//! A logging program that receives a process's output (containerd's `binary://`): stdout on descriptor 3, stderr on 4.
+//! The program reports readiness by closing descriptor 5 or writing to it.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -33,7 +33,8 @@ const TERM_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time between the closing of a dying process's descriptors and its exit.
 const DYING_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A running logging program. Dropping it kills the program and the processes that it started. They also die with the shim.
+/// A running logging program. Dropping it kills the program and the processes that it started. They also die with the
+/// shim.
 #[derive(Debug)]
 pub(crate) struct Logger {
     path: PathBuf,
@@ -83,15 +84,15 @@ impl Logger {
         }
     }
 
-    /// Whether the program has open descriptors. One that only closed READY does. A dying one does not: the kernel detaches
-    /// the descriptor table before it closes the files in it (do_exit, exit_files).
+    /// Whether the program has open descriptors. One that only closed READY does. A dying one does not: the kernel
+    /// detaches the descriptor table before it closes the files in it (do_exit, exit_files).
     fn has_descriptors(&self) -> bool {
         let pid = self.child.process().pid.cast_signed();
         procfs::process::Process::new(pid).and_then(|process| process.fd_count()).is_ok_and(|count| count > 0)
     }
 
-    /// Waits for the program's exit, and terminates it if it does not exit. Close its pipes first: the end of its input asks
-    /// it to exit.
+    /// Waits for the program's exit, and terminates it if it does not exit. Close its pipes first: the end of its input
+    /// asks it to exit.
     pub(crate) async fn end(self) {
         if timeout(EXIT_TIMEOUT, self.child.exited()).await.is_ok() {
             return;

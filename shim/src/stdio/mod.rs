@@ -1,5 +1,5 @@
-//! A process's standard streams on the host: containerd's addresses for them, and the copies between those and the guest's
-//! streams.
+//! A process's standard streams on the host: containerd's addresses for them, and the copies between those and the
+//! guest's streams.
 //!
 //! | file             | content                                                            |
 //! |------------------|--------------------------------------------------------------------|

@@ -36,8 +36,8 @@ impl Sink {
         Self::open_within_timeout(field, path, false).await
     }
 
-    /// Opens the file at `path`. Creates it and its directories if they do not exist, as runc's shim does. A fifo at `path`
-    /// works as in [`Sink::open`].
+    /// Opens the file at `path`. Creates it and its directories if they do not exist, as runc's shim does. A fifo at
+    /// `path` works as in [`Sink::open`].
     ///
     /// # Errors
     /// [`StdioError::Open`].
@@ -49,8 +49,8 @@ impl Sink {
         let failed = |source| StdioError::Open { field, path: path.to_owned(), source };
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no result within {OPEN_TIMEOUT:?}"));
         let target = path.to_owned();
-        // On a thread, which is abandoned after the timeout: an open can block forever, for example on a network filesystem
-        // whose server is gone.
+        // On a thread, which is abandoned after the timeout: an open can block forever, for example on a network
+        // filesystem whose server is gone.
         let opening = tokio::task::spawn_blocking(move || open(&target, create));
         let opened = timeout(OPEN_TIMEOUT, opening).await.map_err(late).map_err(failed)?;
         let (file, is_fifo) = opened.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(failed)?;

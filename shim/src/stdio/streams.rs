@@ -43,8 +43,8 @@ impl From<&ExecProcessRequest> for Stdio {
 }
 
 impl Stdio {
-    /// The three addresses for the request to the guest, stdin first: `address` for each stream that is connected, empty for
-    /// the others. A terminal's output is always connected: unread, it would stall the process.
+    /// The three addresses for the request to the guest, stdin first: `address` for each stream that is connected,
+    /// empty for the others. A terminal's output is always connected: unread, it would stall the process.
     pub(crate) fn in_guest(&self, address: &str) -> [String; 3] {
         let stdout = self.terminal || !self.stdout.is_empty();
         let stderr = !self.terminal && !self.stderr.is_empty();

@@ -1,16 +1,17 @@
-//! The host cgroup of the VM's processes: the one that the container's spec names, on cgroup v1, v2 and hybrid hosts. husk sets
-//! no limits in it: containerd, the kubelet and systemd set theirs on its parents, and the guest applies the container's own.
+//! The host cgroup of the VM's processes: the one that the container's spec names, on cgroup v1, v2 and hybrid hosts.
+//! husk sets no limits in it: containerd, the kubelet and systemd set theirs on its parents, and the guest applies the
+//! container's own.
 //!
 //! The crate `cgroups-rs` (0.5) does not fit:
 //!
-//! - On a hybrid host it uses only the v1 hierarchies of the controllers that it knows. The v2 hierarchy gets no cgroup, while
-//!   systemd's own one (`name=systemd`) does.
-//! - On v2 its `create` writes every controller to `cgroup.subtree_control` of the root and of all parents. husk must not change
-//!   cgroups that belong to systemd or the kubelet.
-//! - It creates all directories at once, without reporting which of them are new. husk records an undo step for each before it
-//!   creates it, and marks its own, so that a parent shared by several sandboxes goes with the last of them.
-//! - Processes join by PID through a file that the crate opens for each call. A child of husk writes to an open `cgroup.procs`
-//!   between fork and exec, so its first allocation is already charged to the cgroup.
+//! - On a hybrid host it uses only the v1 hierarchies of the controllers that it knows. The v2 hierarchy gets no
+//!   cgroup, while systemd's own one (`name=systemd`) does.
+//! - On v2 its `create` writes every controller to `cgroup.subtree_control` of the root and of all parents. husk must
+//!   not change cgroups that belong to systemd or the kubelet.
+//! - It creates all directories at once, without reporting which of them are new. husk records an undo step for each
+//!   before it creates it, and marks its own, so that a parent shared by several sandboxes goes with the last of them.
+//! - Processes join by PID through a file that the crate opens for each call. A child of husk writes to an open
+//!   `cgroup.procs` between fork and exec, so its first allocation is already charged to the cgroup.
 //! - It depends on `zbus`, a D-Bus client that brings some forty crates.
 
 use std::ffi::{CStr, CString};
@@ -71,8 +72,8 @@ impl HostCgroup {
     }
 }
 
-/// Converts the spec's `linux.cgroupsPath` to a path below the hierarchies. It is that path, or `slice:prefix:name` for a unit of
-/// systemd, whose slices nest (`a-b.slice` is in `a.slice`; systemd.slice(5)).
+/// Converts the spec's `linux.cgroupsPath` to a path below the hierarchies. It is that path, or `slice:prefix:name` for
+/// a unit of systemd, whose slices nest (`a-b.slice` is in `a.slice`; systemd.slice(5)).
 ///
 /// # Errors
 /// [`CgroupError::Path`].
@@ -127,8 +128,8 @@ impl Hierarchies {
         fs::read_to_string("/proc/self/mountinfo").map(|text| Self::from_mountinfo(&text)).map_err(CgroupError::Mounts)
     }
 
-    /// Finds the hierarchies in a mount table (proc_pid_mountinfo(5)). Named v1 hierarchies, such as systemd's, are left out: they
-    /// account nothing, and their owner expects no foreign cgroups there.
+    /// Finds the hierarchies in a mount table (proc_pid_mountinfo(5)). Named v1 hierarchies, such as systemd's, are
+    /// left out: they account nothing, and their owner expects no foreign cgroups there.
     fn from_mountinfo(text: &str) -> Self {
         let mut roots: Vec<PathBuf> = Vec::new();
         let (mut v1, mut v2) = (false, false);
@@ -158,8 +159,8 @@ impl Hierarchies {
         self.unified
     }
 
-    /// Creates the cgroup at `cgroups_path` in every hierarchy, after recording how to remove it. Existing directories are used and
-    /// stay when the sandbox ends.
+    /// Creates the cgroup at `cgroups_path` in every hierarchy, after recording how to remove it. Existing directories
+    /// are used and stay when the sandbox ends.
     ///
     /// # Errors
     /// When the path is malformed, or a directory cannot be created.
@@ -223,7 +224,8 @@ fn is_marked(path: &Path) -> bool {
     unsafe { libc::getxattr(path.as_ptr(), MARK.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
 }
 
-/// Copies the parent's processors and memory nodes to new v1 cpusets, which are empty: a process cannot join an empty cpuset.
+/// Copies the parent's processors and memory nodes to new v1 cpusets, which are empty: a process cannot join an empty
+/// cpuset.
 fn inherit_cpuset(root: &Path, created: &[PathBuf]) -> Result<(), CgroupError> {
     for file in ["cpuset.cpus", "cpuset.mems"] {
         // Only v1 has this file in the root. On v2 an empty file means the parent's value.
