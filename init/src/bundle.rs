@@ -1,4 +1,4 @@
-//! The Bundle service: a container's spec and small files, and the share that holds its root file system.
+//! The Bundle service: stores a container's spec, and mounts the share that contains the containers' root filesystems.
 
 use std::fs;
 use std::io::{self, ErrorKind, Write};
@@ -8,109 +8,105 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use husk_protos::bundle::{PutBundleRequest, PutBundleResponse, RemoveBundleRequest, RemoveBundleResponse};
+use husk_protos::lock::lock;
 use husk_protos::{SHARE_PATH, SHARE_TAG};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use ttrpc::r#async::TtrpcContext;
 
-use crate::error::{Error, Kind};
-use crate::places;
-use crate::rpc::answer;
+use crate::error::{CallError, FailureKind};
+use crate::paths;
+use crate::rpc::handle;
 use crate::task::Tasks;
 
-/// The Bundle service.
-pub struct Service {
+pub(crate) struct BundleService {
     tasks: Arc<Tasks>,
-    /// The share is there.
-    shared: Mutex<bool>,
+    share_mounted: Mutex<bool>,
 }
 
-impl Service {
-    /// For bundles of these tasks.
-    pub fn new(tasks: Arc<Tasks>) -> Self {
-        Self { tasks, shared: Mutex::new(false) }
+impl BundleService {
+    pub(crate) fn new(tasks: Arc<Tasks>) -> Self {
+        Self { tasks, share_mounted: Mutex::new(false) }
     }
 
-    /// Mounts the share with the first bundle whose spec names it: a guest that is only booted does not wait for virtiofsd, and a
-    /// container with its root file system elsewhere needs none.
-    fn mount_share(&self) -> Result<(), Error> {
-        let mut shared = self.shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if *shared {
+    /// Mounts the share for the first bundle whose spec refers to it. A guest that only boots does not wait for
+    /// virtiofsd, and containers whose root filesystem is elsewhere do not need it.
+    fn mount_share(&self) -> Result<(), CallError> {
+        let mut mounted = lock(&self.share_mounted);
+        if *mounted {
             return Ok(());
         }
-        let failed = |what: &str, e: &dyn std::error::Error| {
-            Error::internal(format_args!("{what} the share at {SHARE_PATH}"), e)
-        };
-        fs::create_dir_all(SHARE_PATH).map_err(|e| failed("make a folder for", &e))?;
+        fs::create_dir_all(SHARE_PATH).map_err(|e| CallError::internal(format_args!("create {SHARE_PATH}"), &e))?;
         match mount(Some(SHARE_TAG), SHARE_PATH, Some("virtiofs"), MsFlags::empty(), None::<&str>) {
-            Ok(()) => *shared = true,
-            // virtiofs says EINVAL when no device has the tag.
+            Ok(()) => *mounted = true,
+            // virtiofs returns EINVAL if no device has the tag.
             Err(Errno::EINVAL | Errno::ENODEV | Errno::ENOENT) => {
                 let what = format!("the guest has no virtio-fs device with the tag {SHARE_TAG}: is virtiofsd running?");
-                return Err(Error::new(Kind::FailedPrecondition, what));
+                return Err(CallError::new(FailureKind::FailedPrecondition, what));
             }
-            Err(error) => return Err(failed("mount", &error)),
+            Err(error) => {
+                return Err(CallError::internal(format_args!("mount the share at {SHARE_PATH}"), &error));
+            }
         }
         Ok(())
     }
 
-    fn put(&self, request: &PutBundleRequest) -> Result<String, Error> {
-        places::check_id(&request.id)?;
-        if names_share(&request.spec) {
+    fn put(&self, request: &PutBundleRequest) -> Result<String, CallError> {
+        paths::check_id(&request.id)?;
+        if refers_to_share(&request.spec) {
             self.mount_share()?;
         }
-        let folder = places::bundle(&request.id);
-        write_bundle(&folder, request)?;
-        Ok(folder.to_string_lossy().into_owned())
+        let bundle = paths::bundle(&request.id);
+        write_bundle(&bundle, request)?;
+        Ok(bundle.to_string_lossy().into_owned())
     }
 
-    fn remove(&self, id: &str) -> Result<(), Error> {
-        places::check_id(id)?;
+    fn remove(&self, id: &str) -> Result<(), CallError> {
+        paths::check_id(id)?;
         if self.tasks.has(id) {
-            return Err(Error::new(Kind::FailedPrecondition, format!("the bundle of {id} goes with its task")));
+            let what = format!("the bundle of {id} is in use: delete its task instead");
+            return Err(CallError::new(FailureKind::FailedPrecondition, what));
         }
-        match fs::remove_dir_all(places::bundle(id)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(Error::internal(format_args!("remove the bundle of {id}"), &error))
-            }
-            _ => Ok(()),
-        }
+        paths::allow_missing(fs::remove_dir_all(paths::bundle(id)))
+            .map_err(|e| CallError::internal(format_args!("remove the bundle of {id}"), &e))
     }
 }
 
-fn names_share(spec: &[u8]) -> bool {
+fn refers_to_share(spec: &[u8]) -> bool {
     spec.windows(SHARE_PATH.len()).any(|part| part == SHARE_PATH.as_bytes())
 }
 
-fn write_bundle(folder: &Path, request: &PutBundleRequest) -> Result<(), Error> {
-    let failed = |e: io::Error| Error::internal(format_args!("write the bundle {}", folder.display()), &e);
-    if let Some(parent) = folder.parent() {
+fn write_bundle(bundle: &Path, request: &PutBundleRequest) -> Result<(), CallError> {
+    let failed = |e: io::Error| CallError::internal(format_args!("write the bundle {}", bundle.display()), &e);
+    if let Some(parent) = bundle.parent() {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(failed)?;
     }
-    fs::DirBuilder::new().mode(0o700).create(folder).map_err(|e| match e.kind() {
-        ErrorKind::AlreadyExists => Error::new(Kind::AlreadyExists, format!("bundle {} exists", request.id)),
+    fs::DirBuilder::new().mode(0o700).create(bundle).map_err(|e| match e.kind() {
+        ErrorKind::AlreadyExists => {
+            CallError::new(FailureKind::AlreadyExists, format!("bundle {} already exists", request.id))
+        }
         _ => failed(e),
     })?;
     let mut config = fs::OpenOptions::new();
     config.write(true).create_new(true).mode(0o600);
-    let written = config.open(folder.join("config.json")).and_then(|mut file| file.write_all(&request.spec));
+    let written = config.open(bundle.join("config.json")).and_then(|mut file| file.write_all(&request.spec));
     written.map_err(|error| {
-        if let Err(error) = fs::remove_dir_all(folder) {
-            tracing::error!(bundle = %folder.display(), %error, "remove a bundle that could not be written");
+        if let Err(error) = fs::remove_dir_all(bundle) {
+            tracing::error!(bundle = %bundle.display(), %error, "failed to remove an incomplete bundle");
         }
         failed(error)
     })
 }
 
 #[async_trait]
-impl husk_protos::bundle_ttrpc::Bundle for Service {
+impl husk_protos::bundle_ttrpc::Bundle for BundleService {
     async fn put(&self, _: &TtrpcContext, request: PutBundleRequest) -> ttrpc::Result<PutBundleResponse> {
-        let path = answer(async { self.put(&request) }).await?;
+        let path = handle(async { self.put(&request) }).await?;
         Ok(PutBundleResponse { path, ..Default::default() })
     }
 
     async fn remove(&self, _: &TtrpcContext, request: RemoveBundleRequest) -> ttrpc::Result<RemoveBundleResponse> {
-        answer(async { self.remove(&request.id) }).await.map(|()| RemoveBundleResponse::new())
+        handle(async { self.remove(&request.id) }).await.map(|()| RemoveBundleResponse::new())
     }
 }
 
@@ -119,12 +115,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bundle_is_written_once_and_whole() {
-        let place = tempfile::tempdir().unwrap();
-        let folder = place.path().join("bundles/c");
+    fn a_bundle_is_written_completely_and_never_overwritten() {
+        let parent = tempfile::tempdir().unwrap();
+        let bundle = parent.path().join("bundles/c");
         let request = PutBundleRequest { id: "c".into(), spec: b"{}".into(), ..Default::default() };
-        write_bundle(&folder, &request).unwrap();
-        assert_eq!(fs::read(folder.join("config.json")).unwrap(), b"{}");
-        assert_eq!(write_bundle(&folder, &request).unwrap_err().kind, Kind::AlreadyExists);
+        write_bundle(&bundle, &request).unwrap();
+        assert_eq!(fs::read(bundle.join("config.json")).unwrap(), b"{}");
+        assert_eq!(write_bundle(&bundle, &request).unwrap_err().kind, FailureKind::AlreadyExists);
     }
 }

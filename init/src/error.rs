@@ -1,22 +1,21 @@
-//! What a call of the host can be answered with instead of success: kinds that clients branch on, and the one map onto TTRPC's codes.
+//! The error of a call from the host, and its mapping to a TTRPC status code.
 
+use husk_protos::chain::Chain;
 use serde::{Deserialize, Serialize};
 use ttrpc::{Code, get_status};
 
-/// A call that failed. Crosses the border between worker and PID 1 as it is.
+/// A failed call. Workers send it to PID 1 unchanged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
-pub struct Error {
-    /// What a client branches on.
-    pub kind: Kind,
-    /// What was tried, with what, and why it failed.
-    pub message: String,
+pub(crate) struct CallError {
+    pub(crate) kind: FailureKind,
+    /// The attempted operation, its subject, and the cause.
+    pub(crate) message: String,
 }
 
-/// Kinds of failure, named after the codes that they become.
+/// What clients branch on. Each variant is named after its TTRPC code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub enum Kind {
+pub(crate) enum FailureKind {
     NotFound,
     AlreadyExists,
     FailedPrecondition,
@@ -27,45 +26,29 @@ pub enum Kind {
     Internal,
 }
 
-impl Error {
-    /// An error of `kind`.
-    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+impl CallError {
+    pub(crate) fn new(kind: FailureKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into() }
     }
 
-    /// A failure that says nothing about the call: `what` could not be done because of `source`, told with its causes.
-    pub fn internal(what: impl std::fmt::Display, source: &dyn std::error::Error) -> Self {
-        Self::new(Kind::Internal, format!("{what}: {}", chain(source)))
+    /// A failure that is not the caller's fault. The message contains `what` and every cause of `source`:
+    /// libcontainer's outermost errors often say only "failed syscall".
+    pub(crate) fn internal(what: impl std::fmt::Display, source: &dyn std::error::Error) -> Self {
+        Self::new(FailureKind::Internal, format!("{what}: {}", Chain(source)))
     }
 }
 
-/// An error with all that caused it. Many of the libraries' errors say only "failed syscall" by themselves.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        // Transparent errors repeat their cause.
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        next = cause.source();
-    }
-    text
-}
-
-impl From<Error> for ttrpc::Error {
-    fn from(error: Error) -> Self {
+impl From<CallError> for ttrpc::Error {
+    fn from(error: CallError) -> Self {
         let code = match error.kind {
-            Kind::NotFound => Code::NOT_FOUND,
-            Kind::AlreadyExists => Code::ALREADY_EXISTS,
-            Kind::FailedPrecondition => Code::FAILED_PRECONDITION,
-            Kind::InvalidArgument => Code::INVALID_ARGUMENT,
-            Kind::Unimplemented => Code::UNIMPLEMENTED,
-            Kind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
-            Kind::Aborted => Code::ABORTED,
-            Kind::Internal => Code::INTERNAL,
+            FailureKind::NotFound => Code::NOT_FOUND,
+            FailureKind::AlreadyExists => Code::ALREADY_EXISTS,
+            FailureKind::FailedPrecondition => Code::FAILED_PRECONDITION,
+            FailureKind::InvalidArgument => Code::INVALID_ARGUMENT,
+            FailureKind::Unimplemented => Code::UNIMPLEMENTED,
+            FailureKind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
+            FailureKind::Aborted => Code::ABORTED,
+            FailureKind::Internal => Code::INTERNAL,
         };
         Self::RpcStatus(get_status(code, error.message))
     }
@@ -84,9 +67,9 @@ mod tests {
     struct Transparent(Outer);
 
     #[test]
-    fn causes_are_told_once_each() {
+    fn an_internal_error_names_each_cause_once() {
         let outer = Outer(std::io::Error::other("inner"));
-        assert_eq!(chain(&outer), "outer: inner");
-        assert_eq!(chain(&Transparent(outer)), "outer: inner");
+        assert_eq!(CallError::internal("call", &outer).message, "call: outer: inner");
+        assert_eq!(CallError::internal("call", &Transparent(outer)).message, "call: outer: inner");
     }
 }

@@ -1,7 +1,8 @@
-//! The log: events of `tracing` become lines, which go wherever a sink takes them: PID 1's to the host, a worker's into its diagnosis.
+//! The log: converts `tracing` events to lines and passes them to a sink. PID 1's lines go to the host; a worker
+//! collects its own lines to explain an error.
 //!
-//! Of our own, because tracing-subscriber's formatting is a hundred kilobytes of every guest's memory that would only be taken apart again by
-//! the host.
+//! This replaces tracing-subscriber, whose formatter costs a hundred kilobytes of every guest's memory to build text
+//! that the host would have to parse again.
 
 use std::fmt::{self, Debug, Write as _};
 
@@ -11,11 +12,11 @@ use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-use crate::boot::boottime_ns;
+use crate::clock::boottime_ns;
 
-/// Longest text of a line or a field, bytes: what is logged may have come from a container.
+/// Longest message or field value, bytes. A container may control the text.
 const TEXT_MAX: usize = 2048;
-/// Fields of one line.
+/// Most fields of one line.
 const FIELDS_MAX: usize = 16;
 
 struct Log<S> {
@@ -23,14 +24,14 @@ struct Log<S> {
     sink: S,
 }
 
-/// Has every event of this level, or of a more severe one, given to `sink`. Called once in a process.
-pub fn start(level: LevelFilter, sink: impl Fn(LogLine) + Send + Sync + 'static) {
-    // Only fails when a subscriber is there already, which then goes on logging.
+/// Passes every event of this level, or of a more severe one, to `sink`. Call once per process.
+pub(crate) fn start(level: LevelFilter, sink: impl Fn(LogLine) + Send + Sync + 'static) {
+    // Fails only when a subscriber is already set; that one stays.
     let _ = tracing::subscriber::set_global_default(Log { level, sink });
 }
 
-/// A line as people read it: `message key=value`.
-pub fn text(line: &LogLine) -> String {
+/// Formats a line for people: `message key=value`.
+pub(crate) fn text(line: &LogLine) -> String {
     let mut text = line.message.clone();
     for field in &line.fields {
         // Writing to a String cannot fail.
@@ -39,8 +40,8 @@ pub fn text(line: &LogLine) -> String {
     text
 }
 
-/// A line as it stands on the console: with its time in seconds since the boot, and its level.
-pub fn console_line(line: &LogLine) -> String {
+/// Formats a line for the console, with its time in seconds since boot and its level.
+pub(crate) fn console_line(line: &LogLine) -> String {
     let (seconds, micros) = (line.boottime_ns / 1_000_000_000, line.boottime_ns % 1_000_000_000 / 1000);
     let level = match line.level.enum_value_or_default() {
         LogLevel::LOG_LEVEL_ERROR => "error",
@@ -71,7 +72,7 @@ impl<S: Fn(LogLine) + Send + Sync + 'static> Subscriber for Log<S> {
         (self.sink)(line);
     }
 
-    // Spans are not enabled, so none of these is called with one.
+    // Never called: spans are not enabled.
     fn new_span(&self, _: &Attributes<'_>) -> Id {
         Id::from_u64(1)
     }
@@ -100,7 +101,7 @@ struct Fields<'a>(&'a mut LogLine);
 impl Fields<'_> {
     fn push(&mut self, field: &Field, value: fmt::Arguments<'_>) {
         let mut text = Bounded(String::new());
-        // What no longer fits ends the writing with an error.
+        // Fails when the text is truncated.
         let _ = text.write_fmt(value);
         if field.name() == "message" {
             self.0.message = text.0;
@@ -160,14 +161,14 @@ mod tests {
     }
 
     #[test]
-    fn nothing_makes_a_line_long() {
+    fn long_messages_and_values_are_truncated() {
         let lines =
             logged(LevelFilter::INFO, || tracing::info!(long = "é".repeat(TEXT_MAX), "{}", "x".repeat(TEXT_MAX + 1)));
         assert_eq!((lines[0].message.len(), lines[0].fields[0].value.len()), (TEXT_MAX, TEXT_MAX));
     }
 
     #[test]
-    fn a_console_line_has_time_and_level() {
+    fn a_console_line_shows_time_and_level() {
         let line = LogLine {
             level: LogLevel::LOG_LEVEL_ERROR.into(),
             message: "gone".into(),

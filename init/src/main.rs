@@ -1,20 +1,47 @@
-//! husk's guest: PID 1 and agent in one binary.
+//! husk's guest init: PID 1 and agent in one binary.
 //!
-//! As PID 1 it boots the guest and serves the host over vsock until it is told to end. Under the name of a worker
-//! ([`worker::NAME`]) it does one operation on a container, under another ([`launch::NAME`]) it becomes a program that runs beside the containers.
+//! As PID 1 it boots the guest and serves the host over vsock until the host shuts it down. Under the name
+//! [`worker::NAME`] the same binary performs one operation on a container; under [`launch::NAME`] it executes a program
+//! that runs outside of containers.
+//!
+//! # Modules
+//!
+//! A module imports only from rows below its own, or from its own row.
+//!
+//! | module | contents |
+//! |---|---|
+//! | `serve` | vsock ports and their TTRPC servers |
+//! | `bundle`, `system` | the Bundle and System services |
+//! | `task` | containerd's Task service: containers, execs and their states |
+//! | `debug` | debug mode: a shell on the console, and the Debug service |
+//! | `supervisor` | runs the supervisor agent and restarts it |
+//! | `worker` | short-lived processes that call libcontainer |
+//! | `launch` | starts programs that run outside of containers |
+//! | `boot` | boot steps, kernel parameters, timeline |
+//! | `events` | containerd's events, and the Events service |
+//! | `io` | the standard streams of processes, and the Stdio service |
+//! | `cgroup` | cgroups: setup, limits, metrics, freezer, OOM kills |
+//! | `report` | heartbeats, log lines and supervisor status for the host |
+//! | `log`, `console` | log lines, and the guest's console |
+//! | `reaper`, `spawn` | reaps children and delivers their exits; starts processes |
+//! | `paths`, `rpc` | paths of a container; runs RPC handlers |
+//! | `error`, `connection` | the error of a call; connections that report their end |
+//! | `clock`, `fd` | the boot clock; descriptors in the async runtime |
 
 mod boot;
 mod bundle;
 mod cgroup;
+mod clock;
+mod connection;
 mod console;
 mod debug;
 mod error;
 mod events;
-mod events_service;
+mod fd;
 mod io;
 mod launch;
 mod log;
-mod places;
+mod paths;
 mod reaper;
 mod report;
 mod rpc;
@@ -31,6 +58,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use husk_protos::chain::Chain;
 use husk_protos::system::BootStep;
 use husk_protos::{HOST_CID, frame};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -48,37 +76,38 @@ fn main() -> ExitCode {
         worker::NAME => {
             return match worker::serve::run(&args.next().unwrap_or_default()) {
                 Ok(()) => ExitCode::SUCCESS,
-                Err(_nobody_to_tell) => ExitCode::FAILURE,
+                // The connection to PID 1 has failed: there is nowhere to report the error.
+                Err(_) => ExitCode::FAILURE,
             };
         }
         launch::NAME => return launch::become_program(args),
         _ => {}
     }
     if std::process::id() != 1 {
-        eprintln!("husk-init is the init of a husk guest: it only runs as PID 1");
+        eprintln!("husk-init is the init of a husk guest and runs only as PID 1");
         return ExitCode::FAILURE;
     }
     let reports = Reports::default();
-    match catch_unwind(|| live(&reports)) {
+    match catch_unwind(|| run(&reports)) {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => console::last_words(&format!("{error:#}")),
-        // The panic's own message is on the console already.
-        Err(_) => console::last_words("the init panicked"),
+        Ok(Err(error)) => console::fatal(&format!("{error:#}")),
+        // The panic handler has already written the message.
+        Err(_) => console::fatal("the init panicked"),
     }
-    // What the host was not told: it may say why.
-    while let Some(line) = reports.untold() {
+    // Lines that did not reach the host may contain the reason.
+    while let Some(line) = reports.undelivered() {
         console::write(&log::console_line(&line));
     }
-    end()
+    end_guest()
 }
 
-/// The whole life of a guest. Comes back when it is to end.
-fn live(reports: &Reports) -> anyhow::Result<()> {
+/// Boots the guest and serves the host until the guest is to end.
+fn run(reports: &Reports) -> anyhow::Result<()> {
     let mut timeline = Timeline::default();
     let cmdline = boot::boot(&mut timeline, reports)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let result = runtime.block_on(serve(cmdline, timeline, reports));
-    // Tasks that wait for something must not keep the guest from its end.
+    // Dropping the runtime would wait for blocking tasks and delay the guest's end.
     std::mem::forget(runtime);
     result
 }
@@ -86,7 +115,7 @@ fn live(reports: &Reports) -> anyhow::Result<()> {
 async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> anyhow::Result<()> {
     let ports = serve::Ports::bind()?;
     timeline.mark(BootStep::LISTENING);
-    let reaper = reaper::Reaper::start().context("listen to SIGCHLD")?;
+    let reaper = reaper::Reaper::start().context("install the SIGCHLD handler")?;
     let supervisor = if cmdline.supervisor {
         let started = supervisor::Supervisor::start(reaper.clone(), reports.clone(), cmdline.debug);
         Some(started.context("start the supervisor agent")?)
@@ -96,55 +125,56 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let events = Arc::new(events::Events::default());
     let streams = Arc::new(io::Streams::default());
     let workers = worker::client::Workers::new(reaper.clone(), cmdline.log);
-    let debug = if cmdline.debug {
-        Some(debug::Debug::start(&reaper, &streams).context("start what a guest in debug mode has")?)
-    } else {
-        None
-    };
+    let debug =
+        if cmdline.debug { Some(debug::Debug::start(&reaper, &streams).context("start debug mode")?) } else { None };
     let tasks = task::Tasks::new(reaper, workers, events.clone(), streams.clone());
-    std::fs::create_dir_all(places::STATE).context("make the folder of the containers' states")?;
+    std::fs::create_dir_all(paths::STATE).with_context(|| format!("create {}", paths::STATE))?;
 
     timeline.mark(BootStep::READY);
     let hello = system::hello(&timeline);
-    let (end, mut ended) = mpsc::channel(1);
+    let (end, mut shutdown) = mpsc::channel(1);
     let supervisor = supervisor.map(Arc::new);
-    let task = task::service::Service { tasks: tasks.clone(), supervisor, reports: reports.clone(), end };
+    let task = task::service::TaskService { tasks: tasks.clone(), supervisor, reports: reports.clone(), end };
     let mut calls = containerd_shim_protos::shim_async::create_task(Arc::new(task));
-    calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::Service::new(tasks))));
-    calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::Service { hello: hello.clone() })));
+    calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::BundleService::new(tasks))));
+    calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::SystemService { hello: hello.clone() })));
     if let Some(debug) = &debug {
         calls.extend(debug.service());
     }
     let _server = ports.serve(calls, streams, events).await?;
 
-    // Its end tells the host that the guest is gone: it is held until then.
-    let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, cmdline.ready_port)).await.context("dial the host")?;
-    frame::write(&mut host, &hello).await.context("say hello to the host")?;
+    // Keep this connection until the end: the host takes its end for the guest's end.
+    let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, cmdline.ready_port))
+        .await
+        .with_context(|| format!("connect to vsock port {} of the host", cmdline.ready_port))?;
+    frame::write(&mut host, &hello).await.context("send the Hello to the host")?;
 
     tokio::select! {
-        _ = ended.recv() => {}
-        // The host ends a guest that it does not hear: that is the only one who could help.
+        _ = shutdown.recv() => {}
+        // Nothing to do here: the host ends a guest whose heartbeats are missing.
         error = reports.deliver(&mut host, cmdline.heartbeat) => {
-            console::write(&format!("husk: no way to tell the host anything: {error}\n"));
-            ended.recv().await;
+            console::write(&format!("husk: failed to send reports to the host: {}\n", Chain(&error)));
+            shutdown.recv().await;
         }
     }
     if let Some(debug) = debug {
         debug.end();
     }
-    // The answer is still to get out, and what the last processes wrote, and how they ended. The host ends the VM when it has all that.
-    let _ = tokio::time::timeout(HOST_ENDS, host.read_u8()).await;
+    // The response, the last output and the last exits are still on their way. Once the host has them, it ends the VM.
+    let _ = tokio::time::timeout(HOST_ENDS_VM, host.read_u8()).await;
     Ok(())
 }
 
-/// How long the host may take to end the VM after the answer to its shutdown: more than it waits for what is on its way to it.
-const HOST_ENDS: Duration = Duration::from_secs(1);
+/// Time for the host to end the VM after the response to Shutdown. Longer than the host waits for pending output and
+/// exits.
+const HOST_ENDS_VM: Duration = Duration::from_secs(1);
 
-/// Ends the guest, unless the host is faster: `reboot=t` on its kernel's command line and QEMU's `-no-reboot` make it QEMU's exit.
-fn end() -> ExitCode {
+/// Reboots, unless the host ends the VM first. `reboot=t` on the kernel command line and QEMU's `-no-reboot` turn a
+/// reboot into QEMU's exit.
+fn end_guest() -> ExitCode {
     nix::unistd::sync();
     let Err(error) = reboot(RebootMode::RB_AUTOBOOT);
-    console::last_words(&format!("reboot: {error}"));
-    // PID 1's exit is a kernel panic, which with `panic=-1` is a reboot too.
+    console::fatal(&format!("reboot: {error}"));
+    // The exit of PID 1 is a kernel panic, and with `panic=-1` a reboot too.
     ExitCode::FAILURE
 }

@@ -1,27 +1,29 @@
-//! The only wait in the process: every child of PID 1 is reaped here, and who asked for a pid is told its status.
+//! The only place where PID 1 waits for children. It reaps every child and sends the exit status to the task that
+//! registered the PID.
 
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
+use husk_protos::lock::lock;
 use nix::errno::Errno;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Exit {
-    /// 0..=255 as the process said it, or 128 plus the signal that killed it.
-    pub status: u32,
-    /// When it was reaped.
-    pub at: SystemTime,
+pub(crate) struct Exit {
+    /// The exit code (0 to 255), or 128 plus the number of the signal that killed the process.
+    pub(crate) status: u32,
+    /// When the process was reaped.
+    pub(crate) at: SystemTime,
 }
 
-/// The exit status that containerd wants, from wait(2)'s raw one; none when the process did not end.
+/// Converts a raw wait(2) status to the exit status that containerd expects. None when the process has not exited.
 ///
-/// Not by nix's `WaitStatus`: it knows no real-time signals, and fails on the status of a process that one has killed.
-pub fn decode(status: i32) -> Option<u32> {
+/// nix's `WaitStatus` does not fit: it knows no real-time signals and fails on a process that one of them killed.
+fn decode(status: i32) -> Option<u32> {
     if libc::WIFEXITED(status) {
         Some(libc::WEXITSTATUS(status) as u32)
     } else if libc::WIFSIGNALED(status) {
@@ -34,26 +36,28 @@ pub fn decode(status: i32) -> Option<u32> {
 #[derive(Debug, Default)]
 struct Table {
     waiters: HashMap<i32, oneshot::Sender<Exit>>,
-    /// Creations under way. While there is one, a child that nobody waits for may be its process, whose pid has not been told yet.
+    /// Processes being created. During a creation, an unregistered child may be the new process, whose PID is not known
+    /// yet.
     creations: usize,
+    /// Exits that nobody has registered for yet.
     early: HashMap<i32, Exit>,
 }
 
-/// Pids of children and who waits for them.
+/// Reaps children and delivers their exits.
 #[derive(Debug, Default)]
-pub struct Reaper(Mutex<Table>);
+pub(crate) struct Reaper(Mutex<Table>);
 
 impl Reaper {
     /// Starts reaping on the current runtime.
     ///
     /// # Errors
-    /// When SIGCHLD cannot be listened to.
-    pub fn start() -> io::Result<Arc<Self>> {
+    /// When the SIGCHLD handler cannot be installed.
+    pub(crate) fn start() -> io::Result<Arc<Self>> {
         let reaper = Arc::new(Self::default());
         let mut children = signal(SignalKind::child())?;
         let this = reaper.clone();
         tokio::spawn(async move {
-            // Reaped once before the first signal is waited for: a child may have ended before the handler was there.
+            // Reap before waiting for the first signal: a child may have exited before the handler existed.
             loop {
                 this.reap();
                 if children.recv().await.is_none() {
@@ -64,17 +68,19 @@ impl Reaper {
         Ok(reaper)
     }
 
-    /// Announces that a process is about to be made. An exit that comes before its pid is known is kept until the answer is dropped.
-    pub fn creation(self: &Arc<Self>) -> Creation {
+    /// Announces that a process is about to be created. Until the returned value is dropped, exits of unknown PIDs are
+    /// kept.
+    pub(crate) fn creation(self: &Arc<Self>) -> Creation {
         self.table().creations += 1;
         Creation(self.clone())
     }
 
-    /// Sends a signal to a child that is waited for and was not reaped yet: a pid that the kernel has given away again is never hit.
+    /// Sends a signal to a registered child that has not been reaped. A PID that the kernel has reused is never
+    /// signalled.
     ///
     /// # Errors
-    /// ESRCH when the pid is not such a child; else what kill(2) says.
-    pub fn kill(&self, pid: i32, signal: i32) -> Result<(), Errno> {
+    /// ESRCH when the PID is not such a child; otherwise the error of kill(2).
+    pub(crate) fn kill(&self, pid: i32, signal: i32) -> Result<(), Errno> {
         let table = self.table();
         if !table.waiters.contains_key(&pid) {
             return Err(Errno::ESRCH);
@@ -83,7 +89,7 @@ impl Reaper {
     }
 
     /// Like [`Reaper::kill`], for the process group that the child leads.
-    pub fn kill_group(&self, leader: i32, signal: i32) -> Result<(), Errno> {
+    pub(crate) fn kill_group(&self, leader: i32, signal: i32) -> Result<(), Errno> {
         let table = self.table();
         if !table.waiters.contains_key(&leader) {
             return Err(Errno::ESRCH);
@@ -92,7 +98,7 @@ impl Reaper {
     }
 
     fn reap(&self) {
-        // The lock is held across waitpid, which frees the pid: kill() above sees a pid as a child, or not at all.
+        // waitpid frees the PID: holding the lock across it keeps kill() from signalling a reused PID.
         let mut table = self.table();
         loop {
             let mut status = 0;
@@ -106,7 +112,7 @@ impl Reaper {
                 }
                 Err(Errno::EINTR) => {}
                 Err(error) => {
-                    tracing::error!(%error, "wait for children");
+                    tracing::error!(%error, "failed to wait for children");
                     return;
                 }
             }
@@ -114,44 +120,45 @@ impl Reaper {
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.0)
     }
 }
 
-/// Sends any signal number, real-time ones included, which nix's `Signal` does not know; to a process group if the pid is negative.
-pub fn kill_raw(pid: i32, signal: i32) -> Result<(), Errno> {
-    // SAFETY: kill(2) takes two integers and touches no memory of ours.
+/// Sends a signal, to a process group if the PID is negative. Takes a number because nix's `Signal` lacks real-time
+/// signals.
+pub(crate) fn kill_raw(pid: i32, signal: i32) -> Result<(), Errno> {
+    // SAFETY: kill(2) takes two integers and touches no memory.
     Errno::result(unsafe { libc::kill(pid, signal) }).map(drop)
 }
 
 impl Table {
     fn ended(&mut self, pid: i32, exit: Exit) {
         match self.waiters.remove(&pid) {
-            // A waiter that went away does not want to know.
+            // Fails only when the waiter no longer wants the exit.
             Some(waiter) => drop(waiter.send(exit)),
             None if self.creations > 0 => drop(self.early.insert(pid, exit)),
-            // An orphan of a container, or a helper of libcontainer's.
+            // An orphan of a container, or a helper process of libcontainer.
             None => {}
         }
     }
 
     fn wait(&mut self, pid: i32) -> oneshot::Receiver<Exit> {
-        let (told, exit) = oneshot::channel();
+        let (sender, exit) = oneshot::channel();
         match self.early.remove(&pid) {
-            Some(early) => drop(told.send(early)),
-            None => drop(self.waiters.insert(pid, told)),
+            Some(early) => drop(sender.send(early)),
+            None => drop(self.waiters.insert(pid, sender)),
         }
         exit
     }
 }
 
-/// A process is being made. Only who holds this can ask for an exit, so no exit can be missed.
+/// A process is being created. Registering for an exit requires this value, so that no exit can be missed.
 #[derive(Debug)]
-pub struct Creation(Arc<Reaper>);
+pub(crate) struct Creation(Arc<Reaper>);
 
 impl Creation {
-    /// The exit of `pid`, also if it has ended already.
-    pub fn exit_of(&self, pid: i32) -> oneshot::Receiver<Exit> {
+    /// Registers for the exit of `pid`, which may have exited already.
+    pub(crate) fn exit_of(&self, pid: i32) -> oneshot::Receiver<Exit> {
         self.0.table().wait(pid)
     }
 }
@@ -171,8 +178,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn statuses_are_decoded_as_containerd_expects_them() {
-        // Linux's encoding: the signal in the low 7 bits, 0x80 for a core, the code in the next byte; 0x7f is stopped.
+    fn wait_statuses_become_the_exit_codes_that_containerd_expects() {
+        // Linux's encoding: the signal in the low 7 bits, 0x80 for a core dump, the exit code in the next byte; 0x7f is
+        // stopped.
         let cases = [
             (0, Some(0)),
             (1 << 8, Some(1)),
@@ -185,8 +193,8 @@ mod tests {
             (libc::SIGSTOP << 8 | 0x7f, None),
             (0xffff, None),
         ];
-        for (status, want) in cases {
-            assert_eq!(decode(status), want, "{status:#x}");
+        for (status, expected) in cases {
+            assert_eq!(decode(status), expected, "{status:#x}");
         }
     }
 
@@ -195,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exit_is_told_whether_it_comes_before_or_after_its_registration() {
+    fn an_exit_is_delivered_whether_it_precedes_or_follows_its_registration() {
         let reaper = Arc::new(Reaper::default());
         let creation = reaper.creation();
         let mut late = creation.exit_of(10);
@@ -207,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn exits_that_nobody_can_ask_for_are_forgotten() {
+    fn exits_that_nobody_can_register_for_are_discarded() {
         let reaper = Arc::new(Reaper::default());
         reaper.table().ended(10, exit(1));
         assert!(reaper.table().early.is_empty());
@@ -220,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pid_that_is_not_waited_for_is_never_signalled() {
+    fn an_unregistered_pid_is_never_signalled() {
         let reaper = Arc::new(Reaper::default());
         let me = std::process::id() as i32;
         assert_eq!(reaper.kill(me, 0), Err(Errno::ESRCH));

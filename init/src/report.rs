@@ -1,62 +1,64 @@
-//! What PID 1 tells the host by itself: that it still turns, its log, and what its supervisor does. One connection carries it, the one of the
-//! hello.
+//! What PID 1 reports to the host on its own: heartbeats, log lines and the supervisor's status. All share one
+//! connection, that of the Hello.
 //!
-//! Whoever has something to tell never waits: what the host does not take is kept up to a bound, and what is lost then is counted.
+//! Callers never wait. Reports that the host does not read are queued up to a bound; lines lost beyond it are counted.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use husk_protos::frame;
+use husk_protos::frame::{self, FrameError};
+use husk_protos::lock::lock;
 use husk_protos::report::report::What;
 use husk_protos::report::{Heartbeat, LogLine, Report, SupervisorStatus};
 use tokio::io::AsyncWrite;
 use tokio::sync::Notify;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use crate::boot::boottime_ns;
+use crate::clock::boottime_ns;
 
-/// Most bytes of lines that wait for the host, by [`weight`].
-const WAITING_MAX: usize = 64 * 1024;
+/// Limit of the queued lines, bytes, measured by [`weight`].
+const QUEUE_MAX: usize = 64 * 1024;
 
-/// What there is to tell. Clones share it.
+/// Reports for the host. Clones share one queue.
 #[derive(Debug, Clone, Default)]
-pub struct Reports(Arc<Shared>);
+pub(crate) struct Reports(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    waiting: Mutex<Waiting>,
-    news: Notify,
-    /// Everything has been told.
-    told: Notify,
+    queue: Mutex<Queue>,
+    /// Something was queued.
+    queued: Notify,
+    /// The queue became empty and its last report was sent.
+    flushed: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Waiting {
+struct Queue {
     lines: VecDeque<LogLine>,
     bytes: usize,
-    /// Lines lost since the last one that was kept.
+    /// Lines lost since the last line that was queued.
     dropped: u64,
-    /// Only the newest counts.
+    /// The newest status, if it has not been sent.
     supervisor: Option<SupervisorStatus>,
-    /// Something was taken out of here, and is not on its way to the host as a whole yet.
-    telling: bool,
+    /// A report has left the queue and may not be sent completely.
+    sending: bool,
 }
 
-/// What a line holds of memory, about.
+/// Approximate memory use of a line, bytes.
 fn weight(line: &LogLine) -> usize {
     let fields = line.fields.iter().map(|field| 64 + field.name.len() + field.value.len());
     128 + line.message.len() + fields.sum::<usize>()
 }
 
-impl Waiting {
-    fn something(&self) -> bool {
-        self.telling || self.supervisor.is_some() || !self.lines.is_empty()
+impl Queue {
+    fn is_flushed(&self) -> bool {
+        !self.sending && self.supervisor.is_none() && self.lines.is_empty()
     }
 
     fn push(&mut self, mut line: LogLine) {
         let weight = weight(&line);
-        if self.bytes + weight > WAITING_MAX {
+        if self.bytes + weight > QUEUE_MAX {
             self.dropped += 1;
             return;
         }
@@ -73,26 +75,29 @@ impl Waiting {
 }
 
 impl Reports {
-    /// Tells a line of the log.
-    pub fn log(&self, line: LogLine) {
-        self.waiting().push(line);
-        self.0.news.notify_one();
+    pub(crate) fn log(&self, line: LogLine) {
+        self.queue().push(line);
+        self.0.queued.notify_one();
     }
 
-    /// Tells what the supervisor is doing now.
-    pub fn supervisor(&self, status: SupervisorStatus) {
-        self.waiting().supervisor = Some(status);
-        self.0.news.notify_one();
+    /// Reports the supervisor's status. A newer status replaces one that has not been sent.
+    pub(crate) fn supervisor(&self, status: SupervisorStatus) {
+        self.queue().supervisor = Some(status);
+        self.0.queued.notify_one();
     }
 
-    /// The next line that the host has not been told, if any: for the console, when there is no way to the host.
-    pub fn untold(&self) -> Option<LogLine> {
-        self.waiting().pop()
+    /// Takes the next line that was not sent, for the console when the host is unreachable.
+    pub(crate) fn undelivered(&self) -> Option<LogLine> {
+        self.queue().pop()
     }
 
-    /// Tells the host everything as it comes, and that the init turns once in each `heartbeat`, if there is one. Only comes back with what the
-    /// connection failed of; dropping the future may cut a report short, so nothing can be told after it.
-    pub async fn deliver(&self, host: &mut (impl AsyncWrite + Unpin), heartbeat: Option<Duration>) -> frame::Error {
+    /// Sends reports as they are queued, and a heartbeat once per interval, if there is one. Returns only when the
+    /// connection fails. Dropping the future may leave a partial report on the connection, which is unusable then.
+    pub(crate) async fn deliver(
+        &self,
+        host: &mut (impl AsyncWrite + Unpin),
+        heartbeat: Option<Duration>,
+    ) -> FrameError {
         let mut heartbeat = heartbeat.map(|period| {
             let mut ticks = interval(period);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -100,16 +105,16 @@ impl Reports {
         });
         loop {
             while let Some(what) = self.next() {
-                if let Err(error) = tell(host, what).await {
+                if let Err(error) = send(host, what).await {
                     return error;
                 }
             }
             tokio::select! {
-                // Holds a permit for news that came since the look above.
-                () = self.0.news.notified() => {}
+                // Stores a permit, so that a report queued after the loop above is not missed.
+                () = self.0.queued.notified() => {}
                 () = tick(&mut heartbeat) => {
                     let beat = Heartbeat { uptime_ns: boottime_ns(), ..Default::default() };
-                    if let Err(error) = tell(host, What::Heartbeat(beat)).await {
+                    if let Err(error) = send(host, What::Heartbeat(beat)).await {
                         return error;
                     }
                 }
@@ -118,29 +123,29 @@ impl Reports {
     }
 
     fn next(&self) -> Option<What> {
-        let mut waiting = self.waiting();
-        let next = waiting.supervisor.take().map(What::Supervisor).or_else(|| waiting.pop().map(What::Log));
-        waiting.telling = next.is_some();
+        let mut queue = self.queue();
+        let next = queue.supervisor.take().map(What::Supervisor).or_else(|| queue.pop().map(What::Log));
+        queue.sending = next.is_some();
         if next.is_none() {
-            self.0.told.notify_waiters();
+            self.0.flushed.notify_waiters();
         }
         next
     }
 
-    /// Comes back when the host has been told everything that there is, which may be never: it may not listen.
-    pub async fn all_told(&self) {
+    /// Waits until every report has been sent. May never return: the host may not read.
+    pub(crate) async fn flush(&self) {
         loop {
-            // Before the look, or what is told right after it would not be noticed.
-            let told = self.0.told.notified();
-            if !self.waiting().something() {
+            // Register before checking: a flush in between would be missed.
+            let flushed = self.0.flushed.notified();
+            if self.queue().is_flushed() {
                 return;
             }
-            told.await;
+            flushed.await;
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.0.waiting.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        lock(&self.0.queue)
     }
 }
 
@@ -151,7 +156,7 @@ async fn tick(heartbeat: &mut Option<Interval>) {
     }
 }
 
-async fn tell(host: &mut (impl AsyncWrite + Unpin), what: What) -> Result<(), frame::Error> {
+async fn send(host: &mut (impl AsyncWrite + Unpin), what: What) -> Result<(), FrameError> {
     frame::write(host, &Report { what: Some(what), ..Default::default() }).await
 }
 
@@ -164,38 +169,38 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_takes_is_bounded_and_what_is_lost_is_counted() {
+    fn the_queue_is_bounded_and_lost_lines_are_counted() {
         let reports = Reports::default();
         let long = "x".repeat(1000);
         for _ in 0..1000 {
             reports.log(line(&long));
         }
         let mut kept = 0;
-        while kept < 10 && reports.untold().is_some() {
+        while kept < 10 && reports.undelivered().is_some() {
             kept += 1;
         }
         reports.log(line("after"));
-        let rest: Vec<LogLine> = std::iter::from_fn(|| reports.untold()).collect();
+        let rest: Vec<LogLine> = std::iter::from_fn(|| reports.undelivered()).collect();
         let (last, before) = rest.split_last().unwrap();
         assert_eq!(last.message, "after");
         assert_eq!(last.dropped as usize + kept + before.len(), 1000);
         assert!(before.iter().all(|line| line.dropped == 0));
-        assert_eq!(reports.waiting().bytes, 0);
+        assert_eq!(reports.queue().bytes, 0);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn lines_come_in_order_between_heartbeats() {
+    async fn log_lines_arrive_in_order_between_heartbeats() {
         let (mut ours, mut theirs) = tokio::io::duplex(1024);
         let reports = Reports::default();
-        reports.log(line("before anybody listens"));
+        reports.log(line("before the host reads"));
         let deliver = {
             let reports = reports.clone();
             tokio::spawn(async move { reports.deliver(&mut ours, Some(Duration::from_secs(10))).await })
         };
-        let mut told = Vec::new();
+        let mut received = Vec::new();
         for step in 0..4 {
             let report: Report = frame::read(&mut theirs).await.unwrap();
-            told.push(match report.what {
+            received.push(match report.what {
                 Some(What::Log(line)) => line.message,
                 Some(What::Heartbeat(_)) => "beat".to_owned(),
                 other => panic!("{other:?}"),
@@ -204,33 +209,33 @@ mod tests {
                 reports.log(line("later"));
             }
         }
-        assert_eq!(told, ["before anybody listens", "beat", "later", "beat"]);
+        assert_eq!(received, ["before the host reads", "beat", "later", "beat"]);
         drop(theirs);
-        assert!(matches!(deliver.await.unwrap(), frame::Error::Io(_)));
+        assert!(matches!(deliver.await.unwrap(), FrameError::Io(_)));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn all_is_told_when_the_last_report_is_on_its_way() {
-        // Less than a report: each is on its way for as long as it is not read.
+    async fn a_flush_waits_until_the_last_report_is_sent() {
+        // Smaller than a report: sending one does not finish until it is read.
         let (mut ours, mut theirs) = tokio::io::duplex(4);
         let reports = Reports::default();
-        reports.all_told().await;
+        reports.flush().await;
         reports.supervisor(SupervisorStatus { pid: 7, ..Default::default() });
-        reports.log(line("last words"));
+        reports.log(line("last line"));
         let deliver = {
             let reports = reports.clone();
             tokio::spawn(async move { reports.deliver(&mut ours, None).await })
         };
         for _ in 0..2 {
-            assert!(tokio::time::timeout(Duration::from_secs(60), reports.all_told()).await.is_err());
+            assert!(tokio::time::timeout(Duration::from_secs(60), reports.flush()).await.is_err());
             frame::read::<Report>(&mut theirs).await.unwrap();
         }
-        reports.all_told().await;
+        reports.flush().await;
         deliver.abort();
     }
 
     #[tokio::test(start_paused = true)]
-    async fn without_an_interval_there_is_no_heartbeat() {
+    async fn no_heartbeat_is_sent_without_an_interval() {
         let (mut ours, mut theirs) = tokio::io::duplex(1024);
         let reports = Reports::default();
         tokio::spawn(async move { reports.deliver(&mut ours, None).await });

@@ -1,33 +1,33 @@
-//! The border between a call and what serves it: panics and hang-ups end here.
+//! Runs the handler of a call. A panic in a handler becomes an error, and a closed connection does not interrupt a
+//! change.
 
 use std::panic::AssertUnwindSafe;
 
 use futures::FutureExt;
 
-use crate::error::{Error, Kind};
+use crate::error::{CallError, FailureKind};
 
-/// What a handler gives back to ttrpc.
-pub type Answer<T> = ttrpc::Result<T>;
-
-/// Runs a call that changes something to its end, whatever becomes of the connection: ttrpc drops the handlers of one that has ended, and a
-/// create dropped half-way would leave its half. A panic becomes an error.
-pub async fn finish<T: Send + 'static>(call: impl Future<Output = Result<T, Error>> + Send + 'static) -> Answer<T> {
-    match tokio::spawn(call).await {
+/// Runs a handler that changes something. It runs to completion even if its connection closes: ttrpc drops the handlers
+/// of a closed connection, and a dropped create would leave half a container behind.
+pub(crate) async fn handle_uninterrupted<T: Send + 'static>(
+    handler: impl Future<Output = Result<T, CallError>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    match tokio::spawn(handler).await {
         Ok(result) => Ok(result?),
-        Err(_) => Err(panicked().into()),
+        Err(_) => Err(handler_panicked().into()),
     }
 }
 
-/// Runs a call that may be dropped at any time. A panic becomes an error.
-pub async fn answer<T>(call: impl Future<Output = Result<T, Error>>) -> Answer<T> {
-    match AssertUnwindSafe(call).catch_unwind().await {
+/// Runs a handler that may be dropped at any time.
+pub(crate) async fn handle<T>(handler: impl Future<Output = Result<T, CallError>>) -> ttrpc::Result<T> {
+    match AssertUnwindSafe(handler).catch_unwind().await {
         Ok(result) => Ok(result?),
-        Err(_) => Err(panicked().into()),
+        Err(_) => Err(handler_panicked().into()),
     }
 }
 
-fn panicked() -> Error {
-    Error::new(Kind::Internal, "the handler panicked; its message is on the guest's console")
+fn handler_panicked() -> CallError {
+    CallError::new(FailureKind::Internal, "the handler panicked; its message is on the guest's console")
 }
 
 #[cfg(test)]
@@ -35,23 +35,23 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_handler_that_panics_is_answered_for() {
-        for answered in [finish(async { panic!("one") }).await, answer(async { panic!("two") }).await] {
-            let answered: Answer<()> = answered;
-            assert!(matches!(answered, Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::INTERNAL));
+    async fn a_panic_in_a_handler_is_returned_as_an_error() {
+        for result in [handle_uninterrupted(async { panic!("one") }).await, handle(async { panic!("two") }).await] {
+            let result: ttrpc::Result<()> = result;
+            assert!(matches!(result, Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::INTERNAL));
         }
     }
 
     #[tokio::test]
-    async fn a_change_goes_on_when_its_caller_hangs_up() {
-        let (told, hears) = tokio::sync::oneshot::channel();
-        let call = finish(async move {
+    async fn a_change_completes_after_its_caller_disconnects() {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let call = handle_uninterrupted(async move {
             tokio::task::yield_now().await;
-            // The caller is gone by now, and with it whoever would hear of an error here.
-            let _ = told.send(());
+            // The caller is gone; a failed send shows in the assertion below.
+            let _ = sender.send(());
             Ok(())
         });
         assert!(call.now_or_never().is_none());
-        assert_eq!(hears.await, Ok(()));
+        assert_eq!(receiver.await, Ok(()));
     }
 }

@@ -1,5 +1,5 @@
-//! How PID 1 starts a process: itself again under another name, by posix_spawn, which shares its memory until the exec, where a fork would copy
-//! its page tables. Whoever calls has the reaper know the pid.
+//! Starts processes: PID 1 executes its own binary under another name. posix_spawn shares PID 1's memory until the
+//! exec, whereas fork would copy its page tables. The caller registers the PID with the reaper.
 
 use std::ffi::CString;
 use std::io;
@@ -11,28 +11,29 @@ use nix::sys::signal::SigSet;
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
-/// The standard streams of a new process; /dev/null for those that are none.
+/// The standard streams of a new process. A stream that is None becomes /dev/null.
 #[derive(Debug, Default)]
-pub struct Streams {
+pub(crate) struct ChildStreams {
     /// Read end of its stdin.
-    pub stdin: Option<OwnedFd>,
+    pub(crate) stdin: Option<OwnedFd>,
     /// Write end of its stdout.
-    pub stdout: Option<OwnedFd>,
+    pub(crate) stdout: Option<OwnedFd>,
     /// Write end of its stderr.
-    pub stderr: Option<OwnedFd>,
-    /// What it waits for before it runs, if its streams are a terminal; see [`crate::worker::console`].
-    pub gate: Option<OwnedFd>,
+    pub(crate) stderr: Option<OwnedFd>,
+    /// With a terminal: the process waits on this descriptor before it runs. See [`crate::worker::console`].
+    pub(crate) gate: Option<OwnedFd>,
 }
 
-/// Starts this program again. `args` begin with its name; `more` are descriptors that it gets beside its streams, each with its number there.
-/// Nothing of PID 1's signals is inherited.
+/// Executes this binary in a new process and returns its PID. `args` start with argv\[0\]; `more` are further
+/// descriptors, each with its number in the new process. The process has default signal handlers and an empty signal
+/// mask.
 ///
 /// # Errors
-/// When descriptors, memory or pids run out.
-pub fn again(
+/// When descriptors, memory or PIDs run out.
+pub(crate) fn spawn_self(
     args: &[CString],
     env: &[CString],
-    streams: &Streams,
+    streams: &ChildStreams,
     more: &[(&OwnedFd, i32)],
     leads_group: bool,
 ) -> io::Result<i32> {

@@ -32,7 +32,7 @@ use crate::host::socket;
 use crate::prepare::sandbox_of;
 use crate::sandbox::Sandbox;
 use crate::state::journal::Journal;
-use crate::state::recent::Kind;
+use crate::state::recent::EventKind;
 use crate::state::{Owner, State, StateError, Step, base};
 
 /// The descriptor of the server's listening socket.
@@ -181,7 +181,7 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     let ttrpc_address = std::env::var("TTRPC_ADDRESS").context("TTRPC_ADDRESS")?;
     let publisher = Publisher::start(&ttrpc_address, &flags.namespace, journal.recent().clone());
     let sandbox = Sandbox::new(&flags.id, &flags.namespace, journal, publisher);
-    sandbox.words().console.serve(console);
+    sandbox.guest_logs().console.serve(console);
     ctl::serve(control, sandbox.clone(), ctl::methods::METHODS, ctl::Limits::default());
 
     // SAFETY: the descriptor is a listening unix socket, and its ownership passes to the server.
@@ -190,12 +190,12 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     server.start().await?;
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(version, "serving");
-    sandbox.recent().note(Kind::Sandbox, "the shim serves", serde_json::json!({"version": version}));
+    sandbox.recent().note(EventKind::Sandbox, "the shim serves", serde_json::json!({"version": version}));
 
     let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("catch SIGINT")?;
     tokio::select! {
-        () = sandbox.dismissed() => {}
+        () = sandbox.finished() => {}
         _ = terminate.recv() => sandbox.shutdown(true).await?,
         _ = interrupt.recv() => sandbox.shutdown(true).await?,
     }

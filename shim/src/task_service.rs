@@ -1,7 +1,6 @@
-//! containerd's Task service, versions 2 and 3: looks the task up in the sandbox and relays. Nothing is decided here.
+//! containerd's Task service, versions 2 and 3. Relays each call to the sandbox and maps its errors to ttrpc codes.
 //!
-//! Calls that change something run in a task of their own: a client that goes away in the middle of a call must not leave
-//! half of it done.
+//! Calls that change something run in a task of their own: they complete even if the client disconnects.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -20,15 +19,17 @@ use protobuf::MessageField;
 use ttrpc::r#async::{Service, TtrpcContext};
 use ttrpc::{Code, get_status};
 
-use crate::sandbox::{Error, Sandbox};
+use crate::guest::client::GuestError;
+use crate::sandbox::{Sandbox, SandboxError};
+use crate::stdio::StdioError;
 
-/// The name under which containerd 1.x knows the service; the messages are the same in both versions.
+/// The service's name in containerd 1.x. Both versions have the same messages.
 const TASK_V2: &str = "containerd.task.v2.Task";
 const TASK_V3: &str = "containerd.task.v3.Task";
 
-/// The service under both its names.
-pub fn services(sandbox: Arc<Sandbox>) -> HashMap<String, Service> {
-    let register = || create_task(Arc::new(Tasks { sandbox: sandbox.clone() }));
+/// The service under both names.
+pub(crate) fn services(sandbox: Arc<Sandbox>) -> HashMap<String, Service> {
+    let register = || create_task(Arc::new(TaskService { sandbox: sandbox.clone() }));
     let mut services = register();
     services.extend(register().into_iter().map(|(name, service)| {
         debug_assert_eq!(name, TASK_V3);
@@ -37,32 +38,28 @@ pub fn services(sandbox: Arc<Sandbox>) -> HashMap<String, Service> {
     services
 }
 
-struct Tasks {
+struct TaskService {
     sandbox: Arc<Sandbox>,
 }
 
-impl Tasks {
-    async fn reply(&self, error: Error) -> ttrpc::Error {
-        reply(self.sandbox.explain(error).await)
-    }
-
-    async fn answer<T>(&self, result: Result<T, Error>) -> ttrpc::Result<T> {
+impl TaskService {
+    /// Converts the result of a call that may have been lost because the VM died.
+    async fn response<T>(&self, result: Result<T, SandboxError>) -> ttrpc::Result<T> {
         match result {
-            Ok(answer) => Ok(answer),
-            Err(error) => Err(self.reply(error).await),
+            Ok(response) => Ok(response),
+            Err(error) => Err(to_ttrpc(self.sandbox.explain(error).await)),
         }
     }
 
-    /// Runs `call` to its end, whatever becomes of the client.
+    /// Runs `call` to completion, even if the client disconnects.
     async fn detached<T, F>(&self, call: impl FnOnce(Arc<Sandbox>) -> F) -> ttrpc::Result<T>
     where
         T: Send + 'static,
-        F: Future<Output = Result<T, Error>> + Send + 'static,
+        F: Future<Output = Result<T, SandboxError>> + Send + 'static,
     {
         match tokio::spawn(call(self.sandbox.clone())).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => Err(self.reply(error).await),
-            Err(error) => Err(status(Code::INTERNAL, format!("the call ended without an answer: {error}"))),
+            Ok(result) => self.response(result).await,
+            Err(error) => Err(status(Code::INTERNAL, format!("the call ended without a response: {error}"))),
         }
     }
 }
@@ -71,27 +68,28 @@ fn status(code: Code, text: String) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, text))
 }
 
-/// The one place where errors become codes: containerd's clients branch on them.
-fn reply(error: Error) -> ttrpc::Error {
+/// Maps an error to a ttrpc code. This is the only place that does so: containerd's clients branch on the codes.
+fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
+    use SandboxError as Error;
     let code = match &error {
-        // The guest's own answer, code and all.
-        Error::Guest(crate::guest::client::Error::Call(ttrpc::Error::RpcStatus(answer))) => {
-            return ttrpc::Error::RpcStatus(answer.clone());
+        // The guest's own status passes through unchanged.
+        Error::Guest(GuestError::Call(ttrpc::Error::RpcStatus(status))) => {
+            return ttrpc::Error::RpcStatus(status.clone());
         }
         Error::NotFound { .. } => Code::NOT_FOUND,
         Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-        Error::Stopping | Error::NotStopped { .. } | Error::Ended { .. } => Code::FAILED_PRECONDITION,
-        Error::Stdio(crate::stdio::StdioError::Logger { .. }) => Code::INTERNAL,
+        Error::Stopping | Error::NotStopped { .. } | Error::InitExited { .. } => Code::FAILED_PRECONDITION,
+        Error::Stdio(StdioError::Logger { .. }) => Code::INTERNAL,
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
-        Error::Boot(_) | Error::Guest(_) | Error::Dead { .. } => Code::UNAVAILABLE,
-        Error::State(_) | Error::Share(_) | Error::Hook(_) | Error::Task(_) => Code::INTERNAL,
+        Error::Boot(_) | Error::Guest(_) | Error::VmDead { .. } => Code::UNAVAILABLE,
+        Error::State(_) | Error::Share(_) | Error::Hook(_) | Error::Internal(_) => Code::INTERNAL,
     };
     status(code, Chain(&error).to_string())
 }
 
 #[async_trait]
-impl Task for Tasks {
+impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
         let pid = self.detached(|sandbox| async move { sandbox.create(request).await }).await?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
@@ -112,11 +110,11 @@ impl Task for Tasks {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        self.answer(self.sandbox.state(&request.id, &request.exec_id).await).await
+        self.response(self.sandbox.state(&request.id, &request.exec_id).await).await
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        let exit = self.sandbox.wait(&request.id, &request.exec_id).await.map_err(reply)?;
+        let exit = self.sandbox.wait(&request.id, &request.exec_id).await.map_err(to_ttrpc)?;
         Ok(WaitResponse { exit_status: exit.status, exited_at: MessageField::some(exit.at), ..Default::default() })
     }
 
@@ -126,16 +124,16 @@ impl Task for Tasks {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        self.answer(self.sandbox.pids(request).await).await
+        self.response(self.sandbox.pids(request).await).await
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        self.sandbox.close_io(&request.id, &request.exec_id, request.stdin).map_err(reply)?;
+        self.sandbox.close_io(&request.id, &request.exec_id, request.stdin).map_err(to_ttrpc)?;
         Ok(Empty::new())
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        // Also without the task: containerd asks a shim that it has found again who it is.
+        // Works without the task too: after a restart containerd calls Connect to identify the shim.
         let task_pid = self.sandbox.pid(&request.id).unwrap_or(0);
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
@@ -166,16 +164,16 @@ impl Task for Tasks {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        self.answer(self.sandbox.stats(request).await).await
+        self.response(self.sandbox.stats(request).await).await
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        self.sandbox.checkpoint(&request.id).map_err(reply)?;
+        self.sandbox.checkpoint(&request.id).map_err(to_ttrpc)?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        self.answer(self.sandbox.resize_pty(request).await).await?;
+        self.response(self.sandbox.resize_pty(request).await).await?;
         Ok(Empty::new())
     }
 }

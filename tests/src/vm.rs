@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use husk_shim::vmm::qemu::args::KERNEL_PARAMETERS;
+use husk_shim::vmm::kernel_cmdline::COMMON;
 
 use crate::artifacts::repository;
 
@@ -104,7 +104,7 @@ impl Vm {
         };
         let fd = vsock.as_raw_fd();
         let memory = config.memory;
-        let parameters = format!("{} {}", KERNEL_PARAMETERS.join(" "), config.kernel_parameters);
+        let parameters = format!("{} {}", COMMON.join(" "), config.kernel_parameters);
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"])

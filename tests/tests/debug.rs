@@ -170,7 +170,11 @@ async fn processes_in_the_vm_have_streams_and_exit_codes() -> Result<()> {
         (start(&["/no/such"], "").await?, Code::NOT_FOUND, "exec: \"/no/such\": no such file or directory"),
         (start(&["/proc"], "").await?, Code::FAILED_PRECONDITION, "exec: \"/proc\": permission denied"),
         (start(&["true"], "/none").await?, Code::INVALID_ARGUMENT, "chdir to \"/none\": No such file or directory"),
-        (start(&["a\0b"], "").await?, Code::INVALID_ARGUMENT, "an argument or a variable has a NUL in it"),
+        (
+            start(&["a\0b"], "").await?,
+            Code::INVALID_ARGUMENT,
+            "an argument or environment variable contains a NUL byte",
+        ),
         (start(&[], "").await?, Code::INVALID_ARGUMENT, "args must name a program"),
     ];
     for ((code, message), expected_code, expected) in cases {

@@ -379,7 +379,7 @@ fn a_hanging_guest_is_reported_before_it_is_killed() -> Result<()> {
     ensure!(late?.contains("health      a heartbeat is late heartbeat_interval_ms=4000 missed=1 "));
     let page = page?.ok()?.text();
     ensure!(page.contains("health      heartbeats are missing: last heartbeat "), "{page}");
-    follower.expect("a heartbeat has come again")?;
+    follower.expect("the heartbeats have resumed")?;
     ensure!(status(containerd, container.id())?["state"] == "Running");
     Ok(())
 }

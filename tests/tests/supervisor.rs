@@ -90,7 +90,7 @@ fn an_agent_runs_beside_the_containers_and_inherits_nothing_from_pid_1() -> Resu
     container.delete_task()?;
     wait_for(STEP, "the shim exits", || (!shim.is_alive()).then_some(()))?;
     eprintln!("gone after {:?}", started.elapsed());
-    ensure!(containerd.logged("did not end on SIGTERM").is_empty(), "{}", containerd.log_tail());
+    ensure!(containerd.logged("did not exit on SIGTERM").is_empty(), "{}", containerd.log_tail());
     Ok(())
 }
 
@@ -258,7 +258,7 @@ async fn a_crashing_agent_is_restarted_with_backoff_up_to_a_limit() -> Result<()
     let counted = VmConfig { instruction_clock: true, ..config()? };
     let mut guest = boot(&Agent::new("crash")?, counted).await?;
     let (lines, status) = reports_until(&mut guest, State::GAVE_UP).await?;
-    ensure!((status.restarts, status.pid) == (10, 0) && status.last_end == "ended with status 3", "{status}");
+    ensure!((status.restarts, status.pid) == (10, 0) && status.last_end == "exited with status 3", "{status}");
     let waits: Vec<u64> = lines.iter().filter_map(|line| field(line, "wait_ms")?.parse().ok()).collect();
     ensure!(waits == [1000, 2000, 4000, 8000, 16000, 30000, 30000, 30000, 30000, 30000], "{waits:?}");
 
@@ -278,7 +278,7 @@ async fn a_crashing_agent_is_restarted_with_backoff_up_to_a_limit() -> Result<()
         // The guest reports the state before queued log lines.
         None => timeout(STEP, next_error(&mut guest)).await.context("no error is reported")??,
     };
-    let expected = "the supervisor agent ended with status 3, and is not started again: that was 10 times within 300 s";
+    let expected = "the supervisor agent exited with status 3; giving up after 10 restarts within 300 s";
     ensure!(message == expected, "{message}");
     guest.shut_down().await?;
     Ok(())
@@ -291,7 +291,7 @@ async fn an_agent_that_cannot_be_executed_counts_as_crashing() -> Result<()> {
     agent.replace(b"no program\n")?;
     let mut guest = boot(&agent, counted).await?;
     let (_, status) = reports_until(&mut guest, State::GAVE_UP).await?;
-    let expected = "could not be started: exec: \"/run/husk/supervisor\": exec format error";
+    let expected = "failed to start: exec: \"/run/husk/supervisor\": exec format error";
     ensure!(status.restarts == 10 && status.last_end == expected, "{status}");
     guest.shut_down().await?;
     Ok(())
@@ -307,7 +307,7 @@ async fn an_agent_that_ignores_sigterm_is_killed_after_five_seconds_with_its_chi
     let script = format!("{child}; [ -e /proc/$child ] && kill -KILL $(cat /tmp/run/husk-supervisor.pid)");
     ensure!(guest.run("kills", &insider(&script)).await?.0 == 0);
     let (_, status) = reports_until(&mut guest, State::RUNNING).await?;
-    ensure!(status.restarts == 1 && status.last_end == "ended with status 137", "{status}");
+    ensure!(status.restarts == 1 && status.last_end == "exited with status 137", "{status}");
     let (code, out) = guest.run("check", &insider(&format!("{child}; echo $child; [ ! -e /proc/$child ]"))).await?;
     ensure!(code == 0 && out.trim().parse::<u32>().is_ok(), "{code} {out:?}");
     // A response shows that the second agent ignores SIGTERM by now.
@@ -320,8 +320,8 @@ async fn an_agent_that_ignores_sigterm_is_killed_after_five_seconds_with_its_chi
         (result.map(drop), started.elapsed())
     });
     let (lines, status) = reports_until(&mut guest, State::STOPPED).await?;
-    ensure!(status.last_end == "ended with status 137", "{status}");
-    ensure!(lines.iter().any(|line| line.message.contains("did not end on SIGTERM")), "{lines:?}");
+    ensure!(status.last_end == "exited with status 137", "{status}");
+    ensure!(lines.iter().any(|line| line.message.contains("did not exit on SIGTERM")), "{lines:?}");
     let (result, took) = shutdown.await?;
     ensure!(result.is_ok() && (5..10).contains(&took.as_secs()), "{result:?} after {took:?}");
     Ok(())
@@ -440,13 +440,17 @@ async fn a_guest_with_missing_or_invalid_extras_reports_the_error_and_ends() -> 
         (
             vec![decoy.clone()],
             "husk.extras=no-such-disk",
-            "extras: no block device with the serial \"no-such-disk\" within 5 s; there is vda with \"decoy\"",
+            "unpack the extras: no block device with serial \"no-such-disk\" within 5 s; present: vda (\"decoy\")",
         ),
-        (vec![], "husk.extras=no-such-disk", "with the serial \"no-such-disk\" within 5 s; there is none"),
-        (vec![decoy], "husk.extras=decoy", "extras: not an extras disk"),
-        (vec![impossible.disk()?], PARAMETERS, "extras: write /dev/pts/x: nothing there may be executed (noexec)"),
-        (vec![file_as_folder.disk()?], PARAMETERS, "extras: write /init/x: "),
-        (vec![], "husk.supervisor=1", "the supervisor agent was asked for: /run/husk/supervisor: No such file"),
+        (vec![], "husk.extras=no-such-disk", "with serial \"no-such-disk\" within 5 s; there are none"),
+        (vec![decoy], "husk.extras=decoy", "unpack the extras: not an extras disk"),
+        (
+            vec![impossible.disk()?],
+            PARAMETERS,
+            "unpack the extras: write /dev/pts/x: its file system does not allow executables (noexec)",
+        ),
+        (vec![file_as_folder.disk()?], PARAMETERS, "unpack the extras: write /init/x: "),
+        (vec![], "husk.supervisor=1", "husk.supervisor=1 requires /run/husk/supervisor: No such file"),
     ];
     for (disks, parameters, expected) in table {
         let started = Instant::now();

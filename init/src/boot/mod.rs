@@ -1,51 +1,34 @@
-//! What PID 1 does once, before it serves anybody: each step in its own file, the order in [`boot`].
+//! What PID 1 does once, before it serves the host: one file per step, in the order of [`boot`].
 //!
-//! A step that fails ends the guest: the host learns the reason from the console and the end from QEMU's exit.
+//! A step that fails ends the guest. The host reads the reason from the console and notices QEMU's exit.
 
-mod clock;
 mod cmdline;
-mod devices;
 mod disks;
+mod entropy;
+mod error;
 mod extras;
+mod limits;
 mod mounts;
 mod network;
-mod own;
 mod root;
 mod timeline;
-
-use std::io;
+mod wall_clock;
 
 use husk_protos::extras::SUPERVISOR;
+use husk_protos::param;
 use husk_protos::system::BootStep;
 
-pub use cmdline::Cmdline;
-pub use own::randomize_addresses;
-pub use timeline::{Timeline, boottime_ns};
+pub(crate) use cmdline::Cmdline;
+pub(crate) use limits::randomize_addresses;
+pub(crate) use timeline::Timeline;
 
 use crate::report::Reports;
-use crate::{cgroup, console};
+use crate::{cgroup, console, log};
+use error::{BootError, NameStep};
 
-/// A step of the boot that failed.
-#[derive(Debug, thiserror::Error)]
-#[error("{what}: {source}")]
-pub struct Error {
-    what: String,
-    source: io::Error,
-}
-
-/// Names the step in an error.
-trait Step<T> {
-    fn step(self, what: impl FnOnce() -> String) -> Result<T, Error>;
-}
-
-impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
-    fn step(self, what: impl FnOnce() -> String) -> Result<T, Error> {
-        self.map_err(|source| Error { what: what(), source: source.into() })
-    }
-}
-
-/// A handler that panics is one failed call, and a defect that the host has to hear of.
-fn tell_panics() {
+/// Logs panics to the host as well: a panic in a handler fails only that call, but is a bug that the host must learn
+/// of.
+fn log_panics() {
     let to_console = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         tracing::error!(%panic, "the init panicked");
@@ -53,11 +36,25 @@ fn tell_panics() {
     }));
 }
 
-/// Makes the guest ready to run containers, and answers what it was asked to be.
+/// Sends log lines to the host, and in debug mode to the console too.
+fn start_log(cmdline: &Cmdline, reports: &Reports) {
+    let (reports, debug) = (reports.clone(), cmdline.debug);
+    log::start(cmdline.log, move |line| {
+        if debug {
+            console::show(&log::console_line(&line));
+        }
+        reports.log(line);
+    });
+    for problem in &cmdline.problems {
+        tracing::warn!("{problem}");
+    }
+}
+
+/// Prepares the guest to run containers and returns its settings.
 ///
 /// # Errors
-/// The first step that failed. The guest is then good for nothing.
-pub fn boot(timeline: &mut Timeline, reports: &Reports) -> Result<Cmdline, Error> {
+/// The first step that failed. The guest is unusable then.
+pub(crate) fn boot(timeline: &mut Timeline, reports: &Reports) -> Result<Cmdline, BootError> {
     timeline.mark(BootStep::INIT);
     root::make_movable()?;
     mounts::mount_all()?;
@@ -65,38 +62,29 @@ pub fn boot(timeline: &mut Timeline, reports: &Reports) -> Result<Cmdline, Error
     timeline.mark(BootStep::MOUNTS);
 
     let cmdline = cmdline::parse(&std::fs::read_to_string("/proc/cmdline").step(|| "read /proc/cmdline".into())?);
-    tell_panics();
-    let (reports, debug) = (reports.clone(), cmdline.debug);
-    crate::log::start(cmdline.log, move |line| {
-        if debug {
-            console::show(&crate::log::console_line(&line));
-        }
-        reports.log(line);
-    });
-    for problem in &cmdline.problems {
-        tracing::warn!("{problem}");
-    }
-    clock::set(cmdline.epoch_ns)?;
+    log_panics();
+    start_log(&cmdline, reports);
+    wall_clock::set(cmdline.epoch_ns)?;
     timeline.mark(BootStep::CLOCK);
 
     cgroup::set_up().step(|| "set up the cgroups".into())?;
     timeline.mark(BootStep::CGROUPS);
 
     network::loopback_up()?;
-    own::set_hostname(&cmdline.hostname)?;
-    own::raise_limits()?;
-    own::protect_from_oom()?;
-    own::randomize_containers()?;
-    own::keep_addresses()?;
-    devices::credit_entropy()?;
+    limits::set_hostname(&cmdline.hostname)?;
+    limits::raise()?;
+    limits::protect_from_oom()?;
+    limits::randomize_containers()?;
+    limits::keep_addresses()?;
+    entropy::credit()?;
     timeline.mark(BootStep::SYSTEM);
 
     if let Some(serial) = &cmdline.extras {
-        extras::unpack(serial).step(|| "extras".into())?;
+        extras::unpack(serial).step(|| "unpack the extras".into())?;
         timeline.mark(BootStep::EXTRAS);
     }
     if cmdline.supervisor {
-        std::fs::metadata(SUPERVISOR).step(|| format!("the supervisor agent was asked for: {SUPERVISOR}"))?;
+        std::fs::metadata(SUPERVISOR).step(|| format!("{}=1 requires {SUPERVISOR}", param::SUPERVISOR))?;
     }
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "the guest is set up");
     Ok(cmdline)

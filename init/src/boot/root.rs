@@ -1,19 +1,19 @@
-//! The move that lets `pivot_root` work on top of an initramfs.
+//! Makes `pivot_root` work on an initramfs.
 
 use std::os::unix::fs::DirBuilderExt;
 
 use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot};
 
-use super::{Error, Step};
+use super::error::{BootError, NameStep};
 
 const STAGE: &str = "/.root";
 
-/// Gives the root mount a parent: `pivot_root(2)` refuses to work while `/` is the kernel's first mount (rootfs), which has none.
-/// A bind mount of `/` moved over `/` is a root like any other, and copies nothing.
+/// Gives the root mount a parent. `pivot_root(2)` fails while `/` is the kernel's first mount (rootfs), which has none;
+/// a bind mount of `/` moved over `/` has one, and copies nothing.
 ///
-/// Must come before anything else is mounted: the bind mount is not recursive.
-pub fn make_movable() -> Result<(), Error> {
+/// Must run before anything else is mounted: the bind mount is not recursive.
+pub(super) fn make_movable() -> Result<(), BootError> {
     std::fs::DirBuilder::new().mode(0o755).create(STAGE).step(|| format!("create {STAGE}"))?;
     mount(Some("/"), STAGE, None::<&str>, MsFlags::MS_BIND, None::<&str>).step(|| format!("bind / on {STAGE}"))?;
     chdir(STAGE).step(|| format!("enter {STAGE}"))?;

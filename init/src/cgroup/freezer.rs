@@ -1,4 +1,4 @@
-//! Stopping all processes of a cgroup where they are, and letting them go on (`cgroup.freeze`).
+//! Freezes and thaws all processes of a cgroup (`cgroup.freeze`).
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::watch::Watched;
+use super::file::ignore_gone;
+use super::watch::EventsFile;
 
-/// Freezes a group, and waits until nothing in it runs any more. After a failure it is thawed.
+/// Freezes a group and waits until all of its processes have stopped. Thaws the group on failure.
 ///
 /// # Errors
-/// `TimedOut` when a process did not stop within `deadline`: one that waits inside the kernel cannot.
-pub async fn freeze(group: &Path, deadline: Duration) -> io::Result<()> {
+/// `TimedOut` when a process does not stop within `deadline`, for example because it waits inside the kernel.
+pub(crate) async fn freeze(group: &Path, deadline: Duration) -> io::Result<()> {
     let frozen = switch(group, true, deadline).await;
     if frozen.is_err() {
         release(group)?;
@@ -21,29 +22,32 @@ pub async fn freeze(group: &Path, deadline: Duration) -> io::Result<()> {
     frozen
 }
 
-/// Lets a group's processes go on, and does not wait for it. A group that is gone has none.
+/// Thaws a group without waiting for its processes. Succeeds when the group does not exist.
 ///
 /// # Errors
-/// What write(2) said.
-pub fn release(group: &Path) -> io::Result<()> {
-    super::missing_is_fine(fs::write(group.join("cgroup.freeze"), "0"))
+/// The error of write(2).
+pub(crate) fn release(group: &Path) -> io::Result<()> {
+    ignore_gone(fs::write(group.join("cgroup.freeze"), "0"))
 }
 
-/// Lets a group's processes go on.
+/// Thaws a group and waits until its processes run.
 ///
 /// # Errors
-/// As [`freeze`].
-pub async fn thaw(group: &Path, deadline: Duration) -> io::Result<()> {
+/// Those of [`freeze`].
+pub(crate) async fn thaw(group: &Path, deadline: Duration) -> io::Result<()> {
     switch(group, false, deadline).await
 }
 
 async fn switch(group: &Path, frozen: bool, deadline: Duration) -> io::Result<()> {
     let bit = u8::from(frozen);
-    let events = Watched::open(&group.join("cgroup.events"))?;
+    let events = EventsFile::open(&group.join("cgroup.events"))?;
     fs::write(group.join("cgroup.freeze"), bit.to_string())?;
-    // A process stops only when it comes out of the kernel: the write does not wait for it, the event tells.
+    // The write does not wait: a process stops when it leaves the kernel, and cgroup.events reports when all have.
     match timeout(deadline, events.until(&format!("frozen {bit}"))).await {
         Ok(switched) => switched,
-        Err(_) => Err(io::Error::new(ErrorKind::TimedOut, format!("not every process followed within {deadline:?}"))),
+        Err(_) => {
+            let what = if frozen { "stopped" } else { "resumed" };
+            Err(io::Error::new(ErrorKind::TimedOut, format!("not every process {what} within {deadline:?}")))
+        }
     }
 }

@@ -1,5 +1,6 @@
-//! New limits for a container that has some already (linux.resources of the runtime spec): first decided, all at once, and then written, all
-//! or none. The values are those that a create with the same limits would have set.
+//! Updates a container's limits (linux.resources of the runtime spec). [`plan`] decides on all writes and reports all
+//! problems at once; [`apply`] performs all writes or none. The values are those that a create with the same limits
+//! sets.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -8,42 +9,42 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
 
-use super::read;
+use super::file::read;
 
-/// One value for one file of the cgroup.
+/// A value to write to a file of the cgroup.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Write {
-    /// The field of the spec that asks for it.
+pub(crate) struct Write {
+    /// The spec's field that requires the write.
     field: String,
     file: String,
     value: String,
 }
 
-/// What the decisions depend on beside the request.
+/// The current state that the decisions depend on.
 #[derive(Debug, Default)]
-pub struct Present {
-    /// memory.max; none is without limit.
+pub(crate) struct Present {
+    /// memory.max; None means unlimited.
     memory_max: Option<i64>,
     memory_current: i64,
-    /// Of cpu.max: the quota, as it is written there.
+    /// The quota as cpu.max contains it.
     quota: String,
     burst: u64,
     idle: bool,
-    /// What the parent can give: cpuset.cpus.effective and cpuset.mems.effective.
+    /// The parent's cpuset.cpus.effective and cpuset.mems.effective.
     cpus: String,
     mems: String,
-    /// Sizes of huge pages that also have a limit for reservations.
+    /// Huge page sizes that also have a limit for reservations.
     reserving: Vec<String>,
 }
 
 impl Present {
-    /// Reads them.
+    /// Reads the state of a group.
     ///
     /// # Errors
     /// Those of the kernel.
-    pub fn of(group: &Path) -> io::Result<Self> {
+    pub(crate) fn of(group: &Path) -> io::Result<Self> {
         let text = |file: &str| read(group, file).map(|text| text.unwrap_or_default().trim().to_owned());
-        let above = |file: &str| match group.parent() {
+        let parents = |file: &str| match group.parent() {
             Some(parent) => read(parent, file).map(|text| text.unwrap_or_default().trim().to_owned()),
             None => Ok(String::new()),
         };
@@ -59,19 +60,19 @@ impl Present {
             quota: text("cpu.max")?.split(' ').next().unwrap_or_default().to_owned(),
             burst: text("cpu.max.burst")?.parse().unwrap_or(0),
             idle: text("cpu.idle")? == "1",
-            cpus: above("cpuset.cpus.effective")?,
-            mems: above("cpuset.mems.effective")?,
+            cpus: parents("cpuset.cpus.effective")?,
+            mems: parents("cpuset.mems.effective")?,
             reserving,
         })
     }
 }
 
-/// Decides what to write. Zero leaves a limit as it is, -1 takes it away, as with runc.
+/// Decides what to write. As with runc, 0 keeps a limit and -1 removes it.
 ///
 /// # Errors
-/// Everything that cannot be, each beginning with the name of the field.
-pub fn plan(resources: &LinuxResources, present: &Present) -> Result<Vec<Write>, Vec<String>> {
-    let mut plan = Plan::default();
+/// All problems, each with the name of its field.
+pub(crate) fn plan(resources: &LinuxResources, present: &Present) -> Result<Vec<Write>, Vec<String>> {
+    let mut plan = UpdatePlan::default();
     if let Some(memory) = resources.memory() {
         plan.memory(memory, present);
     }
@@ -88,7 +89,7 @@ pub fn plan(resources: &LinuxResources, present: &Present) -> Result<Vec<Write>,
     unified.sort();
     for (file, value) in unified {
         let field = format!("linux.resources.unified.{file}");
-        // The core's files (cgroup.procs, cgroup.freeze) are no limits.
+        // The core files (cgroup.procs, cgroup.freeze) are not limits.
         if file.contains('/') || !file.contains('.') || file.starts_with("cgroup.") {
             plan.problem(&field, "is not the name of a limit");
         } else {
@@ -99,12 +100,12 @@ pub fn plan(resources: &LinuxResources, present: &Present) -> Result<Vec<Write>,
 }
 
 #[derive(Default)]
-struct Plan {
+struct UpdatePlan {
     writes: Vec<Write>,
     problems: Vec<String>,
 }
 
-impl Plan {
+impl UpdatePlan {
     fn write(&mut self, field: &str, file: &str, value: impl ToString) {
         self.writes.push(Write { field: field.into(), file: file.into(), value: value.to_string() });
     }
@@ -129,21 +130,21 @@ impl Plan {
         if memory.check_before_update() == Some(true) && (1..used).contains(&limit) {
             self.problem(LIMIT, format_args!("{limit} is less than the {used} bytes in use"));
         }
-        // An unlimited container swaps without a limit too, if nothing else is said.
+        // Without an explicit swap limit, unlimited memory means unlimited swap.
         let swap = memory.swap().unwrap_or(if limit == -1 { -1 } else { 0 });
         self.swap(swap, if limit == 0 { present.memory_max.unwrap_or(-1) } else { limit });
         self.limit(LIMIT, "memory.max", limit);
         self.limit("linux.resources.memory.reservation", "memory.low", memory.reservation().unwrap_or(0));
     }
 
-    /// The spec's limit is one for memory and swap together, the kernel's for swap alone.
+    /// The spec limits memory and swap together, the kernel swap alone.
     fn swap(&mut self, both: i64, memory: i64) {
         const SWAP: &str = "linux.resources.memory.swap";
         match both {
             0 => {}
             -1 => self.write(SWAP, "memory.swap.max", "max"),
-            1.. if memory == -1 => self.problem(SWAP, "has no limit of memory to be added to"),
-            1.. if both < memory => self.problem(SWAP, format_args!("{both} is less than memory's limit {memory}")),
+            1.. if memory == -1 => self.problem(SWAP, "requires a memory limit"),
+            1.. if both < memory => self.problem(SWAP, format_args!("{both} is less than the memory limit {memory}")),
             1.. => self.write(SWAP, "memory.swap.max", both - memory),
             _ => self.problem(SWAP, format_args!("{both} is not a limit")),
         }
@@ -153,13 +154,13 @@ impl Plan {
         if cpu.realtime_period().is_some_and(|value| value != 0)
             || cpu.realtime_runtime().is_some_and(|value| value != 0)
         {
-            self.problem("linux.resources.cpu.realtimeRuntime", "cgroup v2 has none");
+            self.problem("linux.resources.cpu.realtimeRuntime", "not supported by cgroup v2");
         }
         let idle = cpu.idle().map_or(present.idle, |idle| idle == 1);
         if let Some(value) = cpu.idle() {
             self.write("linux.resources.cpu.idle", "cpu.idle", value);
         }
-        // An idle group has no weight: the kernel refuses to set one.
+        // The kernel rejects a weight for an idle group.
         if let Some(shares) = cpu.shares().filter(|shares| *shares != 0 && !idle) {
             self.write("linux.resources.cpu.shares", "cpu.weight", weight(shares));
         }
@@ -169,7 +170,7 @@ impl Plan {
                 plan.write("linux.resources.cpu.burst", "cpu.max.burst", burst);
             }
         };
-        // The burst may at no moment be more than the quota.
+        // The burst must never exceed the quota: shrink it before the quota, grow it after.
         let shrinks = burst.is_some_and(|burst| burst < present.burst);
         if shrinks {
             write_burst(self);
@@ -191,25 +192,25 @@ impl Plan {
         self.set("linux.resources.cpu.mems", "cpuset.mems", cpu.mems(), &present.mems);
     }
 
-    /// The kernel would take a set that the guest has nothing of, and go on with all that there are.
-    fn set(&mut self, field: &str, file: &str, wanted: &Option<String>, there: &str) {
-        let Some(wanted) = wanted.as_deref().filter(|set| !set.is_empty()) else { return };
-        let (Some(ranges), Some(all)) = (ranges(wanted), ranges(there)) else {
-            return self.problem(field, format_args!("{wanted:?} is not a list of numbers"));
+    /// Rejects CPUs or memory nodes that the guest does not have. The kernel would accept them and use all that exist.
+    fn set(&mut self, field: &str, file: &str, requested: &Option<String>, available: &str) {
+        let Some(requested) = requested.as_deref().filter(|set| !set.is_empty()) else { return };
+        let (Some(ranges), Some(all)) = (ranges(requested), ranges(available)) else {
+            return self.problem(field, format_args!("{requested:?} is not a list of numbers"));
         };
         let within =
             |range: &RangeInclusive<u32>| all.iter().any(|a| a.contains(range.start()) && a.contains(range.end()));
         if ranges.iter().all(within) {
-            self.write(field, file, wanted);
+            self.write(field, file, requested);
         } else {
-            self.problem(field, format_args!("the guest has {there}, not {wanted}"));
+            self.problem(field, format_args!("the guest has {available}, not {requested}"));
         }
     }
 
     fn huge_pages(&mut self, limit: &LinuxHugepageLimit, present: &Present) {
         let size = limit.page_size();
         let field = format!("linux.resources.hugepageLimits.{size}");
-        // Zero is a limit here.
+        // 0 is a limit here.
         let value = limit.limit().to_string();
         if size.contains(['/', '.']) || limit.limit() < 0 {
             return self.problem(&field, format_args!("{value} for pages of {size:?} is not a limit"));
@@ -221,15 +222,15 @@ impl Plan {
     }
 }
 
-/// cgroup v1's shares (2 to 262144, 1024 as default) as v2's weight (1 to 10000, 100 as default). The curve is runc's since 1.3.2, and
-/// libcgroups', which sets the weight at the create.
+/// Converts cgroup v1 shares (2 to 262144, default 1024) to a v2 weight (1 to 10000, default 100). The curve is that of
+/// runc since 1.3.2 and of libcgroups, which sets the weight at create.
 fn weight(shares: u64) -> u64 {
     let log = (shares.clamp(2, 262_144) as f64).log2();
     let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
     (10f64.powf(exponent).ceil() as u64).clamp(1, 10_000)
 }
 
-/// `0-3,7` of cpuset(7).
+/// Parses the list format of cpuset(7): `0-3,7`.
 fn ranges(list: &str) -> Option<Vec<RangeInclusive<u32>>> {
     let range = |part: &str| {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -239,23 +240,26 @@ fn ranges(list: &str) -> Option<Vec<RangeInclusive<u32>>> {
     list.trim().split(',').map(range).collect()
 }
 
-/// A limit that was refused by the kernel. Those before it are as they were.
+/// Precedes the failed write in a message.
+const NOT_RESTORED: &str = "earlier limits could not be restored after a failure to ";
+
+/// A limit that the kernel rejected.
 #[derive(Debug, thiserror::Error)]
-#[error("{field}: write {value:?} to {file}: {source}{}", if *restored { "" } else { ", and what was written before could not be taken back" })]
-pub struct Refused {
+#[error("{field}: {}write {value:?} to {file}", if *restored { "" } else { NOT_RESTORED })]
+pub(crate) struct LimitError {
     field: String,
     file: String,
     value: String,
+    /// Whether the limits that were written before have their old values again.
     restored: bool,
-    /// What the kernel said.
-    pub source: io::Error,
+    pub(crate) source: io::Error,
 }
 
-/// Writes all of them, or takes back what was written.
+/// Performs all writes, or restores the old values after a failure.
 ///
 /// # Errors
-/// The first that the kernel refuses.
-pub fn apply(group: &Path, writes: &[Write]) -> Result<(), Refused> {
+/// The first write that the kernel rejects.
+pub(crate) fn apply(group: &Path, writes: &[Write]) -> Result<(), LimitError> {
     let mut before: Vec<(&str, String)> = Vec::new();
     for write in writes {
         let file = group.join(&write.file);
@@ -270,14 +274,14 @@ pub fn apply(group: &Path, writes: &[Write]) -> Result<(), Refused> {
                 let restored = before.iter().rev().all(|(file, old)| put(&group.join(file), old.trim_end()).is_ok());
                 let Write { field, file, value } = write;
                 let (field, file, value) = (field.clone(), file.clone(), value.clone());
-                return Err(Refused { field, file, value, restored, source });
+                return Err(LimitError { field, file, value, restored, source });
             }
         }
     }
     Ok(())
 }
 
-/// With a line's end: a write of nothing would not reach the kernel.
+/// Appends a newline: an empty write would not reach the kernel.
 fn put(file: &Path, value: &str) -> io::Result<()> {
     let mut file = fs::OpenOptions::new().write(true).open(file)?;
     io::Write::write_all(&mut file, format!("{value}\n").as_bytes())
@@ -285,6 +289,7 @@ fn put(file: &Path, value: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use husk_protos::chain::Chain;
     use serde_json::{Value, json};
 
     use super::*;
@@ -308,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_become_the_kernels_files() {
+    fn each_limit_is_written_to_its_file() {
         let cases = [
             (json!({}), vec![]),
             (json!({"memory": {"limit": 2097152}}), vec![("memory.max", "2097152")]),
@@ -335,14 +340,14 @@ mod tests {
             ),
             (json!({"unified": {"memory.high": "9"}}), vec![("memory.high", "9")]),
         ];
-        for (resources, want) in cases {
-            let want = want.into_iter().map(|(file, value)| (file.to_owned(), value.to_owned())).collect();
-            assert_eq!(planned(resources.clone()), Ok(want), "{resources}");
+        for (resources, expected) in cases {
+            let expected = expected.into_iter().map(|(file, value)| (file.to_owned(), value.to_owned())).collect();
+            assert_eq!(planned(resources.clone()), Ok(expected), "{resources}");
         }
     }
 
     #[test]
-    fn what_cannot_be_is_named_all_at_once() {
+    fn all_problems_are_reported_at_once() {
         let cases = [
             (json!({"memory": {"limit": -2}}), "linux.resources.memory.limit: -2 is not a limit"),
             (
@@ -351,39 +356,37 @@ mod tests {
             ),
             (
                 json!({"memory": {"limit": 100, "swap": 99}}),
-                "linux.resources.memory.swap: 99 is less than memory's limit 100",
+                "linux.resources.memory.swap: 99 is less than the memory limit 100",
             ),
-            (
-                json!({"memory": {"limit": -1, "swap": 99}}),
-                "linux.resources.memory.swap: has no limit of memory to be added to",
-            ),
+            (json!({"memory": {"limit": -1, "swap": 99}}), "linux.resources.memory.swap: requires a memory limit"),
             (json!({"cpu": {"cpus": "1-2"}}), "linux.resources.cpu.cpus: the guest has 0-1, not 1-2"),
             (json!({"cpu": {"cpus": "a"}}), "linux.resources.cpu.cpus: \"a\" is not a list of numbers"),
-            (json!({"cpu": {"realtimeRuntime": 5}}), "linux.resources.cpu.realtimeRuntime: cgroup v2 has none"),
+            (json!({"cpu": {"realtimeRuntime": 5}}), "linux.resources.cpu.realtimeRuntime: not supported by cgroup v2"),
             (
                 json!({"unified": {"cgroup.freeze": "1"}}),
                 "linux.resources.unified.cgroup.freeze: is not the name of a limit",
             ),
             (json!({"unified": {"../x.y": "1"}}), "linux.resources.unified.../x.y: is not the name of a limit"),
         ];
-        for (resources, want) in cases {
-            assert_eq!(planned(resources.clone()), Err(vec![want.to_owned()]), "{resources}");
+        for (resources, expected) in cases {
+            assert_eq!(planned(resources.clone()), Err(vec![expected.to_owned()]), "{resources}");
         }
         let both = planned(json!({"pids": {"limit": -2}, "cpu": {"mems": "1"}}));
         assert_eq!(both.unwrap_err().len(), 2);
     }
 
     #[test]
-    fn a_refused_write_takes_the_others_back() {
+    fn a_rejected_write_restores_the_earlier_limits() {
         let group = tempfile::tempdir().unwrap();
         for (file, value) in [("a.max", "1\n"), ("b.max", "2\n")] {
             fs::write(group.path().join(file), value).unwrap();
         }
         let write = |file: &str| Write { field: file.into(), file: file.into(), value: "9".into() };
-        let refused = apply(group.path(), &[write("a.max"), write("b.max"), write("absent")]).unwrap_err();
+        let error = apply(group.path(), &[write("a.max"), write("b.max"), write("absent")]).unwrap_err();
         assert_eq!(fs::read_to_string(group.path().join("a.max")).unwrap(), "1\n");
         assert_eq!(fs::read_to_string(group.path().join("b.max")).unwrap(), "2\n");
-        assert!(refused.to_string().starts_with("absent: write \"9\" to absent: "), "{refused}");
+        let error = Chain(&error).to_string();
+        assert!(error.starts_with("absent: write \"9\" to absent: "), "{error}");
         apply(group.path(), &[write("a.max")]).unwrap();
         assert_eq!(fs::read_to_string(group.path().join("a.max")).unwrap(), "9\n");
     }

@@ -1,10 +1,14 @@
-//! The guest's cgroups: PID 1's own, and one for each container below the containers' one.
+//! The guest's cgroups (v2): PID 1's own group, and one group per container under a common parent.
+//!
+//! cgroups-rs is not used here: version 0.5 depends on zbus unconditionally, and a D-Bus client does not belong in PID
+//! 1.
 
-pub mod freezer;
-pub mod limits;
-pub mod oom;
-pub mod stats;
-pub mod tree;
+mod file;
+pub(crate) mod freezer;
+pub(crate) mod limits;
+pub(crate) mod oom;
+pub(crate) mod stats;
+pub(crate) mod tree;
 mod watch;
 
 use std::fs;
@@ -14,41 +18,40 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use watch::Watched;
+use file::ignore_gone;
+use watch::EventsFile;
 
-/// Where cgroup2 is mounted.
-pub const ROOT: &str = "/sys/fs/cgroup";
-/// PID 1's own, with its workers.
-pub const OWN: &str = "/sys/fs/cgroup/husk";
-/// The supervisor agent's, with what it starts; only there while it runs.
-pub const SUPERVISOR: &str = "/sys/fs/cgroup/supervisor";
-/// The containers' parent.
-pub const CONTAINERS: &str = "/sys/fs/cgroup/containers";
-/// Of a guest in debug mode: what runs in the guest itself, each in a group of its own.
-pub const DEBUG: &str = "/sys/fs/cgroup/debug";
-/// [`CONTAINERS`] as a spec's cgroupsPath sees it.
-pub const CONTAINERS_IN_SPEC: &str = "/containers";
+/// Mount point of cgroup2.
+pub(crate) const ROOT: &str = "/sys/fs/cgroup";
+/// The group of PID 1 and its workers.
+pub(crate) const OWN: &str = "/sys/fs/cgroup/husk";
+/// The group of the supervisor agent and its children. Exists only while the agent runs.
+pub(crate) const SUPERVISOR: &str = "/sys/fs/cgroup/supervisor";
+/// The parent of the containers' groups: [`husk_protos::CONTAINERS_CGROUP`] below [`ROOT`].
+pub(crate) const CONTAINERS: &str = "/sys/fs/cgroup/containers";
+/// In debug mode: the parent of the groups of processes that run in the guest itself.
+pub(crate) const DEBUG: &str = "/sys/fs/cgroup/debug";
 
-/// Memory that reclaim leaves to PID 1 (`memory.min`), bytes: twice what it may weigh when idle.
+/// Memory of PID 1 that reclaim does not touch (`memory.min`), bytes: twice the limit of its idle size.
 const OWN_MEMORY_MIN: &str = "8388608";
 
-/// Makes the groups and delegates every controller of the kernel down to the containers. PID 1 moves into its own.
-pub fn set_up() -> io::Result<()> {
+/// Creates the groups, moves PID 1 into its own, and delegates all controllers to the containers' parent.
+pub(crate) fn set_up() -> io::Result<()> {
     let controllers: String = fs::read_to_string(format!("{ROOT}/cgroup.controllers"))?
         .split_ascii_whitespace()
         .map(|controller| format!("+{controller} "))
         .collect();
     fs::create_dir(OWN)?;
     fs::create_dir(CONTAINERS)?;
-    // A group with members of its own cannot delegate (no internal processes): PID 1 leaves the root first.
+    // A group with processes cannot delegate controllers (no internal processes): PID 1 leaves the root first.
     fs::write(format!("{OWN}/cgroup.procs"), "0")?;
     fs::write(format!("{ROOT}/cgroup.subtree_control"), &controllers)?;
     fs::write(format!("{CONTAINERS}/cgroup.subtree_control"), &controllers)?;
     protect(OWN, OWN_MEMORY_MIN)
 }
 
-/// Makes a group, unless it is there, with memory that reclaim leaves to it (`memory.min`), bytes.
-pub fn make_protected(group: &str, memory_min: &str) -> io::Result<()> {
+/// Creates a group unless it exists, and sets the memory that reclaim does not touch (`memory.min`), bytes.
+pub(crate) fn make_protected(group: &str, memory_min: &str) -> io::Result<()> {
     match fs::create_dir(group) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
         _ => protect(group, memory_min),
@@ -58,30 +61,31 @@ pub fn make_protected(group: &str, memory_min: &str) -> io::Result<()> {
 fn protect(group: &str, memory_min: &str) -> io::Result<()> {
     match fs::write(format!("{group}/memory.min"), memory_min) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            tracing::warn!(group, "the kernel has no memory controller: the group's memory is not protected");
+            tracing::warn!(group, "the group's memory is not protected: the kernel has no memory controller");
             Ok(())
         }
         other => other,
     }
 }
 
-/// The cgroup of a container.
-pub fn of(container: &str) -> PathBuf {
+/// The group of a container.
+pub(crate) fn of(container: &str) -> PathBuf {
     Path::new(CONTAINERS).join(container)
 }
 
-/// Kills everything in a group and below it. A group that is not there has nothing to kill.
-pub fn kill(group: &Path) -> io::Result<()> {
-    missing_is_fine(fs::write(group.join("cgroup.kill"), "1"))
+/// Kills all processes in a group and below it. Succeeds when the group does not exist.
+pub(crate) fn kill(group: &Path) -> io::Result<()> {
+    ignore_gone(fs::write(group.join("cgroup.kill"), "1"))
 }
 
-/// The processes of a group and of all below it.
-pub fn processes(group: &Path) -> io::Result<Vec<i32>> {
+/// The PIDs in a group and below it.
+pub(crate) fn processes(group: &Path) -> io::Result<Vec<i32>> {
     let mut pids = Vec::new();
     tree::visit(group, |group| {
         match group.read("cgroup.procs") {
             Ok(text) => pids.extend(text.lines().filter_map(|pid| pid.parse::<i32>().ok())),
-            // A threaded group lists no processes: the group above it that its threads began in does (cgroup-v2.rst, "Threads").
+            // A threaded group lists no processes; its threaded domain, a group above it, does (cgroup-v2.rst,
+            // "Threads").
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
             Err(error) => return Err(error),
         }
@@ -90,8 +94,8 @@ pub fn processes(group: &Path) -> io::Result<Vec<i32>> {
     Ok(pids)
 }
 
-/// Number of groups below `group`, at any depth.
-pub fn count_below(group: &Path) -> io::Result<u32> {
+/// The number of groups below `group`, at any depth.
+pub(crate) fn count_below(group: &Path) -> io::Result<u32> {
     let mut count = 0;
     tree::visit(group, |_| {
         count += 1;
@@ -100,58 +104,42 @@ pub fn count_below(group: &Path) -> io::Result<u32> {
     Ok(count - 1)
 }
 
-/// Kills what is in the group, waits until it is empty, and removes it with all below it. A group that is not there is removed.
+/// Kills the processes in a group, waits for their exit, and removes the group with all groups below it. Succeeds when
+/// the group does not exist.
 ///
 /// # Errors
-/// `TimedOut` when something in it survives the kill longer than `deadline`; or what the kernel said.
-pub async fn remove(group: &Path, deadline: Duration) -> io::Result<()> {
-    // Nearly always it is empty by now, because its init was the last to go.
+/// `TimedOut` when a process survives the kill for longer than `deadline`; or an error of the kernel.
+pub(crate) async fn remove(group: &Path, deadline: Duration) -> io::Result<()> {
+    // Fast path: the group is usually empty, because the container's init is the last process to exit.
     match fs::remove_dir(group) {
-        // EBUSY is said for members and for groups below alike.
+        // EBUSY: the group has processes or groups below it.
         Err(error) if error.kind() == ErrorKind::ResourceBusy => {}
-        done => return missing_is_fine(done),
+        result => return ignore_gone(result),
     }
-    // Before the groups below: what lives in them could go on making new ones.
+    // Kill before removing groups: live processes could keep creating new ones.
     kill(group)?;
     let removed = async {
         wait_empty(group).await?;
-        missing_is_fine(tree::remove(group).await)
+        ignore_gone(tree::remove(group).await)
     };
     timeout(deadline, removed).await.map_err(|_| {
-        io::Error::new(ErrorKind::TimedOut, format!("{} is there {deadline:?} after the kill", group.display()))
+        io::Error::new(ErrorKind::TimedOut, format!("{} still exists {deadline:?} after the kill", group.display()))
     })?
 }
 
 async fn wait_empty(group: &Path) -> io::Result<()> {
-    match Watched::open(&group.join("cgroup.events")) {
-        Ok(events) => missing_is_fine(events.until("populated 0").await),
-        Err(error) => missing_is_fine(Err(error)),
+    match EventsFile::open(&group.join("cgroup.events")) {
+        Ok(events) => ignore_gone(events.until("populated 0").await),
+        Err(error) => ignore_gone(Err(error)),
     }
 }
 
-fn missing_is_fine(result: io::Result<()>) -> io::Result<()> {
-    result.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) })
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// A file of a group; nothing when the kernel does not have it, or does not fill it (PSI that is switched off).
-fn read(group: &Path, file: &str) -> io::Result<Option<String>> {
-    match fs::read_to_string(group.join(file)) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(None),
-        Err(error) => Err(io::Error::new(error.kind(), format!("read {file}: {error}"))),
+    #[test]
+    fn the_containers_group_is_the_one_that_specs_name() {
+        assert_eq!(CONTAINERS, format!("{ROOT}{}", husk_protos::CONTAINERS_CGROUP));
     }
-}
-
-/// The number beside `key` in a file of lines with a key and a number each; zero when it is not there.
-fn number(text: &str, key: &str) -> u64 {
-    text.lines()
-        .filter_map(|line| line.split_once(' '))
-        .find(|(name, _)| *name == key)
-        .and_then(|(_, value)| value.parse().ok())
-        .unwrap_or(0)
-}
-
-/// ENOENT when a group's name is gone, ENODEV when one of its files was open and the group went.
-fn is_gone(error: &io::Error) -> bool {
-    error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }

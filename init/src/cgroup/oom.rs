@@ -1,50 +1,50 @@
-//! Processes that the kernel killed because their cgroup had no more memory (`memory.events`).
+//! Processes that the kernel killed because their cgroup ran out of memory (`memory.events`).
 
 use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::watch::Watched;
-use super::{is_gone, number};
+use super::file::{is_gone, number};
+use super::watch::EventsFile;
 
-/// The kills of one group and all below it, counted from its beginning.
+/// The OOM kills in a group and below it.
 #[derive(Debug)]
-pub struct Kills {
-    /// None when the kernel has no memory controller: then no limit kills.
-    events: Option<Watched>,
+pub(crate) struct Kills {
+    /// None when the kernel has no memory controller, and thus no limits that kill.
+    events: Option<EventsFile>,
     seen: AtomicU64,
 }
 
 impl Kills {
-    /// Begins to watch a group.
+    /// Starts to watch a group.
     ///
     /// # Errors
     /// When its events cannot be watched.
-    pub fn of(group: &Path) -> io::Result<Self> {
-        let events = match Watched::open(&group.join("memory.events")) {
+    pub(crate) fn of(group: &Path) -> io::Result<Self> {
+        let events = match EventsFile::open(&group.join("memory.events")) {
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             other => Some(other?),
         };
         Ok(Self { events, seen: AtomicU64::new(0) })
     }
 
-    /// Waits until there may be more of them.
+    /// Waits until there may be new kills.
     ///
     /// # Errors
-    /// As [`Watched::changed`].
-    pub async fn changed(&self) -> io::Result<()> {
+    /// Those of [`EventsFile::changed`].
+    pub(crate) async fn changed(&self) -> io::Result<()> {
         match &self.events {
             Some(events) => events.changed().await,
             None => std::future::pending().await,
         }
     }
 
-    /// How many there were since this was last asked. A process's kill is counted before its exit can be seen (mm/oom_kill.c). A group that is gone,
-    /// because the guest ends, has no more.
+    /// The number of kills since the last call. The kernel counts a kill before the process's exit is visible
+    /// (mm/oom_kill.c). A group that has been removed has no new kills.
     ///
     /// # Errors
     /// When the events cannot be read.
-    pub fn new_ones(&self) -> io::Result<u64> {
+    pub(crate) fn new_ones(&self) -> io::Result<u64> {
         let Some(events) = &self.events else { return Ok(0) };
         let all = match events.read() {
             Err(error) if is_gone(&error) => return Ok(0),

@@ -1,4 +1,5 @@
-//! What a container uses, as containerd's `io.containerd.cgroups.v2.Metrics`: every field of it that the kernel has a file for.
+//! A container's resource use as containerd's `io.containerd.cgroups.v2.Metrics`: every field for which the kernel has
+//! a file.
 
 use std::fs;
 use std::io;
@@ -7,15 +8,17 @@ use std::path::Path;
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PSIData, PSIStats, PidsStat,
 };
+use procfs::net::DeviceStatus;
+use procfs::process::Process;
 use protobuf::MessageField;
 
-use super::{number, read};
+use super::file::{number, read};
 
-/// Reads all files of a group.
+/// Reads a group's metrics. Fields whose file the kernel does not have stay empty.
 ///
 /// # Errors
-/// Those of the kernel, with the file's name. A file that the kernel does not have is no error.
-pub fn measure(group: &Path) -> io::Result<Metrics> {
+/// Those of the kernel, with the file's name.
+pub(crate) fn measure(group: &Path) -> io::Result<Metrics> {
     let file = |name: &str| read(group, name);
     let single = |name: &str| file(name).map(|text| text.as_deref().map_or(0, value));
     let psi = |name: &str| file(name).map(|text| text.as_deref().map(pressure).into());
@@ -41,17 +44,35 @@ pub fn measure(group: &Path) -> io::Result<Metrics> {
         memory: MessageField::some(memory),
         memory_events: file("memory.events")?.as_deref().map(memory_events).into(),
         io: MessageField::some(IOStat { usage, psi: psi("io.pressure")?, ..Default::default() }),
-        hugetlb: huge_pages(group)?,
+        hugetlb: hugetlb(group)?,
         ..Default::default()
     })
 }
 
-/// The interfaces that a process has, from its network namespace. None of a process that has ended.
-pub fn network(pid: i32) -> Vec<NetworkStat> {
-    fs::read_to_string(format!("/proc/{pid}/net/dev")).map(|text| interfaces(&text)).unwrap_or_default()
+/// The network interfaces of a process's namespace, sorted by name. Empty when the process has exited.
+pub(crate) fn network(pid: i32) -> Vec<NetworkStat> {
+    let interfaces = Process::new(pid).and_then(|process| process.dev_status()).unwrap_or_default();
+    let mut stats: Vec<_> = interfaces.into_values().map(interface).collect();
+    stats.sort_by(|one, other| one.name.cmp(&other.name));
+    stats
 }
 
-/// A file with one number, or `max`, which containerd shows as the largest.
+fn interface(counters: DeviceStatus) -> NetworkStat {
+    NetworkStat {
+        name: counters.name,
+        rx_bytes: counters.recv_bytes,
+        rx_packets: counters.recv_packets,
+        rx_errors: counters.recv_errs,
+        rx_dropped: counters.recv_drop,
+        tx_bytes: counters.sent_bytes,
+        tx_packets: counters.sent_packets,
+        tx_errors: counters.sent_errs,
+        tx_dropped: counters.sent_drop,
+        ..Default::default()
+    }
+}
+
+/// Parses a file with one number or `max`, which containerd represents as the largest number.
 fn value(text: &str) -> u64 {
     match text.trim() {
         "max" => u64::MAX,
@@ -96,7 +117,7 @@ fn memory(text: &str) -> MemoryStat {
         slab_unreclaimable: field("slab_unreclaimable"),
         pgfault: field("pgfault"),
         pgmajfault: field("pgmajfault"),
-        // Linux 5.9 split these two; the message has one field for both halves.
+        // Linux 5.9 split these counters by anon and file. The message has one field for the sum.
         workingset_refault: field("workingset_refault_anon") + field("workingset_refault_file"),
         workingset_activate: field("workingset_activate_anon") + field("workingset_activate_file"),
         workingset_nodereclaim: field("workingset_nodereclaim"),
@@ -143,7 +164,7 @@ fn pressure(text: &str) -> PSIStats {
     PSIStats { some: line("some ").into(), full: line("full ").into(), ..Default::default() }
 }
 
-/// `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`, a line for each device.
+/// `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`, one line per device.
 fn devices(text: &str) -> Vec<IOEntry> {
     let entry = |line: &str| {
         let (device, fields) = line.split_once(' ')?;
@@ -165,8 +186,9 @@ fn devices(text: &str) -> Vec<IOEntry> {
     text.lines().filter_map(entry).collect()
 }
 
-/// The sizes are those that the group has files for: `hugetlb.2MB.current`. Reservations (`hugetlb.2MB.rsvd.current`) have no field.
-fn huge_pages(group: &Path) -> io::Result<Vec<HugeTlbStat>> {
+/// One entry per page size for which the group has a file (`hugetlb.2MB.current`). The message has no field for
+/// reservations (`hugetlb.2MB.rsvd.current`).
+fn hugetlb(group: &Path) -> io::Result<Vec<HugeTlbStat>> {
     let mut sizes = Vec::new();
     for entry in fs::read_dir(group)? {
         let name = entry?.file_name();
@@ -185,35 +207,12 @@ fn huge_pages(group: &Path) -> io::Result<Vec<HugeTlbStat>> {
     Ok(sizes)
 }
 
-/// proc_pid_net(5): two lines of heads, then `name:` and sixteen numbers, the first eight received, the others sent.
-fn interfaces(text: &str) -> Vec<NetworkStat> {
-    let interface = |line: &str| {
-        let (name, numbers) = line.split_once(':')?;
-        let numbers: Vec<u64> = numbers.split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect();
-        let [rx_bytes, rx_packets, rx_errors, rx_dropped, ..] = numbers[..] else { return None };
-        let [tx_bytes, tx_packets, tx_errors, tx_dropped, ..] = *numbers.get(8..)? else { return None };
-        Some(NetworkStat {
-            name: name.trim().to_owned(),
-            rx_bytes,
-            rx_packets,
-            rx_errors,
-            rx_dropped,
-            tx_bytes,
-            tx_packets,
-            tx_errors,
-            tx_dropped,
-            ..Default::default()
-        })
-    };
-    text.lines().filter_map(interface).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_files_are_read_as_they_are() {
+    fn the_formats_of_the_kernels_files_are_parsed() {
         assert_eq!([value("12\n"), value("max\n"), value("")], [12, u64::MAX, 0]);
 
         let memory = memory("anon 1\nfile 2\nanon_thp 3\nworkingset_refault_anon 4\nworkingset_refault_file 5\n");
@@ -225,22 +224,20 @@ mod tests {
         assert_eq!((psi.some.avg10, psi.some.avg60, psi.some.total, psi.full.total), (1.5, 0.25, 77, 5));
 
         let io = devices("8:16 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6\n254:0\n");
-        assert_eq!(io.len(), 1, "a device without numbers has done nothing");
+        assert_eq!(io.len(), 1, "a device without counters is skipped");
         let io = &io[0];
         assert_eq!((io.major, io.minor, io.rbytes, io.wbytes, io.rios, io.wios), (8, 16, 1, 2, 3, 4));
     }
 
     #[test]
-    fn interfaces_are_read_past_their_heads() {
-        let text = "Inter-|   Receive  |  Transmit\n face |bytes packets|bytes\n    lo: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n  eth0:21 22 23\n";
-        let all = interfaces(text);
-        assert_eq!(all.len(), 1, "{all:?}");
-        let lo = &all[0];
-        assert_eq!((lo.name.as_str(), lo.rx_bytes, lo.rx_dropped, lo.tx_bytes, lo.tx_dropped), ("lo", 1, 4, 9, 12));
+    fn the_loopback_interface_is_measured() {
+        let interfaces = network(std::process::id() as i32);
+        assert!(interfaces.iter().any(|interface| interface.name == "lo"), "{interfaces:?}");
+        assert!(network(i32::MAX).is_empty(), "no such process");
     }
 
     #[test]
-    fn what_the_kernel_has_no_file_for_is_no_error() {
+    fn a_file_that_the_kernel_lacks_is_no_error() {
         let group = tempfile::tempdir().unwrap();
         fs::write(group.path().join("hugetlb.2MB.current"), "2097152\n").unwrap();
         fs::write(group.path().join("hugetlb.2MB.rsvd.current"), "0\n").unwrap();

@@ -1,7 +1,8 @@
-//! The groups below a container's, which are its own to make: as deep as it likes, threaded, and others from one moment to the next.
+//! Walks the groups below a container's group. The container controls them: they may be arbitrarily deep or threaded,
+//! and may change during the walk.
 //!
-//! A walk holds one open folder and the names that are still before it, never a path: a path of the kernel's ends at PATH_MAX, a tree does not.
-//! [`DESCENDANTS_MAX`] bounds how many there are.
+//! A walk holds one open directory and the names that it has yet to visit, never a path: the kernel limits a path to
+//! PATH_MAX, but not the depth of a tree. [`DESCENDANTS_MAX`] bounds the number of groups.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -15,20 +16,21 @@ use nix::fcntl::{AT_FDCWD, OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::is_gone;
+use super::file::is_gone;
 
-/// Groups below a container's own (`cgroup.max.descendants`), unless its spec's `unified` says otherwise. A Kubernetes node with 250 pods, run in
-/// a container, has some thousand. PID 1 looks at each in 0.14 ms under TCG, so that all containers of the guest wait 0.6 s for it at most.
-pub const DESCENDANTS_MAX: &str = "4096";
+/// Limit of the groups below a container's group (`cgroup.max.descendants`), unless the spec's `unified` overrides it.
+/// A Kubernetes node with 250 pods, run in a container, has about a thousand. Visiting a group takes PID 1 0.14 ms
+/// under TCG, so a walk delays the guest's other containers by 0.6 s at most.
+const DESCENDANTS_MAX: &str = "4096";
 
-/// Limits what may be made below a group. With a cgroup namespace its container cannot take that back: the file of the namespace's root is not
-/// among those that `nsdelegate` leaves to it (cgroup-v2.rst, "Delegation Containment").
-pub fn limit(group: &Path) -> io::Result<()> {
+/// Limits the number of groups below a group. A container with a cgroup namespace cannot lift the limit: with
+/// `nsdelegate` it cannot write this file of its namespace's root (cgroup-v2.rst, "Delegation Containment").
+pub(crate) fn limit(group: &Path) -> io::Result<()> {
     std::fs::write(group.join("cgroup.max.descendants"), DESCENDANTS_MAX)
 }
 
-/// The open folder of a group.
-pub struct Group(Dir);
+/// The open directory of a group.
+pub(super) struct Group(Dir);
 
 impl Group {
     fn open(at: impl AsFd, name: &(impl nix::NixPath + ?Sized)) -> io::Result<Self> {
@@ -40,16 +42,16 @@ impl Group {
         Self::open(&self.0, name)
     }
 
-    /// What is in one of its files.
-    pub fn read(&self, file: &str) -> io::Result<String> {
+    /// Reads one of the group's files.
+    pub(super) fn read(&self, file: &str) -> io::Result<String> {
         let mut text = String::new();
         let file = openat(&self.0, file, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
         File::from(file).read_to_string(&mut text)?;
         Ok(text)
     }
 
-    /// The names of the groups in it.
-    fn below(&mut self) -> impl Iterator<Item = nix::Result<CString>> {
+    /// The names of the groups directly below.
+    fn children(&mut self) -> impl Iterator<Item = nix::Result<CString>> {
         let named = |entry: &nix::dir::Entry| !matches!(entry.file_name().to_bytes(), b"." | b"..");
         self.0.iter().filter_map(move |entry| match entry {
             Ok(entry) => {
@@ -60,30 +62,31 @@ impl Group {
     }
 }
 
-/// Shows a group and all below it to `look`, each before those in it. One that goes meanwhile is left out; the first has to be there.
-pub fn visit(group: &Path, mut look: impl FnMut(&Group) -> io::Result<()>) -> io::Result<()> {
+/// Calls `visitor` for a group and all groups below it, parents first. Skips groups that disappear during the walk; the
+/// first group must exist.
+pub(super) fn visit(group: &Path, mut visitor: impl FnMut(&Group) -> io::Result<()>) -> io::Result<()> {
     let mut at = Group::open(AT_FDCWD, group)?;
-    look(&at)?;
-    // Of each level from the first to where the walk is: the groups whose turn is still to come.
-    let mut before: Vec<Vec<CString>> = vec![at.below().collect::<Result<_, _>>()?];
-    while let Some(level) = before.last_mut() {
+    visitor(&at)?;
+    // For each level down to the current one: the groups that are yet to be visited.
+    let mut pending: Vec<Vec<CString>> = vec![at.children().collect::<Result<_, _>>()?];
+    while let Some(level) = pending.last_mut() {
         let Some(name) = level.pop() else {
-            before.pop();
-            if !before.is_empty() {
-                // Also out of a folder that is removed: it keeps its parent as long as it is open.
+            pending.pop();
+            if !pending.is_empty() {
+                // Works for a removed directory too: while it is open, it keeps its parent.
                 at = at.enter(c"..")?;
             }
             continue;
         };
-        let below = at.enter(&name).and_then(|mut group| {
-            look(&group)?;
-            let below = group.below().collect::<Result<_, _>>()?;
-            Ok((group, below))
+        let entered = at.enter(&name).and_then(|mut group| {
+            visitor(&group)?;
+            let children = group.children().collect::<Result<_, _>>()?;
+            Ok((group, children))
         });
-        match below {
-            Ok((group, below)) => {
+        match entered {
+            Ok((group, children)) => {
                 at = group;
-                before.push(below);
+                pending.push(children);
             }
             Err(error) if is_gone(&error) => {}
             Err(error) => return Err(error),
@@ -92,16 +95,16 @@ pub fn visit(group: &Path, mut look: impl FnMut(&Group) -> io::Result<()>) -> io
     Ok(())
 }
 
-/// Removes a group without members, and all below it, each after those in it. Lets others run in between, and may be given up at any time.
+/// Removes a group and all groups below it, children first. Yields between steps, and may be cancelled at any time.
 ///
 /// # Errors
-/// `ResourceBusy` when one of them has members.
-pub async fn remove(group: &Path) -> io::Result<()> {
+/// `ResourceBusy` when a group contains processes.
+pub(super) async fn remove(group: &Path) -> io::Result<()> {
     let mut at = Group::open(AT_FDCWD, group)?;
     let mut path: Vec<CString> = Vec::new();
     loop {
         tokio::task::yield_now().await;
-        let first = at.below().next().transpose()?;
+        let first = at.children().next().transpose()?;
         match (first, path.pop()) {
             (Some(name), above) => {
                 path.extend(above);
@@ -126,13 +129,13 @@ mod tests {
 
     use super::*;
 
-    /// A chain of folders whose path is longer than any that the kernel takes, with `width` others beside each.
-    fn deep(top: &Path, depth: usize, width: usize) {
+    /// Creates a chain of directories whose path exceeds PATH_MAX, each with `width` siblings.
+    fn create_deep(top: &Path, depth: usize, width: usize) {
         let name = CString::new("d".repeat(200)).unwrap();
         let mut at = Group::open(AT_FDCWD, top).unwrap();
         for _ in 0..depth {
-            for other in 0..width {
-                nix::sys::stat::mkdirat(&at.0, other.to_string().as_str(), Mode::S_IRWXU).unwrap();
+            for sibling in 0..width {
+                nix::sys::stat::mkdirat(&at.0, sibling.to_string().as_str(), Mode::S_IRWXU).unwrap();
             }
             nix::sys::stat::mkdirat(&at.0, name.as_c_str(), Mode::S_IRWXU).unwrap();
             at = at.enter(&name).unwrap();
@@ -140,11 +143,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn trees_deeper_than_a_path_are_seen_and_removed() {
+    async fn trees_deeper_than_path_max_are_visited_and_removed() {
         let folder = tempfile::tempdir().unwrap();
         let top = folder.path().join("top");
         fs::create_dir(&top).unwrap();
-        deep(&top, 100, 1);
+        create_deep(&top, 100, 1);
         let count = || {
             let mut count = 0;
             visit(&top, |_| {
@@ -160,35 +163,35 @@ mod tests {
     }
 
     #[test]
-    fn a_group_that_goes_while_it_is_looked_at_is_left_out() {
+    fn a_group_that_disappears_during_the_walk_is_skipped() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["a/b", "c/d"] {
             fs::create_dir_all(folder.path().join(name)).unwrap();
         }
-        let mut seen = 0;
+        let mut visited = 0;
         visit(folder.path(), |_| {
-            seen += 1;
-            if seen == 2 {
-                // Whichever of the two it is in, neither is there any more.
+            visited += 1;
+            if visited == 2 {
+                // Remove both, whichever of the two the walk is in.
                 fs::remove_dir_all(folder.path().join("a"))?;
                 fs::remove_dir_all(folder.path().join("c"))?;
             }
             Ok(())
         })
         .unwrap();
-        assert_eq!(seen, 2);
+        assert_eq!(visited, 2);
         let absent = visit(&folder.path().join("a"), |_| Ok(())).unwrap_err();
         assert!(is_gone(&absent));
     }
 
     #[tokio::test]
-    async fn what_is_busy_stays() {
+    async fn a_busy_group_is_not_removed() {
         let folder = tempfile::tempdir().unwrap();
         let top = folder.path().join("top");
         fs::create_dir_all(top.join("a")).unwrap();
-        // A plain file stands for members: the kernel refuses the removal of its folder.
-        fs::write(top.join("a/member"), "").unwrap();
+        // A plain file stands in for a process: its directory cannot be removed either.
+        fs::write(top.join("a/process"), "").unwrap();
         remove(&top).await.unwrap_err();
-        assert!(top.join("a/member").exists());
+        assert!(top.join("a/process").exists());
     }
 }

@@ -1,4 +1,4 @@
-//! Files of a cgroup whose changes the kernel tells of: `cgroup.events` and `memory.events` (cgroup-v2.rst).
+//! Files of a cgroup that notify their readers of changes: `cgroup.events` and `memory.events` (cgroup-v2.rst).
 
 use std::fs::File;
 use std::io;
@@ -9,48 +9,46 @@ use nix::sys::uio::pread;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::io::watch_fd;
+use crate::fd::watch_fd;
 
-/// Most bytes that are read of such a file. They have some ten short lines.
-const MOST: usize = 1024;
+/// Most bytes read from such a file, which has about ten short lines.
+const SIZE_MAX: usize = 1024;
 
-/// An open file that can be read again and again, and waited for.
+/// An open file whose changes can be awaited.
 #[derive(Debug)]
-pub struct Watched(AsyncFd<OwnedFd>);
+pub(super) struct EventsFile(AsyncFd<OwnedFd>);
 
-impl Watched {
-    /// Opens it.
-    ///
+impl EventsFile {
     /// # Errors
-    /// What open(2) or epoll(7) said.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    /// Those of open(2) or epoll(7).
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
         Ok(Self(watch_fd(File::open(path)?.into(), Interest::PRIORITY)?))
     }
 
-    /// What is in it now.
+    /// Reads the current content.
     ///
     /// # Errors
-    /// ENODEV when its group is gone.
-    pub fn read(&self) -> io::Result<String> {
-        let mut bytes = [0; MOST];
+    /// ENODEV when the group has been removed.
+    pub(super) fn read(&self) -> io::Result<String> {
+        let mut bytes = [0; SIZE_MAX];
         let length = pread(self.0.get_ref(), &mut bytes, 0)?;
         Ok(String::from_utf8_lossy(&bytes[..length]).into_owned())
     }
 
-    /// Waits for the next change. One between a [`Watched::read`] and the wait ends the wait at once.
+    /// Waits for the next change. Returns at once when the file has changed since the last [`Self::read`].
     ///
     /// # Errors
-    /// When the runtime is on its way out.
-    pub async fn changed(&self) -> io::Result<()> {
+    /// When the runtime shuts down.
+    pub(super) async fn changed(&self) -> io::Result<()> {
         self.0.ready(Interest::PRIORITY).await?.clear_ready();
         Ok(())
     }
 
-    /// Waits until `line` is one of its lines.
+    /// Waits until the file contains `line`.
     ///
     /// # Errors
-    /// As [`Watched::read`].
-    pub async fn until(&self, line: &str) -> io::Result<()> {
+    /// Those of [`Self::read`].
+    pub(super) async fn until(&self, line: &str) -> io::Result<()> {
         while !self.read()?.lines().any(|one| one == line) {
             self.changed().await?;
         }

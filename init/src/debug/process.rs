@@ -1,4 +1,4 @@
-//! Processes in the guest itself: started for an operator, and ended with all that they have started.
+//! Processes that an operator starts in the guest itself. A process ends together with its children.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -6,38 +6,40 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use husk_protos::chain::Chain;
+use husk_protos::lock::lock;
 use nix::errno::Errno;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::environment;
+use super::environment::environment;
 use crate::cgroup;
-use crate::error::{Error, Kind};
-use crate::io::{ProcessStreams, Size, Streams, Wanted, Wish, terminal_pair};
-use crate::launch::{Program, Terminal, launch};
+use crate::error::{CallError, FailureKind};
+use crate::io::{ProcessStreams, Size, StreamSet, Streams, TerminalSpec, terminal_pair};
+use crate::launch::{ControllingTerminal, Program, launch};
 use crate::reaper::{Exit, Reaper};
-use crate::spawn;
+use crate::spawn::ChildStreams;
 
-/// What a process with a terminal may take to end after a hang-up.
+/// Time for a process with a terminal to exit after the hang-up.
 const HANG_UP: Duration = Duration::from_secs(2);
-/// What anything may take to end after SIGKILL.
+/// Time for processes to exit after SIGKILL.
 const KILL: Duration = Duration::from_secs(5);
-/// The container whose processes these are, as far as streams are concerned.
+/// The container ID under which the streams of these processes are registered.
 const NO_CONTAINER: &str = "";
 
-/// What is to be started.
+/// A process to start.
 #[derive(Debug)]
-pub struct Wanting {
-    /// Its name and arguments.
-    pub args: Vec<String>,
-    /// What its environment has beside the usual.
-    pub env: Vec<String>,
-    /// Where it begins.
-    pub cwd: String,
-    /// The size of its terminal, if it is to have one.
-    pub terminal: Option<Size>,
-    /// Without a terminal: whether it has a stdin.
-    pub stdin: bool,
+pub(super) struct ProcessSpec {
+    /// The program and its arguments.
+    pub(super) args: Vec<String>,
+    /// Additions to the default environment.
+    pub(super) env: Vec<String>,
+    /// Working directory; `/` when empty.
+    pub(super) cwd: String,
+    /// Size of its terminal, if it gets one.
+    pub(super) terminal: Option<Size>,
+    /// Whether it gets a stdin. A terminal always includes one.
+    pub(super) stdin: bool,
 }
 
 #[derive(Debug)]
@@ -49,9 +51,9 @@ struct Process {
     exit: watch::Receiver<Option<Exit>>,
 }
 
-/// All of them, by id.
+/// All processes, by ID.
 #[derive(Debug)]
-pub struct Processes {
+pub(super) struct Processes {
     reaper: Arc<Reaper>,
     streams: Arc<Streams>,
     next: AtomicU64,
@@ -59,28 +61,28 @@ pub struct Processes {
 }
 
 impl Processes {
-    /// None yet. Their streams become part of `streams`.
-    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
+    /// Registers the streams of the processes in `streams`.
+    pub(super) fn new(reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
         Self { reaper, streams, next: AtomicU64::new(1), table: Mutex::default() }
     }
 
-    /// Starts one; its id and pid.
+    /// Starts a process and returns its ID and PID.
     ///
     /// # Errors
-    /// As [`launch`].
-    pub async fn start(&self, wanting: Wanting) -> Result<(String, i32), Error> {
-        if wanting.args.is_empty() {
-            return Err(Error::new(Kind::InvalidArgument, "args must name a program"));
+    /// Those of [`launch`].
+    pub(super) async fn start(&self, spec: ProcessSpec) -> Result<(String, i32), CallError> {
+        if spec.args.is_empty() {
+            return Err(CallError::new(FailureKind::InvalidArgument, "args must name a program"));
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed).to_string();
         let group = Path::new(cgroup::DEBUG).join(format!("exec-{id}"));
-        std::fs::create_dir(&group).map_err(|e| Error::internal("make a process's cgroup", &e))?;
-        match self.start_in(&group, &wanting).await {
-            Ok((process, told)) => {
+        std::fs::create_dir(&group).map_err(|e| CallError::internal("create a process's cgroup", &e))?;
+        match self.start_in(&group, &spec).await {
+            Ok((process, exit)) => {
                 let pid = process.pid;
                 self.streams.add(NO_CONTAINER, &id, process.streams.clone());
                 self.table().insert(id.clone(), process.clone());
-                tokio::spawn(attend(process, told));
+                tokio::spawn(await_exit(process, exit));
                 Ok((id, pid))
             }
             Err(error) => {
@@ -90,131 +92,130 @@ impl Processes {
         }
     }
 
-    async fn start_in(&self, group: &Path, wanting: &Wanting) -> Result<(Arc<Process>, Told), Error> {
-        let failed = |e: std::io::Error| Error::internal("make a process's streams", &e);
-        let wanted = Wanted { stdin: wanting.stdin, stdout: true, stderr: true };
-        let (streams, ends) = match wanting.terminal {
-            None => ProcessStreams::new(wanted).map_err(failed)?,
+    async fn start_in(&self, group: &Path, spec: &ProcessSpec) -> Result<(Arc<Process>, ExitRelay), CallError> {
+        let failed = |e: std::io::Error| CallError::internal("create a process's streams", &e);
+        let pipes = StreamSet { stdin: spec.stdin, stdout: true, stderr: true };
+        let (streams, ends) = match spec.terminal {
+            None => ProcessStreams::new(pipes).map_err(failed)?,
             Some(size) => {
                 let streams = ProcessStreams::terminal();
                 let (master, peer) = terminal_pair().map_err(failed)?;
-                let wanted = Wanted { stdin: true, stdout: true, stderr: false };
-                streams.open_terminal(master, Wish { size: Some(size), owner: 0 }, wanted).map_err(failed)?;
+                let open = StreamSet { stdin: true, stdout: true, stderr: false };
+                streams.open_terminal(master, TerminalSpec { size: Some(size), owner: 0 }, open).map_err(failed)?;
                 let copy = || peer.try_clone().map(Some).map_err(failed);
-                let ends = spawn::Streams { stdin: copy()?, stdout: copy()?, stderr: Some(peer), gate: None };
+                let ends = ChildStreams { stdin: copy()?, stdout: copy()?, stderr: Some(peer), gate: None };
                 (streams, ends)
             }
         };
-        let terminal = wanting.terminal.is_some();
+        let terminal = spec.terminal.is_some();
         let program = Program {
-            args: &wanting.args,
-            env: &environment(&wanting.env),
-            cwd: if wanting.cwd.is_empty() { "/" } else { &wanting.cwd },
+            args: &spec.args,
+            env: &environment(&spec.env),
+            cwd: if spec.cwd.is_empty() { "/" } else { &spec.cwd },
             group,
             oom_score_adj: "0",
-            terminal: if terminal { Terminal::Stdin } else { Terminal::None },
+            terminal: if terminal { ControllingTerminal::Stdin } else { ControllingTerminal::None },
         };
-        let (pid, ended) = launch(&self.reaper, &program, ends).await?;
-        let (tell, exit) = watch::channel(None);
+        let (pid, reaped) = launch(&self.reaper, &program, ends).await?;
+        let (finished, exit) = watch::channel(None);
         let process = Process { pid, group: group.to_owned(), terminal, streams, exit };
-        Ok((Arc::new(process), Told { ended, tell }))
+        Ok((Arc::new(process), ExitRelay { reaped, finished }))
     }
 
-    /// Its exit status, when it and all that it has started have ended.
+    /// Waits for the exit of the process and its children, and returns its exit status.
     ///
     /// # Errors
     /// NotFound.
-    pub async fn wait(&self, id: &str) -> Result<u32, Error> {
+    pub(super) async fn wait(&self, id: &str) -> Result<u32, CallError> {
         let mut exit = self.find(id)?.exit.clone();
-        let ended = exit.wait_for(Option::is_some).await;
-        let status = ended.ok().and_then(|exit| exit.map(|exit| exit.status));
-        status.ok_or_else(|| Error::new(Kind::Internal, format!("process {id} is not attended to any more")))
+        let exited = exit.wait_for(Option::is_some).await;
+        let status = exited.ok().and_then(|exit| exit.map(|exit| exit.status));
+        status.ok_or_else(|| CallError::new(FailureKind::Internal, format!("the exit of process {id} is unknown")))
     }
 
-    /// Changes the size of its terminal.
-    ///
     /// # Errors
     /// NotFound.
-    pub fn resize(&self, id: &str, size: Size) -> Result<(), Error> {
+    pub(super) fn resize(&self, id: &str, size: Size) -> Result<(), CallError> {
         let process = self.find(id)?;
         process
             .streams
             .resize(size)
-            .map_err(|e| Error::internal(format_args!("resize the terminal of process {id}"), &e))
+            .map_err(|e| CallError::internal(format_args!("resize the terminal of process {id}"), &e))
     }
 
-    /// Sends a signal to its process group.
+    /// Sends a signal to the process group.
     ///
     /// # Errors
-    /// NotFound, also when it has ended; InvalidArgument for what is no signal.
-    pub fn signal(&self, id: &str, signal: u32) -> Result<(), Error> {
+    /// NotFound, also after the exit; InvalidArgument for an invalid signal number.
+    pub(super) fn signal(&self, id: &str, signal: u32) -> Result<(), CallError> {
         let process = self.find(id)?;
-        // 0 sends none, and 64 is the last (signal(7)).
+        // 0 sends no signal, and 64 is the last one (signal(7)).
         let signal = i32::try_from(signal).ok().filter(|signal| (1..=64).contains(signal));
-        let signal = signal.ok_or_else(|| Error::new(Kind::InvalidArgument, "signal must be 1 to 64"))?;
+        let signal = signal.ok_or_else(|| CallError::new(FailureKind::InvalidArgument, "signal must be 1 to 64"))?;
         match self.reaper.kill_group(process.pid, signal) {
             Ok(()) => Ok(()),
-            Err(Errno::ESRCH) => Err(Error::new(Kind::NotFound, format!("process {id} has ended"))),
-            Err(error) => Err(Error::internal(format_args!("send signal {signal} to process {id}"), &error)),
+            Err(Errno::ESRCH) => Err(CallError::new(FailureKind::NotFound, format!("process {id} has exited"))),
+            Err(error) => Err(CallError::internal(format_args!("send signal {signal} to process {id}"), &error)),
         }
     }
 
-    /// Forgets it, and ends it if it runs.
+    /// Removes a process, and ends it if it still runs.
     ///
     /// # Errors
-    /// DeadlineExceeded when it outlives SIGKILL.
-    pub async fn end(&self, id: &str) -> Result<(), Error> {
+    /// DeadlineExceeded when it survives SIGKILL.
+    pub(super) async fn end(&self, id: &str) -> Result<(), CallError> {
         let Some(process) = self.table().remove(id) else { return Ok(()) };
         self.streams.remove(NO_CONTAINER, id);
         let mut exit = process.exit.clone();
         if process.terminal && exit.borrow().is_none() {
-            // What the terminal's hang-up does. That itself would have to wait for whoever is attached to it still. A program that is stopped
-            // hears nothing until it goes on.
+            // Send what a hang-up of the terminal sends. A real hang-up would have to wait for clients that are still
+            // attached. SIGCONT: a stopped process does not handle SIGHUP.
             for signal in [libc::SIGHUP, libc::SIGCONT] {
-                // It may just have ended.
+                // Fails when the process has just exited.
                 let _ = self.reaper.kill_group(process.pid, signal);
             }
             if timeout(HANG_UP, exit.wait_for(Option::is_some)).await.is_ok() {
                 return Ok(());
             }
         }
-        cgroup::kill(&process.group).map_err(|e| Error::internal(format_args!("kill process {id}"), &e))?;
+        cgroup::kill(&process.group).map_err(|e| CallError::internal(format_args!("kill process {id}"), &e))?;
         match timeout(KILL + KILL, exit.wait_for(Option::is_some)).await {
             Ok(_) => Ok(()),
-            Err(_) => Err(Error::new(
-                Kind::DeadlineExceeded,
-                format!("process {id} is there {:?} after SIGKILL", KILL + KILL),
+            Err(_) => Err(CallError::new(
+                FailureKind::DeadlineExceeded,
+                format!("process {id} still runs {:?} after SIGKILL", KILL + KILL),
             )),
         }
     }
 
-    fn find(&self, id: &str) -> Result<Arc<Process>, Error> {
+    fn find(&self, id: &str) -> Result<Arc<Process>, CallError> {
         let found = self.table().get(id).cloned();
-        found.ok_or_else(|| Error::new(Kind::NotFound, format!("there is no process {id:?}")))
+        found.ok_or_else(|| CallError::new(FailureKind::NotFound, format!("no process {id:?}")))
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
-        self.table.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.table)
     }
 }
 
-/// Where a process's exit comes from, and goes to.
-struct Told {
-    ended: tokio::sync::oneshot::Receiver<Exit>,
-    tell: watch::Sender<Option<Exit>>,
+/// Passes a process's exit on from the reaper to those who wait for it.
+struct ExitRelay {
+    reaped: tokio::sync::oneshot::Receiver<Exit>,
+    finished: watch::Sender<Option<Exit>>,
 }
 
-/// Waits for a process's end, and ends what it leaves behind: an operator's command that is over has to be over.
-async fn attend(process: Arc<Process>, told: Told) {
-    // The reaper lives as long as the guest: it tells every exit.
-    let Ok(exit) = told.ended.await else { return };
+/// Waits for a process's exit and kills its remaining children before it announces the exit: an operator's command that
+/// has ended must not keep running.
+async fn await_exit(process: Arc<Process>, exit: ExitRelay) {
+    // Cannot fail: the reaper lives as long as the guest and delivers every exit.
+    let Ok(reaped) = exit.reaped.await else { return };
     process.streams.exited();
     remove(&process.group).await;
-    told.tell.send_replace(Some(exit));
+    exit.finished.send_replace(Some(reaped));
 }
 
 async fn remove(group: &Path) {
     if let Err(error) = cgroup::remove(group, KILL).await {
-        tracing::warn!(%error, "remove a process's cgroup");
+        tracing::warn!(error = %Chain(&error), "failed to remove a process's cgroup");
     }
 }

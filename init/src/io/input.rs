@@ -1,4 +1,4 @@
-//! From a stream to a process's pipe, or its terminal.
+//! Copies input from a stream to a process's pipe or terminal.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,34 +12,33 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use ttrpc::r#async::ServerStreamReceiver;
 
-use crate::error::{Error, Kind};
-use crate::serve::Gone;
+use crate::connection::Disconnect;
+use crate::error::{CallError, FailureKind};
+use crate::fd::watch_fd;
 
-use super::watch_fd;
-
-/// How a pump ended, with the bytes that reached the pipe.
-pub enum End {
-    /// Nothing more is to come.
+/// How [`pump`] ended. The numbers are the bytes written to the pipe.
+pub(super) enum InputEnd {
+    /// The client has sent everything.
     Finished(u64),
-    /// Nobody is there to read what is still to come.
+    /// The process no longer reads its input.
     Unread(u64),
-    /// The stream broke off; another may go on.
-    Broken(OwnedFd, Error),
+    /// The stream failed. Another one may continue.
+    Broken(OwnedFd, CallError),
 }
 
-/// Writes what comes on the stream into the pipe.
-pub async fn pump(
+/// Writes the stream's chunks to the pipe.
+pub(super) async fn pump(
     fd: OwnedFd,
     mut exited: watch::Receiver<bool>,
     stream: &mut ServerStreamReceiver<InputChunk>,
     meter: &Meter,
-    gone: &mut Gone,
-) -> End {
+    disconnect: &mut Disconnect,
+) -> InputEnd {
     let pipe = match watch_fd(fd, Interest::WRITABLE) {
         Ok(pipe) => pipe,
         Err(error) => {
             let (fd, error) = error.into_parts();
-            return End::Broken(fd, Error::internal("watch a pipe", &error));
+            return InputEnd::Broken(fd, CallError::internal("watch a pipe", &error));
         }
     };
     let mut written = 0;
@@ -47,55 +46,55 @@ pub async fn pump(
         let chunk = tokio::select! {
             biased;
             chunk = stream.recv() => chunk,
-            () = gone.wait() => return aborted(pipe),
+            () = disconnect.wait() => return aborted(pipe),
             Ok(()) = exited.changed() => {
-                // Somebody else may still hold the other end; otherwise nobody will ever read, nor this stream be told.
+                // Another process may still hold the read end. If none does, nothing else would end this stream.
                 if has_no_reader(&pipe) {
-                    return End::Unread(written);
+                    return InputEnd::Unread(written);
                 }
                 continue;
             }
         };
         let chunk = match chunk {
             Ok(Some(chunk)) => chunk,
-            Ok(None) => return End::Finished(written),
-            Err(error) => return End::Broken(pipe.into_inner(), Error::internal("receive input", &error)),
+            Ok(None) => return InputEnd::Finished(written),
+            Err(error) => return InputEnd::Broken(pipe.into_inner(), CallError::internal("receive input", &error)),
         };
         let wrote = tokio::select! {
             wrote = write_all(&pipe, &chunk.data, &mut written) => wrote,
-            () = gone.wait() => return aborted(pipe),
+            () = disconnect.wait() => return aborted(pipe),
         };
         match wrote {
             Ok(()) => meter.consumed(&chunk),
-            // EPIPE of a pipe, EIO of a terminal.
+            // EPIPE from a pipe, EIO from a terminal.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe || error.raw_os_error() == Some(libc::EIO) => {
                 meter.consumed(&chunk);
-                return End::Unread(written);
+                return InputEnd::Unread(written);
             }
-            Err(error) => return End::Broken(pipe.into_inner(), Error::internal("write a pipe", &error)),
+            Err(error) => return InputEnd::Broken(pipe.into_inner(), CallError::internal("write a pipe", &error)),
         }
     }
 }
 
-/// Takes what is still to come, and throws it away. A client's TTRPC cannot hear an answer while it sends: one that is left with a full
-/// window would never learn that nobody reads.
-pub async fn discard(stream: &mut ServerStreamReceiver<InputChunk>, meter: &Meter, gone: &mut Gone) {
+/// Discards the rest of the stream. A TTRPC client receives no response while it sends: with a full window it would
+/// never learn that nobody reads.
+pub(super) async fn discard(stream: &mut ServerStreamReceiver<InputChunk>, meter: &Meter, disconnect: &mut Disconnect) {
     loop {
         tokio::select! {
             chunk = stream.recv() => match chunk {
                 Ok(Some(chunk)) => meter.consumed(&chunk),
                 Ok(None) | Err(_) => return,
             },
-            () = gone.wait() => return,
+            () = disconnect.wait() => return,
         }
     }
 }
 
-fn aborted(pipe: AsyncFd<OwnedFd>) -> End {
-    End::Broken(pipe.into_inner(), Error::new(Kind::Aborted, "the connection ended"))
+fn aborted(pipe: AsyncFd<OwnedFd>) -> InputEnd {
+    InputEnd::Broken(pipe.into_inner(), CallError::new(FailureKind::Aborted, "the connection ended"))
 }
 
-/// `written` counts on even if the future is dropped in between.
+/// Adds to `written` after each write, so that it stays correct when the future is dropped.
 async fn write_all(pipe: &AsyncFd<OwnedFd>, mut data: &[u8], written: &mut u64) -> io::Result<()> {
     while !data.is_empty() {
         let mut ready = pipe.writable().await?;
@@ -112,7 +111,8 @@ async fn write_all(pipe: &AsyncFd<OwnedFd>, mut data: &[u8], written: &mut u64) 
     Ok(())
 }
 
-/// POLLERR on a pipe's write end: its last reader has closed (pipe(7), poll(2)). POLLHUP on a terminal's master: no process has it.
+/// POLLERR on the write end of a pipe: the last reader has closed it (pipe(7), poll(2)). POLLHUP on the master of a
+/// terminal: no process has it open.
 fn has_no_reader(pipe: &AsyncFd<OwnedFd>) -> bool {
     let mut fds = [PollFd::new(pipe.get_ref().as_fd(), PollFlags::empty())];
     loop {
@@ -120,8 +120,8 @@ fn has_no_reader(pipe: &AsyncFd<OwnedFd>) -> bool {
             Err(Errno::EINTR) => {}
             Err(_) => return false,
             Ok(_) => {
-                let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
-                return fds[0].revents().is_some_and(|events| events.intersects(gone));
+                let closed = PollFlags::POLLERR | PollFlags::POLLHUP;
+                return fds[0].revents().is_some_and(|events| events.intersects(closed));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! From a process's pipe, or its terminal, to its stream.
+//! Copies output from a process's pipe or terminal to its stream.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -10,132 +10,152 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use ttrpc::r#async::ServerStreamSender;
 
-use crate::error::{Error, Kind};
-use crate::serve::Gone;
+use crate::connection::Disconnect;
+use crate::error::{CallError, FailureKind};
+use crate::fd::watch_fd;
 
-use super::watch_fd;
+/// More than the output that a terminal buffers: 8 KiB (pty_common_install) and 4 KiB (N_TTY_BUF_SIZE). The amount in
+/// the first buffer cannot be queried.
+const TERMINAL_BUFFERS: usize = 64 * 1024;
 
-/// More than a terminal holds of what was written to it: its two buffers have 8 KiB (pty_common_install) and 4 KiB (N_TTY_BUF_SIZE), and
-/// what is in the first cannot be asked for.
-const TERMINAL_HOLDS: usize = 64 * 1024;
-
-/// What output comes out of.
+/// Where output comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
-    /// A pipe's reading end.
+pub(super) enum OutputSource {
+    /// The read end of a pipe.
     Pipe,
-    /// A terminal's master.
+    /// The master of a terminal.
     Terminal,
 }
 
-/// How a pump ended.
-pub enum End {
-    /// The last writer has closed the pipe, and all was sent.
+/// How [`pump`] ended.
+pub(super) enum OutputEnd {
+    /// The last writer has closed the pipe, and all output was sent.
     Finished,
-    /// The stream cannot be sent to any more; the pipe may have more.
-    Broken(OwnedFd, Error),
+    /// Sending or reading failed. The pipe may contain more output.
+    Broken(OwnedFd, CallError),
 }
 
-/// What is still to be sent before the stream says that the process has exited.
+/// The stream's exit mark, which reports that the process has exited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mark {
-    /// The process lives.
-    Alive,
-    /// It has exited; this much of what it wrote is still in the pipe, or at most this much in the terminal.
-    Due(usize),
-    /// Said.
+enum ExitMark {
+    /// The process runs.
+    NotDue,
+    /// The process has exited. The mark follows this many bytes of a pipe, or at most this many of a terminal.
+    After(usize),
     Sent,
 }
 
-/// Sends what comes out of the pipe until its end. The mark goes out after what was in the pipe at the exit: a process that outlives
-/// it and keeps the pipe open can neither delay the mark nor slip output before it.
-pub async fn pump(
+/// Sends output until the end of the pipe. The exit mark follows the bytes that were in the pipe at the exit: a process
+/// that inherited the pipe can neither delay the mark nor insert output before it.
+pub(super) async fn pump(
     fd: OwnedFd,
-    source: Source,
-    mut exited: watch::Receiver<bool>,
+    source: OutputSource,
+    exited: watch::Receiver<bool>,
     stream: &ServerStreamSender<OutputChunk>,
-    gone: &mut Gone,
-) -> End {
+    disconnect: &mut Disconnect,
+) -> OutputEnd {
     let pipe = match watch_fd(fd, Interest::READABLE) {
         Ok(pipe) => pipe,
         Err(error) => {
             let (fd, error) = error.into_parts();
-            return End::Broken(fd, Error::internal("watch a pipe", &error));
+            return OutputEnd::Broken(fd, CallError::internal("watch a pipe", &error));
         }
     };
-    let mut mark = Mark::Alive;
-    loop {
-        if mark == Mark::Alive && *exited.borrow() {
-            let left = if source == Source::Terminal { Ok(TERMINAL_HOLDS) } else { in_pipe(&pipe) };
-            match left {
-                Ok(left) => mark = Mark::Due(left),
-                Err(error) => return End::Broken(pipe.into_inner(), Error::internal("look into a pipe", &error)),
-            }
-        }
-        if mark == Mark::Due(0) {
-            let chunk = OutputChunk { exited: true, ..Default::default() };
-            if let Err(error) = stream.send(&chunk).await {
-                return End::Broken(pipe.into_inner(), lost(&error));
-            }
-            mark = Mark::Sent;
-        }
-        let most = if let Mark::Due(left) = mark { left.min(STDIO_CHUNK) } else { STDIO_CHUNK };
-        // Empty while it waits: an idle stream holds no memory.
-        let mut chunk = OutputChunk::new();
-        let read = if source == Source::Terminal && matches!(mark, Mark::Due(_)) {
-            // Asked of the terminal itself: its EAGAIN comes only when all that was written has come through (n_tty_read).
-            chunk.data.resize(most, 0);
-            read(&pipe, &mut chunk.data)
-        } else {
-            let mut ready = tokio::select! {
-                biased;
-                () = gone.wait() => return End::Broken(pipe.into_inner(), Error::new(Kind::Aborted, "the connection ended")),
-                ready = pipe.readable() => match ready {
-                    Ok(ready) => ready,
-                    Err(error) => return End::Broken(pipe.into_inner(), Error::internal("wait for a pipe", &error)),
-                },
-                // An error says that the process's record is gone, and with it any exit: then only the pipe's end is left to wait for.
-                Ok(()) = exited.changed(), if mark == Mark::Alive => continue,
-            };
-            chunk.data.resize(most, 0);
-            match ready.try_io(|pipe| read(pipe, &mut chunk.data)) {
-                Ok(read) => read,
-                Err(_would_block) => continue,
-            }
-        };
-        match read {
-            Ok(0) => break,
-            // No process has the terminal any more (EIO, as of ptmx in the kernel's drivers/tty/n_tty.c); all was read before.
-            Err(error) if source == Source::Terminal && error.raw_os_error() == Some(libc::EIO) => break,
-            Ok(read) => {
-                chunk.data.truncate(read);
-                if let Err(error) = stream.send(&chunk).await {
-                    return End::Broken(pipe.into_inner(), lost(&error));
-                }
-                if let Mark::Due(left) = &mut mark {
-                    *left -= read;
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => mark = Mark::Due(0),
-            Err(error) => return End::Broken(pipe.into_inner(), Error::internal("read a pipe", &error)),
-        }
+    let mut pump = Pump { pipe, source, exited, stream, disconnect, mark: ExitMark::NotDue };
+    match pump.run().await {
+        Ok(()) => OutputEnd::Finished,
+        Err(error) => OutputEnd::Broken(pump.pipe.into_inner(), error),
     }
-    End::Finished
 }
 
-fn lost(error: &ttrpc::Error) -> Error {
-    Error::internal("send output", error)
+struct Pump<'a> {
+    pipe: AsyncFd<OwnedFd>,
+    source: OutputSource,
+    exited: watch::Receiver<bool>,
+    stream: &'a ServerStreamSender<OutputChunk>,
+    disconnect: &'a mut Disconnect,
+    mark: ExitMark,
+}
+
+impl Pump<'_> {
+    async fn run(&mut self) -> Result<(), CallError> {
+        loop {
+            self.advance_mark().await?;
+            // Empty while waiting: an idle stream holds no memory.
+            let mut chunk = OutputChunk::new();
+            let Some(read) = self.read(&mut chunk.data).await? else { continue };
+            match read {
+                Ok(0) => return Ok(()),
+                // EIO: no process has the terminal open any more, and all output was read (drivers/tty/n_tty.c).
+                Err(error) if self.is_terminal() && error.raw_os_error() == Some(libc::EIO) => return Ok(()),
+                Ok(read) => {
+                    chunk.data.truncate(read);
+                    self.send(&chunk).await?;
+                    if let ExitMark::After(left) = &mut self.mark {
+                        *left -= read;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.mark = ExitMark::After(0),
+                Err(error) => return Err(CallError::internal("read a pipe", &error)),
+            }
+        }
+    }
+
+    /// Notices the process's exit, and sends the exit mark when it is due.
+    async fn advance_mark(&mut self) -> Result<(), CallError> {
+        if self.mark == ExitMark::NotDue && *self.exited.borrow() {
+            let left = if self.is_terminal() { Ok(TERMINAL_BUFFERS) } else { buffered(&self.pipe) };
+            self.mark =
+                ExitMark::After(left.map_err(|e| CallError::internal("query the size of a pipe's content", &e))?);
+        }
+        if self.mark == ExitMark::After(0) {
+            self.send(&OutputChunk { exited: true, ..Default::default() }).await?;
+            self.mark = ExitMark::Sent;
+        }
+        Ok(())
+    }
+
+    /// Waits for output and reads it. None when there is nothing to read yet and [`Self::advance_mark`] has to run
+    /// first.
+    async fn read(&mut self, data: &mut Vec<u8>) -> Result<Option<io::Result<usize>>, CallError> {
+        let terminal = self.is_terminal();
+        let Self { pipe, exited, disconnect, mark, .. } = self;
+        let size = if let ExitMark::After(left) = mark { STDIO_CHUNK.min(*left) } else { STDIO_CHUNK };
+        if terminal && matches!(mark, ExitMark::After(_)) {
+            // Bypass the runtime's readiness: the terminal returns EAGAIN only after all output has passed its buffers
+            // (n_tty_read).
+            data.resize(size, 0);
+            return Ok(Some(read(pipe, data)));
+        }
+        let mut ready = tokio::select! {
+            biased;
+            () = disconnect.wait() => return Err(CallError::new(FailureKind::Aborted, "the connection ended")),
+            ready = pipe.readable() => ready.map_err(|e| CallError::internal("wait for a pipe", &e))?,
+            // An error means that the process's record is gone. No exit will follow; only the end of the pipe.
+            Ok(()) = exited.changed(), if *mark == ExitMark::NotDue => return Ok(None),
+        };
+        data.resize(size, 0);
+        Ok(ready.try_io(|pipe| read(pipe, data)).ok())
+    }
+
+    async fn send(&self, chunk: &OutputChunk) -> Result<(), CallError> {
+        self.stream.send(chunk).await.map_err(|e| CallError::internal("send output", &e))
+    }
+
+    fn is_terminal(&self) -> bool {
+        self.source == OutputSource::Terminal
+    }
 }
 
 fn read(pipe: &AsyncFd<OwnedFd>, data: &mut [u8]) -> io::Result<usize> {
     Ok(nix::unistd::read(pipe.get_ref(), data)?)
 }
 
-/// Bytes in the pipe (FIONREAD, pipe(7)).
-fn in_pipe(pipe: &AsyncFd<OwnedFd>) -> io::Result<usize> {
+/// Number of bytes in the pipe (FIONREAD, pipe(7)).
+fn buffered(pipe: &AsyncFd<OwnedFd>) -> io::Result<usize> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: FIONREAD writes one int, into a variable that outlives the call.
+    // SAFETY: FIONREAD writes one int to a variable that outlives the call.
     let done = unsafe { libc::ioctl(pipe.get_ref().as_raw_fd(), libc::FIONREAD as _, &raw mut bytes) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes as usize) }
 }

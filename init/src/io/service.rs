@@ -1,4 +1,4 @@
-//! The Stdio service of one connection: finds the stream that it is for, and pumps.
+//! The Stdio service of one connection: finds the requested stream and copies its data.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,48 +11,47 @@ use tokio::time::timeout;
 use ttrpc::r#async::{ServerStreamReceiver, ServerStreamSender, TtrpcContext};
 
 use super::{Streams, input, output};
-use crate::error::{Error, Kind};
-use crate::serve::Gone;
+use crate::connection::Disconnect;
+use crate::error::{CallError, FailureKind};
 
-/// Time that the first chunk of an input may take: it is sent together with the request.
+/// Time for the first chunk of an input to arrive. Clients send it together with the request.
 const FIRST_CHUNK: Duration = Duration::from_secs(10);
 
-/// Stdio for one connection.
-pub struct Service {
-    /// Where the processes' streams are.
-    pub streams: Arc<Streams>,
-    /// Of this connection.
-    pub meter: Meter,
-    /// Of this connection.
-    pub gone: Gone,
+pub(crate) struct StdioService {
+    pub(crate) streams: Arc<Streams>,
+    /// Of the service's connection.
+    pub(crate) meter: Meter,
+    /// Of the service's connection.
+    pub(crate) disconnect: Disconnect,
 }
 
 #[async_trait]
-impl Stdio for Service {
+impl Stdio for StdioService {
     async fn output(
         &self,
         _: &TtrpcContext,
         request: OutputRequest,
         stream: ServerStreamSender<OutputChunk>,
     ) -> ttrpc::Result<()> {
-        let mut gone = self.gone.clone();
+        let mut disconnect = self.disconnect.clone();
         let streams = tokio::select! {
             streams = self.streams.find(&request.container_id, &request.exec_id) => streams?,
-            () = gone.wait() => return Ok(()),
+            () = disconnect.wait() => return Ok(()),
         };
         let (slot, name) = match request.kind.enum_value() {
             Ok(StreamKind::STREAM_KIND_STDOUT) => (&streams.stdout, "stdout"),
             Ok(StreamKind::STREAM_KIND_STDERR) => (&streams.stderr, "stderr"),
-            _ => return Err(Error::new(Kind::InvalidArgument, "kind must be stdout or stderr").into()),
+            _ => return Err(CallError::new(FailureKind::InvalidArgument, "kind must be stdout or stderr").into()),
         };
         let Some(fd) = slot.attach(name)? else { return Ok(()) };
-        let source = if streams.terminal.is_some() { output::Source::Terminal } else { output::Source::Pipe };
-        match output::pump(fd, source, streams.exited.subscribe(), &stream, &mut gone).await {
-            output::End::Finished => {
+        let source =
+            if streams.terminal.is_some() { output::OutputSource::Terminal } else { output::OutputSource::Pipe };
+        match output::pump(fd, source, streams.exited.subscribe(), &stream, &mut disconnect).await {
+            output::OutputEnd::Finished => {
                 slot.detach(None);
                 Ok(())
             }
-            output::End::Broken(fd, error) => {
+            output::OutputEnd::Broken(fd, error) => {
                 slot.detach(Some(fd));
                 Err(error.into())
             }
@@ -64,36 +63,39 @@ impl Stdio for Service {
         _: &TtrpcContext,
         mut stream: ServerStreamReceiver<InputChunk>,
     ) -> ttrpc::Result<InputResponse> {
-        let mut gone = self.gone.clone();
+        let mut disconnect = self.disconnect.clone();
         let first = tokio::select! {
             first = timeout(FIRST_CHUNK, stream.recv()) => match first {
                 Ok(Ok(Some(first))) => first,
-                Ok(Ok(None)) => return Err(Error::new(Kind::InvalidArgument, "an input must name its process").into()),
+                Ok(Ok(None)) => {
+                    let what = "the first chunk must name the process";
+                    return Err(CallError::new(FailureKind::InvalidArgument, what).into());
+                }
                 Ok(Err(error)) => return Err(error),
                 Err(_) => {
-                    let what = format!("the first chunk did not come within {FIRST_CHUNK:?}");
-                    return Err(Error::new(Kind::DeadlineExceeded, what).into());
+                    let what = format!("the first chunk did not arrive within {FIRST_CHUNK:?}");
+                    return Err(CallError::new(FailureKind::DeadlineExceeded, what).into());
                 }
             },
-            () = gone.wait() => return Ok(InputResponse::new()),
+            () = disconnect.wait() => return Ok(InputResponse::new()),
         };
         self.meter.consumed(&first);
         let streams = tokio::select! {
             streams = self.streams.find(&first.container_id, &first.exec_id) => streams?,
-            () = gone.wait() => return Ok(InputResponse::new()),
+            () = disconnect.wait() => return Ok(InputResponse::new()),
         };
         let Some(fd) = streams.stdin.attach("stdin")? else { return Ok(InputResponse::new()) };
-        match input::pump(fd, streams.exited.subscribe(), &mut stream, &self.meter, &mut gone).await {
-            input::End::Finished(written) => {
+        match input::pump(fd, streams.exited.subscribe(), &mut stream, &self.meter, &mut disconnect).await {
+            input::InputEnd::Finished(written) => {
                 streams.stdin.detach(None);
                 Ok(InputResponse { written, ..Default::default() })
             }
-            input::End::Unread(written) => {
+            input::InputEnd::Unread(written) => {
                 streams.stdin.detach(None);
-                input::discard(&mut stream, &self.meter, &mut gone).await;
+                input::discard(&mut stream, &self.meter, &mut disconnect).await;
                 Ok(InputResponse { written, ..Default::default() })
             }
-            input::End::Broken(fd, error) => {
+            input::InputEnd::Broken(fd, error) => {
                 streams.stdin.detach(Some(fd));
                 Err(error.into())
             }

@@ -1,45 +1,43 @@
-//! The agent's output: a file that is put aside when it is full, with the one before kept.
+//! The agent's log file. A full file is rotated; one rotated file is kept.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use husk_protos::chain::Chain;
 use husk_protos::extras::{SUPERVISOR_LOG, SUPERVISOR_LOG_BEFORE};
 use tokio::io::Interest;
 
 use crate::console;
-use crate::io::watch_fd;
+use crate::fd::watch_fd;
 
 /// Largest size of the file, bytes.
 const SIZE_MAX: usize = 1024 * 1024;
-/// Bytes that are taken out of the pipe at once.
+/// Bytes per read from the pipe.
 const CHUNK: usize = 4096;
 
-/// The file.
 #[derive(Debug)]
-pub struct Log {
+pub(super) struct LogFile {
     path: PathBuf,
-    before: PathBuf,
+    rotated: PathBuf,
     file: File,
     size: usize,
     size_max: usize,
 }
 
-impl Log {
-    /// Begins it.
-    ///
+impl LogFile {
     /// # Errors
-    /// When the file cannot be made.
-    pub fn create() -> io::Result<Self> {
+    /// When the file cannot be created.
+    pub(super) fn create() -> io::Result<Self> {
         Self::create_at(SUPERVISOR_LOG.into(), SUPERVISOR_LOG_BEFORE.into(), SIZE_MAX)
     }
 
-    fn create_at(path: PathBuf, before: PathBuf, size_max: usize) -> io::Result<Self> {
+    fn create_at(path: PathBuf, rotated: PathBuf, size_max: usize) -> io::Result<Self> {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder)?;
         }
-        Ok(Self { file: File::create(&path)?, path, before, size: 0, size_max })
+        Ok(Self { file: File::create(&path)?, path, rotated, size: 0, size_max })
     }
 
     fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
@@ -56,13 +54,13 @@ impl Log {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
-        fs::rename(&self.path, &self.before)?;
+        fs::rename(&self.path, &self.rotated)?;
         (self.file, self.size) = (File::create(&self.path)?, 0);
         Ok(())
     }
 }
 
-/// How many of the bytes go into a file with this much room: lines are not cut, but those that are longer than a whole file.
+/// How many of the bytes fit into a file with this much room. Only a line that is longer than a whole file is split.
 fn fits(bytes: &[u8], room: usize, empty: bool) -> usize {
     if bytes.len() <= room {
         return bytes.len();
@@ -74,14 +72,14 @@ fn fits(bytes: &[u8], room: usize, empty: bool) -> usize {
     }
 }
 
-/// Writes what comes through the pipe, in debug also to the console, until nobody has its other end any more. What cannot be written is lost: an
-/// agent is never held up for its log.
-pub async fn keep(pipe: OwnedFd, mut log: Log, debug: bool) -> io::Result<()> {
+/// Copies the agent's output from the pipe to the log, and in debug mode to the console, until every write end is
+/// closed. Output that cannot be written is discarded: the log never blocks the agent.
+pub(super) async fn copy(pipe: OwnedFd, mut log: LogFile, debug: bool) -> io::Result<()> {
     let pipe = watch_fd(pipe, Interest::READABLE)?;
     let mut failing = false;
     loop {
         let mut ready = pipe.readable().await?;
-        // Not kept across waits: an agent that is silent costs no memory.
+        // Not kept across waits: a silent agent costs no memory.
         let mut chunk = [0; CHUNK];
         let read = match ready.try_io(|pipe| Ok(nix::unistd::read(pipe.get_ref(), &mut chunk)?)) {
             Ok(Ok(0)) => return Ok(()),
@@ -94,13 +92,16 @@ pub async fn keep(pipe: OwnedFd, mut log: Log, debug: bool) -> io::Result<()> {
         if let Err(error) = &written
             && !failing
         {
-            tracing::warn!(%error, "the supervisor agent's output cannot be written to {SUPERVISOR_LOG}, and is lost");
+            tracing::warn!(
+                error = %Chain(error),
+                "failed to write the supervisor agent's output to {SUPERVISOR_LOG}; the output is lost"
+            );
         }
         failing = written.is_err();
         if debug {
             console::write_bytes(&chunk[..read]);
         }
-        // One that never stops writing must not keep PID 1 from all else.
+        // An agent that writes without pause must not starve the rest of PID 1.
         tokio::task::yield_now().await;
     }
 }
@@ -110,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_stay_whole_where_they_fit_into_a_file() {
+    fn lines_that_fit_into_a_file_are_not_split() {
         let table = [
             (&b"ab\ncd\n"[..], 6, false, 6),
             (b"ab\ncd\n", 5, false, 3),
@@ -121,17 +122,17 @@ mod tests {
             (b"abcdef", 4, false, 0),
             (b"", 4, true, 0),
         ];
-        for (bytes, room, empty, wanted) in table {
-            assert_eq!(fits(bytes, room, empty), wanted, "{bytes:?} {room} {empty}");
+        for (bytes, room, empty, expected) in table {
+            assert_eq!(fits(bytes, room, empty), expected, "{bytes:?} {room} {empty}");
         }
     }
 
     #[test]
-    fn a_full_file_is_put_aside_and_one_is_kept() {
+    fn a_full_file_is_rotated_and_one_rotated_file_is_kept() {
         let folder = tempfile::tempdir().unwrap();
-        let [path, before] = ["log/now", "log/before"].map(|name| folder.path().join(name));
-        let mut log = Log::create_at(path.clone(), before.clone(), 10).unwrap();
-        let files = || [&before, &path].map(|path| fs::read_to_string(path).unwrap_or_default());
+        let [path, rotated] = ["log/current", "log/rotated"].map(|name| folder.path().join(name));
+        let mut log = LogFile::create_at(path.clone(), rotated.clone(), 10).unwrap();
+        let files = || [&rotated, &path].map(|path| fs::read_to_string(path).unwrap_or_default());
         let steps = [
             ("one\ntwo\n", ["", "one\ntwo\n"]),
             ("3\n", ["", "one\ntwo\n3\n"]),
@@ -139,23 +140,23 @@ mod tests {
             ("five\nsix\nseven\n", ["four\nfive\n", "six\nseven\n"]),
             ("a line of its own that is long\n", ["at is long", "\n"]),
         ];
-        for (bytes, wanted) in steps {
+        for (bytes, expected) in steps {
             log.write(bytes.as_bytes()).unwrap();
-            assert_eq!(files(), wanted, "{bytes:?}");
+            assert_eq!(files(), expected, "{bytes:?}");
         }
         assert_eq!(fs::read_dir(folder.path().join("log")).unwrap().count(), 2);
     }
 
     #[tokio::test]
-    async fn what_comes_through_the_pipe_is_kept_until_its_end() {
+    async fn output_is_logged_until_the_pipe_ends() {
         let folder = tempfile::tempdir().unwrap();
-        let [path, before] = ["now", "before"].map(|name| folder.path().join(name));
+        let [path, rotated] = ["current", "rotated"].map(|name| folder.path().join(name));
         let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
-        let kept = tokio::spawn(keep(ours, Log::create_at(path.clone(), before, 1000).unwrap(), false));
+        let copied = tokio::spawn(copy(ours, LogFile::create_at(path.clone(), rotated, 1000).unwrap(), false));
         let mut theirs = tokio::net::unix::pipe::Sender::from_owned_fd(theirs).unwrap();
         tokio::io::AsyncWriteExt::write_all(&mut theirs, &[b'x'; 1500]).await.unwrap();
         drop(theirs);
-        kept.await.unwrap().unwrap();
+        copied.await.unwrap().unwrap();
         assert_eq!(fs::metadata(&path).unwrap().len(), 500);
     }
 }

@@ -1,118 +1,116 @@
-//! When the agent is started, again, and no more. Pure: it is told what happens and when, and answers what is to be done.
+//! Restart policy of the supervisor agent: backoff with a restart limit. Pure: it maps what happened and when to the
+//! next action.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use husk_protos::extras::SUPERVISOR_GRACE;
 
-/// Waits before the restarts in a row; the last one stays. Seconds.
-const WAITS: [u64; 6] = [1, 2, 4, 8, 16, 30];
-/// In any such time there are at most [`RESTARTS_MAX`] restarts; and who has run as long is stable: what was before is forgotten.
-pub const WINDOW: Duration = Duration::from_secs(5 * 60);
-/// Restarts inside a window.
-pub const RESTARTS_MAX: usize = 10;
+/// Pauses before consecutive restarts, seconds. The last one repeats.
+const RESTART_BACKOFF: [u64; 6] = [1, 2, 4, 8, 16, 30];
+/// Any window of this length contains at most [`RESTARTS_MAX`] restarts. An agent that has run for as long is stable:
+/// backoff and restart count start over.
+pub(super) const WINDOW: Duration = Duration::from_secs(5 * 60);
+/// Most restarts within a window.
+pub(super) const RESTARTS_MAX: usize = 10;
 
-/// What happens.
+/// What happened to the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event {
-    /// It runs.
+pub(super) enum AgentEvent {
     Started,
-    /// It could not be started.
     StartFailed,
-    /// It has ended.
-    Ended,
-    /// The time is over that [`Step::Wait`] or [`Step::Terminate`] has named.
+    Exited,
+    /// The time of [`Action::Pause`] or [`Action::Terminate`] is over.
     Elapsed,
-    /// The guest ends.
+    /// The guest is shutting down.
     Stop,
 }
 
-/// What is to be done.
+/// What to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// To start it.
+pub(super) enum Action {
     Start,
-    /// To wait for its end.
+    /// Wait for the agent's exit.
     Watch,
-    /// To wait so long.
-    Wait(Duration),
-    /// To do without it until the guest ends.
+    /// Wait before the next start.
+    Pause(Duration),
+    /// Run no agent until the guest shuts down.
     GiveUp,
-    /// To ask it to end, and to wait for that so long.
+    /// Send SIGTERM and wait this long for the exit.
     Terminate(Duration),
-    /// To kill it, and to wait for its end.
+    /// Kill the agent and wait for its exit.
     Kill,
-    /// Nothing more, ever.
-    Done,
+    /// Nothing more.
+    Finish,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Starting,
     Running { since: Duration },
-    Waiting,
+    Paused,
     GivenUp,
     Terminating,
     Killing,
-    Over,
+    Finished,
 }
 
-/// The agent's life so far. Times are since any one moment.
+/// The state of the agent and its recent restarts. All times count from the same arbitrary moment.
 #[derive(Debug)]
-pub struct Policy {
+pub(super) struct Policy {
     state: State,
-    /// Restarts without stable running in between.
-    in_a_row: usize,
-    /// When the last restarts were, or will be.
+    /// Restarts since the agent last ran stably.
+    consecutive: usize,
+    /// Times of the restarts within the window. The last one may be in the future.
     restarts: VecDeque<Duration>,
 }
 
 impl Policy {
-    /// Of an agent that is to be started now.
-    pub fn new() -> (Self, Step) {
-        (Self { state: State::Starting, in_a_row: 0, restarts: VecDeque::new() }, Step::Start)
+    /// The initial state and the first action.
+    pub(super) fn new() -> (Self, Action) {
+        (Self { state: State::Starting, consecutive: 0, restarts: VecDeque::new() }, Action::Start)
     }
 
-    /// Restarts inside the present window.
-    pub fn restarts(&self) -> usize {
+    /// Restarts within the current window.
+    pub(super) fn restarts(&self) -> usize {
         self.restarts.len()
     }
 
-    /// What follows from what has happened `now`; nothing if it cannot have happened.
-    pub fn next(&mut self, event: Event, now: Duration) -> Option<Step> {
-        let (state, step) = match (self.state, event) {
-            (State::Starting, Event::Started) => (State::Running { since: now }, Step::Watch),
-            (State::Starting, Event::StartFailed) => self.failed(now),
-            (State::Running { since }, Event::Ended) => {
+    /// The action after an event at time `now`. None when the event is impossible in the current state.
+    pub(super) fn next(&mut self, event: AgentEvent, now: Duration) -> Option<Action> {
+        let (state, action) = match (self.state, event) {
+            (State::Starting, AgentEvent::Started) => (State::Running { since: now }, Action::Watch),
+            (State::Starting, AgentEvent::StartFailed) => self.restart_later(now),
+            (State::Running { since }, AgentEvent::Exited) => {
                 if now.saturating_sub(since) >= WINDOW {
-                    self.in_a_row = 0;
+                    self.consecutive = 0;
                     self.restarts.clear();
                 }
-                self.failed(now)
+                self.restart_later(now)
             }
-            (State::Running { .. }, Event::Stop) => (State::Terminating, Step::Terminate(SUPERVISOR_GRACE)),
-            (State::Waiting, Event::Elapsed) => (State::Starting, Step::Start),
-            (State::Terminating, Event::Elapsed) => (State::Killing, Step::Kill),
-            (State::Starting | State::Waiting | State::GivenUp, Event::Stop) => (State::Over, Step::Done),
-            (State::Terminating | State::Killing, Event::Ended) => (State::Over, Step::Done),
+            (State::Running { .. }, AgentEvent::Stop) => (State::Terminating, Action::Terminate(SUPERVISOR_GRACE)),
+            (State::Paused, AgentEvent::Elapsed) => (State::Starting, Action::Start),
+            (State::Terminating, AgentEvent::Elapsed) => (State::Killing, Action::Kill),
+            (State::Starting | State::Paused | State::GivenUp, AgentEvent::Stop) => (State::Finished, Action::Finish),
+            (State::Terminating | State::Killing, AgentEvent::Exited) => (State::Finished, Action::Finish),
             _ => return None,
         };
         self.state = state;
-        Some(step)
+        Some(action)
     }
 
-    fn failed(&mut self, now: Duration) -> (State, Step) {
-        let wait = Duration::from_secs(WAITS[self.in_a_row.min(WAITS.len() - 1)]);
-        let restart = now + wait;
+    fn restart_later(&mut self, now: Duration) -> (State, Action) {
+        let pause = Duration::from_secs(RESTART_BACKOFF[self.consecutive.min(RESTART_BACKOFF.len() - 1)]);
+        let restart = now + pause;
         while self.restarts.front().is_some_and(|earlier| *earlier + WINDOW <= restart) {
             self.restarts.pop_front();
         }
         if self.restarts.len() == RESTARTS_MAX {
-            return (State::GivenUp, Step::GiveUp);
+            return (State::GivenUp, Action::GiveUp);
         }
         self.restarts.push_back(restart);
-        self.in_a_row += 1;
-        (State::Waiting, Step::Wait(wait))
+        self.consecutive += 1;
+        (State::Paused, Action::Pause(pause))
     }
 }
 
@@ -120,125 +118,134 @@ impl Policy {
 mod tests {
     use super::*;
 
-    /// A life under a clock of its own: what happens, how many seconds after what happened before, and what is to be done then.
-    fn live(script: &[(Event, u64, Option<Step>)]) -> Policy {
+    /// Runs a script: an event, the seconds since the previous event, and the expected action.
+    fn run(script: &[(AgentEvent, u64, Option<Action>)]) -> Policy {
         let (mut policy, first) = Policy::new();
-        assert_eq!(first, Step::Start);
+        assert_eq!(first, Action::Start);
         let mut clock = Duration::ZERO;
-        for (index, (event, after, wanted)) in script.iter().enumerate() {
+        for (index, (event, after, expected)) in script.iter().enumerate() {
             clock += Duration::from_secs(*after);
-            assert_eq!(policy.next(*event, clock), *wanted, "step {index}: {event:?} at {clock:?}, {script:?}");
+            assert_eq!(policy.next(*event, clock), *expected, "step {index}: {event:?} at {clock:?}, {script:?}");
         }
         policy
     }
 
-    fn wait(seconds: u64) -> Option<Step> {
-        Some(Step::Wait(Duration::from_secs(seconds)))
+    fn pause(seconds: u64) -> Option<Action> {
+        Some(Action::Pause(Duration::from_secs(seconds)))
     }
 
-    /// An agent that runs for `ran` seconds each time, waited for so long before each restart.
-    fn runs(ran: u64, waits: &[u64]) -> Vec<(Event, u64, Option<Step>)> {
-        let mut script = vec![(Event::Started, 0, Some(Step::Watch))];
-        for seconds in waits {
-            script.push((Event::Ended, ran, wait(*seconds)));
-            script.push((Event::Elapsed, *seconds, Some(Step::Start)));
-            script.push((Event::Started, 0, Some(Step::Watch)));
+    /// A script in which the agent runs for `ran` seconds each time, with these pauses before its restarts.
+    fn runs(ran: u64, pauses: &[u64]) -> Vec<(AgentEvent, u64, Option<Action>)> {
+        let mut script = vec![(AgentEvent::Started, 0, Some(Action::Watch))];
+        for seconds in pauses {
+            script.push((AgentEvent::Exited, ran, pause(*seconds)));
+            script.push((AgentEvent::Elapsed, *seconds, Some(Action::Start)));
+            script.push((AgentEvent::Started, 0, Some(Action::Watch)));
         }
         script
     }
 
-    const TEN: [u64; 10] = [1, 2, 4, 8, 16, 30, 30, 30, 30, 30];
+    const TEN_PAUSES: [u64; 10] = [1, 2, 4, 8, 16, 30, 30, 30, 30, 30];
 
     #[test]
-    fn one_that_ends_at_once_is_started_ten_times_more_and_then_given_up() {
-        let mut script = runs(0, &TEN);
-        script.push((Event::Ended, 0, Some(Step::GiveUp)));
-        assert_eq!(live(&script).restarts(), 10);
+    fn an_agent_that_exits_at_once_is_restarted_ten_times_and_then_given_up() {
+        let mut script = runs(0, &TEN_PAUSES);
+        script.push((AgentEvent::Exited, 0, Some(Action::GiveUp)));
+        assert_eq!(run(&script).restarts(), 10);
     }
 
     #[test]
-    fn a_start_that_fails_counts_as_an_end() {
+    fn a_failed_start_counts_as_an_exit() {
         let mut script = Vec::new();
-        for seconds in TEN {
-            script.push((Event::StartFailed, 0, wait(seconds)));
-            script.push((Event::Elapsed, seconds, Some(Step::Start)));
+        for seconds in TEN_PAUSES {
+            script.push((AgentEvent::StartFailed, 0, pause(seconds)));
+            script.push((AgentEvent::Elapsed, seconds, Some(Action::Start)));
         }
-        script.push((Event::StartFailed, 0, Some(Step::GiveUp)));
-        live(&script);
+        script.push((AgentEvent::StartFailed, 0, Some(Action::GiveUp)));
+        run(&script);
 
         let mixed = [
-            (Event::StartFailed, 0, wait(1)),
-            (Event::Elapsed, 1, Some(Step::Start)),
-            (Event::Started, 0, Some(Step::Watch)),
-            (Event::Ended, 0, wait(2)),
-            (Event::Elapsed, 2, Some(Step::Start)),
-            (Event::StartFailed, 0, wait(4)),
+            (AgentEvent::StartFailed, 0, pause(1)),
+            (AgentEvent::Elapsed, 1, Some(Action::Start)),
+            (AgentEvent::Started, 0, Some(Action::Watch)),
+            (AgentEvent::Exited, 0, pause(2)),
+            (AgentEvent::Elapsed, 2, Some(Action::Start)),
+            (AgentEvent::StartFailed, 0, pause(4)),
         ];
-        assert_eq!(live(&mixed).restarts(), 3);
+        assert_eq!(run(&mixed).restarts(), 3);
     }
 
     #[test]
-    fn ten_restarts_count_only_inside_a_window() {
-        // Restarts are 60 s apart, so no window ever has more than five.
+    fn only_restarts_within_the_window_count() {
+        // Restarts are 60 s apart, so no window contains more than five.
         let slow = [&[1, 2, 4, 8, 16][..], &[30; 40]].concat();
-        assert!(live(&runs(30, &slow)).restarts() <= 5);
-        // The eleventh would be 12 s + 30 s after the tenth: 300 s after the first, and so no longer in its window.
+        assert!(run(&runs(30, &slow)).restarts() <= 5);
+        // The first restart is at 1 s, the tenth at 181 s. The eleventh follows `last_run` + 30 s later; at 301 s or
+        // more the first one has left the window.
         let edge = |last_run| {
-            let mut script = runs(0, &TEN);
-            script.push((Event::Ended, last_run, if last_run < 90 { Some(Step::GiveUp) } else { wait(30) }));
-            live(&script)
+            let mut script = runs(0, &TEN_PAUSES);
+            script.push((AgentEvent::Exited, last_run, if last_run < 90 { Some(Action::GiveUp) } else { pause(30) }));
+            run(&script)
         };
-        // The first was at 1 s, the tenth at 181 s.
         assert_eq!(edge(89).restarts(), 10);
         assert_eq!(edge(90).restarts(), 10);
         assert_eq!(edge(92).restarts(), 9);
     }
 
     #[test]
-    fn who_has_run_stably_begins_anew() {
-        let mut script = runs(0, &TEN);
-        script.extend([(Event::Ended, 300, wait(1)), (Event::Elapsed, 1, Some(Step::Start))]);
-        assert_eq!(live(&script).restarts(), 1);
-        // A second less is not stable: the waits stay long.
-        let mut script = runs(0, &TEN);
-        script.push((Event::Ended, 299, wait(30)));
-        live(&script);
-        // And being started does not count as running.
-        let mut script = runs(0, &TEN[..3]);
+    fn backoff_and_count_start_over_after_stable_running() {
+        let mut script = runs(0, &TEN_PAUSES);
+        script.extend([(AgentEvent::Exited, 300, pause(1)), (AgentEvent::Elapsed, 1, Some(Action::Start))]);
+        assert_eq!(run(&script).restarts(), 1);
+        // One second less is not stable: the backoff continues.
+        let mut script = runs(0, &TEN_PAUSES);
+        script.push((AgentEvent::Exited, 299, pause(30)));
+        run(&script);
+        // Time spent starting does not count as running.
+        let mut script = runs(0, &TEN_PAUSES[..3]);
         script.pop();
-        script.extend([(Event::StartFailed, 400, wait(8))]);
-        live(&script);
+        script.extend([(AgentEvent::StartFailed, 400, pause(8))]);
+        run(&script);
     }
 
     #[test]
-    fn the_end_of_the_guest_is_asked_for_then_insisted_on() {
-        let terminate = Some(Step::Terminate(Duration::from_secs(5)));
-        let table: &[&[(Event, u64, Option<Step>)]] = &[
-            // Willing, and deaf.
-            &[(Event::Started, 0, Some(Step::Watch)), (Event::Stop, 9, terminate), (Event::Ended, 1, Some(Step::Done))],
+    fn at_shutdown_the_agent_is_terminated_and_then_killed() {
+        let terminate = Some(Action::Terminate(Duration::from_secs(5)));
+        let table: &[&[(AgentEvent, u64, Option<Action>)]] = &[
+            // The agent exits on SIGTERM; the agent ignores SIGTERM.
             &[
-                (Event::Started, 0, Some(Step::Watch)),
-                (Event::Stop, 9, terminate),
-                (Event::Elapsed, 5, Some(Step::Kill)),
-                (Event::Ended, 0, Some(Step::Done)),
+                (AgentEvent::Started, 0, Some(Action::Watch)),
+                (AgentEvent::Stop, 9, terminate),
+                (AgentEvent::Exited, 1, Some(Action::Finish)),
             ],
-            // During a wait; what comes after it starts nothing.
             &[
-                (Event::Started, 0, Some(Step::Watch)),
-                (Event::Ended, 0, wait(1)),
-                (Event::Stop, 0, Some(Step::Done)),
-                (Event::Elapsed, 1, None),
-                (Event::Stop, 1, None),
+                (AgentEvent::Started, 0, Some(Action::Watch)),
+                (AgentEvent::Stop, 9, terminate),
+                (AgentEvent::Elapsed, 5, Some(Action::Kill)),
+                (AgentEvent::Exited, 0, Some(Action::Finish)),
             ],
-            &[(Event::StartFailed, 0, wait(1)), (Event::Stop, 0, Some(Step::Done)), (Event::Elapsed, 1, None)],
-            // Before it is started at all.
-            &[(Event::Stop, 0, Some(Step::Done)), (Event::Started, 0, None)],
+            // During a pause. Later events start nothing.
+            &[
+                (AgentEvent::Started, 0, Some(Action::Watch)),
+                (AgentEvent::Exited, 0, pause(1)),
+                (AgentEvent::Stop, 0, Some(Action::Finish)),
+                (AgentEvent::Elapsed, 1, None),
+                (AgentEvent::Stop, 1, None),
+            ],
+            &[
+                (AgentEvent::StartFailed, 0, pause(1)),
+                (AgentEvent::Stop, 0, Some(Action::Finish)),
+                (AgentEvent::Elapsed, 1, None),
+            ],
+            // Before the first start.
+            &[(AgentEvent::Stop, 0, Some(Action::Finish)), (AgentEvent::Started, 0, None)],
         ];
         for script in table {
-            live(script);
+            run(script);
         }
-        let mut given_up = runs(0, &TEN);
-        given_up.extend([(Event::Ended, 0, Some(Step::GiveUp)), (Event::Stop, 1000, Some(Step::Done))]);
-        live(&given_up);
+        let mut given_up = runs(0, &TEN_PAUSES);
+        given_up
+            .extend([(AgentEvent::Exited, 0, Some(Action::GiveUp)), (AgentEvent::Stop, 1000, Some(Action::Finish))]);
+        run(&given_up);
     }
 }

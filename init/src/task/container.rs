@@ -1,71 +1,64 @@
-//! A container: its init, its execs, and what order their ends are told in.
+//! A container: its init, its execs, and the order in which their exits are reported.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use husk_protos::lock::lock;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::process::{Process, State};
+use super::process::{Process, ProcessState};
 use crate::cgroup::oom::Kills;
-use crate::error::{Error, Kind};
-use crate::{cgroup, places};
+use crate::error::{CallError, FailureKind};
+use crate::worker::Created;
+use crate::{cgroup, paths};
 
-/// Time that the init's exit is held back for execs that are not reaped yet. The kernel has killed them by then.
-const EXECS_WAIT: Duration = Duration::from_secs(10);
+/// How long the init's exit waits for execs that are not reaped yet. The kernel has already killed them.
+const EXEC_EXITS_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A container and its processes.
 #[derive(Debug)]
-pub struct Container {
-    /// As containerd gave it.
-    pub id: String,
-    /// As Create said it.
-    pub terminal: bool,
-    /// Its first process.
-    pub init: Arc<Process>,
-    /// The kernel ends all of its processes with its init.
-    pub own_pid_namespace: bool,
-    /// Start has to go through a worker.
-    pub start_hooks: bool,
-    /// Delete has to go through a worker.
-    pub poststop_hooks: bool,
-    /// What the kernel killed of it for want of memory.
-    pub kills: Kills,
+pub(crate) struct Container {
+    pub(crate) id: String,
+    /// As in the Create request.
+    pub(crate) terminal: bool,
+    pub(crate) init: Arc<Process>,
+    /// Whether the kernel kills all of the container's processes when its init exits.
+    pub(crate) own_pid_namespace: bool,
+    /// Whether the start runs hooks and therefore needs a worker.
+    pub(crate) start_hooks: bool,
+    /// Whether the deletion runs hooks and therefore needs a worker.
+    pub(crate) poststop_hooks: bool,
+    pub(crate) oom_kills: Kills,
     execs: Mutex<HashMap<String, Arc<Process>>>,
-    live: watch::Sender<Live>,
+    activity: watch::Sender<Activity>,
 }
 
-/// What of a container its other parts have to wait for.
+/// The conditions that a pause, an exec and the init's exit wait for.
 #[derive(Debug, Default, Clone, Copy)]
-struct Live {
-    /// Execs between the beginning of their start and their exit. They keep the init's exit from being told.
+struct Activity {
+    /// Execs that are starting or running. They delay the report of the init's exit.
     execs: usize,
-    /// Those of them whose start is under way. They keep the container from being frozen, in which they would not come through.
+    /// Execs that are starting. They delay a freeze, which would stop them halfway.
     starting: usize,
-    /// The init has ended: no exec may begin any more.
-    closed: bool,
-    freezer: Freezer,
+    /// The init has exited: no exec may begin.
+    init_exited: bool,
+    freezer: FreezerState,
 }
 
-/// Whether a container's processes may run.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub enum Freezer {
-    /// They may.
+pub(crate) enum FreezerState {
     #[default]
     Thawed,
-    /// They are being stopped.
     Freezing,
-    /// They are stopped.
     Frozen,
-    /// They are being let go.
     Thawing,
 }
 
-impl Freezer {
-    /// As it stands in messages.
-    pub fn name(self) -> &'static str {
+impl FreezerState {
+    /// The state's name in error messages.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Thawed => "running",
             Self::Freezing => "being paused",
@@ -76,8 +69,7 @@ impl Freezer {
 }
 
 impl Container {
-    /// A container that was just created.
-    pub fn new(init: Arc<Process>, created: &crate::worker::Created, kills: Kills) -> Arc<Self> {
+    pub(crate) fn new(init: Arc<Process>, created: &Created, oom_kills: Kills) -> Arc<Self> {
         Arc::new(Self {
             id: init.container.clone(),
             terminal: init.stdio.terminal,
@@ -85,177 +77,155 @@ impl Container {
             own_pid_namespace: created.own_pid_namespace,
             start_hooks: created.start_hooks,
             poststop_hooks: created.poststop_hooks,
-            kills,
+            oom_kills,
             execs: Mutex::default(),
-            live: watch::Sender::default(),
+            activity: watch::Sender::default(),
         })
     }
 
-    /// Folder of its config.json.
-    pub fn bundle(&self) -> PathBuf {
-        places::bundle(&self.id)
+    pub(crate) fn bundle(&self) -> PathBuf {
+        paths::bundle(&self.id)
     }
 
-    /// Its cgroup.
-    pub fn group(&self) -> PathBuf {
+    pub(crate) fn cgroup(&self) -> PathBuf {
         cgroup::of(&self.id)
     }
 
-    /// A process by its id; the empty one is the init.
-    ///
-    /// # Errors
-    /// NotFound.
-    pub fn process(&self, exec: &str) -> Result<Arc<Process>, Error> {
+    /// Looks up a process; the empty ID is the init.
+    pub(crate) fn process(&self, exec: &str) -> Result<Arc<Process>, CallError> {
         if exec.is_empty() {
             return Ok(self.init.clone());
         }
-        self.execs()
-            .get(exec)
-            .cloned()
-            .ok_or_else(|| Error::new(Kind::NotFound, format!("process does not exist {exec} in {}", self.id)))
+        self.execs().get(exec).cloned().ok_or_else(|| {
+            CallError::new(FailureKind::NotFound, format!("process {exec} does not exist in {}", self.id))
+        })
     }
 
-    /// Adds an exec.
-    ///
-    /// # Errors
-    /// AlreadyExists.
-    pub fn add_exec(&self, process: Arc<Process>) -> Result<(), Error> {
+    pub(crate) fn add_exec(&self, process: Arc<Process>) -> Result<(), CallError> {
         let mut execs = self.execs();
         if execs.contains_key(&process.exec) {
-            return Err(Error::new(Kind::AlreadyExists, format!("exec {} in {} exists", process.exec, self.id)));
+            let what = format!("exec {} already exists in {}", process.exec, self.id);
+            return Err(CallError::new(FailureKind::AlreadyExists, what));
         }
         execs.insert(process.exec.clone(), process);
         Ok(())
     }
 
-    /// Forgets an exec.
-    pub fn remove_exec(&self, exec: &str) {
+    pub(crate) fn remove_exec(&self, exec: &str) {
         self.execs().remove(exec);
     }
 
-    /// All execs, at this moment.
-    pub fn all_execs(&self) -> Vec<Arc<Process>> {
+    pub(crate) fn all_execs(&self) -> Vec<Arc<Process>> {
         self.execs().values().cloned().collect()
     }
 
-    /// Whether its processes may run.
-    pub fn freezer(&self) -> Freezer {
-        self.live.borrow().freezer
+    pub(crate) fn freezer(&self) -> FreezerState {
+        self.activity.borrow().freezer
     }
 
-    /// Moves the freezer from one state to the next.
-    ///
-    /// # Errors
-    /// FailedPrecondition when it is in another state.
-    pub fn switch(&self, verb: &str, from: Freezer, to: Freezer) -> Result<(), Error> {
-        let mut was = from;
-        self.live.send_if_modified(|live| {
-            was = live.freezer;
-            let switches = was == from;
-            if switches {
-                live.freezer = to;
+    /// Moves the freezer from one state to the next. Fails with FailedPrecondition if it is in another state than
+    /// `from`.
+    pub(crate) fn set_freezer(&self, verb: &str, from: FreezerState, to: FreezerState) -> Result<(), CallError> {
+        let mut previous = from;
+        self.activity.send_if_modified(|activity| {
+            previous = activity.freezer;
+            let matches = previous == from;
+            if matches {
+                activity.freezer = to;
             }
-            switches
+            matches
         });
-        if was == from { Ok(()) } else { Err(self.refuse(verb, was.name())) }
+        if previous == from { Ok(()) } else { Err(self.wrong_state(verb, previous.name())) }
     }
 
-    /// Waits until no exec is between its start's beginning and its end.
-    pub async fn execs_started(&self) {
-        // The sender lives in self: the wait cannot fail.
-        let _ = self.live.subscribe().wait_for(|live| live.starting == 0).await;
+    pub(crate) async fn wait_for_starting_execs(&self) {
+        // Cannot fail: self owns the sender.
+        let _ = self.activity.subscribe().wait_for(|activity| activity.starting == 0).await;
     }
 
-    /// Refuses what only a container can that runs and is not paused.
-    ///
-    /// # Errors
-    /// FailedPrecondition.
-    pub fn must_run(&self, verb: &str) -> Result<(), Error> {
+    /// Fails with FailedPrecondition unless the container is running and not paused.
+    pub(crate) fn require_running(&self, verb: &str) -> Result<(), CallError> {
         let state = self.init.state();
         match self.freezer() {
-            Freezer::Thawed if matches!(state, State::Running { .. }) => Ok(()),
-            freezer if matches!(state, State::Running { .. }) => Err(self.refuse(verb, freezer.name())),
-            _ => Err(self.refuse(verb, state.name())),
+            FreezerState::Thawed if matches!(state, ProcessState::Running { .. }) => Ok(()),
+            freezer if matches!(state, ProcessState::Running { .. }) => Err(self.wrong_state(verb, freezer.name())),
+            _ => Err(self.wrong_state(verb, state.name())),
         }
     }
 
-    /// Refuses what cannot be done with a container whose init has ended.
-    ///
-    /// # Errors
-    /// FailedPrecondition.
-    pub fn must_be_there(&self, verb: &str) -> Result<(), Error> {
+    /// Fails with FailedPrecondition if the init has exited.
+    pub(crate) fn require_not_stopped(&self, verb: &str) -> Result<(), CallError> {
         match self.init.state() {
-            state @ (State::Stopped { .. } | State::Deleted) => Err(self.refuse(verb, state.name())),
+            state @ (ProcessState::Stopped { .. } | ProcessState::Deleted) => Err(self.wrong_state(verb, state.name())),
             _ => Ok(()),
         }
     }
 
-    fn refuse(&self, verb: &str, state: &str) -> Error {
-        Error::new(Kind::FailedPrecondition, format!("cannot {verb} {}: it is {state}", self.id))
+    fn wrong_state(&self, verb: &str, state: &str) -> CallError {
+        CallError::new(FailureKind::FailedPrecondition, format!("cannot {verb} {}: it is {state}", self.id))
     }
 
-    /// An exec begins: counted before its start, because its exit may come before the start's answer, and the init's with it.
-    ///
-    /// # Errors
-    /// FailedPrecondition when the init has ended, or the container is paused.
-    pub fn begin_exec(self: &Arc<Self>) -> Result<LiveExec, Error> {
-        let mut refused = None;
-        self.live.send_if_modified(|live| {
-            refused = match live.freezer {
-                _ if live.closed => Some("stopped"),
-                Freezer::Thawed => None,
+    /// Registers an exec before its start: its exit, and with it the init's, may arrive before the reply to the start.
+    /// Fails with FailedPrecondition if the init has exited or the container is paused.
+    pub(crate) fn begin_exec(self: &Arc<Self>) -> Result<ActiveExec, CallError> {
+        let mut conflict = None;
+        self.activity.send_if_modified(|activity| {
+            conflict = match activity.freezer {
+                _ if activity.init_exited => Some("stopped"),
+                FreezerState::Thawed => None,
                 other => Some(other.name()),
             };
-            live.execs += usize::from(refused.is_none());
-            live.starting += usize::from(refused.is_none());
-            refused.is_none()
+            activity.execs += usize::from(conflict.is_none());
+            activity.starting += usize::from(conflict.is_none());
+            conflict.is_none()
         });
-        match refused {
-            None => Ok(LiveExec { container: self.clone(), starting: true }),
-            Some(state) => Err(self.refuse("exec in", state)),
+        match conflict {
+            None => Ok(ActiveExec { container: self.clone(), starting: true }),
+            Some(state) => Err(self.wrong_state("exec in", state)),
         }
     }
 
-    /// The init has ended: refuses further execs, and waits until the exits of those that were there have been told. Execs that outlive the
-    /// init, because they share another's pid namespace, are killed.
-    pub async fn settle_execs(&self) {
-        self.live.send_modify(|live| live.closed = true);
+    /// After the init's exit: rejects new execs and waits until the exits of all others have been reported. In a shared
+    /// PID namespace, execs outlive the init; they are killed.
+    pub(crate) async fn drain_execs(&self) {
+        self.activity.send_modify(|activity| activity.init_exited = true);
         if !self.own_pid_namespace
-            && let Err(error) = cgroup::kill(&self.group())
+            && let Err(error) = cgroup::kill(&self.cgroup())
         {
-            tracing::error!(container = self.id, %error, "kill what outlived the init");
+            tracing::error!(container = self.id, %error, "failed to kill the processes that outlived the init");
         }
-        let mut live = self.live.subscribe();
-        if timeout(EXECS_WAIT, live.wait_for(|live| live.execs == 0)).await.is_err() {
-            tracing::error!(container = self.id, "the init's exit is told before those of its execs");
+        let mut activity = self.activity.subscribe();
+        if timeout(EXEC_EXITS_TIMEOUT, activity.wait_for(|activity| activity.execs == 0)).await.is_err() {
+            tracing::error!(container = self.id, "failed to report the exits of all execs before the init's");
         }
     }
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
-        self.execs.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.execs)
     }
 }
 
-/// An exec that the init's exit has to wait for. Dropped when its own exit was told, or its start has failed.
+/// An exec that the report of the init's exit waits for. Dropped when the exec's own exit was reported, or its start
+/// failed.
 #[derive(Debug)]
-pub struct LiveExec {
+pub(crate) struct ActiveExec {
     container: Arc<Container>,
     starting: bool,
 }
 
-impl LiveExec {
-    /// Its process is there: a freeze may come.
-    pub fn started(&mut self) {
+impl ActiveExec {
+    /// The process exists: the container may be frozen.
+    pub(crate) fn started(&mut self) {
         if std::mem::take(&mut self.starting) {
-            self.container.live.send_modify(|live| live.starting -= 1);
+            self.container.activity.send_modify(|activity| activity.starting -= 1);
         }
     }
 }
 
-impl Drop for LiveExec {
+impl Drop for ActiveExec {
     fn drop(&mut self) {
         self.started();
-        self.container.live.send_modify(|live| live.execs -= 1);
+        self.container.activity.send_modify(|activity| activity.execs -= 1);
     }
 }
 
@@ -263,55 +233,50 @@ impl Drop for LiveExec {
 mod tests {
     use super::*;
     use crate::io::ProcessStreams;
-    use crate::task::process::{State, Stdio};
+    use crate::task::process::{ProcessState, StdioRequest};
 
     fn container() -> (tempfile::TempDir, Arc<Container>) {
         let (streams, _) = ProcessStreams::new(Default::default()).unwrap();
-        let init = Process::new("c", "", Stdio::default(), streams, State::Running { pid: 5 }, None);
-        let created = crate::worker::Created {
-            pid: 5,
-            own_pid_namespace: true,
-            start_hooks: false,
-            poststop_hooks: false,
-            ignored: vec![],
-        };
-        let group = tempfile::tempdir().unwrap();
-        let kills = Kills::of(group.path()).unwrap();
-        (group, Container::new(init, &created, kills))
+        let init = Process::new("c", "", StdioRequest::default(), streams, ProcessState::Running { pid: 5 }, None);
+        let created =
+            Created { pid: 5, own_pid_namespace: true, start_hooks: false, poststop_hooks: false, ignored: vec![] };
+        let cgroup = tempfile::tempdir().unwrap();
+        let oom_kills = Kills::of(cgroup.path()).unwrap();
+        (cgroup, Container::new(init, &created, oom_kills))
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_inits_exit_waits_for_its_execs_and_no_new_one_begins() {
-        let (_group, container) = container();
+    async fn the_init_exit_waits_for_running_execs_and_blocks_new_ones() {
+        let (_cgroup, container) = container();
         let exec = container.begin_exec().unwrap();
-        let settled = tokio::spawn({
+        let drained = tokio::spawn({
             let container = container.clone();
-            async move { container.settle_execs().await }
+            async move { container.drain_execs().await }
         });
         tokio::task::yield_now().await;
-        assert!(!settled.is_finished());
-        assert_eq!(container.begin_exec().unwrap_err().kind, Kind::FailedPrecondition);
+        assert!(!drained.is_finished());
+        assert_eq!(container.begin_exec().unwrap_err().kind, FailureKind::FailedPrecondition);
         drop(exec);
-        settled.await.unwrap();
+        drained.await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_freeze_waits_for_execs_that_are_starting_and_keeps_others_away() {
-        let (_group, container) = container();
+    async fn a_pause_waits_for_starting_execs_and_blocks_new_ones() {
+        let (_cgroup, container) = container();
         let mut exec = container.begin_exec().unwrap();
-        container.switch("pause", Freezer::Thawed, Freezer::Freezing).unwrap();
-        let twice = container.switch("pause", Freezer::Thawed, Freezer::Freezing).unwrap_err();
-        assert_eq!(twice.message, "cannot pause c: it is being paused");
+        container.set_freezer("pause", FreezerState::Thawed, FreezerState::Freezing).unwrap();
+        let second = container.set_freezer("pause", FreezerState::Thawed, FreezerState::Freezing).unwrap_err();
+        assert_eq!(second.message, "cannot pause c: it is being paused");
         assert_eq!(container.begin_exec().unwrap_err().message, "cannot exec in c: it is being paused");
         let waits = tokio::spawn({
             let container = container.clone();
-            async move { container.execs_started().await }
+            async move { container.wait_for_starting_execs().await }
         });
         tokio::task::yield_now().await;
         assert!(!waits.is_finished());
         exec.started();
         waits.await.unwrap();
         drop(exec);
-        assert_eq!(container.live.borrow().execs, 0);
+        assert_eq!(container.activity.borrow().execs, 0);
     }
 }

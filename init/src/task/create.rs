@@ -1,5 +1,6 @@
-//! Create: pipes, a worker, a record; or nothing at all.
+//! Create: makes the streams, has a worker create the container, and records it. A failure leaves nothing behind.
 
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,119 +8,116 @@ use std::time::Duration;
 use containerd_shim_protos::api::CreateTaskRequest;
 
 use super::container::Container;
-use super::process::{Process, State, Stdio};
-use super::{Tasks, terminal};
+use super::process::{Process, ProcessState, StdioRequest};
+use super::{Tasks, streams, terminal};
 use crate::cgroup::oom::Kills;
-use crate::error::{Error, Kind};
-use crate::io::{ProcessStreams, Wanted};
-use crate::worker::client::Streams;
-use crate::worker::{Reply, Request};
-use crate::{cgroup, places};
+use crate::error::{CallError, FailureKind};
+use crate::io::ProcessStreams;
+use crate::reaper::{Creation, Exit};
+use crate::spawn::ChildStreams;
+use crate::worker::{Created, Reply, Request};
+use crate::{cgroup, paths};
 
-/// Time that the rest of a failed create may take to die.
-const CLEANUP: Duration = Duration::from_secs(10);
+/// How long the processes of a failed create may take to exit after SIGKILL.
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Tasks {
-    /// Makes a container from its bundle and answers its init's pid.
-    ///
-    /// # Errors
-    /// What is wrong with the request or its spec; nothing is left of the container then, but its bundle.
-    pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<i32, Error> {
+    /// Creates a container from its bundle and returns the PID of its init. If this fails, only the bundle remains.
+    pub(crate) async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<i32, CallError> {
         let id = request.id.as_str();
-        places::check_id(id)?;
+        paths::check_id(id)?;
         check(&request)?;
         let reservation = self.reserve(id)?;
         let terminal = request.terminal;
-        let stdio = Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal };
-        let bundle = places::bundle(id);
-        let (streams, ends) = streams(&stdio)?;
+        let stdio = StdioRequest { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal };
+        let (streams, ends) = streams::create(&stdio)?;
 
         let creation = self.reaper.creation();
-        let asked = if terminal {
-            let wish = terminal::wish(id, None)?;
-            let request = |console| Request::Create { id: id.into(), bundle, console: Some(console) };
-            self.run_with_terminal(&creation, request, &streams, wanted(&stdio), wish).await
-        } else {
-            self.workers.run(&creation, &Request::Create { id: id.into(), bundle, console: None }, ends).await
+        let prepared = async {
+            let created = self.run_create(id, &stdio, &creation, &streams, ends).await?;
+            let oom_kills = Kills::of(&cgroup::of(id))
+                .map_err(|e| CallError::internal(format_args!("watch the OOM kills of {id}"), &e))?;
+            Ok((created, oom_kills))
         };
-        let created = match asked {
-            Ok(Reply::Created(created)) => created,
-            Ok(other) => {
-                clean(id).await;
-                return Err(Error::new(Kind::Internal, format!("create {id}: a worker answered {other:?}")));
-            }
+        let (created, oom_kills) = match prepared.await {
+            Ok(prepared) => prepared,
             Err(error) => {
-                clean(id).await;
+                clean_up(id).await;
                 return Err(error);
             }
         };
         for ignored in &created.ignored {
-            tracing::info!(container = id, "left out of the spec: {ignored}");
+            tracing::info!(container = id, "ignored part of the spec: {ignored}");
         }
 
-        let kills = match Kills::of(&cgroup::of(id)) {
-            Ok(kills) => kills,
-            Err(error) => {
-                clean(id).await;
-                return Err(Error::internal(format_args!("watch the memory of {id}"), &error));
-            }
-        };
-        let mut exit = creation.exit_of(created.pid);
-        let init = Process::new(id, "", stdio, streams.clone(), State::Created { pid: created.pid }, None);
-        let container = Container::new(init, &created, kills);
+        let exit = creation.exit_of(created.pid);
+        let state = ProcessState::Created { pid: created.pid };
+        let init = Process::new(id, "", stdio, streams.clone(), state, None);
+        let container = Container::new(init, &created, oom_kills);
         reservation.fill(container.clone());
         self.streams.add(id, "", streams);
-        // Told before anybody can see an exit.
-        self.tell_created(&container);
-        let tasks = self.clone();
-        tokio::spawn(async move {
-            if let Ok(exit) = tasks.tell_kills_until(&mut exit, &container).await {
-                container.settle_execs().await;
-                container.init.ended(exit).await;
-                tasks.tell_kills(&container);
-                tasks.tell_exited(&container.init, exit);
-            }
-        });
+        // Before the task below can report the exit.
+        self.publish_create(&container);
+        tokio::spawn(self.clone().report_exit(container, exit));
         Ok(created.pid)
+    }
+
+    async fn run_create(
+        &self,
+        id: &str,
+        stdio: &StdioRequest,
+        creation: &Creation,
+        streams: &ProcessStreams,
+        ends: ChildStreams,
+    ) -> Result<Created, CallError> {
+        let bundle = paths::bundle(id);
+        let reply = if stdio.terminal {
+            let spec = terminal::read_spec(id, None)?;
+            let request = |console| Request::Create { id: id.into(), bundle, console: Some(console) };
+            self.run_with_terminal(creation, request, streams, streams::requested(stdio), spec).await?
+        } else {
+            self.workers.run(creation, &Request::Create { id: id.into(), bundle, console: None }, ends).await?
+        };
+        match reply {
+            Reply::Created(created) => Ok(created),
+            other => Err(other.unexpected(&format!("create {id}"))),
+        }
+    }
+
+    /// Reports the init's exit, after those of its execs.
+    async fn report_exit(self: Arc<Self>, container: Arc<Container>, exit: tokio::sync::oneshot::Receiver<Exit>) {
+        if let Ok(exit) = self.publish_oom_kills_until(exit, &container).await {
+            container.drain_execs().await;
+            container.init.exited(exit).await;
+            self.publish_oom_kills(&container);
+            self.publish_exit(&container.init, exit);
+        }
     }
 }
 
-fn check(request: &CreateTaskRequest) -> Result<(), Error> {
-    let unsupported = |what: &str| Err(Error::new(Kind::Unimplemented, format!("create {}: {what}", request.id)));
+fn check(request: &CreateTaskRequest) -> Result<(), CallError> {
+    let unsupported =
+        |what: &str| Err(CallError::new(FailureKind::Unimplemented, format!("create {}: {what}", request.id)));
     if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {
         return unsupported("checkpoints are not implemented");
     }
     if !request.rootfs.is_empty() {
-        return unsupported("the root file system has to be in the share already");
+        return unsupported("the guest mounts no rootfs: the host must provide it in the share");
     }
-    if Path::new(&request.bundle) != places::bundle(&request.id) {
-        return Err(Error::new(
-            Kind::InvalidArgument,
-            format!("{:?} is not the bundle of {}", request.bundle, request.id),
-        ));
+    if Path::new(&request.bundle) != paths::bundle(&request.id) {
+        let what = format!("{:?} is not the bundle of {}", request.bundle, request.id);
+        return Err(CallError::new(FailureKind::InvalidArgument, what));
     }
     Ok(())
 }
 
-/// A stream is wanted where the request names one.
-pub(super) fn wanted(stdio: &Stdio) -> Wanted {
-    Wanted { stdin: !stdio.stdin.is_empty(), stdout: !stdio.stdout.is_empty(), stderr: !stdio.stderr.is_empty() }
-}
-
-/// A process's streams and its own ends of them, which for a terminal come with it.
-pub(super) fn streams(stdio: &Stdio) -> Result<(Arc<ProcessStreams>, Streams), Error> {
-    if stdio.terminal {
-        return Ok((ProcessStreams::terminal(), Streams::default()));
+/// Removes what a failed create left behind. libcontainer cleans up after some failures, but not if its worker was
+/// killed.
+async fn clean_up(id: &str) {
+    if let Err(error) = cgroup::remove(&cgroup::of(id), CLEANUP_TIMEOUT).await {
+        tracing::error!(container = id, %error, "failed to remove the cgroup of a failed create");
     }
-    ProcessStreams::new(wanted(stdio)).map_err(|e| Error::internal("make pipes", &e))
-}
-
-/// Removes what a failed create may have left. libcontainer does it for some failures; a worker that was killed cannot.
-async fn clean(id: &str) {
-    if let Err(error) = cgroup::remove(&cgroup::of(id), CLEANUP).await {
-        tracing::error!(container = id, %error, "remove the cgroup of a failed create");
-    }
-    if let Err(error) = super::delete::remove_folder(&places::state(id)) {
-        tracing::error!(container = id, %error, "remove the state of a failed create");
+    if let Err(error) = paths::allow_missing(fs::remove_dir_all(paths::state(id))) {
+        tracing::error!(container = id, %error, "failed to remove the state of a failed create");
     }
 }

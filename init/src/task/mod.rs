@@ -1,22 +1,25 @@
-//! Containers and their processes, as containerd's Task service sees them. [`service`] maps the calls onto what is here.
+//! Containers and their processes. [`service`] maps the calls of containerd's Task service onto [`Tasks`].
 
 mod container;
 mod create;
 mod delete;
+mod events;
 mod exec;
 mod kill;
 mod pause;
 mod process;
 mod resources;
-pub mod service;
+pub(crate) mod service;
 mod start;
-mod tell;
+mod streams;
 mod terminal;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::error::{Error, Kind};
+use husk_protos::lock::lock;
+
+use crate::error::{CallError, FailureKind};
 use crate::events::Events;
 use crate::io::Streams;
 use crate::reaper::Reaper;
@@ -26,54 +29,52 @@ use container::Container;
 
 /// All containers of the guest.
 #[derive(Debug)]
-pub struct Tasks {
+pub(crate) struct Tasks {
     reaper: Arc<Reaper>,
     workers: Workers,
     events: Arc<Events>,
     streams: Arc<Streams>,
-    /// None for an id whose container is being made.
+    /// By ID. `None` reserves the ID of a container that is being created.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
 }
 
 impl Tasks {
-    /// None yet.
-    pub fn new(reaper: Arc<Reaper>, workers: Workers, events: Arc<Events>, streams: Arc<Streams>) -> Arc<Self> {
+    pub(crate) fn new(reaper: Arc<Reaper>, workers: Workers, events: Arc<Events>, streams: Arc<Streams>) -> Arc<Self> {
         Arc::new(Self { reaper, workers, events, streams, containers: Mutex::default() })
     }
 
-    fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+    fn container(&self, id: &str) -> Result<Arc<Container>, CallError> {
         self.table()
             .get(id)
             .cloned()
             .flatten()
-            .ok_or_else(|| Error::new(Kind::NotFound, format!("container {id} does not exist")))
+            .ok_or_else(|| CallError::new(FailureKind::NotFound, format!("container {id} does not exist")))
     }
 
     fn all(&self) -> Vec<Arc<Container>> {
         self.table().values().flatten().cloned().collect()
     }
 
-    /// Whether the id has a container, or is about to have one.
-    pub fn has(&self, id: &str) -> bool {
+    /// Whether a container has this ID, or is being created with it.
+    pub(crate) fn has(&self, id: &str) -> bool {
         self.table().contains_key(id)
     }
 
-    /// Keeps an id for a container that is being made.
-    fn reserve(self: &Arc<Self>, id: &str) -> Result<Reservation, Error> {
+    fn reserve(self: &Arc<Self>, id: &str) -> Result<Reservation, CallError> {
         let mut table = self.table();
         if table.contains_key(id) {
-            return Err(Error::new(Kind::AlreadyExists, format!("container {id} exists")));
+            return Err(CallError::new(FailureKind::AlreadyExists, format!("container {id} already exists")));
         }
         table.insert(id.into(), None);
         Ok(Reservation { tasks: self.clone(), id: id.into() })
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
-        self.containers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.containers)
     }
 }
 
-/// An id whose container is being made. Free again when dropped without one.
+/// The ID of a container that is being created. Dropped without a container, it frees the ID.
 struct Reservation {
     tasks: Arc<Tasks>,
     id: String,

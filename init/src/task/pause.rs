@@ -5,64 +5,59 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::Tasks;
-use super::container::{Container, Freezer};
+use super::container::{Container, FreezerState};
 use crate::cgroup::freezer;
-use crate::error::{Error, Kind};
+use crate::error::{CallError, FailureKind};
 
-/// Time that a container's processes may take to stop, or go on: microseconds, unless one waits in the kernel.
-const SWITCH: Duration = Duration::from_secs(5);
-/// Time that execs which are being started hold a pause up.
-const STARTS: Duration = Duration::from_secs(5);
+/// How long the processes of a container may take to freeze or thaw: microseconds, unless one waits in the kernel.
+const FREEZER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long starting execs may delay a pause.
+const EXEC_STARTS_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Tasks {
-    /// Stops all processes of a container where they are.
-    ///
-    /// # Errors
-    /// FailedPrecondition unless it runs; DeadlineExceeded when some of them do not stop: then all go on.
-    pub async fn pause(&self, id: &str) -> Result<(), Error> {
+    /// Freezes all processes of a container. Fails with FailedPrecondition unless the container is running. If a
+    /// process does not freeze in time, thaws all of them and fails with DeadlineExceeded.
+    pub(crate) async fn pause(&self, id: &str) -> Result<(), CallError> {
         let container = self.container(id)?;
-        container.must_run("pause")?;
-        container.switch("pause", Freezer::Thawed, Freezer::Freezing)?;
+        container.require_running("pause")?;
+        container.set_freezer("pause", FreezerState::Thawed, FreezerState::Freezing)?;
         let frozen = freeze(&container).await;
-        let state = if frozen.is_ok() { Freezer::Frozen } else { Freezer::Thawed };
-        container.switch("pause", Freezer::Freezing, state)?;
+        let state = if frozen.is_ok() { FreezerState::Frozen } else { FreezerState::Thawed };
+        container.set_freezer("pause", FreezerState::Freezing, state)?;
         frozen?;
-        self.tell_paused(&container);
+        self.publish_paused(&container);
         Ok(())
     }
 
-    /// Lets them go on.
-    ///
-    /// # Errors
-    /// FailedPrecondition unless it is paused.
-    pub async fn resume(&self, id: &str) -> Result<(), Error> {
+    /// Thaws a container. Fails with FailedPrecondition unless the container is paused.
+    pub(crate) async fn resume(&self, id: &str) -> Result<(), CallError> {
         let container = self.container(id)?;
-        container.must_be_there("resume")?;
-        container.switch("resume", Freezer::Frozen, Freezer::Thawing)?;
-        let thawed = freezer::thaw(&container.group(), SWITCH)
+        container.require_not_stopped("resume")?;
+        container.set_freezer("resume", FreezerState::Frozen, FreezerState::Thawing)?;
+        let thawed = freezer::thaw(&container.cgroup(), FREEZER_TIMEOUT)
             .await
-            .map_err(|e| Error::internal(format_args!("resume {id}"), &e));
-        let state = if thawed.is_ok() { Freezer::Thawed } else { Freezer::Frozen };
-        container.switch("resume", Freezer::Thawing, state)?;
+            .map_err(|e| CallError::internal(format_args!("resume {id}"), &e));
+        let state = if thawed.is_ok() { FreezerState::Thawed } else { FreezerState::Frozen };
+        container.set_freezer("resume", FreezerState::Thawing, state)?;
         thawed?;
-        self.tell_resumed(&container);
+        self.publish_resumed(&container);
         Ok(())
     }
 }
 
-async fn freeze(container: &Container) -> Result<(), Error> {
-    let late = |what: String| Error::new(Kind::DeadlineExceeded, format!("pause {}: {what}", container.id));
-    timeout(STARTS, container.execs_started())
+async fn freeze(container: &Container) -> Result<(), CallError> {
+    let late = |what: String| CallError::new(FailureKind::DeadlineExceeded, format!("pause {}: {what}", container.id));
+    timeout(EXEC_STARTS_TIMEOUT, container.wait_for_starting_execs())
         .await
-        .map_err(|_| late(format!("an exec is being started for {STARTS:?}")))?;
-    freezer::freeze(&container.group(), SWITCH).await.map_err(|e| match e.kind() {
+        .map_err(|_| late(format!("an exec did not start within {EXEC_STARTS_TIMEOUT:?}")))?;
+    freezer::freeze(&container.cgroup(), FREEZER_TIMEOUT).await.map_err(|e| match e.kind() {
         std::io::ErrorKind::TimedOut => late(e.to_string()),
-        _ => Error::internal(format_args!("pause {}", container.id), &e),
+        _ => CallError::internal(format_args!("pause {}", container.id), &e),
     })?;
-    // Its init may have ended meanwhile: nobody would ever resume what it has left behind.
-    container.must_be_there("pause").inspect_err(|_| {
-        if let Err(error) = freezer::release(&container.group()) {
-            tracing::error!(container = container.id, %error, "let go on what a container has left behind");
+    // If the init has exited meanwhile, nobody would ever resume the processes that outlived it.
+    container.require_not_stopped("pause").inspect_err(|_| {
+        if let Err(error) = freezer::release(&container.cgroup()) {
+            tracing::error!(container = container.id, %error, "failed to thaw the processes that outlived the init");
         }
     })
 }

@@ -1,81 +1,76 @@
-//! A process of a container, init or exec, and the states that it goes through.
+//! A container's process, init or exec, and its state machine.
 
 use std::sync::{Arc, Mutex};
 
+use husk_protos::lock::lock;
 use tokio::sync::watch;
 
-use crate::error::{Error, Kind};
+use crate::error::{CallError, FailureKind};
 use crate::io::ProcessStreams;
 use crate::reaper::Exit;
-use crate::worker::client;
+use crate::spawn::ChildStreams;
 
-/// Where a process is in its life. An exec begins as Added, an init as Created.
+/// An exec starts as `Added`, an init as `Created`. PIDs are those of the guest's PID namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub(crate) enum ProcessState {
     /// An exec that has no process yet.
     Added,
     /// An init that waits for its start.
     Created {
-        /// In the guest's pid namespace, as all here.
         pid: i32,
     },
-    /// Its start is under way. An exec has no pid yet.
+    /// Start is in progress. Only an init has a PID.
     Starting {
-        /// Of an init.
         pid: Option<i32>,
     },
-    /// It runs.
     Running {
-        /// Its pid.
         pid: i32,
     },
-    /// It has ended, or never came to run.
+    /// Exited, or failed to start. A process that never had a PID has zero.
     Stopped {
-        /// Zero when it never had one.
         pid: i32,
-        /// How it ended.
         exit: Exit,
     },
-    /// It is forgotten.
     Deleted,
 }
 
-/// What happens to a process.
+/// A change of a process's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// A client asked for the start.
+pub(crate) enum Transition {
+    /// A client requested the start.
     Start,
-    /// It was started, with this pid.
+    /// The process was started with this PID.
     Started(i32),
-    /// It has ended, or its start has failed.
+    /// The process exited, or its start failed.
     End(Exit),
-    /// A client asked for its end as a record.
+    /// A client requested the deletion.
     Delete,
 }
 
-impl State {
-    /// The state after `step`.
-    ///
-    /// # Errors
-    /// When the step is not one of this state's.
-    pub fn after(self, step: Step) -> Result<Self, Error> {
-        match (self, step) {
-            (Self::Added, Step::Start) => Ok(Self::Starting { pid: None }),
-            (Self::Created { pid }, Step::Start) => Ok(Self::Starting { pid: Some(pid) }),
-            (Self::Starting { .. }, Step::Started(pid)) => Ok(Self::Running { pid }),
-            // An end during the start is the start's failure: an exit waits until the start is settled.
-            (Self::Added | Self::Starting { pid: None }, Step::End(exit)) => Ok(Self::Stopped { pid: 0, exit }),
-            (Self::Created { pid } | Self::Starting { pid: Some(pid) } | Self::Running { pid }, Step::End(exit)) => {
-                Ok(Self::Stopped { pid, exit })
+impl ProcessState {
+    /// Returns the next state, or FailedPrecondition if the transition is not allowed. A deleted process is NotFound.
+    pub(crate) fn after(self, transition: Transition) -> Result<Self, CallError> {
+        match (self, transition) {
+            (Self::Added, Transition::Start) => Ok(Self::Starting { pid: None }),
+            (Self::Created { pid }, Transition::Start) => Ok(Self::Starting { pid: Some(pid) }),
+            (Self::Starting { .. }, Transition::Started(pid)) => Ok(Self::Running { pid }),
+            // An end while starting is a failed start: exits are held back until the start has completed.
+            (Self::Added | Self::Starting { pid: None }, Transition::End(exit)) => Ok(Self::Stopped { pid: 0, exit }),
+            (
+                Self::Created { pid } | Self::Starting { pid: Some(pid) } | Self::Running { pid },
+                Transition::End(exit),
+            ) => Ok(Self::Stopped { pid, exit }),
+            (Self::Added | Self::Stopped { .. }, Transition::Delete) => Ok(Self::Deleted),
+            (Self::Deleted, Transition::Delete) => Err(CallError::new(FailureKind::NotFound, "process was deleted")),
+            _ => {
+                let what = format!("cannot {} a {} process", transition.verb(), self.name());
+                Err(CallError::new(FailureKind::FailedPrecondition, what))
             }
-            (Self::Added | Self::Stopped { .. }, Step::Delete) => Ok(Self::Deleted),
-            (Self::Deleted, Step::Delete) => Err(Error::new(Kind::NotFound, "process was deleted")),
-            _ => Err(Error::new(Kind::FailedPrecondition, format!("cannot {} a {} process", step.verb(), self.name()))),
         }
     }
 
-    /// Its pid, or zero when it has none.
-    pub fn pid(self) -> i32 {
+    /// Zero if the process has no PID.
+    pub(crate) fn pid(self) -> i32 {
         match self {
             Self::Created { pid } | Self::Running { pid } | Self::Stopped { pid, .. } => pid,
             Self::Starting { pid } => pid.unwrap_or(0),
@@ -83,8 +78,8 @@ impl State {
         }
     }
 
-    /// As it stands in messages.
-    pub fn name(self) -> &'static str {
+    /// The state's name in error messages.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Added | Self::Created { .. } => "created",
             Self::Starting { .. } => "starting",
@@ -95,7 +90,7 @@ impl State {
     }
 }
 
-impl Step {
+impl Transition {
     fn verb(self) -> &'static str {
         match self {
             Self::Start | Self::Started(_) => "start",
@@ -105,46 +100,39 @@ impl Step {
     }
 }
 
-/// What a client said about a process's streams, to be told again by State.
+/// A process's streams as the client named them. The State call returns these values unchanged.
 #[derive(Debug, Default, Clone)]
-pub struct Stdio {
-    /// As in the request.
-    pub stdin: String,
-    /// As in the request.
-    pub stdout: String,
-    /// As in the request.
-    pub stderr: String,
-    /// As in the request.
-    pub terminal: bool,
+pub(crate) struct StdioRequest {
+    pub(crate) stdin: String,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) terminal: bool,
 }
 
-/// A process and its record.
 #[derive(Debug)]
-pub struct Process {
-    /// Its container.
-    pub container: String,
-    /// Its own id; empty for the init.
-    pub exec: String,
-    /// As the client named them.
-    pub stdio: Stdio,
-    /// PID 1's ends of its streams.
-    pub streams: Arc<ProcessStreams>,
-    state: watch::Sender<State>,
-    /// Set once, and kept after the delete: a wait that began before it is answered all the same.
+pub(crate) struct Process {
+    /// The container's ID.
+    pub(crate) container: String,
+    /// The exec's ID; empty for the init.
+    pub(crate) exec: String,
+    pub(crate) stdio: StdioRequest,
+    /// PID 1's ends of the streams.
+    pub(crate) streams: Arc<ProcessStreams>,
+    state: watch::Sender<ProcessState>,
+    /// Set once and kept after the deletion: a Wait that began before the deletion still returns.
     exit: watch::Sender<Option<Exit>>,
-    /// The process's own ends, until a worker takes them.
-    ends: Mutex<Option<client::Streams>>,
+    /// The process's ends of the streams, until a worker takes them.
+    ends: Mutex<Option<ChildStreams>>,
 }
 
 impl Process {
-    /// A process in its first state.
-    pub fn new(
+    pub(crate) fn new(
         container: &str,
         exec: &str,
-        stdio: Stdio,
+        stdio: StdioRequest,
         streams: Arc<ProcessStreams>,
-        state: State,
-        ends: Option<client::Streams>,
+        state: ProcessState,
+        ends: Option<ChildStreams>,
     ) -> Arc<Self> {
         Arc::new(Self {
             container: container.into(),
@@ -157,19 +145,15 @@ impl Process {
         })
     }
 
-    /// Where it is now.
-    pub fn state(&self) -> State {
+    pub(crate) fn state(&self) -> ProcessState {
         *self.state.borrow()
     }
 
-    /// Takes a step, and answers the state after it.
-    ///
-    /// # Errors
-    /// When the state does not allow it.
-    pub fn step(&self, step: Step) -> Result<State, Error> {
-        let mut result = self.state().after(step);
+    /// Changes the state and returns the new one. Fails like [`ProcessState::after`], and then the state is unchanged.
+    pub(crate) fn apply(&self, transition: Transition) -> Result<ProcessState, CallError> {
+        let mut result = self.state().after(transition);
         self.state.send_if_modified(|state| {
-            result = state.after(step);
+            result = state.after(transition);
             match &result {
                 Ok(next) => {
                     *state = *next;
@@ -181,40 +165,39 @@ impl Process {
         result
     }
 
-    /// Records how it ended, for all who wait. Waits until a start that is under way is settled, so that nobody hears of the
-    /// exit before the start.
-    pub async fn ended(&self, exit: Exit) {
-        // The sender lives in self: the wait cannot fail.
-        let _ = self.state.subscribe().wait_for(|state| !matches!(state, State::Starting { .. })).await;
+    /// Records the exit as soon as no start is in progress, so that nobody sees the exit before the start.
+    pub(crate) async fn exited(&self, exit: Exit) {
+        // Cannot fail: self owns the sender.
+        let _ = self.state.subscribe().wait_for(|state| !matches!(state, ProcessState::Starting { .. })).await;
         self.end(exit);
     }
 
-    /// Records the end at once: of a start that failed.
-    pub fn end(&self, exit: Exit) {
-        if let Err(error) = self.step(Step::End(exit)) {
-            tracing::error!(container = self.container, exec = self.exec, %error, "record an exit");
+    /// Records the exit immediately: for a start that failed.
+    pub(crate) fn end(&self, exit: Exit) {
+        if let Err(error) = self.apply(Transition::End(exit)) {
+            tracing::error!(container = self.container, exec = self.exec, %error, "failed to record an exit");
         }
         self.streams.exited();
         self.exit.send_replace(Some(exit));
-        // Whatever happens, nobody will start it any more: its streams must come to their end.
+        // The process cannot be started any more. Without this, the readers of its streams would never see the end.
         drop(self.take_ends());
     }
 
-    /// How it ended, as soon as it has.
-    pub async fn wait(&self) -> Exit {
+    /// Waits for the exit.
+    pub(crate) async fn wait(&self) -> Exit {
         let mut exit = self.exit.subscribe();
         loop {
             if let Some(exit) = *exit.borrow_and_update() {
                 return exit;
             }
-            // The sender lives in self: the wait cannot fail.
+            // Cannot fail: self owns the sender.
             let _ = exit.changed().await;
         }
     }
 
-    /// The process's own ends of its streams: once.
-    pub fn take_ends(&self) -> client::Streams {
-        self.ends.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take().unwrap_or_default()
+    /// Takes the process's ends of the streams. Later calls return empty ones.
+    pub(crate) fn take_ends(&self) -> ChildStreams {
+        lock(&self.ends).take().unwrap_or_default()
     }
 }
 
@@ -225,52 +208,68 @@ mod tests {
     use super::*;
 
     const EXIT: Exit = Exit { status: 3, at: SystemTime::UNIX_EPOCH };
-    const REFUSED: Result<State, Kind> = Err(Kind::FailedPrecondition);
+    const REJECTED: Result<ProcessState, FailureKind> = Err(FailureKind::FailedPrecondition);
 
     #[test]
-    fn each_state_takes_its_steps_and_no_others() {
-        let stopped = State::Stopped { pid: 5, exit: EXIT };
+    fn each_state_allows_only_its_transitions() {
+        let stopped = ProcessState::Stopped { pid: 5, exit: EXIT };
         let states = [
             (
-                State::Added,
+                ProcessState::Added,
                 [
-                    Ok(State::Starting { pid: None }),
-                    REFUSED,
-                    Ok(State::Stopped { pid: 0, exit: EXIT }),
-                    Ok(State::Deleted),
+                    Ok(ProcessState::Starting { pid: None }),
+                    REJECTED,
+                    Ok(ProcessState::Stopped { pid: 0, exit: EXIT }),
+                    Ok(ProcessState::Deleted),
                 ],
             ),
-            (State::Created { pid: 5 }, [Ok(State::Starting { pid: Some(5) }), REFUSED, Ok(stopped), REFUSED]),
             (
-                State::Starting { pid: None },
-                [REFUSED, Ok(State::Running { pid: 5 }), Ok(State::Stopped { pid: 0, exit: EXIT }), REFUSED],
+                ProcessState::Created { pid: 5 },
+                [Ok(ProcessState::Starting { pid: Some(5) }), REJECTED, Ok(stopped), REJECTED],
             ),
-            (State::Starting { pid: Some(5) }, [REFUSED, Ok(State::Running { pid: 5 }), Ok(stopped), REFUSED]),
-            (State::Running { pid: 5 }, [REFUSED, REFUSED, Ok(stopped), REFUSED]),
-            (stopped, [REFUSED, REFUSED, REFUSED, Ok(State::Deleted)]),
-            (State::Deleted, [REFUSED, REFUSED, REFUSED, Err(Kind::NotFound)]),
+            (
+                ProcessState::Starting { pid: None },
+                [
+                    REJECTED,
+                    Ok(ProcessState::Running { pid: 5 }),
+                    Ok(ProcessState::Stopped { pid: 0, exit: EXIT }),
+                    REJECTED,
+                ],
+            ),
+            (
+                ProcessState::Starting { pid: Some(5) },
+                [REJECTED, Ok(ProcessState::Running { pid: 5 }), Ok(stopped), REJECTED],
+            ),
+            (ProcessState::Running { pid: 5 }, [REJECTED, REJECTED, Ok(stopped), REJECTED]),
+            (stopped, [REJECTED, REJECTED, REJECTED, Ok(ProcessState::Deleted)]),
+            (ProcessState::Deleted, [REJECTED, REJECTED, REJECTED, Err(FailureKind::NotFound)]),
         ];
-        for (state, wants) in states {
-            for (step, want) in [Step::Start, Step::Started(5), Step::End(EXIT), Step::Delete].into_iter().zip(wants) {
-                assert_eq!(state.after(step).map_err(|error| error.kind), want, "{state:?} {step:?}");
+        for (state, expected) in states {
+            for (transition, expected) in
+                [Transition::Start, Transition::Started(5), Transition::End(EXIT), Transition::Delete]
+                    .into_iter()
+                    .zip(expected)
+            {
+                assert_eq!(state.after(transition).map_err(|error| error.kind), expected, "{state:?} {transition:?}");
             }
         }
     }
 
     #[tokio::test]
-    async fn an_exit_during_the_start_is_recorded_after_it() {
+    async fn an_exit_during_the_start_is_recorded_after_the_start() {
         let (streams, ends) = ProcessStreams::new(Default::default()).unwrap();
-        let process = Process::new("c", "", Stdio::default(), streams, State::Created { pid: 5 }, Some(ends));
-        process.step(Step::Start).unwrap();
+        let process =
+            Process::new("c", "", StdioRequest::default(), streams, ProcessState::Created { pid: 5 }, Some(ends));
+        process.apply(Transition::Start).unwrap();
         let exits = tokio::spawn({
             let process = process.clone();
-            async move { process.ended(EXIT).await }
+            async move { process.exited(EXIT).await }
         });
         tokio::task::yield_now().await;
-        assert_eq!(process.state(), State::Starting { pid: Some(5) });
-        process.step(Step::Started(5)).unwrap();
+        assert_eq!(process.state(), ProcessState::Starting { pid: Some(5) });
+        process.apply(Transition::Started(5)).unwrap();
         assert_eq!(process.wait().await, EXIT);
         exits.await.unwrap();
-        assert_eq!(process.state(), State::Stopped { pid: 5, exit: EXIT });
+        assert_eq!(process.state(), ProcessState::Stopped { pid: 5, exit: EXIT });
     }
 }

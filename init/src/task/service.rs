@@ -1,4 +1,4 @@
-//! containerd's Task service: maps each call onto the containers, and nothing else.
+//! containerd's Task service: maps each call onto [`Tasks`].
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,56 +17,54 @@ use tokio::time::timeout;
 use ttrpc::r#async::TtrpcContext;
 
 use super::Tasks;
-use super::container::Freezer;
-use super::process::State;
-use super::tell::timestamp;
-use crate::error::{Error, Kind};
+use super::container::FreezerState;
+use super::events::timestamp;
+use super::process::ProcessState;
+use crate::error::{CallError, FailureKind};
 use crate::io::Size;
 use crate::reaper::Exit;
 use crate::report::Reports;
-use crate::rpc::{Answer, answer, finish};
+use crate::rpc::{handle, handle_uninterrupted};
 use crate::supervisor::Supervisor;
 
-/// How long the last reports may take to get out before the host is told that it can end the VM.
+/// How long Shutdown waits for the last reports to be sent before it replies, which lets the host end the VM.
 const LAST_REPORTS: Duration = Duration::from_millis(500);
 
-/// The Task service.
-pub struct Service {
-    /// What it serves.
-    pub tasks: Arc<Tasks>,
-    /// Ends with the guest, if there is one.
-    pub supervisor: Option<Arc<Supervisor>>,
-    /// What the host is to hear of the end.
-    pub reports: Reports,
-    /// Takes one message: the guest is to end.
-    pub end: mpsc::Sender<()>,
+pub(crate) struct TaskService {
+    pub(crate) tasks: Arc<Tasks>,
+    /// Shutdown stops the supervisor agent.
+    pub(crate) supervisor: Option<Arc<Supervisor>>,
+    /// Shutdown sends the reports that are left.
+    pub(crate) reports: Reports,
+    /// A message on this channel ends the guest.
+    pub(crate) end: mpsc::Sender<()>,
 }
 
-fn unimplemented<T>(call: &str) -> Answer<T> {
-    Err(Error::new(Kind::Unimplemented, format!("{call} is not implemented by the guest")).into())
+fn unimplemented<T>(call: &str) -> ttrpc::Result<T> {
+    Err(CallError::new(FailureKind::Unimplemented, format!("{call} is not implemented by the guest")).into())
 }
 
-fn exit_of(state: State) -> Option<Exit> {
-    if let State::Stopped { exit, .. } = state { Some(exit) } else { None }
+fn exit_of(state: ProcessState) -> Option<Exit> {
+    if let ProcessState::Stopped { exit, .. } = state { Some(exit) } else { None }
 }
 
 #[async_trait]
-impl Task for Service {
-    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
+impl Task for TaskService {
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
         let tasks = self.tasks.clone();
-        let pid = finish(async move { tasks.create(request).await }).await?;
+        let pid = handle_uninterrupted(async move { tasks.create(request).await }).await?;
         Ok(CreateTaskResponse { pid: pid as u32, ..Default::default() })
     }
 
-    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let tasks = self.tasks.clone();
-        let pid = finish(async move { tasks.start(&request.id, &request.exec_id).await }).await?;
+        let pid = handle_uninterrupted(async move { tasks.start(&request.id, &request.exec_id).await }).await?;
         Ok(StartResponse { pid: pid as u32, ..Default::default() })
     }
 
-    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         let tasks = self.tasks.clone();
-        let deleted = finish(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
+        let deleted = handle_uninterrupted(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
         Ok(DeleteResponse {
             pid: deleted.pid as u32,
             exit_status: deleted.exit.status,
@@ -75,18 +73,18 @@ impl Task for Service {
         })
     }
 
-    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
-        answer(async { self.tasks.add_exec(request) }).await.map(|()| Empty::new())
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        handle(async { self.tasks.add_exec(request) }).await.map(|()| Empty::new())
     }
 
-    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
-        answer(async { self.tasks.kill(&request.id, &request.exec_id, request.signal, request.all) })
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        handle(async { self.tasks.kill(&request.id, &request.exec_id, request.signal, request.all) })
             .await
             .map(|()| Empty::new())
     }
 
-    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
-        answer(async {
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        handle(async {
             let process = self.tasks.container(&request.id)?.process(&request.exec_id)?;
             let exit = process.wait().await;
             Ok(WaitResponse {
@@ -98,20 +96,20 @@ impl Task for Service {
         .await
     }
 
-    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
-        answer(async {
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        handle(async {
             let container = self.tasks.container(&request.id)?;
             let process = container.process(&request.exec_id)?;
             let state = process.state();
             let status = match state {
-                State::Added | State::Created { .. } | State::Starting { .. } => Status::CREATED,
-                // Of execs too: what the container is, its processes are.
-                State::Running { .. } => match container.freezer() {
-                    Freezer::Thawed => Status::RUNNING,
-                    Freezer::Freezing => Status::PAUSING,
-                    Freezer::Frozen | Freezer::Thawing => Status::PAUSED,
+                ProcessState::Added | ProcessState::Created { .. } | ProcessState::Starting { .. } => Status::CREATED,
+                // Also for execs: pausing a container pauses all its processes.
+                ProcessState::Running { .. } => match container.freezer() {
+                    FreezerState::Thawed => Status::RUNNING,
+                    FreezerState::Freezing => Status::PAUSING,
+                    FreezerState::Frozen | FreezerState::Thawing => Status::PAUSED,
                 },
-                State::Stopped { .. } | State::Deleted => Status::STOPPED,
+                ProcessState::Stopped { .. } | ProcessState::Deleted => Status::STOPPED,
             };
             let exit = exit_of(state);
             Ok(StateResponse {
@@ -132,16 +130,16 @@ impl Task for Service {
         .await
     }
 
-    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
-        answer(async {
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        handle(async {
             let processes = self.tasks.pids(&request.id)?;
             Ok(PidsResponse { processes, ..Default::default() })
         })
         .await
     }
 
-    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
-        answer(async {
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        handle(async {
             let container = self.tasks.container(&request.id)?;
             Ok(ConnectResponse {
                 shim_pid: std::process::id(),
@@ -153,8 +151,8 @@ impl Task for Service {
         .await
     }
 
-    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
-        answer(async {
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        handle(async {
             let process = self.tasks.container(&request.id)?.process(&request.exec_id)?;
             if request.stdin {
                 process.streams.close_stdin();
@@ -164,43 +162,44 @@ impl Task for Service {
         .await
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
         let (tasks, supervisor, reports) = (self.tasks.clone(), self.supervisor.clone(), self.reports.clone());
-        finish(async move {
-            // At the same time: each has seconds to go by itself, and the host waits for both.
+        handle_uninterrupted(async move {
+            // Concurrently: each has a grace period of several seconds, and the host waits for both.
             tokio::join!(tasks.stop_all(), async {
                 if let Some(supervisor) = supervisor {
                     supervisor.stop().await;
                 }
             });
-            // Before the answer: the host ends the VM as soon as it has it. Nothing else of this process is of use any more, so it may block.
+            // Before the reply: the host ends the VM as soon as it receives it. Blocking is harmless now, because no
+            // other work is left.
             nix::unistd::sync();
-            // Nor would it hear anything that comes after. It may not listen.
-            let _ = timeout(LAST_REPORTS, reports.all_told()).await;
+            // The host reads no report after the reply. The timeout is for a host that has stopped reading.
+            let _ = timeout(LAST_REPORTS, reports.flush()).await;
             Ok(())
         })
         .await?;
-        // Full means that another shutdown has said it already.
+        // A full channel means that another Shutdown was here first.
         let _ = self.end.try_send(());
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
         let tasks = self.tasks.clone();
-        finish(async move { tasks.pause(&request.id).await }).await.map(|()| Empty::new())
+        handle_uninterrupted(async move { tasks.pause(&request.id).await }).await.map(|()| Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let tasks = self.tasks.clone();
-        finish(async move { tasks.resume(&request.id).await }).await.map(|()| Empty::new())
+        handle_uninterrupted(async move { tasks.resume(&request.id).await }).await.map(|()| Empty::new())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Answer<Empty> {
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         unimplemented("Checkpoint")
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
-        answer(async {
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        handle(async {
             let short = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
             let size = Size { height: short(request.height), width: short(request.width) };
             self.tasks.resize(&request.id, &request.exec_id, size)
@@ -209,13 +208,13 @@ impl Task for Service {
         .map(|()| Empty::new())
     }
 
-    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let tasks = self.tasks.clone();
-        finish(async move { tasks.update(request).await }).await.map(|()| Empty::new())
+        handle_uninterrupted(async move { tasks.update(request).await }).await.map(|()| Empty::new())
     }
 
-    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
-        answer(async {
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        handle(async {
             let stats = MessageField::some(self.tasks.stats(&request.id)?);
             Ok(StatsResponse { stats, ..Default::default() })
         })

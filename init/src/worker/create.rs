@@ -1,98 +1,117 @@
-//! Create: from a bundle to a container whose init waits for its start.
+//! Create: turns a bundle into a container whose init waits for its start.
 
 use std::fs::{self, Permissions};
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use husk_protos::chain::Chain;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use pathrs::Root;
 
-use super::executor::{Refusal, Workload};
+use super::devices::DeviceRulesError;
+use super::executor::{StartFailure, Workload};
 use super::hooks::StartHooks;
-use super::serve::{explain, explain_start};
+use super::libcontainer::{call_error, start_error};
 use super::{Created, devices, guard, spec};
-use crate::error::{Error, Kind};
-use crate::{cgroup, places};
+use crate::error::{CallError, FailureKind};
+use crate::{cgroup, paths};
 
-/// Makes the container. On failure PID 1 removes what stands in the container's cgroup and state folder.
-pub fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<Created, Error> {
+/// Creates the container. If this fails, PID 1 removes the container's cgroup and state directory.
+pub(super) fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<Created, CallError> {
+    let invalid = |what: String| CallError::new(FailureKind::InvalidArgument, format!("spec of {id}: {what}"));
     let config = bundle.join("config.json");
-    let mut spec = Spec::load(&config)
-        .map_err(|e| Error::new(Kind::InvalidArgument, format!("spec of {id}: {}", crate::error::chain(&e))))?;
-    spec::check(&spec)
-        .map_err(|problems| Error::new(Kind::InvalidArgument, format!("spec of {id}: {}", problems.join("; "))))?;
+    let mut spec = Spec::load(&config).map_err(|e| invalid(Chain(&e).to_string()))?;
+    spec::check(&spec).map_err(|problems| invalid(problems.join("; ")))?;
     spec::check_terminal(spec.process().as_ref(), console.is_some())?;
     let (changed, ignored) = spec::adapt(&mut spec, id);
     let hooks = StartHooks::take(&mut spec, id, bundle)
-        .map_err(|e| Error::internal(format_args!("take the startContainer hooks of {id}"), &e))?;
+        .map_err(|e| CallError::internal(format_args!("prepare the startContainer hooks of {id}"), &e))?;
     let start_hooks = hooks.is_some();
     if changed || start_hooks {
-        spec.save(&config).map_err(|e| Error::internal(format_args!("write {}", config.display()), &e))?;
+        spec.save(&config).map_err(|e| CallError::internal(format_args!("write {}", config.display()), &e))?;
     }
 
     prepare_root(&spec, bundle)?;
+    create_cgroup(id, &spec)?;
+    guard::load_unless_vsock_allowed(&spec)?;
 
-    // Made before libcontainer looks for it: it would enable every controller anew at each level. The device rules hold before the
-    // first process is in it, and its devices are made under them, as runc does it.
-    let group = cgroup::of(id);
-    fs::create_dir(&group).map_err(|e| match e.kind() {
-        ErrorKind::AlreadyExists => Error::new(Kind::AlreadyExists, format!("cgroup of {id} exists")),
-        _ => Error::internal(format_args!("create cgroup of {id}"), &e),
-    })?;
-    cgroup::tree::limit(&group).map_err(|e| Error::internal(format_args!("limit the cgroups of {id}"), &e))?;
-    devices::restrict(&group, &spec::device_rules(&spec)).map_err(|e| match e {
-        devices::Error::TooMany(_) => {
-            Error::new(Kind::InvalidArgument, format!("spec of {id}: linux.resources.devices: {e}"))
-        }
-        devices::Error::Kernel(_) => Error::internal(format_args!("apply the device rules of {id}"), &e),
-    })?;
-    guard::load_unless_wanted(&spec)?;
-
-    let refusal = Refusal::new().map_err(|e| Error::internal("make a memory file", &e))?;
+    let failure = StartFailure::new().map_err(|e| CallError::internal("create a memory file", &e))?;
     let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
-        .with_executor(Workload::default().gated(console.is_some()).refusing(&refusal).hooked(hooks))
+        .with_executor(Workload::default().gated(console.is_some()).reporting(&failure).hooked(hooks))
         .with_console_socket(console)
-        .with_root_path(places::STATE)
+        .with_root_path(paths::STATE)
         .and_then(|builder| builder.as_init(bundle).as_sibling(true).with_systemd(false).with_detach(true).build())
-        .map_err(|e| explain_start("create", id, &refusal, &e))?;
-    answer(container, &spec, start_hooks, ignored)
+        .map_err(|e| start_error("create", id, &failure, &e))?;
+    record(container, &spec, start_hooks, ignored)
 }
 
-/// Names a root that is not there, and makes the process's working folder in it, as runc does.
-fn prepare_root(spec: &Spec, bundle: &Path) -> Result<(), Error> {
+/// Checks that the root filesystem exists, and like runc creates the process's working directory in it.
+fn prepare_root(spec: &Spec, bundle: &Path) -> Result<(), CallError> {
     let Some(root) = spec.root().as_ref().map(|root| bundle.join(root.path())) else { return Ok(()) };
-    let bad = |e: &dyn std::error::Error| {
-        Error::new(Kind::InvalidArgument, format!("root.path: {}: {}", root.display(), crate::error::chain(e)))
+    let invalid = |e: &dyn std::error::Error| {
+        let what = format!("root.path: {}: {}", root.display(), Chain(e));
+        CallError::new(FailureKind::InvalidArgument, what)
     };
-    if !fs::metadata(&root).map_err(|e| bad(&e))?.is_dir() {
-        return Err(bad(&std::io::Error::from(ErrorKind::NotADirectory)));
+    if !fs::metadata(&root).map_err(|e| invalid(&e))?.is_dir() {
+        return Err(invalid(&std::io::Error::from(ErrorKind::NotADirectory)));
     }
     let Some(cwd) = spec.process().as_ref().map(|process| process.cwd()) else { return Ok(()) };
-    // The quick look may follow a link out of the root; what is made is made inside, whatever links are in it.
+    // This quick check may follow a link out of the root. The creation below stays inside, whatever links the root
+    // contains.
     if !root.join(cwd.strip_prefix("/").unwrap_or(cwd)).is_dir() {
-        let made = Root::open(&root).and_then(|root| root.mkdir_all(cwd, &Permissions::from_mode(0o755)));
-        if let Err(error) = made {
-            // A read-only root, or a mount of the spec that will bring it: if not, entering it fails by name.
-            tracing::debug!(cwd = %cwd.display(), %error, "make the working folder");
+        let created = Root::open(&root).and_then(|root| root.mkdir_all(cwd, &Permissions::from_mode(0o755)));
+        if let Err(error) = created {
+            // The root may be read-only, or a mount of the spec may provide the directory. If not, chdir fails later
+            // and names it.
+            tracing::debug!(cwd = %cwd.display(), error = %Chain(&error), "failed to create the working directory");
         }
     }
     Ok(())
 }
 
-fn answer(mut container: Container, spec: &Spec, start_hooks: bool, ignored: Vec<String>) -> Result<Created, Error> {
+/// Creates the container's cgroup before libcontainer does, which would enable every controller again at each level.
+/// Like runc, applies the device rules before the first process enters the cgroup, so they also hold while the
+/// container's devices are created.
+fn create_cgroup(id: &str, spec: &Spec) -> Result<(), CallError> {
+    let cgroup = cgroup::of(id);
+    fs::create_dir(&cgroup).map_err(|e| match e.kind() {
+        ErrorKind::AlreadyExists => {
+            CallError::new(FailureKind::AlreadyExists, format!("cgroup of {id} already exists"))
+        }
+        _ => CallError::internal(format_args!("create cgroup of {id}"), &e),
+    })?;
+    cgroup::tree::limit(&cgroup).map_err(|e| CallError::internal(format_args!("limit the cgroups of {id}"), &e))?;
+    devices::restrict(&cgroup, &spec::device_rules(spec)).map_err(|e| match e {
+        DeviceRulesError::TooMany(_) => {
+            let what = format!("spec of {id}: linux.resources.devices: {}", Chain(&e));
+            CallError::new(FailureKind::InvalidArgument, what)
+        }
+        DeviceRulesError::Bpf(_) => CallError::internal(format_args!("apply the device rules of {id}"), &e),
+    })
+}
+
+/// Completes libcontainer's record of the container, and collects what PID 1 needs to know.
+fn record(
+    mut container: Container,
+    spec: &Spec,
+    start_hooks: bool,
+    ignored: Vec<String>,
+) -> Result<Created, CallError> {
     let id = container.id().to_owned();
-    let pid = container.pid().ok_or_else(|| Error::new(Kind::Internal, format!("{id} was created without a pid")))?;
+    let pid = container
+        .pid()
+        .ok_or_else(|| CallError::new(FailureKind::Internal, format!("create {id}: libcontainer returned no pid")))?;
     let hooks = spec.hooks().as_ref();
     let poststart_hooks = hooks.is_some_and(|hooks| hooks.poststart().as_ref().is_some_and(|list| !list.is_empty()));
     let poststop_hooks = hooks.is_some_and(|hooks| hooks.poststop().as_ref().is_some_and(|list| !list.is_empty()));
     if !poststart_hooks {
-        // libcontainer's own record, which it reads again for every exec, says already now what will be true once it is started: PID 1 starts
-        // most containers without a worker, and nobody asks in between.
-        container.set_status(ContainerStatus::Running).save().map_err(|e| explain("record", &id, &e))?;
+        // Record the container as running before its start: PID 1 starts most containers without a worker, and
+        // libcontainer reads the record only for execs.
+        container.set_status(ContainerStatus::Running).save().map_err(|e| call_error("record", &id, &e))?;
     }
     let own_pid_namespace = spec
         .linux()

@@ -1,74 +1,67 @@
 //! The device rules of a container, as a BPF program on its cgroup (linux.resources.devices of the runtime spec).
 //!
-//! The program is generated from the rules by a pure function. Each kind of access that is asked for (mknod, read, write) is decided by the
-//! last rule that covers it; without one it is refused.
+//! A pure function generates the program from the rules. For each requested kind of access (mknod, read, write), the
+//! last rule that covers it decides. Access that no rule covers is denied.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
-/// A rule, with wildcards as none.
+/// A rule. `None` is a wildcard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rule {
-    /// Whether it permits what it covers.
-    pub allow: bool,
-    /// Block or character device; none is both.
-    pub kind: Option<Kind>,
-    /// Major number; none is all.
-    pub major: Option<u32>,
-    /// Minor number; none is all.
-    pub minor: Option<u32>,
-    /// [`MKNOD`], [`READ`], [`WRITE`].
-    pub access: u32,
+pub(super) struct DeviceRule {
+    pub(super) allow: bool,
+    pub(super) device_type: Option<DeviceType>,
+    pub(super) major: Option<u32>,
+    pub(super) minor: Option<u32>,
+    /// Bits of [`MKNOD`], [`READ`] and [`WRITE`].
+    pub(super) access: u32,
 }
 
-impl Rule {
+impl DeviceRule {
     fn covers_all(&self) -> bool {
-        self.kind.is_none() && self.major.is_none() && self.minor.is_none()
+        self.device_type.is_none() && self.major.is_none() && self.minor.is_none()
     }
 
-    /// Whether every device of the other rule is one of this rule's.
-    fn covers(&self, other: &Rule) -> bool {
-        (self.kind.is_none() || self.kind == other.kind)
+    /// Whether this rule covers every device of the other one.
+    fn covers(&self, other: &DeviceRule) -> bool {
+        (self.device_type.is_none() || self.device_type == other.device_type)
             && (self.major.is_none() || self.major == other.major)
             && (self.minor.is_none() || self.minor == other.minor)
     }
 
-    /// All but the accesses.
-    fn decision(&self) -> (bool, Option<Kind>, Option<u32>, Option<u32>) {
-        (self.allow, self.kind, self.major, self.minor)
+    /// The rule without its kinds of access.
+    fn decision(&self) -> (bool, Option<DeviceType>, Option<u32>, Option<u32>) {
+        (self.allow, self.device_type, self.major, self.minor)
     }
 }
 
 /// `BPF_DEVCG_DEV_*` of linux/bpf.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Kind {
-    /// A block device.
+pub(super) enum DeviceType {
     Block = 1,
-    /// A character device.
     Char = 2,
 }
 
 /// `BPF_DEVCG_ACC_*` of linux/bpf.h.
-pub const MKNOD: u32 = 1;
+pub(super) const MKNOD: u32 = 1;
 /// See [`MKNOD`].
-pub const READ: u32 = 2;
+pub(super) const READ: u32 = 2;
 /// See [`MKNOD`].
-pub const WRITE: u32 = 4;
-/// Every access.
-pub const ALL: u32 = MKNOD | READ | WRITE;
+pub(super) const WRITE: u32 = 4;
+pub(super) const ALL: u32 = MKNOD | READ | WRITE;
 
-const fn char(major: u32, minor: Option<u32>) -> Rule {
-    Rule { allow: true, kind: Some(Kind::Char), major: Some(major), minor, access: ALL }
+const fn char(major: u32, minor: Option<u32>) -> DeviceRule {
+    DeviceRule { allow: true, device_type: Some(DeviceType::Char), major: Some(major), minor, access: ALL }
 }
 
-/// What every container may do after its own rules, as runc has it: make any node, and use the devices that the spec promises
-/// (config-linux.md, "Default Devices"). Numbers from the kernel's devices.txt.
-pub const DEFAULT: [Rule; 11] = [
-    Rule { allow: true, kind: Some(Kind::Char), major: None, minor: None, access: MKNOD },
-    Rule { allow: true, kind: Some(Kind::Block), major: None, minor: None, access: MKNOD },
+/// The rules that, like in runc, follow the container's own: create any node, and use the devices that the spec
+/// requires (config-linux.md, "Default Devices"). The numbers are from the kernel's devices.txt.
+pub(super) const DEFAULT: [DeviceRule; 11] = [
+    DeviceRule { allow: true, device_type: Some(DeviceType::Char), major: None, minor: None, access: MKNOD },
+    DeviceRule { allow: true, device_type: Some(DeviceType::Block), major: None, minor: None, access: MKNOD },
     char(1, Some(3)), // null
     char(1, Some(5)), // zero
     char(1, Some(7)), // full
@@ -85,44 +78,40 @@ pub const DEFAULT: [Rule; 11] = [
 #[repr(C)]
 struct Instruction {
     code: u8,
-    /// Destination in the low half, source in the high one.
+    /// Destination in the low four bits, source in the high ones.
     registers: u8,
     offset: i16,
     immediate: i32,
 }
 
-/// Why the devices of a cgroup were not restricted.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A jump over what the rules have become does not fit into an instruction, which has 16 bits for it, or, long before, they are more branches
-    /// than the kernel's verifier follows.
-    #[error("{0} rules are more than one program can decide on")]
+pub(super) enum DeviceRulesError {
+    /// A jump over the generated instructions does not fit into the 16 bits of its field. The kernel's verifier rejects
+    /// smaller programs too, if they have too many branches.
+    #[error("{0} rules are more than one program can contain")]
     TooMany(usize),
-    /// The kernel refused.
-    #[error("bpf: {0}")]
-    Kernel(#[from] io::Error),
+    #[error("bpf")]
+    Bpf(#[from] io::Error),
 }
 
-/// Restricts the devices of a cgroup to what `rules` allow.
-///
-/// # Errors
-/// As [`Error`] says.
-pub fn restrict(group: &Path, rules: &[Rule]) -> Result<(), Error> {
-    let Some(program) = program(rules).map_err(|TooFar| Error::TooMany(rules.len()))? else { return Ok(()) };
+/// Restricts the devices of a cgroup to those that `rules` allow.
+pub(super) fn restrict(cgroup: &Path, rules: &[DeviceRule]) -> Result<(), DeviceRulesError> {
+    let program = program(rules).map_err(|JumpTooFar| DeviceRulesError::TooMany(rules.len()))?;
+    let Some(program) = program else { return Ok(()) };
     let program = load(&program).map_err(|e| match e.raw_os_error() {
-        Some(libc::E2BIG) => Error::TooMany(rules.len()),
-        _ => Error::Kernel(e),
+        Some(libc::E2BIG) => DeviceRulesError::TooMany(rules.len()),
+        _ => DeviceRulesError::Bpf(e),
     })?;
-    Ok(attach(group, &program)?)
+    Ok(attach(cgroup, &program)?)
 }
 
-/// A jump is longer than an instruction can say.
+/// The distance of a jump does not fit into an instruction.
 #[derive(Debug, PartialEq, Eq)]
-struct TooFar;
+struct JumpTooFar;
 
-/// A jump's distance: cut off to 16 bits it would lead somewhere else, even to where the access is allowed.
-fn distance(instructions: usize) -> Result<i16, TooFar> {
-    i16::try_from(instructions).map_err(|_| TooFar)
+/// Checks the distance of a jump. Truncated to 16 bits, it could lead to an instruction that allows the access.
+fn distance(instructions: usize) -> Result<i16, JumpTooFar> {
+    i16::try_from(instructions).map_err(|_| JumpTooFar)
 }
 
 const TYPE: u8 = 3;
@@ -130,14 +119,18 @@ const ACCESS: u8 = 4;
 const MAJOR: u8 = 5;
 const MINOR: u8 = 6;
 
-/// The program, or none when the rules allow everything. A context (`struct bpf_cgroup_dev_ctx`) comes in register 1.
-fn program(rules: &[Rule]) -> Result<Option<Vec<Instruction>>, TooFar> {
-    let decided: Vec<Vec<Rule>> = [MKNOD, READ, WRITE].iter().map(|&access| relevant(rules, access)).collect();
-    if decided.iter().all(|rules| rules.iter().all(|rule| rule.allow) && rules.last().is_some_and(Rule::covers_all)) {
+/// Generates the program, or `None` if the rules allow everything. Register 1 points to the context (`struct
+/// bpf_cgroup_dev_ctx`).
+fn program(rules: &[DeviceRule]) -> Result<Option<Vec<Instruction>>, JumpTooFar> {
+    let decided: Vec<Vec<DeviceRule>> = [MKNOD, READ, WRITE].iter().map(|&access| relevant(rules, access)).collect();
+    if decided
+        .iter()
+        .all(|rules| rules.iter().all(|rule| rule.allow) && rules.last().is_some_and(DeviceRule::covers_all))
+    {
         return Ok(None);
     }
     let mut code = vec![
-        // access_type holds the kind in its low half and the access in its high one.
+        // access_type contains the device type in its low half and the access in its high half.
         instruction(0x61, ACCESS | 1 << 4, 0, 0),
         instruction(0xbc, TYPE | ACCESS << 4, 0, 0),
         instruction(0x54, TYPE, 0, 0xffff),
@@ -145,26 +138,26 @@ fn program(rules: &[Rule]) -> Result<Option<Vec<Instruction>>, TooFar> {
         instruction(0x61, MAJOR | 1 << 4, 4, 0),
         instruction(0x61, MINOR | 1 << 4, 8, 0),
     ];
-    let mut left: Vec<(u32, Vec<Rule>)> = [MKNOD, READ, WRITE].into_iter().zip(decided).collect();
-    while let Some((mut access, rules)) = left.pop() {
-        // Reading and writing are nearly always decided alike.
-        left.retain(|(other, same)| {
-            let alike = same.iter().map(Rule::decision).eq(rules.iter().map(Rule::decision));
+    let mut remaining: Vec<(u32, Vec<DeviceRule>)> = [MKNOD, READ, WRITE].into_iter().zip(decided).collect();
+    while let Some((mut access, rules)) = remaining.pop() {
+        // The same rules nearly always apply to reading and writing.
+        remaining.retain(|(other, same)| {
+            let alike = same.iter().map(DeviceRule::decision).eq(rules.iter().map(DeviceRule::decision));
             access |= if alike { *other } else { 0 };
             !alike
         });
         code.extend(decide(access, &rules)?);
     }
-    code.extend([set_answer(1), exit()]);
+    code.extend([set_result(1), exit()]);
     Ok(Some(code))
 }
 
-/// The rules that cover `access`, the last one first, up to the one that covers all devices: those before it decide nothing. Nor does a
-/// rule after a wider one, or one behind which a wider one decides alike.
-fn relevant(rules: &[Rule], access: u32) -> Vec<Rule> {
-    let mut relevant: Vec<Rule> = Vec::new();
+/// The rules that decide on `access`, last rule first. Omits rules that have no effect: those before a rule for all
+/// devices, those that a wider rule overrides, and those that a wider rule with the same decision makes redundant.
+fn relevant(rules: &[DeviceRule], access: u32) -> Vec<DeviceRule> {
+    let mut relevant: Vec<DeviceRule> = Vec::new();
     for rule in rules.iter().rev().filter(|rule| rule.access & access != 0) {
-        // Not only needless: nothing would reach it, which the verifier refuses.
+        // The verifier rejects unreachable instructions.
         if relevant.iter().any(|wider| wider.covers(rule)) {
             continue;
         }
@@ -182,16 +175,16 @@ fn relevant(rules: &[Rule], access: u32) -> Vec<Rule> {
     relevant
 }
 
-/// Instructions, and which of them are jumps to the place where the access is allowed.
 #[derive(Default)]
-struct Block {
+struct CodeBlock {
     code: Vec<Instruction>,
+    /// Indices of the jumps that lead to the code for an allowed access.
     allowed: Vec<usize>,
 }
 
-impl Block {
-    /// Appends a block that is passed over unless `register` holds `value`.
-    fn push_if(&mut self, register: u8, value: Option<u32>, block: Block) -> Result<(), TooFar> {
+impl CodeBlock {
+    /// Appends a block that is skipped unless `register` contains `value`.
+    fn push_if(&mut self, register: u8, value: Option<u32>, block: CodeBlock) -> Result<(), JumpTooFar> {
         if let Some(value) = value {
             self.code.push(instruction(0x56, register, distance(block.code.len())?, value as i32));
         }
@@ -201,35 +194,36 @@ impl Block {
     }
 }
 
-/// Goes on after itself when none of `access` was asked for, or it is allowed; else ends the program with 0. Neighbours that share a
-/// condition are tested for it once: the verifier's work, a good part of a create, is counted in branches.
-fn decide(access: u32, rules: &[Rule]) -> Result<Vec<Instruction>, TooFar> {
-    let mut all = Block::default();
-    for same_kind in rules.chunk_by(|a, b| a.kind == b.kind) {
-        let mut of_kind = Block::default();
-        for same_major in same_kind.chunk_by(|a, b| a.major == b.major) {
-            let mut of_major = Block::default();
+/// Generates the code for `access`. It continues at its end if no such access was requested or if it is allowed, and
+/// otherwise ends the program with 0. Adjacent rules share the test of a common condition: the verifier's work, a good
+/// part of a create, grows with the number of branches.
+fn decide(access: u32, rules: &[DeviceRule]) -> Result<Vec<Instruction>, JumpTooFar> {
+    let mut all = CodeBlock::default();
+    for same_type in rules.chunk_by(|a, b| a.device_type == b.device_type) {
+        let mut of_type = CodeBlock::default();
+        for same_major in same_type.chunk_by(|a, b| a.major == b.major) {
+            let mut of_major = CodeBlock::default();
             for rule in same_major {
                 let action = if rule.allow {
-                    Block { code: vec![jump(0)], allowed: vec![0] }
+                    CodeBlock { code: vec![jump(0)], allowed: vec![0] }
                 } else {
-                    Block { code: vec![set_answer(0), exit()], allowed: vec![] }
+                    CodeBlock { code: vec![set_result(0), exit()], allowed: vec![] }
                 };
                 of_major.push_if(MINOR, rule.minor, action)?;
             }
-            of_kind.push_if(MAJOR, same_major[0].major, of_major)?;
+            of_type.push_if(MAJOR, same_major[0].major, of_major)?;
         }
-        all.push_if(TYPE, same_kind[0].kind.map(|kind| kind as u32), of_kind)?;
+        all.push_if(TYPE, same_type[0].device_type.map(|device_type| device_type as u32), of_type)?;
     }
-    if !rules.last().is_some_and(Rule::covers_all) {
-        // The verifier refuses instructions that nothing reaches, so this stands only where rules may all have missed.
-        all.code.extend([set_answer(0), exit()]);
+    if !rules.last().is_some_and(DeviceRule::covers_all) {
+        // Only if it is possible that no rule matches: the verifier rejects unreachable instructions.
+        all.code.extend([set_result(0), exit()]);
     }
     let end = all.code.len();
     for at in all.allowed {
         all.code[at].offset = distance(end - at - 1)?;
     }
-    // JSET: into the rules if one of the bits is set, over them if not.
+    // JSET: if one of the bits is set, enters the rules; if not, skips them.
     let mut whole = vec![instruction(0x46, ACCESS, 1, access as i32), jump(distance(end)?)];
     whole.extend(all.code);
     Ok(whole)
@@ -243,7 +237,7 @@ fn jump(offset: i16) -> Instruction {
     instruction(0x05, 0, offset, 0)
 }
 
-fn set_answer(value: i32) -> Instruction {
+fn set_result(value: i32) -> Instruction {
     instruction(0xb7, 0, 0, value)
 }
 
@@ -251,7 +245,7 @@ fn exit() -> Instruction {
     instruction(0x95, 0, 0, 0)
 }
 
-/// `union bpf_attr` of linux/bpf.h for BPF_PROG_LOAD, as far as it is used.
+/// `union bpf_attr` of linux/bpf.h for BPF_PROG_LOAD, up to the last field that is used.
 #[repr(C)]
 struct LoadAttr {
     prog_type: u32,
@@ -265,7 +259,7 @@ struct LoadAttr {
     prog_flags: u32,
 }
 
-/// `union bpf_attr` for BPF_PROG_ATTACH, as far as it is used.
+/// `union bpf_attr` for BPF_PROG_ATTACH, up to the last field that is used.
 #[repr(C)]
 struct AttachAttr {
     target_fd: u32,
@@ -292,37 +286,37 @@ fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
         kern_version: 0,
         prog_flags: 0,
     };
-    // SAFETY: the attributes, the instructions and the license outlive the call, and the sizes are theirs.
+    // SAFETY: the attributes, the instructions and the license outlive the call, and the sizes match them.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attr, size_of::<LoadAttr>()) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: bpf(2) has just made this descriptor (close-on-exec, as all of its are), and nobody else knows it.
+    // SAFETY: bpf(2) has just created this descriptor (close-on-exec, like all of its), and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// The attachment lives as long as the cgroup.
-fn attach(group: &Path, program: &OwnedFd) -> io::Result<()> {
-    let group = File::open(group)?;
+/// Attaches a program for the lifetime of the cgroup.
+fn attach(cgroup: &Path, program: &OwnedFd) -> io::Result<()> {
+    let cgroup = File::open(cgroup)?;
     let attr = AttachAttr {
-        target_fd: group.as_raw_fd() as u32,
+        target_fd: cgroup.as_raw_fd() as u32,
         attach_bpf_fd: program.as_raw_fd() as u32,
         attach_type: BPF_CGROUP_DEVICE,
         attach_flags: BPF_F_ALLOW_MULTI,
     };
-    // SAFETY: the attributes outlive the call, and the size is theirs.
-    let done = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<AttachAttr>()) };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    // SAFETY: the attributes outlive the call, and the size matches them.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<AttachAttr>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Runs the program as the kernel would; knows the instructions that it uses.
-    fn run(program: &[Instruction], kind: Kind, access: u32, major: u32, minor: u32) -> bool {
+    /// Interprets the instructions that the program uses.
+    fn run(program: &[Instruction], device_type: DeviceType, access: u32, major: u32, minor: u32) -> bool {
         let mut registers = [0u64; 11];
-        let context = [access << 16 | kind as u32, major, minor];
+        let context = [access << 16 | device_type as u32, major, minor];
         let mut at = 0usize;
         loop {
             let Instruction { code, registers: both, offset, immediate } = program[at];
@@ -361,14 +355,14 @@ mod tests {
         }
     }
 
-    /// The rules' meaning, told without a program.
-    fn meaning(rules: &[Rule], kind: Kind, access: u32, major: u32, minor: u32) -> bool {
+    /// Evaluates the rules directly, without a program.
+    fn evaluate(rules: &[DeviceRule], device_type: DeviceType, access: u32, major: u32, minor: u32) -> bool {
         [MKNOD, READ, WRITE].into_iter().filter(|bit| access & bit != 0).all(|bit| {
             rules
                 .iter()
                 .rfind(|rule| {
                     rule.access & bit != 0
-                        && rule.kind.is_none_or(|k| k == kind)
+                        && rule.device_type.is_none_or(|own| own == device_type)
                         && rule.major.is_none_or(|m| m == major)
                         && rule.minor.is_none_or(|m| m == minor)
                 })
@@ -376,10 +370,11 @@ mod tests {
         })
     }
 
-    const NOTHING: Rule = Rule { allow: false, kind: None, major: None, minor: None, access: ALL };
-    const EVERYTHING: Rule = Rule { allow: true, ..NOTHING };
+    const NOTHING: DeviceRule = DeviceRule { allow: false, device_type: None, major: None, minor: None, access: ALL };
+    const EVERYTHING: DeviceRule = DeviceRule { allow: true, ..NOTHING };
 
-    /// As the kernel's check_cfg() sees it, before it looks at any value: -EINVAL for a program with instructions that nothing leads to.
+    /// Finds unreachable instructions like the kernel's check_cfg(), which fails with EINVAL for them and does not
+    /// consider values.
     fn unreachable(program: &[Instruction]) -> Vec<usize> {
         let mut reached = vec![false; program.len()];
         let mut open = vec![0usize];
@@ -399,12 +394,12 @@ mod tests {
     }
 
     #[test]
-    fn the_program_decides_what_the_rules_mean() {
-        let read_disk = Rule { kind: Some(Kind::Block), major: Some(8), access: READ, ..EVERYTHING };
-        let write_disk = Rule { access: WRITE, ..read_disk };
-        let no_minor_1 = Rule { minor: Some(1), allow: false, access: READ, ..read_disk };
-        let default = |own: &[Rule]| [own, &DEFAULT].concat();
-        // What clients write: nothing, and then the usual devices one by one.
+    fn the_program_and_the_rules_decide_alike() {
+        let read_disk = DeviceRule { device_type: Some(DeviceType::Block), major: Some(8), access: READ, ..EVERYTHING };
+        let write_disk = DeviceRule { access: WRITE, ..read_disk };
+        let no_minor_1 = DeviceRule { minor: Some(1), allow: false, access: READ, ..read_disk };
+        let default = |own: &[DeviceRule]| [own, &DEFAULT].concat();
+        // Clients send a rule that denies everything, followed by one rule for each usual device.
         let usual = [
             (1, Some(3)),
             (1, Some(8)),
@@ -416,8 +411,12 @@ mod tests {
             (136, None),
             (5, Some(2)),
         ];
-        let usual =
-            usual.map(|(major, minor)| Rule { kind: Some(Kind::Char), major: Some(major), minor, ..EVERYTHING });
+        let usual = usual.map(|(major, minor)| DeviceRule {
+            device_type: Some(DeviceType::Char),
+            major: Some(major),
+            minor,
+            ..EVERYTHING
+        });
         let sets = [
             vec![],
             vec![NOTHING],
@@ -428,20 +427,20 @@ mod tests {
             default(&[&[NOTHING][..], &usual, &[EVERYTHING, no_minor_1]].concat()),
             default(&[NOTHING, read_disk, no_minor_1]),
             default(&[EVERYTHING, no_minor_1]),
-            vec![EVERYTHING, Rule { access: WRITE, ..NOTHING }],
-            vec![NOTHING, Rule { major: Some(u32::MAX), ..EVERYTHING }],
+            vec![EVERYTHING, DeviceRule { access: WRITE, ..NOTHING }],
+            vec![NOTHING, DeviceRule { major: Some(u32::MAX), ..EVERYTHING }],
         ];
         for rules in sets {
             let program = program(&rules).unwrap().unwrap();
             assert!(unreachable(&program).is_empty(), "{:?} of {rules:?}", unreachable(&program));
-            for kind in [Kind::Block, Kind::Char] {
+            for device_type in [DeviceType::Block, DeviceType::Char] {
                 for access in 1..=ALL {
                     for major in [0, 1, 5, 8, 10, 136, u32::MAX] {
                         for minor in [0, 1, 2, 3, 9, 200] {
                             assert_eq!(
-                                run(&program, kind, access, major, minor),
-                                meaning(&rules, kind, access, major, minor),
-                                "{rules:?}: {kind:?} {major}:{minor} {access}"
+                                run(&program, device_type, access, major, minor),
+                                evaluate(&rules, device_type, access, major, minor),
+                                "{rules:?}: {device_type:?} {major}:{minor} {access}"
                             );
                         }
                     }
@@ -451,37 +450,38 @@ mod tests {
     }
 
     #[test]
-    fn a_container_has_its_default_devices_and_no_others() {
+    fn a_container_has_only_the_default_devices() {
         let rules = [&[NOTHING][..], &DEFAULT].concat();
         let program = program(&rules).unwrap().unwrap();
-        assert!(run(&program, Kind::Char, READ | WRITE, 1, 3), "null");
-        assert!(run(&program, Kind::Char, READ | WRITE, 136, 7), "a pty");
-        assert!(run(&program, Kind::Block, MKNOD, 8, 0), "make a node");
-        assert!(!run(&program, Kind::Block, READ, 8, 0), "read a disk");
-        assert!(!run(&program, Kind::Char, WRITE, 1, 1), "write /dev/mem");
+        assert!(run(&program, DeviceType::Char, READ | WRITE, 1, 3), "null");
+        assert!(run(&program, DeviceType::Char, READ | WRITE, 136, 7), "a pty");
+        assert!(run(&program, DeviceType::Block, MKNOD, 8, 0), "make a node");
+        assert!(!run(&program, DeviceType::Block, READ, 8, 0), "read a disk");
+        assert!(!run(&program, DeviceType::Char, WRITE, 1, 1), "write /dev/mem");
     }
 
     #[test]
-    fn a_containers_program_has_few_branches() {
+    fn the_program_of_a_typical_container_has_few_branches() {
         let program = program(&[&[NOTHING][..], &DEFAULT].concat()).unwrap().unwrap();
         let branches = program.iter().filter(|one| matches!(one.code, 0x46 | 0x56)).count();
-        // Two accesses, two kinds for mknod, and for reading and writing one kind, three majors and eight minors.
+        // Two kinds of access; two device types for mknod; one device type, three majors and eight minors for reading
+        // and writing.
         assert_eq!(branches, 2 + 2 + 1 + 3 + 8);
     }
 
     #[test]
-    fn a_container_that_may_do_everything_needs_no_program() {
+    fn rules_that_allow_everything_need_no_program() {
         assert_eq!(program(&[EVERYTHING]), Ok(None));
         assert_eq!(program(&[&[NOTHING, EVERYTHING][..], &DEFAULT].concat()), Ok(None));
         assert!(program(&[EVERYTHING, NOTHING]).unwrap().is_some());
     }
 
     #[test]
-    fn rules_whose_jumps_would_be_too_long_are_refused() {
-        // Three instructions each, two conditions and a jump to the end, and three for all.
+    fn too_many_rules_for_the_jump_distance_are_rejected() {
+        // Three instructions for each rule (two conditions and a jump to the end), and three for all.
         let rules = |count| (0..count).map(|major| char(major, Some(1))).collect::<Vec<_>>();
-        let most = decide(ALL, &rules(10_921)).unwrap();
-        assert!(most.iter().all(|one| one.offset >= 0), "all jumps lead forward");
-        assert_eq!(decide(ALL, &rules(10_922)), Err(TooFar));
+        let longest = decide(ALL, &rules(10_921)).unwrap();
+        assert!(longest.iter().all(|one| one.offset >= 0), "a jump leads backward");
+        assert_eq!(decide(ALL, &rules(10_922)), Err(JumpTooFar));
     }
 }

@@ -1,7 +1,8 @@
-//! The last steps of a container's process, in the process itself: find the program, and become it.
+//! The last steps of a container's process, in the process itself: find the program and execute it.
 //!
-//! libcontainer's own executor tests a program's x bit for "others" only, refuses a process without PATH, and leaves an exec without
-//! the container's seccomp filter. This one asks the kernel whether the user may run the program, and says what runc would say.
+//! libcontainer's own executor checks a program's x bit only for "others", rejects a process without PATH, and does not
+//! apply the container's seccomp filter to an exec. This executor asks the kernel whether the user may run the program,
+//! and returns runc's error messages.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -24,95 +25,86 @@ use super::console;
 use super::hooks::StartHooks;
 use super::identity::Identity;
 
-/// A process of a container, about to be run.
+/// A container's process that is about to run.
 #[derive(Debug, Default, Clone)]
-pub struct Workload {
-    /// Filter that is still to be applied: the container's, for an exec.
-    pub seccomp: Option<LinuxSeccomp>,
-    /// The process was given CAP_SYS_ADMIN only to apply the filter, and must not keep it.
-    pub drop_admin: bool,
-    /// Where a process that cannot be run says why, to the worker that has cloned it.
-    refusal: Refusal,
-    /// Its streams are a terminal, which PID 1 gets ready first; see [`super::console`].
+pub(super) struct Workload {
+    /// The filter to apply: that of the container, for an exec.
+    pub(super) seccomp: Option<LinuxSeccomp>,
+    /// The process has CAP_SYS_ADMIN only to apply the filter, and drops it afterwards.
+    pub(super) drop_admin: bool,
+    failure: StartFailure,
+    /// The process waits until PID 1 has set up its terminal; see [`super::console`].
     gated: bool,
-    /// Whom it becomes before anything else, if libcontainer could not make it so.
+    /// The user that libcontainer cannot set.
     identity: Option<Identity>,
-    /// What it runs when it is started, before anything of itself.
+    /// The hooks to run at the start, before the program.
     hooks: Option<StartHooks>,
-    /// Environment as libcontainer completed it, from [`Executor::setup_envs`] to [`Executor::exec`].
+    /// The environment as completed by libcontainer, from [`Executor::setup_envs`] to [`Executor::exec`].
     environment: RefCell<Vec<CString>>,
 }
 
 impl Workload {
-    /// A process that has `seccomp` still before it.
-    pub fn with_seccomp(seccomp: LinuxSeccomp, drop_admin: bool) -> Self {
+    pub(super) fn with_seccomp(seccomp: LinuxSeccomp, drop_admin: bool) -> Self {
         Self { seccomp: Some(seccomp), drop_admin, ..Self::default() }
     }
 
-    /// The same process, which says on `refusal` why it cannot be run.
-    pub fn refusing(self, refusal: &Refusal) -> Self {
-        Self { refusal: refusal.clone(), ..self }
+    /// Makes the process report to `failure` why it cannot run.
+    pub(super) fn reporting(self, failure: &StartFailure) -> Self {
+        Self { failure: failure.clone(), ..self }
     }
 
-    /// The same, which becomes `identity` first, if there is one.
-    pub fn becoming(self, identity: Option<Identity>) -> Self {
+    pub(super) fn becoming(self, identity: Option<Identity>) -> Self {
         Self { identity, ..self }
     }
 
-    /// The same, which runs `hooks` first, if there are any.
-    pub fn hooked(self, hooks: Option<StartHooks>) -> Self {
+    pub(super) fn hooked(self, hooks: Option<StartHooks>) -> Self {
         Self { hooks, ..self }
     }
 
-    fn find(&self, spec: &Spec) -> Result<PathBuf, String> {
-        find(spec).inspect_err(|why| self.refusal.say(why))
+    pub(super) fn gated(self, gated: bool) -> Self {
+        Self { gated, ..self }
     }
 
-    /// The same, behind a gate or not.
-    pub fn gated(self, gated: bool) -> Self {
-        Self { gated, ..self }
+    fn find(&self, spec: &Spec) -> Result<PathBuf, String> {
+        find(spec).inspect_err(|reason| self.failure.report(reason))
     }
 }
 
-/// Why a program was not run, in a memory file that the worker shares with what it clones. libcontainer tells it too, in the middle of words of its
-/// own.
+/// Why a process could not run, in a memory file that the worker shares with the processes that it clones.
+/// libcontainer's error contains the reason too, but in the middle of its own text.
 #[derive(Debug, Default, Clone)]
-pub struct Refusal(Option<Rc<File>>);
+pub(super) struct StartFailure(Option<Rc<File>>);
 
-impl Refusal {
-    /// An empty one.
-    ///
-    /// # Errors
-    /// What memfd_create(2) said.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self(Some(Rc::new(File::from(memfd_create(c"refusal", MFdFlags::MFD_CLOEXEC)?)))))
+impl StartFailure {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self(Some(Rc::new(File::from(memfd_create(c"failure", MFdFlags::MFD_CLOEXEC)?)))))
     }
 
-    fn say(&self, why: &str) {
+    fn report(&self, reason: &str) {
         if let Some(file) = &self.0 {
-            // Without it, libcontainer's words have to do.
-            let _ = file.write_at(why.as_bytes(), 0);
+            // If this fails, the caller returns libcontainer's error.
+            let _ = file.write_at(reason.as_bytes(), 0);
         }
     }
 
-    /// What was said, if anything.
-    pub fn heard(&self) -> Option<String> {
-        let mut why = [0; REFUSAL_MAX];
-        let length = self.0.as_ref()?.read_at(&mut why, 0).ok().filter(|length| *length > 0)?;
-        Some(String::from_utf8_lossy(&why[..length]).into_owned())
+    /// The reason, if the process has reported one.
+    pub(super) fn reason(&self) -> Option<String> {
+        let mut reason = [0; REASON_MAX];
+        let length = self.0.as_ref()?.read_at(&mut reason, 0).ok().filter(|length| *length > 0)?;
+        Some(String::from_utf8_lossy(&reason[..length]).into_owned())
     }
 }
 
-/// Most bytes of a reason: room for a path of PATH_MAX.
-const REFUSAL_MAX: usize = 8192;
+/// Maximum length of a reason in bytes. It has room for a path of PATH_MAX.
+const REASON_MAX: usize = 8192;
 
 impl Executor for Workload {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let ready = match &self.identity {
-            Some(identity) => identity.assume().inspect_err(|why| self.refusal.say(why)),
+            Some(identity) => identity.assume().inspect_err(|reason| self.failure.report(reason)),
             None => Ok(()),
         };
-        // The user's permissions decide on the program.
+        // After the change of user, because the user's permissions decide whether the program can run.
         ready.and_then(|()| self.find(spec)).map(drop).map_err(ExecutorValidationError::ArgValidationError)
     }
 
@@ -120,12 +112,12 @@ impl Executor for Workload {
         if let Some(identity) = &self.identity {
             identity.correct_home(&mut environment);
         }
-        // Kept aside instead of made this process's own: set_var panics on names that execve(2) takes.
+        // Stored here rather than in this process's environment: set_var panics on names that execve(2) accepts.
         *self.environment.borrow_mut() = environment
             .into_iter()
             .map(|(name, value)| CString::new(format!("{name}={value}")))
             .collect::<Result<_, _>>()
-            .map_err(|_| ExecutorSetEnvsError::Other("process.env has a zero byte".into()))?;
+            .map_err(|_| ExecutorSetEnvsError::Other("process.env contains a NUL byte".into()))?;
         Ok(())
     }
 
@@ -144,7 +136,8 @@ impl Executor for Workload {
         if self.gated {
             console::pass_gate().map_err(|e| ExecutorError::Other(format!("wait for the terminal: {e}")))?;
         }
-        // SAFETY: SIG_DFL installs no handler. Rust's start ignores SIGPIPE, which would be inherited: `yes | head` would not end.
+        // Rust's runtime ignores SIGPIPE. If the program inherited that, `yes | head` would not exit.
+        // SAFETY: SIG_DFL installs no handler.
         unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }.map_err(|e| ExecutorError::Execution(e.into()))?;
         if let Some(seccomp) = &self.seccomp {
             initialize_seccomp(seccomp).map_err(|e| ExecutorError::Execution(e.into()))?;
@@ -153,7 +146,8 @@ impl Executor for Workload {
             drop_admin().map_err(|e| ExecutorError::Execution(e.into()))?;
         }
         let Err(error) = execve(&path, &args, &self.environment.borrow());
-        // The start has been answered already: the process's own stderr is where a user looks, and where runc says it.
+        // The start has already succeeded for the client. Like runc, write the error to the process's stderr, where a
+        // user sees it.
         let text = format!("exec {}: {}\n", path.to_string_lossy(), error.desc().to_lowercase());
         let _ = std::io::stderr().write_all(text.as_bytes());
         Err(ExecutorError::Execution(text.trim_end().to_owned().into()))
@@ -171,7 +165,7 @@ fn arguments(spec: &Spec) -> &[String] {
     spec.process().as_ref().and_then(|process| process.args().as_deref()).unwrap_or_default()
 }
 
-/// The program that the process names, looked for as execvp(3) and runc do, in the PATH of the process's own environment.
+/// Finds the process's program like execvp(3) and runc, in the PATH of the process's environment.
 fn find(spec: &Spec) -> Result<PathBuf, String> {
     let name = arguments(spec).first().filter(|name| !name.is_empty()).ok_or("process.args is empty")?;
     if name.contains('/') {
@@ -184,8 +178,8 @@ fn find(spec: &Spec) -> Result<PathBuf, String> {
     let environment = spec.process().as_ref().and_then(|process| process.env().as_deref()).unwrap_or_default();
     let path = environment.iter().rev().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or_default();
     let mut denied = false;
-    for folder in path.split(':') {
-        let candidate = Path::new(if folder.is_empty() { "." } else { folder }).join(name);
+    for directory in path.split(':') {
+        let candidate = Path::new(if directory.is_empty() { "." } else { directory }).join(name);
         match runnable(&candidate) {
             Ok(()) => return Ok(candidate),
             Err(nix::errno::Errno::EACCES) => denied = true,
@@ -203,7 +197,7 @@ fn runnable(path: &Path) -> nix::Result<()> {
     if fs::metadata(path).is_ok_and(|metadata| metadata.is_dir()) {
         return Err(nix::errno::Errno::EISDIR);
     }
-    // By the effective ids: libcontainer has become the process's user by now.
+    // Checks the effective IDs, which are those of the process's user by now.
     faccessat(nix::fcntl::AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS)
 }
 
@@ -222,20 +216,20 @@ mod tests {
     }
 
     #[test]
-    fn programs_are_found_and_missed_as_runc_says_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let there = folder.path().join("there");
-        let plain = folder.path().join("plain");
-        fs::write(&there, "").unwrap();
-        // Only its owner may run it: the case that a test for "others" gets wrong.
-        fs::set_permissions(&there, fs::Permissions::from_mode(0o700)).unwrap();
+    fn missing_programs_are_reported_in_runcs_words() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("program");
+        let plain = directory.path().join("plain");
+        fs::write(&program, "").unwrap();
+        // Only the owner may run it, which a check for "others" gets wrong.
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
         fs::write(&plain, "").unwrap();
         fs::set_permissions(&plain, fs::Permissions::from_mode(0o644)).unwrap();
-        let path = [format!("PATH=/nowhere:{}", folder.path().display())];
-        let (there_text, plain_text) = (there.to_str().unwrap(), plain.to_str().unwrap());
+        let path = [format!("PATH=/nowhere:{}", directory.path().display())];
+        let (program_text, plain_text) = (program.to_str().unwrap(), plain.to_str().unwrap());
 
-        assert_eq!(find(&spec(&["there"], &path)), Ok(there.clone()));
-        assert_eq!(find(&spec(&[there_text], &[])), Ok(there.clone()));
+        assert_eq!(find(&spec(&["program"], &path)), Ok(program.clone()));
+        assert_eq!(find(&spec(&[program_text], &[])), Ok(program.clone()));
         let cases = [
             (vec!["absent"], "exec: \"absent\": executable file not found in $PATH".to_owned()),
             (vec!["/absent"], "exec: \"/absent\": stat /absent: no such file or directory".to_owned()),
@@ -245,9 +239,9 @@ mod tests {
             (vec![], "process.args is empty".to_owned()),
             (vec![""], "process.args is empty".to_owned()),
         ];
-        for (args, want) in cases {
-            assert_eq!(find(&spec(&args, &path)), Err(want), "{args:?}");
+        for (args, expected) in cases {
+            assert_eq!(find(&spec(&args, &path)), Err(expected), "{args:?}");
         }
-        assert!(find(&spec(&["there"], &[])).is_err(), "no PATH, no search");
+        assert!(find(&spec(&["program"], &[])).is_err(), "found without PATH");
     }
 }

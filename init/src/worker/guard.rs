@@ -1,63 +1,66 @@
-//! The filter that keeps containers off the host's vsock ports, whatever seccomp profile they have or have not.
+//! A seccomp filter that keeps containers off the host's vsock ports, independent of their seccomp profile.
 //!
-//! It is a filter of its own, in plain BPF: compiling one with libseccomp costs millions of instructions, and a container without a
-//! profile would pay them for two rules. Filters add up, the strictest answer counts; the container's own comes on top.
+//! The filter is plain BPF: compiling one with libseccomp costs millions of instructions, which a container without a
+//! profile would spend on two rules. The kernel runs all filters of a process and applies the strictest result, so the
+//! container's own filter adds to this one.
 
 use std::io;
 
+use husk_protos::ANNOTATION_VSOCK;
 use libc::{sock_filter, sock_fprog};
 use oci_spec::runtime::Spec;
 
-use crate::error::Error;
+use crate::error::CallError;
 
-/// The annotation that lets a container use AF_VSOCK, if it is `true`.
-const WANTED: &str = "io.husk.vsock";
-
-/// `AUDIT_ARCH_*` of linux/audit.h: the ELF machine, with the bits for 64-bit and little-endian.
+/// `AUDIT_ARCH_*` of linux/audit.h: the ELF machine with the 64-bit and little-endian bits.
 #[cfg(target_arch = "x86_64")]
 const ARCH: u32 = 0xC000_003E;
 #[cfg(target_arch = "aarch64")]
 const ARCH: u32 = 0xC000_00B7;
 
-/// Set in the numbers of x32's syscalls, which share the architecture.
+/// Set in the syscall numbers of x32, which shares x86-64's architecture value.
 const X32_BIT: u32 = 0x4000_0000;
 
-/// Loads the guard into this process, and so into all that it will start, unless the spec's annotation asks for vsock.
-///
-/// The worker is its own first subject: nothing that it does needs either syscall.
-pub fn load_unless_wanted(spec: &Spec) -> Result<(), Error> {
-    let wanted = spec.annotations().as_ref().and_then(|all| all.get(WANTED)).is_some_and(|value| value == "true");
-    if wanted { Ok(()) } else { load(&program()).map_err(|e| Error::internal("refuse AF_VSOCK by seccomp", &e)) }
+/// Loads the filter into this process and its descendants, unless the spec's annotation allows vsock. The filter also
+/// applies to the worker, which needs none of these syscalls.
+pub(super) fn load_unless_vsock_allowed(spec: &Spec) -> Result<(), CallError> {
+    let annotation = spec.annotations().as_ref().and_then(|all| all.get(ANNOTATION_VSOCK));
+    if annotation.is_some_and(|value| value == "true") {
+        return Ok(());
+    }
+    load(&program()).map_err(|e| CallError::internal("block AF_VSOCK with seccomp", &e))
 }
 
 fn load(program: &[sock_filter]) -> io::Result<()> {
     let program = sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
-    // SAFETY: seccomp(2) copies the program, whose pointer and length describe a live slice. PID 1 has CAP_SYS_ADMIN, so it needs no
-    // no_new_privs, which the container's spec decides.
+    // SAFETY: seccomp(2) copies the program, whose pointer and length describe a live slice. The worker has
+    // CAP_SYS_ADMIN, so the call does not require no_new_privs, which the container's spec controls.
     let done = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// socket(AF_VSOCK, …) fails with EAFNOSUPPORT, as on a kernel without vsock. io_uring_setup fails with EPERM, because
-/// IORING_OP_SOCKET makes sockets that no filter sees. A foreign architecture (none runs on husk's kernel) fails with ENOSYS.
+/// IORING_OP_SOCKET creates sockets without passing a filter. Syscalls of a foreign architecture, which husk's kernel
+/// does not run, fail with ENOSYS.
 fn program() -> Vec<sock_filter> {
-    // struct seccomp_data: nr at 0, arch at 4, args[0] at 16. The domain is an int: its low half, which comes first in little-endian.
+    // struct seccomp_data: nr at 0, arch at 4, args[0] at 16. The domain is an int, so its low half is enough, which is
+    // first in little-endian.
     const NR: u32 = 0;
     const ARCHITECTURE: u32 = 4;
     const DOMAIN: u32 = 16;
     vec![
         load_word(ARCHITECTURE),
         skip_if_equal(ARCH, 1),
-        answer(refuse(libc::ENOSYS)),
+        ret(errno(libc::ENOSYS)),
         load_word(NR),
         instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, !X32_BIT),
         skip_unless_equal(libc::SYS_io_uring_setup as u32, 1),
-        answer(refuse(libc::EPERM)),
+        ret(errno(libc::EPERM)),
         skip_unless_equal(libc::SYS_socket as u32, 3),
         load_word(DOMAIN),
         skip_unless_equal(libc::AF_VSOCK as u32, 1),
-        answer(refuse(libc::EAFNOSUPPORT)),
-        answer(libc::SECCOMP_RET_ALLOW),
+        ret(errno(libc::EAFNOSUPPORT)),
+        ret(libc::SECCOMP_RET_ALLOW),
     ]
 }
 
@@ -77,19 +80,19 @@ fn skip_unless_equal(value: u32, skip: u8) -> sock_filter {
     instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, skip, value)
 }
 
-fn answer(value: u32) -> sock_filter {
+fn ret(value: u32) -> sock_filter {
     instruction(libc::BPF_RET | libc::BPF_K, 0, 0, value)
 }
 
-fn refuse(errno: i32) -> u32 {
-    libc::SECCOMP_RET_ERRNO | errno as u32
+fn errno(number: i32) -> u32 {
+    libc::SECCOMP_RET_ERRNO | number as u32
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Runs the program as the kernel would; knows the instructions that it uses.
+    /// Interprets the instructions that the program uses.
     fn run(program: &[sock_filter], arch: u32, nr: u32, arg0: u64) -> u32 {
         let mut data = [0u8; 64];
         data[0..4].copy_from_slice(&nr.to_le_bytes());
@@ -110,23 +113,23 @@ mod tests {
     }
 
     #[test]
-    fn only_vsock_and_the_way_around_are_refused() {
+    fn vsock_io_uring_and_foreign_architectures_are_blocked_and_nothing_else() {
         let program = program();
         let (socket, uring) = (libc::SYS_socket as u32, libc::SYS_io_uring_setup as u32);
         let vsock = libc::AF_VSOCK as u64;
-        let no = |errno| 0x0005_0000 | errno as u32;
+        let errno = |number| 0x0005_0000 | number as u32;
         let cases = [
-            (ARCH, socket, vsock, no(libc::EAFNOSUPPORT)),
-            (ARCH, socket | X32_BIT, vsock, no(libc::EAFNOSUPPORT)),
-            (ARCH, socket, vsock | 1 << 32, no(libc::EAFNOSUPPORT)),
+            (ARCH, socket, vsock, errno(libc::EAFNOSUPPORT)),
+            (ARCH, socket | X32_BIT, vsock, errno(libc::EAFNOSUPPORT)),
+            (ARCH, socket, vsock | 1 << 32, errno(libc::EAFNOSUPPORT)),
             (ARCH, socket, libc::AF_INET as u64, libc::SECCOMP_RET_ALLOW),
             (ARCH, socket, libc::AF_UNIX as u64, libc::SECCOMP_RET_ALLOW),
-            (ARCH, uring, 8, no(libc::EPERM)),
+            (ARCH, uring, 8, errno(libc::EPERM)),
             (ARCH, libc::SYS_read as u32, vsock, libc::SECCOMP_RET_ALLOW),
-            (0x4000_0003, socket, libc::AF_INET as u64, no(libc::ENOSYS)),
+            (0x4000_0003, socket, libc::AF_INET as u64, errno(libc::ENOSYS)),
         ];
-        for (arch, nr, arg0, want) in cases {
-            assert_eq!(run(&program, arch, nr, arg0), want, "arch {arch:#x} nr {nr:#x} arg {arg0:#x}");
+        for (arch, nr, arg0, expected) in cases {
+            assert_eq!(run(&program, arch, nr, arg0), expected, "arch {arch:#x} nr {nr:#x} arg {arg0:#x}");
         }
     }
 }

@@ -1,13 +1,13 @@
-//! The re-executed, single-threaded side of the init: the only place where libcontainer runs.
+//! Workers: single-threaded processes that run libcontainer on behalf of PID 1.
 //!
-//! libcontainer clones with raw syscalls, changes the working directory and writes its caller's oom_score_adj: in PID 1 it would be
-//! a hazard. So each operation gets a process of its own (`/proc/self/exe`, told apart by its argv[0]), which answers one request and ends.
-//! Its container processes are PID 1's children (`as_sibling`).
+//! libcontainer clones with raw syscalls, changes the working directory and writes its caller's oom_score_adj, none of
+//! which PID 1 can tolerate. So PID 1 starts a process (`/proc/self/exe`, distinguished by argv\[0\]) for each
+//! operation. It serves one request and exits. Container processes become PID 1's children (`as_sibling`).
 //!
 //! [`client`] is PID 1's side, [`serve`] the worker's.
 
-pub mod client;
-pub mod console;
+pub(crate) mod client;
+pub(crate) mod console;
 mod create;
 mod devices;
 mod exec;
@@ -15,100 +15,92 @@ mod executor;
 mod guard;
 mod hooks;
 mod identity;
-pub mod serve;
+mod libcontainer;
+pub(crate) mod serve;
 mod spec;
-pub mod start;
+pub(crate) mod start;
 mod update;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
+use crate::error::{CallError, FailureKind};
 
 /// argv[0] of a worker.
-pub const NAME: &str = "husk-worker";
+pub(crate) const NAME: &str = "husk-worker";
 
 /// Descriptor of a worker's end of the socket pair.
 const CONTROL_FD: i32 = 3;
 
-/// Where a worker finds the gate of a process that gets a terminal; see [`console`].
+/// Descriptor of the gate in the worker of a process with a terminal; see [`console`].
 const GATE_FD: i32 = 4;
 
-/// Most bytes of a request or a reply. One message each way, kept whole by the socket (SOCK_SEQPACKET).
+/// Maximum size of a request or a reply in bytes. The socket (SOCK_SEQPACKET) keeps each message whole.
 const MESSAGE_MAX: usize = 64 * 1024;
 
-/// What a worker is asked to do. Its standard streams are the process's.
+/// A request to a worker. The worker's standard streams are those of the process that it creates.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Request {
-    /// Make a container from a bundle; its init waits for its start.
+pub(crate) enum Request {
+    /// Create a container whose init waits for its start.
     Create {
-        /// Container.
+        /// Container ID, as in all requests.
         id: String,
-        /// Folder of its config.json.
         bundle: PathBuf,
-        /// Socket that takes its terminal, if it is to have one.
+        /// Path of the socket that receives the terminal, if the init gets one.
         console: Option<PathBuf>,
     },
     /// Start the init, and run the spec's startContainer and poststart hooks.
-    Start {
-        /// Container.
-        id: String,
-    },
-    /// Run another process in a started container.
+    Start { id: String },
+    /// Run another process in a container.
     Exec {
-        /// Container.
         id: String,
-        /// File with the process as the spec's `process`, in JSON.
+        /// File that contains the spec's `process` as JSON.
         process: PathBuf,
-        /// Socket that takes its terminal, if it is to have one.
+        /// Path of the socket that receives the terminal, if the process gets one.
         console: Option<PathBuf>,
     },
-    /// Give a container other limits: those that its standard input names as the spec's `linux.resources`, in JSON.
-    Update {
-        /// Container.
-        id: String,
-    },
-    /// Remove a container that has ended, and run the spec's poststop hooks.
-    Delete {
-        /// Container.
-        id: String,
-    },
+    /// Set the limits that stdin contains as JSON of the spec's `linux.resources`.
+    Update { id: String },
+    /// Remove a stopped container, and run the spec's poststop hooks.
+    Delete { id: String },
 }
 
-/// What a worker answers.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Reply {
-    /// The container is there.
+pub(crate) enum Reply {
     Created(Created),
-    /// The process runs.
     Executed(Executed),
-    /// Started, updated, or deleted.
+    /// The container was started, updated or deleted.
     Done,
-    /// Nothing was made, or what was made is gone again.
-    Failed(Error),
+    /// The operation failed and left nothing behind.
+    Failed(CallError),
 }
 
-/// What PID 1 has to know of a new container.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Created {
-    /// Of its init, in the guest's pid namespace.
-    pub pid: i32,
-    /// The kernel ends all of its processes with its init.
-    pub own_pid_namespace: bool,
-    /// Start has to go through a worker.
-    pub start_hooks: bool,
-    /// Delete has to go through a worker.
-    pub poststop_hooks: bool,
-    /// What of the spec has no meaning in this guest and was left out: to be logged.
-    pub ignored: Vec<String>,
+impl Reply {
+    /// The error for a reply that does not match its request.
+    pub(crate) fn unexpected(self, operation: &str) -> CallError {
+        CallError::new(FailureKind::Internal, format!("{operation}: unexpected reply of a worker: {self:?}"))
+    }
 }
 
-/// What PID 1 has to know of a new process.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Executed {
-    /// In the guest's pid namespace.
-    pub pid: i32,
-    /// As in [`Created`].
-    pub ignored: Vec<String>,
+pub(crate) struct Created {
+    /// PID of the init in the guest's PID namespace.
+    pub(crate) pid: i32,
+    /// Whether the kernel kills all of the container's processes when its init exits.
+    pub(crate) own_pid_namespace: bool,
+    /// Whether the start runs hooks and therefore needs a worker.
+    pub(crate) start_hooks: bool,
+    /// Whether the deletion runs hooks and therefore needs a worker.
+    pub(crate) poststop_hooks: bool,
+    /// Parts of the spec that have no meaning in this guest and were ignored, for the log.
+    pub(crate) ignored: Vec<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Executed {
+    /// PID in the guest's PID namespace.
+    pub(crate) pid: i32,
+    /// See [`Created::ignored`].
+    pub(crate) ignored: Vec<String>,
 }

@@ -1,25 +1,22 @@
-//! What of a runtime spec this guest can apply, decided before anything is made. Pure.
+//! Checks a runtime spec before anything is created, and adapts it to this guest and to libcontainer. Pure.
 //!
-//! [`check`] names everything that cannot be applied, at once; [`adapt`] takes out what has no meaning here and works around what
-//! libcontainer takes amiss.
+//! [`check`] reports everything that the guest cannot apply; [`adapt`] removes what has no meaning here and works
+//! around libcontainer's limitations.
 
 use std::path::Path;
 
+use husk_protos::CONTAINERS_CGROUP;
 use oci_spec::runtime::{
     Capability, LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Mount, Process,
     Spec,
 };
 
-use super::devices::{self, Kind, Rule};
+use super::devices::{self, DeviceRule, DeviceType};
 use super::executor::Workload;
-use crate::cgroup::CONTAINERS_IN_SPEC;
-use crate::error::{self, Error};
+use crate::error::{CallError, FailureKind};
 
-/// Refuses a spec of which something cannot be applied.
-///
-/// # Errors
-/// Every problem, each beginning with the name of the field.
-pub fn check(spec: &Spec) -> Result<(), Vec<String>> {
+/// Checks that the guest can apply a spec. Returns every problem, each beginning with the name of the field.
+pub(super) fn check(spec: &Spec) -> Result<(), Vec<String>> {
     let mut problems = Vec::new();
     if !spec.version().starts_with("1.") {
         problems.push(format!("ociVersion: {:?} is not 1.x", spec.version()));
@@ -37,26 +34,25 @@ pub fn check(spec: &Spec) -> Result<(), Vec<String>> {
     match spec.linux() {
         Some(linux) => {
             if linux.intel_rdt().is_some() {
-                problems.push("linux.intelRdt: a guest has no resctrl file system".into());
+                problems.push("linux.intelRdt: the guest has no resctrl filesystem".into());
             }
             if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
-                problems.push("linux.netDevices: a guest has none of the host's network devices".into());
+                problems.push("linux.netDevices: the guest has no access to the host's network devices".into());
             }
             for namespace in linux.namespaces().iter().flatten() {
-                // Every process of the guest is under /proc; any other path is the host's.
+                // The guest's processes are in /proc; any other path is one of the host.
                 if let Some(path) = namespace.path().as_ref().filter(|path| !path.starts_with("/proc")) {
                     let kind = namespace.typ();
-                    problems
-                        .push(format!("linux.namespaces: {kind} by the path {} is not in the guest", path.display()));
+                    problems.push(format!("linux.namespaces: {kind}: {} is not in the guest", path.display()));
                 }
             }
             if let Some(propagation) = linux.rootfs_propagation().as_deref()
                 && plain_propagation(propagation).is_none()
             {
-                problems.push(format!("linux.rootfsPropagation: {propagation:?} is not a propagation"));
+                problems.push(format!("linux.rootfsPropagation: unknown propagation {propagation:?}"));
             }
             for device in linux.devices().iter().flatten() {
-                // libcontainer makes them nowhere else.
+                // libcontainer creates devices nowhere else.
                 if !device.path().starts_with("/dev") {
                     problems.push(format!("linux.devices: {} is not below /dev", device.path().display()));
                 }
@@ -69,8 +65,8 @@ pub fn check(spec: &Spec) -> Result<(), Vec<String>> {
     if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
 
-/// What of a process cannot be applied; for an exec too.
-pub fn check_process(process: &Process) -> Vec<String> {
+/// Returns the problems of a process, also for an exec.
+pub(super) fn check_process(process: &Process) -> Vec<String> {
     let mut problems = Vec::new();
     if process.args().as_ref().is_none_or(|args| args.is_empty()) {
         problems.push("process.args: is empty".into());
@@ -81,27 +77,25 @@ pub fn check_process(process: &Process) -> Vec<String> {
     problems
 }
 
-/// Refuses a process that says one thing about its terminal while the call that it came with says another.
-///
-/// # Errors
-/// InvalidArgument.
-pub fn check_terminal(process: Option<&Process>, asked: bool) -> Result<(), Error> {
-    let wanted = process.and_then(|process| process.terminal()).unwrap_or(false);
-    if wanted == asked {
+/// Checks that the spec and the request agree on whether the process has a terminal.
+pub(super) fn check_terminal(process: Option<&Process>, requested: bool) -> Result<(), CallError> {
+    let in_spec = process.and_then(|process| process.terminal()).unwrap_or(false);
+    if in_spec == requested {
         return Ok(());
     }
-    let text = format!("process.terminal: is {wanted} in the spec, {asked} in the request");
-    Err(Error::new(error::Kind::InvalidArgument, text))
+    let what = format!("process.terminal: is {in_spec} in the spec, but {requested} in the request");
+    Err(CallError::new(FailureKind::InvalidArgument, what))
 }
 
 fn check_mount(mount: &Mount) -> Option<String> {
     let by_option = mount.options().iter().flatten().any(|option| option == "idmap" || option == "ridmap");
     let by_mapping = mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
     (by_option || by_mapping)
-        .then(|| format!("mounts: {} cannot be id-mapped on a share", mount.destination().display()))
+        .then(|| format!("mounts: {} cannot be id-mapped: it is on a share", mount.destination().display()))
 }
 
-/// The name that libcontainer knows it by. It sets that of all mounts at once, so the recursive names mean the same; clients send both.
+/// libcontainer's name of a propagation. libcontainer sets the propagation of all mounts, so the recursive names mean
+/// the same. Clients send both.
 fn plain_propagation(name: &str) -> Option<&'static str> {
     match name {
         "private" | "rprivate" => Some("private"),
@@ -116,15 +110,15 @@ fn check_seccomp(seccomp: &LinuxSeccomp) -> Vec<String> {
     let mut problems = Vec::new();
     let notifies = seccomp.syscalls().iter().flatten().any(|one| one.action() == LinuxSeccompAction::ScmpActNotify);
     if notifies || seccomp.default_action() == LinuxSeccompAction::ScmpActNotify {
-        problems.push("linux.seccomp: SCMP_ACT_NOTIFY needs a listener, which is on the host".into());
+        problems.push("linux.seccomp: SCMP_ACT_NOTIFY needs a listener, which would be on the host".into());
     }
     if seccomp.listener_path().is_some() {
-        problems.push("linux.seccomp.listenerPath: is on the host".into());
+        problems.push("linux.seccomp.listenerPath: the path is on the host".into());
     }
     problems
 }
 
-/// What libcgroups would leave out in silence. What it knows, it applies or fails by name.
+/// Returns the resources that libcgroups would silently ignore. It applies all others, or fails and names them.
 fn check_resources(resources: &LinuxResources) -> Vec<String> {
     let mut problems = Vec::new();
     if resources.rdma().as_ref().is_some_and(|rdma| !rdma.is_empty()) {
@@ -137,13 +131,13 @@ fn check_resources(resources: &LinuxResources) -> Vec<String> {
     }
     if let Some(memory) = resources.memory() {
         if memory.kernel().is_some_and(|limit| limit > 0) || memory.kernel_tcp().is_some_and(|limit| limit > 0) {
-            problems.push("linux.resources.memory.kernel: cgroup v2 has no limit of its own for it".into());
+            problems.push("linux.resources.memory.kernel: cgroup v2 has no separate limit for kernel memory".into());
         }
         if memory.swappiness().is_some() {
-            problems.push("linux.resources.memory.swappiness: cgroup v2 has none".into());
+            problems.push("linux.resources.memory.swappiness: cgroup v2 has no swappiness".into());
         }
         if memory.disable_oom_killer().unwrap_or(false) {
-            problems.push("linux.resources.memory.disableOOMKiller: cgroup v2 cannot".into());
+            problems.push("linux.resources.memory.disableOOMKiller: cgroup v2 cannot disable the OOM killer".into());
         }
     }
     for rule in resources.devices().iter().flatten() {
@@ -152,23 +146,23 @@ fn check_resources(resources: &LinuxResources) -> Vec<String> {
     problems
 }
 
-/// What of an update cannot be applied to the container that was made from `spec`. Clients send all of its resources again with those that
-/// they change: what cannot change, but is as it was, is no problem.
-pub fn check_update(spec: &Spec, resources: &LinuxResources) -> Vec<String> {
+/// Returns the problems of an update for the container that was created from `spec`. Clients repeat the unchanged
+/// resources, so a resource that cannot change is a problem only if it differs.
+pub(super) fn check_update(spec: &Spec, resources: &LinuxResources) -> Vec<String> {
     let before = spec.linux().as_ref().and_then(|linux| linux.resources().clone()).unwrap_or_default();
     let mut problems = check_resources(resources);
     if resources.devices().as_ref().is_some_and(|rules| !rules.is_empty()) && resources.devices() != before.devices() {
-        problems.push("linux.resources.devices: cannot change while the container is there".into());
+        problems.push("linux.resources.devices: cannot change after the container's creation".into());
     }
     if resources.block_io().is_some() && resources.block_io() != before.block_io() {
-        problems.push("linux.resources.blockIO: the host's devices are not the guest's".into());
+        problems.push("linux.resources.blockIO: the guest does not have the host's block devices".into());
     }
     problems
 }
 
-/// Makes the spec one that libcontainer applies as it is meant. Answers whether anything changed, and what was left out without
-/// changing what the container may do.
-pub fn adapt(spec: &mut Spec, id: &str) -> (bool, Vec<String>) {
+/// Changes the spec so that libcontainer applies it as intended. Returns whether anything changed, and which parts were
+/// ignored without effect on what the container may do.
+pub(super) fn adapt(spec: &mut Spec, id: &str) -> (bool, Vec<String>) {
     let mut changed = false;
     let mut ignored = Vec::new();
     if let Some(process) = spec.process_mut() {
@@ -176,7 +170,7 @@ pub fn adapt(spec: &mut Spec, id: &str) -> (bool, Vec<String>) {
     }
     if let Some(linux) = spec.linux_mut() {
         if linux.mount_label().is_some() {
-            ignored.push("linux.mountLabel: no SELinux in the guest".into());
+            ignored.push("linux.mountLabel: the guest has no SELinux".into());
             linux.set_mount_label(None);
             changed = true;
         }
@@ -185,8 +179,8 @@ pub fn adapt(spec: &mut Spec, id: &str) -> (bool, Vec<String>) {
             linux.set_rootfs_propagation(propagation);
             changed = true;
         }
-        // Where the init looks for the container's cgroup. The host's path has no meaning here.
-        let path = Path::new(CONTAINERS_IN_SPEC).join(id);
+        // The host's path has no meaning in the guest.
+        let path = Path::new(CONTAINERS_CGROUP).join(id);
         if linux.cgroups_path().as_ref() != Some(&path) {
             linux.set_cgroups_path(Some(path));
             changed = true;
@@ -197,17 +191,17 @@ pub fn adapt(spec: &mut Spec, id: &str) -> (bool, Vec<String>) {
 
 fn adapt_process(process: &mut Process, ignored: &mut Vec<String>) -> bool {
     let before = ignored.len();
-    // libcontainer refuses a profile where AppArmor is off, and knows no SELinux.
+    // libcontainer rejects a profile if AppArmor is off, and does not support SELinux.
     if process.apparmor_profile().as_ref().is_some_and(|profile| !profile.is_empty()) {
-        ignored.push("process.apparmorProfile: no AppArmor in the guest".into());
+        ignored.push("process.apparmorProfile: the guest has no AppArmor".into());
     }
     if process.selinux_label().as_ref().is_some_and(|label| !label.is_empty()) {
-        ignored.push("process.selinuxLabel: no SELinux in the guest".into());
+        ignored.push("process.selinuxLabel: the guest has no SELinux".into());
     }
     let labelled = process.apparmor_profile().is_some() || process.selinux_label().is_some();
     process.set_apparmor_profile(None).set_selinux_label(None);
-    // libcontainer applies a filter as the unprivileged process if the field is there at all, and the kernel refuses that
-    // unless it is true.
+    // If the field is present, even as false, libcontainer applies the seccomp filter after dropping privileges. The
+    // kernel allows that only if the field is true.
     let explicit_false = process.no_new_privileges() == Some(false);
     if explicit_false {
         process.set_no_new_privileges(None);
@@ -215,38 +209,42 @@ fn adapt_process(process: &mut Process, ignored: &mut Vec<String>) -> bool {
     labelled || explicit_false || ignored.len() > before
 }
 
-/// Like [`adapt`], for an exec's process. libcontainer leaves execs without the container's filter, so the workload applies it: as the
-/// process that it will be, or with the one capability that this takes, which it then drops.
-pub fn adapt_exec(process: &mut Process, seccomp: Option<LinuxSeccomp>, ignored: &mut Vec<String>) -> (bool, Workload) {
+/// Like [`adapt`], for an exec's process. libcontainer does not apply the container's seccomp filter to execs, so the
+/// workload does. Without no_new_privs this takes CAP_SYS_ADMIN, which the process receives and then drops.
+pub(super) fn adapt_exec(
+    process: &mut Process,
+    seccomp: Option<LinuxSeccomp>,
+    ignored: &mut Vec<String>,
+) -> (bool, Workload) {
     let mut changed = adapt_process(process, ignored);
     let Some(seccomp) = seccomp else { return (changed, Workload::default()) };
-    let mut lent = false;
+    let mut lends_admin = false;
     if process.no_new_privileges() != Some(true)
         && let Some(mut capabilities) = process.capabilities().clone()
     {
         let mut effective = capabilities.effective().clone().unwrap_or_default();
         let mut permitted = capabilities.permitted().clone().unwrap_or_default();
-        lent = effective.insert(Capability::SysAdmin) | permitted.insert(Capability::SysAdmin);
+        lends_admin = effective.insert(Capability::SysAdmin) | permitted.insert(Capability::SysAdmin);
         capabilities.set_effective(Some(effective)).set_permitted(Some(permitted));
         process.set_capabilities(Some(capabilities));
-        changed |= lent;
+        changed |= lends_admin;
     }
-    (changed, Workload::with_seccomp(seccomp, lent))
+    (changed, Workload::with_seccomp(seccomp, lends_admin))
 }
 
-/// The container's device rules, with the ones that every container has. Rules that mean nothing were refused by [`check`].
-pub fn device_rules(spec: &Spec) -> Vec<Rule> {
+/// The container's device rules, followed by the default ones. [`check`] has rejected invalid rules.
+pub(super) fn device_rules(spec: &Spec) -> Vec<DeviceRule> {
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     let own = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
     own.iter().filter_map(|rule| device_rule(rule).ok()).flatten().chain(devices::DEFAULT).collect()
 }
 
-/// None for a rule about fifos, which no cgroup ever decided on.
-fn device_rule(rule: &LinuxDeviceCgroup) -> Result<Option<Rule>, String> {
-    let kind = match rule.typ() {
+/// Returns `None` for a rule about FIFOs, which cgroups do not control.
+fn device_rule(rule: &LinuxDeviceCgroup) -> Result<Option<DeviceRule>, String> {
+    let device_type = match rule.typ() {
         None | Some(LinuxDeviceType::A) => None,
-        Some(LinuxDeviceType::B) => Some(Kind::Block),
-        Some(LinuxDeviceType::C | LinuxDeviceType::U) => Some(Kind::Char),
+        Some(LinuxDeviceType::B) => Some(DeviceType::Block),
+        Some(LinuxDeviceType::C | LinuxDeviceType::U) => Some(DeviceType::Char),
         Some(LinuxDeviceType::P) => return Ok(None),
     };
     let number = |name: &str, value: Option<i64>| match value {
@@ -262,14 +260,14 @@ fn device_rule(rule: &LinuxDeviceCgroup) -> Result<Option<Rule>, String> {
             'r' => devices::READ,
             'w' => devices::WRITE,
             'm' => devices::MKNOD,
-            other => return Err(format!("linux.resources.devices: {other:?} is not an access")),
+            other => return Err(format!("linux.resources.devices: {other:?} is not a kind of access")),
         };
     }
-    // "a" stands for all devices, whatever the numbers beside it (config-linux.md follows the cgroup v1 files, where it does).
-    let numbered = kind.is_some();
+    // Type "a" covers all devices and ignores the numbers, as in the files of cgroup v1, which config-linux.md follows.
+    let numbered = device_type.is_some();
     let major = number("major", rule.major())?.filter(|_| numbered);
     let minor = number("minor", rule.minor())?.filter(|_| numbered);
-    Ok(Some(Rule { allow: rule.allow(), kind, major, minor, access }))
+    Ok(Some(DeviceRule { allow: rule.allow(), device_type, major, minor, access }))
 }
 
 #[cfg(test)]
@@ -278,7 +276,7 @@ mod tests {
 
     use super::*;
 
-    /// What containerd 1.6 to 2.x generate for `ctr run`, as far as this guest looks at it.
+    /// The parts that this guest evaluates of the spec that containerd 1.6 to 2.x generates for `ctr run`.
     fn default_spec() -> Value {
         json!({
             "ociVersion": "1.0.2-dev",
@@ -291,12 +289,17 @@ mod tests {
             "root": {"path": "rootfs"},
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
-                {"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]}
+                {
+                    "destination": "/run", "type": "tmpfs", "source": "tmpfs",
+                    "options": ["nosuid", "mode=755", "size=65536k"]
+                }
             ],
             "linux": {
                 "resources": {"devices": [{"allow": false, "access": "rwm"}]},
                 "cgroupsPath": "/default/x",
-                "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}],
+                "namespaces": [
+                    {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}
+                ],
                 "maskedPaths": ["/proc/keys"], "readonlyPaths": ["/proc/sys"]
             }
         })
@@ -310,19 +313,19 @@ mod tests {
     }
 
     #[test]
-    fn what_containerd_generates_passes() {
+    fn the_spec_of_ctr_run_is_accepted() {
         let spec: Spec = serde_json::from_value(default_spec()).unwrap();
         assert_eq!(check(&spec), Ok(()));
     }
 
     #[test]
-    fn what_cannot_be_applied_is_refused_by_name() {
+    fn each_unsupported_field_is_rejected_by_name() {
         let cases = [
             ("/ociVersion", json!("2.0.0"), "ociVersion: \"2.0.0\" is not 1.x"),
             ("/process/args", json!([]), "process.args: is empty"),
             ("/process/cwd", json!("tmp"), "process.cwd: \"tmp\" is not absolute"),
-            ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt: a guest has no resctrl file system"),
-            ("/linux/rootfsPropagation", json!("rsalve"), "linux.rootfsPropagation: \"rsalve\" is not a propagation"),
+            ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt: the guest has no resctrl filesystem"),
+            ("/linux/rootfsPropagation", json!("rsalve"), "linux.rootfsPropagation: unknown propagation \"rsalve\""),
             (
                 "/linux/devices",
                 json!([{"path": "/run/zero", "type": "c", "major": 1, "minor": 5}]),
@@ -331,12 +334,15 @@ mod tests {
             (
                 "/linux/namespaces",
                 json!([{"type": "network", "path": "/var/run/netns/cni-1"}]),
-                "linux.namespaces: net by the path /var/run/netns/cni-1 is not in the guest",
+                "linux.namespaces: net: /var/run/netns/cni-1 is not in the guest",
             ),
             (
                 "/linux/seccomp",
-                json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mount"], "action": "SCMP_ACT_NOTIFY"}]}),
-                "linux.seccomp: SCMP_ACT_NOTIFY needs a listener, which is on the host",
+                json!({
+                    "defaultAction": "SCMP_ACT_ALLOW",
+                    "syscalls": [{"names": ["mount"], "action": "SCMP_ACT_NOTIFY"}]
+                }),
+                "linux.seccomp: SCMP_ACT_NOTIFY needs a listener, which would be on the host",
             ),
             (
                 "/linux/resources/rdma",
@@ -351,7 +357,7 @@ mod tests {
             (
                 "/linux/resources/memory",
                 json!({"swappiness": 10}),
-                "linux.resources.memory.swappiness: cgroup v2 has none",
+                "linux.resources.memory.swappiness: cgroup v2 has no swappiness",
             ),
             (
                 "/linux/resources/devices",
@@ -361,21 +367,21 @@ mod tests {
             (
                 "/linux/resources/devices",
                 json!([{"allow": true, "access": "rx"}]),
-                "linux.resources.devices: 'x' is not an access",
+                "linux.resources.devices: 'x' is not a kind of access",
             ),
             (
                 "/mounts",
                 json!([{"destination": "/data", "type": "bind", "source": "/x", "options": ["bind", "idmap"]}]),
-                "mounts: /data cannot be id-mapped on a share",
+                "mounts: /data cannot be id-mapped: it is on a share",
             ),
         ];
-        for (pointer, value, want) in cases {
-            assert_eq!(check(&with(pointer, value)), Err(vec![want.to_owned()]), "{pointer}");
+        for (pointer, value, expected) in cases {
+            assert_eq!(check(&with(pointer, value)), Err(vec![expected.to_owned()]), "{pointer}");
         }
     }
 
     #[test]
-    fn all_problems_are_told_at_once() {
+    fn all_problems_are_reported_at_once() {
         let mut spec = default_spec();
         spec["process"] = Value::Null;
         spec["root"] = Value::Null;
@@ -385,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn what_libcontainer_takes_amiss_is_taken_out() {
+    fn fields_that_libcontainer_mishandles_are_adapted() {
         let mut spec = default_spec();
         spec["process"]["noNewPrivileges"] = json!(false);
         spec["process"]["apparmorProfile"] = json!("cri-containerd.apparmor.d");
@@ -400,11 +406,11 @@ mod tests {
         let linux = spec.linux().as_ref().unwrap();
         assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/containers/x")));
         assert_eq!(linux.rootfs_propagation().as_deref(), Some("slave"));
-        assert_eq!(adapt(&mut spec, "x"), (false, vec![]), "once is enough");
+        assert_eq!(adapt(&mut spec, "x"), (false, vec![]), "an adapted spec changed again");
     }
 
     #[test]
-    fn an_exec_gets_the_filter_and_only_as_long_as_needed_the_right_to_apply_it() {
+    fn an_exec_receives_the_filter_and_drops_cap_sys_admin_after_applying_it() {
         let seccomp: LinuxSeccomp = serde_json::from_value(json!({"defaultAction": "SCMP_ACT_ALLOW"})).unwrap();
         let process = |spec: Value| -> Process { serde_json::from_value(spec["process"].clone()).unwrap() };
         let admin = |process: &Process| {
@@ -427,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn an_update_may_repeat_what_cannot_change() {
+    fn an_update_may_repeat_unchanged_resources() {
         let spec = with(
             "/linux/resources",
             json!({"devices": [{"allow": false, "access": "rwm"}], "blockIO": {"weight": 10}}),
@@ -443,15 +449,21 @@ mod tests {
     }
 
     #[test]
-    fn device_rules_mean_what_they_say() {
+    fn device_rules_are_converted_with_their_wildcards() {
         let rule = |value| device_rule(&serde_json::from_value(value).unwrap()).unwrap();
-        let all = Rule { allow: false, kind: None, major: None, minor: None, access: devices::ALL };
+        let all = DeviceRule { allow: false, device_type: None, major: None, minor: None, access: devices::ALL };
         assert_eq!(rule(json!({"allow": false, "access": "rwm"})), Some(all));
         assert_eq!(rule(json!({"allow": false})), Some(all));
         assert_eq!(rule(json!({"allow": false, "type": "a", "major": 8, "minor": 1})), Some(all));
         assert_eq!(
             rule(json!({"allow": true, "type": "b", "major": 8, "minor": -1, "access": "r"})),
-            Some(Rule { allow: true, kind: Some(Kind::Block), major: Some(8), minor: None, access: devices::READ })
+            Some(DeviceRule {
+                allow: true,
+                device_type: Some(DeviceType::Block),
+                major: Some(8),
+                minor: None,
+                access: devices::READ
+            })
         );
         assert_eq!(rule(json!({"allow": true, "type": "p", "major": 1, "minor": 1})), None);
     }

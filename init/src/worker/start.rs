@@ -1,4 +1,4 @@
-//! Start of an init that waits: at once, or with the hooks that go with it.
+//! Start of an init: immediately, or with the hooks that accompany a start.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -8,35 +8,37 @@ use libcontainer::hooks::run_hooks;
 use libcontainer::notify_socket::NOTIFY_FILE;
 use oci_spec::runtime::Spec;
 
-use super::hooks::Outcome;
-use super::serve::{explain, load};
-use crate::error::{Error, Kind};
-use crate::places;
+use super::hooks::StartOutcome;
+use super::libcontainer::{call_error, load};
+use crate::error::{CallError, FailureKind};
+use crate::paths;
 
-/// Starts an init whose spec has hooks for it, and waits for those.
-pub fn start(id: &str) -> Result<(), Error> {
-    let failed = |what: &str, e: &dyn std::error::Error| Error::internal(format_args!("start {id}: {what}"), e);
-    let bundle = places::bundle(id);
-    let outcome = Outcome::of(&bundle).map_err(|e| failed("open the fifo of its hooks", &e))?;
+/// Starts an init whose spec has startContainer or poststart hooks, and waits for them.
+pub(super) fn start(id: &str) -> Result<(), CallError> {
+    let failed = |what: &str, e: &dyn std::error::Error| CallError::internal(format_args!("start {id}: {what}"), e);
+    let bundle = paths::bundle(id);
+    let outcome = StartOutcome::open(&bundle).map_err(|e| failed("open the FIFO of its hooks", &e))?;
     notify(id)?;
     if let Some(outcome) = outcome
-        && let Some(why) = outcome.wait().map_err(|e| failed("wait for its hooks", &e))?
+        && let Some(reason) = outcome.wait().map_err(|e| failed("wait for its hooks", &e))?
     {
-        return Err(Error::new(Kind::Internal, format!("start {id}: {why}")));
+        return Err(CallError::new(FailureKind::Internal, format!("start {id}: {reason}")));
     }
     let spec = Spec::load(bundle.join("config.json")).map_err(|e| failed("read its spec", &e))?;
     let Some(poststart) = spec.hooks().as_ref().and_then(|hooks| hooks.poststart().as_ref()) else { return Ok(()) };
     let mut container = load(id)?;
-    container.set_status(ContainerStatus::Running).save().map_err(|e| explain("record", id, &e))?;
+    container.set_status(ContainerStatus::Running).save().map_err(|e| call_error("record", id, &e))?;
     run_hooks(Some(poststart), Some(&container.state), Some(&container.root), None, None)
         .map_err(|e| failed("hooks.poststart", &e))
 }
 
-/// Lets an init go on that waits on its start socket: what libcontainer's `Container::start` does, without a process for it.
-pub fn notify(id: &str) -> Result<(), Error> {
-    let socket = places::state(id).join(NOTIFY_FILE);
-    // Neither blocks: the listener's queue is empty, and so is the new connection.
-    UnixStream::connect(&socket)
-        .and_then(|mut stream| stream.write_all(b"start container"))
-        .map_err(|e| Error::new(Kind::FailedPrecondition, format!("start {id}: its init does not wait for it: {e}")))
+/// Starts an init that waits on its start socket. Does the same as libcontainer's `Container::start`, but without a
+/// worker.
+pub(crate) fn notify(id: &str) -> Result<(), CallError> {
+    let socket = paths::state(id).join(NOTIFY_FILE);
+    // Neither call blocks: the listener's queue and the new connection are empty.
+    UnixStream::connect(&socket).and_then(|mut stream| stream.write_all(b"start container")).map_err(|e| {
+        let what = format!("start {id}: its init does not wait for the start: {e}");
+        CallError::new(FailureKind::FailedPrecondition, what)
+    })
 }

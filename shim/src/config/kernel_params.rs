@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn what_the_machine_is_told_by_husk_is_none_of_what_may_be_given_but_for_its_silence() {
-        let own = crate::vmm::qemu::args::KERNEL_PARAMETERS;
+        let own = crate::vmm::kernel_cmdline::COMMON;
         let given: Vec<_> = own.iter().filter(|word| refusal(word).is_none()).collect();
         assert_eq!(given, [&"quiet"]);
     }

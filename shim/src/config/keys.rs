@@ -11,7 +11,7 @@ use super::settings::{Accel, Config, Profile, Vsock};
 use super::values::{
     absolute, annotations, boolean, choice, extras_max_mib, integer, list, memory_mib, milliseconds, text, user, vcpus,
 };
-use crate::vmm::Board;
+use crate::vmm::factory::boards;
 
 type Set = fn(&mut Config, &Value) -> Result<(), String>;
 
@@ -43,9 +43,7 @@ pub(crate) const KEYS: [Key; 24] = [
         let choices = [("auto", Vsock::Auto), ("vhost-user", Vsock::VhostUser), ("vhost", Vsock::Vhost)];
         put(&mut config.vsock, choice(value, &choices))
     }),
-    key("machine", |config, value| {
-        put(&mut config.board, choice(value, &[("microvm", Board::Microvm), ("q35", Board::Q35)]))
-    }),
+    key("machine", |config, value| put(&mut config.board, choice(value, &boards()))),
     key("qemu", |config, value| put(&mut config.qemu, text(value).map(PathBuf::from))),
     key("qemu_user", |config, value| put(&mut config.qemu_user, user(value))),
     key("virtiofsd", |config, value| put(&mut config.virtiofsd, absolute(value).map(Some))),

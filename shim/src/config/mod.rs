@@ -3,6 +3,8 @@
 
 pub mod annotations;
 pub mod artifacts;
+#[cfg(test)]
+mod example_tests;
 pub mod extras;
 pub mod kernel_params;
 pub mod keys;

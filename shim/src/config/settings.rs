@@ -85,7 +85,7 @@ pub struct Config {
     pub accel: Accel,
     /// What carries guests' vsock.
     pub vsock: Vsock,
-    /// The board: microvm or q35.
+    /// The board, and with it the VMM.
     pub board: Board,
     /// QEMU's program; searched in PATH if it has no slash.
     pub qemu: PathBuf,
@@ -127,7 +127,7 @@ impl Default for Config {
             image_dir: None,
             accel: Accel::Auto,
             vsock: Vsock::Auto,
-            board: Board::Microvm,
+            board: Board::default(),
             qemu: "qemu-system-x86_64".into(),
             // nobody and nogroup, by their numbers on every Linux distribution.
             qemu_user: (65534, 65534),

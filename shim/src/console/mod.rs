@@ -1,26 +1,26 @@
 //! The guest's console and logs: recorded in files and in memory, and served on `console.sock`.
 //!
-//! | file         | content                                                                  |
-//! |--------------|--------------------------------------------------------------------------|
-//! | `logs.rs`    | all output of a guest                                                   |
-//! | `serial.rs`  | the console: its machine's end, and its last lines for error messages    |
-//! | `clients.rs` | serves the console to clients                                            |
-//! | `endpoint.rs`| describes where the console is served                                    |
-//! | `record.rs`  | recorded output that several readers follow                              |
-//! | `chain.rs`   | reads a rotated log as one                                               |
-//! | `rotate.rs`  | writes a log and rotates it                                              |
-//! | `lines.rs`   | splits output into lines                                                 |
+//! | file            | content                                                               |
+//! |-----------------|-----------------------------------------------------------------------|
+//! | `guest_logs.rs` | all output of a guest                                                 |
+//! | `serial.rs`     | the console: its machine's end, and its last lines for error messages |
+//! | `clients.rs`    | serves the console to clients                                         |
+//! | `endpoint.rs`   | describes where the console is served                                 |
+//! | `record.rs`     | recorded output that several readers follow                           |
+//! | `chain.rs`      | reads a rotated log as one                                            |
+//! | `rotate.rs`     | writes a log and rotates it                                           |
+//! | `lines.rs`      | splits output into lines                                              |
 
 mod chain;
 mod clients;
 pub mod endpoint;
+mod guest_logs;
 pub mod lines;
-mod logs;
 mod record;
 mod rotate;
 mod serial;
 
 pub use chain::LogChain;
-pub use logs::{INIT_LOG, Words};
+pub use guest_logs::{GuestLogs, INIT_LOG};
 pub use record::Record;
 pub use serial::{Attached, Console, LOG, SOCKET};

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use ttrpc::r#async::Client;
 use ttrpc::context::with_duration;
 
-use crate::state::recent::{Kind, Recent, task};
+use crate::state::recent::{EventKind, Recent, task};
 
 /// Events that may wait for containerd. While the queue is full, publishers wait.
 const QUEUE: usize = 1024;
@@ -65,7 +65,7 @@ impl Publisher {
     }
 
     fn item(&self, topic: &str, event: Any, timestamp: Timestamp) -> Item {
-        self.recent.note(Kind::Task, topic, task::fields(topic, &event));
+        self.recent.note(EventKind::Task, topic, task::fields(topic, &event));
         Item::Event(Box::new(Envelope {
             timestamp: MessageField::some(timestamp),
             namespace: self.namespace.clone(),

@@ -22,9 +22,9 @@ use ttrpc::context::Context;
 use crate::ctl::rpc;
 use crate::ctl::rpc::RpcError;
 use crate::ctl::{Answer, Call, Note};
-use crate::guest::client::{Error as GuestError, Guest};
+use crate::guest::client::{Guest, GuestError};
 use crate::sandbox::Sandbox;
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 /// Bytes of input that a client may send before they are passed on.
 pub const AHEAD: usize = 256 * 1024;

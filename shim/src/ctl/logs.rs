@@ -42,8 +42,8 @@ struct Source {
 pub async fn run(sandbox: Arc<Sandbox>, mut call: Call) -> Answer {
     let params: Params = rpc::params(std::mem::take(&mut call.params))?;
     let all = [
-        (Which::Console, "console", sandbox.words().console.record().clone()),
-        (Which::Init, "init", sandbox.words().init.clone()),
+        (Which::Console, "console", sandbox.guest_logs().console.record().clone()),
+        (Which::Init, "init", sandbox.guest_logs().init.clone()),
     ];
     let mut sources = Vec::new();
     for (which, name, record) in all {

@@ -75,7 +75,7 @@ pub static METHODS: &[Method<Arc<Sandbox>>] = &[
         summary: "Where the guest's console is served: a unix socket, on which what comes from the guest is preceded by its last 64 KiB, and what is sent is typed",
         params: &[],
         result: "{path, log, machine: unused, up or ended, replay_bytes}",
-        kind: Kind::Unary(|sandbox, _| Box::pin(async move { Ok(json!(sandbox.words().console.endpoint())) })),
+        kind: Kind::Unary(|sandbox, _| Box::pin(async move { Ok(json!(sandbox.guest_logs().console.endpoint())) })),
     },
     Method {
         name: "compute.vm.exec",

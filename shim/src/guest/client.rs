@@ -1,6 +1,6 @@
-//! The guest as the shim calls it: TTRPC clients over its vsock link, each call with a deadline.
+//! TTRPC clients of the guest's services, over its vsock link. Each call has a deadline.
 //!
-//! Nothing that the guest answers is trusted: it is bounded before it is kept, and never a path on the host.
+//! The guest's replies are untrusted: they are bounded before they are kept, and never used as a path on the host.
 
 use std::time::Duration;
 
@@ -22,51 +22,57 @@ use ttrpc::context::{Context, with_duration};
 use crate::guest::link::Link;
 use husk_vsock::Stream;
 
-/// Most bytes of one event, stdio chunk or other streamed message with its envelope; what a receive window has to hold.
+// A receive window holds the largest streamed message, a stdio chunk, with its envelope.
 const _: () = assert!(RECEIVE_WINDOW >= 2 * husk_protos::STDIO_CHUNK);
 
-/// Why the guest could not be reached.
+/// Why a call to the guest failed.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No connection to one of its ports.
-    #[error("connect to the guest's vsock port {port}: {source}")]
+pub enum GuestError {
+    /// One of the guest's ports cannot be reached.
+    #[error("connect to the guest's vsock port {port}")]
     Connect {
         /// The port.
         port: u32,
-        /// Why not.
+        /// Why the connection failed.
         source: husk_vsock::VsockError,
     },
-    /// It speaks another version of the wire.
+    /// The guest's init uses another protocol version.
     #[error(
         "the guest's init {version} speaks protocol {theirs}, this shim {PROTOCOL}: use the initrd that came with the shim"
     )]
     Protocol {
         /// The init's version.
         version: String,
-        /// Its protocol.
+        /// The init's protocol version.
         theirs: u32,
     },
-    /// A call failed.
-    #[error("{}", said(.0))]
-    Call(#[from] ttrpc::Error),
+    /// The guest returned an error, or the connection failed. Not a `source`: it would repeat the message.
+    #[error("{}", message(.0))]
+    Call(ttrpc::Error),
 }
 
-/// A refusal in the guest's own words; whatever else went wrong in ttrpc's.
-fn said(error: &ttrpc::Error) -> String {
+impl From<ttrpc::Error> for GuestError {
+    fn from(error: ttrpc::Error) -> Self {
+        Self::Call(error)
+    }
+}
+
+/// The guest's own message with its code, or ttrpc's for everything else.
+fn message(error: &ttrpc::Error) -> String {
     match error {
         ttrpc::Error::RpcStatus(status) => format!("{} ({:?})", status.message, status.code()),
         other => other.to_string(),
     }
 }
 
-/// A stream with a connection to itself, and the meter that holds its sender back.
+/// A stream on its own connection, and the meter that throttles its sender.
 pub struct Metering<M> {
     stream: ClientStreamReceiver<M>,
     meter: Meter,
 }
 
 impl<M: Message + ttrpc::proto::Codec<E = protobuf::Error>> Metering<M> {
-    /// The next message; none at the stream's end. Has no deadline: streams are as long as what they carry.
+    /// The next message; none at the end of the stream. There is no deadline: a stream lasts as long as its source.
     pub async fn recv(&mut self) -> ttrpc::Result<Option<M>> {
         let message = self.stream.recv().await?;
         if let Some(message) = &message {
@@ -86,15 +92,15 @@ pub struct Guest {
     pub bundle: BundleClient,
     /// husk's System service.
     pub system: SystemClient,
-    /// husk's Debug service, which only a guest in debug mode has.
+    /// husk's Debug service. Only a guest in debug mode has it.
     pub debug: DebugClient,
 }
 
 impl Guest {
-    /// Connects to a guest that has said that it is ready.
-    pub async fn connect(link: Link, hello: &Hello, call_timeout: Duration) -> Result<Self, Error> {
+    /// Connects to a guest that has sent its hello.
+    pub async fn connect(link: Link, hello: &Hello, call_timeout: Duration) -> Result<Self, GuestError> {
         if hello.protocol != PROTOCOL {
-            return Err(Error::Protocol { version: hello.version.clone(), theirs: hello.protocol });
+            return Err(GuestError::Protocol { version: hello.version.clone(), theirs: hello.protocol });
         }
         let client = Client::new(Socket::new(connect(&link, PORT_TASK, call_timeout).await?));
         Ok(Self {
@@ -107,20 +113,25 @@ impl Guest {
         })
     }
 
-    /// The context of a call: its deadline.
+    /// The context of a call, with its deadline.
     pub fn context(&self) -> Context {
         with_duration(self.call_timeout)
     }
 
     /// The guest's events after number `after`.
-    pub async fn events(&self, after: u64) -> Result<Metering<Event>, Error> {
+    pub async fn events(&self, after: u64) -> Result<Metering<Event>, GuestError> {
         let (client, meter) = self.stream_client(PORT_EVENTS).await?;
         let request = SubscribeRequest { after, ..Default::default() };
         Ok(Metering { stream: EventsClient::new(client).subscribe(Context::default(), &request).await?, meter })
     }
 
-    /// What a process writes to one of its streams.
-    pub async fn output(&self, container: &str, exec: &str, kind: StreamKind) -> Result<Metering<OutputChunk>, Error> {
+    /// The output of a process on one of its streams.
+    pub async fn output(
+        &self,
+        container: &str,
+        exec: &str,
+        kind: StreamKind,
+    ) -> Result<Metering<OutputChunk>, GuestError> {
         let (client, meter) = self.stream_client(PORT_STDIO).await?;
         let request = OutputRequest {
             container_id: container.to_owned(),
@@ -131,12 +142,12 @@ impl Guest {
         Ok(Metering { stream: StdioClient::new(client).output(Context::default(), &request).await?, meter })
     }
 
-    /// A process's stdin, opened by its first chunk.
+    /// A process's stdin. An empty first chunk names the process.
     pub async fn input(
         &self,
         container: &str,
         exec: &str,
-    ) -> Result<ClientStreamSender<InputChunk, InputResponse>, Error> {
+    ) -> Result<ClientStreamSender<InputChunk, InputResponse>, GuestError> {
         let (client, _meter) = self.stream_client(PORT_STDIO).await?;
         let stream = StdioClient::new(client).input(Context::default()).await?;
         let first = InputChunk { container_id: container.to_owned(), exec_id: exec.to_owned(), ..Default::default() };
@@ -144,12 +155,12 @@ impl Guest {
         Ok(stream)
     }
 
-    async fn stream_client(&self, port: u32) -> Result<(Client, Meter), Error> {
+    async fn stream_client(&self, port: u32) -> Result<(Client, Meter), GuestError> {
         let (socket, meter) = Metered::new(connect(&self.link, port, self.call_timeout).await?, RECEIVE_WINDOW);
         Ok((Client::new(Socket::new(socket)), meter))
     }
 }
 
-async fn connect(link: &Link, port: u32, deadline: Duration) -> Result<Stream, Error> {
-    link.connect(port, deadline).await.map_err(|source| Error::Connect { port, source })
+async fn connect(link: &Link, port: u32, deadline: Duration) -> Result<Stream, GuestError> {
+    link.connect(port, deadline).await.map_err(|source| GuestError::Connect { port, source })
 }

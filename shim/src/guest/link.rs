@@ -1,5 +1,5 @@
-//! How the shim and a guest reach each other: over the vsock device in this process, or over the kernel's, where the guest's CID is leased and the port
-//! on which it says that it is ready is its own.
+//! The vsock connection between shim and guest: over the device in this process, or over the kernel's device. On the
+//! kernel's device, the guest leases a CID and sends its hello to a port of its own.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,12 +12,12 @@ use crate::state::journal::Journal;
 use crate::state::{Owner, StateError, Step};
 use husk_vsock::{Device, Listener, Stream, kernel};
 
-/// CID of a guest with a device of its own: they need not differ. 0 to 2 are reserved (vsock(7)).
-pub const OWN_CID: u32 = 3;
-/// With the kernel's device, a guest with the CID n dials port 65536 + n: beyond the ports that anybody else of the house has.
+/// CID of every guest with its own device: the CIDs of different devices may be equal. 0 to 2 are reserved (vsock(7)).
+const OWN_CID: u32 = 3;
+/// On the kernel's device, the guest with CID n connects to port 65536 + n, above all other ports of husk.
 const READY_PORTS: u32 = 1 << 16;
 
-/// Which device carries the connections.
+/// The device that carries the connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Carrier {
     /// The vhost-user device in this process.
@@ -26,37 +26,37 @@ pub enum Carrier {
     Kernel,
 }
 
-/// Why there is no link.
+/// Why the link cannot be created.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The device, or a port of it.
-    #[error("vsock device: {0}")]
+pub enum LinkError {
+    /// The device, or one of its ports.
+    #[error("vsock device")]
     Vsock(#[from] husk_vsock::VsockError),
     /// The kernel's device.
-    #[error("open {device}: {0}", device = kernel::DEVICE)]
+    #[error("open {}", kernel::DEVICE)]
     Device(#[source] io::Error),
     /// The CID.
-    #[error("{0}")]
+    #[error(transparent)]
     Cid(#[from] CidError),
     /// The journal.
-    #[error("{0}")]
+    #[error(transparent)]
     State(#[from] StateError),
-    /// The thread of the lease.
-    #[error("lease a vsock CID: {0}")]
+    /// The thread that leases the CID.
+    #[error("lease a vsock CID")]
     Task(#[from] tokio::task::JoinError),
 }
 
-/// The way to a guest.
+/// The connection to a guest.
 pub enum Link {
-    /// Its device, which ends with this.
+    /// The guest's own device, which is removed on drop.
     Own(Device),
-    /// Its CID on the kernel's.
+    /// The guest's CID on the kernel's device.
     Kernel(u32),
 }
 
 impl Link {
     /// The guest's CID.
-    pub fn cid(&self) -> u32 {
+    pub(crate) fn cid(&self) -> u32 {
         match self {
             Self::Own(_) => OWN_CID,
             Self::Kernel(cid) => *cid,
@@ -67,8 +67,8 @@ impl Link {
     ///
     /// # Errors
     ///
-    /// When it refuses, is gone, or does not answer in time.
-    pub async fn connect(&self, port: u32, deadline: Duration) -> Result<Stream, husk_vsock::VsockError> {
+    /// When the guest rejects the connection, is gone, or does not answer in time.
+    pub(super) async fn connect(&self, port: u32, deadline: Duration) -> Result<Stream, husk_vsock::VsockError> {
         match self {
             Self::Own(device) => device.connect(port, deadline).await.map(Stream::VhostUser),
             Self::Kernel(cid) => kernel::connect(*cid, port, deadline).await.map(Stream::Kernel),
@@ -76,34 +76,29 @@ impl Link {
     }
 }
 
-/// Where a guest says that it is ready.
-pub enum Ready {
-    /// A port of its own device.
+/// The port that expects the guest's hello.
+pub(crate) enum Ready {
+    /// A port of the guest's own device.
     Own(Listener),
-    /// A port of the machine, on which only it is heard.
-    Kernel {
-        /// The port.
-        listener: kernel::KernelListener,
-        /// Whose.
-        cid: u32,
-    },
+    /// A port of the kernel's device that accepts connections from one CID only.
+    Kernel { listener: kernel::KernelListener, cid: u32 },
 }
 
 impl Ready {
-    /// What the guest's kernel has to be told, so that it finds the port.
-    pub fn parameter(&self) -> Option<String> {
+    /// The port's number, if it is not the usual one.
+    pub(crate) fn port(&self) -> Option<u32> {
         match self {
             Self::Own(_) => None,
-            Self::Kernel { cid, .. } => Some(format!("husk.ready_port={}", READY_PORTS + cid)),
+            Self::Kernel { cid, .. } => Some(READY_PORTS + cid),
         }
     }
 
-    /// Its first connection.
+    /// The guest's first connection.
     ///
     /// # Errors
     ///
     /// When the device has ended.
-    pub async fn accept(&mut self) -> Result<Stream, husk_vsock::VsockError> {
+    pub(crate) async fn accept(&mut self) -> Result<Stream, husk_vsock::VsockError> {
         match self {
             Self::Own(listener) => listener.accept().await.map(Stream::VhostUser),
             Self::Kernel { listener, cid } => Ok(Stream::Kernel(listener.accept_from(*cid).await)),
@@ -111,39 +106,39 @@ impl Ready {
     }
 }
 
-/// A link, the port that it begins with, and QEMU's end.
-pub struct Made {
-    /// The link.
-    pub link: Link,
-    /// Listens already: the guest's dial could otherwise find nobody.
-    pub ready: Ready,
-    /// The vhost-user socket, or the kernel's device, with the CID.
-    pub qemus: OwnedFd,
+/// The link of a VM that has not started.
+pub(crate) struct NewLink {
+    pub(crate) link: Link,
+    /// Listens before the machine starts: the guest's connection would fail otherwise.
+    pub(crate) ready: Ready,
+    /// The machine's end: the vhost-user socket, or the kernel's device with the CID set.
+    pub(crate) machine_end: OwnedFd,
 }
 
-/// Makes the link of a VM that is not started yet.
+/// Creates the link of a VM that has not started.
 ///
 /// # Errors
 ///
-/// When there is no device, no CID or no port.
-pub async fn make(carrier: Carrier, journal: &Journal) -> Result<Made, Error> {
+/// When there is no device, no free CID or no free port.
+pub(crate) async fn create(carrier: Carrier, journal: &Journal) -> Result<NewLink, LinkError> {
     match carrier {
         Carrier::Own => {
-            let (device, qemus) = Device::start(OWN_CID.into())?;
+            let (device, machine_end) = Device::start(OWN_CID.into())?;
             let ready = Ready::Own(device.listen(PORT_READY)?);
-            Ok(Made { link: Link::Own(device), ready, qemus })
+            Ok(NewLink { link: Link::Own(device), ready, machine_end })
         }
         Carrier::Kernel => {
             let journal = journal.clone();
             let (cid, device) = tokio::task::spawn_blocking(move || lease(&journal)).await??;
             let listener = kernel::KernelListener::bind(READY_PORTS + cid)?;
-            Ok(Made { link: Link::Kernel(cid), ready: Ready::Kernel { listener, cid }, qemus: device })
+            Ok(NewLink { link: Link::Kernel(cid), ready: Ready::Kernel { listener, cid }, machine_end: device })
         }
     }
 }
 
-fn lease(journal: &Journal) -> Result<(u32, OwnedFd), Error> {
-    let device = kernel::open().map_err(Error::Device)?;
+/// Leases a CID, claims it on the kernel's device, and records the lease.
+fn lease(journal: &Journal) -> Result<(u32, OwnedFd), LinkError> {
+    let device = kernel::open().map_err(LinkError::Device)?;
     let (leases, holder) = journal.with(|state| {
         let shim = state.shim().ok_or_else(|| StateError::NotFound(state.dir().to_owned()))?;
         let holder = Holder { namespace: state.namespace().to_owned(), sandbox: state.sandbox().to_owned(), shim };

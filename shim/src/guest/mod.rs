@@ -1,5 +1,5 @@
-//! The guest as the shim reaches it: the link, the clients of its services, and its reports.
+//! The guest as the shim reaches it: the vsock link, the clients of its services, and its reports.
 
-pub mod client;
-pub mod link;
-pub mod report;
+pub(crate) mod client;
+pub(crate) mod link;
+pub(crate) mod report;

@@ -1,13 +1,16 @@
-//! What a guest tells by itself, on the connection of its hello: that it still turns, its log, its supervisor. The connection's end, words that
-//! mean nothing, and silence are a death of the VM.
+//! Receives the guest's heartbeats, log lines and supervisor status on the connection of its hello. The end of the
+//! connection, an invalid report and missing heartbeats each mean the death of the VM.
 //!
-//! The guest is not trusted: what it says is bounded and made harmless before it is kept or logged, and no flood of it fills the host's log.
+//! The guest is untrusted: its texts are bounded and stripped of control characters before they are kept or logged, and
+//! a rate limit keeps them from flooding the host's log.
 
 use std::pin::pin;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 use std::time::Duration;
 
+use husk_protos::chain::Chain;
 use husk_protos::frame;
+use husk_protos::lock::lock;
 use husk_protos::report::report::What;
 use husk_protos::report::supervisor_status::State;
 use husk_protos::report::{LogLevel, LogLine, Report, SupervisorStatus};
@@ -19,114 +22,111 @@ use tracing::Level;
 
 use crate::console::Record;
 use crate::containerd::log as logging;
-use crate::state::recent::{Kind, Recent};
+use crate::state::recent::{EventKind, Recent};
 
-/// So many heartbeats in a row that do not come are a death.
+/// This many missing heartbeats in a row mean the death of the VM.
 const MISSED: u32 = 3;
-/// Longest text of the guest's that is kept, bytes.
+/// Longest text of the guest that is kept, bytes.
 const TEXT_MAX: usize = 2048;
-/// Lines of a guest that may come at once, and how many a second from then on; in the host's log, not in the guest's own file.
+/// Log lines of a guest that go to the host's log in a burst. The guest's own file gets all lines.
 const BURST: f64 = 256.0;
+/// Log lines of a guest that go to the host's log in the long run, per second.
 const PER_SECOND: f64 = 16.0;
 
-/// How a guest is listened to.
+/// Where reports go.
 #[derive(Debug)]
-pub struct Listening {
-    /// The least severe level that it may log at.
-    pub level: Level,
-    /// Where its log is kept in full.
-    pub file: Record,
-    /// Where its operator is told of what is wrong with it.
-    pub recent: Recent,
+pub(crate) struct ReportSinks {
+    /// Least severe level that is kept.
+    pub(crate) level: Level,
+    /// The guest's log file.
+    pub(crate) file: Record,
+    /// The sandbox's recent events.
+    pub(crate) recent: Recent,
 }
 
-/// How the guest is.
+/// The guest's heartbeats at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Health {
+pub(crate) struct HealthSnapshot {
     /// Time between two heartbeats.
-    pub interval: Duration,
-    /// Since the last one; since the guest's hello if there was none yet.
-    pub since_heartbeat: Duration,
-    /// Heartbeats that should have come since.
-    pub missed: u32,
+    pub(crate) interval: Duration,
+    /// Time since the last heartbeat, or since the guest's hello before the first one.
+    pub(crate) since_heartbeat: Duration,
+    /// Heartbeats that were due in that time.
+    pub(crate) missed: u32,
 }
 
-/// What has been heard of a guest so far.
+/// The last heartbeat and the last supervisor status of a guest.
 #[derive(Debug)]
-pub struct Heard {
+pub(crate) struct GuestHealth {
     interval: Duration,
     last: Mutex<Instant>,
     supervisor: watch::Sender<Option<SupervisorStatus>>,
 }
 
-impl Heard {
-    /// Of a guest that has just said hello.
-    pub fn new(interval: Duration) -> Self {
+impl GuestHealth {
+    /// The health of a guest that has just sent its hello.
+    pub(crate) fn new(interval: Duration) -> Self {
         Self { interval, last: Mutex::new(Instant::now()), supervisor: watch::channel(None).0 }
     }
 
-    /// How the guest is now.
-    pub fn health(&self) -> Health {
-        let since_heartbeat = self.last().elapsed();
+    /// The heartbeats so far.
+    pub(crate) fn snapshot(&self) -> HealthSnapshot {
+        let since_heartbeat = lock(&self.last).elapsed();
         let missed = since_heartbeat.as_nanos() / self.interval.as_nanos().max(1);
-        Health { interval: self.interval, since_heartbeat, missed: missed.try_into().unwrap_or(u32::MAX) }
+        HealthSnapshot { interval: self.interval, since_heartbeat, missed: missed.try_into().unwrap_or(u32::MAX) }
     }
 
-    /// What its supervisor does; changes are told. None if it has none, as far as is known.
-    pub fn supervisor(&self) -> watch::Receiver<Option<SupervisorStatus>> {
+    /// The status of the guest's supervisor, and its changes; none before the first report.
+    pub(crate) fn supervisor(&self) -> watch::Receiver<Option<SupervisorStatus>> {
         self.supervisor.subscribe()
-    }
-
-    fn last(&self) -> MutexGuard<'_, Instant> {
-        self.last.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
-/// Listens to a guest until it cannot be heard any more. The reason, as a cause of death.
-pub async fn listen(mut from: impl AsyncRead + Unpin, listening: Listening, heard: &Heard) -> String {
-    let (now, level) = (Instant::now(), listening.level);
+/// Receives reports until the guest is lost. Returns the reason, as a cause of death.
+pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks, health: &GuestHealth) -> String {
+    let (now, level) = (Instant::now(), sinks.level);
     let mut log = Log { limit: Limit::new(now), supervisors: Limit::new(now), level };
     let mut late = false;
     loop {
-        // Pinned for all waits: what has been read of a report must not be lost with one of them.
+        // Pinned across the waits: a cancelled read would lose the part of a report that has been read.
         let mut next = pin!(frame::read::<Report>(&mut from));
-        let last = *heard.last();
+        let last = *lock(&health.last);
         let read = loop {
             tokio::select! {
                 biased;
                 read = &mut next => break read,
-                () = sleep_until(last + heard.interval * MISSED) => {
-                    // This process may be the one that stood still, and what the guest has said in the meantime is yet to arrive.
-                    match timeout(heard.interval / 2, &mut next).await {
+                () = sleep_until(last + health.interval * MISSED) => {
+                    // The shim itself may have been stopped, and the guest's reports are still on their way.
+                    match timeout(health.interval / 2, &mut next).await {
                         Ok(read) => break read,
-                        Err(_) => return silence(heard),
+                        Err(_) => return silence(health.snapshot()),
                     }
                 }
-                () = sleep_until(last + heard.interval * 3 / 2), if !late => {
+                () = sleep_until(last + health.interval * 3 / 2), if !late => {
                     late = true;
-                    listening.recent.note(Kind::Health, "a heartbeat is late", in_json(heard.health()));
+                    sinks.recent.note(EventKind::Health, "a heartbeat is late", in_json(health.snapshot()));
                 }
             }
         };
         match read.map(|report| report.what) {
             Ok(Some(What::Heartbeat(_))) => {
                 if std::mem::take(&mut late) {
-                    listening.recent.note(Kind::Health, "a heartbeat has come again", in_json(heard.health()));
+                    sinks.recent.note(EventKind::Health, "the heartbeats have resumed", in_json(health.snapshot()));
                 }
-                *heard.last() = Instant::now();
+                *lock(&health.last) = Instant::now();
             }
-            Ok(Some(What::Log(line))) => log.take(line, &listening.file),
-            Ok(Some(What::Supervisor(status))) => log.supervisor(status, heard, &listening.recent),
-            // A guest of a later protocol; an older shim refuses its hello.
+            Ok(Some(What::Log(line))) => log.line(line, &sinks.file),
+            Ok(Some(What::Supervisor(status))) => log.supervisor(status, health, &sinks.recent),
+            // Only a guest with a newer protocol sends other reports, and its hello has been rejected.
             Ok(_) => {}
-            Err(frame::Error::Io(_)) => return "the guest's connection was lost".to_owned(),
-            Err(error) => return format!("the guest's report was not understood: {error}"),
+            Err(frame::FrameError::Io(_)) => return "the guest's connection was lost".to_owned(),
+            Err(error) => return format!("the guest sent an invalid report: {}", Chain(&error)),
         }
     }
 }
 
-/// How the guest is, for its operator.
-pub fn in_json(health: Health) -> Value {
+/// The guest's health for `husk status`.
+pub(crate) fn in_json(health: HealthSnapshot) -> Value {
     json!({
         "heartbeat_interval_ms": health.interval.as_millis() as u64,
         "since_heartbeat_ms": health.since_heartbeat.as_millis() as u64,
@@ -134,8 +134,8 @@ pub fn in_json(health: Health) -> Value {
     })
 }
 
-/// What the supervisor does, for the guest's operator.
-pub fn supervisor_in_json(status: &SupervisorStatus) -> Value {
+/// The supervisor's status for `husk status`.
+pub(crate) fn supervisor_in_json(status: &SupervisorStatus) -> Value {
     let state = match status.state.enum_value_or_default() {
         State::RUNNING => "running",
         State::WAITING => "waiting",
@@ -153,8 +153,7 @@ pub fn supervisor_in_json(status: &SupervisorStatus) -> Value {
     })
 }
 
-fn silence(heard: &Heard) -> String {
-    let health = heard.health();
+fn silence(health: HealthSnapshot) -> String {
     format!(
         "the guest has not sent a heartbeat for {} ms, due every {} ms",
         health.since_heartbeat.as_millis(),
@@ -162,13 +161,13 @@ fn silence(heard: &Heard) -> String {
     )
 }
 
-/// A text of the guest's, cut and without anything that a terminal would take for a command.
-fn harmless(text: &str) -> String {
+/// A text of the guest, truncated, with control characters replaced: a terminal would interpret them.
+fn sanitized(text: &str) -> String {
     text[..text.floor_char_boundary(TEXT_MAX)].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// Of a field of the guest's: as ours are.
-fn harmless_name(name: &str) -> String {
+/// The name of a field of the guest, restricted to the characters of the shim's own fields.
+fn sanitized_name(name: &str) -> String {
     let plain = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.');
     let name: String = name.chars().filter(plain).take(64).collect();
     if name.is_empty() { "field".to_owned() } else { name }
@@ -176,13 +175,13 @@ fn harmless_name(name: &str) -> String {
 
 struct Log {
     limit: Limit,
-    /// For what is told of the supervisor, which no flood of lines shall drown.
+    /// Separate from the lines' limit: a flood of lines must not suppress the supervisor's status.
     supervisors: Limit,
     level: Level,
 }
 
 impl Log {
-    fn take(&mut self, line: LogLine, file: &Record) {
+    fn line(&mut self, line: LogLine, file: &Record) {
         let level = match line.level.enum_value_or_default() {
             LogLevel::LOG_LEVEL_ERROR => Level::ERROR,
             LogLevel::LOG_LEVEL_WARN => Level::WARN,
@@ -193,7 +192,7 @@ impl Log {
         if level > self.level {
             return;
         }
-        let (message, fields) = words(&line);
+        let (message, fields) = message_and_fields(&line);
         let ms = line.boottime_ns / 1_000_000;
         let text = format!("{}.{:03} {}: {message}{fields}\n", ms / 1000, ms % 1000, level.as_str().to_lowercase());
         file.append(text.as_bytes());
@@ -201,46 +200,51 @@ impl Log {
             Admitted::No => {}
             Admitted::Yes { held_back: 0 } => logging::guest(level, &message, &fields),
             Admitted::Yes { held_back } => {
-                tracing::warn!(lines = held_back, path = %file.path().display(), "lines of the guest's log are only in its file");
+                let path = file.path().display();
+                tracing::warn!(lines = held_back, %path, "guest log lines were dropped here; the guest's log file has them");
                 logging::guest(level, &message, &fields);
             }
         }
     }
 
-    fn supervisor(&mut self, mut status: SupervisorStatus, heard: &Heard, recent: &Recent) {
-        status.last_end = harmless(&status.last_end);
+    fn supervisor(&mut self, mut status: SupervisorStatus, health: &GuestHealth, recent: &Recent) {
+        status.last_end = sanitized(&status.last_end);
         let (pid, restarts, last_end) = (status.pid, status.restarts, &status.last_end);
         if let Admitted::Yes { .. } = self.supervisors.admit(Instant::now()) {
-            recent.note(Kind::Supervisor, "the supervisor's state", supervisor_in_json(&status));
+            recent.note(EventKind::Supervisor, "the supervisor's state", supervisor_in_json(&status));
             match status.state.enum_value_or_default() {
                 State::GAVE_UP => {
-                    tracing::error!(restarts, last_end, "the supervisor has failed too often and is given up")
+                    tracing::error!(
+                        restarts,
+                        last_end,
+                        "the supervisor agent failed too often and will not be restarted"
+                    )
                 }
                 State::WAITING => {
                     tracing::warn!(
                         restarts,
                         wait_ms = status.wait_ms,
                         last_end,
-                        "the supervisor will be started again"
+                        "the supervisor agent will be restarted"
                     );
                 }
-                state => tracing::info!(?state, pid, restarts, "the supervisor's state"),
+                state => tracing::info!(?state, pid, restarts, "the supervisor agent changed its state"),
             }
         }
-        heard.supervisor.send_replace(Some(status));
+        health.supervisor.send_replace(Some(status));
     }
 }
 
-/// A line's message, and its fields as the log writes them.
-fn words(line: &LogLine) -> (String, String) {
+/// A line's message, and its fields in the log's format.
+fn message_and_fields(line: &LogLine) -> (String, String) {
     let mut fields = String::new();
     for field in line.fields.iter().take(32) {
-        logging::push_field(&mut fields, &harmless_name(&field.name), &harmless(&field.value));
+        logging::push_field(&mut fields, &sanitized_name(&field.name), &sanitized(&field.value));
     }
     if line.dropped > 0 {
         logging::push_field(&mut fields, "lost_before", &line.dropped.to_string());
     }
-    (harmless(&line.message), fields)
+    (sanitized(&line.message), fields)
 }
 
 enum Admitted {
@@ -248,7 +252,7 @@ enum Admitted {
     Yes { held_back: u64 },
 }
 
-/// Lets through [`BURST`] at once, and [`PER_SECOND`] in the long run.
+/// Admits [`BURST`] at once and [`PER_SECOND`] in the long run.
 struct Limit {
     room: f64,
     since: Instant,
@@ -290,16 +294,16 @@ mod tests {
         report(What::Heartbeat(Heartbeat::new()))
     }
 
-    fn listening(dir: &tempfile::TempDir) -> Listening {
+    fn sinks(dir: &tempfile::TempDir) -> ReportSinks {
         let file = Record::new(&dir.path().join("guest.log"));
-        Listening { level: Level::INFO, file, recent: Recent::default() }
+        ReportSinks { level: Level::INFO, file, recent: Recent::default() }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn two_heartbeats_may_be_missed_and_the_third_kills() {
+    async fn heartbeats_may_be_late_twice_but_not_three_times() {
         let dir = tempfile::tempdir().unwrap();
         let (mut guest, ours) = tokio::io::duplex(4096);
-        let heard = Heard::new(INTERVAL);
+        let health = GuestHealth::new(INTERVAL);
         let began = Instant::now();
         let guest = async {
             for _ in 0..3 {
@@ -308,48 +312,45 @@ mod tests {
             }
             guest
         };
-        let listening = listening(&dir);
-        let recent = listening.recent.clone();
-        let (cause, _guest) = tokio::join!(listen(ours, listening, &heard), guest);
-        // Each of them was told of when it was late, and when it came.
-        let told: Vec<_> = recent.after(0, 100).into_iter().map(|event| event.what).collect();
-        let (late, again) = ("a heartbeat is late", "a heartbeat has come again");
-        assert_eq!(told, [late, again, late, again, late, again, late]);
+        let sinks = sinks(&dir);
+        let recent = sinks.recent.clone();
+        let (cause, _guest) = tokio::join!(receive(ours, sinks, &health), guest);
+        // Each late heartbeat is reported, and each arrival after it.
+        let events: Vec<_> = recent.after(0, 100).into_iter().map(|event| event.what).collect();
+        let (late, resumed) = ("a heartbeat is late", "the heartbeats have resumed");
+        assert_eq!(events, [late, resumed, late, resumed, late, resumed, late]);
         let silent = began.elapsed() - 3 * (3 * INTERVAL - Duration::from_millis(1));
         assert_eq!(
             cause,
             format!("the guest has not sent a heartbeat for {} ms, due every 10000 ms", silent.as_millis())
         );
         assert!(silent >= 3 * INTERVAL && silent < 4 * INTERVAL, "{silent:?}");
-        assert!(heard.health().missed == MISSED);
+        assert_eq!(health.snapshot().missed, MISSED);
     }
 
     #[tokio::test]
-    async fn an_end_and_nonsense_are_told_apart() {
+    async fn a_lost_connection_and_an_invalid_report_are_different_causes() {
         let dir = tempfile::tempdir().unwrap();
         let cases: [(&[u8], &str); 4] = [
             (b"", "the guest's connection was lost"),
             (b"\0\0", "the guest's connection was lost"),
-            (
-                b"\xff\xff\xff\xff",
-                "the guest's report was not understood: frame of 4294967295 bytes is larger than 65536",
-            ),
-            (b"\0\0\0\x01\xff", "the guest's report was not understood: decode frame"),
+            (b"\xff\xff\xff\xff", "the guest sent an invalid report: frame of 4294967295 bytes is larger than 65536"),
+            (b"\0\0\0\x01\xff", "the guest sent an invalid report: decode frame"),
         ];
-        for (bytes, wanted) in cases {
+        for (bytes, expected) in cases {
             let (mut guest, ours) = tokio::io::duplex(4096);
             guest.write_all(bytes).await.unwrap();
             drop(guest);
-            let cause = listen(ours, listening(&dir), &Heard::new(INTERVAL)).await;
-            assert!(cause.starts_with(wanted), "{bytes:?}: {cause}");
+            let cause = receive(ours, sinks(&dir), &GuestHealth::new(INTERVAL)).await;
+            assert!(cause.starts_with(expected), "{bytes:?}: {cause}");
         }
     }
 
     #[tokio::test]
-    async fn what_the_guest_says_is_kept_without_what_could_harm() {
+    async fn guest_texts_are_kept_without_control_characters() {
         let dir = tempfile::tempdir().unwrap();
         let (mut guest, ours) = tokio::io::duplex(1 << 20);
-        let heard = Heard::new(INTERVAL);
+        let health = GuestHealth::new(INTERVAL);
         let line = |level, message: &str| LogLine {
             level: LogLevel::into(level),
             message: message.into(),
@@ -371,22 +372,22 @@ mod tests {
             frame::write(&mut guest, &report(what)).await.unwrap();
         }
         drop(guest);
-        let listening = listening(&dir);
-        let recent = listening.recent.clone();
-        listen(ours, listening, &heard).await;
-        let told = &recent.after(0, 100)[0];
+        let sinks = sinks(&dir);
+        let recent = sinks.recent.clone();
+        receive(ours, sinks, &health).await;
+        let event = &recent.after(0, 100)[0];
         assert_eq!(
-            (told.kind, &told.fields["state"], &told.fields["pid"]),
-            (Kind::Supervisor, &json!("running"), &json!(9))
+            (event.kind, &event.fields["state"], &event.fields["pid"]),
+            (EventKind::Supervisor, &json!("running"), &json!(9))
         );
         let kept = std::fs::read_to_string(dir.path().join("guest.log")).unwrap();
         assert_eq!(kept, "1.234 warn: one level=error msg=forged ab=\" [31m \\\"x\" lost_before=2\n");
-        let status = heard.supervisor().borrow().clone().unwrap();
+        let status = health.supervisor().borrow().clone().unwrap();
         assert_eq!((status.pid, status.last_end.len(), status.last_end.starts_with(" y")), (9, TEXT_MAX, true));
     }
 
     #[tokio::test]
-    async fn a_supervisor_that_gives_up_is_told_of_in_the_midst_of_a_flood() {
+    async fn a_flood_of_log_lines_does_not_hide_that_the_supervisor_gave_up() {
         let dir = tempfile::tempdir().unwrap();
         let (mut guest, ours) = tokio::io::duplex(1 << 20);
         let line = LogLine { level: LogLevel::LOG_LEVEL_WARN.into(), message: "flood".into(), ..Default::default() };
@@ -396,14 +397,14 @@ mod tests {
         let status = SupervisorStatus { state: State::GAVE_UP.into(), restarts: 10, ..Default::default() };
         frame::write(&mut guest, &report(What::Supervisor(status))).await.unwrap();
         drop(guest);
-        let listening = listening(&dir);
-        let recent = listening.recent.clone();
-        listen(ours, listening, &Heard::new(INTERVAL)).await;
+        let sinks = sinks(&dir);
+        let recent = sinks.recent.clone();
+        receive(ours, sinks, &GuestHealth::new(INTERVAL)).await;
         assert_eq!(recent.after(0, 100)[0].fields["state"], "given up");
     }
 
     #[test]
-    fn a_flood_is_let_through_by_drops() {
+    fn a_flood_is_limited_to_a_burst_and_a_rate() {
         let now = Instant::now();
         let mut limit = Limit::new(now);
         let admitted = |limit: &mut Limit, now| matches!(limit.admit(now), Admitted::Yes { .. });

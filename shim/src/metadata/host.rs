@@ -98,11 +98,11 @@ mod tests {
     use super::*;
     use crate::host::process::ProcessId;
     use crate::state::cid::Holder;
-    use crate::state::{Machine, Owner, Step};
+    use crate::state::{MachineRecord, Owner, Step};
     use std::process::Command;
 
-    fn machine(cid: u32, pid: u32) -> Machine {
-        Machine {
+    fn machine(cid: u32, pid: u32) -> MachineRecord {
+        MachineRecord {
             process: ProcessId::of(pid).unwrap().unwrap(),
             cid,
             vcpus: 1,

@@ -1,8 +1,12 @@
-//! What the host has to give to VMs: their kernel and initrd, QEMU, virtiofsd, the accelerator. It is looked for before anything is made, for a
-//! container and for `husk check-config` alike, and all that is missing is told at once.
+//! What the host provides for VMs: the guest's kernel and initrd, the VMM, virtiofsd, the accelerator and the vsock
+//! device. A container's creation and `husk check-config` search for all of it before anything is created, and report
+//! everything that is missing at once.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+
+use husk_protos::chain::Chain;
+use husk_vsock::kernel;
 
 use crate::config::artifacts::Artifacts;
 use crate::config::load::{self, ConfigError};
@@ -11,44 +15,43 @@ use crate::config::problem::Problem;
 use crate::config::settings::{Accel, Config, Vsock};
 use crate::guest::link::Carrier;
 use crate::vm::virtiofsd;
-use crate::vmm as vm;
-use husk_vsock::kernel;
+use crate::vmm::{self, factory};
 
-/// One of the two is there where KVM runs guests in hardware. `/dev/kvm` alone does not tell.
+/// One of them is loaded if KVM has hardware virtualization; `/dev/kvm` may exist without it.
 const KVM_MODULES: [&str; 2] = ["/sys/module/kvm_intel", "/sys/module/kvm_amd"];
-/// The keys that decide together where the guest's files are.
+/// The keys that together locate the guest's files.
 const GUEST_FILES: [&str; 3] = ["image_dir", "kernel", "initrd"];
 
-/// What a VM is made from.
+/// What VMs on this host are made from.
 #[derive(Debug, Clone)]
-pub struct Host {
+pub(crate) struct Host {
     /// The guest's kernel and initrd.
-    pub artifacts: Artifacts,
-    /// QEMU's program.
-    pub qemu: PathBuf,
+    pub(crate) artifacts: Artifacts,
+    /// The VMM's program.
+    pub(crate) vmm: PathBuf,
     /// virtiofsd's program.
-    pub virtiofsd: PathBuf,
-    /// How instructions are executed here.
-    pub accel: vm::Accel,
-    /// What carries guests' vsock here.
-    pub carrier: Carrier,
+    pub(crate) virtiofsd: PathBuf,
+    /// How guest instructions are executed.
+    pub(crate) accel: vmm::Accel,
+    /// The vsock device.
+    pub(crate) carrier: Carrier,
 }
 
-/// Where to look.
+/// Where to search, and what the host's kernel supports.
 #[derive(Debug, Clone)]
 pub struct Places {
-    /// The folder of the program that runs.
+    /// The folder of the running program.
     pub beside: Option<PathBuf>,
     /// `PATH`.
     pub path: Option<OsString>,
-    /// Whether KVM runs guests in hardware.
+    /// KVM has hardware virtualization.
     pub kvm: bool,
-    /// Whether the kernel has a vsock device for guests.
+    /// The kernel has a vsock device for guests.
     pub vhost_vsock: bool,
 }
 
 impl Places {
-    /// Those of this process on this host.
+    /// The places of this process on this host.
     pub fn of_process() -> Self {
         let own = std::env::current_exe().ok();
         Self {
@@ -60,95 +63,91 @@ impl Places {
     }
 }
 
-/// Finds what `config` asks for, for a guest in `debug` mode or for a usual one.
+/// Finds what `config` requires, for a guest with or without `debug` mode.
 ///
 /// # Errors
 ///
-/// All that is missing.
-pub fn find(config: &Config, places: &Places, debug: bool) -> Result<Host, Vec<Problem>> {
+/// Everything that is missing.
+pub(crate) fn find(config: &Config, places: &Places, debug: bool) -> Result<Host, Vec<Problem>> {
     let beside = places.beside.as_deref();
     let artifacts = config.artifacts(beside, debug);
-    let qemu = find_qemu(&config.qemu, places.path.as_ref());
+    let vmm = find_vmm(config, places);
     let configured = config.virtiofsd.as_deref();
     let virtiofsd = virtiofsd::find(configured, beside, places.path.clone()).map_err(|error| Problem {
         key: "virtiofsd".to_owned(),
         value: configured.map(|path| format!("{path:?}")),
-        why: error.to_string(),
+        why: Chain(&error).to_string(),
     });
     let accel = accelerator(config.accel, places.kvm);
     let carrier = carrier(config.vsock, places.vhost_vsock);
-    match (artifacts, qemu, virtiofsd, accel, carrier) {
-        (Ok(artifacts), Ok(qemu), Ok(virtiofsd), Ok(accel), Ok(carrier)) => {
-            Ok(Host { artifacts, qemu, virtiofsd, accel, carrier })
+    match (artifacts, vmm, virtiofsd, accel, carrier) {
+        (Ok(artifacts), Ok(vmm), Ok(virtiofsd), Ok(accel), Ok(carrier)) => {
+            Ok(Host { artifacts, vmm, virtiofsd, accel, carrier })
         }
-        (artifacts, qemu, virtiofsd, accel, carrier) => {
+        (artifacts, vmm, virtiofsd, accel, carrier) => {
             let mut missing = artifacts.err().unwrap_or_default();
-            missing.extend([qemu.err(), virtiofsd.err(), accel.err(), carrier.err()].into_iter().flatten());
+            missing.extend([vmm.err(), virtiofsd.err(), accel.err(), carrier.err()].into_iter().flatten());
             Err(missing)
         }
     }
 }
 
-/// Checks a configuration file (`named`, or the one that a Create would read) as a Create does: what stands in it, and whether the host has what
-/// it asks for. The file's path, and whether it is there: without one, everything is as by default.
+/// Checks a configuration file as a container's creation does: its keys, and whether the host has what they require.
+/// The file is `named`, or the one that a creation would read. Returns its path, and whether it exists: without the
+/// file, defaults apply.
 ///
 /// # Errors
 ///
-/// All that is wrong at once.
+/// All problems at once.
 pub fn check(named: Option<&Path>, places: &Places) -> Result<(PathBuf, bool), ConfigError> {
     let (path, text) = load::read(named)?;
     let (config, mut problems) = load::understand(text.as_deref().unwrap_or_default(), &path)?;
     let wrong: Vec<String> = problems.iter().map(|problem| problem.key.clone()).collect();
     let files_unclear = wrong.iter().any(|key| GUEST_FILES.contains(&key.as_str()));
-    // What a wrong key names is not known, so it is not missing either.
-    let told = |key: &String| wrong.contains(key) || files_unclear && GUEST_FILES.contains(&key.as_str());
+    // A file that an invalid key names is not reported as missing too.
+    let reported = |key: &String| wrong.contains(key) || files_unclear && GUEST_FILES.contains(&key.as_str());
     let missing = find(&config, places, config.debug).err().unwrap_or_default();
-    problems.extend(missing.into_iter().filter(|problem| !told(&problem.key)));
+    problems.extend(missing.into_iter().filter(|problem| !reported(&problem.key)));
     if problems.is_empty() { Ok((path, text.is_some())) } else { Err(ConfigError::Invalid { path, problems }) }
 }
 
-fn find_qemu(configured: &Path, path: Option<&OsString>) -> Result<PathBuf, Problem> {
-    let looked: Vec<PathBuf> = if configured.components().count() > 1 {
-        vec![configured.to_owned()]
-    } else {
-        path.iter().flat_map(std::env::split_paths).map(|folder| folder.join(configured)).collect()
-    };
-    looked.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
-        let places: Vec<_> = looked.iter().map(|path| path.display().to_string()).collect();
-        let why = format!(
-            "no QEMU found; looked for {}: install it (Debian: apt-get install qemu-system-x86), or set `qemu` in {}",
-            places.join(", "),
-            PATH
-        );
-        Problem { key: "qemu".to_owned(), value: Some(format!("{configured:?}")), why }
+fn find_vmm(config: &Config, places: &Places) -> Result<PathBuf, Problem> {
+    let programs = factory::Programs { qemu: &config.qemu };
+    factory::find(config.board, programs, places.path.as_deref()).map_err(|missing| Problem {
+        key: missing.key.to_owned(),
+        value: Some(format!("{:?}", missing.configured)),
+        why: format!("{missing}, or set `{}` in {PATH}", missing.key),
     })
 }
 
-fn accelerator(wanted: Accel, kvm: bool) -> Result<vm::Accel, Problem> {
-    match wanted {
-        Accel::Tcg => Ok(vm::Accel::Tcg),
-        Accel::Auto | Accel::Kvm if kvm => Ok(vm::Accel::Kvm),
+fn accelerator(configured: Accel, kvm: bool) -> Result<vmm::Accel, Problem> {
+    match configured {
+        Accel::Tcg => Ok(vmm::Accel::Tcg),
+        Accel::Auto | Accel::Kvm if kvm => Ok(vmm::Accel::Kvm),
         Accel::Kvm => {
             let [intel, amd] = KVM_MODULES;
             let why = format!(
-                "no hardware virtualisation here (it takes /dev/kvm, and {intel} or {amd}); set accel = \"tcg\" to do without"
+                "no hardware virtualization on this host (it requires /dev/kvm, and {intel} or {amd}); set accel = \"tcg\" \
+                 to run VMs in software"
             );
             Err(Problem { key: "accel".to_owned(), value: Some("\"kvm\"".to_owned()), why })
         }
         Accel::Auto => {
-            tracing::warn!("no hardware virtualisation (kvm_intel or kvm_amd): VMs run in software (TCG), and slowly");
-            Ok(vm::Accel::Tcg)
+            tracing::warn!(
+                "no hardware virtualization (kvm_intel or kvm_amd): VMs run in software (TCG), which is slow"
+            );
+            Ok(vmm::Accel::Tcg)
         }
     }
 }
 
-fn carrier(wanted: Vsock, vhost_vsock: bool) -> Result<Carrier, Problem> {
-    match wanted {
+fn carrier(configured: Vsock, vhost_vsock: bool) -> Result<Carrier, Problem> {
+    match configured {
         Vsock::Auto | Vsock::VhostUser => Ok(Carrier::Own),
         Vsock::Vhost if vhost_vsock => Ok(Carrier::Kernel),
         Vsock::Vhost => {
             let why = format!(
-                "no {} here: load the kernel's module for it (modprobe vhost_vsock), or set vsock = \"vhost-user\"",
+                "no {} on this host: load the kernel's module for it (modprobe vhost_vsock), or set vsock = \"vhost-user\"",
                 kernel::DEVICE
             );
             Err(Problem { key: "vsock".to_owned(), value: Some("\"vhost\"".to_owned()), why })
@@ -171,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_told_by_its_key_along_with_what_is_wrong() {
+    fn missing_files_are_reported_under_their_keys_together_with_wrong_values() {
         let text = "kernel = \"/k\"\ninitrd = \"/i\"\nqemu = \"/q\"\nvirtiofsd = \"/v\"\naccel = \"kvm\"\nvcpus = 0\nvsock = \"vhost\"\n";
         let beginnings = [
             "vcpus = 0: vCPU count must be greater than zero",
@@ -179,8 +178,8 @@ mod tests {
             "initrd = \"/i\": no initrd found; looked for /i: ",
             "qemu = \"/q\": no QEMU found; looked for /q: ",
             "virtiofsd = \"/v\": no virtiofsd found; looked for /v: ",
-            "accel = \"kvm\": no hardware virtualisation here",
-            "vsock = \"vhost\": no /dev/vhost-vsock here: load the kernel's module for it (modprobe vhost_vsock), or set vsock = \"vhost-user\"",
+            "accel = \"kvm\": no hardware virtualization on this host",
+            "vsock = \"vhost\": no /dev/vhost-vsock on this host: load the kernel's module for it (modprobe vhost_vsock), or set vsock = \"vhost-user\"",
         ];
         let problems = problems(text);
         assert_eq!(problems.len(), beginnings.len(), "{problems:?}");
@@ -190,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_wrong_key_would_name_is_not_told_to_be_missing() {
+    fn a_file_that_an_invalid_key_names_is_not_reported_as_missing() {
         let text = "image_dir = \"relative\"\nqemu = 1\nvirtiofsd = \"\"\naccel = \"xen\"\n";
         let problems = problems(text);
         assert_eq!(problems.len(), 4, "{problems:?}");
@@ -198,22 +197,22 @@ mod tests {
     }
 
     #[test]
-    fn the_processors_virtualisation_is_used_where_it_is_and_nobody_forbids_it() {
+    fn kvm_is_used_where_it_works_unless_the_configuration_says_tcg() {
         let table = [
-            (Accel::Auto, true, Some(vm::Accel::Kvm)),
-            (Accel::Auto, false, Some(vm::Accel::Tcg)),
-            (Accel::Kvm, true, Some(vm::Accel::Kvm)),
+            (Accel::Auto, true, Some(vmm::Accel::Kvm)),
+            (Accel::Auto, false, Some(vmm::Accel::Tcg)),
+            (Accel::Kvm, true, Some(vmm::Accel::Kvm)),
             (Accel::Kvm, false, None),
-            (Accel::Tcg, true, Some(vm::Accel::Tcg)),
-            (Accel::Tcg, false, Some(vm::Accel::Tcg)),
+            (Accel::Tcg, true, Some(vmm::Accel::Tcg)),
+            (Accel::Tcg, false, Some(vmm::Accel::Tcg)),
         ];
-        for (wanted, kvm, expected) in table {
-            assert_eq!(accelerator(wanted, kvm).ok(), expected, "{wanted:?} {kvm}");
+        for (configured, kvm, expected) in table {
+            assert_eq!(accelerator(configured, kvm).ok(), expected, "{configured:?} {kvm}");
         }
     }
 
     #[test]
-    fn the_kernels_vsock_is_used_where_it_is_and_somebody_asks_for_it() {
+    fn the_kernels_vsock_device_is_used_only_on_request() {
         let table = [
             (Vsock::Auto, true, Some(Carrier::Own)),
             (Vsock::Auto, false, Some(Carrier::Own)),
@@ -221,13 +220,13 @@ mod tests {
             (Vsock::Vhost, true, Some(Carrier::Kernel)),
             (Vsock::Vhost, false, None),
         ];
-        for (wanted, there, expected) in table {
-            assert_eq!(carrier(wanted, there).ok(), expected, "{wanted:?} {there}");
+        for (configured, exists, expected) in table {
+            assert_eq!(carrier(configured, exists).ok(), expected, "{configured:?} {exists}");
         }
     }
 
     #[test]
-    fn a_file_that_is_named_has_to_be_there() {
+    fn a_named_configuration_file_must_exist() {
         let places = Places { beside: None, path: None, kvm: false, vhost_vsock: false };
         let error = check(Some(Path::new("/no/such/config.toml")), &places).unwrap_err().to_string();
         assert!(error.starts_with("read /no/such/config.toml: No such file"), "{error}");

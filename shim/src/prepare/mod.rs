@@ -1,20 +1,25 @@
-//! From what containerd asks, what the operator configured and what the host has, to what is to be done: everything is read and checked
-//! before anything is made, and all that is wrong is told at once.
+//! Prepares a container: reads and checks the request, the spec, the annotations, the configuration and the host, and
+//! reports all problems at once, before anything is created.
+//!
+//! | file      | contents                                                                |
+//! |-----------|-------------------------------------------------------------------------|
+//! | `host.rs` | what the host provides: the guest's files, programs, the accelerator    |
+//! | `size.rs` | the size of the VM (pure)                                               |
 
 pub mod host;
-pub mod size;
+mod size;
 
 use std::collections::HashMap;
-use std::fmt::Display;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::api::CreateTaskRequest;
-use husk_protos::extras::SERIAL;
+use husk_protos::chain::Chain;
 use oci_spec::runtime::Spec;
 use tracing::Level;
 
-use crate::config::annotations;
+use crate::config::annotations::{self, Annotations};
 use crate::config::extras::Extras;
 use crate::config::load;
 use crate::config::names;
@@ -25,86 +30,66 @@ use crate::extras::files::{self, OpenedFile};
 use crate::prepare::host::{Host, Places};
 use crate::rootfs::spec::parse::parse;
 use crate::rootfs::spec::{Context, Rewritten, rewrite};
-use crate::vm::boot::Plan;
+use crate::vm::BootPlan;
 use crate::vm::cgroup::Hierarchies;
-use crate::vmm as vm;
-use crate::vmm::Vmm;
-use crate::vmm::qemu::Qemu;
+use crate::vmm::{self, Accel, Disk, GuestParams, Vmm};
 
-/// By this annotation the CRI plugin tells which pod a container belongs to.
+/// The annotation with which the CRI plugin names a container's pod.
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
-/// All that is wrong with a request.
+/// All problems of a request.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.join("; "))]
-pub struct Error(pub Vec<String>);
+pub struct PrepareError(pub(crate) Vec<String>);
 
-impl Error {
-    fn one(error: impl Display) -> Self {
-        Self(vec![error.to_string()])
+impl PrepareError {
+    fn one(error: &(dyn std::error::Error + 'static)) -> Self {
+        Self(vec![Chain(error).to_string()])
     }
 }
 
-/// A container, ready to be made.
+/// A container that is ready to be created.
 #[derive(Debug, Clone)]
 pub struct Prepared {
-    /// What the guest gets, and what the host does for it.
+    /// The spec for the guest, and what the host does for the container.
     pub rewritten: Rewritten,
-    /// The machine, should it have to be booted for this container.
-    machine: vm::Spec,
-    /// What its guest gets beside containers; a VM that is booted already has to have it.
-    pub extras: Extras,
-    /// The files of that, open, for a VM that is to be booted.
-    pub sources: Vec<OpenedFile>,
+    /// The machine, if it has to be booted for this container.
+    machine: vmm::Spec,
+    /// Files for the guest itself. A VM that is already booted must have them.
+    pub(crate) extras: Extras,
+    /// The opened files of the extras, for a VM that has to be booted.
+    pub(crate) sources: Vec<OpenedFile>,
     workspace: Option<Workspace>,
     host: Host,
-    /// As the sandbox's annotations have it.
+    /// The configuration with the annotations applied.
     config: Config,
 }
 
-/// Reads a bundle's `config.json`.
-fn read_spec(bundle: &Path) -> Result<Spec, Error> {
-    let path = bundle.join("config.json");
-    let bytes = std::fs::read(&path).map_err(|error| Error::one(format!("read {}: {error}", path.display())))?;
-    parse(&bytes).map_err(|problems| Error(texts(&problems.0)))
-}
-
-/// The sandbox that the container of this bundle belongs to: its pod's, or one of its own.
+/// The sandbox of a bundle's container: its pod, or a sandbox of its own.
 ///
 /// # Errors
 ///
 /// When the bundle cannot be read.
-pub fn sandbox_of(bundle: &Path, id: &str) -> Result<String, Error> {
+pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError> {
     let spec = read_spec(bundle)?;
     let pod = spec.annotations().as_ref().and_then(|annotations| annotations.get(SANDBOX_ID));
     Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
 }
 
-/// Reads and checks everything that a container needs. `is_init` tells the pids of the sandbox's containers, `has` what its VM was booted with, if it
-/// was.
+/// Reads and checks everything that a container needs. `is_init` recognizes the PIDs of the sandbox's containers;
+/// `booted_with` holds the extras of the sandbox's VM, if it is booted.
 ///
 /// # Errors
 ///
-/// All that is wrong at once.
+/// All problems at once.
 pub fn prepare(
     request: &CreateTaskRequest,
     sandbox: &str,
     is_init: &dyn Fn(u32) -> bool,
-    has: Option<&Extras>,
-) -> Result<Prepared, Error> {
-    prepare_with(load::load().map_err(Error::one)?, &Places::of_process(), request, sandbox, is_init, has)
-}
-
-/// Opens the extras of a VM that is to be booted, or compares them with what it has.
-fn sources(extras: &Extras, has: Option<&Extras>, config: &Config) -> Result<Vec<OpenedFile>, Vec<Problem>> {
-    if let Some(has) = has {
-        let beyond = extras.beyond(has);
-        return if beyond.is_empty() { Ok(Vec::new()) } else { Err(beyond) };
-    }
-    match (files::open(extras, config.extras_max_mib), extras.missing()) {
-        (Ok(sources), None) => Ok(sources),
-        (opened, missing) => Err(opened.err().into_iter().flatten().chain(missing).collect()),
-    }
+    booted_with: Option<&Extras>,
+) -> Result<Prepared, PrepareError> {
+    let config = load::load().map_err(|error| PrepareError::one(&error))?;
+    prepare_with(config, &Places::of_process(), request, sandbox, is_init, booted_with)
 }
 
 fn prepare_with(
@@ -113,62 +98,91 @@ fn prepare_with(
     request: &CreateTaskRequest,
     sandbox: &str,
     is_init: &dyn Fn(u32) -> bool,
-    has: Option<&Extras>,
-) -> Result<Prepared, Error> {
+    booted_with: Option<&Extras>,
+) -> Result<Prepared, PrepareError> {
     let bundle = Path::new(&request.bundle);
     let mut spec = read_spec(bundle)?;
-
-    let mut wrong = Vec::new();
-    let mut check = |problems: Vec<String>| wrong.extend(problems);
-    let no_annotations = HashMap::new();
-    let annotations = annotations::read(spec.annotations().as_ref().unwrap_or(&no_annotations), &config)
-        .map_err(|problems| check(texts(&problems)))
-        .ok();
+    let mut problems = Vec::new();
+    let annotations = collect(read_annotations(&spec, &config), &mut problems);
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
-    let sources = sources(&extras, has, &config).map_err(|problems: Vec<Problem>| check(texts(&problems))).ok();
-    // From here on nobody needs it, neither the guest, nor hooks, nor what is written down for them.
+    let sources = collect(open_extras(&extras, booted_with, &config), &mut problems);
+    // A workspace may hold secrets: neither the guest's spec, nor hooks, nor the state may contain it.
     if let Some(annotations) = spec.annotations_mut() {
         annotations.remove(names::WORKSPACE);
     }
     let context = Context {
         id: &request.id,
         bundle,
-        host_is_unified: Hierarchies::of_host().map_err(Error::one)?.unified(),
+        host_is_unified: Hierarchies::of_host().map_err(|error| PrepareError::one(&error))?.unified(),
         inspect: &crate::rootfs::share::inspect,
         is_init,
     };
-    let rewritten = rewrite(spec, &context).map_err(|problems| check(texts(&problems.0))).ok();
-    let debug = annotations.as_ref().and_then(|wanted| wanted.debug).unwrap_or(config.debug);
-    let host = host::find(&config, places, debug).map_err(|missing| check(texts(&missing))).ok();
+    let rewritten = collect(rewrite(spec, &context).map_err(|problems| problems.0), &mut problems);
+    let debug = annotations.as_ref().and_then(|annotations| annotations.debug).unwrap_or(config.debug);
+    let host = collect(host::find(&config, places, debug), &mut problems);
 
     let (Some(annotations), Some(sources), Some(rewritten), Some(host)) = (annotations, sources, rewritten, host)
     else {
-        return Err(Error(wrong));
+        return Err(PrepareError(problems));
     };
-    let (vcpus, memory_mib) = size::size(&config, &annotations, rewritten.limits);
     config.debug = debug;
     if debug {
         config.log_level = config.log_level.max(Level::DEBUG);
     }
-    let mut kernel_params = vec![
-        format!("husk.log={}", config.log_level.as_str().to_lowercase()),
-        format!("husk.heartbeat_ms={}", config.heartbeat.as_millis()),
-    ];
-    if debug {
-        // After `quiet`, and before what the configuration says of it.
-        kernel_params.extend(["husk.debug=1", "loglevel=7"].map(str::to_owned));
+    let size = size::size(&config, &annotations, rewritten.limits);
+    let machine = machine(sandbox, &config, &host, size, &extras);
+    Ok(Prepared { rewritten, machine, extras, sources, workspace: annotations.workspace, host, config })
+}
+
+/// Adds the problems of a failed check to `problems`.
+fn collect<T, P: ToString>(checked: Result<T, Vec<P>>, problems: &mut Vec<String>) -> Option<T> {
+    checked.map_err(|found| problems.extend(found.iter().map(ToString::to_string))).ok()
+}
+
+/// Reads a bundle's `config.json`.
+fn read_spec(bundle: &Path) -> Result<Spec, PrepareError> {
+    let path = bundle.join("config.json");
+    let bytes =
+        std::fs::read(&path).map_err(|error| PrepareError(vec![format!("read {}: {error}", path.display())]))?;
+    parse(&bytes).map_err(|problems| PrepareError(problems.0.iter().map(ToString::to_string).collect()))
+}
+
+fn read_annotations(spec: &Spec, config: &Config) -> Result<Annotations, Vec<Problem>> {
+    let none = HashMap::new();
+    annotations::read(spec.annotations().as_ref().unwrap_or(&none), config)
+}
+
+/// Opens the extras of a VM that has to be booted, or compares them with those of the booted VM.
+fn open_extras(
+    extras: &Extras,
+    booted_with: Option<&Extras>,
+    config: &Config,
+) -> Result<Vec<OpenedFile>, Vec<Problem>> {
+    if let Some(booted_with) = booted_with {
+        let beyond = extras.beyond(booted_with);
+        return if beyond.is_empty() { Ok(Vec::new()) } else { Err(beyond) };
     }
-    kernel_params.extend(config.kernel_params.iter().cloned());
-    if !extras.files.is_empty() {
-        kernel_params.push(format!("husk.extras={SERIAL}"));
+    match (files::open(extras, config.extras_max_mib), extras.missing()) {
+        (Ok(sources), None) => Ok(sources),
+        (opened, missing) => Err(opened.err().into_iter().flatten().chain(missing).collect()),
     }
-    if extras.runs_supervisor() {
-        kernel_params.push("husk.supervisor=1".to_owned());
-    }
-    let machine = vm::Spec {
+}
+
+/// The machine of a sandbox.
+fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u32, u64), extras: &Extras) -> vmm::Spec {
+    let guest = GuestParams {
+        log_level: config.log_level,
+        heartbeat: config.heartbeat,
+        debug: config.debug,
+        configured: config.kernel_params.clone(),
+        extras: !extras.files.is_empty(),
+        supervisor: extras.runs_supervisor(),
+        wall_clock: None,
+        ready_port: None,
+    };
+    vmm::Spec {
         name: format!("husk-{sandbox}"),
         accel: host.accel,
-        board: config.board,
         vcpus,
         tsc_khz: None,
         memory_mib,
@@ -177,53 +191,43 @@ fn prepare_with(
         initrd: host.artifacts.initrd.clone(),
         kernel_cid: None,
         disks: Vec::new(),
-        kernel_params,
-        user: Some(user(&config, host.accel)),
-    };
-    Ok(Prepared { rewritten, machine, extras, sources, workspace: annotations.workspace, host, config })
+        guest,
+        user: Some(user(config, host.accel)),
+    }
 }
 
-fn texts(problems: &[impl ToString]) -> Vec<String> {
-    problems.iter().map(ToString::to_string).collect()
-}
-
-/// Who QEMU runs as: nobody of importance, but in the group that may open /dev/kvm if that is what it takes.
-fn user(config: &Config, accel: vm::Accel) -> (u32, u32) {
-    use std::os::unix::fs::MetadataExt;
+/// User and group of the machine's process: the configured ones, or the group of /dev/kvm if only that group may open
+/// it.
+fn user(config: &Config, accel: Accel) -> (u32, u32) {
     let (uid, gid) = config.qemu_user;
     match (accel, std::fs::metadata("/dev/kvm")) {
-        (vm::Accel::Kvm, Ok(device)) if device.mode() & 0o006 != 0o006 && device.mode() & 0o060 == 0o060 => {
+        (Accel::Kvm, Ok(device)) if device.mode() & 0o006 != 0o006 && device.mode() & 0o060 == 0o060 => {
             (uid, device.gid())
         }
         _ => (uid, gid),
     }
 }
 
-/// What boots the machine of `prepared`, on the folder `share`, with the disk of its extras.
-pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<vm::Disk>) -> (Box<dyn Vmm>, Plan) {
+/// The VMM and the plan that boot the machine of `prepared`, with the folder `share` and the disk of its extras.
+pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<Disk>) -> (Box<dyn Vmm>, BootPlan) {
     let mut spec = prepared.machine.clone();
     spec.disks.extend(extras);
-    // The guest has no clock of its own: it begins with the host's time, as late as possible.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    spec.kernel_params.push(format!("husk.epoch_ns={}", now.as_nanos()));
-    // Late as well: the longer it is measured, the better.
-    spec.tsc_khz = vm::tsc::khz();
-    let plan = Plan {
+    // The guest has no clock of its own. It starts with the host's time, read as late as possible.
+    spec.guest.wall_clock = SystemTime::now().duration_since(UNIX_EPOCH).ok();
+    // Late as well: a longer measurement is more accurate.
+    spec.tsc_khz = vmm::tsc::khz();
+    let plan = BootPlan {
         spec,
         carrier: prepared.host.carrier,
         virtiofsd: prepared.host.virtiofsd.clone(),
         share,
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,
-        heartbeat: prepared.config.heartbeat,
-        guest_level: prepared.config.log_level,
-        debug: prepared.config.debug,
-        supervisor: prepared.extras.runs_supervisor(),
         cgroup: prepared.rewritten.cgroups_path.clone(),
         tokens: prepared.config.tokens.clone(),
         workspace: prepared.workspace.clone(),
     };
-    (Box::new(Qemu { program: prepared.host.qemu.clone() }), plan)
+    (vmm::factory::create(prepared.config.board, prepared.host.vmm.clone()), plan)
 }
 
 #[cfg(test)]

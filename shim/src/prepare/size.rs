@@ -4,8 +4,8 @@ use crate::config::annotations::Annotations;
 use crate::config::settings::{Config, DEFAULT_MEMORY_MIB, GUEST_OVERHEAD_MIB, MOST_VCPUS, Profile};
 use crate::rootfs::spec::Limits;
 
-/// Virtual CPUs and MiB of a guest. An annotation overrides the configuration, and a CPU count overrides a profile. Without either the spec's limits
-/// decide, else the default.
+/// Virtual CPUs and MiB of a guest. An annotation overrides the configuration, and a CPU count overrides a profile.
+/// Without either the spec's limits decide, else the default.
 pub(crate) fn size(config: &Config, annotations: &Annotations, limits: Limits) -> (u32, u64) {
     let profile = annotations.profile.or(config.profile).map(Profile::vcpus);
     let vcpus = annotations.vcpus.or(config.vcpus).or(profile).or(limits.cpus).unwrap_or(1).clamp(1, MOST_VCPUS);

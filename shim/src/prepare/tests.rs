@@ -1,26 +1,28 @@
-//! What comes of a configuration: for each key that there is, an effect on what is booted, or on whether it is.
+//! The effects of the configuration: each key changes what is booted, or whether it is booted.
 
 use super::*;
 use crate::config::keys::KEYS;
 use crate::config::load::parse;
-use crate::vmm::qemu::args::{Fds, arguments};
+use crate::vmm::Board;
+use crate::vmm::factory::qemu::args::{Fds, arguments};
 
 const SPEC: &str = include_str!("../rootfs/testdata/ctr-1.6.json");
 const FDS: Fds = Fds { kernel: 10, initrd: 11, console: 12, qmp: 13, vsock: 14, share: Some(15), disks: Vec::new() };
 
-/// A host of files that are all empty, without KVM: `{host}/beside` has what is found without a configuration, `{host}/other` the same again.
+/// A host without KVM whose files are all empty: `{host}/beside` has the files that are found without a configuration,
+/// `{host}/other` the same files.
 struct TestHost {
     folder: tempfile::TempDir,
     places: Places,
 }
 
-/// What is to be booted, or why it is not.
+/// What would be booted, or why nothing is.
 type Outcome = Result<Booted, String>;
 
 #[derive(Debug)]
 struct Booted {
-    plan: Plan,
-    /// What the guest gets.
+    plan: BootPlan,
+    /// The guest's spec.
     spec: Spec,
     qemu: PathBuf,
     args: Vec<String>,
@@ -47,7 +49,7 @@ impl TestHost {
     }
 
     fn outcome(&self, config: &str) -> Outcome {
-        // Allowed, unless the configuration says otherwise.
+        // An annotation that is allowed by default.
         self.outcome_with(config, ("io.husk.vsock", "true"))
     }
 
@@ -55,7 +57,7 @@ impl TestHost {
         self.outcome_of(config, serde_json::json!({ name: value }), None)
     }
 
-    fn outcome_of(&self, config: &str, annotations: serde_json::Value, has: Option<&Extras>) -> Outcome {
+    fn outcome_of(&self, config: &str, annotations: serde_json::Value, booted_with: Option<&Extras>) -> Outcome {
         let mut spec: serde_json::Value = serde_json::from_str(SPEC).unwrap();
         spec["annotations"] = annotations;
         std::fs::write(self.folder.path().join("config.json"), spec.to_string()).unwrap();
@@ -63,31 +65,32 @@ impl TestHost {
         let bundle = self.folder.path().display().to_string();
         let request = CreateTaskRequest { id: "c1".into(), bundle, ..Default::default() };
         let prepared =
-            prepare_with(config, &self.places, &request, "c1", &|_| false, has).map_err(|e| e.to_string())?;
+            prepare_with(config, &self.places, &request, "c1", &|_| false, booted_with).map_err(|e| e.to_string())?;
         let (_, plan) = plan(&prepared, "/share".into(), None);
-        let args = arguments(&plan.spec, &FDS);
-        Ok(Booted { plan, spec: prepared.rewritten.spec, qemu: prepared.host.qemu, args })
+        let Board::Qemu(board) = prepared.config.board;
+        let args = arguments(&plan.spec, board, &FDS);
+        Ok(Booted { plan, spec: prepared.rewritten.spec, qemu: prepared.host.vmm, args })
     }
 }
 
-/// Of a machine that is booted, the value of an argument.
+/// The value of one of QEMU's arguments.
 fn value(outcome: &Outcome, option: &str) -> String {
     let Ok(Booted { args, .. }) = outcome else { return "refused".to_owned() };
     args.windows(2).find(|pair| pair[0] == option).map(|pair| pair[1].clone()).unwrap_or_default()
 }
 
-/// A word of the kernel's command line, by its beginning.
+/// The word of the kernel's command line that starts with `beginning`.
 fn word(outcome: &Outcome, beginning: &str) -> String {
     let line = value(outcome, "-append");
     line.split(' ').find(|word| word.starts_with(beginning)).unwrap_or("no such word").to_owned()
 }
 
-/// Something of a machine that is booted, or why it is not.
+/// A property of what would be booted, or why nothing is.
 fn booted(outcome: &Outcome, show: fn(&Booted) -> String) -> String {
     outcome.as_ref().map_or_else(Clone::clone, show)
 }
 
-/// A key and its value, where the effect shows, and what shows there or is the beginning of it.
+/// A key, a value, the property that the value changes, and the property's expected beginning.
 type Proof = (&'static str, &'static str, fn(&Outcome) -> String, &'static str);
 
 const PROOFS: &[Proof] = &[
@@ -133,7 +136,7 @@ const PROOFS: &[Proof] = &[
     (
         "debug",
         "true",
-        |o| booted(o, |b| format!("{} {}", b.plan.debug, b.plan.spec.initrd.display())),
+        |o| booted(o, |b| format!("{} {}", b.plan.spec.guest.debug, b.plan.spec.initrd.display())),
         "true {host}/beside/initrd-debug.img",
     ),
     ("log_level", "\"debug\"", |o| word(o, "husk.log="), "husk.log=debug"),
@@ -167,7 +170,7 @@ const PROOFS: &[Proof] = &[
     ),
 ];
 
-/// What a key needs beside itself to have an effect.
+/// The annotation that a key needs to have an effect.
 const WITH: &[(&str, (&str, &str))] = &[
     ("workspace_dir", ("io.husk.workspace", "{host}/other/workspace")),
     ("extras_max_mib", ("io.husk.extras.files", r#"{"/x": {"source": "{host}/other/workspace", "mode": "0644"}}"#)),
@@ -179,21 +182,21 @@ fn every_key_has_an_effect() {
     assert!(host.outcome("").is_ok(), "{:?}", host.outcome("").err());
     for key in KEYS {
         let proof = PROOFS.iter().find(|proof| proof.0 == key.name);
-        let (_, given, show, expected) = proof.unwrap_or_else(|| panic!("no effect of {} is proved", key.name));
+        let (_, given, show, expected) = proof.unwrap_or_else(|| panic!("the test has no effect for {}", key.name));
         let line = host.here(&format!("{} = {given}\n", key.name));
         let with = WITH.iter().find(|with| with.0 == key.name).map_or(("io.husk.vsock", "true"), |with| with.1);
         let with = (with.0, host.here(with.1));
         let outcome = |config: &str| host.outcome_with(config, (with.0, &with.1));
         let (expected, shows) = (host.here(expected), show(&outcome(&line)));
-        assert!(shows.starts_with(&expected), "{line}{shows}, not {expected}");
+        assert!(shows.starts_with(&expected), "{line}{shows}, expected {expected}");
         let before = show(&outcome(""));
-        assert!(!before.starts_with(&expected), "{line}{before} without it as well");
+        assert!(!before.starts_with(&expected), "{line}{before} without the key too");
     }
 }
 
 #[test]
-fn debug_mode_is_what_the_sandbox_says_or_else_the_host() {
-    // The configuration, the annotation, and what follows: whether the guest is told, its initramfs, and its log's level.
+fn an_annotation_overrides_the_configured_debug_mode() {
+    // The configuration, the annotation, and the expected kernel parameter, initramfs and log level.
     let table = [
         ("", None, "no such word", "initrd.img", "warn"),
         ("debug = true", None, "husk.debug=1", "initrd-debug.img", "debug"),
@@ -203,13 +206,13 @@ fn debug_mode_is_what_the_sandbox_says_or_else_the_host() {
         ("initrd = \"{host}/other/initrd.img\"", Some("true"), "husk.debug=1", "initrd.img", "debug"),
     ];
     let host = TestHost::new();
-    for (text, annotation, told, initrd, level) in table {
+    for (text, annotation, parameter, initrd, level) in table {
         let annotations = match annotation {
             Some(value) => serde_json::json!({ "io.husk.debug": value }),
             None => serde_json::json!({}),
         };
         let outcome = host.outcome_of(&host.here(text), annotations, None);
-        assert_eq!(word(&outcome, "husk.debug"), told, "{text} {annotation:?}");
+        assert_eq!(word(&outcome, "husk.debug"), parameter, "{text} {annotation:?}");
         assert_eq!(word(&outcome, "husk.log="), format!("husk.log={level}"), "{text} {annotation:?}");
         let shown = booted(&outcome, |b| b.plan.spec.initrd.file_name().unwrap().display().to_string());
         assert_eq!(shown, initrd, "{text} {annotation:?}");
@@ -220,13 +223,13 @@ fn debug_mode_is_what_the_sandbox_says_or_else_the_host() {
 }
 
 #[test]
-fn extras_are_for_the_vm_that_is_booted_and_compared_with_those_of_one_that_is() {
+fn extras_are_given_to_a_new_vm_and_compared_with_those_of_a_booted_one() {
     let host = TestHost::new();
     let allowed = "allowed_annotations = [\"io.husk.extras.files\", \"io.husk.supervisor\"]";
     let words = ["husk.extras", "husk.supervisor"];
     let without = host.outcome("");
     assert_eq!(words.map(|name| word(&without, name)), ["no such word"; 2]);
-    assert_eq!(without.map(|booted| booted.plan.supervisor), Ok(false));
+    assert_eq!(without.map(|booted| booted.plan.spec.guest.supervisor), Ok(false));
 
     let [agent, none] = ["other/workspace", "none"].map(|name| host.here(&format!("{{host}}/{name}")));
     let asked = |path: &str, supervisor: &str| {
@@ -235,20 +238,20 @@ fn extras_are_for_the_vm_that_is_booted_and_compared_with_those_of_one_that_is()
     };
     let run = host.outcome_of(allowed, asked(&agent, "true"), None);
     assert_eq!(words.map(|name| word(&run, name)), ["husk.extras=husk-extras", "husk.supervisor=1"]);
-    assert_eq!(run.map(|booted| booted.plan.supervisor), Ok(true));
+    assert_eq!(run.map(|booted| booted.plan.spec.guest.supervisor), Ok(true));
     let not_run = host.outcome_of(allowed, asked(&agent, "false"), None);
     assert_eq!(words.map(|name| word(&not_run, name)), ["husk.extras=husk-extras", "no such word"]);
-    // All at once, also what is wrong elsewhere.
+    // Reported together with other problems.
     let no_agent = serde_json::json!({ "io.husk.supervisor": "true" });
     let refused = host.outcome_of(&format!("{allowed}\nkernel = \"/k\""), no_agent, None).unwrap_err();
     assert!(refused.contains("\"true\": there is no agent") && refused.contains("kernel = \"/k\""), "{refused}");
-    // What the VM has is not looked for once more.
-    let has = Extras {
+    // The files of a booted VM are not opened again.
+    let booted_with = Extras {
         files: crate::config::extras::parse(asked(&none, "")["io.husk.extras.files"].as_str().unwrap()).unwrap(),
         supervisor: None,
     };
-    assert!(host.outcome_of(allowed, asked(&none, "true"), Some(&has)).is_ok());
-    let refused = host.outcome_of(allowed, asked(&agent, "false"), Some(&has)).unwrap_err();
+    assert!(host.outcome_of(allowed, asked(&none, "true"), Some(&booted_with)).is_ok());
+    let refused = host.outcome_of(allowed, asked(&agent, "false"), Some(&booted_with)).unwrap_err();
     assert!(refused.contains("takes no extras any more") && refused.contains("booted with a supervisor"), "{refused}");
 }
 
@@ -261,7 +264,7 @@ fn every_key_and_every_annotation_has_a_row_in_the_documentation() {
 }
 
 #[test]
-fn a_workspace_is_for_the_metadata_service_alone() {
+fn only_the_metadata_service_gets_the_workspace() {
     let host = TestHost::new();
     let json = r#"{"password": "hunter2"}"#;
     let Booted { plan, spec, args, .. } = host.outcome_with("", ("io.husk.workspace", json)).map_err(drop).unwrap();

@@ -1,65 +1,112 @@
-//! What is done with a container that is there: signals, pause, limits, and what it uses. Each call is relayed to the guest.
+//! Calls on existing containers: state, wait, signals, pause, limits and statistics. The guest answers most of them.
 //!
-//! What the guest answers goes on to containerd as messages of types that are set here: its clients decode whatever type they are told.
+//! The shim sets the type URLs in the guest's responses: containerd's clients decode whatever type a message names.
 
 use std::sync::Arc;
 
 use containerd_shim_protos::api::{
-    KillRequest, PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StatsRequest, StatsResponse,
-    UpdateTaskRequest,
+    KillRequest, PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StateRequest, StateResponse,
+    StatsRequest, StatsResponse, UpdateTaskRequest,
 };
 use husk_protos::{METRICS, PROCESS_DETAILS};
 
-use crate::sandbox::error::not_found;
-use crate::sandbox::{Error, Sandbox};
-use crate::vm::boot::Vm;
+use crate::sandbox::container::process::{Exit, Process};
+use crate::sandbox::error::{SandboxError, not_found};
+use crate::sandbox::registry::Sandbox;
+use crate::sandbox::without_guest;
+use crate::vm::Vm;
 
 impl Sandbox {
+    /// The state of a process.
+    pub(crate) async fn state(&self, id: &str, exec_id: &str) -> Result<StateResponse, SandboxError> {
+        let (container, process) = self.process(id, exec_id)?;
+        let mut state = self.guest_state(id, &process).await?;
+        // As in runc's shim, `id` is the exec's id for an exec, and `exec_id` stays empty.
+        state.id = if exec_id.is_empty() { id.to_owned() } else { exec_id.to_owned() };
+        state.exec_id.clear();
+        state.bundle = container.subject.bundle.display().to_string();
+        state.stdin = process.stdio.stdin.clone();
+        state.stdout = process.stdio.stdout.clone();
+        state.stderr = process.stdio.stderr.clone();
+        state.terminal = process.stdio.terminal;
+        Ok(state)
+    }
+
+    /// The guest's response, or the shim's own record if the VM is dead.
+    async fn guest_state(&self, id: &str, process: &Process) -> Result<StateResponse, SandboxError> {
+        let vm = match self.live_vm() {
+            Ok(vm) => vm,
+            Err(SandboxError::VmDead { .. }) => return Ok(without_guest::state(process)),
+            Err(error) => return Err(error),
+        };
+        let request = StateRequest { id: id.to_owned(), exec_id: process.exec_id.clone(), ..Default::default() };
+        match vm.guest.task.state(vm.guest.context(), &request).await {
+            Ok(state) => Ok(state),
+            Err(_) if vm.cause_of_death().is_some() => Ok(without_guest::state(process)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits until a process has exited and its output is delivered.
+    pub(crate) async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit, SandboxError> {
+        let (_, process) = self.process(id, exec_id)?;
+        process.exited().await.ok_or_else(|| not_found("process", exec_id))
+    }
+
+    /// Closes a process's stdin.
+    pub(crate) fn close_io(&self, id: &str, exec_id: &str, stdin: bool) -> Result<(), SandboxError> {
+        let (_, process) = self.process(id, exec_id)?;
+        if stdin {
+            process.close_stdin();
+        }
+        Ok(())
+    }
+
     /// Sends a signal.
-    pub async fn kill(&self, request: KillRequest) -> Result<(), Error> {
+    pub(crate) async fn kill(&self, request: KillRequest) -> Result<(), SandboxError> {
         let vm = self.vm_of_process(&request.id, &request.exec_id)?;
         vm.guest.task.kill(vm.guest.context(), &request).await?;
         Ok(())
     }
 
-    /// Changes the size of a process's terminal.
-    pub async fn resize_pty(&self, request: ResizePtyRequest) -> Result<(), Error> {
+    /// Resizes a process's terminal.
+    pub(crate) async fn resize_pty(&self, request: ResizePtyRequest) -> Result<(), SandboxError> {
         let vm = self.vm_of_process(&request.id, &request.exec_id)?;
         vm.guest.task.resize_pty(vm.guest.context(), &request).await?;
         Ok(())
     }
 
-    /// Stops all processes of a container where they are.
-    pub async fn pause(&self, request: PauseRequest) -> Result<(), Error> {
+    /// Freezes all processes of a container.
+    pub(crate) async fn pause(&self, request: PauseRequest) -> Result<(), SandboxError> {
         let vm = self.vm_of(&request.id)?;
         vm.guest.task.pause(vm.guest.context(), &request).await?;
         Ok(())
     }
 
-    /// Lets them go on.
-    pub async fn resume(&self, request: ResumeRequest) -> Result<(), Error> {
+    /// Thaws all processes of a container.
+    pub(crate) async fn resume(&self, request: ResumeRequest) -> Result<(), SandboxError> {
         let vm = self.vm_of(&request.id)?;
         vm.guest.task.resume(vm.guest.context(), &request).await?;
         Ok(())
     }
 
-    /// Gives a container other limits, inside the VM, whose own size stays.
-    pub async fn update(&self, request: UpdateTaskRequest) -> Result<(), Error> {
+    /// Changes a container's limits inside the VM. The VM keeps its size.
+    pub(crate) async fn update(&self, request: UpdateTaskRequest) -> Result<(), SandboxError> {
         let vm = self.vm_of(&request.id)?;
         vm.guest.task.update(vm.guest.context(), &request).await?;
         Ok(())
     }
 
-    /// What a container uses, as the guest's kernel counts it.
-    pub async fn stats(&self, request: StatsRequest) -> Result<StatsResponse, Error> {
+    /// A container's resource usage as the guest's kernel reports it.
+    pub(crate) async fn stats(&self, request: StatsRequest) -> Result<StatsResponse, SandboxError> {
         let vm = self.vm_of(&request.id)?;
         let mut response = vm.guest.task.stats(vm.guest.context(), &request).await?;
         response.stats.mut_or_insert_default().type_url = METRICS.to_owned();
         Ok(response)
     }
 
-    /// The pids of a container's processes, in the guest.
-    pub async fn pids(&self, request: PidsRequest) -> Result<PidsResponse, Error> {
+    /// The guest PIDs of a container's processes.
+    pub(crate) async fn pids(&self, request: PidsRequest) -> Result<PidsResponse, SandboxError> {
         let vm = self.vm_of(&request.id)?;
         let mut response = vm.guest.task.pids(vm.guest.context(), &request).await?;
         for info in response.processes.iter_mut().filter_map(|process| process.info.as_mut()) {
@@ -68,23 +115,23 @@ impl Sandbox {
         Ok(response)
     }
 
-    /// Refuses to write a container down.
-    pub fn checkpoint(&self, id: &str) -> Result<(), Error> {
+    /// Rejects checkpoints.
+    pub(crate) fn checkpoint(&self, id: &str) -> Result<(), SandboxError> {
         self.container(id)?;
-        Err(Error::Unsupported(format!("checkpoint {id}: io.containerd.husk.v1 does not support checkpoints")))
+        Err(SandboxError::Unsupported(format!("checkpoint {id}: io.containerd.husk.v1 does not support checkpoints")))
     }
 
-    /// The VM of a container that is there.
-    fn vm_of(&self, id: &str) -> Result<Arc<Vm>, Error> {
+    /// The VM, if the container exists.
+    fn vm_of(&self, id: &str) -> Result<Arc<Vm>, SandboxError> {
         self.container(id)?;
         self.live_vm()
     }
 
-    /// The VM of a process that is there: one that has died with its VM is not.
-    fn vm_of_process(&self, id: &str, exec_id: &str) -> Result<Arc<Vm>, Error> {
+    /// The VM, if the process exists: a process that died with its VM does not.
+    fn vm_of_process(&self, id: &str, exec_id: &str) -> Result<Arc<Vm>, SandboxError> {
         self.process(id, exec_id)?;
         self.live_vm().map_err(|error| match error {
-            Error::Dead { .. } => not_found("process", exec_id),
+            SandboxError::VmDead { .. } => not_found("process", exec_id),
             other => other,
         })
     }

@@ -1,82 +1,71 @@
-//! How a container comes to be: its files in the share, its VM if it is the first, its bundle and its process in the guest.
+//! Creates a container: its files in the share, its bundle and its process in the guest. The first container boots the
+//! VM.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
-use husk_protos::events::Event;
-use tokio::sync::watch;
+use husk_protos::chain::Chain;
 
-use crate::extras::disk;
-use crate::extras::disk::DiskError;
-use crate::extras::files::OpenedFile;
-use crate::guest::client::Metering;
 use crate::prepare;
 use crate::prepare::Prepared;
 use crate::rootfs::share::Share;
 use crate::sandbox::container::Container;
-use crate::sandbox::{Error, Machine, STREAM, Sandbox, Slot, alive, hooks};
-use crate::state::life::VmState;
-use crate::state::{Boot, Owner, facts};
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::hooks;
+use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
+use crate::sandbox::start::STREAM;
+use crate::state::{Owner, check_identifier};
 use crate::stdio::Stdio;
-use crate::vm::boot;
-use crate::vm::boot::Vm;
-use crate::vmm::Disk;
+use crate::vm::Vm;
 
 impl Sandbox {
-    /// Creates a container, and the VM if it is the first. Returns the pid of its init in the guest. On an error nothing is left of it.
-    pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+    /// Creates a container, and the VM if it is the first. Returns the PID of its init process in the guest. If it
+    /// fails, everything is undone.
+    pub(crate) async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, SandboxError> {
         let id = request.id.clone();
-        crate::state::check_identifier("container id", &id)?;
-        {
-            let mut inner = self.lock();
-            if matches!(inner.machine, Machine::Stopping) {
-                return Err(Error::Stopping);
-            }
-            if inner.containers.contains_key(&id) {
-                return Err(Error::AlreadyExists { what: "task", id });
-            }
-            inner.containers.insert(id.clone(), Slot::Creating);
-        }
-        let created = self.create_in_slot(request).await;
+        check_identifier("container id", &id)?;
+        self.reserve(&id)?;
+        let created = self.create_reserved(request).await;
         if let Err(error) = &created {
-            tracing::warn!(container = id, %error, "create failed");
+            tracing::warn!(container = id, error = %Chain(error), "create failed");
             self.run_poststop_hooks(&id).await;
-            self.forget(&id).await;
+            self.remove_container(&id).await;
         }
         created
     }
 
-    async fn create_in_slot(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+    /// Reserves a container's id.
+    fn reserve(&self, id: &str) -> Result<(), SandboxError> {
+        let mut slots = self.lock();
+        if matches!(slots.vm, VmSlot::Stopping) {
+            return Err(SandboxError::Stopping);
+        }
+        if slots.containers.contains_key(id) {
+            return Err(SandboxError::AlreadyExists { what: "task", id: id.to_owned() });
+        }
+        slots.containers.insert(id.to_owned(), ContainerSlot::Creating);
+        Ok(())
+    }
+
+    async fn create_reserved(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, SandboxError> {
         let id = request.id.clone();
         let stdio = Stdio::from(&request);
         stdio.check()?;
         if !request.checkpoint.is_empty() {
-            return Err(Error::Unsupported(format!("checkpoint {:?}: restoring is not supported", request.checkpoint)));
+            return Err(SandboxError::Unsupported(format!(
+                "checkpoint {:?}: restoring is not supported",
+                request.checkpoint
+            )));
         }
-        // Of those that live: the pid of one that has ended may be another process's by now.
-        let inits: Vec<u32> = self
-            .containers()
-            .iter()
-            .filter_map(|container| container.process("").filter(|init| init.exit().is_none()))
-            .map(|init| init.pid())
-            .collect();
-        let has = {
-            let inner = self.lock();
-            matches!(inner.machine, Machine::Up(_)).then(|| inner.extras.clone())
-        };
-        let prepared = prepare::prepare(&request, &self.id, &|pid| inits.contains(&pid), has.as_ref())?;
-        for note in &prepared.rewritten.notes {
-            tracing::info!(container = id, note, "spec changed for the guest");
-        }
-        let note = serde_json::json!({"bundle": request.bundle});
-        self.journal.with(|state| state.set_container(&id, note))?;
+        let prepared = self.prepare(&request)?;
+        let facts = serde_json::json!({"bundle": request.bundle});
+        self.journal.with(|state| state.set_container(&id, facts))?;
         let share = self.share()?;
         let subject = hooks::subject(&request, &prepared);
-        // The root filesystem is mounted while the VM boots: mounts made later propagate into the share.
+        // Mount the root filesystem while the VM boots: later mounts propagate into the share.
         let (vm, mounted, hooked) = tokio::join!(
-            self.vm(&prepared, &share),
+            self.ensure_vm(&prepared, &share),
             self.mount(&share, &request, &prepared),
             self.run_create_hooks(&prepared.rewritten.hooks, &subject)
         );
@@ -84,14 +73,10 @@ impl Sandbox {
         mounted?;
         hooked?;
 
-        let spec = serde_json::to_vec(&prepared.rewritten.spec)
-            .map_err(|error| Error::Task(format!("encode the guest's spec: {error}")))?;
-        let bundle = PutBundleRequest { id: id.clone(), spec, ..Default::default() };
-        let bundle = vm.guest.bundle.put(vm.guest.context(), &bundle).await?;
         let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let guest_request = CreateTaskRequest {
             id: id.clone(),
-            bundle: bundle.path,
+            bundle: put_bundle(&vm, &id, &prepared).await?,
             terminal: request.terminal,
             stdin,
             stdout,
@@ -100,14 +85,67 @@ impl Sandbox {
         };
         let poststart = prepared.rewritten.hooks.poststart.clone();
         let container = Container::new(request, subject, poststart, self.publisher.clone());
-        // In its place before the guest knows of it: its first events may be faster than the answer.
-        self.lock().containers.insert(id.clone(), Slot::Ready(container.clone()));
-        let init = self.process(&id, "")?.1;
+        // Register the container before the guest creates it: its first events may arrive before the response.
+        self.lock().containers.insert(id, ContainerSlot::Ready(container));
+        self.create_in_guest(&vm, &guest_request).await
+    }
+
+    /// Prepares the spec for the guest.
+    fn prepare(&self, request: &CreateTaskRequest) -> Result<Prepared, SandboxError> {
+        // Running init processes only: the PID of one that has exited may belong to another process by now.
+        let init_pids: Vec<u32> = self
+            .containers()
+            .iter()
+            .filter_map(|container| container.process("").filter(|init| init.exit().is_none()))
+            .map(|init| init.pid())
+            .collect();
+        let vm_extras = {
+            let slots = self.lock();
+            matches!(slots.vm, VmSlot::Up(_)).then(|| slots.extras.clone())
+        };
+        let prepared = prepare::prepare(request, &self.id, &|pid| init_pids.contains(&pid), vm_extras.as_ref())?;
+        for note in &prepared.rewritten.notes {
+            tracing::info!(container = request.id, note, "spec changed for the guest");
+        }
+        Ok(prepared)
+    }
+
+    /// The sandbox's share, created by its first container.
+    fn share(&self) -> Result<Share, SandboxError> {
+        let mut slots = self.lock();
+        if let Some(share) = &slots.share {
+            return Ok(share.clone());
+        }
+        let mut record = |steps| self.journal.record(&Owner::Sandbox, steps);
+        let share = Share::create(self.journal.dir(), &mut record)?;
+        slots.share = Some(share.clone());
+        Ok(share)
+    }
+
+    /// Mounts a container's root filesystem and bind mounts in the share, on a separate thread because mount(2) may
+    /// block.
+    async fn mount(&self, share: &Share, request: &CreateTaskRequest, prepared: &Prepared) -> Result<(), SandboxError> {
+        let (share, journal) = (share.clone(), self.journal.clone());
+        let (id, mounts, rewritten) = (request.id.clone(), request.rootfs.clone(), prepared.rewritten.clone());
+        let mounted = tokio::task::spawn_blocking(move || {
+            let owner = Owner::Container(id.clone());
+            let mut record = |steps| journal.record(&owner, steps);
+            share.add_container(&mut record, &id, &mounts, &rewritten.rootfs, &rewritten.binds)
+        });
+        mounted.await.map_err(|error| SandboxError::Internal(format!("mount: {error}")))??;
+        Ok(())
+    }
+
+    /// Opens the streams of the init process and creates the task in the guest. If it fails, the task and its bundle
+    /// are removed from the guest.
+    async fn create_in_guest(&self, vm: &Arc<Vm>, request: &CreateTaskRequest) -> Result<u32, SandboxError> {
+        let id = &request.id;
+        let init = self.process(id, "")?.1;
         let created = async {
-            init.attach_outputs(&vm.guest, &id, &self.namespace).await?;
-            let response = vm.guest.task.create(vm.guest.context(), &guest_request).await?;
-            init.attach_input(&vm.guest, &id)?;
-            Ok::<_, Error>(response)
+            init.attach_outputs(&vm.guest, id, &self.namespace).await?;
+            let response = vm.guest.task.create(vm.guest.context(), request).await?;
+            init.attach_input(&vm.guest, id)?;
+            Ok::<_, SandboxError>(response)
         };
         match created.await {
             Ok(response) => {
@@ -116,156 +154,31 @@ impl Sandbox {
                 Ok(response.pid)
             }
             Err(error) => {
-                init.forget();
-                let request = RemoveBundleRequest { id: id.clone(), ..Default::default() };
-                if let Err(error) = vm.guest.bundle.remove(vm.guest.context(), &request).await {
-                    tracing::warn!(container = id, %error, "the guest keeps the bundle of a container that was not created");
-                }
-                // A guest that did not answer in time may have created it after all.
-                let request = DeleteRequest { id: id.clone(), ..Default::default() };
-                if let Err(error) = vm.guest.task.delete(vm.guest.context(), &request).await {
-                    tracing::debug!(container = id, %error, "nothing to delete in the guest");
-                }
-                Err(vm.cause_of_death().map_or(error, |cause| Error::Dead { cause }))
+                init.discard();
+                remove_from_guest(vm, id).await;
+                Err(vm.cause_of_death().map_or(error, |cause| SandboxError::VmDead { cause }))
             }
         }
-    }
-
-    /// The share of the sandbox, made by its first container.
-    fn share(&self) -> Result<Share, Error> {
-        let mut inner = self.lock();
-        if let Some(share) = &inner.share {
-            return Ok(share.clone());
-        }
-        let mut record = |steps| self.journal.record(&Owner::Sandbox, steps);
-        let share = Share::create(self.journal.dir(), &mut record)?;
-        inner.share = Some(share.clone());
-        Ok(share)
-    }
-
-    /// Puts a container's root filesystem and bind mounts into the share. On a thread for it: a mount can take its time.
-    async fn mount(&self, share: &Share, request: &CreateTaskRequest, prepared: &Prepared) -> Result<(), Error> {
-        let (share, journal) = (share.clone(), self.journal.clone());
-        let (id, mounts, rewritten) = (request.id.clone(), request.rootfs.clone(), prepared.rewritten.clone());
-        let mounted = tokio::task::spawn_blocking(move || {
-            let owner = Owner::Container(id.clone());
-            let mut record = |steps| journal.record(&owner, steps);
-            share.add_container(&mut record, &id, &mounts, &rewritten.rootfs, &rewritten.binds)
-        });
-        mounted.await.map_err(|error| Error::Task(format!("mount: {error}")))??;
-        Ok(())
-    }
-
-    /// The VM, booted if it is not up.
-    async fn vm(self: &Arc<Self>, prepared: &Prepared, share: &Share) -> Result<Arc<Vm>, Error> {
-        let mut booting = {
-            let mut inner = self.lock();
-            if let Machine::Up(_) | Machine::Booting(_) = inner.machine {
-                // Again: another container may have come first while this one was prepared.
-                let beyond = prepared.extras.beyond(&inner.extras);
-                if !beyond.is_empty() {
-                    return Err(prepare::Error(beyond.iter().map(ToString::to_string).collect()).into());
-                }
-            }
-            match &inner.machine {
-                Machine::Up(vm) => return alive(vm),
-                Machine::Stopping => return Err(Error::Stopping),
-                Machine::Booting(booting) => booting.clone(),
-                Machine::None => {
-                    inner.extras = prepared.extras.clone();
-                    let (done, booting) = watch::channel(None);
-                    inner.machine = Machine::Booting(booting.clone());
-                    let (sandbox, prepared, share) = (self.clone(), prepared.clone(), share.path().to_owned());
-                    tokio::spawn(async move {
-                        let booted = sandbox.boot(&prepared, share).await.map_err(Arc::new);
-                        let mut inner = sandbox.lock();
-                        // Unless somebody is tearing down already, and waits for this boot to end. A failed boot may be tried again, by the
-                        // next container.
-                        if matches!(inner.machine, Machine::Booting(_)) {
-                            inner.machine = booted.as_ref().map_or(Machine::None, |vm| Machine::Up(vm.clone()));
-                        }
-                        done.send_replace(Some(booted));
-                    });
-                    booting
-                }
-            }
-        };
-        let booted = booting
-            .wait_for(Option::is_some)
-            .await
-            .map_err(|_| Error::Task("the boot ended without a result".to_owned()))?
-            .clone();
-        match booted {
-            Some(result) => Ok(result?),
-            None => Err(Error::Task("the boot ended without a result".to_owned())),
-        }
-    }
-
-    async fn boot(self: &Arc<Self>, prepared: &Prepared, share: PathBuf) -> Result<Arc<Vm>, boot::Error> {
-        let began = std::time::Instant::now();
-        let mut reached = Boot::begin();
-        let booted = self.boot_and_listen(prepared, share, &mut reached).await;
-        let (vm, events) = match booted {
-            Ok(booted) => booted,
-            Err(error) => {
-                self.note_boot(reached, None);
-                self.vm_enters(VmState::StartFailed, &error.cause());
-                return Err(error);
-            }
-        };
-        tracing::info!(
-            ms = began.elapsed().as_millis() as u64,
-            kernel = vm.hello.kernel,
-            init = vm.hello.version,
-            "VM ready"
-        );
-        self.note_boot(reached, Some(&vm));
-        self.vm_enters(VmState::Running, "the guest has answered");
-        tokio::spawn(self.clone().route_events(vm.clone(), events));
-        Ok(vm)
-    }
-
-    /// Notes how far a boot came, and what the guest says that it is; written with the state that comes of it.
-    fn note_boot(&self, reached: Boot, vm: Option<&Vm>) {
-        let noted = self.journal.with(|state| {
-            state.set_boot(reached);
-            if let (Some(vm), Some(mut machine)) = (vm, state.machine().cloned()) {
-                machine.kernel = Some(facts::word(&vm.hello.kernel));
-                machine.init = Some(facts::word(&vm.hello.version));
-                state.set_machine(machine);
-            }
-            Ok(())
-        });
-        // Of a sandbox of which everything has been undone nobody will ask.
-        if let Err(error) = noted {
-            tracing::debug!(%error, "the boot is not noted");
-        }
-    }
-
-    /// A guest whose events cannot be heard has not come up.
-    async fn boot_and_listen(
-        &self,
-        prepared: &Prepared,
-        share: PathBuf,
-        reached: &mut Boot,
-    ) -> Result<(Arc<Vm>, Metering<Event>), boot::Error> {
-        let extras = extras_disk(prepared.sources.clone()).await?;
-        let (vmm, plan) = prepare::plan(prepared, share, extras.clone());
-        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.words, reached).await?;
-        // A guest that has said hello has taken what is on it.
-        if let Some(disk) = extras
-            && let Err(error) = disk::give_back(&disk)
-        {
-            tracing::warn!(%error, "the memory of the disk for extras is held as long as the VM lives");
-        }
-        let events = vm.guest.events(0).await?;
-        reached.reached("events subscribed");
-        Ok((vm, events))
     }
 }
 
-/// Writes the disk for extras. On a thread for it: it may take a while to read them.
-async fn extras_disk(sources: Vec<OpenedFile>) -> Result<Option<Disk>, boot::Error> {
-    let written = tokio::task::spawn_blocking(move || disk::write(&sources));
-    Ok(written.await.map_err(|error| DiskError::Image(std::io::Error::other(error)))??)
+/// Sends a container's spec to the guest and returns the path of the bundle there.
+async fn put_bundle(vm: &Vm, id: &str, prepared: &Prepared) -> Result<String, SandboxError> {
+    let spec = serde_json::to_vec(&prepared.rewritten.spec)
+        .map_err(|error| SandboxError::Internal(format!("encode the guest's spec: {error}")))?;
+    let request = PutBundleRequest { id: id.to_owned(), spec, ..Default::default() };
+    Ok(vm.guest.bundle.put(vm.guest.context(), &request).await?.path)
+}
+
+/// Removes the bundle and the task of a container whose creation failed.
+async fn remove_from_guest(vm: &Vm, id: &str) {
+    let request = RemoveBundleRequest { id: id.to_owned(), ..Default::default() };
+    if let Err(error) = vm.guest.bundle.remove(vm.guest.context(), &request).await {
+        tracing::warn!(container = id, error = %Chain(&error), "failed to remove the bundle from the guest");
+    }
+    // A guest that answered too late may have created the task after all.
+    let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
+    if let Err(error) = vm.guest.task.delete(vm.guest.context(), &request).await {
+        tracing::debug!(container = id, error = %Chain(&error), "no task to delete in the guest");
+    }
 }

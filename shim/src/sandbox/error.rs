@@ -1,90 +1,76 @@
-//! Why a call on a sandbox failed; `service` makes containerd's codes of it.
+//! Why a call on a sandbox failed. `task_service` maps these errors to ttrpc codes.
 
 use std::sync::Arc;
 
-use crate::guest::client as guest;
-use crate::prepare;
+use crate::guest::client::GuestError;
+use crate::host::hooks::HookError;
+use crate::prepare::PrepareError;
 use crate::rootfs::share::ShareError;
 use crate::state::StateError;
-use crate::vm::boot;
+use crate::stdio::StdioError;
+use crate::vm::BootError;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No such container or process.
+pub(crate) enum SandboxError {
     #[error("{what} {id:?}: not found")]
     NotFound {
-        /// task or process.
+        /// `task` or `process`.
         what: &'static str,
-        /// Its id.
         id: String,
     },
-    /// The id is taken.
     #[error("{what} {id:?}: already exists")]
     AlreadyExists {
-        /// task or process.
+        /// `task` or `process`.
         what: &'static str,
-        /// Its id.
         id: String,
     },
-    /// It still runs.
     #[error("process {id:?} of task {task:?} must be stopped before deletion")]
     NotStopped {
-        /// The container.
         task: String,
-        /// The exec; the container's own id for its init.
+        /// The exec's id, or the container's id for its init process.
         id: String,
     },
-    /// Its init does not run any more.
-    #[error("the init of task {task:?} has ended")]
-    Ended {
-        /// The container.
-        task: String,
-    },
-    /// The VM is on its way out.
+    /// An exec cannot start after its container's init process has exited.
+    #[error("the init process of task {task:?} has exited")]
+    InitExited { task: String },
     #[error("the sandbox is stopping: its last container has been deleted")]
     Stopping,
-    /// The VM is gone.
     #[error("the VM is gone: {cause}")]
-    Dead {
-        /// Why.
-        cause: String,
-    },
-    /// The request, the spec, the annotations or the configuration are wrong.
-    #[error("{0}")]
-    Invalid(#[from] prepare::Error),
-    /// The streams that were asked for.
+    VmDead { cause: String },
+    /// The request, the spec, the annotations or the configuration are invalid.
     #[error(transparent)]
-    Stdio(#[from] crate::stdio::StdioError),
-    /// Asked for, but not supported.
+    Invalid(#[from] PrepareError),
+    /// A standard stream cannot be opened.
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
     #[error("{0}")]
     Unsupported(String),
-    /// The VM did not come up.
-    #[error("{0}")]
-    Boot(#[from] Arc<boot::Error>),
-    /// The guest refused, or could not be reached.
-    #[error("{0}")]
-    Guest(#[from] guest::Error),
-    /// The state on disk.
-    #[error("{0}")]
+    /// The VM did not boot. Shared by all containers that waited for it.
+    #[error(transparent)]
+    Boot(#[from] Arc<BootError>),
+    /// The guest returned an error or cannot be reached.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error(transparent)]
     State(#[from] StateError),
     /// The root filesystem or a bind mount.
-    #[error("{0}")]
-    Share(#[from] ShareError),
-    /// A hook of the host.
     #[error(transparent)]
-    Hook(crate::host::hooks::HookError),
-    /// Something inside the shim ended unexpectedly.
+    Share(#[from] ShareError),
+    /// A hook on the host failed.
+    #[error(transparent)]
+    Hook(#[from] HookError),
+    /// A part of the shim ended unexpectedly.
     #[error("{0}")]
-    Task(String),
+    Internal(String),
 }
 
-impl From<ttrpc::Error> for Error {
+impl From<ttrpc::Error> for SandboxError {
     fn from(error: ttrpc::Error) -> Self {
-        Self::Guest(guest::Error::Call(error))
+        Self::Guest(GuestError::Call(error))
     }
 }
 
-pub(super) fn not_found(what: &'static str, id: &str) -> Error {
-    Error::NotFound { what, id: id.to_owned() }
+pub(super) fn not_found(what: &'static str, id: &str) -> SandboxError {
+    SandboxError::NotFound { what, id: id.to_owned() }
 }

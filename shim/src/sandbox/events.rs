@@ -1,55 +1,58 @@
-//! The guest's events on their way to their containers. They are numbered, and the guest keeps them: when their stream ends while the VM lives,
-//! it is taken up again where it stopped. A VM of which some are lost for good is ended, because what its containers do is not known any more.
+//! Forwards the guest's events to their containers. Events are numbered and the guest keeps them: if the stream ends
+//! while the VM runs, the shim reopens it after the last event received. If events are lost for good, the shim kills
+//! the VM, because the state of its containers is unknown.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use husk_protos::chain::Chain;
 use husk_protos::events::Event;
+use protobuf::well_known_types::timestamp::Timestamp;
 
-use crate::guest::client as guest;
-use crate::guest::client::{Guest, Metering};
-use crate::sandbox::container::guest_event as told;
-use crate::sandbox::container::guest_event::Refused;
-use crate::sandbox::{Sandbox, now};
-use crate::vm::boot::Vm;
+use crate::guest::client::{Guest, GuestError, Metering};
+use crate::sandbox::container::guest_event;
+use crate::sandbox::container::guest_event::InvalidEvent;
+use crate::sandbox::registry::Sandbox;
+use crate::vm::Vm;
 
-/// Attempts to take the stream up again, without an event between them. Their pauses add up to far more than the end of a VM takes to be noticed
-/// after that of its connections: that is the usual reason.
+/// How often the stream may end without an event in between. Usually it ends because the VM has died, and the shim
+/// notices the death a little later: the pauses between the attempts add up to far more than that delay.
 const ATTEMPTS: u32 = 5;
-/// Pause before the first of them; each is twice the one before.
+/// Pause before the first attempt to reopen the stream. Each further pause is twice as long.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long what a VM that is gone has still sent may take to be read: it is all on this side of the connection.
+/// Time limit for reading the events that a dead VM has sent: they are all in the host's buffers.
 const LAST_EVENTS: Duration = Duration::from_secs(1);
-/// Events that are refused with a warning each. A guest that goes on has made its point, and shall not fill the host's log.
+/// How many rejected events are logged as warnings. A limit, so that a hostile guest cannot fill the host's log.
 const WARNINGS: u32 = 16;
 
-/// Why what happens in a guest is not known any more.
+/// Why the guest's events are lost.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-enum Lost {
-    #[error("those up to number {forgotten} are forgotten, and only {last} had come")]
-    Gap { last: u64, forgotten: u64 },
-    #[error("after number {last} came {number}")]
+enum EventLoss {
+    #[error("the guest has dropped its events up to number {dropped}, the last one received is {last}")]
+    Gap { last: u64, dropped: u64 },
+    #[error("event {number} follows event {last}")]
     Number { last: u64, number: u64 },
-    #[error("their stream ended {ATTEMPTS} times after number {last}, at last because {problem}")]
+    #[error("the stream ended {ATTEMPTS} times after event {last}; the last error: {problem}")]
     Stream { last: u64, problem: String },
 }
 
-/// What follows the event of number `last` is the next one, or some are missing.
-fn check(last: u64, event: &Event) -> Result<(), Lost> {
+/// Checks that `event` follows event number `last`.
+fn check_sequence(last: u64, event: &Event) -> Result<(), EventLoss> {
     match event.sequence {
-        forgotten if event.topic.is_empty() => Err(Lost::Gap { last, forgotten }),
+        // An event without a topic reports that the guest has dropped events.
+        dropped if event.topic.is_empty() => Err(EventLoss::Gap { last, dropped }),
         number if Some(number) == last.checked_add(1) => Ok(()),
-        number => Err(Lost::Number { last, number }),
+        number => Err(EventLoss::Number { last, number }),
     }
 }
 
-/// Where events come from.
+/// A stream of events that can be reopened.
 #[async_trait]
-trait Source: Send {
-    /// The next event; none at the stream's end. Without a stream, one is opened that begins after number `after`; or if that is none, this is an
-    /// end too.
-    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, guest::Error>;
+trait EventStream: Send {
+    /// The next event; `None` at the end of the stream. If no stream is open, opens one that begins after number
+    /// `after`, or returns `None` if `after` is `None`.
+    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, GuestError>;
 }
 
 struct Subscription {
@@ -58,8 +61,8 @@ struct Subscription {
 }
 
 #[async_trait]
-impl Source for Subscription {
-    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, guest::Error> {
+impl EventStream for Subscription {
+    async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, GuestError> {
         let stream = match (&mut self.stream, after) {
             (Some(stream), _) => stream,
             (None, Some(after)) => self.stream.insert(self.guest.events(after).await?),
@@ -75,42 +78,43 @@ impl Source for Subscription {
 
 /// Reads every event once, in order.
 struct Follower<S> {
-    source: S,
+    stream: S,
+    /// The number of the last event.
     last: u64,
-    /// Ends of the stream since an event came.
+    /// How often the stream has ended since the last event.
     ends: u32,
 }
 
-impl<S: Source> Follower<S> {
-    fn new(source: S) -> Self {
-        Self { source, last: 0, ends: 0 }
+impl<S: EventStream> Follower<S> {
+    fn new(stream: S) -> Self {
+        Self { stream, last: 0, ends: 0 }
     }
 
-    /// The next event, however many streams it takes. May be dropped while it waits, and called again.
-    async fn next(&mut self) -> Result<Event, Lost> {
+    /// The next event; reopens the stream if necessary. Cancel-safe.
+    async fn next(&mut self) -> Result<Event, EventLoss> {
         loop {
-            let problem = match self.source.next(Some(self.last)).await {
-                Ok(Some(event)) => return self.take(event),
-                Ok(None) => "the guest closed it".to_owned(),
-                Err(error) => error.to_string(),
+            let problem = match self.stream.next(Some(self.last)).await {
+                Ok(Some(event)) => return self.accept(event),
+                Ok(None) => "the guest closed the stream".to_owned(),
+                Err(error) => Chain(&error).to_string(),
             };
             self.ends += 1;
             if self.ends > ATTEMPTS {
-                return Err(Lost::Stream { last: self.last, problem });
+                return Err(EventLoss::Stream { last: self.last, problem });
             }
-            tracing::debug!(last = self.last, problem, "the stream of events ended");
+            tracing::debug!(last = self.last, problem, "the guest's stream of events ended");
             tokio::time::sleep(PAUSE * 2u32.pow(self.ends - 1)).await;
         }
     }
 
-    /// The next of those that came before the guest was gone.
-    async fn left(&mut self) -> Option<Event> {
-        let event = self.source.next(None).await.ok()??;
-        self.take(event).ok()
+    /// The next event that a dead guest has sent.
+    async fn next_of_dead_guest(&mut self) -> Option<Event> {
+        let event = self.stream.next(None).await.ok()??;
+        self.accept(event).ok()
     }
 
-    fn take(&mut self, event: Event) -> Result<Event, Lost> {
-        check(self.last, &event)?;
+    fn accept(&mut self, event: Event) -> Result<Event, EventLoss> {
+        check_sequence(self.last, &event)?;
         self.last = event.sequence;
         self.ends = 0;
         Ok(event)
@@ -118,16 +122,16 @@ impl<S: Source> Follower<S> {
 }
 
 impl Sandbox {
-    /// Carries the guest's events to their containers until the VM is gone; then tells the containers.
-    pub(super) async fn route_events(self: Arc<Self>, vm: Arc<Vm>, events: Metering<Event>) {
+    /// Forwards the guest's events to their containers until the VM is dead, then records the end of all containers.
+    pub(super) async fn forward_events(self: Arc<Self>, vm: Arc<Vm>, events: Metering<Event>) {
         let mut follower = Follower::new(Subscription { guest: vm.guest.clone(), stream: Some(events) });
-        let mut refused = 0;
+        let mut rejected = 0;
         let cause = loop {
             tokio::select! {
                 next = follower.next() => match next {
-                    Ok(event) => self.route(event, &mut refused).await,
+                    Ok(event) => self.forward_event(event, &mut rejected).await,
                     Err(lost) => {
-                        vm.condemn(format!("the guest's events are lost: {lost}"));
+                        vm.fail(format!("the guest's events are lost: {}", Chain(&lost)));
                         break vm.died().await;
                     }
                 },
@@ -135,39 +139,46 @@ impl Sandbox {
             }
         };
         let rest = async {
-            while let Some(event) = follower.left().await {
-                self.route(event, &mut refused).await;
+            while let Some(event) = follower.next_of_dead_guest().await {
+                self.forward_event(event, &mut rejected).await;
             }
         };
         if tokio::time::timeout(LAST_EVENTS, rest).await.is_err() {
-            tracing::warn!("the last events of the VM are left unread");
+            tracing::warn!("the VM's last events were not read in time");
         }
         if !vm.stopping() {
             tracing::error!(cause, console = vm.console_tail(), "the VM died");
         }
         for container in self.containers() {
-            container.died(now());
+            container.vm_died(Timestamp::now());
         }
-        // Last: the exits wait for no file.
-        self.vm_died(&cause);
+        // Last: it writes a file, and the exits must not wait for that.
+        self.record_vm_death(&cause);
     }
 
-    /// Waits for nobody but the publisher.
-    async fn route(&self, event: Event, refused: &mut u32) {
-        let knows = |container: &str, exec: &str| self.process(container, exec).is_ok();
-        match told::read(&event, knows) {
-            Ok(told) => {
-                // It may be on its way out, but then nobody asks for what is told of it.
-                if let Ok(container) = self.container(&told.container) {
-                    container.told(told.news, told.at.unwrap_or_else(now)).await;
+    /// Forwards one event. Waits for nothing but space in the publisher's queue.
+    async fn forward_event(&self, event: Event, rejected: &mut u32) {
+        let exists = |container: &str, exec: &str| self.process(container, exec).is_ok();
+        match guest_event::parse(&event, exists) {
+            Ok(event) => {
+                // The container may have been deleted since. Then nobody needs the event.
+                if let Ok(container) = self.container(&event.container) {
+                    container.apply(event.change, event.at.unwrap_or_else(Timestamp::now)).await;
                 }
             }
-            // As of a container that was not created in time, and was deleted then.
-            Err(gone @ Refused::Unknown { .. }) => tracing::debug!(sequence = event.sequence, %gone, "event not told"),
-            Err(problem) => {
-                *refused += 1;
-                if *refused <= WARNINGS {
-                    tracing::warn!(sequence = event.sequence, %problem, last = *refused == WARNINGS, "an event of the guest's is not believed");
+            // For example of a container whose creation timed out and that was deleted then.
+            Err(unknown @ InvalidEvent::UnknownProcess { .. }) => {
+                tracing::debug!(sequence = event.sequence, error = %Chain(&unknown), "dropped an event of the guest");
+            }
+            Err(error) => {
+                *rejected += 1;
+                if *rejected <= WARNINGS {
+                    tracing::warn!(
+                        sequence = event.sequence,
+                        error = %Chain(&error),
+                        last = *rejected == WARNINGS,
+                        "rejected an event of the guest"
+                    );
                 }
             }
         }
@@ -189,35 +200,35 @@ mod tests {
     }
 
     #[test]
-    fn numbers_follow_each_other_or_something_is_lost() {
+    fn a_missing_or_repeated_number_is_a_loss() {
         let table = [
             (0, event(1), Ok(())),
             (7, event(8), Ok(())),
-            (7, event(9), Err(Lost::Number { last: 7, number: 9 })),
-            (7, event(7), Err(Lost::Number { last: 7, number: 7 })),
-            (7, event(0), Err(Lost::Number { last: 7, number: 0 })),
-            (u64::MAX, event(0), Err(Lost::Number { last: u64::MAX, number: 0 })),
-            (7, gap(9), Err(Lost::Gap { last: 7, forgotten: 9 })),
-            (7, gap(8), Err(Lost::Gap { last: 7, forgotten: 8 })),
+            (7, event(9), Err(EventLoss::Number { last: 7, number: 9 })),
+            (7, event(7), Err(EventLoss::Number { last: 7, number: 7 })),
+            (7, event(0), Err(EventLoss::Number { last: 7, number: 0 })),
+            (u64::MAX, event(0), Err(EventLoss::Number { last: u64::MAX, number: 0 })),
+            (7, gap(9), Err(EventLoss::Gap { last: 7, dropped: 9 })),
+            (7, gap(8), Err(EventLoss::Gap { last: 7, dropped: 8 })),
         ];
-        for (last, event, wanted) in table {
-            assert_eq!(check(last, &event), wanted, "{last} {event:?}");
+        for (last, event, expected) in table {
+            assert_eq!(check_sequence(last, &event), expected, "{last} {event:?}");
         }
     }
 
-    /// Streams, each with where it has to begin and what comes out of it.
+    /// Streams, each with the number after which it must be opened and its events.
     struct Streams {
         streams: VecDeque<(u64, Vec<Event>)>,
         current: Option<VecDeque<Event>>,
     }
 
     #[async_trait]
-    impl Source for Streams {
-        async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, guest::Error> {
+    impl EventStream for Streams {
+        async fn next(&mut self, after: Option<u64>) -> Result<Option<Event>, GuestError> {
             if self.current.is_none() && after.is_some() {
-                let refused = || ttrpc::Error::Others("nobody listens".to_owned());
-                let (begins, events) = self.streams.pop_front().ok_or_else(refused)?;
-                assert_eq!(after, Some(begins));
+                let refused = || ttrpc::Error::Others("connection refused".to_owned());
+                let (begin, events) = self.streams.pop_front().ok_or_else(refused)?;
+                assert_eq!(after, Some(begin));
                 self.current = Some(events.into());
             }
             let next = self.current.as_mut().and_then(VecDeque::pop_front);
@@ -233,44 +244,44 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stream_that_ends_is_taken_up_where_it_stopped() {
-        let nothing = |after| (after, Vec::new());
+    async fn a_stream_that_ends_is_reopened_after_the_last_event() {
+        let empty = |after| (after, Vec::new());
         let mut follower = follow([
             (0, vec![event(1), event(2)]),
-            nothing(2),
-            nothing(2),
-            nothing(2),
-            nothing(2),
+            empty(2),
+            empty(2),
+            empty(2),
+            empty(2),
             (2, vec![event(3)]),
-            // Counted from the last event, so none of these is one too many.
-            nothing(3),
-            nothing(3),
-            nothing(3),
-            nothing(3),
+            // The count starts again at each event.
+            empty(3),
+            empty(3),
+            empty(3),
+            empty(3),
             (3, vec![event(4)]),
         ]);
         for sequence in 1..=4 {
             assert_eq!(follower.next().await, Ok(event(sequence)));
         }
-        let problem = "nobody listens".to_owned();
+        let problem = "connection refused".to_owned();
         let lost = follower.next().await.unwrap_err();
-        assert!(matches!(&lost, Lost::Stream { last: 4, problem: told } if told.contains(&problem)), "{lost:?}");
+        assert!(matches!(&lost, EventLoss::Stream { last: 4, problem: last } if last.contains(&problem)), "{lost:?}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_came_before_the_end_of_the_guest_is_read_and_no_more() {
+    async fn events_of_a_dead_guest_are_read_without_reopening_the_stream() {
         let mut follower = follow([(0, vec![event(1), event(2), event(3)]), (3, vec![event(4)])]);
         assert_eq!(follower.next().await, Ok(event(1)));
-        assert_eq!(follower.left().await, Some(event(2)));
-        assert_eq!(follower.left().await, Some(event(3)));
-        assert_eq!(follower.left().await, None);
-        assert_eq!(follower.left().await, None);
+        assert_eq!(follower.next_of_dead_guest().await, Some(event(2)));
+        assert_eq!(follower.next_of_dead_guest().await, Some(event(3)));
+        assert_eq!(follower.next_of_dead_guest().await, None);
+        assert_eq!(follower.next_of_dead_guest().await, None);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_gap_is_not_passed_over() {
+    async fn a_gap_is_a_loss() {
         let mut follower = follow([(0, vec![event(1)]), (1, vec![gap(5), event(6)])]);
         assert_eq!(follower.next().await, Ok(event(1)));
-        assert_eq!(follower.next().await, Err(Lost::Gap { last: 1, forgotten: 5 }));
+        assert_eq!(follower.next().await, Err(EventLoss::Gap { last: 1, dropped: 5 }));
     }
 }

@@ -1,16 +1,18 @@
-//! When a container's hooks of the host are run. What runs one is in `crate::host::hooks`.
+//! When a container's host hooks run. `crate::host::hooks` runs them.
 
 use containerd_shim_protos::api::{CreateTaskRequest, KillRequest};
+use husk_protos::chain::Chain;
 
 use crate::host::hooks;
 use crate::host::hooks::{ContainerStatus, Hook, Hooks, Subject};
 use crate::prepare::Prepared;
 use crate::sandbox::container::Container;
-use crate::sandbox::{Error, Sandbox};
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::registry::Sandbox;
 use crate::state::{Owner, Step};
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
-/// What a container's hooks are told of it.
+/// The description of a container that its hooks receive.
 pub(super) fn subject(request: &CreateTaskRequest, prepared: &Prepared) -> Subject {
     let annotations = prepared.rewritten.spec.annotations().clone().unwrap_or_default();
     Subject {
@@ -20,14 +22,16 @@ pub(super) fn subject(request: &CreateTaskRequest, prepared: &Prepared) -> Subje
     }
 }
 
-async fn run(hooks: Vec<Hook>, subject: Subject, status: ContainerStatus) -> Result<(), Error> {
+async fn run(hooks: Vec<Hook>, subject: Subject, status: ContainerStatus) -> Result<(), SandboxError> {
     let ran = tokio::task::spawn_blocking(move || hooks::run(&hooks, &subject, status)).await;
-    ran.map_err(|error| Error::Task(format!("hooks: {error}")))?.map_err(Error::Hook)
+    ran.map_err(|error| SandboxError::Internal(format!("run hooks: {error}")))??;
+    Ok(())
 }
 
 impl Sandbox {
-    /// Runs the hooks that come before a container. From here on its `poststop` hooks are due, whatever becomes of it.
-    pub(super) async fn run_create_hooks(&self, hooks: &Hooks, subject: &Subject) -> Result<(), Error> {
+    /// Runs the hooks that precede a container's creation. After this call its `poststop` hooks must run, even if the
+    /// container is never created.
+    pub(super) async fn run_create_hooks(&self, hooks: &Hooks, subject: &Subject) -> Result<(), SandboxError> {
         if hooks.is_empty() {
             return Ok(());
         }
@@ -36,8 +40,8 @@ impl Sandbox {
         run(hooks.create.clone(), subject.clone(), ContainerStatus::Creating).await
     }
 
-    /// Runs the hooks that come after the start of a container's process, which is killed if one of them fails.
-    pub(super) async fn run_poststart_hooks(&self, vm: &Vm, container: &Container) -> Result<(), Error> {
+    /// Runs the hooks that follow the start of a container's init process. If a hook fails, the process is killed.
+    pub(super) async fn run_poststart_hooks(&self, vm: &Vm, container: &Container) -> Result<(), SandboxError> {
         if container.poststart.is_empty() {
             return Ok(());
         }
@@ -45,17 +49,21 @@ impl Sandbox {
         if ran.is_err() {
             let kill = KillRequest { id: container.id.clone(), signal: libc::SIGKILL as u32, ..Default::default() };
             if let Err(error) = vm.guest.task.kill(vm.guest.context(), &kill).await {
-                tracing::warn!(container = container.id, %error, "a container whose hook failed is not killed");
+                tracing::warn!(
+                    container = container.id,
+                    error = %Chain(&error),
+                    "failed to kill a container whose poststart hook failed"
+                );
             }
         }
         ran
     }
 
-    /// Runs the hooks that come after a container, if it has any and they have not been run. Before containerd is told that it is gone: its
-    /// client puts away what they use then.
+    /// Runs a container's `poststop` hooks unless they have run already. Call it before responding to Delete:
+    /// containerd's client then removes the resources that the hooks use.
     pub(super) async fn run_poststop_hooks(&self, id: &str) {
         if let Err(error) = self.journal.run_poststop_hooks(id).await {
-            tracing::error!(container = id, %error, "that the poststop hooks have run is not written down");
+            tracing::error!(container = id, error = %Chain(&error), "failed to record that the poststop hooks have run");
         }
     }
 }

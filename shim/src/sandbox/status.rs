@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use crate::console::Words;
+use crate::console::GuestLogs;
 use crate::ctl::{Answer, RpcError};
 use crate::guest::report;
-use crate::sandbox::{Machine, Sandbox, Slot};
+use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
 use crate::state::State;
 use crate::state::recent::Recent;
 use crate::state::status;
-use crate::vm::boot::Vm;
+use crate::vm::Vm;
 
 impl Sandbox {
     /// What has happened to it lately.
@@ -19,9 +19,9 @@ impl Sandbox {
         self.journal.recent()
     }
 
-    /// What its guest says.
-    pub fn words(&self) -> &Words {
-        &self.words
+    /// The guest's console and the log of its init.
+    pub fn guest_logs(&self) -> &GuestLogs {
+        &self.guest_logs
     }
 
     /// All that is known of it.
@@ -65,8 +65,8 @@ impl Sandbox {
     fn add(&self, status: &mut Value) {
         let inner = self.lock();
         let listed = inner.containers.iter().map(|(id, slot)| match slot {
-            Slot::Creating => json!({"id": id, "creating": true}),
-            Slot::Ready(container) => json!({"id": id, "processes": container.processes_seen()}),
+            ContainerSlot::Creating => json!({"id": id, "creating": true}),
+            ContainerSlot::Ready(container) => json!({"id": id, "processes": container.processes_seen()}),
         });
         let mut containers: Vec<Value> = listed.collect();
         containers.sort_by(|a, b| a["id"].as_str().cmp(&b["id"].as_str()));
@@ -75,16 +75,16 @@ impl Sandbox {
 
     /// What the guest has said of itself last: its health and its supervisor, null where nothing is known.
     fn reported(&self) -> (Value, Value) {
-        match &self.lock().machine {
-            Machine::Up(vm) => {
+        match &self.lock().vm {
+            VmSlot::Up(vm) => {
                 let cause = vm.cause_of_death();
-                let mut health = report::in_json(vm.heard().health());
+                let mut health = report::in_json(vm.health().snapshot());
                 health["alive"] = json!(cause.is_none());
                 health["cause_of_death"] = json!(cause);
-                let supervisor = vm.heard().supervisor().borrow().as_ref().map(report::supervisor_in_json);
+                let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_in_json);
                 (health, json!(supervisor))
             }
-            Machine::None | Machine::Booting(_) | Machine::Stopping => (Value::Null, Value::Null),
+            VmSlot::Empty | VmSlot::Booting(_) | VmSlot::Stopping => (Value::Null, Value::Null),
         }
     }
 }

@@ -1,14 +1,14 @@
-//! What is still answered when the VM is dead: from the shim's own records, in the guest's place.
+//! Responses from the shim's own records, for calls that the guest cannot answer because the VM is dead.
 
 use containerd_shim_protos::api::{DeleteResponse, StateResponse, Status};
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 
-use crate::sandbox::container::process::Process;
-use crate::sandbox::container::{Container, EXIT_RECORDED};
-use crate::sandbox::error::Error;
+use crate::sandbox::container::Container;
+use crate::sandbox::container::process::{EXIT_RECORDED, Process};
+use crate::sandbox::error::SandboxError;
 
-/// The guest is gone, but what is known of the process is still answered.
+/// The recorded state of a process.
 pub(super) fn state(process: &Process) -> StateResponse {
     let exit = process.exit();
     StateResponse {
@@ -20,13 +20,14 @@ pub(super) fn state(process: &Process) -> StateResponse {
     }
 }
 
-/// With the guest, everything has ended: what remains is to wait for the record of it, and to report the deletion in its place.
-pub(super) async fn delete(container: &Container, process: &Process) -> Result<DeleteResponse, Error> {
+/// Waits for the record of the exit and publishes the deletion in the guest's place. The processes died with the guest,
+/// so nothing else is left to delete.
+pub(super) async fn delete(container: &Container, process: &Process) -> Result<DeleteResponse, SandboxError> {
     let exit = match tokio::time::timeout(EXIT_RECORDED, process.exited()).await {
         Ok(Some(exit)) => exit,
         _ => {
             let id = if process.exec_id.is_empty() { &container.id } else { &process.exec_id };
-            return Err(Error::NotStopped { task: container.id.clone(), id: id.clone() });
+            return Err(SandboxError::NotStopped { task: container.id.clone(), id: id.clone() });
         }
     };
     if process.exec_id.is_empty() {

@@ -1,5 +1,6 @@
-//! CIDs of guests on the kernel's vsock device. They are the whole machine's, so a sandbox leases one: the lease is a file that says whose it is,
-//! `<state>/.cids/<cid>`, made and removed under a lock. No namespace's name begins with a dot.
+//! Leases of CIDs, the guests' addresses on the kernel's vsock device. CIDs are unique per host, so each sandbox leases
+//! one. A lease is a file that names its holder, `<state>/.cids/<cid>`, created and removed under a lock. No
+//! namespace's name begins with a dot.
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -16,51 +17,50 @@ use serde::{Deserialize, Serialize};
 use super::error::StateError;
 use crate::host::process::ProcessId;
 
-/// 0 to 2 are the kernel's (vsock(7)), and 3 is what the shim's own device calls each of its guests.
-pub const CIDS: RangeInclusive<u32> = 4..=65535;
-const FOLDER: &str = ".cids";
+/// The kernel reserves 0 to 2 (vsock(7)). The shim's own vsock device gives 3 to each of its guests.
+pub(crate) const CIDS: RangeInclusive<u32> = 4..=65535;
+const DIR: &str = ".cids";
 const LOCK: &str = "lock";
-/// Holders look through a folder, and are done.
-const LOCKED: Duration = Duration::from_secs(5);
+/// How long to wait for the lock: a holder only lists a directory.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two attempts to lock: flock(2) has no deadline.
-const PAUSE: Duration = Duration::from_millis(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(2);
 
-/// Whose a CID is.
+/// The holder of a CID.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Holder {
+pub(crate) struct Holder {
     /// containerd's namespace.
-    pub namespace: String,
-    /// The sandbox's id.
-    pub sandbox: String,
-    /// Its shim: when that is dead, the lease may be another's.
-    pub shim: ProcessId,
+    pub(crate) namespace: String,
+    pub(crate) sandbox: String,
+    /// The sandbox's shim. After its death another sandbox may take the lease over.
+    pub(crate) shim: ProcessId,
 }
 
-/// Why no CID was leased.
+/// Why a lease cannot be made, read or released.
 #[derive(Debug, thiserror::Error)]
 pub enum CidError {
     /// A file operation failed.
-    #[error("{what} {}: {source}", path.display())]
+    #[error("{what} {}", path.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
-        /// On what.
+        /// Its file.
         path: PathBuf,
-        /// Why not.
+        /// The system's error.
         source: io::Error,
     },
-    /// The kernel refused it.
-    #[error("claim vsock CID {cid}: {source}")]
+    /// The kernel's vsock device rejected the CID.
+    #[error("claim vsock CID {cid}")]
     Claim {
-        /// Which.
+        /// The CID.
         cid: u32,
-        /// Why.
+        /// The system's error.
         source: io::Error,
     },
-    /// The step could not be written down.
-    #[error("{0}")]
+    /// The undo step could not be recorded.
+    #[error(transparent)]
     State(#[from] StateError),
-    /// None is left.
+    /// No CID is free.
     #[error("no vsock CID is free: all of {} to {} are in use", CIDS.start(), CIDS.end())]
     Exhausted,
 }
@@ -68,23 +68,23 @@ pub enum CidError {
 /// The leases of a host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Leases {
+pub(crate) struct Leases {
     dir: PathBuf,
 }
 
 impl Leases {
-    /// Those beside the sandboxes under `base`.
-    pub fn under(base: &Path) -> Self {
-        Self { dir: base.join(FOLDER) }
+    /// The leases that are kept beside the sandboxes under `base`.
+    pub(crate) fn under(base: &Path) -> Self {
+        Self { dir: base.join(DIR) }
     }
 
-    /// Leases the first of `among` that nobody has leased, or if there is none, the first that a dead shim has left; and that `claim` gets of the
-    /// kernel: other programs have guests too. `record` is called before the lease is made.
+    /// Leases a CID of `among`: the first without a lease, or else the first whose holder is dead. `claim` reserves the
+    /// CID in the kernel and returns false if another program's guest has it. `record` runs before the lease is
+    /// written.
     ///
     /// # Errors
-    ///
-    /// When none is free, or a file operation, `record` or `claim` failed.
-    pub fn lease(
+    /// No CID is free, or a file operation, `record` or `claim` failed.
+    pub(crate) fn lease(
         &self,
         among: RangeInclusive<u32>,
         holder: &Holder,
@@ -92,7 +92,8 @@ impl Leases {
         claim: &mut dyn FnMut(u32) -> io::Result<bool>,
     ) -> Result<u32, CidError> {
         let _lock = self.lock()?;
-        // Looking for each one's shim takes longer than all else, and others wait for the lock.
+        // Try unleased CIDs first: checking whether a holder is alive is the slowest part, and other shims wait for the
+        // lock.
         let leased = self.leased()?;
         let (taken, free): (Vec<u32>, Vec<u32>) = among.partition(|cid| leased.contains(cid));
         for cid in free.into_iter().chain(taken) {
@@ -108,27 +109,25 @@ impl Leases {
         Err(CidError::Exhausted)
     }
 
-    /// Who holds a CID; none when nobody does, or nobody knows.
+    /// Returns the holder of a CID, `None` if there is none or if the lease cannot be decoded.
     ///
     /// # Errors
-    ///
-    /// When its file cannot be read.
-    pub fn holder(&self, cid: u32) -> Result<Option<Holder>, CidError> {
+    /// The lease's file cannot be read.
+    pub(crate) fn holder(&self, cid: u32) -> Result<Option<Holder>, CidError> {
         let path = self.path(cid);
         match fs::read(&path) {
-            // One that cannot be understood is nobody's: the kernel still keeps a living guest's CID from others.
+            // A damaged lease counts as free: the kernel still protects a running guest's CID.
             Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(CidError::Io { what: "read", path, source }),
         }
     }
 
-    /// Gives back a CID, if it is still the one that this shim has leased.
+    /// Releases a CID, unless another shim holds it by now.
     ///
     /// # Errors
-    ///
-    /// When a file operation failed.
-    pub fn release(&self, cid: u32, shim: ProcessId) -> Result<(), CidError> {
+    /// A file operation failed.
+    pub(crate) fn release(&self, cid: u32, shim: ProcessId) -> Result<(), CidError> {
         if !self.dir.exists() {
             return Ok(());
         }
@@ -156,7 +155,7 @@ impl Leases {
         })
     }
 
-    /// Renamed into its place: whoever reads it, without the lock, finds all of it or nothing.
+    /// Writes a lease by rename: readers do not take the lock and must never see a part of it.
     fn write(&self, cid: u32, holder: &Holder) -> Result<(), CidError> {
         let (path, new) = (self.path(cid), self.dir.join("new"));
         let write = || -> io::Result<()> {
@@ -177,24 +176,27 @@ impl Leases {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(failed)?;
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
         let mut file = file.map_err(failed)?;
-        let deadline = Instant::now() + LOCKED;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => return Ok(lock),
-                Err((again, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => file = again,
+                Err((unlocked, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => file = unlocked,
                 Err((_, error)) => return Err(failed(error.into())),
             }
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(LOCK_PAUSE);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::collections::BTreeSet;
     use std::process::{Child, Command};
     use std::sync::Mutex;
+
+    use husk_protos::chain::Chain;
+
+    use super::*;
 
     fn holder(shim: ProcessId) -> Holder {
         Holder { namespace: "ns".into(), sandbox: "s1".into(), shim }
@@ -208,7 +210,7 @@ mod tests {
         leases.lease(among, holder, &mut |_| Ok(()), &mut |_| Ok(true))
     }
 
-    /// A process in the place of a shim.
+    /// A process that stands in for a shim.
     fn shim() -> (Child, ProcessId) {
         let child = Command::new("sleep").arg("60").spawn().unwrap();
         let id = ProcessId::of(child.id()).unwrap().unwrap();
@@ -216,12 +218,12 @@ mod tests {
     }
 
     #[test]
-    fn each_gets_another_until_there_are_none_and_those_given_back_come_again() {
+    fn each_sandbox_gets_its_own_cid_and_a_released_one_is_leased_again() {
         let base = tempfile::tempdir().unwrap();
         let leases = Leases::under(base.path());
         assert_eq!([4, 5, 6].map(|_| lease(&leases, 4..=6, &own()).unwrap()), [4, 5, 6]);
-        let none = lease(&leases, 4..=6, &own()).unwrap_err().to_string();
-        assert_eq!(none, "no vsock CID is free: all of 4 to 65535 are in use");
+        let exhausted = lease(&leases, 4..=6, &own()).unwrap_err().to_string();
+        assert_eq!(exhausted, "no vsock CID is free: all of 4 to 65535 are in use");
         leases.release(5, own().shim).unwrap();
         assert_eq!(leases.holder(5).unwrap(), None);
         leases.release(5, own().shim).unwrap();
@@ -231,76 +233,76 @@ mod tests {
     }
 
     #[test]
-    fn at_once_nobody_gets_anothers() {
+    fn concurrent_leases_never_share_a_cid() {
         let base = tempfile::tempdir().unwrap();
         let leases = Leases::under(base.path());
-        // Threads lock by descriptors of their own, as processes do.
-        let got = Mutex::new(Vec::new());
+        // Each thread locks through its own descriptor, as processes do.
+        let leased = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
                     for _ in 0..16 {
                         let cid = lease(&leases, CIDS, &own()).unwrap();
-                        got.lock().unwrap().push(cid);
+                        leased.lock().unwrap().push(cid);
                     }
                 });
             }
         });
-        let got = got.into_inner().unwrap();
-        assert_eq!(got.iter().collect::<BTreeSet<_>>().len(), 128, "{got:?}");
-        assert_eq!(got.iter().max(), Some(&131));
+        let leased = leased.into_inner().unwrap();
+        assert_eq!(leased.iter().collect::<BTreeSet<_>>().len(), 128, "{leased:?}");
+        assert_eq!(leased.iter().max(), Some(&131));
     }
 
     #[test]
-    fn a_dead_shims_is_taken_over_and_not_given_back_by_who_cleans_up_after_it() {
+    fn a_dead_shims_lease_is_taken_over_and_its_cleanup_leaves_the_new_lease() {
         let base = tempfile::tempdir().unwrap();
         let leases = Leases::under(base.path());
         let (mut child, dead) = shim();
         assert_eq!(lease(&leases, 4..=5, &holder(dead)).unwrap(), 4);
         assert_eq!(lease(&leases, 4..=5, &own()).unwrap(), 5);
-        assert!(lease(&leases, 4..=5, &own()).is_err(), "a living shim's was taken");
+        assert!(lease(&leases, 4..=5, &own()).is_err(), "a running shim's lease was taken");
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(lease(&leases, 4..=6, &own()).unwrap(), 6, "a dead one's before one that was nobody's");
+        assert_eq!(lease(&leases, 4..=6, &own()).unwrap(), 6, "a dead shim's lease was preferred to an unused CID");
         assert_eq!(lease(&leases, 4..=6, &own()).unwrap(), 4);
         leases.release(4, dead).unwrap();
         assert_eq!(leases.holder(4).unwrap(), Some(own()), "the new holder's lease was removed");
     }
 
     #[test]
-    fn what_the_kernel_gives_to_others_is_left_alone_and_nothing_is_done_before_it_is_written_down() {
+    fn a_cid_that_the_kernel_has_given_away_is_skipped_and_each_lease_is_recorded_first() {
         let base = tempfile::tempdir().unwrap();
         let leases = Leases::under(base.path());
-        fs::create_dir_all(base.path().join(FOLDER)).unwrap();
-        fs::write(base.path().join(FOLDER).join("5"), "{").unwrap();
+        fs::create_dir_all(base.path().join(DIR)).unwrap();
+        fs::write(base.path().join(DIR).join("5"), "{").unwrap();
         let mut recorded = Vec::new();
         let mut record = |cid| {
             assert!(!leases.holder(cid).is_ok_and(|holder| holder.is_some()), "leased before it was recorded");
             recorded.push(cid);
             Ok(())
         };
-        // What cannot be read of 5 does not hold it; a guest of another program has 4.
+        // The damaged lease of 5 does not hold it; another program's guest has 4.
         assert_eq!(leases.lease(4..=5, &own(), &mut record, &mut |cid| Ok(cid != 4)).unwrap(), 5);
         assert_eq!(recorded, [5]);
-        let refuse = &mut |_| Err(StateError::NotFound(base.path().into()));
-        assert!(leases.lease(CIDS, &own(), refuse, &mut |cid| Ok(cid != 4)).is_err());
+        let unrecorded = &mut |_| Err(StateError::NotFound(base.path().into()));
+        assert!(leases.lease(CIDS, &own(), unrecorded, &mut |cid| Ok(cid != 4)).is_err());
         assert_eq!(leases.holder(6).unwrap(), None);
-        let broken = &mut |_| Err(io::ErrorKind::PermissionDenied.into());
-        let error = leases.lease(6..=6, &own(), &mut |_| Ok(()), broken).unwrap_err().to_string();
-        assert_eq!(error, "claim vsock CID 6: permission denied");
+        let denied = &mut |_| Err(io::ErrorKind::PermissionDenied.into());
+        let error = leases.lease(6..=6, &own(), &mut |_| Ok(()), denied).unwrap_err();
+        assert_eq!(Chain(&error).to_string(), "claim vsock CID 6: permission denied");
     }
 
     #[test]
-    fn a_lock_that_nobody_gives_back_is_an_error_and_not_a_wait_without_end() {
+    fn a_lock_that_is_never_released_is_an_error_after_a_while() {
         let base = tempfile::tempdir().unwrap();
         let leases = Leases::under(base.path());
         let _held = leases.lock().unwrap();
-        let error = lease(&leases, CIDS, &own()).unwrap_err().to_string();
+        let error = Chain(&lease(&leases, CIDS, &own()).unwrap_err()).to_string();
         assert!(error.starts_with("lock ") && error.contains(".cids/lock: "), "{error}");
     }
 
     #[test]
-    fn who_cleans_up_after_a_killed_shim_gives_back_what_it_had_leased() {
+    fn cleanup_after_a_killed_shim_releases_its_cids() {
         use crate::state::{Owner, State, Step};
         let base = tempfile::tempdir().unwrap();
         let mut state = State::create(base.path(), "ns", "s1").unwrap();
@@ -309,7 +311,7 @@ mod tests {
         let step = |cid| Step::Cid { cid, leases: leases.clone(), shim: holder.shim };
         let mut record = |cid| state.record(&Owner::Sandbox, [step(cid)]);
         assert_eq!(leases.lease(CIDS, &holder, &mut record, &mut |_| Ok(true)).unwrap(), 4);
-        // Killed between writing it down and leasing it.
+        // The shim is killed between recording the step and writing the lease.
         state.record(&Owner::Sandbox, [step(5)]).unwrap();
         drop(state);
         State::load(base.path(), "ns", "s1").unwrap().undo_all(Duration::from_secs(1)).unwrap();
@@ -318,9 +320,9 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_give_back_makes_nothing() {
+    fn a_release_without_leases_creates_no_directory() {
         let base = tempfile::tempdir().unwrap();
         Leases::under(base.path()).release(4, own().shim).unwrap();
-        assert!(!base.path().join(FOLDER).exists());
+        assert!(!base.path().join(DIR).exists());
     }
 }

@@ -1,33 +1,35 @@
-//! Why state cannot be read, written or undone, and which identifiers are valid.
+//! Errors of the state, and the rule for valid identifiers.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::life::Illegal;
+use husk_protos::chain::Chain;
+
+use super::life::InvalidTransition;
 
 /// containerd's own limit (pkg/identifiers).
 const MAX_IDENTIFIER: usize = 76;
 
-/// Why the state could not be read, written or undone.
+/// Why the state cannot be read, written or undone.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// An id that containerd itself would not accept.
+    /// containerd rejects this id too.
     #[error(
         "{what} {value:?}: must be 1 to {MAX_IDENTIFIER} letters and digits, with single '.', '_' or '-' between them"
     )]
     Identifier {
         /// Which id.
         what: &'static str,
-        /// As it was given.
+        /// The id as received, cut to a bounded length.
         value: String,
     },
-    /// The sandbox's folder is there already.
-    #[error("create {}: it exists already, so a sandbox of this name runs, or ended without being deleted", .0.display())]
+    /// The sandbox's directory exists already.
+    #[error("create {}: already exists: a sandbox with this name is running or was not deleted", .0.display())]
     Exists(PathBuf),
     /// There is no such sandbox.
     #[error("open {}: no such sandbox", .0.display())]
     NotFound(PathBuf),
-    /// Not written by this version of husk, or damaged.
+    /// The file is damaged, or another version of husk wrote it.
     #[error("read {}: {why}", path.display())]
     Unreadable {
         /// The file.
@@ -36,44 +38,44 @@ pub enum StateError {
         why: String,
     },
     /// A file operation failed.
-    #[error("{what} {}: {source}", path.display())]
+    #[error("{what} {}", path.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
-        /// On what.
+        /// Its file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// The VM cannot be in the one state after the other.
-    #[error("{0}")]
-    Vm(#[from] Illegal),
-    /// Some steps could not be undone. They stay in the journal, the others are done.
-    #[error("undo: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    /// The VM cannot enter this state from its present one.
+    #[error(transparent)]
+    Transition(#[from] InvalidTransition),
+    /// Some steps could not be undone and stay in the journal. All others are undone.
+    #[error("undo: {}", .0.iter().map(|failure| Chain(failure).to_string()).collect::<Vec<_>>().join("; "))]
     Undo(Vec<UndoFailure>),
 }
 
 /// A step that could not be undone.
 #[derive(Debug, thiserror::Error)]
-#[error("{step}: {source}")]
+#[error("{step}")]
 pub struct UndoFailure {
-    /// The step, as an operator reads it.
+    /// The step, described for an operator.
     pub step: String,
-    /// Why.
+    /// The system's error.
     pub source: io::Error,
 }
 
-/// Checks an id by containerd's rule for identifiers, which also keeps it from being a path with tricks.
+/// Checks an id against containerd's rule for identifiers. The rule also prevents path traversal.
 ///
 /// # Errors
-/// [`StateError::Identifier`], naming it as `what`.
-pub fn check_identifier(what: &'static str, id: &str) -> Result<(), StateError> {
+/// [`StateError::Identifier`], which calls the id `what`.
+pub(crate) fn check_identifier(what: &'static str, id: &str) -> Result<(), StateError> {
     let well_formed =
-        id.split(['.', '_', '-']).all(|word| !word.is_empty() && word.bytes().all(|b| b.is_ascii_alphanumeric()));
+        id.split(['.', '_', '-']).all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric()));
     if well_formed && id.len() <= MAX_IDENTIFIER {
         Ok(())
     } else {
-        // Bounded, because the value may come from anywhere.
+        // The value may come from anywhere: bound its length.
         Err(StateError::Identifier { what, value: id.chars().take(2 * MAX_IDENTIFIER).collect() })
     }
 }

@@ -7,7 +7,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::process::ProcessId;
 use crate::state::life::now_ms;
-use crate::vmm::Spec;
 
 /// Most milestones that are kept of a guest's; an honest one has eight.
 const GUEST_MILESTONES: usize = 32;
@@ -16,7 +15,7 @@ const GUEST_WORD: usize = 64;
 
 /// The machine that a VM runs, or ran, on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Machine {
+pub struct MachineRecord {
     /// Its process.
     pub process: ProcessId,
     /// The guest's address on vsock.
@@ -40,25 +39,6 @@ pub struct Machine {
     pub kernel: Option<String>,
     /// The init's version in its own words.
     pub init: Option<String>,
-}
-
-impl Machine {
-    /// What is known of a machine that has just been started as this process.
-    pub fn of(spec: &Spec, process: ProcessId, cid: u32, debug: bool) -> Self {
-        Self {
-            process,
-            cid,
-            vcpus: spec.vcpus,
-            memory_mib: spec.memory_mib,
-            accel: format!("{:?}", spec.accel),
-            board: format!("{:?}", spec.board),
-            kernel_file: spec.kernel.display().to_string(),
-            initrd_file: spec.initrd.display().to_string(),
-            debug,
-            kernel: None,
-            init: None,
-        }
-    }
 }
 
 /// Whose step it is.

@@ -1,6 +1,6 @@
-//! The life of a VM as a type: its states, which of them may follow which, and its last transitions with their causes.
+//! The VM's lifecycle: its states, the allowed transitions, and the latest transitions with their causes.
 //!
-//! Nothing happens here: who makes a transition is in `vm::boot` and `sandbox`, that it is kept and logged in `journal`.
+//! Pure: `vm` and `sandbox` make the transitions, `journal` records and logs them.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -8,31 +8,31 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-/// Transitions that are kept: far more than one life has, unless its boot is tried again and again.
-pub const KEPT: usize = 64;
-/// Longest cause that is kept, in bytes: part of it may be a guest's words.
+/// How many transitions are kept. Only a VM whose boot is retried many times has more.
+const KEPT: usize = 64;
+/// Longest cause that is kept, in bytes: the guest may have written part of it.
 const MAX_CAUSE: usize = 512;
 
-/// Where a VM is in its life.
+/// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VmState {
-    /// No container has needed it yet.
+    /// No container has requested the VM yet.
     Pending,
-    /// Its vsock device, console and cgroup are being made.
+    /// The shim creates the vsock device, the console and the cgroup.
     Provisioning,
-    /// All that its machine will be started with is there.
+    /// Everything that the machine needs exists.
     Configured,
-    /// The machine's process runs, and the guest has not answered yet.
+    /// The machine's process runs; the guest has not answered yet.
     Starting,
     /// The guest has answered.
     Running,
-    /// Its end was asked for.
+    /// A stop was requested.
     Stopping,
-    /// It has ended because that was asked for, or was never needed.
+    /// The VM stopped on request, or was never booted.
     Stopped,
-    /// It did not come up. The next container may try again.
+    /// The boot failed. The next container may retry.
     StartFailed,
-    /// It died, or could not be ended.
+    /// The VM died, or could not be stopped.
     Failed,
 }
 
@@ -45,7 +45,7 @@ impl VmState {
             Self::Configured => &[Self::Starting, Self::StartFailed],
             Self::Starting => &[Self::Running, Self::StartFailed],
             Self::Running => &[Self::Stopping, Self::Failed],
-            // Its death is expected now, and is no failure; that it does not die is one.
+            // A stopping VM is expected to die. It fails only if it survives.
             Self::Stopping => &[Self::Stopped, Self::Failed],
             Self::StartFailed => &[Self::Provisioning],
             Self::Stopped | Self::Failed => &[],
@@ -59,34 +59,34 @@ impl fmt::Display for VmState {
     }
 }
 
-/// A transition that is not in the table.
+/// A transition that the table does not allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a VM that is {from} cannot become {to}")]
-pub struct Illegal {
-    /// What the VM is.
+pub struct InvalidTransition {
+    /// The present state.
     pub from: VmState,
-    /// What it was to become.
+    /// The requested state.
     pub to: VmState,
 }
 
-/// One step in a VM's life.
+/// One change of the VM's state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transition {
-    /// What the VM was.
+    /// The old state.
     pub from: VmState,
-    /// What it became.
+    /// The new state.
     pub to: VmState,
-    /// Why.
+    /// The reason.
     pub cause: String,
     /// When, by the host's clock: milliseconds since the epoch (1970-01-01T00:00:00Z).
     pub at_ms: u64,
 }
 
-/// A VM's state, and how it came to it.
+/// A VM's state and its latest transitions.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Life {
     state: VmState,
-    /// The last [`KEPT`], the oldest first.
+    /// The last [`KEPT`], oldest first.
     transitions: VecDeque<Transition>,
 }
 
@@ -97,24 +97,24 @@ impl Default for Life {
 }
 
 impl Life {
-    /// What the VM is now.
+    /// The present state.
     pub fn state(&self) -> VmState {
         self.state
     }
 
-    /// The last [`KEPT`] transitions, the oldest first.
+    /// The latest transitions, at most 64, oldest first.
     pub fn transitions(&self) -> impl ExactSizeIterator<Item = &Transition> {
         self.transitions.iter()
     }
 
-    /// Makes a transition. The end of a very long cause is dropped.
+    /// Makes a transition. A very long cause is cut.
     ///
     /// # Errors
-    /// [`Illegal`], and then nothing has changed.
-    pub fn enter(&mut self, to: VmState, cause: &str, at_ms: u64) -> Result<(), Illegal> {
+    /// [`InvalidTransition`]; the state is unchanged then.
+    pub(crate) fn enter(&mut self, to: VmState, cause: &str, at_ms: u64) -> Result<(), InvalidTransition> {
         let from = self.state;
         if !from.next().contains(&to) {
-            return Err(Illegal { from, to });
+            return Err(InvalidTransition { from, to });
         }
         let cause = cause[..cause.floor_char_boundary(MAX_CAUSE)].to_owned();
         while self.transitions.len() >= KEPT {
@@ -126,7 +126,7 @@ impl Life {
     }
 }
 
-/// The host's time as transitions have it, in milliseconds since the epoch.
+/// The host's time in milliseconds since the epoch.
 pub fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
@@ -140,8 +140,8 @@ mod tests {
         [Pending, Provisioning, Configured, Starting, Running, Stopping, Stopped, StartFailed, Failed];
 
     #[test]
-    fn every_pair_of_states_is_legal_or_an_error_that_names_both() {
-        // A row for each state, a column for what it is to become, in the order of ALL.
+    fn a_transition_is_in_the_table_or_an_error_that_names_both_states() {
+        // One row per present state and one column per requested state, both in the order of ALL.
         let table = [
             ".x....x..", // Pending
             "..x....x.", // Provisioning
@@ -154,27 +154,27 @@ mod tests {
             ".........", // Failed
         ];
         for (from, row) in ALL.into_iter().zip(table) {
-            for (to, legal) in ALL.into_iter().zip(row.chars()) {
+            for (to, allowed) in ALL.into_iter().zip(row.chars()) {
                 let before = Life { state: from, transitions: VecDeque::new() };
                 let mut life = before.clone();
                 let entered = life.enter(to, "a test", 7);
-                if legal == 'x' {
+                if allowed == 'x' {
                     assert_eq!(entered, Ok(()), "{from} {to}");
                     assert_eq!(life.state(), to);
                     let kept: Vec<_> = life.transitions().cloned().collect();
                     assert_eq!(kept, [Transition { from, to, cause: "a test".into(), at_ms: 7 }]);
                 } else {
-                    assert_eq!(entered, Err(Illegal { from, to }));
+                    assert_eq!(entered, Err(InvalidTransition { from, to }));
                     assert_eq!(life, before);
-                    let wanted = format!("a VM that is {from:?} cannot become {to:?}");
-                    assert_eq!(Illegal { from, to }.to_string(), wanted);
+                    let expected = format!("a VM that is {from:?} cannot become {to:?}");
+                    assert_eq!(InvalidTransition { from, to }.to_string(), expected);
                 }
             }
         }
     }
 
     #[test]
-    fn the_last_transitions_are_kept_in_order() {
+    fn the_latest_transitions_are_kept_in_order() {
         let mut life = Life::default();
         for at_ms in 0..100 {
             let to = if at_ms % 2 == 0 { Provisioning } else { StartFailed };
@@ -187,8 +187,8 @@ mod tests {
     }
 
     #[test]
-    fn a_cause_is_bounded_and_stays_text() {
-        // The 512th byte is the first half of a letter.
+    fn a_long_cause_is_cut_between_characters() {
+        // Byte 512 is the first half of a letter.
         let long = format!("{}ä{}", "x".repeat(511), "y".repeat(10_000));
         let mut life = Life::default();
         life.enter(Provisioning, &long, 0).unwrap();
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn it_reads_back_as_it_was_written() {
+    fn a_life_reads_back_as_written() {
         let mut life = Life::default();
         life.enter(Provisioning, "a container needs it", 1_795_256_789_012).unwrap();
         let json = serde_json::to_value(&life).unwrap();

@@ -1,8 +1,8 @@
-//! What a sandbox leaves on the host's disk: its folder `/run/husk/<namespace>/<sandbox>/`, and in it `state.json` with
-//! the facts that a later process needs, and the journal of undo steps.
+//! A sandbox's state on the host's disk: the directory `/run/husk/<namespace>/<sandbox>/`, and in it `state.json` with
+//! the facts that later processes need and the journal of undo steps.
 //!
-//! A step is recorded *before* its effect, so that whoever comes after a `kill -9` can undo everything, including the
-//! effect that was under way. What steps there are and how each is undone is in [`undo`].
+//! Every step is recorded *before* its effect. After a `kill -9`, another process can therefore undo everything,
+//! including an effect that was under way. `undo` defines the steps and how each is undone.
 
 pub mod cid;
 pub mod error;
@@ -17,7 +17,9 @@ mod tests;
 mod tree;
 pub mod undo;
 
-pub use error::{StateError, check_identifier};
-pub use facts::{Boot, Machine};
-pub use store::{BASE, Owner, Recorder, State, base, sandbox_dir};
-pub use undo::Step;
+pub use error::StateError;
+pub(crate) use error::check_identifier;
+pub use facts::{Boot, MachineRecord};
+pub use store::{BASE, State, base};
+pub(crate) use store::{Owner, Recorder};
+pub(crate) use undo::Step;

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::facts::{Boot, Machine};
+use super::facts::{Boot, MachineRecord};
 use super::store::State;
 use crate::state::life::Life;
 
@@ -45,7 +45,7 @@ pub fn summary(state: &State) -> Value {
     })
 }
 
-fn machine(machine: &Machine) -> Value {
+fn machine(machine: &MachineRecord) -> Value {
     json!({
         "pid": machine.process.pid,
         "alive": machine.process.runs().unwrap_or(false),

@@ -1,4 +1,4 @@
-//! The folder of a sandbox and its `state.json`, whose journal is written before each effect.
+//! A sandbox's directory and its `state.json`, which contains the journal. Steps are written before their effects.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -10,35 +10,36 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::error::{StateError, UndoFailure, check_identifier, io_error};
-use super::facts::{Boot, Machine};
+use super::facts::{Boot, MachineRecord};
 use super::life::{Life, VmState};
 use super::undo::Step;
 use super::{cid, life, tree};
 use crate::host::hooks::{Hook, Subject};
 use crate::host::process::ProcessId;
 
-/// Where the state of all sandboxes lives, unless `HUSK_STATE_DIR` names another folder.
+/// The default directory for the state of all sandboxes. `HUSK_STATE_DIR` overrides it.
 pub const BASE: &str = "/run/husk";
 const BASE_ENV: &str = "HUSK_STATE_DIR";
 pub(super) const FILE: &str = "state.json";
 const NEW_FILE: &str = "state.json.new";
-/// Version of the file's layout. A shim only ever meets files of another version after an upgrade under running sandboxes.
+/// Version of the file's format. A shim reads another version only after husk was upgraded while sandboxes were
+/// running.
 const VERSION: u32 = 1;
-/// How often `create` begins anew when another shim removes the empty namespace folder at that very moment.
+/// How often `create` retries when another shim removes the empty namespace directory at the same time.
 const CREATE_ATTEMPTS: u32 = 16;
 
-/// Who a journal's step belongs to, and with whose end it is undone.
+/// The owner of a journal's steps, which are undone when the owner is deleted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Owner {
+pub(crate) enum Owner {
     /// The whole sandbox.
     Sandbox,
     /// The container with this id.
     Container(String),
 }
 
-/// Writes down the steps of one owner, before their effects: [`State::record`] for those who need not know the state.
-pub type Recorder<'a> = &'a mut dyn FnMut(Vec<Step>) -> Result<(), StateError>;
+/// Records steps of one owner before their effects: [`State::record`] for code that does not access the state itself.
+pub(crate) type Recorder<'a> = &'a mut dyn FnMut(Vec<Step>) -> Result<(), StateError>;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Entry {
@@ -56,56 +57,65 @@ struct Contents {
     containers: BTreeMap<String, serde_json::Value>,
     /// Milliseconds since the epoch.
     created_ms: Option<u64>,
-    /// None where nothing is known of it.
+    /// `None` if the shim was killed before it could write the file.
     vm: Option<Life>,
-    /// The last one that was started.
-    machine: Option<Machine>,
-    /// The last one that was tried.
+    /// The machine that was started last.
+    machine: Option<MachineRecord>,
+    /// The last attempt to boot.
     boot: Option<Boot>,
     journal: Vec<Entry>,
 }
 
-/// One sandbox's folder and what its `state.json` says. Whoever holds this is the only writer.
+impl Contents {
+    /// A sandbox about which nothing is recorded.
+    fn empty(namespace: &str, sandbox: &str) -> Self {
+        Self {
+            version: VERSION,
+            namespace: namespace.into(),
+            sandbox: sandbox.into(),
+            shim: None,
+            containers: BTreeMap::new(),
+            created_ms: None,
+            vm: None,
+            machine: None,
+            boot: None,
+            journal: Vec::new(),
+        }
+    }
+}
+
+/// A sandbox's directory and the contents of its `state.json`. The process that holds this value is the only writer.
 #[derive(Debug)]
 pub struct State {
     dir: PathBuf,
     contents: Contents,
 }
 
-/// The folder that holds the state of all sandboxes: `HUSK_STATE_DIR`, else [`BASE`].
+/// The directory for the state of all sandboxes: `HUSK_STATE_DIR`, or else [`BASE`].
 pub fn base() -> PathBuf {
     std::env::var_os(BASE_ENV).filter(|dir| !dir.is_empty()).map_or_else(|| BASE.into(), PathBuf::from)
 }
 
-/// The folder of a sandbox under `base`.
-///
-/// # Errors
-/// [`StateError::Identifier`].
-pub fn sandbox_dir(base: &Path, namespace: &str, sandbox: &str) -> Result<PathBuf, StateError> {
+fn sandbox_dir(base: &Path, namespace: &str, sandbox: &str) -> Result<PathBuf, StateError> {
     check_identifier("namespace", namespace)?;
     check_identifier("sandbox id", sandbox)?;
     Ok(base.join(namespace).join(sandbox))
 }
 
 impl State {
-    /// Makes the folder of a new sandbox, with the calling process as its shim.
+    /// Creates the directory of a new sandbox, with the calling process as its shim.
     ///
     /// # Errors
-    /// [`StateError::Exists`] when the folder is there: [`State::load`] it, and decide by [`State::shim_lives`].
+    /// [`StateError::Exists`] if the directory exists. Then call [`State::load`] and [`State::shim_lives`] to decide
+    /// what to do.
     pub fn create(base: &Path, namespace: &str, sandbox: &str) -> Result<Self, StateError> {
         let dir = sandbox_dir(base, namespace, sandbox)?;
         let shim = ProcessId::own().map_err(io_error("read the start time of this process in", Path::new("/proc")))?;
         let contents = Contents {
-            version: VERSION,
-            namespace: namespace.into(),
-            sandbox: sandbox.into(),
             shim: Some(shim),
-            containers: BTreeMap::new(),
             created_ms: Some(life::now_ms()),
             vm: Some(Life::default()),
-            machine: None,
-            boot: None,
-            journal: Vec::new(),
+            ..Contents::empty(namespace, sandbox)
         };
         let parent = base.join(namespace);
         for _ in 0..CREATE_ATTEMPTS {
@@ -117,7 +127,7 @@ impl State {
                     return Ok(state);
                 }
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Err(StateError::Exists(dir)),
-                // The last sandbox of this namespace was removed in between, and the namespace's folder with it.
+                // The namespace's last sandbox was removed in between, and the namespace's directory with it.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                 Err(e) => return Err(io_error("create", &dir)(e)),
             }
@@ -125,7 +135,7 @@ impl State {
         Err(io_error("create", &dir)(io::ErrorKind::NotFound.into()))
     }
 
-    /// Reads the state of a sandbox, whoever made it.
+    /// Reads the state of a sandbox, which another process may have created.
     ///
     /// # Errors
     /// [`StateError::NotFound`], or [`StateError::Unreadable`] for a file that husk did not write.
@@ -138,39 +148,28 @@ impl State {
         let unreadable = |why: String| StateError::Unreadable { path: path.clone(), why };
         let contents = match fs::read(&path) {
             Ok(bytes) => serde_json::from_slice::<Contents>(&bytes).map_err(|e| unreadable(e.to_string()))?,
-            // The shim was killed between making the folder and writing the file: nothing was recorded, so nothing
-            // else was done.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Contents {
-                version: VERSION,
-                namespace: namespace.into(),
-                sandbox: sandbox.into(),
-                shim: None,
-                containers: BTreeMap::new(),
-                created_ms: None,
-                vm: None,
-                machine: None,
-                boot: None,
-                journal: Vec::new(),
-            },
+            // The shim was killed between creating the directory and writing the file. No step was recorded, so there
+            // is nothing to undo.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Contents::empty(namespace, sandbox),
             Err(e) => return Err(io_error("read", &path)(e)),
         };
         if contents.version != VERSION {
-            return Err(unreadable(format!("version {}, but this husk knows version {VERSION}", contents.version)));
+            return Err(unreadable(format!("version {}, but this husk supports version {VERSION}", contents.version)));
         }
         if contents.namespace != namespace || contents.sandbox != sandbox {
-            return Err(unreadable(format!("it is about {}/{}", contents.namespace, contents.sandbox)));
+            return Err(unreadable(format!("belongs to sandbox {}/{}", contents.namespace, contents.sandbox)));
         }
         Ok(Self { dir, contents })
     }
 
-    /// The sandbox's folder, mode 0700.
+    /// The sandbox's directory, mode 0700.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The leases of CIDs on this host, which are beside all sandboxes.
-    pub fn leases(&self) -> cid::Leases {
-        // The folder is <base>/<namespace>/<sandbox>.
+    /// The leases of CIDs on this host.
+    pub(crate) fn leases(&self) -> cid::Leases {
+        // The directory is <base>/<namespace>/<sandbox>.
         cid::Leases::under(self.dir.ancestors().nth(2).unwrap_or(Path::new("/")))
     }
 
@@ -179,30 +178,20 @@ impl State {
         &self.contents.namespace
     }
 
-    /// The sandbox's id: the pod's, or the lone container's.
+    /// The sandbox's id: the id of the pod or of the single container.
     pub fn sandbox(&self) -> &str {
         &self.contents.sandbox
     }
 
-    /// The shim that serves, or served, this sandbox. `None` when it was killed before it could write it down.
+    /// The shim that serves or served this sandbox. `None` if it was killed before it could write the file.
     pub fn shim(&self) -> Option<ProcessId> {
         self.contents.shim
     }
 
-    /// Makes the calling process the sandbox's shim: for a server that was forked by the process that created the state.
+    /// Whether the sandbox's shim is running.
     ///
     /// # Errors
-    /// When the file cannot be written.
-    pub fn adopt(&mut self) -> Result<(), StateError> {
-        let own = ProcessId::own().map_err(io_error("read the start time of this process in", Path::new("/proc")))?;
-        self.contents.shim = Some(own);
-        self.save()
-    }
-
-    /// Whether the shim of this sandbox still runs.
-    ///
-    /// # Errors
-    /// When `/proc` cannot be read.
+    /// `/proc` cannot be read.
     pub fn shim_lives(&self) -> Result<bool, StateError> {
         match self.contents.shim {
             Some(shim) => shim.runs().map_err(io_error("look for the shim in", Path::new("/proc"))),
@@ -210,75 +199,75 @@ impl State {
         }
     }
 
-    /// The containers, with what was noted about each.
+    /// The containers, each with its recorded facts.
     pub fn containers(&self) -> &BTreeMap<String, serde_json::Value> {
         &self.contents.containers
     }
 
-    /// Notes a container, or replaces the note about it.
+    /// Adds a container, or replaces its recorded facts.
     ///
     /// # Errors
-    /// [`StateError::Identifier`], or when the file cannot be written.
-    pub fn set_container(&mut self, id: &str, note: serde_json::Value) -> Result<(), StateError> {
+    /// [`StateError::Identifier`], or the file cannot be written.
+    pub(crate) fn set_container(&mut self, id: &str, facts: serde_json::Value) -> Result<(), StateError> {
         check_identifier("container id", id)?;
-        self.contents.containers.insert(id.into(), note);
+        self.contents.containers.insert(id.into(), facts);
         self.save()
     }
 
-    /// The VM's state and how it came to it. `None` when the shim was killed before it could write that down.
+    /// The VM's state and its transitions. `None` if the shim was killed before it could write the file.
     pub fn vm(&self) -> Option<&Life> {
         self.contents.vm.as_ref()
     }
 
-    /// Notes that the VM is in another state now, and what it was in before. [`State::save`] writes it, or whatever is written next.
+    /// Changes the VM's state and returns the old one. [`State::save`] or the next change writes it.
     ///
     /// # Errors
-    /// [`StateError::Vm`].
-    pub fn vm_enters(&mut self, to: VmState, cause: &str) -> Result<VmState, StateError> {
+    /// [`StateError::Transition`].
+    pub(crate) fn set_vm_state(&mut self, to: VmState, cause: &str) -> Result<VmState, StateError> {
         let vm = self.contents.vm.get_or_insert_default();
         let from = vm.state();
         vm.enter(to, cause, life::now_ms())?;
         Ok(from)
     }
 
-    /// When the sandbox was made, milliseconds since the epoch.
+    /// When the sandbox was created, in milliseconds since the epoch.
     pub fn created_ms(&self) -> Option<u64> {
         self.contents.created_ms
     }
 
-    /// What the VM runs on, or ran on.
-    pub fn machine(&self) -> Option<&Machine> {
+    /// The machine that runs or ran the VM.
+    pub fn machine(&self) -> Option<&MachineRecord> {
         self.contents.machine.as_ref()
     }
 
-    /// Notes, or notes more of, what the VM runs on. Written with what is written next.
-    pub fn set_machine(&mut self, machine: Machine) {
+    /// Records the machine, or more facts about it. The next change writes it.
+    pub(crate) fn set_machine(&mut self, machine: MachineRecord) {
         self.contents.machine = Some(machine);
     }
 
-    /// What the VM's boot has reached.
+    /// The milestones that the VM's boot has reached.
     pub fn boot(&self) -> Option<&Boot> {
         self.contents.boot.as_ref()
     }
 
-    /// Notes what a boot has reached. Written with what is written next.
-    pub fn set_boot(&mut self, boot: Boot) {
+    /// Records the milestones of a boot. The next change writes them.
+    pub(crate) fn set_boot(&mut self, boot: Boot) {
         self.contents.boot = Some(boot);
     }
 
-    /// The steps of `owner`, in the order in which they were recorded.
-    pub fn steps(&self, owner: &Owner) -> impl Iterator<Item = &Step> {
+    /// The steps of `owner` in the order in which they were recorded.
+    pub(crate) fn steps(&self, owner: &Owner) -> impl Iterator<Item = &Step> {
         self.contents.journal.iter().filter(move |entry| entry.owner == *owner).map(|entry| &entry.step)
     }
 
-    /// Writes steps down, before their effects are made. Several at once cost one write.
+    /// Records steps. Call it before their effects happen. Several steps in one call cost one write.
     ///
-    /// A [`Step::Process`] is the exception: its pid is only known afterwards. A `kill -9` of the shim between the spawn
-    /// and this call is covered by the kernel, which kills the children with the shim (`vm/launch.rs`).
+    /// [`Step::Process`] is the exception: its PID is known only afterwards. If the shim is killed between the spawn
+    /// and this call, the kernel kills its children with it (`host/child.rs`).
     ///
     /// # Errors
-    /// When the file cannot be written: then the effect must not be made.
-    pub fn record(&mut self, owner: &Owner, steps: impl IntoIterator<Item = Step>) -> Result<(), StateError> {
+    /// The file cannot be written. The effects must not happen then.
+    pub(crate) fn record(&mut self, owner: &Owner, steps: impl IntoIterator<Item = Step>) -> Result<(), StateError> {
         let before = self.contents.journal.len();
         self.contents.journal.extend(steps.into_iter().map(|step| Entry { owner: owner.clone(), step }));
         if self.contents.journal.len() == before {
@@ -287,12 +276,12 @@ impl State {
         self.save().inspect_err(|_| self.contents.journal.truncate(before))
     }
 
-    /// Undoes what `owner` made, the last first, and forgets a container's note. Goes on after a failing step; steps that
-    /// fail stay in the journal, so that a later call tries them again. Blocks for at most about `within`.
+    /// Undoes the steps of `owner`, last step first, and removes a container's facts. A failing step does not stop the
+    /// others; it stays in the journal, so that a later call retries it. Blocks for about `within` at most.
     ///
     /// # Errors
     /// [`StateError::Undo`] with every failure.
-    pub fn undo(&mut self, owner: &Owner, within: Duration) -> Result<(), StateError> {
+    pub(crate) fn undo(&mut self, owner: &Owner, within: Duration) -> Result<(), StateError> {
         let failures = self.undo_where(|of| of == owner, within);
         if let (Owner::Container(id), true) = (owner, failures.is_empty()) {
             self.contents.containers.remove(id);
@@ -301,30 +290,30 @@ impl State {
         if failures.is_empty() { Ok(()) } else { Err(StateError::Undo(failures)) }
     }
 
-    /// The `poststop` hooks of a container that have not been run, and what they are told.
-    pub fn poststop_hooks(&self, id: &str) -> Option<(Subject, Vec<Hook>)> {
+    /// The `poststop` hooks of a container that have not run yet, and the container's description for them.
+    pub(crate) fn poststop_hooks(&self, id: &str) -> Option<(Subject, Vec<Hook>)> {
         self.steps(&Owner::Container(id.to_owned())).find_map(|step| match step {
             Step::Hooks { container, poststop } => Some((container.clone(), poststop.clone())),
             _ => None,
         })
     }
 
-    /// Notes that they have been run.
+    /// Removes a container's `poststop` hooks from the journal after they have run.
     ///
     /// # Errors
-    /// When the file cannot be written.
-    pub fn poststop_hooks_ran(&mut self, id: &str) -> Result<(), StateError> {
-        let of_it = |entry: &Entry| matches!(&entry.owner, Owner::Container(owner) if owner == id);
-        self.contents.journal.retain(|entry| !(of_it(entry) && matches!(entry.step, Step::Hooks { .. })));
+    /// The file cannot be written.
+    pub(crate) fn remove_poststop_hooks(&mut self, id: &str) -> Result<(), StateError> {
+        let owned = |entry: &Entry| matches!(&entry.owner, Owner::Container(owner) if owner == id);
+        self.contents.journal.retain(|entry| !(owned(entry) && matches!(entry.step, Step::Hooks { .. })));
         self.save()
     }
 
-    /// Undoes everything, the last first, and removes the sandbox's folder, and the namespace's when it is empty then.
-    /// Blocks for at most about `within`. When something fails, `state.json` stays, with what is left to be undone.
+    /// Undoes all steps, last step first. Removes the sandbox's directory, and the namespace's directory if it is empty
+    /// then. Blocks for about `within` at most. If steps fail, `state.json` stays and lists them.
     ///
     /// # Errors
     /// [`StateError::Undo`] with every failure.
-    pub fn undo_all(mut self, within: Duration) -> Result<(), StateError> {
+    pub(crate) fn undo_all(mut self, within: Duration) -> Result<(), StateError> {
         let failures = self.undo_where(|_| true, within);
         if !failures.is_empty() {
             self.save()?;
@@ -340,28 +329,28 @@ impl State {
         }
     }
 
-    fn undo_where(&mut self, chosen: impl Fn(&Owner) -> bool, within: Duration) -> Vec<UndoFailure> {
+    fn undo_where(&mut self, selected: impl Fn(&Owner) -> bool, within: Duration) -> Vec<UndoFailure> {
         let deadline = Instant::now() + within;
         let mut failures = Vec::new();
-        let mut left = Vec::new();
+        let mut kept = Vec::new();
         for entry in std::mem::take(&mut self.contents.journal).into_iter().rev() {
-            if !chosen(&entry.owner) {
-                left.push(entry);
+            if !selected(&entry.owner) {
+                kept.push(entry);
             } else if let Err(source) = entry.step.undo(deadline) {
                 failures.push(UndoFailure { step: entry.step.to_string(), source });
-                left.push(entry);
+                kept.push(entry);
             }
         }
-        left.reverse();
-        self.contents.journal = left;
+        kept.reverse();
+        self.contents.journal = kept;
         failures
     }
 
-    /// Replaces the file in one rename. There is no fsync: after a crash of the host `/run` is empty anyway.
+    /// Replaces the file by rename, without fsync: after a crash of the host `/run` is empty anyway.
     ///
     /// # Errors
-    /// When the file cannot be written.
-    pub fn save(&self) -> Result<(), StateError> {
+    /// The file cannot be written.
+    pub(crate) fn save(&self) -> Result<(), StateError> {
         let path = self.dir.join(FILE);
         let new = self.dir.join(NEW_FILE);
         let write = || -> io::Result<()> {

@@ -1,12 +1,13 @@
-//! The state with real effects, so as root: mounts, processes and cgroups in a temporary folder.
+//! The state with real effects: mounts, processes and cgroups in a temporary directory. Needs root.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
+use procfs::process::Process;
 
 use super::error::{StateError, check_identifier};
 use super::life::{Life, VmState};
@@ -26,10 +27,9 @@ fn tmpfs(path: &Path) {
     mount(Some("husk-test"), path, Some("tmpfs"), MsFlags::empty(), Some("size=1m")).unwrap();
 }
 
-fn mounted_below(dir: &Path) -> Vec<String> {
-    let prefix = dir.to_str().unwrap().to_owned();
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(&prefix)).map(Into::into).collect()
+fn mounted_below(dir: &Path) -> Vec<PathBuf> {
+    let mounts = Process::myself().unwrap().mountinfo().unwrap();
+    mounts.into_iter().map(|mount| mount.mount_point).filter(|point| point.starts_with(dir)).collect()
 }
 
 fn sleeper() -> (Child, ProcessId) {
@@ -45,24 +45,24 @@ fn container(id: &str) -> Owner {
 #[test]
 fn identifiers_follow_containerds_rule() {
     let longest = "a".repeat(76);
-    for good in ["a", "default", "k8s.io", "a-b_c.d", "0", longest.as_str()] {
-        check_identifier("x", good).unwrap();
+    for valid in ["a", "default", "k8s.io", "a-b_c.d", "0", longest.as_str()] {
+        check_identifier("x", valid).unwrap();
     }
     let too_long = "a".repeat(77);
-    for bad in ["", ".", "..", "a/b", "../a", "-a", "a-", "a..b", "a.-b", "ä", "a b", "a\n", too_long.as_str()] {
-        let error = check_identifier("sandbox id", bad).unwrap_err().to_string();
-        assert!(error.starts_with("sandbox id "), "{bad}: {error}");
+    for invalid in ["", ".", "..", "a/b", "../a", "-a", "a-", "a..b", "a.-b", "ä", "a b", "a\n", too_long.as_str()] {
+        let error = check_identifier("sandbox id", invalid).unwrap_err().to_string();
+        assert!(error.starts_with("sandbox id "), "{invalid}: {error}");
     }
     assert!(State::create(Path::new("/nonexistent"), "..", "a").is_err());
     assert!(State::load(Path::new("/nonexistent"), "default", "../../etc").is_err());
 }
 
 #[test]
-fn folder_and_file_are_private_and_read_back() {
+fn directory_and_file_are_private_and_read_back() {
     let base = tempfile::tempdir().unwrap();
     let mut state = State::create(base.path(), "ns", "s1").unwrap();
     assert_eq!(state.vm(), Some(&Life::default()));
-    assert_eq!(state.vm_enters(VmState::Provisioning, "a container needs it").unwrap(), VmState::Pending);
+    assert_eq!(state.set_vm_state(VmState::Provisioning, "a container needs it").unwrap(), VmState::Pending);
     state.set_container("c1", serde_json::json!({"bundle": "/b"})).unwrap();
     let file = Step::File { path: base.path().join("x") };
     state.record(&container("c1"), [file.clone()]).unwrap();
@@ -72,7 +72,7 @@ fn folder_and_file_are_private_and_read_back() {
     assert!(matches!(State::create(base.path(), "ns", "s1"), Err(StateError::Exists(_))));
 
     let again = State::load(base.path(), "ns", "s1").unwrap();
-    assert_eq!(again.vm(), state.vm(), "what was noted is written with what came next");
+    assert_eq!(again.vm(), state.vm(), "the state was not written with the next change");
     assert_eq!(again.vm().unwrap().transitions().next().unwrap().cause, "a container needs it");
     assert_eq!(again.containers()["c1"]["bundle"], "/b");
     assert_eq!(again.steps(&container("c1")).collect::<Vec<_>>(), [&file]);
@@ -83,7 +83,7 @@ fn folder_and_file_are_private_and_read_back() {
 }
 
 #[test]
-fn a_folder_without_a_file_is_a_sandbox_that_did_nothing_yet() {
+fn a_directory_without_a_file_is_a_sandbox_without_effects() {
     let base = tempfile::tempdir().unwrap();
     fs::create_dir_all(base.path().join("ns/s1")).unwrap();
     let state = State::load(base.path(), "ns", "s1").unwrap();
@@ -94,7 +94,7 @@ fn a_folder_without_a_file_is_a_sandbox_that_did_nothing_yet() {
 }
 
 #[test]
-fn a_damaged_or_foreign_file_is_refused_and_kept() {
+fn a_damaged_or_foreign_file_is_rejected_and_kept() {
     let base = tempfile::tempdir().unwrap();
     let dir = base.path().join("ns/s1");
     fs::create_dir_all(&dir).unwrap();
@@ -107,10 +107,10 @@ fn a_damaged_or_foreign_file_is_refused_and_kept() {
 }
 
 #[test]
-fn everything_is_undone_by_whoever_comes_later_and_nothing_else() {
+fn a_later_process_undoes_everything_and_touches_nothing_else() {
     let base = tempfile::tempdir().unwrap();
     let mut state = State::create(base.path(), "ns", "s1").unwrap();
-    // The namespace stays as long as another sandbox is in it.
+    // Another sandbox keeps the namespace's directory.
     let neighbour = State::create(base.path(), "ns", "s2").unwrap();
     let dir = state.dir().to_path_buf();
     let owner = Owner::Sandbox;
@@ -126,7 +126,7 @@ fn everything_is_undone_by_whoever_comes_later_and_nothing_else() {
                 Step::Tree { path: tree.clone() },
                 Step::Dir { path: empty.clone() },
                 Step::File { path: file.clone() },
-                // Recorded, but the shim was killed before the effect.
+                // The shim was killed before the effects of these steps.
                 Step::Mount { path: dir.join("never") },
                 Step::Dir { path: dir.join("never") },
                 Step::File { path: file.join("never") },
@@ -135,7 +135,7 @@ fn everything_is_undone_by_whoever_comes_later_and_nothing_else() {
         .unwrap();
     tmpfs(&busy);
     tmpfs(&busy);
-    // An open file keeps the mount busy, as virtiofsd's do.
+    // An open file keeps the mount busy, as virtiofsd's files do.
     let held = fs::File::create(busy.join("held")).unwrap();
     let outside = base.path().join("outside");
     fs::write(&outside, "kept").unwrap();
@@ -165,12 +165,12 @@ fn everything_is_undone_by_whoever_comes_later_and_nothing_else() {
     drop(held);
     assert!(!ours.wait().unwrap().success());
     assert!(!grandchild.wait().unwrap().success());
-    assert!(theirs.try_wait().unwrap().is_none(), "a process that has only the pid in common was killed");
+    assert!(theirs.try_wait().unwrap().is_none(), "a process with a reused PID was killed");
     theirs.kill().unwrap();
     theirs.wait().unwrap();
     assert_eq!(fs::read_to_string(&outside).unwrap(), "kept");
     assert!(!dir.exists());
-    assert_eq!(mounted_below(base.path()), Vec::<String>::new());
+    assert_eq!(mounted_below(base.path()), Vec::<PathBuf>::new());
     for procs in made.procs_files() {
         let leaf = procs.parent().unwrap();
         assert!(!leaf.exists() && !leaf.parent().unwrap().exists(), "{}", leaf.display());
@@ -181,7 +181,7 @@ fn everything_is_undone_by_whoever_comes_later_and_nothing_else() {
 }
 
 #[test]
-fn one_containers_steps_are_undone_alone() {
+fn undoing_one_containers_steps_leaves_the_others() {
     let base = tempfile::tempdir().unwrap();
     let mut state = State::create(base.path(), "ns", "s1").unwrap();
     let paths = ["sandbox", "c1", "c2"].map(|name| state.dir().join(name));
@@ -201,7 +201,7 @@ fn one_containers_steps_are_undone_alone() {
 }
 
 #[test]
-fn a_mount_point_in_a_tree_is_neither_entered_nor_forgotten() {
+fn a_mount_point_in_a_tree_is_not_entered_and_stays_in_the_journal() {
     let base = tempfile::tempdir().unwrap();
     let mut state = State::create(base.path(), "ns", "s1").unwrap();
     let (tree, first) = (state.dir().join("tree"), state.dir().join("first"));
@@ -212,30 +212,30 @@ fn a_mount_point_in_a_tree_is_neither_entered_nor_forgotten() {
     state.record(&Owner::Sandbox, [last, Step::Tree { path: tree.clone() }]).unwrap();
     fs::create_dir_all(tree.join("a/bound")).unwrap();
     fs::create_dir_all(&first).unwrap();
-    // On the same filesystem, where a device number would not tell.
+    // Bind from the same filesystem: device numbers do not reveal this mount point.
     mount(Some(&precious), &tree.join("a/bound"), None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
 
     let error = state.undo_all(WITHIN).unwrap_err().to_string();
     assert!(error.contains("tree") && error.contains("bound: a mount point"), "{error}");
     assert_eq!(fs::read_to_string(precious.join("data")).unwrap(), "kept");
-    assert!(!first.exists(), "a failing step must not stop the others");
+    assert!(!first.exists(), "a failing step stopped the others");
 
     let mut again = State::load(base.path(), "ns", "s1").unwrap();
     assert_eq!(again.steps(&Owner::Sandbox).count(), 1);
     again.record(&Owner::Sandbox, [Step::Mount { path: tree.join("a/bound") }]).unwrap();
     again.undo_all(WITHIN).unwrap();
-    assert_eq!(mounted_below(base.path()), Vec::<String>::new());
+    assert_eq!(mounted_below(base.path()), Vec::<PathBuf>::new());
 }
 
 #[test]
-fn recording_is_cheap() {
+fn recording_a_step_is_fast() {
     let base = tempfile::tempdir_in("/dev/shm").unwrap();
     let mut state = State::create(base.path(), "ns", "s1").unwrap();
-    let begin = Instant::now();
+    let started = Instant::now();
     for n in 0..100 {
         state.record(&Owner::Sandbox, [Step::File { path: base.path().join(n.to_string()) }]).unwrap();
     }
-    let each = begin.elapsed() / 100;
-    assert!(each < Duration::from_millis(5), "{each:?} for one step");
+    let each = started.elapsed() / 100;
+    assert!(each < Duration::from_millis(5), "{each:?} per step");
     state.undo_all(WITHIN).unwrap();
 }

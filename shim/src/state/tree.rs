@@ -1,5 +1,5 @@
-//! Removing a folder with its contents, without ever stepping through a mount point or a link: below one could lie
-//! a container's root, or a folder of the host that was shared with it.
+//! Removes a directory tree without crossing a mount point or following a symbolic link: either may lead to a
+//! container's root filesystem or to a host directory that was shared with the container.
 
 use std::fs;
 use std::io;
@@ -13,16 +13,16 @@ use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{SFlag, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-/// husk's own folders are five deep at most. Each level holds a descriptor.
+/// husk's own directories are at most five levels deep. Each level holds a file descriptor.
 const MAX_DEPTH: u32 = 32;
 
-/// Removes `path` and everything in it; nothing there is fine. What can be removed beside a mount point is removed.
+/// Removes `path` and everything in it. A missing `path` is not an error. Entries beside a mount point are removed.
 ///
 /// # Errors
-/// `CrossesDevices` when `path` or something in it is a mount point; otherwise what the system says.
+/// `CrossesDevices` if `path` is or contains a mount point; otherwise the system's error.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{}: not a folder's path", path.display())));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{}: not a directory's path", path.display())));
     };
     match fs::File::open(parent) {
         Ok(parent) => remove_at(parent.as_fd(), name.as_bytes(), 0),
@@ -38,7 +38,7 @@ fn remove_at(parent: std::os::fd::BorrowedFd<'_>, name: &[u8], depth: u32) -> io
         Err(e) => return Err(named(name, e)),
     };
     if kind != SFlag::S_IFDIR {
-        return gone_is_fine(name, unlinkat(parent, name, UnlinkatFlags::NoRemoveDir));
+        return ignore_missing(name, unlinkat(parent, name, UnlinkatFlags::NoRemoveDir));
     }
     if depth == MAX_DEPTH {
         return Err(named(name, Errno::ELOOP));
@@ -46,9 +46,9 @@ fn remove_at(parent: std::os::fd::BorrowedFd<'_>, name: &[u8], depth: u32) -> io
     let how = OpenHow::new()
         .flags(OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_RDONLY | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_NO_XDEV | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH);
-    let folder: OwnedFd = openat2(parent, name, how).map_err(|e| named(name, e))?;
-    let mut dir = Dir::from_fd(folder).map_err(|e| named(name, e))?;
-    // All names first: removing while reading may skip some.
+    let fd: OwnedFd = openat2(parent, name, how).map_err(|e| named(name, e))?;
+    let mut dir = Dir::from_fd(fd).map_err(|e| named(name, e))?;
+    // Read all names first: removing entries while reading may skip some.
     let names: Vec<_> = dir
         .iter()
         .map(|entry| entry.map(|entry| entry.file_name().to_bytes().to_vec()))
@@ -63,11 +63,11 @@ fn remove_at(parent: std::os::fd::BorrowedFd<'_>, name: &[u8], depth: u32) -> io
     }
     match first_error {
         Some(e) => Err(e),
-        None => gone_is_fine(name, unlinkat(parent, name, UnlinkatFlags::RemoveDir)),
+        None => ignore_missing(name, unlinkat(parent, name, UnlinkatFlags::RemoveDir)),
     }
 }
 
-fn gone_is_fine(name: &[u8], result: nix::Result<()>) -> io::Result<()> {
+fn ignore_missing(name: &[u8], result: nix::Result<()>) -> io::Result<()> {
     match result {
         Ok(()) | Err(Errno::ENOENT) => Ok(()),
         Err(e) => Err(named(name, e)),
@@ -83,7 +83,7 @@ fn named(name: &[u8], e: Errno) -> io::Error {
     }
 }
 
-/// Whether the error says that there is nothing (any more) at that path.
+/// Whether the error means that the path does not exist.
 pub(super) fn is_gone(e: &io::Error) -> bool {
     e.kind() == io::ErrorKind::NotFound || e.kind() == io::ErrorKind::NotADirectory
 }

@@ -1,4 +1,4 @@
-//! The steps of the journal, and how each is undone: idempotently, within a deadline, touching nothing that is not ours.
+//! The steps of the journal and how each is undone: idempotently, within a deadline, without touching what others own.
 
 use std::fmt;
 use std::fs;
@@ -16,110 +16,87 @@ use crate::host::hooks;
 use crate::host::hooks::{Hook, Subject};
 use crate::host::process::ProcessId;
 
-/// However late it is, each wait gets this much: a process that was sent SIGKILL is normally dead within it.
-const LEAST_WAIT: Duration = Duration::from_millis(100);
-/// First and longest pause between two attempts to remove a cgroup. cgroup v1 has nothing that tells when it is empty.
+/// Shortest wait, even after the deadline: a process that receives SIGKILL is normally dead by then.
+const MIN_WAIT: Duration = Duration::from_millis(100);
+/// First and longest pause between two attempts to remove a cgroup: cgroup v1 does not report when a cgroup is empty.
 const CGROUP_PAUSE: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
 
-/// One effect on the host, as it is undone.
+/// One effect on the host and the way to undo it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "snake_case")]
-pub enum Step {
-    /// A process was started: it and its children are killed, and their death awaited. Its exit status is left to its
-    /// parent.
+pub(crate) enum Step {
+    /// A process was started. Undo kills it and its children and waits until they are dead. Its parent still receives
+    /// its exit status.
     Process {
-        /// Pid and start time: a process that got the pid later is left alone.
+        /// PID and start time: a later process with the same PID is not killed.
         #[serde(flatten)]
         id: ProcessId,
-        /// For the reader of errors and of the file.
+        /// The process's name in error messages and in the file.
         name: String,
     },
-    /// Something was mounted on `path`: the topmost mount there is unmounted, lazily if it is in use.
-    Mount {
-        /// The mount point.
-        path: PathBuf,
-    },
-    /// A folder was made: removed when it is empty, an error when it is not.
-    Dir {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// A folder was made and gets contents: all is removed, but a mount point in it is an error and is not entered.
-    Tree {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// A file, socket or link was made: it is removed, a link is not followed.
-    File {
-        /// The file.
-        path: PathBuf,
-    },
-    /// A cgroup was made: what still runs in it is killed, then it is removed.
-    Cgroup {
-        /// Its folder below the hierarchy's mount point.
-        path: PathBuf,
-    },
-    /// A cgroup was made on the way to another: removed if nobody else has come to use it.
-    CgroupParent {
-        /// Its folder below the hierarchy's mount point.
-        path: PathBuf,
-    },
-    /// A CID was leased: it is given back.
+    /// A filesystem was mounted on `path`. Undo unmounts the topmost mount there, lazily if it is in use.
+    Mount { path: PathBuf },
+    /// A directory was created. Undo removes it; a directory that is not empty is an error.
+    Dir { path: PathBuf },
+    /// A directory was created that receives contents. Undo removes it with its contents; a mount point in it is an
+    /// error and is not entered.
+    Tree { path: PathBuf },
+    /// A file, socket or symbolic link was created. Undo removes it and does not follow the link.
+    File { path: PathBuf },
+    /// A cgroup was created, with its directory at `path`. Undo kills the processes in it and removes it.
+    Cgroup { path: PathBuf },
+    /// A parent cgroup was created, with its directory at `path`. Undo removes it unless others use it by now.
+    CgroupParent { path: PathBuf },
+    /// A CID was leased. Undo releases it.
     Cid {
-        /// The CID.
         cid: u32,
-        /// Where it is leased.
         leases: Leases,
-        /// For whom: another's lease of it is left alone.
+        /// The shim that leased it: undo does not release another shim's lease.
         shim: ProcessId,
     },
-    /// Hooks of the host may have run for a container: its `poststop` hooks are run. They alone are run again when the shim is killed right
-    /// after them. One that fails is logged and not an error (runtime.md, "Lifecycle").
-    Hooks {
-        /// What they are told of.
-        container: Subject,
-        /// The hooks.
-        poststop: Vec<Hook>,
-    },
+    /// Host hooks may have run for a container. Undo runs its `poststop` hooks. This is the only step that may run
+    /// twice: when the shim is killed right after the hooks. A failing hook is logged and is not an error (runtime.md,
+    /// "Lifecycle").
+    Hooks { container: Subject, poststop: Vec<Hook> },
 }
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Step::Process { id, name } => write!(f, "kill {name} (pid {})", id.pid),
+            Step::Process { id, name } => write!(f, "kill {name} (PID {})", id.pid),
             Step::Mount { path } => write!(f, "unmount {}", path.display()),
             Step::Dir { path } | Step::Tree { path } | Step::File { path } => write!(f, "remove {}", path.display()),
             Step::Cgroup { path } | Step::CgroupParent { path } => write!(f, "remove cgroup {}", path.display()),
-            Step::Cid { cid, .. } => write!(f, "give back vsock CID {cid}"),
+            Step::Cid { cid, .. } => write!(f, "release vsock CID {cid}"),
             Step::Hooks { container, .. } => write!(f, "run the poststop hooks of {}", container.id),
         }
     }
 }
 
 impl Step {
-    /// Undoes the step; done already is done.
+    /// Undoes the step. A step that is undone already succeeds.
     pub(super) fn undo(&self, deadline: Instant) -> io::Result<()> {
-        let left = || deadline.saturating_duration_since(Instant::now()).max(LEAST_WAIT);
+        let remaining = || deadline.saturating_duration_since(Instant::now()).max(MIN_WAIT);
         match self {
             Step::Process { id, .. } => {
-                // virtiofsd's worker is PID 1 of a namespace of its own, so the SIGTERM that it asked for when its
-                // parent dies does not reach it: it would serve on.
+                // Kill the children explicitly: virtiofsd's worker is PID 1 of its own PID namespace, so the SIGTERM
+                // that it requests for its parent's death has no effect, and the worker would keep serving.
                 let children = id.children()?;
-                id.kill(left())?;
-                children.into_iter().try_for_each(|child| child.kill(left()).map(drop))
+                id.kill(remaining())?;
+                children.into_iter().try_for_each(|child| child.kill(remaining()).map(drop))
             }
             Step::Mount { path } => unmount(path),
-            Step::Dir { path } => gone_is_fine(fs::remove_dir(path)),
+            Step::Dir { path } => ignore_missing(fs::remove_dir(path)),
             Step::Tree { path } => tree::remove(path),
-            Step::File { path } => gone_is_fine(fs::remove_file(path)),
-            Step::Cgroup { path } => remove_cgroup(path, left()),
+            Step::File { path } => ignore_missing(fs::remove_file(path)),
+            Step::Cgroup { path } => remove_cgroup(path, remaining()),
             Step::CgroupParent { path } => match fs::remove_dir(path) {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty || is_busy(&e) => Ok(()),
-                other => gone_is_fine(other),
+                other => ignore_missing(other),
             },
             Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {
-                hooks::run_to_the_end(poststop, container, left());
+                hooks::run_to_the_end(poststop, container, remaining());
                 Ok(())
             }
         }
@@ -130,7 +107,7 @@ fn is_busy(e: &io::Error) -> bool {
     e.raw_os_error() == Some(libc::EBUSY)
 }
 
-fn gone_is_fine(result: io::Result<()>) -> io::Result<()> {
+fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(e) if is_gone(&e) => Ok(()),
         other => other,
@@ -138,8 +115,8 @@ fn gone_is_fine(result: io::Result<()>) -> io::Result<()> {
 }
 
 fn unmount(path: &Path) -> io::Result<()> {
-    // Not lazily at first: then the filesystem is really released when this returns, and containerd can remove the
-    // snapshot below it. virtiofsd may hold files open for a guest that has not forgotten them yet.
+    // Try a normal unmount first: after it the filesystem is released, and containerd can remove the snapshot below.
+    // It fails with EBUSY while virtiofsd holds files open for a guest that still caches them.
     let result = match umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
         Err(Errno::EBUSY) => umount2(path, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH),
         other => other,
@@ -158,16 +135,16 @@ fn remove_cgroup(path: &Path, within: Duration) -> io::Result<()> {
         match fs::remove_dir(path) {
             Err(e) if is_busy(&e) && Instant::now() < deadline => {}
             Err(e) if is_busy(&e) => return Err(e),
-            other => return gone_is_fine(other),
+            other => return ignore_missing(other),
         }
-        // Ours are dead by now; what is left here are children that they left behind.
+        // husk's own processes are dead by now. The cgroup contains children that they left behind.
         for pid in pids_in(path)? {
-            // Read again by `of`, so a pid that was given away between the two reads is at most a process that is in
-            // no danger: it is only killed if it is in this cgroup.
+            // The PID may have been reused since the first read. Check again after `of`: a process is killed only if
+            // it is in this cgroup.
             if let Some(id) = ProcessId::of(pid)?
                 && pids_in(path)?.contains(&pid)
             {
-                id.kill(deadline.saturating_duration_since(Instant::now()).max(LEAST_WAIT))?;
+                id.kill(deadline.saturating_duration_since(Instant::now()).max(MIN_WAIT))?;
             }
         }
         std::thread::sleep(pause);
@@ -175,9 +152,10 @@ fn remove_cgroup(path: &Path, within: Duration) -> io::Result<()> {
     }
 }
 
+/// The PIDs in a cgroup. Read by hand: the `procfs` crate covers `/proc` only.
 fn pids_in(cgroup: &Path) -> io::Result<Vec<u32>> {
     match fs::read_to_string(cgroup.join("cgroup.procs")) {
-        // 0 stands for a process of another pid namespace: not ours.
+        // 0 stands for a process of another PID namespace, which cannot be killed from here.
         Ok(text) => Ok(text.lines().filter_map(|line| line.parse().ok()).filter(|&pid| pid != 0).collect()),
         // ENODEV: the cgroup was removed while its file was open.
         Err(e) if is_gone(&e) || e.raw_os_error() == Some(libc::ENODEV) => Ok(Vec::new()),

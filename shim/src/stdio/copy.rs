@@ -100,7 +100,7 @@ impl Output {
 #[derive(Debug, thiserror::Error)]
 enum CopyError {
     #[error(transparent)]
-    Guest(#[from] crate::guest::client::Error),
+    Guest(#[from] crate::guest::client::GuestError),
     #[error("guest stream")]
     Stream(#[from] ttrpc::Error),
     #[error("read fifo")]

@@ -164,7 +164,7 @@ impl Hierarchies {
     ///
     /// # Errors
     /// When the path is malformed, or a directory cannot be created.
-    pub fn create(&self, record: Recorder<'_>, cgroups_path: &str) -> Result<HostCgroup, CgroupError> {
+    pub(crate) fn create(&self, record: Recorder<'_>, cgroups_path: &str) -> Result<HostCgroup, CgroupError> {
         let relative = relative_path(cgroups_path)?;
         let mut procs = Vec::new();
         for root in &self.roots {

@@ -1,5 +1,27 @@
-//! A running VM: its boot, its virtiofsd, and its cgroup.
+//! A running VM: its boot, its processes, its death and its end.
+//!
+//! | file            | contents                                                                   |
+//! |-----------------|----------------------------------------------------------------------------|
+//! | `plan.rs`       | everything that a boot needs                                               |
+//! | `boot.rs`       | the boot, step by step                                                     |
+//! | `hello.rs`      | the wait for the guest's hello, or for the end of one of the VM's processes |
+//! | `running.rs`    | a VM whose guest is ready: stopping it                                     |
+//! | `death.rs`      | when and why a VM is dead                                                  |
+//! | `virtiofsd.rs`  | the process that serves the share                                          |
+//! | `cgroup.rs`     | the host cgroup of the VM's processes                                      |
+//! | `on_failure.rs` | undoing a step unless the boot succeeds                                    |
 
-pub mod boot;
-pub mod cgroup;
-pub mod virtiofsd;
+mod boot;
+pub(crate) mod cgroup;
+mod death;
+mod error;
+mod hello;
+mod on_failure;
+mod plan;
+mod running;
+pub(crate) mod virtiofsd;
+
+pub use error::BootError;
+pub use plan::BootPlan;
+pub(crate) use running::DELIVERY;
+pub use running::{StillRunning, Vm};

@@ -1,4 +1,4 @@
-//! virtiofsd, which serves the share to the guest: finding it, its arguments, starting it.
+//! virtiofsd, which serves the share to the guest: finds the program and starts it.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -7,49 +7,51 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use crate::host::child::{Child, Launch, LaunchError};
+use crate::host::child::{Child, FIRST_FD, Launch, LaunchError};
 
-/// The number at which virtiofsd inherits its listening socket.
-const LISTENER: i32 = crate::host::child::FIRST_FD;
-/// Where distributions put it, outside of PATH. /usr/lib/qemu/virtiofsd is not among them: that is the old one in C, with other options.
+/// The descriptor at which virtiofsd inherits its listening socket.
+const LISTENER: i32 = FIRST_FD;
+/// Where distributions install it outside of PATH. /usr/lib/qemu/virtiofsd is left out: it is the old implementation in
+/// C, with other options.
 const PLACES: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/libexec/qemu/virtiofsd"];
 
-/// Why virtiofsd does not run.
+/// Why virtiofsd does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum VirtiofsdError {
-    /// It is nowhere.
+    /// The program does not exist.
     #[error(
-        "no virtiofsd found; looked for {}: install it (Debian 13: apt-get install virtiofsd; elsewhere: cargo install virtiofsd), or set `virtiofsd` in husk's configuration",
+        "no virtiofsd found; looked for {}: install it (Debian 13: apt-get install virtiofsd; elsewhere: cargo install virtiofsd), \
+         or set `virtiofsd` in husk's configuration",
         looked.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
     )]
     NotFound {
-        /// Everywhere it was looked for.
+        /// The searched paths.
         looked: Vec<PathBuf>,
     },
-    /// Its socket could not be made.
-    #[error("{what} for virtiofsd: {source}")]
+    /// The socket cannot be created.
+    #[error("{what} for virtiofsd")]
     Socket {
-        /// What was tried.
+        /// The attempted operation.
         what: &'static str,
-        /// Why it failed.
+        /// The system's error.
         source: io::Error,
     },
-    /// It could not be started.
-    #[error("{}: {source}", program.display())]
+    /// The process cannot be started.
+    #[error("start {}", program.display())]
     Launch {
-        /// Its path.
+        /// The program.
         program: PathBuf,
-        /// Why not.
+        /// The failed step.
         source: LaunchError,
     },
 }
 
-/// Finds the program: where the configuration says, else beside the shim, in PATH, and where distributions put it.
+/// Finds the program: the configured path, else next to the shim, in PATH, or where distributions install it.
 ///
 /// # Errors
 ///
-/// [`VirtiofsdError::NotFound`], with all the places.
-pub fn find(
+/// [`VirtiofsdError::NotFound`], with all searched paths.
+pub(crate) fn find(
     configured: Option<&Path>,
     beside: Option<&Path>,
     path: Option<OsString>,
@@ -68,28 +70,28 @@ pub fn find(
 
 fn arguments(share: &Path) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec![format!("--fd={LISTENER}").into(), "--shared-dir".into(), share.into()];
-    // Its own mount namespace is a slave of the host's, so that what is mounted into the share later is seen; a submount has a
-    // device number of its own in the guest, so that inode numbers of different containers are not mixed up.
+    // virtiofsd's mount namespace is a slave of the host's, so later mounts in the share propagate to it. Each submount
+    // gets its own device number in the guest, so inode numbers of different containers do not collide.
     args.extend(["--sandbox=namespace", "--announce-submounts"].map(OsString::from));
-    // Extended attributes carry file capabilities of images (ping's, for one).
+    // Extended attributes carry the file capabilities in images, such as ping's.
     args.extend(["--xattr", "--cache=auto", "--log-level=warn"].map(OsString::from));
-    // File handles would take the capability to open any file of the host by number.
+    // File handles would require the capability to open any file of the host by its handle.
     args.push("--inode-file-handles=never".into());
     args
 }
 
-/// What virtiofsd will listen on, and the connected socket for the machine, which may use it before virtiofsd runs: the connection waits
-/// in the listener's queue.
+/// The listening socket for virtiofsd, and a connected one for the machine. The machine may use its socket before
+/// virtiofsd runs: the connection waits in the listener's queue.
 ///
-/// `private` is a folder that only root may enter; the socket has a name in it for a moment.
+/// `private` is a folder that only root may enter. The socket has a name in it for a moment.
 ///
 /// # Errors
 ///
-/// When the socket cannot be made.
-pub fn socket(private: &Path) -> Result<(UnixListener, OwnedFd), VirtiofsdError> {
+/// When the socket cannot be created.
+pub(super) fn socket(private: &Path) -> Result<(UnixListener, OwnedFd), VirtiofsdError> {
     let socket = |what| move |source| VirtiofsdError::Socket { what, source };
     let folder = File::open(private).map_err(socket("open the state folder"))?;
-    // By descriptor: the whole path may be longer than a socket's name can be (107 bytes, unix(7)).
+    // By descriptor: the whole path may exceed the length of a socket's name (107 bytes, unix(7)).
     let path = PathBuf::from(format!("/proc/self/fd/{}/virtiofsd.sock", folder.as_raw_fd()));
     let listener = UnixListener::bind(&path).map_err(socket("bind a socket"))?;
     let connected = UnixStream::connect(&path).map_err(socket("connect the socket"));
@@ -97,12 +99,12 @@ pub fn socket(private: &Path) -> Result<(UnixListener, OwnedFd), VirtiofsdError>
     Ok((listener, connected?.into()))
 }
 
-/// Starts virtiofsd on the folder `share`, listening on what [`socket`] made.
+/// Starts virtiofsd on the folder `share` with the listener of [`socket`].
 ///
 /// # Errors
 ///
-/// When the program cannot be started; then nothing is left.
-pub fn start(
+/// When the program cannot be started; then no process is left.
+pub(super) fn start(
     program: &Path,
     share: &Path,
     listener: UnixListener,
@@ -114,7 +116,7 @@ pub fn start(
         args: arguments(share),
         env: Vec::new(),
         fds: vec![(listener.into(), LISTENER)],
-        // It sets up namespaces and serves files of every owner; its sandbox takes the rest away.
+        // virtiofsd sets up namespaces and serves files of every owner. Its own sandbox drops everything else.
         user: None,
         output: log,
         cgroups,
@@ -128,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_found_in_order_and_what_is_configured_is_not_replaced() {
+    fn virtiofsd_is_searched_in_order_and_a_configured_path_is_final() {
         let dir = tempfile::tempdir().unwrap();
         let place = |name: &str| {
             let folder = dir.path().join(name);
@@ -147,9 +149,10 @@ mod tests {
     #[test]
     fn the_share_is_sandboxed_and_mounts_are_announced() {
         let args = arguments(Path::new("/run/husk/a/b/share"));
-        for wanted in ["--fd=900", "--shared-dir", "/run/husk/a/b/share", "--sandbox=namespace", "--announce-submounts"]
+        for expected in
+            ["--fd=900", "--shared-dir", "/run/husk/a/b/share", "--sandbox=namespace", "--announce-submounts"]
         {
-            assert!(args.iter().any(|arg| arg == wanted), "{wanted} in {args:?}");
+            assert!(args.iter().any(|arg| arg == expected), "{expected} in {args:?}");
         }
     }
 }

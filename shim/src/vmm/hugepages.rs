@@ -1,61 +1,68 @@
-//! A guest's memory out of the host's huge pages: how much of it there can be. The pages are the host's default kind, and the kernel keeps them aside
-//! for whoever maps them first (Documentation/admin-guide/mm/hugetlbpage.rst).
+//! Guest memory on the host's huge pages of the default size. The kernel reserves the pages for whoever maps them first
+//! (Documentation/admin-guide/mm/hugetlbpage.rst).
 
-use crate::config::names::PATH;
+use procfs::{Current, Meminfo, ProcError};
 
-/// Where the kernel tells how many there are.
-const MEMINFO: &str = "/proc/meminfo";
-
-/// Why a guest cannot have them.
+/// Why a guest gets no huge pages.
 #[derive(Debug, thiserror::Error)]
 pub enum HugePagesError {
-    /// Nobody knows how many there are.
-    #[error("hugepages = true: read {MEMINFO}: {0}")]
-    Read(std::io::Error),
-    /// The host's kernel has none to give.
-    #[error("hugepages = true: the host's kernel has no huge pages ({MEMINFO} has no {0})")]
+    /// The number of free pages is unknown.
+    #[error("hugepages = true: read /proc/meminfo")]
+    Read(#[source] ProcError),
+    /// The host's kernel is built without huge pages.
+    #[error("hugepages = true: the host's kernel has no huge pages (/proc/meminfo has no {0})")]
     Unsupported(&'static str),
-    /// There are too few.
+    /// Too few pages are free.
     #[error(
-        "hugepages = true: a guest of {memory_mib} MiB takes {wanted} huge pages of {page_kib} KiB, and the host has {free} free: give it more \
-         (sysctl vm.nr_hugepages), or set hugepages = false in {}",
-        PATH
+        "hugepages = true: a guest of {memory_mib} MiB takes {needed} huge pages of {page_kib} KiB, and the host has {free} \
+         free: give it more (sysctl vm.nr_hugepages), or set hugepages = false in husk's configuration"
     )]
     TooFew {
         /// The guest's memory.
         memory_mib: u64,
-        /// Pages that it takes.
-        wanted: u64,
-        /// Size of one.
+        /// Pages for that memory.
+        needed: u64,
+        /// Size of a page.
         page_kib: u64,
-        /// Pages that nobody has, nor was promised.
+        /// Free pages that no mapping has reserved.
         free: u64,
     },
 }
 
-/// The memory, MiB, of a guest that shall have `memory_mib`: whole huge pages of this host, as far as they are free.
+/// The host's huge pages.
+#[derive(Debug, Clone, Copy)]
+struct Pool {
+    page_kib: u64,
+    /// Free pages that no mapping has reserved.
+    free: u64,
+}
+
+/// Rounds `memory_mib` up to whole huge pages, if enough of them are free.
 ///
 /// # Errors
 ///
-/// When there are none, or too few. Another VM may still take them before this one does; then it is QEMU that says so.
-pub fn fit_host(memory_mib: u64) -> Result<u64, HugePagesError> {
-    fit(memory_mib, &std::fs::read_to_string(MEMINFO).map_err(HugePagesError::Read)?)
+/// When the host has no huge pages, or too few. Another VM may still take them before this one maps them; then the VMM
+/// fails.
+pub(crate) fn fit_host(memory_mib: u64) -> Result<u64, HugePagesError> {
+    let meminfo = Meminfo::current().map_err(HugePagesError::Read)?;
+    fit(memory_mib, pool(meminfo.hugepagesize, meminfo.hugepages_free, meminfo.hugepages_rsvd)?)
 }
 
-fn fit(memory_mib: u64, meminfo: &str) -> Result<u64, HugePagesError> {
-    let field = |name: &'static str| {
-        let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        let number = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-        number.ok_or(HugePagesError::Unsupported(name))
-    };
-    let page_kib = field("Hugepagesize")?;
-    // Promised to a mapping that has not touched them yet.
-    let free = field("HugePages_Free")?.saturating_sub(field("HugePages_Rsvd")?);
-    let wanted = memory_mib.saturating_mul(1024).div_ceil(page_kib.max(1));
-    if wanted > free {
-        return Err(HugePagesError::TooFew { memory_mib, wanted, page_kib, free });
+/// From the fields of `/proc/meminfo`: the size of a page in bytes, free pages, and those of them that are reserved by
+/// mappings that have not touched them yet.
+fn pool(page_bytes: Option<u64>, free: Option<u64>, reserved: Option<u64>) -> Result<Pool, HugePagesError> {
+    let field = |name, value: Option<u64>| value.ok_or(HugePagesError::Unsupported(name));
+    let page_kib = field("Hugepagesize", page_bytes)? / 1024;
+    let free = field("HugePages_Free", free)?.saturating_sub(field("HugePages_Rsvd", reserved)?);
+    Ok(Pool { page_kib: page_kib.max(1), free })
+}
+
+fn fit(memory_mib: u64, Pool { page_kib, free }: Pool) -> Result<u64, HugePagesError> {
+    let needed = memory_mib.saturating_mul(1024).div_ceil(page_kib);
+    if needed > free {
+        return Err(HugePagesError::TooFew { memory_mib, needed, page_kib, free });
     }
-    Ok(wanted.saturating_mul(page_kib) / 1024)
+    Ok(needed.saturating_mul(page_kib) / 1024)
 }
 
 #[cfg(test)]
@@ -63,13 +70,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_guest_has_whole_pages_that_are_free_or_is_told_how_many_are() {
-        let host = |free: u64, reserved: u64, kib: u64| {
-            format!(
-                "MemTotal: 8 kB\nHugePages_Free:   {free}\nHugePages_Rsvd:   {reserved}\nHugepagesize:   {kib} kB\n"
-            )
-        };
-        let too_few = |wanted: &str| Err(format!("takes {wanted} free: give it more"));
+    fn a_guest_gets_whole_free_pages_or_an_error_with_their_number() {
+        let host = |free, reserved, kib: u64| (Some(kib * 1024), Some(free), Some(reserved));
+        let too_few = |part: &str| Err(format!("takes {part} free: give it more"));
         let table = [
             (512, host(256, 0, 2048), Ok(512)),
             (511, host(256, 0, 2048), Ok(512)),
@@ -78,13 +81,13 @@ mod tests {
             (512, host(0, 0, 2048), too_few("256 huge pages of 2048 KiB, and the host has 0")),
             (512, host(1, 0, 1 << 20), Ok(1024)),
             (u64::MAX, host(1, 0, 2048), too_few("9007199254740992 huge pages of 2048 KiB, and the host has 1")),
-            (512, "MemTotal: 8 kB\n".to_owned(), Err("the host's kernel has no huge pages".to_owned())),
+            (512, (None, None, None), Err("the host's kernel has no huge pages".to_owned())),
         ];
-        for (memory_mib, meminfo, expected) in table {
-            match (fit(memory_mib, &meminfo), expected) {
-                (Ok(fits), Ok(expected)) => assert_eq!(fits, expected, "{memory_mib} {meminfo}"),
+        for (memory_mib, (page, free, reserved), expected) in table {
+            match (pool(page, free, reserved).and_then(|pool| fit(memory_mib, pool)), expected) {
+                (Ok(fits), Ok(expected)) => assert_eq!(fits, expected, "{memory_mib} {page:?} {free:?}"),
                 (Err(error), Err(part)) => assert!(error.to_string().contains(&part), "{error}"),
-                (fits, expected) => panic!("{memory_mib} {meminfo}: {fits:?}, not {expected:?}"),
+                (fits, expected) => panic!("{memory_mib} {page:?} {free:?}: {fits:?}, expected {expected:?}"),
             }
         }
     }

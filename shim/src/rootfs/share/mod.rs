@@ -105,7 +105,7 @@ impl Share {
     ///
     /// # Errors
     /// When a step fails; what was recorded is for the caller to undo.
-    pub fn create(state_dir: &Path, record: Recorder<'_>) -> Result<Self, ShareError> {
+    pub(crate) fn create(state_dir: &Path, record: Recorder<'_>) -> Result<Self, ShareError> {
         let share = Self { skeleton: state_dir.join("skeleton"), dir: state_dir.join("share") };
         record(vec![
             Step::Dir { path: share.skeleton.clone() },
@@ -135,7 +135,7 @@ impl Share {
     ///
     /// # Errors
     /// When a step fails; what was recorded is for the caller to undo.
-    pub fn add_container(
+    pub(crate) fn add_container(
         &self,
         record: Recorder<'_>,
         id: &str,

@@ -1,7 +1,8 @@
-//! What the guest tells of a container, as far as it is believed. Pure.
+//! Parses and validates the guest's events. Pure.
 //!
-//! containerd's clients decode whatever type they are told, and act on whatever id stands in it. So nothing of the guest's bytes goes on: an
-//! event is read as the message that its topic says it is, what is needed is taken out, and the shim makes its own message of that.
+//! containerd's clients decode whatever type a message names and act on whatever id it contains. The shim therefore
+//! forwards none of the guest's bytes: it decodes an event as the message that the topic implies, extracts the values
+//! that it needs, and builds its own message from them.
 
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
@@ -11,79 +12,62 @@ use husk_protos::events::Event;
 use protobuf::Message;
 use protobuf::well_known_types::timestamp::Timestamp;
 
-/// Most bytes of an event. The largest that an honest guest sends, a TaskCreate, has some hundred.
-const LARGEST: usize = 4096;
-/// Seconds of the last moment of the year 9999, where a Timestamp's range ends (protobuf's timestamp.proto). What is outside of it breaks
-/// clients: Go's JSON refuses such a year.
-const LAST_SECOND: i64 = 253_402_300_799;
+/// Largest event in bytes. The largest event of an honest guest, TaskCreate, has a few hundred.
+const MAX_SIZE: usize = 4096;
+/// The last second of the year 9999, the end of a Timestamp's range (protobuf's timestamp.proto). Later times break
+/// clients: Go's JSON encoder rejects them.
+const MAX_SECOND: i64 = 253_402_300_799;
 
-/// What has happened to a container.
+/// A valid event of the guest.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Told {
-    /// Its id.
-    pub container: String,
-    /// When, by the guest's clock; none if that makes no sense.
-    pub at: Option<Timestamp>,
-    /// What.
-    pub news: News,
+pub(crate) struct GuestEvent {
+    /// The container's id.
+    pub(crate) container: String,
+    /// When, by the guest's clock; `None` if the guest's timestamp is invalid.
+    pub(crate) at: Option<Timestamp>,
+    pub(crate) change: TaskChange,
 }
 
-/// What can happen. An empty exec id stands for the init. Only what the shim does not know better itself is in it.
+/// A change of a container. It contains only values that the shim does not know better itself. An empty exec id stands
+/// for the init process; an invalid timestamp is `None`.
 #[derive(Debug, Clone, PartialEq)]
-pub enum News {
-    /// The init is there, and waits for its start.
+pub(crate) enum TaskChange {
+    /// The init process exists and waits for its start.
     Created {
-        /// Its pid.
         pid: u32,
     },
-    /// The init runs.
+    /// The init process runs.
     Started {
-        /// Its pid.
         pid: u32,
     },
-    /// Something was killed for want of memory.
+    /// The kernel killed a process because the container's memory was exhausted.
     OutOfMemory,
-    /// An exec is known.
     ExecAdded {
-        /// Its id.
         exec: String,
     },
-    /// An exec runs.
     ExecStarted {
-        /// Its id.
         exec: String,
-        /// Its pid.
         pid: u32,
     },
-    /// All processes stand still.
     Paused,
-    /// They go on.
     Resumed,
-    /// A process has ended.
     Exited {
-        /// Its id.
         exec: String,
-        /// Its pid.
         pid: u32,
-        /// How.
         status: u32,
-        /// When; none if that makes no sense.
         at: Option<Timestamp>,
     },
-    /// The container is no more.
+    /// The container was deleted; PID, status and time are those of its init process.
     Deleted {
-        /// The init's pid.
         pid: u32,
-        /// How the init ended.
         status: u32,
-        /// When; none if that makes no sense.
         at: Option<Timestamp>,
     },
 }
 
-impl News {
-    /// The exec that it is about; empty for the init and for the container.
-    pub fn exec(&self) -> &str {
+impl TaskChange {
+    /// The exec that changed; empty for the init process and for the container.
+    pub(crate) fn exec(&self) -> &str {
         match self {
             Self::ExecAdded { exec } | Self::ExecStarted { exec, .. } | Self::Exited { exec, .. } => exec,
             _ => "",
@@ -91,93 +75,87 @@ impl News {
     }
 }
 
-/// Why an event is not believed.
+/// Why an event is rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// Not even its topic is worth being looked at.
-    #[error("it has {0} bytes")]
+pub(crate) enum InvalidEvent {
+    #[error("an event of {0} bytes, more than {MAX_SIZE}")]
     TooLarge(u64),
-    /// No topic of a task's event.
-    #[error("its topic is {0:?}")]
-    Topic(String),
-    /// It cannot be decoded as what its topic says it is.
-    #[error("it is no {topic}: {problem}")]
-    Garbled {
-        /// The topic.
-        topic: &'static str,
-        /// The decoder's words.
+    #[error("unknown topic {0:?}")]
+    UnknownTopic(String),
+    #[error("decode {message}: {problem}")]
+    Undecodable {
+        /// The message that the topic implies.
+        message: &'static str,
         problem: String,
     },
-    /// It is about a process that is none of the sandbox's, or no longer.
-    #[error("process {exec:?} of container {container:?} is not known")]
-    Unknown {
-        /// The container.
+    /// The sandbox has no such process, or no longer.
+    #[error("unknown process {exec:?} of container {container:?}")]
+    UnknownProcess {
         container: String,
-        /// The exec; empty for the init.
+        /// Empty for the init process.
         exec: String,
     },
 }
 
-/// Reads an event of the guest's. `knows` says whether there is such a container with such an exec, or with its init for an empty id.
-///
-/// # Errors
-/// Why it is not believed.
-pub fn read(event: &Event, knows: impl Fn(&str, &str) -> bool) -> Result<Told, Refused> {
+/// Parses an event of the guest. `exists` reports whether a container has a process with this exec id; an empty id
+/// stands for the init process.
+pub(crate) fn parse(event: &Event, exists: impl Fn(&str, &str) -> bool) -> Result<GuestEvent, InvalidEvent> {
     let size = event.compute_size();
-    if size > LARGEST as u64 {
-        return Err(Refused::TooLarge(size));
+    if size > MAX_SIZE as u64 {
+        return Err(InvalidEvent::TooLarge(size));
     }
     let bytes = event.event.value.as_slice();
-    let (container, news) = match event.topic.as_str() {
+    let (container, change) = match event.topic.as_str() {
         topics::TASK_CREATE_EVENT_TOPIC => {
-            let event: TaskCreate = parse(bytes)?;
-            (event.container_id, News::Created { pid: event.pid })
+            let event: TaskCreate = decode(bytes)?;
+            (event.container_id, TaskChange::Created { pid: event.pid })
         }
         topics::TASK_START_EVENT_TOPIC => {
-            let event: TaskStart = parse(bytes)?;
-            (event.container_id, News::Started { pid: event.pid })
+            let event: TaskStart = decode(bytes)?;
+            (event.container_id, TaskChange::Started { pid: event.pid })
         }
-        topics::TASK_OOM_EVENT_TOPIC => (parse::<TaskOOM>(bytes)?.container_id, News::OutOfMemory),
+        topics::TASK_OOM_EVENT_TOPIC => (decode::<TaskOOM>(bytes)?.container_id, TaskChange::OutOfMemory),
         topics::TASK_EXEC_ADDED_EVENT_TOPIC => {
-            let event: TaskExecAdded = parse(bytes)?;
-            (event.container_id, News::ExecAdded { exec: event.exec_id })
+            let event: TaskExecAdded = decode(bytes)?;
+            (event.container_id, TaskChange::ExecAdded { exec: event.exec_id })
         }
         topics::TASK_EXEC_STARTED_EVENT_TOPIC => {
-            let event: TaskExecStarted = parse(bytes)?;
-            (event.container_id, News::ExecStarted { exec: event.exec_id, pid: event.pid })
+            let event: TaskExecStarted = decode(bytes)?;
+            (event.container_id, TaskChange::ExecStarted { exec: event.exec_id, pid: event.pid })
         }
-        topics::TASK_PAUSED_EVENT_TOPIC => (parse::<TaskPaused>(bytes)?.container_id, News::Paused),
-        topics::TASK_RESUMED_EVENT_TOPIC => (parse::<TaskResumed>(bytes)?.container_id, News::Resumed),
+        topics::TASK_PAUSED_EVENT_TOPIC => (decode::<TaskPaused>(bytes)?.container_id, TaskChange::Paused),
+        topics::TASK_RESUMED_EVENT_TOPIC => (decode::<TaskResumed>(bytes)?.container_id, TaskChange::Resumed),
         topics::TASK_EXIT_EVENT_TOPIC => {
-            let TaskExit { container_id, id, pid, exit_status: status, exited_at, .. } = parse(bytes)?;
-            // The init goes by its container's id here.
+            let TaskExit { container_id, id, pid, exit_status: status, exited_at, .. } = decode(bytes)?;
+            // In this event the init process has the container's id.
             let exec = if id == container_id { String::new() } else { id };
-            (container_id, News::Exited { exec, pid, status, at: moment(exited_at.as_ref()) })
+            (container_id, TaskChange::Exited { exec, pid, status, at: valid_time(exited_at.as_ref()) })
         }
         topics::TASK_DELETE_EVENT_TOPIC => {
-            let TaskDelete { container_id, pid, exit_status: status, exited_at, .. } = parse(bytes)?;
-            (container_id, News::Deleted { pid, status, at: moment(exited_at.as_ref()) })
+            let TaskDelete { container_id, pid, exit_status: status, exited_at, .. } = decode(bytes)?;
+            (container_id, TaskChange::Deleted { pid, status, at: valid_time(exited_at.as_ref()) })
         }
-        other => return Err(Refused::Topic(other.to_owned())),
+        other => return Err(InvalidEvent::UnknownTopic(other.to_owned())),
     };
-    let exec = news.exec();
-    // An exec without an id would pass for the init.
-    let nameless = exec.is_empty() && matches!(news, News::ExecAdded { .. } | News::ExecStarted { .. });
-    if nameless || !knows(&container, exec) {
-        return Err(Refused::Unknown { exec: exec.to_owned(), container });
+    let exec = change.exec();
+    // An exec with an empty id would be taken for the init process.
+    let nameless = exec.is_empty() && matches!(change, TaskChange::ExecAdded { .. } | TaskChange::ExecStarted { .. });
+    if nameless || !exists(&container, exec) {
+        return Err(InvalidEvent::UnknownProcess { exec: exec.to_owned(), container });
     }
-    Ok(Told { container, at: moment(event.timestamp.as_ref()), news })
+    Ok(GuestEvent { container, at: valid_time(event.timestamp.as_ref()), change })
 }
 
-fn parse<M: Message>(bytes: &[u8]) -> Result<M, Refused> {
-    M::parse_from_bytes(bytes).map_err(|error| Refused::Garbled { topic: M::NAME, problem: error.to_string() })
+fn decode<M: Message>(bytes: &[u8]) -> Result<M, InvalidEvent> {
+    M::parse_from_bytes(bytes)
+        .map_err(|error| InvalidEvent::Undecodable { message: M::NAME, problem: error.to_string() })
 }
 
-/// A moment without what a hostile guest may have put beside it, if it is one.
-fn moment(at: Option<&Timestamp>) -> Option<Timestamp> {
+/// A valid time, without unknown fields that a hostile guest may have added.
+fn valid_time(at: Option<&Timestamp>) -> Option<Timestamp> {
     let at = at?;
-    let is_one = (0..=LAST_SECOND).contains(&at.seconds) && (0..1_000_000_000).contains(&at.nanos);
-    is_one.then(|| Timestamp { seconds: at.seconds, nanos: at.nanos, ..Default::default() })
+    let valid = (0..=MAX_SECOND).contains(&at.seconds) && (0..1_000_000_000).contains(&at.nanos);
+    valid.then(|| Timestamp { seconds: at.seconds, nanos: at.nanos, ..Default::default() })
 }
 
 #[cfg(test)]
@@ -193,7 +171,7 @@ mod tests {
     }
 
     fn event(topic: &str, value: Vec<u8>) -> Event {
-        // The type is not looked at: the topic says what it is.
+        // The type URL is ignored: the topic determines the message.
         let any = Any { type_url: "evil.Type".into(), value, ..Default::default() };
         Event { topic: topic.into(), timestamp: at(AT), event: MessageField::some(any), ..Default::default() }
     }
@@ -202,17 +180,17 @@ mod tests {
         message.write_to_bytes().unwrap()
     }
 
-    /// There is one container, with one exec.
-    fn read_here(event: &Event) -> Result<News, Refused> {
-        let told = read(event, |container, exec| container == "c" && ["", "e"].contains(&exec))?;
-        assert_eq!((told.container.as_str(), told.at), ("c", at(AT).into_option()));
-        Ok(told.news)
+    /// Parses an event in a sandbox with one container `c`, which has one exec `e`.
+    fn parse_here(event: &Event) -> Result<TaskChange, InvalidEvent> {
+        let event = parse(event, |container, exec| container == "c" && ["", "e"].contains(&exec))?;
+        assert_eq!((event.container.as_str(), event.at), ("c", at(AT).into_option()));
+        Ok(event.change)
     }
 
     #[test]
-    fn an_event_is_what_its_topic_says_or_nothing() {
+    fn an_event_is_the_message_that_its_topic_implies_or_is_rejected() {
         let unknown = |container: &str, exec: &str| {
-            Err(Refused::Unknown { container: container.to_owned(), exec: exec.to_owned() })
+            Err(InvalidEvent::UnknownProcess { container: container.to_owned(), exec: exec.to_owned() })
         };
         let (c, e) = (|| "c".to_owned(), || "e".to_owned());
         let create = |container_id: &str| {
@@ -233,7 +211,8 @@ mod tests {
                 ..Default::default()
             })
         };
-        let exited = |exec: &str, at: Option<Timestamp>| Ok(News::Exited { exec: exec.into(), pid: 7, status: 3, at });
+        let exited =
+            |exec: &str, at: Option<Timestamp>| Ok(TaskChange::Exited { exec: exec.into(), pid: 7, status: 3, at });
         let added = |exec_id: &str| {
             encoded(&TaskExecAdded { container_id: c(), exec_id: exec_id.into(), ..Default::default() })
         };
@@ -241,50 +220,54 @@ mod tests {
             encoded(&TaskExecStarted { container_id: c(), exec_id: exec_id.into(), pid: 7, ..Default::default() })
         };
         let delete = encoded(&TaskDelete { container_id: c(), pid: 7, exit_status: 3, ..Default::default() });
-        // Field 15, a string, which no event has.
-        let with_more = |mut bytes: Vec<u8>| {
+        // Field 15, a string: no event has it.
+        let with_unknown_field = |mut bytes: Vec<u8>| {
             bytes.extend([0x7a, 2, b'h', b'i']);
             bytes
         };
         let oom = encoded(&TaskOOM { container_id: c(), ..Default::default() });
         let table = [
-            ("/tasks/create", create("c"), Ok(News::Created { pid: 7 })),
+            ("/tasks/create", create("c"), Ok(TaskChange::Created { pid: 7 })),
             ("/tasks/create", create("other"), unknown("other", "")),
             ("/tasks/create", create(""), unknown("", "")),
             (
                 "/tasks/start",
                 encoded(&TaskStart { container_id: c(), pid: 7, ..Default::default() }),
-                Ok(News::Started { pid: 7 }),
+                Ok(TaskChange::Started { pid: 7 }),
             ),
-            ("/tasks/oom", oom.clone(), Ok(News::OutOfMemory)),
-            ("/tasks/oom", with_more(oom.clone()), Ok(News::OutOfMemory)),
-            ("/tasks/paused", encoded(&TaskPaused { container_id: c(), ..Default::default() }), Ok(News::Paused)),
-            ("/tasks/resumed", encoded(&TaskResumed { container_id: c(), ..Default::default() }), Ok(News::Resumed)),
-            ("/tasks/exec-added", added("e"), Ok(News::ExecAdded { exec: e() })),
-            ("/tasks/exec-added", with_more(added("e")), Ok(News::ExecAdded { exec: e() })),
+            ("/tasks/oom", oom.clone(), Ok(TaskChange::OutOfMemory)),
+            ("/tasks/oom", with_unknown_field(oom.clone()), Ok(TaskChange::OutOfMemory)),
+            ("/tasks/paused", encoded(&TaskPaused { container_id: c(), ..Default::default() }), Ok(TaskChange::Paused)),
+            (
+                "/tasks/resumed",
+                encoded(&TaskResumed { container_id: c(), ..Default::default() }),
+                Ok(TaskChange::Resumed),
+            ),
+            ("/tasks/exec-added", added("e"), Ok(TaskChange::ExecAdded { exec: e() })),
+            ("/tasks/exec-added", with_unknown_field(added("e")), Ok(TaskChange::ExecAdded { exec: e() })),
             ("/tasks/exec-added", added("x"), unknown("c", "x")),
             ("/tasks/exec-added", added(""), unknown("c", "")),
-            ("/tasks/exec-started", started("e"), Ok(News::ExecStarted { exec: e(), pid: 7 })),
+            ("/tasks/exec-started", started("e"), Ok(TaskChange::ExecStarted { exec: e(), pid: 7 })),
             ("/tasks/exec-started", started("x"), unknown("c", "x")),
             ("/tasks/exec-started", started(""), unknown("c", "")),
             ("/tasks/exit", exit("c", AT), exited("", at(AT).into_option())),
             ("/tasks/exit", exit("", AT), exited("", at(AT).into_option())),
             ("/tasks/exit", exit("e", AT), exited("e", at(AT).into_option())),
-            ("/tasks/exit", exit("e", LAST_SECOND + 1), exited("e", None)),
+            ("/tasks/exit", exit("e", MAX_SECOND + 1), exited("e", None)),
             ("/tasks/exit", exit("e", -1), exited("e", None)),
             ("/tasks/exit", exit("x", AT), unknown("c", "x")),
-            ("/tasks/delete", delete.clone(), Ok(News::Deleted { pid: 7, status: 3, at: None })),
-            ("/tasks/delete", with_more(delete), Ok(News::Deleted { pid: 7, status: 3, at: None })),
-            ("/tasks/checkpointed", oom.clone(), Err(Refused::Topic("/tasks/checkpointed".into()))),
-            ("", oom, Err(Refused::Topic(String::new()))),
+            ("/tasks/delete", delete.clone(), Ok(TaskChange::Deleted { pid: 7, status: 3, at: None })),
+            ("/tasks/delete", with_unknown_field(delete), Ok(TaskChange::Deleted { pid: 7, status: 3, at: None })),
+            ("/tasks/checkpointed", oom.clone(), Err(InvalidEvent::UnknownTopic("/tasks/checkpointed".into()))),
+            ("", oom, Err(InvalidEvent::UnknownTopic(String::new()))),
         ];
-        for (topic, value, wanted) in table {
-            assert_eq!(read_here(&event(topic, value.clone())), wanted, "{topic} {value:?}");
+        for (topic, value, expected) in table {
+            assert_eq!(parse_here(&event(topic, value.clone())), expected, "{topic} {value:?}");
         }
     }
 
     #[test]
-    fn what_cannot_be_decoded_or_is_too_large_is_refused() {
+    fn undecodable_and_oversized_events_are_rejected() {
         for topic in [
             "/tasks/create",
             "/tasks/start",
@@ -296,28 +279,31 @@ mod tests {
             "/tasks/exit",
             "/tasks/delete",
         ] {
-            // Field 1, a string of 200 bytes, of which there are none.
-            let refused = read_here(&event(topic, vec![0x0a, 200, 1])).unwrap_err();
-            assert!(matches!(refused, Refused::Garbled { .. }), "{topic}: {refused:?}");
+            // Field 1, a string of 200 bytes, all of which are missing.
+            let rejected = parse_here(&event(topic, vec![0x0a, 200, 1])).unwrap_err();
+            assert!(matches!(rejected, InvalidEvent::Undecodable { .. }), "{topic}: {rejected:?}");
         }
         let long = |length: usize| TaskOOM { container_id: "c".repeat(length), ..Default::default() };
-        let refused = read_here(&event("/tasks/oom", encoded(&long(LARGEST)))).unwrap_err();
-        assert!(matches!(refused, Refused::TooLarge(size) if size > LARGEST as u64), "{refused:?}");
-        let refused = read_here(&event(&"/".repeat(LARGEST), Vec::new())).unwrap_err();
-        assert!(matches!(refused, Refused::TooLarge(_)), "{refused:?}");
-        assert!(matches!(read_here(&event("/tasks/oom", encoded(&long(LARGEST / 2)))), Err(Refused::Unknown { .. })));
+        let rejected = parse_here(&event("/tasks/oom", encoded(&long(MAX_SIZE)))).unwrap_err();
+        assert!(matches!(rejected, InvalidEvent::TooLarge(size) if size > MAX_SIZE as u64), "{rejected:?}");
+        let rejected = parse_here(&event(&"/".repeat(MAX_SIZE), Vec::new())).unwrap_err();
+        assert!(matches!(rejected, InvalidEvent::TooLarge(_)), "{rejected:?}");
+        assert!(matches!(
+            parse_here(&event("/tasks/oom", encoded(&long(MAX_SIZE / 2)))),
+            Err(InvalidEvent::UnknownProcess { .. })
+        ));
     }
 
     #[test]
-    fn a_moment_without_sense_is_none() {
-        let told = |timestamp| {
+    fn an_invalid_time_is_dropped() {
+        let parsed_time = |timestamp| {
             let oom = TaskOOM { container_id: "c".into(), ..Default::default() };
-            read(&Event { timestamp, ..event("/tasks/oom", encoded(&oom)) }, |_, _| true).unwrap().at
+            parse(&Event { timestamp, ..event("/tasks/oom", encoded(&oom)) }, |_, _| true).unwrap().at
         };
-        assert_eq!(told(at(AT)), at(AT).into_option());
-        assert_eq!(told(at(LAST_SECOND + 1)), None);
-        assert_eq!(told(MessageField::none()), None);
+        assert_eq!(parsed_time(at(AT)), at(AT).into_option());
+        assert_eq!(parsed_time(at(MAX_SECOND + 1)), None);
+        assert_eq!(parsed_time(MessageField::none()), None);
         let nanos = Timestamp { seconds: AT, nanos: 1_000_000_000, ..Default::default() };
-        assert_eq!(told(MessageField::some(nanos)), None);
+        assert_eq!(parsed_time(MessageField::some(nanos)), None);
     }
 }

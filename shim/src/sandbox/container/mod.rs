@@ -1,13 +1,13 @@
-//! One container as the shim keeps it: its processes, and the order in which containerd hears of them.
+//! One container: its processes, and the order in which their events are published to containerd.
 //!
-//! What the guest tells goes on at once, but for exits: one is told when the output of its process has been delivered, the init's after those of
-//! its execs, and the deletion last of all. Nobody who reports an exit waits for that, so a reader who does not read holds up one process's exit
-//! and the init's, and nothing else; what waits is bounded by the number of processes.
+//! Most events are published at once. An exit is published after the process's output has been delivered, the exit of
+//! the init process after the exits of its execs, and the deletion last. These publications run in tasks of their own,
+//! so a stalled reader delays only its process's exit and the exit of the init process. There is at most one such task
+//! per process, and one for the deletion.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{
@@ -15,9 +15,9 @@ use containerd_shim_protos::events::task::{
     TaskStart,
 };
 use containerd_shim_protos::topics;
-use protobuf::well_known_types::any::Any;
+use husk_protos::lock::lock;
 use protobuf::well_known_types::timestamp::Timestamp;
-use protobuf::{MessageDyn, MessageField, MessageFull};
+use protobuf::{MessageField, MessageFull};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -26,33 +26,31 @@ use crate::containerd::publisher::Publisher;
 use crate::host::hooks::{Hook, Subject};
 use crate::stdio::Stdio;
 
-pub mod guest_event;
-pub mod process;
+pub(super) mod guest_event;
+pub(super) mod process;
+mod publish;
 #[cfg(test)]
 mod tests;
 
-use guest_event::News;
-use process::{Exit, Process};
+use guest_event::TaskChange;
+use process::{EXIT_RECORDED, Exit, Process};
 
-/// How long the exit of a process that is gone may take to be recorded: until its output is delivered, or nobody takes it.
-pub const EXIT_RECORDED: Duration = Duration::from_secs(10);
-const _: () = assert!(process::DELIVERY.as_secs() < EXIT_RECORDED.as_secs());
-/// Exit status of what dies with its VM: as if by SIGKILL.
+/// Exit status of a process that dies with its VM: as if killed by SIGKILL.
 const KILLED: u32 = 137;
 
-/// A container that the guest has, or had before its VM died.
-pub struct Container {
-    /// containerd's id of it.
-    pub id: String,
-    /// What its hooks of the host are told of it, the bundle among it.
-    pub subject: Subject,
-    /// Those that come after its start.
-    pub poststart: Vec<Hook>,
-    /// As containerd asked for it.
+/// A container that exists in the guest, or existed until the VM died.
+pub(crate) struct Container {
+    pub(super) id: String,
+    /// The description that its host hooks receive, which includes the bundle.
+    pub(super) subject: Subject,
+    /// The hooks that follow its start.
+    pub(super) poststart: Vec<Hook>,
+    /// containerd's request.
     request: CreateTaskRequest,
     publisher: Publisher,
+    /// By exec id; the init process's is empty.
     processes: Mutex<HashMap<String, Arc<Process>>>,
-    /// What is still to be told after those who report it have gone on: the exits of execs; or that of the init, which waits for them; or the
+    /// Publications that wait: the exits of execs; then the exit of the init process, which waits for them; then the
     /// deletion, which waits for that.
     pending: Mutex<JoinSet<()>>,
     deleting: AtomicBool,
@@ -60,8 +58,13 @@ pub struct Container {
 }
 
 impl Container {
-    /// A container with its init process; events go to `publisher`.
-    pub fn new(request: CreateTaskRequest, subject: Subject, poststart: Vec<Hook>, publisher: Publisher) -> Arc<Self> {
+    /// A container with its init process.
+    pub(super) fn new(
+        request: CreateTaskRequest,
+        subject: Subject,
+        poststart: Vec<Hook>,
+        publisher: Publisher,
+    ) -> Arc<Self> {
         let init = Arc::new(Process::new("", Stdio::from(&request)));
         Arc::new(Self {
             id: request.id.clone(),
@@ -76,26 +79,30 @@ impl Container {
         })
     }
 
-    /// The process of that exec id; the init for an empty one.
-    pub fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
+    /// The process with this exec id; the init process for an empty id.
+    pub(super) fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
         self.processes().get(exec_id).cloned()
     }
 
-    /// Ends the output of all its processes; see [`Process::finish_output`].
-    pub async fn finish_output(&self) {
+    /// Finishes the output of all processes; see [`Process::finish_output`].
+    pub(super) async fn finish_output(&self) {
         let processes: Vec<_> = self.processes().values().cloned().collect();
         futures::future::join_all(processes.iter().map(|process| async {
-            // Until the exit is recorded, its output is still being waited for.
+            // Until the exit is recorded, the output is still being delivered.
             if process.pid() != 0 && tokio::time::timeout(EXIT_RECORDED, process.exited()).await.is_err() {
-                tracing::warn!(container = self.id, exec = process.exec_id, "its output ends before its exit is known");
+                tracing::warn!(
+                    container = self.id,
+                    exec = process.exec_id,
+                    "the output of a process is cut off: its exit is not known yet"
+                );
             }
             process.finish_output().await;
         }))
         .await;
     }
 
-    /// Its processes as an operator sees them, the init first.
-    pub fn processes_seen(&self) -> Vec<Value> {
+    /// The processes for an operator's status, the init process first.
+    pub(super) fn processes_seen(&self) -> Vec<Value> {
         let mut processes: Vec<_> = self.processes().values().cloned().collect();
         processes.sort_by(|a, b| a.exec_id.cmp(&b.exec_id));
         let seen = |process: &Arc<Process>| {
@@ -105,8 +112,8 @@ impl Container {
         processes.iter().map(seen).collect()
     }
 
-    /// Adds an exec; false if that id is taken.
-    pub fn add(&self, process: Arc<Process>) -> bool {
+    /// Adds an exec; returns false if its id exists.
+    pub(super) fn add(&self, process: Arc<Process>) -> bool {
         use std::collections::hash_map::Entry;
         match self.processes().entry(process.exec_id.clone()) {
             Entry::Occupied(_) => false,
@@ -117,100 +124,99 @@ impl Container {
         }
     }
 
-    /// Takes an exec out.
-    pub fn remove(&self, exec_id: &str) -> Option<Arc<Process>> {
+    /// Removes an exec.
+    pub(super) fn remove(&self, exec_id: &str) -> Option<Arc<Process>> {
         self.processes().remove(exec_id)
     }
 
-    /// The guest says that something happened. Waits for nobody but the publisher.
-    pub async fn told(&self, news: News, at: Timestamp) {
+    /// Applies a change that the guest reports, and publishes it. Waits for nothing but space in the publisher's queue.
+    pub(super) async fn apply(&self, change: TaskChange, at: Timestamp) {
         let container_id = self.id.clone();
-        let Some(process) = self.process(news.exec()) else {
-            tracing::debug!(container = self.id, exec = news.exec(), "told of a process that is gone");
+        let Some(process) = self.process(change.exec()) else {
+            tracing::debug!(container = self.id, exec = change.exec(), "dropped an event of a process that is gone");
             return;
         };
-        // The answer to a call may come after what is told of it, as with a fast exec.
-        if let News::Created { pid }
-        | News::Started { pid }
-        | News::ExecStarted { pid, .. }
-        | News::Exited { pid, .. } = news
+        // The event may arrive before the response to the call, for example for a fast exec.
+        if let TaskChange::Created { pid }
+        | TaskChange::Started { pid }
+        | TaskChange::ExecStarted { pid, .. }
+        | TaskChange::Exited { pid, .. } = change
         {
             process.set_pid(pid);
         }
         let (pid, exec_id) = (process.pid(), process.exec_id.clone());
-        match news {
-            News::Created { .. } => self.publish(topics::TASK_CREATE_EVENT_TOPIC, &self.created(pid), at).await,
-            News::Started { .. } => {
+        match change {
+            TaskChange::Created { .. } => self.publish(topics::TASK_CREATE_EVENT_TOPIC, &self.created(pid), at).await,
+            TaskChange::Started { .. } => {
                 let event = TaskStart { container_id, pid, ..Default::default() };
                 self.publish(topics::TASK_START_EVENT_TOPIC, &event, at).await;
             }
-            News::OutOfMemory => {
-                // Any number of these comes without a call of containerd's; waiting for it would hold up all that the VM tells.
-                let topic = topics::TASK_OOM_EVENT_TOPIC;
-                if let Some(event) = packed(topic, &TaskOOM { container_id, ..Default::default() }) {
-                    self.publisher.offer(topic, event, at);
-                }
+            TaskChange::OutOfMemory => {
+                // Do not wait for space in the queue: the guest can send any number of these events without a call, and
+                // all other events of the VM would wait too.
+                let event = TaskOOM { container_id, ..Default::default() };
+                publish::offer(&self.publisher, topics::TASK_OOM_EVENT_TOPIC, &event, at);
             }
-            News::ExecAdded { .. } => {
+            TaskChange::ExecAdded { .. } => {
                 let event = TaskExecAdded { container_id, exec_id, ..Default::default() };
                 self.publish(topics::TASK_EXEC_ADDED_EVENT_TOPIC, &event, at).await;
-                process.announce();
+                process.set_announced();
             }
-            News::ExecStarted { .. } => {
+            TaskChange::ExecStarted { .. } => {
                 let event = TaskExecStarted { container_id, exec_id, pid, ..Default::default() };
                 self.publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, &event, at).await;
             }
-            News::Paused => {
+            TaskChange::Paused => {
                 let event = TaskPaused { container_id, ..Default::default() };
                 self.publish(topics::TASK_PAUSED_EVENT_TOPIC, &event, at).await;
             }
-            News::Resumed => {
+            TaskChange::Resumed => {
                 let event = TaskResumed { container_id, ..Default::default() };
                 self.publish(topics::TASK_RESUMED_EVENT_TOPIC, &event, at).await;
             }
-            News::Exited { status, at: exited_at, .. } => {
-                self.end(process, Exit { status, at: exited_at.unwrap_or(at) });
+            TaskChange::Exited { status, at: exited_at, .. } => {
+                self.publish_exit(process, Exit { status, at: exited_at.unwrap_or(at) });
             }
-            News::Deleted { status, at: exited_at, .. } => {
-                self.delete(Exit { status, at: exited_at.unwrap_or_else(|| at.clone()) }, at);
+            TaskChange::Deleted { status, at: exited_at, .. } => {
+                self.publish_deletion(Exit { status, at: exited_at.unwrap_or_else(|| at.clone()) }, at);
             }
         }
     }
 
-    /// The VM is gone, and with it every process.
-    pub fn died(&self, at: Timestamp) {
-        // The execs before the init, as if it had taken them along.
+    /// Ends every process: the VM is dead.
+    pub(super) fn vm_died(&self, at: Timestamp) {
+        // Execs first, as if the exit of the init process had killed them.
         let mut processes: Vec<_> = self.processes().values().cloned().collect();
         processes.sort_by_key(|process| process.exec_id.is_empty());
         for process in processes {
             let exit = Exit { status: KILLED, at: at.clone() };
             if process.pid() == 0 && !process.exec_id.is_empty() {
-                // It never ran, so nobody is told of an end; who waits for one, or deletes it, has it at once.
+                // The exec never ran, so no exit is published. Pending calls to Wait and Delete return at once.
                 process.record_exit(exit);
             } else {
-                self.end(process, exit);
+                self.publish_exit(process, exit);
             }
         }
     }
 
-    /// Deleted although there is no guest to tell of it.
-    pub fn deleted_without_guest(&self, exit: Exit, at: Timestamp) {
-        self.delete(exit, at);
+    /// Publishes the deletion in the place of a dead guest.
+    pub(super) fn deleted_without_guest(&self, exit: Exit, at: Timestamp) {
+        self.publish_deletion(exit, at);
     }
 
-    /// Waits until its TaskDelete has been given to the publisher.
-    pub async fn delete_published(&self) {
-        // The sender is in self, so it cannot be gone.
+    /// Waits until the deletion has been passed to the publisher.
+    pub(super) async fn delete_published(&self) {
+        // Cannot fail: self holds the sender.
         let _ = self.deleted.subscribe().wait_for(|deleted| *deleted).await;
     }
 
-    /// Waits until every process that has run has ended and is recorded.
-    pub async fn ended(&self) {
+    /// Waits until the exit of every process that has run is recorded.
+    pub(super) async fn ended(&self) {
         let processes: Vec<_> = self.processes().values().filter(|process| process.pid() != 0).cloned().collect();
         futures::future::join_all(processes.iter().map(|process| process.exited())).await;
     }
 
-    /// What containerd's clients know are the host's paths, not the guest's.
+    /// The event of the creation, with the paths on the host: containerd's clients do not know the guest's paths.
     fn created(&self, pid: u32) -> TaskCreate {
         let request = &self.request;
         TaskCreate {
@@ -230,16 +236,17 @@ impl Container {
         }
     }
 
-    /// A process has ended; the first report of it counts. It is recorded and told when its output has been delivered, or nobody takes it.
-    fn end(&self, process: Arc<Process>, exit: Exit) {
-        if !process.take_end() {
+    /// Records and publishes a process's exit as soon as its output has been delivered or the reader is given up. Only
+    /// the first report of an exit counts.
+    fn publish_exit(&self, process: Arc<Process>, exit: Exit) {
+        if !process.claim_exit() {
             return;
         }
         let mut pending = self.pending();
-        // The ones that are done.
+        // Remove the finished tasks.
         while pending.try_join_next().is_some() {}
         let is_init = process.exec_id.is_empty();
-        // The guest reports the execs' exits before the init's, so these are all.
+        // Complete: the guest reports the exits of execs before the exit of the init process.
         let mut execs = if is_init { std::mem::take(&mut *pending) } else { JoinSet::new() };
         let (container_id, publisher) = (self.id.clone(), self.publisher.clone());
         pending.spawn(async move {
@@ -247,7 +254,7 @@ impl Container {
                 tracing::warn!(
                     container = container_id,
                     exec = process.exec_id,
-                    "exit reported before its output was read: the reader does not read, or is too slow"
+                    "exit published before all output was delivered: the reader is stalled or too slow"
                 );
             }
             while execs.join_next().await.is_some() {}
@@ -262,19 +269,19 @@ impl Container {
                 exited_at: MessageField::some(exit.at.clone()),
                 ..Default::default()
             };
-            publish(&publisher, topics::TASK_EXIT_EVENT_TOPIC, &event, exit.at).await;
+            publish::publish(&publisher, topics::TASK_EXIT_EVENT_TOPIC, &event, exit.at).await;
         });
     }
 
-    /// It has been deleted, which is told once, after everything else. `exit` is the init's, unless that is recorded.
-    fn delete(&self, exit: Exit, at: Timestamp) {
+    /// Publishes the deletion once, after all exits. `exit` is used if no exit of the init process is recorded.
+    fn publish_deletion(&self, exit: Exit, at: Timestamp) {
         let init = self.process("").filter(|_| !self.deleting.swap(true, Ordering::Relaxed));
         let Some(init) = init else { return };
         let mut pending = self.pending();
-        let mut before = std::mem::take(&mut *pending);
+        let mut exits = std::mem::take(&mut *pending);
         let (container_id, publisher, deleted) = (self.id.clone(), self.publisher.clone(), self.deleted.clone());
         pending.spawn(async move {
-            while before.join_next().await.is_some() {}
+            while exits.join_next().await.is_some() {}
             let exit = init.exit().unwrap_or(exit);
             let event = TaskDelete {
                 container_id,
@@ -283,40 +290,27 @@ impl Container {
                 exited_at: MessageField::some(exit.at),
                 ..Default::default()
             };
-            publish(&publisher, topics::TASK_DELETE_EVENT_TOPIC, &event, at).await;
+            publish::publish(&publisher, topics::TASK_DELETE_EVENT_TOPIC, &event, at).await;
             deleted.send_replace(true);
         });
     }
 
     async fn publish(&self, topic: &str, event: &impl MessageFull, at: Timestamp) {
-        publish(&self.publisher, topic, event, at).await;
+        publish::publish(&self.publisher, topic, event, at).await;
     }
 
     fn processes(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
-        self.processes.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.processes)
     }
 
     fn pending(&self) -> MutexGuard<'_, JoinSet<()>> {
-        self.pending.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.pending)
     }
 }
 
 impl Drop for Container {
     fn drop(&mut self) {
-        // What is still to be told is told: each of it ends by itself, because no output is waited for without end.
+        // Let the publications finish. All of them do, because the wait for output is limited.
         self.pending().detach_all();
     }
-}
-
-async fn publish(publisher: &Publisher, topic: &str, event: &impl MessageFull, at: Timestamp) {
-    if let Some(event) = packed(topic, event) {
-        publisher.publish(topic, event, at).await;
-    }
-}
-
-/// As containerd's clients decode it.
-fn packed(topic: &str, event: &impl MessageFull) -> Option<Any> {
-    let encoded = event.write_to_bytes();
-    let value = encoded.inspect_err(|error| tracing::error!(topic, %error, "event lost: it cannot be encoded")).ok()?;
-    Some(Any { type_url: event.descriptor_dyn().full_name().to_owned(), value, ..Default::default() })
 }

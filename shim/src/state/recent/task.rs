@@ -1,4 +1,4 @@
-//! What an event for containerd says, in short. Pure.
+//! Extracts the values of a containerd event that an operator needs. Pure.
 
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
@@ -8,8 +8,8 @@ use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
 
-/// The particulars that an operator looks for.
-pub fn fields(topic: &str, event: &Any) -> Value {
+/// The event's values as a JSON object.
+pub(crate) fn fields(topic: &str, event: &Any) -> Value {
     let bytes = &event.value;
     let fields = match topic {
         topics::TASK_CREATE_EVENT_TOPIC => TaskCreate::parse_from_bytes(bytes)
@@ -24,7 +24,7 @@ pub fn fields(topic: &str, event: &Any) -> Value {
         topics::TASK_EXIT_EVENT_TOPIC => TaskExit::parse_from_bytes(bytes).map(|event| {
             let mut fields =
                 json!({"container": event.container_id, "pid": event.pid, "exit_status": event.exit_status});
-            // The init goes by its container's id.
+            // The init process has the container's id.
             if event.id != event.container_id {
                 fields["exec"] = json!(event.id);
             }
@@ -43,7 +43,7 @@ pub fn fields(topic: &str, event: &Any) -> Value {
         }
         _ => Ok(json!({})),
     };
-    // The shim has made it itself, so it can be read.
+    // Decoding cannot fail: the shim encoded the event itself.
     fields.unwrap_or_else(|error| json!({"unreadable": error.to_string()}))
 }
 
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_event_tells_whom_it_is_about() {
+    fn the_fields_name_the_container_and_the_process() {
         let any =
             |event: &dyn protobuf::MessageDyn| Any { value: event.write_to_bytes_dyn().unwrap(), ..Default::default() };
         let (container_id, exec_id, pid) = ("c".to_owned(), "e".to_owned(), 7);
@@ -79,8 +79,8 @@ mod tests {
             (topics::TASK_EXEC_ADDED_EVENT_TOPIC, any(&added), json!({"container": "c", "exec": "e"})),
             ("/other", any(&oom), json!({})),
         ];
-        for (topic, event, wanted) in table {
-            assert_eq!(fields(topic, &event), wanted, "{topic}");
+        for (topic, event, expected) in table {
+            assert_eq!(fields(topic, &event), expected, "{topic}");
         }
     }
 }

@@ -1,4 +1,10 @@
-//! QEMU as the VMM.
+//! QEMU as the VMM: starts its process and keeps the reason why the guest ended.
+//!
+//! | file       | contents                                |
+//! |------------|-----------------------------------------|
+//! | `args.rs`  | the arguments (pure)                    |
+//! | `board.rs` | the boards                              |
+//! | `qmp.rs`   | QMP, QEMU's control protocol            |
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -8,34 +14,58 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use husk_protos::chain::Chain;
+use husk_protos::lock::lock;
 use tokio::net::UnixStream;
 
 use crate::host::child::{Child, FIRST_FD, Launch};
 use crate::host::process::ProcessId;
-use crate::vmm::{Disk, Error, Machine, Sockets, Spec, Vmm, hugepages};
+use crate::vmm::error::VmmError;
+use crate::vmm::hugepages;
+use crate::vmm::machine::{Disk, Machine, Sockets, Spec, Vmm};
 
-pub mod args;
-pub mod qmp;
+pub(crate) mod args;
+pub(crate) mod board;
+mod qmp;
 
-/// For the greeting and each command.
+/// The name in messages.
+pub(super) const NAME: &str = "QEMU";
+/// How to install the program.
+pub(super) const INSTALL_HINT: &str = "Debian: apt-get install qemu-system-x86";
+/// Deadline for the greeting and for each command.
 const QMP_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Runs machines with one QEMU binary.
+/// Runs machines on one board with one QEMU binary.
 #[derive(Debug, Clone)]
-pub struct Qemu {
+pub(super) struct Qemu {
     /// `qemu-system-x86_64`.
-    pub program: PathBuf,
+    pub(super) program: PathBuf,
+    /// The board.
+    pub(super) board: board::Board,
 }
 
 #[async_trait]
 impl Vmm for Qemu {
-    async fn start(&self, spec: &Spec, sockets: Sockets) -> Result<Box<dyn Machine>, Error> {
-        let system = |what| move |source| Error::System { what, source };
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn id(&self) -> &'static str {
+        "qemu"
+    }
+
+    fn board(&self) -> &'static str {
+        self.board.name()
+    }
+
+    async fn start(&self, spec: &Spec, sockets: Sockets) -> Result<Box<dyn Machine>, VmmError> {
+        let system = |what| move |source| VmmError::System { what, source };
         let mut spec = spec.clone();
         if spec.hugepages {
             spec.memory_mib = hugepages::fit_host(spec.memory_mib)?;
         }
-        let (qmp, qmp_theirs) = std::os::unix::net::UnixStream::pair().map_err(system("make a socket pair for QMP"))?;
+        let (qmp, qmp_theirs) =
+            std::os::unix::net::UnixStream::pair().map_err(system("create a socket pair for QMP"))?;
         qmp.set_nonblocking(true).map_err(system("make the QMP socket non-blocking"))?;
 
         let mut inherited = Inherited::default();
@@ -46,11 +76,15 @@ impl Vmm for Qemu {
             qmp: inherited.add(qmp_theirs.into()),
             vsock: inherited.add(sockets.vsock),
             share: sockets.share.map(|share| inherited.add(share)),
-            disks: spec.disks.iter().map(|disk| Ok(inherited.add(read_only(disk)?))).collect::<Result<_, Error>>()?,
+            disks: spec
+                .disks
+                .iter()
+                .map(|disk| Ok(inherited.add(read_only(disk)?)))
+                .collect::<Result<_, VmmError>>()?,
         };
         let launch = Launch {
             program: self.program.clone(),
-            args: args::arguments(&spec, &fds).into_iter().map(Into::into).collect(),
+            args: args::arguments(&spec, self.board, &fds).into_iter().map(Into::into).collect(),
             env: Vec::new(),
             fds: inherited.0,
             user: spec.user,
@@ -58,8 +92,7 @@ impl Vmm for Qemu {
             cgroups: Vec::new(),
             leads: false,
         };
-        let child =
-            launch.spawn().map_err(|source| Error::Spawn { program: self.program.display().to_string(), source })?;
+        let child = launch.spawn().map_err(|source| VmmError::Spawn { program: self.program.clone(), source })?;
         let machine = QemuMachine { child: Arc::new(child), reason: Arc::default() };
         let qmp = UnixStream::from_std(qmp).map_err(system("register the QMP socket"))?;
         tokio::spawn(listen(qmp, machine.reason.clone()));
@@ -78,9 +111,9 @@ impl Inherited {
     }
 }
 
-/// Opens a file that QEMU will open again, as whoever it runs as, through the descriptor's name.
-fn open(what: &'static str, path: &Path) -> Result<OwnedFd, Error> {
-    let error = |source| Error::Open { what, path: path.to_owned(), source };
+/// Opens a file that QEMU opens again, as its own user, through the descriptor's name in `/dev/fd`.
+fn open(what: &'static str, path: &Path) -> Result<OwnedFd, VmmError> {
+    let error = |source| VmmError::Open { what, path: path.to_owned(), source };
     let file = File::open(path).map_err(error)?;
     if file.metadata().map_err(error)?.permissions().mode() & 0o004 == 0 {
         let hint = "not readable by everyone, but QEMU runs as an unprivileged user: chmod a+r";
@@ -89,25 +122,27 @@ fn open(what: &'static str, path: &Path) -> Result<OwnedFd, Error> {
     Ok(file.into())
 }
 
-/// A disk's image, as it may be opened for reading alone.
-fn read_only(disk: &Disk) -> Result<OwnedFd, Error> {
+/// Opens a disk's image again, read-only.
+fn read_only(disk: &Disk) -> Result<OwnedFd, VmmError> {
     let path = format!("/proc/self/fd/{}", disk.image.as_raw_fd());
-    File::open(&path).map(OwnedFd::from).map_err(|source| Error::Open { what: "disk", path: path.into(), source })
+    File::open(&path).map(OwnedFd::from).map_err(|source| VmmError::Open { what: "disk", path: path.into(), source })
 }
 
 struct QemuMachine {
     child: Arc<Child>,
-    /// Why the guest ended, in QEMU's words, once it has said so.
+    /// Why the guest ended, as QEMU reports it.
     reason: Arc<Mutex<Option<String>>>,
 }
 
-/// Keeps what QEMU says of the guest's end: its exit status alone is 0 for a shutdown and a panic alike.
+/// Keeps the reason that QEMU reports for the guest's end. The exit status does not tell: it is 0 for a shutdown and
+/// for a panic.
 async fn listen(socket: UnixStream, reason: Arc<Mutex<Option<String>>>) {
-    // The connection is kept by the client, which lives as long as the events are listened to.
+    // Keep the client: dropping it would close the connection.
     let (_qmp, mut events) = match qmp::Qmp::handshake(socket, QMP_DEADLINE).await {
         Ok(connected) => connected,
         Err(error) => {
-            tracing::warn!(%error, "no control of QEMU");
+            // The machine runs, but the reason for the guest's end stays unknown.
+            tracing::warn!(error = %Chain(&error), "failed to connect to QMP");
             return;
         }
     };
@@ -115,7 +150,7 @@ async fn listen(socket: UnixStream, reason: Arc<Mutex<Option<String>>>) {
         tracing::debug!(event = event.name, data = %event.data, "QMP event");
         if event.name == "SHUTDOWN" {
             let text = event.data.get("reason").and_then(|reason| reason.as_str()).map(str::to_owned);
-            *reason.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = text;
+            *lock(&reason) = text;
         }
     }
 }
@@ -128,7 +163,7 @@ impl Machine for QemuMachine {
 
     async fn exited(&self) -> String {
         let exit = self.child.exited().await;
-        let reason = self.reason.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        let reason = lock(&self.reason).clone();
         match reason {
             Some(reason) => format!("QEMU {exit} after {reason}"),
             None => format!("QEMU {exit}"),

@@ -1,11 +1,14 @@
-//! QMP, QEMU's control protocol (QEMU's docs/interop/qmp-spec): one JSON object a line, answers by id, events in between.
+//! QMP, QEMU's control protocol (QEMU's docs/interop/qmp-spec): one JSON object per line, replies matched by id, events
+//! in between.
 //!
-//! QEMU is trusted as little as the guest it runs: lines are bounded, and each command has a deadline.
+//! QEMU is trusted no more than its guest: lines are bounded, and each command has a deadline.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use husk_protos::chain::Chain;
+use husk_protos::lock::lock;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -13,51 +16,44 @@ use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, oneshot};
 
-/// Most bytes in one line; QEMU's longest answers (query-qmp-schema) are not asked for.
+/// Most bytes in one line. The one longer reply, query-qmp-schema's, is never requested.
 const MAX_LINE: usize = 64 * 1024;
-/// Events that wait for their reader; further ones are dropped, and logged.
+/// Events that may wait for their reader; further ones are dropped and logged.
 const MAX_EVENTS: usize = 64;
 
-/// Why a command got no answer.
+/// Why a command failed.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// QEMU answered that it won't.
+pub(super) enum QmpError {
+    /// QEMU rejected the command.
     #[error("{command}: {class}: {description}")]
-    Refused {
-        /// The command.
+    Rejected {
         command: String,
         /// QEMU's class of the error.
         class: String,
-        /// QEMU's words.
+        /// QEMU's explanation.
         description: String,
     },
-    /// No answer in time.
-    #[error("{command}: no answer within {} ms", deadline.as_millis())]
-    Deadline {
-        /// The command.
-        command: String,
-        /// How long it was waited for.
-        deadline: Duration,
-    },
-    /// QEMU has closed the connection.
+    /// QEMU did not reply in time.
+    #[error("{command}: no reply within {} ms", deadline.as_millis())]
+    Deadline { command: String, deadline: Duration },
+    /// QEMU closed the connection.
     #[error("connection closed")]
     Closed,
     /// The socket failed.
-    #[error("{0}")]
+    #[error(transparent)]
     Io(#[from] std::io::Error),
 }
 
-/// Something that QEMU reports unasked.
+/// An event that QEMU reports.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Event {
-    /// Its name, such as `SHUTDOWN`.
-    pub name: String,
-    /// Its data.
-    pub data: Value,
+pub(super) struct Event {
+    /// Such as `SHUTDOWN`.
+    pub(super) name: String,
+    pub(super) data: Value,
 }
 
 #[derive(Deserialize)]
-struct Refusal {
+struct Rejection {
     class: String,
     desc: String,
 }
@@ -65,30 +61,33 @@ struct Refusal {
 #[derive(Deserialize)]
 struct Line {
     #[serde(rename = "return")]
-    answer: Option<Value>,
-    error: Option<Refusal>,
+    reply: Option<Value>,
+    error: Option<Rejection>,
     id: Option<u64>,
     event: Option<String>,
     #[serde(default)]
     data: Value,
 }
 
-type Pending = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<Value, Refusal>>>>>;
+type Pending = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<Value, Rejection>>>>>;
 
-/// A connection on which the capabilities have been negotiated.
-pub struct Qmp {
+/// A connection with negotiated capabilities.
+pub(super) struct Qmp {
     writer: tokio::sync::Mutex<(OwnedWriteHalf, u64)>,
     pending: Pending,
 }
 
 impl Qmp {
-    /// Takes a connected socket through the greeting. Events go to the receiver.
-    pub async fn handshake(socket: UnixStream, deadline: Duration) -> Result<(Self, mpsc::Receiver<Event>), Error> {
+    /// Performs the greeting on a connected socket. Events go to the receiver.
+    pub(super) async fn handshake(
+        socket: UnixStream,
+        deadline: Duration,
+    ) -> Result<(Self, mpsc::Receiver<Event>), QmpError> {
         let (reader, writer) = socket.into_split();
         let mut reader = BufReader::new(reader);
         let greeting = tokio::time::timeout(deadline, read_line(&mut reader))
             .await
-            .map_err(|_| Error::Deadline { command: "greeting".into(), deadline })??;
+            .map_err(|_| QmpError::Deadline { command: "greeting".into(), deadline })??;
         let greeting: Value = serde_json::from_slice(&greeting).map_err(std::io::Error::from)?;
         if greeting.get("QMP").is_none() {
             return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "no QMP greeting").into());
@@ -101,30 +100,32 @@ impl Qmp {
         Ok((qmp, receiver))
     }
 
-    /// Runs one command and returns its answer.
-    pub async fn execute(&self, command: &str, arguments: Value, deadline: Duration) -> Result<Value, Error> {
+    /// Runs a command and returns its reply.
+    pub(super) async fn execute(&self, command: &str, arguments: Value, deadline: Duration) -> Result<Value, QmpError> {
         let exchange = async {
-            let (sender, answer) = oneshot::channel();
+            let (sender, reply) = oneshot::channel();
             {
                 let mut writer = self.writer.lock().await;
                 writer.1 += 1;
                 let id = writer.1;
-                self.pending.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(id, sender);
+                lock(&self.pending).insert(id, sender);
                 let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
                 line.push('\n');
                 writer.0.write_all(line.as_bytes()).await?;
             }
-            match answer.await {
+            match reply.await {
                 Ok(Ok(value)) => Ok(value),
-                Ok(Err(refusal)) => {
-                    Err(Error::Refused { command: command.to_owned(), class: refusal.class, description: refusal.desc })
-                }
-                Err(_) => Err(Error::Closed),
+                Ok(Err(rejection)) => Err(QmpError::Rejected {
+                    command: command.to_owned(),
+                    class: rejection.class,
+                    description: rejection.desc,
+                }),
+                Err(_) => Err(QmpError::Closed),
             }
         };
         tokio::time::timeout(deadline, exchange)
             .await
-            .map_err(|_| Error::Deadline { command: command.to_owned(), deadline })?
+            .map_err(|_| QmpError::Deadline { command: command.to_owned(), deadline })?
     }
 }
 
@@ -132,45 +133,43 @@ async fn read_loop(mut reader: impl AsyncBufRead + Unpin, pending: Pending, even
     loop {
         let line = match read_line(&mut reader).await {
             Ok(line) => line,
-            Err(Error::Closed) => break,
+            Err(QmpError::Closed) => break,
             Err(error) => {
-                tracing::warn!(%error, "QMP connection failed");
+                tracing::warn!(error = %Chain(&error), "QMP connection failed");
                 break;
             }
         };
         let line: Line = match serde_json::from_slice(&line) {
             Ok(line) => line,
             Err(error) => {
-                tracing::warn!(%error, "QMP line is no message");
+                tracing::warn!(%error, "QMP line is not a message");
                 break;
             }
         };
         if let Some(name) = line.event {
             if events.try_send(Event { name, data: line.data }).is_err() {
-                tracing::debug!("QMP event dropped: nobody reads them");
+                tracing::debug!("QMP event dropped: too many events wait for their reader");
             }
             continue;
         }
-        let waiting =
-            line.id.and_then(|id| pending.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).remove(&id));
-        let Some(waiting) = waiting else { continue };
+        let Some(caller) = line.id.and_then(|id| lock(&pending).remove(&id)) else { continue };
         let result = match line.error {
-            Some(refusal) => Err(refusal),
-            None => Ok(line.answer.unwrap_or_default()),
+            Some(rejection) => Err(rejection),
+            None => Ok(line.reply.unwrap_or_default()),
         };
-        // A caller whose deadline has passed no longer listens.
-        let _ = waiting.send(result);
+        // Fails after the caller's deadline.
+        let _ = caller.send(result);
     }
-    // Dropping the senders tells everybody who still waits.
-    pending.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
+    // Dropping the senders ends the calls that still wait.
+    lock(&pending).clear();
 }
 
-async fn read_line(reader: &mut (impl AsyncBufRead + Unpin)) -> Result<Vec<u8>, Error> {
+async fn read_line(reader: &mut (impl AsyncBufRead + Unpin)) -> Result<Vec<u8>, QmpError> {
     let mut line = Vec::new();
     loop {
         let buffer = reader.fill_buf().await?;
         if buffer.is_empty() {
-            return Err(Error::Closed);
+            return Err(QmpError::Closed);
         }
         let (part, complete) = match buffer.iter().position(|&byte| byte == b'\n') {
             Some(end) => (end + 1, true),
@@ -198,21 +197,21 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// Plays QEMU: for each line received, sends the next of `answers`.
-    async fn play(mut socket: UnixStream, answers: &[&str]) -> UnixStream {
+    /// Plays QEMU: sends the next of `replies` for each received line.
+    async fn play(mut socket: UnixStream, replies: &[&str]) -> UnixStream {
         socket.write_all(b"{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n").await.unwrap();
-        for answer in answers {
+        for reply in replies {
             let mut byte = [0];
             while byte[0] != b'\n' {
                 socket.read_exact(&mut byte).await.unwrap();
             }
-            socket.write_all(answer.as_bytes()).await.unwrap();
+            socket.write_all(reply.as_bytes()).await.unwrap();
         }
         socket
     }
 
     #[tokio::test]
-    async fn answers_find_their_callers_and_events_their_reader() {
+    async fn replies_reach_their_callers_and_events_their_reader() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let qemu = tokio::spawn(play(
             theirs,
@@ -225,14 +224,14 @@ mod tests {
         let (qmp, mut events) = Qmp::handshake(ours, SECOND).await.unwrap();
         assert_eq!(qmp.execute("query-status", json!({}), SECOND).await.unwrap(), json!({"running": true}));
         assert_eq!(events.recv().await.unwrap(), Event { name: "SHUTDOWN".into(), data: json!({"guest": true}) });
-        let refused = qmp.execute("stop", json!({}), SECOND).await.unwrap_err();
-        assert_eq!(refused.to_string(), "stop: GenericError: no");
+        let rejected = qmp.execute("stop", json!({}), SECOND).await.unwrap_err();
+        assert_eq!(rejected.to_string(), "stop: GenericError: no");
         drop(qemu.await.unwrap());
-        assert!(matches!(qmp.execute("cont", json!({}), SECOND).await, Err(Error::Closed | Error::Io(_))));
+        assert!(matches!(qmp.execute("cont", json!({}), SECOND).await, Err(QmpError::Closed | QmpError::Io(_))));
     }
 
     #[tokio::test]
-    async fn a_line_without_end_is_refused() {
+    async fn a_line_without_an_end_is_rejected() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let flood = tokio::spawn(async move {
             let chunk = [b'x'; 4096];
@@ -244,9 +243,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_silent_qemu_is_not_waited_for_longer_than_the_deadline() {
+    async fn a_silent_qemu_fails_the_greeting_at_the_deadline() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let error = Qmp::handshake(ours, Duration::from_millis(20)).await.err().unwrap();
-        assert!(matches!(error, Error::Deadline { .. }));
+        assert!(matches!(error, QmpError::Deadline { .. }));
     }
 }

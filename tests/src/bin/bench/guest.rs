@@ -9,12 +9,12 @@ use containerd_shim_protos::api;
 use husk_protos::PORT_READY;
 use husk_protos::bundle::PutBundleRequest;
 use husk_protos::system::{BootStep, Hello, InfoRequest, InfoResponse};
-use husk_shim::console::{Console, Words};
+use husk_shim::console::{Console, GuestLogs};
 use husk_shim::prepare;
 use husk_shim::prepare::Prepared;
 use husk_shim::state::journal::Journal;
 use husk_shim::state::{Boot, State};
-use husk_shim::vm::boot::{Plan, Vm};
+use husk_shim::vm::{BootPlan, Vm};
 use husk_shim::vmm::{Accel, Machine, Sockets, Vmm};
 use husk_tests::artifacts::{built, repository};
 use husk_tests::{bundle, command, vm};
@@ -79,7 +79,7 @@ impl Kit {
         Ok(Self { folder, prepared })
     }
 
-    fn plan(&self, accel: Accel) -> (Box<dyn Vmm>, Plan) {
+    fn plan(&self, accel: Accel) -> (Box<dyn Vmm>, BootPlan) {
         let (vmm, mut plan) = prepare::plan(&self.prepared, self.folder.path().join("share"), None);
         plan.spec.accel = accel;
         plan.boot_timeout = BOOT;
@@ -93,8 +93,8 @@ impl Kit {
         let (vmm, plan) = self.plan(accel);
         let journal = Journal::new(State::create(&self.folder.path().join("state"), "bench", CONTAINER)?);
         let started = Instant::now();
-        let words = Words::new(journal.dir());
-        match Vm::boot(vmm.as_ref(), &plan, &journal, &words, &mut Boot::begin()).await {
+        let logs = GuestLogs::new(journal.dir());
+        match Vm::boot(vmm.as_ref(), &plan, &journal, &logs, &mut Boot::begin()).await {
             Ok(vm) => Ok((Booted { vm, journal }, started.elapsed())),
             Err(error) => {
                 journal.undo_all().await?;

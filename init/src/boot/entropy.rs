@@ -1,10 +1,12 @@
-//! The kernel's entropy: reading random numbers must never block a container.
+//! The kernel's entropy pool: containers must never block on random numbers.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 
-use super::{Error, Step};
+use husk_protos::chain::Chain;
+
+use super::error::{BootError, NameStep};
 
 const SEED: usize = 32;
 
@@ -19,18 +21,21 @@ struct PoolInfo {
 /// `_IOW('R', 0x03, int [2])`.
 const RNDADDENTROPY: libc::Ioctl = 0x4008_5203_u32 as libc::Ioctl;
 
-/// Makes sure that getrandom(2) does not block: the kernel has credited RDRAND by itself, or a seed is taken from the hardware
-/// generator (virtio-rng) and credited.
-pub fn credit_entropy() -> Result<(), Error> {
+/// Ensures that getrandom(2) does not block: unless the kernel has already credited RDRAND, credits a seed from the
+/// hardware generator (virtio-rng).
+pub(super) fn credit() -> Result<(), BootError> {
     if is_seeded() {
         return Ok(());
     }
     let mut seed = [0; SEED];
     match File::open("/dev/hwrng").and_then(|mut device| device.read_exact(&mut seed)) {
-        Ok(()) => credit(seed).step(|| "credit the entropy of /dev/hwrng".into()),
+        Ok(()) => add(seed).step(|| "credit the entropy of /dev/hwrng".into()),
         Err(error) => {
-            // Not fatal: the kernel gathers jitter by itself, it only takes a second.
-            tracing::warn!(%error, "no entropy yet: the CPU has no RDRAND and /dev/hwrng cannot be read");
+            // Not fatal: the kernel collects jitter entropy within about a second.
+            tracing::warn!(
+                error = %Chain(&error),
+                "no entropy yet: the CPU has no RDRAND and reading /dev/hwrng failed"
+            );
             Ok(())
         }
     }
@@ -42,10 +47,11 @@ fn is_seeded() -> bool {
     unsafe { libc::getrandom((&raw mut byte).cast(), 1, libc::GRND_NONBLOCK) == 1 }
 }
 
-fn credit(seed: [u8; SEED]) -> io::Result<()> {
+fn add(seed: [u8; SEED]) -> io::Result<()> {
     let info = PoolInfo { entropy_count: 8 * SEED as libc::c_int, buf_size: SEED as libc::c_int, buf: seed };
     let random = File::options().write(true).open("/dev/random")?;
-    // SAFETY: RNDADDENTROPY reads a rand_pool_info and `buf_size` bytes after its header: exactly this struct, which outlives the call.
+    // SAFETY: RNDADDENTROPY reads a rand_pool_info and the `buf_size` bytes after its header, which is exactly this
+    // struct. It outlives the call.
     let done = unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -5,14 +5,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
-use super::timeline::boottime_ns;
-use super::{Error, Step};
+use super::error::{BootError, NameStep};
+use crate::clock::boottime_ns;
 
-/// 2020-01-01: a clock before it was never set. Certificates and exit times would be nonsense.
+/// 2020-01-01. An earlier time means that nothing has set the clock; certificates and exit times would be wrong.
 const PLAUSIBLE_SECONDS: u64 = 1_577_836_800;
 
-/// Sets the clock from the host's time at the guest's start, if the host gave it; else keeps what the kernel found in an RTC.
-pub fn set(epoch_ns: Option<u64>) -> Result<(), Error> {
+/// Sets the clock from the host's time when the guest started. Without that time, keeps what the kernel read from an
+/// RTC.
+pub(super) fn set(epoch_ns: Option<u64>) -> Result<(), BootError> {
     if let Some(start) = epoch_ns {
         let now = start.saturating_add(boottime_ns());
         let now = TimeSpec::new((now / 1_000_000_000) as i64, (now % 1_000_000_000) as i64);
@@ -22,7 +23,7 @@ pub fn set(epoch_ns: Option<u64>) -> Result<(), Error> {
     if seconds < PLAUSIBLE_SECONDS {
         tracing::warn!(
             seconds,
-            "the wall clock was never set: no RTC, and no husk.epoch_ns on the kernel command line"
+            "the wall clock is not set: the guest has no RTC and the kernel command line no husk.epoch_ns"
         );
     }
     Ok(())

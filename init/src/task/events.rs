@@ -1,4 +1,4 @@
-//! Events: what happened to a process, as containerd's messages.
+//! Publishes containerd's task events.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,14 +14,13 @@ use super::container::Container;
 use super::process::Process;
 use crate::reaper::Exit;
 
-/// A moment as protobuf has it.
-pub fn timestamp(at: SystemTime) -> Timestamp {
+pub(super) fn timestamp(at: SystemTime) -> Timestamp {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp { seconds: since.as_secs() as i64, nanos: since.subsec_nanos() as i32, ..Default::default() }
 }
 
 impl Tasks {
-    pub(super) fn tell_created(&self, container: &Container) {
+    pub(super) fn publish_create(&self, container: &Container) {
         let stdio = container.init.stdio.clone();
         let io = TaskIO {
             stdin: stdio.stdin,
@@ -40,7 +39,7 @@ impl Tasks {
         self.events.publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
     }
 
-    pub(super) fn tell_started(&self, process: &Process) {
+    pub(super) fn publish_start(&self, process: &Process) {
         let (container_id, pid) = (process.container.clone(), process.state().pid() as u32);
         if process.exec.is_empty() {
             let event = TaskStart { container_id, pid, ..Default::default() };
@@ -51,16 +50,16 @@ impl Tasks {
         }
     }
 
-    pub(super) fn tell_exec_added(&self, process: &Process) {
+    pub(super) fn publish_exec_added(&self, process: &Process) {
         let (container_id, exec_id) = (process.container.clone(), process.exec.clone());
         let event = TaskExecAdded { container_id, exec_id, ..Default::default() };
         self.events.publish(topics::TASK_EXEC_ADDED_EVENT_TOPIC, &event);
     }
 
-    pub(super) fn tell_exited(&self, process: &Process, exit: Exit) {
+    pub(super) fn publish_exit(&self, process: &Process, exit: Exit) {
         let event = TaskExit {
             container_id: process.container.clone(),
-            id: id(process),
+            id: process_id(process),
             pid: process.state().pid() as u32,
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
@@ -69,47 +68,47 @@ impl Tasks {
         self.events.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
     }
 
-    pub(super) fn tell_paused(&self, container: &Container) {
+    pub(super) fn publish_paused(&self, container: &Container) {
         let event = TaskPaused { container_id: container.id.clone(), ..Default::default() };
         self.events.publish(topics::TASK_PAUSED_EVENT_TOPIC, &event);
     }
 
-    pub(super) fn tell_resumed(&self, container: &Container) {
+    pub(super) fn publish_resumed(&self, container: &Container) {
         let event = TaskResumed { container_id: container.id.clone(), ..Default::default() };
         self.events.publish(topics::TASK_RESUMED_EVENT_TOPIC, &event);
     }
 
-    /// Tells of what the kernel has killed for want of memory since this was last done: one event, however many they were.
-    pub(super) fn tell_kills(&self, container: &Container) {
-        match container.kills.new_ones() {
+    /// Publishes one event for all OOM kills since the last call, if there were any.
+    pub(super) fn publish_oom_kills(&self, container: &Container) {
+        match container.oom_kills.new_ones() {
             Ok(0) => {}
             Ok(_) => {
                 let event = TaskOOM { container_id: container.id.clone(), ..Default::default() };
                 self.events.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
             }
-            Err(error) => tracing::error!(container = container.id, %error, "read what memory's want has killed"),
+            Err(error) => tracing::error!(container = container.id, %error, "failed to read the OOM kills"),
         }
     }
 
-    /// Waits for the end of a container's init, and tells of each such kill meanwhile. The last of them may come with the end: who tells that
-    /// asks once more before.
-    pub(super) async fn tell_kills_until<T>(&self, end: impl Future<Output = T>, container: &Container) -> T {
-        let mut end = std::pin::pin!(end);
+    /// Publishes OOM kills until `exit` completes. The last kill may coincide with the exit, so the caller checks once
+    /// more before it publishes the exit.
+    pub(super) async fn publish_oom_kills_until<T>(&self, exit: impl Future<Output = T>, container: &Container) -> T {
+        let mut exit = std::pin::pin!(exit);
         loop {
             tokio::select! {
-                end = &mut end => return end,
-                changed = container.kills.changed() => match changed {
-                    Ok(()) => self.tell_kills(container),
+                exit = &mut exit => return exit,
+                changed = container.oom_kills.changed() => match changed {
+                    Ok(()) => self.publish_oom_kills(container),
                     Err(error) => {
-                        tracing::error!(container = container.id, %error, "watch a container's memory");
-                        return end.await;
+                        tracing::error!(container = container.id, %error, "failed to watch the OOM kills");
+                        return exit.await;
                     }
                 },
             }
         }
     }
 
-    pub(super) fn tell_deleted(&self, container: &Container, pid: i32, exit: Exit) {
+    pub(super) fn publish_delete(&self, container: &Container, pid: i32, exit: Exit) {
         let event = TaskDelete {
             container_id: container.id.clone(),
             pid: pid as u32,
@@ -121,7 +120,7 @@ impl Tasks {
     }
 }
 
-/// containerd calls the init by its container's id.
-fn id(process: &Process) -> String {
+/// containerd identifies the init by its container's ID.
+fn process_id(process: &Process) -> String {
     if process.exec.is_empty() { process.container.clone() } else { process.exec.clone() }
 }

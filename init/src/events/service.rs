@@ -6,41 +6,39 @@ use async_trait::async_trait;
 use husk_protos::events::{Event, SubscribeRequest};
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
-use crate::error::{Error, Kind};
-use crate::events::{Events, Next};
-use crate::serve::Gone;
+use super::{Events, Next};
+use crate::connection::Disconnect;
+use crate::error::{CallError, FailureKind};
 
-/// Events for one connection.
-pub struct Service {
-    /// The ring.
-    pub events: Arc<Events>,
-    /// Of this connection.
-    pub gone: Gone,
+pub(crate) struct EventsService {
+    pub(crate) events: Arc<Events>,
+    /// Of the service's connection.
+    pub(crate) disconnect: Disconnect,
 }
 
 #[async_trait]
-impl husk_protos::events_ttrpc::Events for Service {
+impl husk_protos::events_ttrpc::Events for EventsService {
     async fn subscribe(
         &self,
         _: &TtrpcContext,
         request: SubscribeRequest,
         stream: ServerStreamSender<Event>,
     ) -> ttrpc::Result<()> {
-        let mut gone = self.gone.clone();
+        let mut disconnect = self.disconnect.clone();
         let mut newest = self.events.newest();
         let mut after = request.after;
         loop {
-            // Marked as seen before the look, so that an event in between ends the wait below.
+            // Mark as seen before reading: an event in between would not end the wait below.
             newest.mark_unchanged();
             match self.events.next(after) {
                 Next::Event(event) => {
-                    // As slow as the subscriber: it holds no lock, and what it misses of the ring it is told.
+                    // A slow subscriber holds no lock. If the ring overtakes it, the next event reports the gap.
                     stream.send(&event).await?;
                     after = event.sequence;
                 }
                 Next::Unknown => {
                     let what = format!("event {after} has not happened");
-                    return Err(Error::new(Kind::InvalidArgument, what).into());
+                    return Err(CallError::new(FailureKind::InvalidArgument, what).into());
                 }
                 Next::Nothing => tokio::select! {
                     changed = newest.changed() => {
@@ -48,7 +46,7 @@ impl husk_protos::events_ttrpc::Events for Service {
                             return Ok(());
                         }
                     }
-                    () = gone.wait() => return Ok(()),
+                    () = disconnect.wait() => return Ok(()),
                 },
             }
         }

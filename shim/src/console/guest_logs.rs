@@ -10,14 +10,14 @@ pub const INIT_LOG: &str = "guest.log";
 
 /// A guest's output. Clones share it.
 #[derive(Debug, Clone)]
-pub struct Words {
+pub struct GuestLogs {
     /// The console.
     pub console: Console,
     /// The log of the init.
     pub init: Record,
 }
 
-impl Words {
+impl GuestLogs {
     /// The output of the sandbox in `folder`. Creates no file before there is output.
     pub fn new(folder: &Path) -> Self {
         Self { console: Console::new(folder), init: Record::new(&folder.join(INIT_LOG)) }

@@ -1,24 +1,29 @@
-//! What happened in the guest: a numbered ring that a subscriber can read from where it left off.
+//! containerd's task events: a ring of numbered events. A subscriber resumes after the last event that it has.
+
+pub(crate) mod service;
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 
+use husk_protos::chain::Chain;
 use husk_protos::events::Event;
+use husk_protos::lock::lock;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
-/// Events that are kept for a subscriber that was away. About 150 bytes each.
+/// Capacity of the ring, for subscribers that reconnect. An event takes about 150 bytes.
 const KEPT: usize = 4096;
 
 /// Package of containerd's event messages.
 const PACKAGE: &str = "containerd.events";
 
-/// The ring, and the number of its newest event for who waits for the next.
+/// The guest's events.
 #[derive(Debug)]
-pub struct Events {
+pub(crate) struct Events {
     ring: Mutex<Ring>,
+    /// Number of the newest event. Subscribers wait for it to change.
     newest: watch::Sender<u64>,
 }
 
@@ -28,14 +33,14 @@ struct Ring {
     newest: u64,
 }
 
-/// What a subscriber gets next.
+/// What a subscriber receives next.
 #[derive(Debug, PartialEq)]
-pub enum Next {
-    /// This event, whose number is the one after the subscriber's, or that tells of a gap.
+pub(crate) enum Next {
+    /// The event after the subscriber's last one, or, without a topic, the last event of a gap.
     Event(Box<Event>),
-    /// It has them all.
+    /// The subscriber has every event.
     Nothing,
-    /// Its number is one that was never given.
+    /// No event has had the subscriber's number yet.
     Unknown,
 }
 
@@ -46,13 +51,13 @@ impl Default for Events {
 }
 
 impl Events {
-    /// Numbers an event, one of containerd's, and keeps it. Never waits for anybody.
-    pub fn publish<M: Message>(&self, topic: &str, event: &M) {
+    /// Adds one of containerd's events to the ring. Never waits for subscribers.
+    pub(crate) fn publish<M: Message>(&self, topic: &str, event: &M) {
         let value = match event.write_to_bytes() {
             Ok(value) => value,
-            Err(error) => return tracing::error!(topic, %error, "encode event"),
+            Err(error) => return tracing::error!(topic, error = %Chain(&error), "failed to encode an event"),
         };
-        // Not from the message's descriptor: parsing one costs millions of instructions.
+        // Any::pack would parse the message's descriptor, which costs millions of instructions.
         let any = Any { type_url: format!("{PACKAGE}.{}", M::NAME), value, ..Default::default() };
         let newest = {
             let mut ring = self.ring();
@@ -62,23 +67,23 @@ impl Events {
         self.newest.send_replace(newest);
     }
 
-    /// What follows the event of number `after`.
-    pub fn next(&self, after: u64) -> Next {
+    /// Returns what follows event number `after`.
+    pub(crate) fn next(&self, after: u64) -> Next {
         self.ring().next(after)
     }
 
-    /// Changes with each new event.
-    pub fn newest(&self) -> watch::Receiver<u64> {
+    /// The number of the newest event, which changes with each event.
+    pub(crate) fn newest(&self) -> watch::Receiver<u64> {
         self.newest.subscribe()
     }
 
     fn ring(&self) -> MutexGuard<'_, Ring> {
-        self.ring.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.ring)
     }
 }
 
 impl Ring {
-    fn push(&mut self, topic: &str, event: Any, most: usize) {
+    fn push(&mut self, topic: &str, event: Any, capacity: usize) {
         self.newest += 1;
         self.kept.push_back(Event {
             sequence: self.newest,
@@ -87,7 +92,7 @@ impl Ring {
             event: Some(event).into(),
             ..Default::default()
         });
-        if self.kept.len() > most {
+        if self.kept.len() > capacity {
             self.kept.pop_front();
         }
     }
@@ -119,19 +124,19 @@ mod tests {
     }
 
     #[test]
-    fn a_subscriber_gets_what_it_missed_or_is_told_of_a_gap() {
+    fn a_subscriber_receives_missed_events_or_a_gap() {
         let mut ring = Ring::default();
         assert_eq!(ring.next(0), Next::Nothing);
         assert_eq!(ring.next(1), Next::Unknown);
         for topic in ["a", "b", "c", "d", "e"] {
             ring.push(topic, Any::new(), 3);
         }
-        let got = |after| sequence(ring.next(after));
-        assert_eq!(got(0), Some((2, String::new())), "1 and 2 are forgotten");
-        assert_eq!(got(1), Some((2, String::new())));
-        assert_eq!(got(2), Some((3, "c".into())));
-        assert_eq!(got(3), Some((4, "d".into())));
-        assert_eq!(got(4), Some((5, "e".into())));
+        let next = |after| sequence(ring.next(after));
+        assert_eq!(next(0), Some((2, String::new())), "events 1 and 2 are no longer in the ring");
+        assert_eq!(next(1), Some((2, String::new())));
+        assert_eq!(next(2), Some((3, "c".into())));
+        assert_eq!(next(3), Some((4, "d".into())));
+        assert_eq!(next(4), Some((5, "e".into())));
         assert_eq!(ring.next(5), Next::Nothing);
         assert_eq!(ring.next(6), Next::Unknown);
     }

@@ -1,0 +1,139 @@
+//! Boots the sandbox's VM for its first container. Containers that arrive during the boot wait for it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use husk_protos::chain::Chain;
+use husk_protos::events::Event;
+use tokio::sync::watch;
+
+use crate::extras::disk;
+use crate::extras::disk::DiskError;
+use crate::extras::files::OpenedFile;
+use crate::guest::client::Metering;
+use crate::prepare;
+use crate::prepare::{PrepareError, Prepared};
+use crate::rootfs::share::Share;
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::registry::{Booting, Sandbox, Slots, VmSlot, alive};
+use crate::state::life::VmState;
+use crate::state::{Boot, facts};
+use crate::vm::{BootError, Vm};
+use crate::vmm::Disk;
+
+impl Sandbox {
+    /// Returns the VM; boots it if necessary.
+    pub(super) async fn ensure_vm(
+        self: &Arc<Self>,
+        prepared: &Prepared,
+        share: &Share,
+    ) -> Result<Arc<Vm>, SandboxError> {
+        let mut booting = {
+            let mut slots = self.lock();
+            if let VmSlot::Up(_) | VmSlot::Booting(_) = slots.vm {
+                // Check again: another container may have started the VM while this one was prepared.
+                let beyond = prepared.extras.beyond(&slots.extras);
+                if !beyond.is_empty() {
+                    return Err(PrepareError(beyond.iter().map(ToString::to_string).collect()).into());
+                }
+            }
+            match &slots.vm {
+                VmSlot::Up(vm) => return alive(vm),
+                VmSlot::Stopping => return Err(SandboxError::Stopping),
+                VmSlot::Booting(booting) => booting.clone(),
+                VmSlot::Empty => self.start_boot(&mut slots, prepared, share),
+            }
+        };
+        let ended_early = || SandboxError::Internal("the boot ended without a result".to_owned());
+        let booted = booting.wait_for(Option::is_some).await.map_err(|_| ended_early())?.clone();
+        Ok(booted.ok_or_else(ended_early)??)
+    }
+
+    /// Starts the boot in a task of its own: it continues if the container that requested it is gone.
+    fn start_boot(self: &Arc<Self>, slots: &mut Slots, prepared: &Prepared, share: &Share) -> Booting {
+        slots.extras = prepared.extras.clone();
+        let (done, booting) = watch::channel(None);
+        slots.vm = VmSlot::Booting(booting.clone());
+        let (sandbox, prepared, share) = (self.clone(), prepared.clone(), share.path().to_owned());
+        tokio::spawn(async move {
+            let booted = sandbox.boot(&prepared, share).await.map_err(Arc::new);
+            let mut slots = sandbox.lock();
+            // If the sandbox is being torn down, the slot is `Stopping` and the teardown waits for `done`. After a
+            // failed boot the next container may retry.
+            if matches!(slots.vm, VmSlot::Booting(_)) {
+                slots.vm = booted.as_ref().map_or(VmSlot::Empty, |vm| VmSlot::Up(vm.clone()));
+            }
+            done.send_replace(Some(booted));
+        });
+        booting
+    }
+
+    async fn boot(self: &Arc<Self>, prepared: &Prepared, share: PathBuf) -> Result<Arc<Vm>, BootError> {
+        let started = std::time::Instant::now();
+        let mut reached = Boot::begin();
+        let booted = self.boot_and_subscribe(prepared, share, &mut reached).await;
+        let (vm, events) = match booted {
+            Ok(booted) => booted,
+            Err(error) => {
+                self.record_boot(reached, None);
+                self.set_vm_state(VmState::StartFailed, &error.cause());
+                return Err(error);
+            }
+        };
+        tracing::info!(
+            ms = started.elapsed().as_millis() as u64,
+            kernel = vm.hello.kernel,
+            init = vm.hello.version,
+            "VM ready"
+        );
+        self.record_boot(reached, Some(&vm));
+        self.set_vm_state(VmState::Running, "the guest has answered");
+        tokio::spawn(self.clone().forward_events(vm.clone(), events));
+        Ok(vm)
+    }
+
+    /// Boots the VM and subscribes to its events: without them the guest is unusable, so a failed subscription is a
+    /// failed boot.
+    async fn boot_and_subscribe(
+        &self,
+        prepared: &Prepared,
+        share: PathBuf,
+        reached: &mut Boot,
+    ) -> Result<(Arc<Vm>, Metering<Event>), BootError> {
+        let extras = extras_disk(prepared.sources.clone()).await?;
+        let (vmm, plan) = prepare::plan(prepared, share, extras.clone());
+        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached).await?;
+        // The guest has copied the disk's contents before its hello.
+        if let Some(disk) = extras
+            && let Err(error) = disk::give_back(&disk)
+        {
+            tracing::warn!(error = %Chain(&error), "failed to free the memory of the disk for extras");
+        }
+        let events = vm.guest.events(0).await?;
+        reached.reached("events subscribed");
+        Ok((vm, events))
+    }
+
+    /// Records the milestones of a boot and the guest's versions. The next change of state writes them.
+    fn record_boot(&self, reached: Boot, vm: Option<&Vm>) {
+        let recorded = self.journal.with(|state| {
+            state.set_boot(reached);
+            if let (Some(vm), Some(mut machine)) = (vm, state.machine().cloned()) {
+                machine.kernel = Some(facts::word(&vm.hello.kernel));
+                machine.init = Some(facts::word(&vm.hello.version));
+                state.set_machine(machine);
+            }
+            Ok(())
+        });
+        // Fails only after everything has been undone: then nobody will read the record.
+        if let Err(error) = recorded {
+            tracing::debug!(error = %Chain(&error), "failed to record the boot");
+        }
+    }
+}
+
+/// Writes the disk for extras, on a separate thread because reading the files may block.
+async fn extras_disk(sources: Vec<OpenedFile>) -> Result<Option<Disk>, BootError> {
+    let written = tokio::task::spawn_blocking(move || disk::write(&sources));
+    Ok(written.await.map_err(|error| DiskError::Image(std::io::Error::other(error)))??)
+}

@@ -1,0 +1,182 @@
+//! What a sandbox consists of: its VM and its containers, and how calls find them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use husk_protos::chain::Chain;
+use husk_protos::lock::lock;
+use tokio::sync::watch;
+
+use crate::config::extras::Extras;
+use crate::console::GuestLogs;
+use crate::containerd::publisher::Publisher;
+use crate::guest::client::GuestError;
+use crate::rootfs::share::Share;
+use crate::sandbox::container::Container;
+use crate::sandbox::container::process::Process;
+use crate::sandbox::error::{SandboxError, not_found};
+use crate::state::journal::Journal;
+use crate::state::life::VmState;
+use crate::vm::{BootError, Vm};
+
+/// How long to wait for containerd's Shutdown after everything has been cleaned up.
+const SHUTDOWN_WAIT: Duration = Duration::from_secs(10);
+
+/// The outcome of a boot, shared by all containers that wait for it. `None` while the boot runs.
+pub(super) type Booting = watch::Receiver<Option<Result<Arc<Vm>, Arc<BootError>>>>;
+
+/// The place of the sandbox's VM.
+pub(super) enum VmSlot {
+    /// No container has requested the VM, or the last boot failed.
+    Empty,
+    /// The first container boots the VM; others wait for it.
+    Booting(Booting),
+    /// The VM runs, or died without a request to stop.
+    Up(Arc<Vm>),
+    /// The VM is being stopped or has stopped.
+    Stopping,
+}
+
+/// The place of one container.
+pub(super) enum ContainerSlot {
+    /// The id is reserved; the container does not exist yet.
+    Creating,
+    Ready(Arc<Container>),
+}
+
+pub(super) struct Slots {
+    pub(super) vm: VmSlot,
+    /// The extras that the VM was or is being booted with.
+    pub(super) extras: Extras,
+    pub(super) share: Option<Share>,
+    pub(super) containers: HashMap<String, ContainerSlot>,
+}
+
+/// The sandbox of one shim.
+pub(crate) struct Sandbox {
+    pub(super) id: String,
+    pub(super) namespace: String,
+    pub(super) journal: Journal,
+    pub(super) publisher: Publisher,
+    pub(super) guest_logs: GuestLogs,
+    slots: Mutex<Slots>,
+    /// True after everything has been cleaned up.
+    pub(super) ended: watch::Sender<bool>,
+    /// True after containerd has requested the shutdown.
+    pub(super) shutdown_requested: watch::Sender<bool>,
+}
+
+impl Sandbox {
+    /// An empty sandbox.
+    pub(crate) fn new(id: &str, namespace: &str, journal: Journal, publisher: Publisher) -> Arc<Self> {
+        Arc::new(Self {
+            id: id.to_owned(),
+            namespace: namespace.to_owned(),
+            guest_logs: GuestLogs::new(journal.dir()),
+            journal,
+            publisher,
+            slots: Mutex::new(Slots {
+                vm: VmSlot::Empty,
+                extras: Extras::default(),
+                share: None,
+                containers: HashMap::new(),
+            }),
+            ended: watch::channel(false).0,
+            shutdown_requested: watch::channel(false).0,
+        })
+    }
+
+    /// Waits until everything has been cleaned up.
+    pub(crate) async fn ended(&self) {
+        // Cannot fail: self holds the sender.
+        let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
+    }
+
+    /// Waits until everything has been cleaned up and containerd has requested Shutdown, which it does after each
+    /// Delete. The shim must not exit before: containerd may not have read the response to Delete yet, and its TTRPC
+    /// client discards a response that is still unread when the connection closes.
+    pub(crate) async fn finished(&self) {
+        self.ended().await;
+        let mut requested = self.shutdown_requested.subscribe();
+        if tokio::time::timeout(SHUTDOWN_WAIT, requested.wait_for(|requested| *requested)).await.is_err() {
+            tracing::warn!(waited_ms = SHUTDOWN_WAIT.as_millis() as u64, "containerd has not requested the shutdown");
+        }
+    }
+
+    /// The PID of a container's init process in the guest.
+    pub(crate) fn pid(&self, id: &str) -> Result<u32, SandboxError> {
+        Ok(self.process(id, "")?.1.pid())
+    }
+
+    /// Replaces the error of a call that was lost on its way to the guest with the VM's cause of death, if the VM died.
+    /// The shim may notice the death a moment after the lost call, so this waits for it.
+    pub(crate) async fn explain(&self, error: SandboxError) -> SandboxError {
+        let lost = matches!(
+            &error,
+            SandboxError::Guest(GuestError::Call(call)) if !matches!(call, ttrpc::Error::RpcStatus(_))
+        );
+        let vm = match &self.lock().vm {
+            VmSlot::Up(vm) if lost => vm.clone(),
+            _ => return error,
+        };
+        vm.died_under_call().await.map_or(error, |cause| SandboxError::VmDead { cause })
+    }
+
+    pub(super) fn live_vm(&self) -> Result<Arc<Vm>, SandboxError> {
+        match &self.lock().vm {
+            VmSlot::Up(vm) => alive(vm),
+            VmSlot::Stopping => Err(SandboxError::Stopping),
+            VmSlot::Empty | VmSlot::Booting(_) => {
+                Err(SandboxError::VmDead { cause: "it has not booted yet".to_owned() })
+            }
+        }
+    }
+
+    /// Records the VM's new state. A failure to record it is logged; the VM keeps running.
+    pub(super) fn set_vm_state(&self, to: VmState, cause: &str) {
+        if let Err(error) = self.journal.set_vm_state(to, cause) {
+            tracing::error!(%to, cause, error = %Chain(&error), "failed to record the VM's state");
+        }
+    }
+
+    pub(super) fn record_vm_death(&self, cause: &str) {
+        if let Err(error) = self.journal.record_vm_death(cause) {
+            tracing::error!(cause, error = %Chain(&error), "failed to record the VM's death");
+        }
+    }
+
+    /// A container and its process with this exec id; an empty exec id stands for the init process.
+    pub(super) fn process(&self, id: &str, exec_id: &str) -> Result<(Arc<Container>, Arc<Process>), SandboxError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id).ok_or_else(|| not_found("process", exec_id))?;
+        Ok((container, process))
+    }
+
+    pub(super) fn container(&self, id: &str) -> Result<Arc<Container>, SandboxError> {
+        match self.lock().containers.get(id) {
+            Some(ContainerSlot::Ready(container)) => Ok(container.clone()),
+            Some(ContainerSlot::Creating) | None => Err(not_found("task", id)),
+        }
+    }
+
+    pub(super) fn containers(&self) -> Vec<Arc<Container>> {
+        let slots = self.lock();
+        let ready = slots.containers.values().filter_map(|slot| match slot {
+            ContainerSlot::Ready(container) => Some(container.clone()),
+            ContainerSlot::Creating => None,
+        });
+        ready.collect()
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Slots> {
+        lock(&self.slots)
+    }
+}
+
+pub(super) fn alive(vm: &Arc<Vm>) -> Result<Arc<Vm>, SandboxError> {
+    match vm.cause_of_death() {
+        Some(cause) => Err(SandboxError::VmDead { cause }),
+        None => Ok(vm.clone()),
+    }
+}

@@ -1,0 +1,100 @@
+//! Starts processes: a container's init process, and execs in a container.
+
+use std::sync::Arc;
+
+use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest, Status};
+use husk_protos::chain::Chain;
+use protobuf::well_known_types::timestamp::Timestamp;
+
+use crate::sandbox::container::Container;
+use crate::sandbox::container::process::{Exit, Process};
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::registry::Sandbox;
+use crate::state::check_identifier;
+use crate::stdio::Stdio;
+use crate::vm::Vm;
+
+/// The value of a stream's field in a request to the guest, for a stream that the shim carries over vsock.
+pub(super) const STREAM: &str = "stream";
+
+impl Sandbox {
+    /// Starts a container's init process or an exec, and returns its PID in the guest.
+    pub(crate) async fn start(&self, id: &str, exec_id: &str) -> Result<u32, SandboxError> {
+        let init = self.process(id, "")?.1;
+        if !exec_id.is_empty() && init.exit().is_some() {
+            return Err(SandboxError::InitExited { task: id.to_owned() });
+        }
+        let (container, process) = self.process(id, exec_id)?;
+        let vm = self.live_vm()?;
+        // The streams belong to the first start. The guest rejects a second one.
+        let attaches = !exec_id.is_empty() && process.claim_start();
+        if attaches {
+            let attached = async {
+                process.attach_outputs(&vm.guest, id, &self.namespace).await?;
+                process.attach_input(&vm.guest, id).inspect_err(|_| process.detach())
+            };
+            attached.await.inspect_err(|_| process.release_start())?;
+        }
+        let request = StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
+        match vm.guest.task.start(vm.guest.context(), &request).await {
+            Ok(response) => {
+                process.set_pid(response.pid);
+                if exec_id.is_empty() {
+                    self.run_poststart_hooks(&vm, &container).await?;
+                }
+                Ok(response.pid)
+            }
+            Err(error) => {
+                if attaches {
+                    process.detach();
+                    record_failed_start(&vm, &container, &process).await;
+                    process.release_start();
+                }
+                let error = SandboxError::from(error);
+                tracing::warn!(container = container.id, exec = exec_id, error = %Chain(&error), "start failed");
+                Err(error)
+            }
+        }
+    }
+
+    /// Adds an exec to a container.
+    pub(crate) async fn exec(&self, request: ExecProcessRequest) -> Result<(), SandboxError> {
+        check_identifier("exec id", &request.exec_id)?;
+        let stdio = Stdio::from(&request);
+        stdio.check()?;
+        let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
+        let container = self.container(&request.id)?;
+        let vm = self.live_vm()?;
+        if !container.add(Arc::new(Process::new(&request.exec_id, stdio))) {
+            return Err(SandboxError::AlreadyExists { what: "process", id: request.exec_id });
+        }
+        let guest_request = ExecProcessRequest { stdin, stdout, stderr, ..request.clone() };
+        if let Err(error) = vm.guest.task.exec(vm.guest.context(), &guest_request).await {
+            if let Some(process) = container.remove(&request.exec_id) {
+                process.discard();
+            }
+            return Err(error.into());
+        }
+        Ok(())
+    }
+}
+
+/// Records the exit of an exec that failed to start, for callers that wait for it, unless the guest allows another
+/// start.
+async fn record_failed_start(vm: &Vm, container: &Container, process: &Process) {
+    let request = StateRequest { id: container.id.clone(), exec_id: process.exec_id.clone(), ..Default::default() };
+    match vm.guest.task.state(vm.guest.context(), &request).await {
+        Ok(state) if state.status == Status::STOPPED.into() => {
+            let at = state.exited_at.into_option().unwrap_or_else(Timestamp::now);
+            process.record_exit(Exit { status: state.exit_status, at });
+        }
+        Ok(_) => {}
+        // If the VM died, every process's exit is recorded anyway.
+        Err(error) => tracing::warn!(
+            container = container.id,
+            exec = process.exec_id,
+            error = %Chain(&error),
+            "failed to query the state of an exec that did not start"
+        ),
+    }
+}

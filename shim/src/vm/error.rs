@@ -1,0 +1,91 @@
+//! Why a VM did not boot.
+
+use std::io;
+use std::time::Duration;
+
+use husk_protos::chain::Chain;
+
+use crate::extras::disk::DiskError;
+use crate::guest::client::GuestError;
+use crate::guest::link::LinkError;
+use crate::metadata;
+use crate::state::StateError;
+use crate::vm::cgroup::CgroupError;
+use crate::vm::virtiofsd::VirtiofsdError;
+use crate::vmm::VmmError;
+
+/// Why a VM did not boot.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The machine's process.
+    #[error(transparent)]
+    Machine(#[from] VmmError),
+    /// The extras disk.
+    #[error(transparent)]
+    Extras(#[from] DiskError),
+    /// The share's process.
+    #[error(transparent)]
+    Virtiofsd(#[from] VirtiofsdError),
+    /// The vsock device.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The metadata service.
+    #[error(transparent)]
+    Metadata(#[from] metadata::Error),
+    /// The cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The journal.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A file or socket of the VM.
+    #[error("{what}")]
+    Io {
+        /// The attempted operation.
+        what: String,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The VM ended before it was ready.
+    #[error("the VM ended while it booted: {cause}{}", last_lines(console))]
+    Ended {
+        /// Which process ended, and how.
+        cause: String,
+        /// The last lines of the console and of the logs.
+        console: String,
+    },
+    /// The VM was not ready in time.
+    #[error("the VM was not ready after {} ms{}", deadline.as_millis(), last_lines(console))]
+    Deadline {
+        /// The time limit.
+        deadline: Duration,
+        /// The console's last lines.
+        console: String,
+    },
+    /// The guest's hello is malformed.
+    #[error("read the guest's hello")]
+    Hello(#[from] husk_protos::frame::FrameError),
+    /// The guest sent its hello, but cannot be called.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+}
+
+impl BootError {
+    /// The error and its causes without the console's lines.
+    pub(crate) fn cause(&self) -> String {
+        match self {
+            Self::Ended { cause, .. } => cause.clone(),
+            Self::Deadline { deadline, .. } => format!("it was not ready after {} ms", deadline.as_millis()),
+            other => Chain(other).to_string(),
+        }
+    }
+}
+
+/// An I/O error with the attempted operation.
+pub(super) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> BootError {
+    move |source| BootError::Io { what: what.into(), source }
+}
+
+fn last_lines(text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!("; its console's last lines:\n{text}") }
+}

@@ -1,0 +1,32 @@
+//! Everything that a boot needs. `prepare` makes the plan.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::config::settings::TokenSettings;
+use crate::config::workspace::Workspace;
+use crate::guest::link::Carrier;
+use crate::vmm::Spec;
+
+/// What a VM is booted from.
+#[derive(Debug, Clone)]
+pub struct BootPlan {
+    /// The machine, and what the shim passes to its guest.
+    pub spec: Spec,
+    /// The vsock device.
+    pub carrier: Carrier,
+    /// virtiofsd's program.
+    pub virtiofsd: PathBuf,
+    /// The folder that the guest mounts.
+    pub share: PathBuf,
+    /// From the start of the VMM to the guest's hello.
+    pub boot_timeout: Duration,
+    /// For one call to the guest.
+    pub call_timeout: Duration,
+    /// The cgroup of the VM's processes, in the notation of the OCI runtime spec; if none, they stay in the shim's.
+    pub cgroup: Option<String>,
+    /// How the metadata service signs its tokens.
+    pub tokens: TokenSettings,
+    /// The workspace that the metadata service returns.
+    pub workspace: Option<Workspace>,
+}

@@ -1,0 +1,145 @@
+//! A VM whose guest is ready: its health, its death, and stopping it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use containerd_shim_protos::api::ShutdownRequest;
+use husk_protos::chain::Chain;
+use husk_protos::system::Hello;
+use tokio::sync::watch;
+use ttrpc::context::with_duration;
+
+use super::death::CONSOLE_LINES;
+use crate::console::Attached;
+use crate::guest::client::Guest;
+use crate::guest::report::GuestHealth;
+use crate::host::child::Child;
+use crate::host::process::ProcessId;
+use crate::vmm::Machine;
+
+/// How long the machine may take to exit when the guest does not answer, and after it was killed.
+const EXIT: Duration = Duration::from_secs(3);
+/// How long a guest that has stopped everything is kept for the output and the events that are still on their way.
+pub(crate) const DELIVERY: Duration = Duration::from_millis(500);
+/// How much later than the loss of a call the VM's death may be noticed: the machine's exit and the console's last
+/// output come first.
+const DEATH_DELAY: Duration = Duration::from_secs(2);
+
+/// A process of a VM survived its kill.
+#[derive(Debug, thiserror::Error)]
+#[error("a process of the VM is still running {} ms after it was killed", EXIT.as_millis())]
+pub struct StillRunning;
+
+/// A VM whose guest is ready, until it dies. Dropping it kills the machine.
+pub struct Vm {
+    /// The guest's services.
+    pub guest: Arc<Guest>,
+    /// The guest's hello.
+    pub hello: Hello,
+    /// The guest is in debug mode.
+    pub debug: bool,
+    pub(super) machine: Arc<dyn Machine>,
+    pub(super) share: Arc<Child>,
+    pub(super) share_workers: Vec<ProcessId>,
+    pub(super) console: Attached,
+    pub(super) health: Arc<GuestHealth>,
+    pub(super) shutdown_timeout: Duration,
+    pub(super) stopping: AtomicBool,
+    /// Why the VM has to be killed.
+    pub(super) failure: watch::Sender<Option<String>>,
+    /// Why the VM is dead.
+    pub(super) dead: watch::Receiver<Option<String>>,
+}
+
+impl Vm {
+    /// Resolves when the VM is dead, with the cause. May be called any number of times.
+    pub(crate) async fn died(&self) -> String {
+        match self.dead.clone().wait_for(Option::is_some).await {
+            Ok(cause) => cause.clone().unwrap_or_default(),
+            Err(_) => "its watcher has ended".to_owned(),
+        }
+    }
+
+    /// The cause of death after a call was lost. The loss may be noticed a moment before the death.
+    pub(crate) async fn died_under_call(&self) -> Option<String> {
+        tokio::time::timeout(DEATH_DELAY, self.died()).await.ok()
+    }
+
+    /// Kills the VM. `cause` becomes the cause of death, unless the VM is dying already.
+    pub(crate) fn fail(&self, cause: String) {
+        self.failure.send_replace(Some(cause));
+    }
+
+    /// Why the VM is dead, if it is.
+    pub(crate) fn cause_of_death(&self) -> Option<String> {
+        self.dead.borrow().clone()
+    }
+
+    /// Whether [`Vm::stop`] was called.
+    pub(crate) fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// What the guest has reported: its heartbeats and its supervisor's status.
+    pub(crate) fn health(&self) -> &GuestHealth {
+        &self.health
+    }
+
+    /// The console's last lines.
+    pub fn console_tail(&self) -> String {
+        self.console.tail(CONSOLE_LINES)
+    }
+
+    /// Stops the VM: asks the guest to shut down, then kills the machine. Output and exits of the last processes may
+    /// still be on their way when the guest has answered: `delivered` resolves when they have arrived, and is awaited
+    /// for a moment.
+    ///
+    /// # Errors
+    ///
+    /// When a process survives its kill.
+    pub async fn stop(&self, delivered: impl Future<Output = ()>) -> Result<(), StillRunning> {
+        self.stopping.store(true, Ordering::Relaxed);
+        if self.cause_of_death().is_none() {
+            self.shut_guest_down(delivered).await;
+        }
+        self.machine.kill();
+        // virtiofsd would exit some time after the machine has closed its socket. Killing its worker ends it at once.
+        for worker in &self.share_workers {
+            if let Err(error) = worker.send_kill() {
+                tracing::warn!(pid = worker.pid, %error, "failed to kill virtiofsd's worker");
+            }
+        }
+        let gone = async { tokio::join!(self.machine.exited(), self.share.exited()) };
+        if tokio::time::timeout(EXIT, gone).await.is_err() {
+            self.share.kill();
+            return Err(StillRunning);
+        }
+        Ok(())
+    }
+
+    /// Asks the guest to stop everything, and waits until it has, or until the machine has exited.
+    async fn shut_guest_down(&self, delivered: impl Future<Output = ()>) {
+        let request = ShutdownRequest { now: true, ..Default::default() };
+        match self.guest.task.shutdown(with_duration(self.shutdown_timeout), &request).await {
+            // The guest has stopped its processes and written its files back. Killing the machine is faster than the
+            // rest of the shutdown.
+            Ok(_) => tokio::select! {
+                _ = tokio::time::timeout(DELIVERY, delivered) => {}
+                _ = self.machine.exited() => {}
+            },
+            Err(error) => {
+                tracing::debug!(error = %Chain(&error), "the guest did not answer its shutdown");
+                if tokio::time::timeout(EXIT, self.machine.exited()).await.is_err() {
+                    tracing::warn!(deadline_ms = EXIT.as_millis() as u64, "the VM did not exit in time and is killed");
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.machine.kill();
+    }
+}

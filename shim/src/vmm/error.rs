@@ -1,0 +1,41 @@
+//! Why a machine does not start, whichever VMM runs it.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::host::child::LaunchError;
+use crate::vmm::hugepages::HugePagesError;
+
+/// Why a machine does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// A file that the machine needs cannot be opened.
+    #[error("open {what} {}", path.display())]
+    Open {
+        /// The file's role: kernel, initrd or disk.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The host lacks free huge pages.
+    #[error(transparent)]
+    HugePages(#[from] HugePagesError),
+    /// The VMM's process cannot be started.
+    #[error("start {}", program.display())]
+    Spawn {
+        /// The VMM's program.
+        program: PathBuf,
+        /// The failed step.
+        source: LaunchError,
+    },
+    /// A system call failed.
+    #[error("{what}")]
+    System {
+        /// The attempted operation.
+        what: &'static str,
+        /// The system's error.
+        source: io::Error,
+    },
+}

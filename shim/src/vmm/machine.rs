@@ -1,0 +1,130 @@
+//! The interface to a VMM: what a machine consists of, how it is started, and how its end is noticed.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tracing::Level;
+
+use crate::host::process::ProcessId;
+use crate::vmm::error::VmmError;
+
+/// How guest instructions are executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accel {
+    /// Hardware virtualization.
+    Kvm,
+    /// Software emulation.
+    Tcg,
+    /// [`Accel::Tcg`] with one nanosecond of guest time for each guest instruction: a measure that is independent of
+    /// the host's load. For benchmarks.
+    TcgCounted,
+}
+
+/// A read-only block device. The guest finds it by its serial.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// At most 20 bytes (virtio's VIRTIO_BLK_ID_BYTES).
+    pub serial: String,
+    /// Whole sectors, in a file that the machine's user may open.
+    pub image: Arc<File>,
+}
+
+/// What the shim passes to the guest's init, and to its kernel on behalf of the configuration.
+#[derive(Debug, Clone)]
+pub struct GuestParams {
+    /// Least severe level that the init logs at.
+    pub log_level: Level,
+    /// Interval between two heartbeats.
+    pub heartbeat: Duration,
+    /// Debug mode.
+    pub debug: bool,
+    /// Kernel parameters of the configuration.
+    pub configured: Vec<String>,
+    /// The guest has a disk with extras.
+    pub extras: bool,
+    /// The extras contain a supervisor agent that is to run.
+    pub supervisor: bool,
+    /// The host's wall clock, since 1970.
+    pub wall_clock: Option<Duration>,
+    /// The host's vsock port that expects the guest's hello, if it is not the usual one.
+    pub ready_port: Option<u32>,
+}
+
+/// What a virtual machine consists of. The board belongs to the VMM.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// Appears in the process list.
+    pub name: String,
+    /// How guest instructions are executed.
+    pub accel: Accel,
+    /// Virtual CPUs, at least 1.
+    pub vcpus: u32,
+    /// Frequency of the host's time stamp counter, kHz, if known.
+    pub tsc_khz: Option<u64>,
+    /// Guest memory, MiB.
+    pub memory_mib: u64,
+    /// Back guest memory with the host's huge pages.
+    pub hugepages: bool,
+    /// ELF kernel with a PVH entry.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+    /// The guest's CID on the kernel's vsock device; none with the device in the shim.
+    pub kernel_cid: Option<u32>,
+    /// Block devices.
+    pub disks: Vec<Disk>,
+    /// What the shim passes to the guest on the kernel command line.
+    pub guest: GuestParams,
+    /// User and group of the machine's process (uid, gid); root if none.
+    pub user: Option<(u32, u32)>,
+}
+
+/// The open files that connect a machine to the shim. Each socket is one end of a connected pair.
+#[derive(Debug)]
+pub struct Sockets {
+    /// The vsock device: its vhost-user front end, or the kernel's device with the CID set.
+    pub vsock: OwnedFd,
+    /// vhost-user front end of the share; none for a machine without one.
+    pub share: Option<OwnedFd>,
+    /// The serial console.
+    pub console: OwnedFd,
+    /// Standard output and error of the machine's process.
+    pub log: File,
+}
+
+/// A program that runs virtual machines.
+#[async_trait]
+pub trait Vmm: Send + Sync {
+    /// The name in messages.
+    fn name(&self) -> &'static str;
+
+    /// The name of the machine's process in the state, and of its log file without the extension.
+    fn id(&self) -> &'static str;
+
+    /// The board's name in the state.
+    fn board(&self) -> &'static str;
+
+    /// Starts a machine. Returns when its process runs; the guest reports its own readiness.
+    ///
+    /// # Errors
+    ///
+    /// When the machine's process cannot be started; then there is none.
+    async fn start(&self, spec: &Spec, sockets: Sockets) -> Result<Box<dyn Machine>, VmmError>;
+}
+
+/// A started machine.
+#[async_trait]
+pub trait Machine: Send + Sync {
+    /// The machine's process.
+    fn process(&self) -> ProcessId;
+
+    /// Resolves when the process has exited, with a description of its end. May be called any number of times.
+    async fn exited(&self) -> String;
+
+    /// Kills the process.
+    fn kill(&self);
+}
