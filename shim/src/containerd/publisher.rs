@@ -33,7 +33,7 @@ enum Item {
 
 /// Publishes events. Clones share one queue.
 #[derive(Clone)]
-pub struct Publisher {
+pub(crate) struct Publisher {
     namespace: String,
     queue: mpsc::Sender<Item>,
     recent: Recent,

@@ -186,7 +186,7 @@ fn place(fds: &[(i32, i32)]) -> io::Result<()> {
 
 /// How a child ended. Displays as "exited with status 1" or "was killed by signal 9".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ChildExit(pub ExitStatus);
+pub(crate) struct ChildExit(pub ExitStatus);
 
 impl fmt::Display for ChildExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -200,7 +200,7 @@ impl fmt::Display for ChildExit {
 
 /// A child process. Dropping this value leaves the process running.
 #[derive(Debug)]
-pub struct Child {
+pub(crate) struct Child {
     id: ProcessId,
     pidfd: OwnedFd,
     leads: bool,
@@ -228,12 +228,12 @@ impl Child {
     }
 
     /// Identifies the process.
-    pub fn process(&self) -> ProcessId {
+    pub(crate) fn process(&self) -> ProcessId {
         self.id
     }
 
     /// Waits for the exit. Can be called repeatedly.
-    pub async fn exited(&self) -> ChildExit {
+    pub(crate) async fn exited(&self) -> ChildExit {
         let exit = self.exit.clone().wait_for(Option::is_some).await.map_or(None, |exit| *exit);
         match exit {
             Some(exit) => exit,
@@ -244,7 +244,7 @@ impl Child {
 
     /// Sends SIGKILL, to the whole process group if the child leads one. If the leader has already exited, the rest of
     /// its group is left alone: it may have started them to stay.
-    pub fn kill(&self) {
+    pub(crate) fn kill(&self) {
         if !self.leads {
             return self.signal(libc::SIGKILL);
         }
@@ -256,7 +256,7 @@ impl Child {
     }
 
     /// Sends a signal.
-    pub fn signal(&self, signal: i32) {
+    pub(crate) fn signal(&self, signal: i32) {
         match pidfd_send_signal(&self.pidfd, signal) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}

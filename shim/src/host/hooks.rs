@@ -69,7 +69,7 @@ impl Hooks {
 
 /// The container in the state that hooks receive (runtime.md, "State").
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Subject {
+pub(crate) struct Subject {
     /// The container's id.
     pub id: String,
     /// Its bundle on the host, which is also the hook's working directory.
@@ -110,7 +110,7 @@ impl Subject {
 /// A hook failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{field} {}", path.display())]
-pub struct HookError {
+pub(crate) struct HookError {
     field: String,
     path: PathBuf,
     #[source]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 /// Why a standard stream cannot be opened. `field` is stdin, stdout or stderr.
 #[derive(Debug, thiserror::Error)]
-pub enum StdioError {
+pub(crate) enum StdioError {
     /// husk does not support addresses of this kind.
     #[error("{field} {value:?}: {} supported, {scheme}:// is not", supported(field))]
     Scheme {

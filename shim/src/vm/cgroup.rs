@@ -54,20 +54,20 @@ pub enum CgroupError {
 
 /// The mount points of the host's cgroup hierarchies.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hierarchies {
+pub(crate) struct Hierarchies {
     roots: Vec<PathBuf>,
     unified: bool,
 }
 
 /// A sandbox's cgroup: one directory in each of the host's hierarchies.
 #[derive(Clone, Debug)]
-pub struct HostCgroup {
+pub(crate) struct HostCgroup {
     procs: Vec<PathBuf>,
 }
 
 impl HostCgroup {
     /// The `cgroup.procs` files. A process joins by writing its PID, or 0 for itself, to each.
-    pub fn procs_files(&self) -> &[PathBuf] {
+    pub(crate) fn procs_files(&self) -> &[PathBuf] {
         &self.procs
     }
 }
@@ -124,7 +124,7 @@ impl Hierarchies {
     ///
     /// # Errors
     /// [`CgroupError::Mounts`].
-    pub fn of_host() -> Result<Self, CgroupError> {
+    pub(crate) fn of_host() -> Result<Self, CgroupError> {
         fs::read_to_string("/proc/self/mountinfo").map(|text| Self::from_mountinfo(&text)).map_err(CgroupError::Mounts)
     }
 
@@ -155,7 +155,7 @@ impl Hierarchies {
     }
 
     /// Whether the host uses only cgroup v2.
-    pub fn unified(&self) -> bool {
+    pub(crate) fn unified(&self) -> bool {
         self.unified
     }
 
