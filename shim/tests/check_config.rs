@@ -1,4 +1,5 @@
 //! `husk check-config`, as an operator sees it: what is printed where, and the exit status.
+#![allow(clippy::unwrap_used, reason = "clippy.toml does not exempt helpers outside of #[test] functions")]
 
 use std::path::Path;
 use std::process::{Command, Output};
