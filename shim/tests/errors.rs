@@ -1,5 +1,7 @@
 //! Error messages of both programs: each cause is printed once.
 
+#![allow(clippy::unwrap_used, reason = "clippy.toml exempts #[test] functions only, not their helpers")]
+
 use std::path::Path;
 use std::process::{Command, Output};
 
