@@ -1,5 +1,7 @@
 //! `husk check-config`: its output and its exit status.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation fails the test")]
+
 use std::path::Path;
 use std::process::{Command, Output};
 

@@ -1,5 +1,7 @@
 //! Error messages of both programs: each cause is printed once.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed expectation fails the test")]
+
 use std::path::Path;
 use std::process::{Command, Output};
 
