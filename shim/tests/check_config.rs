@@ -27,7 +27,7 @@ fn every_problem_has_a_line_with_key_value_and_allowed_values() {
     let lines: Vec<&str> = text(&output.stderr).lines().collect();
     let expected = [
         "accel = \"xen\": must be one of \"auto\", \"kvm\", \"tcg\"",
-        "initrd = 7: must be a string, and not an empty one",
+        "initrd = 7: must be a non-empty string",
         "memory_mib = 0: memory must be greater than zero",
         "vcpus = 0: vCPU count must be greater than zero",
         "virtiofsd = \"here\": must be an absolute path",

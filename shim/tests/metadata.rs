@@ -52,7 +52,7 @@ fn a_key_that_others_may_read_is_rejected() {
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
     let rejected = husk(&config, &["metadata", "public-key"]);
     let expected = format!(
-        "husk: metadata key {}: mode 0644 lets others than its owner use it; nobody can tell who has: remove it for a new one, or chmod 600 it\n",
+        "husk: metadata key {}: mode 0644 gives other users access, so the key may be known: remove the file for a new key, or run chmod 600 on it\n",
         key.display()
     );
     assert_eq!((rejected.status.code(), text(&rejected.stderr)), (Some(1), expected.as_str()));
@@ -94,7 +94,7 @@ fn one_process_of_the_host_serves_the_kernels_vsock_until_sigterm() {
     std::fs::write(&config, format!("metadata_key = {key:?}\n")).unwrap();
     let (mut first, line) = serve(&config);
     assert!(
-        line.contains("answering all VMs on the kernel's vsock port=1027"),
+        line.contains("serving metadata to all VMs on the kernel's vsock device port=1027"),
         "vsock port 1027 of this machine: {line}"
     );
     let (mut second, line) = serve(&config);

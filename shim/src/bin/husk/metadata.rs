@@ -44,7 +44,7 @@ pub(crate) fn run(command: Command) -> Result<()> {
 }
 
 fn public_key(json: bool) -> Result<()> {
-    let public = Key::read_or_make(&load::load()?.tokens.key)?.public();
+    let public = Key::read_or_create(&load::load()?.tokens.key)?.public();
     let mut out = io::stdout().lock();
     if json {
         writeln!(out, "{}", serde_json::to_string_pretty(&public.jwk())?)?;
