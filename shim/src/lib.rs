@@ -1,19 +1,43 @@
-//! husk's host side: boots a virtual machine for each sandbox and relays containerd's calls to the guest.
+//! husk's host side: boots a virtual machine for each sandbox and forwards containerd's calls to the guest.
+//!
+//! | module            | content                                                                     |
+//! |-------------------|-----------------------------------------------------------------------------|
+//! | `serve`           | the shim's three modes: `start`, server, `delete`                           |
+//! | `task_service`    | containerd's Task service                                                   |
+//! | `ctl`             | the operator's JSON-RPC                                                     |
+//! | `sandbox`         | the containers and processes of one VM                                      |
+//! | `prepare`         | turns a bundle and the configuration into a plan of the VM                  |
+//! | `vm`              | the running VM: its boot, virtiofsd, host cgroup                            |
+//! | `vmm`             | the programs that run virtual machines                                      |
+//! | `guest`           | connections to the guest, and its reports                                   |
+//! | `metadata`        | the metadata service for guests                                             |
+//! | `extras`          | the disk with the operator's files and the supervisor agent                 |
+//! | `rootfs`          | the share with the containers' root filesystems, and the guest's spec       |
+//! | `stdio`           | the standard streams of processes                                           |
+//! | `console`         | the guest's console and logs                                                |
+//! | `config`          | the configuration file and the annotations                                  |
+//! | `containerd`      | command line, start protocol, events and log                                |
+//! | `state`           | the state on disk, and the steps that undo it                               |
+//! | `host`            | the host's processes, children, hooks and sockets                           |
+//!
+//! Imports run downwards: `serve` and `task_service` → `ctl` → `sandbox` → `prepare` → `vm` → `metadata`, `extras`,
+//! `guest`, `rootfs`, `stdio`, `console` → `config`, `containerd`, `state` → `vmm`, `host`. The VM's device for vsock
+//! is a crate of its own, `husk-vsock`.
 
 pub mod config;
 pub mod console;
 pub mod containerd;
 pub mod ctl;
 pub mod extras;
-pub mod guest;
+mod guest;
 pub mod host;
 pub mod metadata;
 pub mod prepare;
-pub mod rootfs;
-pub mod sandbox;
+mod rootfs;
+mod sandbox;
 pub mod serve;
 pub mod state;
-pub mod stdio;
-pub mod task_service;
+mod stdio;
+mod task_service;
 pub mod vm;
 pub mod vmm;

@@ -1,17 +1,22 @@
-//! `containerd-shim-husk-v1`: what containerd runs for the runtime `io.containerd.husk.v1`. The work is in the library.
+//! `containerd-shim-husk-v1`: the program that containerd runs for the runtime `io.containerd.husk.v1`.
+//!
+//! This file selects the mode. `serve.rs` in the library contains the modes.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use containerd_shim_protos::types::introspection::RuntimeInfo;
 use husk_protos::chain::Chain;
+use husk_shim::containerd::flags::Flags;
+use husk_shim::serve;
 use protobuf::Message;
 
 fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // containerd shows what `start` prints on stderr when it fails, and only then.
+            // containerd reports stderr to its client only if `start` fails.
             let _ = writeln!(io::stderr(), "io.containerd.husk.v1: {}", Chain(error.as_ref()));
             ExitCode::FAILURE
         }
@@ -20,21 +25,18 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let args: Vec<_> = std::env::args_os().skip(1).collect();
-    let flags = containerd_shim::parse(&args).context("arguments")?;
+    let flags = Flags::parse(&args).context("parse the arguments")?;
     if flags.version {
         return writeln!(io::stdout(), "containerd-shim-husk-v1 {}", env!("CARGO_PKG_VERSION")).context("write stdout");
     }
     if flags.info {
-        let info = containerd_shim::protos::types::introspection::RuntimeInfo {
-            name: "io.containerd.husk.v1".to_owned(),
-            ..Default::default()
-        };
+        let info = RuntimeInfo { name: "io.containerd.husk.v1".to_owned(), ..Default::default() };
         return io::stdout().write_all(&info.write_to_bytes()?).context("write stdout");
     }
     match flags.action.as_str() {
-        "start" => husk_shim::serve::start(&flags),
-        "delete" => husk_shim::serve::delete(&flags),
-        "" => husk_shim::serve::serve(&flags),
-        other => bail!("unknown action {other:?}: containerd calls this program with `start` or `delete`"),
+        "start" => serve::start(&flags),
+        "delete" => serve::delete(&flags),
+        "" => serve::serve(&flags),
+        other => bail!("unknown action {other:?}: expected `start` or `delete`"),
     }
 }

@@ -1,5 +1,5 @@
-//! The three lives of the shim's binary: `start` makes the socket and forks the server, the server serves until its sandbox has ended, and
-//! `delete` cleans up after a server that is no more.
+//! The shim's three modes: `start` creates the socket and starts the server, the server runs until its sandbox ends,
+//! and `delete` cleans up after a dead server.
 
 use std::ffi::OsString;
 use std::fs;
@@ -12,15 +12,19 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use containerd_shim::{Flags, StartOpts};
 use containerd_shim_protos::api::DeleteResponse;
+use husk_protos::chain::Chain;
+use procfs::ProcResult;
+use procfs::process::Process;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::console;
+use crate::containerd::address::socket_path;
 use crate::containerd::bootstrap;
-use crate::containerd::bootstrap::Start;
+use crate::containerd::bootstrap::StartParams;
+use crate::containerd::flags::Flags;
 use crate::containerd::publisher::Publisher;
 use crate::ctl;
 use crate::host::process::{ProcessId, wait_dead};
@@ -31,16 +35,20 @@ use crate::state::journal::Journal;
 use crate::state::recent::EventKind;
 use crate::state::{Owner, State, StateError, Step, base};
 
-/// Where the server inherits its listening socket.
+/// The descriptor of the server's listening socket.
 const LISTENER: i32 = 3;
-/// containerd's limit for what it sends on stdin is 10 MiB; husk needs nothing of that size.
+/// Most bytes that `start` reads from stdin. containerd's own limit is 10 MiB, but its messages have some hundred
+/// bytes.
 const MAX_STDIN: u64 = 1 << 20;
-/// What is left of containerd's 5 seconds for `delete` after starting it.
-const DELETE: Duration = Duration::from_millis(4500);
-/// Exit status of a task whose shim is gone: as if by SIGKILL.
+/// Time limit of `delete`. containerd's limit is 5 seconds, including the start of the program.
+const DELETE_TIMEOUT: Duration = Duration::from_millis(4500);
+/// Exit status of a task whose shim is gone: that of SIGKILL.
 const KILLED: u32 = 137;
 
-/// `start`: prints the address of the server for this task, which is forked unless the task's sandbox has one already.
+/// `start`: prints the address of the task's server. Starts the server unless the task's sandbox already has one.
+///
+/// # Errors
+/// When the parameters are incomplete, or the server cannot be started.
 pub fn start(flags: &Flags) -> Result<()> {
     let mut input = Vec::new();
     let stdin = io::stdin();
@@ -49,27 +57,21 @@ pub fn start(flags: &Flags) -> Result<()> {
     }
     let start = bootstrap::read(flags, &input, std::env::var("TTRPC_ADDRESS").ok())?;
     let sandbox = sandbox_of(Path::new("."), &start.id)?;
-    let opts = StartOpts {
-        address: start.grpc_address.clone(),
-        namespace: start.namespace.clone(),
-        socket_dir: start.socket_dir.clone(),
-        ..Default::default()
-    };
-    let address = opts.socket_address(&sandbox);
-    let path = PathBuf::from(address.trim_start_matches("unix://"));
+    let path = socket_path(start.socket_dir.as_deref(), &start.grpc_address, &start.namespace, &sandbox);
+    let address = format!("unix://{}", path.display());
     if let Some(listener) = listen(&path)? {
         spawn_server(&start, &sandbox, listener, &path)
             .inspect_err(|_| drop(fs::remove_file(&path)))
             .context("start the server")?;
     }
-    // containerd 1.x finds the shim again by this file when it is restarted.
-    fs::write("address", &address).context("write address")?;
+    // containerd 1.x reads this file after a restart to reconnect.
+    fs::write("address", &address).context("write the file address")?;
     let mut stdout = io::stdout();
-    stdout.write_all(&bootstrap::answer(&address, start.reply)?).context("write stdout")?;
+    stdout.write_all(&bootstrap::reply(&address, start.reply)?).context("write stdout")?;
     stdout.flush().context("write stdout")
 }
 
-/// The socket at `path`; none if somebody serves there: the shim of the same sandbox.
+/// Listens at `path`. Returns `None` if the sandbox's shim is already serving there.
 fn listen(path: &Path) -> Result<Option<UnixListener>> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
@@ -82,13 +84,13 @@ fn listen(path: &Path) -> Result<Option<UnixListener>> {
     if UnixStream::connect(path).is_ok() {
         return Ok(None);
     }
-    // Left behind by a shim that was killed.
+    // A killed shim left the socket behind.
     fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
     let listener = UnixListener::bind(path).with_context(|| format!("bind {}", path.display()))?;
     Ok(Some(listener))
 }
 
-fn spawn_server(start: &Start, sandbox: &str, listener: UnixListener, socket: &Path) -> Result<()> {
+fn spawn_server(start: &StartParams, sandbox: &str, listener: UnixListener, socket: &Path) -> Result<()> {
     let mut args: Vec<OsString> = vec!["-namespace".into(), start.namespace.clone().into()];
     args.extend(["-id".into(), sandbox.into(), "-address".into(), start.grpc_address.clone().into()]);
     args.extend(["-socket".into(), socket.into()]);
@@ -103,7 +105,8 @@ fn spawn_server(start: &Start, sandbox: &str, listener: UnixListener, socket: &P
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let fd = listener.as_raw_fd();
-    // SAFETY: between fork and exec only dup2, fcntl and setsid are called, all async-signal-safe; `fd` is open until spawn() returns.
+    // SAFETY: the closure calls only dup2, fcntl and setsid, which are async-signal-safe. `fd` is open until spawn()
+    // returns.
     unsafe {
         command.pre_exec(move || {
             if fd == LISTENER {
@@ -115,7 +118,7 @@ fn spawn_server(start: &Start, sandbox: &str, listener: UnixListener, socket: &P
             } else if libc::dup2(fd, LISTENER) < 0 {
                 return Err(io::Error::last_os_error());
             }
-            // A session of its own: signals for containerd's terminal are not for the shim.
+            // A new session, so that signals from containerd's terminal do not reach the shim.
             nix::unistd::setsid()?;
             Ok(())
         })
@@ -125,34 +128,36 @@ fn spawn_server(start: &Start, sandbox: &str, listener: UnixListener, socket: &P
     Ok(())
 }
 
-/// The server is a bit less precious than containerd, as containerd's own shims are; without this it would inherit containerd's
-/// protection, and the VM with it.
-fn adjust_oom_score(pid: u32) {
-    let score = |pid: u32| -> Option<i32> {
-        fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).ok()?.trim().parse().ok()
+/// Makes the server a slightly better target for the OOM killer than containerd, as containerd's own shims do.
+/// Otherwise the server and its VM would inherit containerd's protection.
+fn adjust_oom_score(server: u32) {
+    let adjust = || -> ProcResult<()> {
+        let parent = Process::new(std::os::unix::process::parent_id().cast_signed())?.oom_score_adj()?;
+        Process::new(server.cast_signed())?.set_oom_score_adj((parent + 1).min(1000))
     };
-    if let Some(parent) = score(std::os::unix::process::parent_id()) {
-        // Best effort: only a privileged caller may lower it, and nothing depends on it.
-        let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), (parent + 1).min(1000).to_string());
-    }
+    // Best effort: the shim works with any score.
+    let _ = adjust();
 }
 
-/// Serves the sandbox `flags.id` until it has ended.
+/// Serves the sandbox `flags.id` until it ends.
+///
+/// # Errors
+/// When the server cannot start, or the sandbox cannot be shut down.
 pub fn serve(flags: &Flags) -> Result<()> {
     crate::host::child::reserve().context("reserve descriptors")?;
     crate::vmm::tsc::begin();
-    // SAFETY: `start` has put the listening socket there, and nobody else in this process uses that number.
+    // SAFETY: `start` put the listening socket there, and nothing else in this process uses that number.
     let listener = unsafe { OwnedFd::from_raw_fd(LISTENER) };
     nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
         .context("the server is started by `start`, which passes it a socket")?;
-    // One thread: ttrpc keeps the order of a stream's messages only then, and an idle sandbox costs little.
+    // One thread: ttrpc keeps the order of a stream's messages only on one, and an idle sandbox stays cheap.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let served = runtime.block_on(serve_sandbox(flags, UnixListener::from(listener)));
-    // Otherwise it went with everything else that the journal names, and what is there now is the socket of a successor.
+    // After a success the journal has removed the socket, and a socket at this path belongs to a successor.
     if served.is_err() && !flags.socket.is_empty() {
         let _ = fs::remove_file(&flags.socket);
     }
-    // Nothing that still hangs in a blocking call may keep the process.
+    // Do not wait for threads in blocking calls.
     runtime.shutdown_background();
     served
 }
@@ -160,11 +165,15 @@ pub fn serve(flags: &Flags) -> Result<()> {
 async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     crate::containerd::log::init(Path::new("log"), flags.debug, &flags.namespace, &flags.id)
         .context("open the log fifo")?;
-    let state = create_state(&flags.namespace, &flags.id).inspect_err(|error| tracing::error!(%error, "no state"))?;
+    let state = create_state(&flags.namespace, &flags.id).inspect_err(|error| {
+        tracing::error!(error = %Chain(error.as_ref()), "failed to create the sandbox's state");
+    })?;
     let journal = Journal::new(state);
-    // In one write. What is in the sandbox's folder would go with it, but until then nobody shall find a socket that nobody serves.
-    let operators = [ctl::SOCKET, console::SOCKET];
-    let sockets = [PathBuf::from(&flags.socket)].into_iter().chain(operators.map(|name| journal.dir().join(name)));
+    // One write for all. The sockets in the sandbox's directory would be removed with it; these steps remove them
+    // earlier, so that no client finds a socket without a server.
+    let operator_sockets = [ctl::SOCKET, console::SOCKET];
+    let sockets =
+        [PathBuf::from(&flags.socket)].into_iter().chain(operator_sockets.map(|name| journal.dir().join(name)));
     journal.record(&Owner::Sandbox, sockets.map(|path| Step::File { path }))?;
     let listen = |name| socket::listen(journal.dir(), name).and_then(tokio::net::UnixListener::from_std);
     let (control, console) = (listen(ctl::SOCKET), listen(console::SOCKET));
@@ -175,7 +184,7 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     sandbox.guest_logs().console.serve(console);
     ctl::serve(control, sandbox.clone(), ctl::methods::METHODS, ctl::Limits::default());
 
-    // SAFETY: the descriptor is a listening unix socket, given up here and owned by the server from now on.
+    // SAFETY: the descriptor is a listening unix socket, and its ownership passes to the server.
     let server = unsafe { ttrpc::r#async::Server::new().add_unix_listener(listener.into_raw_fd()) }?;
     let mut server = server.register_service(crate::task_service::services(sandbox.clone()));
     server.start().await?;
@@ -190,30 +199,33 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
         _ = terminate.recv() => sandbox.shutdown(true).await?,
         _ = interrupt.recv() => sandbox.shutdown(true).await?,
     }
-    // Answers that are under way are still sent.
+    // Sends the responses that are in progress.
     server.shutdown().await?;
     Ok(())
 }
 
-/// The state of a new sandbox; what a dead shim has left of an earlier one of this name is undone first.
+/// Creates the state of a new sandbox, after undoing what a dead shim left of an earlier sandbox with this name.
 fn create_state(namespace: &str, sandbox: &str) -> Result<State> {
     match State::create(&base(), namespace, sandbox) {
         Err(StateError::Exists(_)) => {
             let state = State::load(&base(), namespace, sandbox)?;
             if state.shim_lives()? {
-                bail!("sandbox {sandbox:?} is served by process {:?} already", state.shim().map(|shim| shim.pid));
+                bail!("process {:?} already serves sandbox {sandbox:?}", state.shim().map(|shim| shim.pid));
             }
-            state.undo_all(DELETE).context("clean up after an earlier shim")?;
+            state.undo_all(DELETE_TIMEOUT).context("clean up after an earlier shim")?;
             Ok(State::create(&base(), namespace, sandbox)?)
         }
         created => Ok(created?),
     }
 }
 
-/// `delete`: removes what the task's shim has left, if that shim is dead, and prints a `DeleteResponse`.
+/// `delete`: undoes what the task's shim left, if that shim is dead, and prints a `DeleteResponse`.
+///
+/// # Errors
+/// When the cleanup fails, or the shim is alive and still needed.
 pub fn delete(flags: &Flags) -> Result<()> {
-    let deadline = Instant::now() + DELETE;
-    // The bundle may be gone, or half written; a lone container is its own sandbox.
+    let deadline = Instant::now() + DELETE_TIMEOUT;
+    // The bundle may be gone or incomplete. A container outside of a pod is its own sandbox.
     let bundle = if flags.bundle.is_empty() { Path::new(".") } else { Path::new(&flags.bundle) };
     let sandbox = sandbox_of(bundle, &flags.id).unwrap_or_else(|_| flags.id.clone());
     match State::load(&base(), &flags.namespace, &sandbox) {
@@ -233,14 +245,18 @@ fn clean_up(state: State, container: &str, deadline: Instant) -> Result<()> {
     };
     let others = state.containers().keys().any(|id| id != container);
     if others && !state.containers().contains_key(container) {
-        // It serves others of the pod; what was this one's it has undone itself.
+        // The shim serves the pod's other containers and has already undone this one.
         return Ok(());
     }
-    // containerd asks for this when it has lost the shim. A killed one's sockets close before it counts as dead, and one on its way out does
-    // what is left to do better itself.
+    // containerd calls `delete` when it has lost its connection to the shim. A killed shim's sockets close before the
+    // process counts as dead, and a shim that is shutting down cleans up best by itself: wait for either.
     if !ended(shim, left(deadline) / 2)? {
-        ensure!(!others, "the shim, process {}, lives, and serves {container:?} and others of its pod", shim.pid);
-        shim.kill(Duration::from_millis(500)).context("end the shim")?;
+        ensure!(
+            !others,
+            "the shim, process {}, is alive and serves {container:?} and other containers of its pod",
+            shim.pid
+        );
+        shim.kill(Duration::from_millis(500)).context("kill the shim")?;
     }
     match State::load(&base(), state.namespace(), state.sandbox()) {
         Ok(state) => Ok(state.undo_all(left(deadline))?),

@@ -21,7 +21,7 @@ use ttrpc::{Code, get_status};
 
 use crate::guest::client::GuestError;
 use crate::sandbox::{Sandbox, SandboxError};
-use crate::stdio;
+use crate::stdio::StdioError;
 
 /// The service's name in containerd 1.x. Both versions have the same messages.
 const TASK_V2: &str = "containerd.task.v2.Task";
@@ -79,7 +79,7 @@ fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         Error::NotFound { .. } => Code::NOT_FOUND,
         Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
         Error::Stopping | Error::NotStopped { .. } | Error::InitExited { .. } => Code::FAILED_PRECONDITION,
-        Error::Stdio(stdio::Error::Logger { .. }) => Code::INTERNAL,
+        Error::Stdio(StdioError::Logger { .. }) => Code::INTERNAL,
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Boot(_) | Error::Guest(_) | Error::VmDead { .. } => Code::UNAVAILABLE,

@@ -252,7 +252,7 @@ fn a_logging_program_that_does_not_become_ready_is_named_and_leaves_nothing_behi
     let cases = [
         ("exit 3", "exited with status 3 before it was ready"),
         ("kill -9 $$", "was killed by signal 9 before it was ready"),
-        ("sleep 1000 & wait", "did not say within 10s that it is ready"),
+        ("sleep 1000 & wait", "did not report readiness within 10s"),
     ];
     for (index, (script, expected)) in cases.into_iter().enumerate() {
         let logger = Logger::new(script)?;

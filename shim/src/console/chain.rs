@@ -1,4 +1,4 @@
-//! A rotated log on disk, read as one: its older parts before the one that is written. Also for whoever has only the disk.
+//! Reads a rotated log as one file, oldest part first. Needs only the files, so it also works without a running shim.
 
 use std::fs::File;
 use std::io;
@@ -8,18 +8,18 @@ use std::path::Path;
 use crate::console::rotate;
 use crate::console::rotate::older;
 
-/// Bytes that are read at once when a log is searched backwards.
+/// Bytes per read in a backward search.
 const BLOCK: usize = 64 * 1024;
 
-/// The parts as they were when it was opened: what is written later is not seen, and what is rotated away meanwhile still is.
+/// The parts of a log at the time of its opening. Later output is invisible; parts rotated away since remain readable.
 #[derive(Debug)]
-pub struct Chain {
-    /// The oldest first, each with its length.
+pub struct LogChain {
+    /// The files with their lengths, oldest first.
     parts: Vec<(File, u64)>,
 }
 
-impl Chain {
-    /// Opens what there is of the log at `path`; nothing is an empty one.
+impl LogChain {
+    /// Opens the log at `path`. A log that does not exist is empty.
     ///
     /// # Errors
     /// When a part cannot be opened.
@@ -39,20 +39,20 @@ impl Chain {
         Ok(Self { parts })
     }
 
-    /// Bytes in all.
+    /// Length of all parts, bytes.
     pub fn len(&self) -> u64 {
         self.parts.iter().map(|(_, length)| length).sum()
     }
 
-    /// Whether there is nothing.
+    /// Whether the log is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Reads at `offset`, up to the end of a part or of `buffer`; 0 only at the end.
+    /// Reads at `offset`, up to the end of a part or of `buffer`. Returns 0 only at the end of the log.
     ///
     /// # Errors
-    /// pread(2)'s.
+    /// Those of pread(2).
     pub fn read_at(&self, mut offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         for (file, length) in &self.parts {
             if offset < *length {
@@ -64,26 +64,26 @@ impl Chain {
         Ok(0)
     }
 
-    /// Where the last `lines` lines begin. The last line may be without an end.
+    /// The offset of the last `lines` lines. The last line may lack its newline.
     ///
     /// # Errors
-    /// pread(2)'s.
+    /// Those of pread(2).
     pub fn last_lines(&self, lines: usize) -> io::Result<u64> {
         let length = self.len();
         if lines == 0 {
             return Ok(length);
         }
         let mut block = vec![0; BLOCK];
-        let (mut end, mut ends) = (length, 0);
+        let (mut end, mut newlines) = (length, 0);
         while end > 0 {
             let start = end.saturating_sub(BLOCK as u64);
             let size = (end - start) as usize;
             self.fill(start, &mut block[..size])?;
             for at in (0..size).rev() {
-                // The end of the last line is not yet that of the one before it.
+                // The newline of the last line does not end the line before it.
                 if block[at] == b'\n' && start + at as u64 + 1 != length {
-                    ends += 1;
-                    if ends == lines {
+                    newlines += 1;
+                    if newlines == lines {
                         return Ok(start + at as u64 + 1);
                     }
                 }
@@ -110,16 +110,16 @@ impl Chain {
 mod tests {
     use super::*;
 
-    fn chain(parts: &[(&str, &[u8])]) -> (tempfile::TempDir, Chain) {
+    fn chain(parts: &[(&str, &[u8])]) -> (tempfile::TempDir, LogChain) {
         let dir = tempfile::tempdir().unwrap();
         for (name, bytes) in parts {
             std::fs::write(dir.path().join(name), bytes).unwrap();
         }
-        let chain = Chain::open(&dir.path().join("log")).unwrap();
+        let chain = LogChain::open(&dir.path().join("log")).unwrap();
         (dir, chain)
     }
 
-    fn rest(chain: &Chain, mut offset: u64) -> Vec<u8> {
+    fn rest(chain: &LogChain, mut offset: u64) -> Vec<u8> {
         let (mut all, mut buffer) = (Vec::new(), [0; 3]);
         loop {
             let read = chain.read_at(offset, &mut buffer).unwrap();
@@ -132,9 +132,9 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_read_as_one_and_the_last_lines_are_found_across_them() {
+    fn the_last_lines_are_found_across_parts() {
         let (_dir, chain) = chain(&[
-            ("log.4", b"not kept any more\n"),
+            ("log.4", b"too old to be kept\n"),
             ("log.3", b"one\ntw"),
             ("log.1", b"o\nthree\n"),
             ("log", b"four\nfi"),
@@ -150,13 +150,13 @@ mod tests {
             (6, b"one\ntwo\nthree\nfour\nfi"),
             (usize::MAX, b"one\ntwo\nthree\nfour\nfi"),
         ];
-        for (lines, wanted) in table {
-            assert_eq!(rest(&chain, chain.last_lines(lines).unwrap()), wanted, "{lines}");
+        for (lines, expected) in table {
+            assert_eq!(rest(&chain, chain.last_lines(lines).unwrap()), expected, "{lines}");
         }
     }
 
     #[test]
-    fn a_log_that_ends_with_its_line_or_is_nothing_has_its_last_lines_too() {
+    fn the_last_lines_of_empty_and_of_newline_terminated_logs_are_found() {
         let (_dir, ended) = chain(&[("log", b"a\nb\n")]);
         assert_eq!(rest(&ended, ended.last_lines(1).unwrap()), b"b\n");
         let (_dir, none) = chain(&[]);

@@ -1,50 +1,50 @@
-//! `console.sock`: any number of clients (up to a limit) each get the last 64 KiB and then what comes, and what they send is typed into the guest's
-//! serial port. The bytes are the guest's as they are. A client that is too slow is dropped, and one that sends no more leaves with what was there.
+//! Serves the console on `console.sock`. Each client receives the last 64 KiB and then new output; its input goes to
+//! the guest's serial port. Bytes pass unchanged. A client that reads too slowly is dropped. One that shuts down its
+//! sending side receives the output up to then and is disconnected.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::console::record::Overrun;
-use crate::console::{Console, Line};
+use crate::console::serial::{Console, MachineEnd, SOCKET};
 use crate::host::socket;
 
-/// Clients at once. Each holds a descriptor, of which the shim has some thousand.
+/// Most clients at a time. Each occupies one of the shim's descriptors, of which there are about a thousand.
 const CLIENTS: usize = 64;
-/// Bytes that are written at once.
+/// Bytes per write.
 const PIECE: usize = 16 * 1024;
 
 impl Console {
-    /// Serves it to whoever connects, as long as the runtime runs.
-    pub fn serve(&self, listener: UnixListener) {
+    /// Serves the console on `listener` for as long as the runtime runs.
+    pub(crate) fn serve(&self, listener: UnixListener) {
         let console = self.clone();
-        let turn_away = |_: &UnixStream| {
-            tracing::warn!(clients = CLIENTS, "a client of the console is turned away: there are too many");
-        };
-        socket::serve(listener, crate::console::SOCKET, CLIENTS, turn_away, move |stream| {
+        let reject = |_: &UnixStream| tracing::warn!(limit = CLIENTS, "rejected a console client: there are too many");
+        socket::serve(listener, SOCKET, CLIENTS, reject, move |stream| {
             let console = console.clone();
             async move {
-                if let Err(slow) = console.attend(stream).await {
-                    tracing::warn!(%slow, "a client of the console is dropped");
+                if let Err(overrun) = console.serve_client(stream).await {
+                    tracing::warn!(missed = overrun.missed, "dropped a console client that reads too slowly");
                 }
             }
         });
     }
 
-    /// Serves one client until it leaves, is too slow, or the machine's output has ended.
-    async fn attend(&self, stream: UnixStream) -> Result<(), Overrun> {
+    /// Serves one client until it disconnects, reads too slowly, or has received all output of a machine that ended.
+    async fn serve_client(&self, stream: UnixStream) -> Result<(), Overrun> {
         let (mut read, mut write) = stream.into_split();
         let mut at = self.record.replay();
+        // The end of the output for a client that sends no more.
         let mut last = None;
-        let mut typing = std::pin::pin!(self.take_input(&mut read));
+        let mut typing = std::pin::pin!(self.forward_input(&mut read));
         loop {
             let piece = self.record.read(at, PIECE)?;
             if !piece.is_empty() {
                 tokio::select! {
-                    // Not all of it at once: what was written before another branch is taken would not be known.
+                    // Not write_all: cancelled by another branch, it would not report how much it wrote.
                     written = write.write(&piece) => match written {
                         Ok(length) => at += length as u64,
-                        // It has gone.
+                        // The client disconnected.
                         Err(_) => return Ok(()),
                     },
                     () = self.record.overrun(at) => {
@@ -59,35 +59,35 @@ impl Console {
             }
             tokio::select! {
                 () = self.record.grown(at) => {}
-                () = self.ended() => if self.record.end() == at { return Ok(()) },
+                () = self.machine_ended() => if self.record.end() == at { return Ok(()) },
                 () = &mut typing, if last.is_none() => last = Some(self.record.end()),
             }
         }
     }
 
-    /// Gives what the client sends to the machine, at the machine's pace; ends when the client sends no more.
-    async fn take_input(&self, read: &mut OwnedReadHalf) {
+    /// Forwards a client's input to the machine, at the machine's pace, until the client sends no more.
+    async fn forward_input(&self, read: &mut OwnedReadHalf) {
         let mut buffer = [0; 1024];
         loop {
             let length = match read.read(&mut buffer).await {
                 Ok(0) | Err(_) => return,
                 Ok(length) => length,
             };
-            let to = match &*self.line.borrow() {
-                Line::Up(typed) => Some(typed.clone()),
-                Line::Unused | Line::Ended => None,
+            let machine = match &*self.machine.borrow() {
+                MachineEnd::Up(typed) => Some(typed.clone()),
+                MachineEnd::Unused | MachineEnd::Ended => None,
             };
-            // Without a machine, or when it goes meanwhile, nobody is there to read it.
-            if let Some(to) = to {
-                let _ = to.send(buffer[..length].to_vec()).await;
+            // Input is discarded without a machine, or if it ends meanwhile.
+            if let Some(machine) = machine {
+                let _ = machine.send(buffer[..length].to_vec()).await;
             }
         }
     }
 
-    /// Waits until there is no machine any more; not for the first one to come.
-    async fn ended(&self) {
-        // The sender is in self, so it cannot be gone.
-        let _ = self.line.subscribe().wait_for(|line| matches!(line, Line::Ended)).await;
+    /// Waits until the machine has ended. Before the first machine, waits for that one's end.
+    async fn machine_ended(&self) {
+        // self owns the sender, so this cannot fail.
+        let _ = self.machine.subscribe().wait_for(|machine| matches!(machine, MachineEnd::Ended)).await;
     }
 }
 
@@ -97,7 +97,6 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::console::SOCKET;
     use crate::console::record::REPLAY;
 
     const LONG: Duration = Duration::from_secs(20);
@@ -123,18 +122,18 @@ mod tests {
             UnixStream::connect(self.path()).await.unwrap()
         }
 
-        /// The machine's end of a console.
+        /// Attaches a machine and returns its end.
         fn machine(&self) -> UnixStream {
             let (ours, theirs) = UnixStream::pair().unwrap();
             self.console.attach(ours);
             theirs
         }
 
-        /// Writes as the machine, and waits until that is recorded.
+        /// Writes as the machine and waits until the output is recorded.
         async fn write(&self, machine: &mut UnixStream, bytes: &[u8]) {
             let end = self.console.record().end() + bytes.len() as u64;
             machine.write_all(bytes).await.unwrap();
-            tokio::time::timeout(LONG, self.console.record().grown(end - 1)).await.expect("recorded");
+            tokio::time::timeout(LONG, self.console.record().grown(end - 1)).await.expect("recorded in time");
         }
     }
 
@@ -146,13 +145,13 @@ mod tests {
 
     async fn rest(stream: &mut UnixStream) -> Vec<u8> {
         let mut bytes = Vec::new();
-        // A connection that was closed with something unread ends with an error.
+        // Closed with unread data, a connection ends with an error.
         let _ = tokio::time::timeout(LONG, stream.read_to_end(&mut bytes)).await.expect("the end in time");
         bytes
     }
 
     #[tokio::test]
-    async fn each_client_gets_the_last_64_kib_and_then_what_comes() {
+    async fn each_client_gets_the_last_64_kib_and_then_new_output() {
         let served = Served::new();
         let mut early = served.client().await;
         let mut machine = served.machine();
@@ -165,7 +164,7 @@ mod tests {
         for client in [&mut early, &mut late] {
             assert_eq!(read(client, 4).await, b"live");
         }
-        // With the machine the output ends, also for those who come later.
+        // The machine's end ends the output, also for later clients.
         drop(machine);
         for client in [&mut early, &mut late] {
             assert_eq!(rest(client).await, b"");
@@ -174,7 +173,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_clients_send_is_typed_and_a_guest_that_does_not_read_holds_nothing_up() {
+    async fn input_reaches_the_guest_and_a_guest_that_reads_none_stalls_nothing_else() {
         let served = Served::new();
         let mut machine = served.machine();
         let (mut one, mut other) = (served.client().await, served.client().await);
@@ -182,18 +181,18 @@ mod tests {
         assert_eq!(read(&mut machine, 4).await, b"one\n");
         other.write_all(b"other\n").await.unwrap();
         assert_eq!(read(&mut machine, 6).await, b"other\n");
-        // Far more than all queues hold, and nobody reads it.
+        // Far more than all queues hold, and the guest reads none of it.
         let flood = tokio::spawn(async move { one.write_all(&vec![b'x'; 8 << 20]).await });
         served.write(&mut machine, b"still there").await;
         assert_eq!(read(&mut other, 11).await, b"still there");
-        assert!(!flood.is_finished(), "8 MiB that nobody reads are kept somewhere");
+        assert!(!flood.is_finished(), "8 MiB of unread input are buffered somewhere");
         drop(machine);
         assert_eq!(rest(&mut other).await, b"");
         flood.abort();
     }
 
     #[tokio::test]
-    async fn a_slow_client_is_dropped_and_not_waited_for() {
+    async fn a_slow_client_is_dropped_and_delays_nothing() {
         let served = Served::new();
         let mut machine = served.machine();
         let mut slow = served.client().await;
@@ -203,14 +202,14 @@ mod tests {
             served.write(&mut machine, &piece).await;
             assert_eq!(read(&mut quick, piece.len()).await.len(), piece.len());
         }
-        // It gets what was on its way to it, and then the end, while the console goes on.
+        // The slow client gets what its socket buffered, and then the end. The console continues.
         assert!(rest(&mut slow).await.len() < 64 * piece.len());
         served.write(&mut machine, b"on").await;
         assert_eq!(read(&mut quick, 2).await, b"on");
     }
 
     #[tokio::test]
-    async fn a_client_that_sends_no_more_leaves_with_what_was_there() {
+    async fn a_client_that_shuts_down_its_sending_side_gets_the_output_so_far() {
         let served = Served::new();
         let mut machine = served.machine();
         served.write(&mut machine, b"so far").await;
@@ -220,7 +219,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn clients_beyond_the_limit_are_turned_away() {
+    async fn clients_beyond_the_limit_are_rejected() {
         let served = Served::new();
         let mut machine = served.machine();
         served.write(&mut machine, b"x").await;

@@ -1,22 +1,23 @@
-//! Bytes of a record as lines of text. Pure.
+//! Splits output into lines of text. Pure.
 
-/// Longest line, in bytes; what is longer becomes several.
+/// Longest line, bytes. Longer lines are split.
 const LONGEST: usize = 8 * 1024;
 
-/// Cuts what comes into lines, and keeps a part of one until the rest comes.
+/// Splits bytes into lines and buffers an incomplete line.
 #[derive(Debug, Default)]
 pub struct Lines {
-    part: Vec<u8>,
+    incomplete: Vec<u8>,
 }
 
 impl Lines {
-    /// The lines that are complete with these bytes. What is no UTF-8 is replaced; control characters stay, but for a line's end.
+    /// Adds `bytes` and returns the lines that are now complete, without their ends. Invalid UTF-8 is replaced; other
+    /// control characters are kept.
     pub fn take(&mut self, bytes: &[u8]) -> Vec<String> {
         let mut lines = Vec::new();
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
             for chunk in piece.chunks(LONGEST) {
-                self.part.extend_from_slice(chunk);
-                if chunk.ends_with(b"\n") || self.part.len() >= LONGEST {
+                self.incomplete.extend_from_slice(chunk);
+                if chunk.ends_with(b"\n") || self.incomplete.len() >= LONGEST {
                     lines.extend(self.end());
                 }
             }
@@ -24,14 +25,14 @@ impl Lines {
         lines
     }
 
-    /// The last line, if it has no end.
+    /// Returns the incomplete last line.
     pub fn end(&mut self) -> Option<String> {
-        if self.part.is_empty() {
+        if self.incomplete.is_empty() {
             return None;
         }
-        let text = String::from_utf8_lossy(&self.part);
+        let text = String::from_utf8_lossy(&self.incomplete);
         let line = text.strip_suffix('\n').unwrap_or(&text).trim_end_matches('\r').to_owned();
-        self.part.clear();
+        self.incomplete.clear();
         Some(line)
     }
 }
@@ -41,23 +42,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_the_same_however_their_bytes_come() {
+    fn lines_do_not_depend_on_the_sizes_of_the_reads() {
         let text = "one\r\n\ntwo ä\x1b[31m\n\rthree\nrest";
-        let wanted = ["one", "", "two ä\x1b[31m", "\rthree", "rest"];
+        let expected = ["one", "", "two ä\x1b[31m", "\rthree", "rest"];
         for size in [1, 2, 3, 5, 100] {
             let mut lines = Lines::default();
             let mut all: Vec<String> = text.as_bytes().chunks(size).flat_map(|bytes| lines.take(bytes)).collect();
             all.extend(lines.end());
-            assert_eq!(all, wanted, "{size}");
+            assert_eq!(all, expected, "{size}");
             assert_eq!(lines.end(), None);
         }
     }
 
     #[test]
-    fn a_line_without_end_is_cut() {
+    fn an_endless_line_is_split() {
         let mut lines = Lines::default();
-        let cut = lines.take(&vec![b'x'; 3 * LONGEST + 1]);
-        assert_eq!(cut.iter().map(String::len).collect::<Vec<_>>(), [LONGEST; 3]);
+        let split = lines.take(&vec![b'x'; 3 * LONGEST + 1]);
+        assert_eq!(split.iter().map(String::len).collect::<Vec<_>>(), [LONGEST; 3]);
         assert_eq!(lines.take(b"\xff\n"), ["x\u{fffd}"]);
     }
 }

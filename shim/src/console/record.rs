@@ -1,66 +1,67 @@
-//! Output without end that several want to follow: on disk, rotated, and its last part in memory. A follower reads from there at its own pace;
-//! one that falls behind what is kept has lost something, and is told. Nobody who writes waits for it.
+//! Recorded output: in rotated files, with its last part in memory. Several readers follow it from memory, each at its
+//! own pace. Writers never wait for them: a reader that falls too far behind loses output and learns how much.
 
 use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
+use husk_protos::lock::lock;
 use tokio::sync::watch;
 
+use crate::console::chain::LogChain;
 use crate::console::rotate::Rotating;
 
-pub use super::chain::Chain;
-
-/// Bytes that a new follower may be given of what was before it.
-pub const REPLAY: usize = 64 * 1024;
-/// Bytes that are kept in memory; what is beyond [`REPLAY`] is how far a follower may be behind.
+/// Most bytes of earlier output that a new reader receives.
+pub(super) const REPLAY: usize = 64 * 1024;
+/// Bytes kept in memory: how far a reader may fall behind.
 const KEPT: usize = 4 * REPLAY;
 
-/// What a follower wanted has been dropped to make room: it was too slow.
+/// A reader was too slow: output that it has not read was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{missed} bytes were dropped before they were read")]
 pub struct Overrun {
-    /// Bytes that it cannot be given any more.
+    /// The number of bytes that it missed.
     pub missed: u64,
 }
 
-/// A record. Clones share it.
+/// Recorded output. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Record {
     path: PathBuf,
     inner: Arc<Mutex<Inner>>,
-    /// Bytes that have been written since the record was made.
+    /// Bytes appended since the record was created.
     end: Arc<watch::Sender<u64>>,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// None until something has been written.
+    /// None before the first output.
     file: Option<Rotating>,
-    /// Whether the last write to it failed, and that has been logged.
+    /// The last write to the file failed, which has been logged.
     failing: bool,
     kept: VecDeque<u8>,
 }
 
 impl Record {
-    /// A record that will be in the file at `path`. Has no effect until something is written.
+    /// A record with its file at `path`. Creates no file before there is output.
     pub fn new(path: &Path) -> Self {
         Self { path: path.to_owned(), inner: Arc::default(), end: Arc::new(watch::channel(0).0) }
     }
 
-    /// Where it is on disk.
+    /// The file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Adds bytes. What cannot be written to the disk is logged, once until it can be again, and kept in memory.
+    /// Appends bytes. Bytes that cannot be written to the file are still kept in memory. The first of several failures
+    /// in a row is logged.
     pub fn append(&self, bytes: &[u8]) {
-        let mut inner = self.lock();
+        let mut inner = lock(&self.inner);
         let written = write(&mut inner.file, &self.path, bytes);
         match &written {
             Err(error) if !inner.failing => {
-                tracing::warn!(%error, path = %self.path.display(), "output cannot be kept on disk");
+                tracing::warn!(%error, path = %self.path.display(), "failed to write output to its file");
             }
             _ => {}
         }
@@ -69,56 +70,52 @@ impl Record {
         let dropped = excess.min(inner.kept.len());
         inner.kept.drain(..dropped);
         inner.kept.extend(&bytes[excess - dropped..]);
-        // With the lock held, so that the end is always that of what is kept.
+        // Under the lock: the end always matches the bytes in memory.
         self.end.send_modify(|end| *end += bytes.len() as u64);
     }
 
-    /// Where it ends now.
+    /// The present end, as an offset.
     pub fn end(&self) -> u64 {
         *self.end.borrow()
     }
 
-    /// Where a new follower begins: [`REPLAY`] before the end, or as far before it as there is something.
+    /// The offset at which a new reader starts: [`REPLAY`] bytes before the end, or less if there is less.
     pub fn replay(&self) -> u64 {
-        let inner = self.lock();
+        let inner = lock(&self.inner);
         self.end() - inner.kept.len().min(REPLAY) as u64
     }
 
-    /// What is there from `from` on, at most `most` bytes.
+    /// Reads at most `limit` bytes from the offset `from`.
     ///
     /// # Errors
-    /// When some of it has been dropped already.
-    pub fn read(&self, from: u64, most: usize) -> Result<Vec<u8>, Overrun> {
-        let inner = self.lock();
+    /// When bytes at `from` have been dropped.
+    pub fn read(&self, from: u64, limit: usize) -> Result<Vec<u8>, Overrun> {
+        let inner = lock(&self.inner);
         let start = self.end() - inner.kept.len() as u64;
         match from.checked_sub(start) {
-            Some(skip) => Ok(inner.kept.iter().skip(skip as usize).take(most).copied().collect()),
+            Some(skip) => Ok(inner.kept.iter().skip(skip as usize).take(limit).copied().collect()),
             None => Err(Overrun { missed: start - from }),
         }
     }
 
-    /// Waits until something comes after `from`.
+    /// Waits for output after the offset `from`.
     pub async fn grown(&self, from: u64) {
-        // The sender is in self, so it cannot be gone.
+        // self owns the sender, so this cannot fail.
         let _ = self.end.subscribe().wait_for(|end| *end > from).await;
     }
 
-    /// Waits until what is at `from` has been dropped.
+    /// Waits until the byte at the offset `from` has been dropped.
     pub async fn overrun(&self, from: u64) {
         let _ = self.end.subscribe().wait_for(|end| end.saturating_sub(KEPT as u64) > from).await;
     }
 
-    /// What is on disk now, and where that ends in this record: whoever has read the one goes on with the other.
+    /// Opens the files, and returns the record's end that matches their end: a reader of the files continues there.
     ///
     /// # Errors
     /// When a file cannot be opened.
-    pub fn on_disk(&self) -> io::Result<(Chain, u64)> {
-        let _unchanged = self.lock();
-        Ok((Chain::open(&self.path)?, self.end()))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    pub fn on_disk(&self) -> io::Result<(LogChain, u64)> {
+        let _unchanged = lock(&self.inner);
+        Ok((LogChain::open(&self.path)?, self.end()))
     }
 }
 
@@ -141,20 +138,20 @@ mod tests {
     }
 
     #[test]
-    fn a_follower_gets_everything_or_is_told_what_it_missed() {
+    fn a_reader_gets_everything_or_learns_how_much_it_missed() {
         let (_dir, record) = record();
         assert_eq!((record.end(), record.replay(), record.read(0, 10)), (0, 0, Ok(vec![])));
         record.append(b"0123456789");
         let table: [(u64, usize, &[u8]); 4] = [(0, 4, b"0123"), (4, 100, b"456789"), (10, 5, b""), (11, 5, b"")];
-        for (from, most, wanted) in table {
-            assert_eq!(record.read(from, most).unwrap(), wanted, "{from}");
+        for (from, limit, expected) in table {
+            assert_eq!(record.read(from, limit).unwrap(), expected, "{from}");
         }
         assert_eq!(record.replay(), 0);
         record.append(&vec![b'x'; KEPT]);
         assert_eq!(record.read(4, 1), Err(Overrun { missed: 6 }));
         assert_eq!(record.read(10, 1).unwrap(), b"x");
         assert_eq!(record.replay(), 10 + (KEPT - REPLAY) as u64);
-        // More at once than is kept.
+        // One append that is larger than the memory.
         record.append(&[vec![b'y'; KEPT], b"end".to_vec()].concat());
         assert_eq!(record.read(record.end() - 3, 100).unwrap(), b"end");
         assert_eq!(record.read(record.end() - KEPT as u64, KEPT).unwrap().len(), KEPT);
@@ -162,14 +159,14 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_kept_on_disk_is_still_followed() {
+    fn readers_get_output_that_cannot_be_written_to_its_file() {
         let record = Record::new(Path::new("/nowhere/log"));
         record.append(b"x");
         assert_eq!(record.read(0, 10).unwrap(), b"x");
     }
 
     #[test]
-    fn disk_and_memory_join_without_a_gap() {
+    fn files_and_memory_join_without_a_gap() {
         let (_dir, record) = record();
         record.append(b"before\n");
         let (chain, end) = record.on_disk().unwrap();
@@ -180,7 +177,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn followers_are_woken_by_growth_and_by_being_overrun() {
+    async fn readers_wake_for_new_output_and_for_dropped_output() {
         let (_dir, record) = record();
         record.append(b"0123456789");
         let wait = |what: u8| {

@@ -1,44 +1,39 @@
-//! A file that is appended to and never grows without end: what comes from a guest can, the host's disk cannot.
+//! Writes a log and rotates it. A guest may write without end; rotation bounds the disk space.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// Size at which a file is put aside, bytes.
-pub const ROTATE: u64 = 4 * 1024 * 1024;
-/// Files that are kept beside the one that is written: `.1` is the newest.
-pub const KEPT: u32 = 3;
+/// Size at which a file is rotated, bytes.
+pub(super) const ROTATE: u64 = 4 * 1024 * 1024;
+/// Number of older files kept; `.1` is the newest.
+pub(super) const KEPT: u32 = 3;
 
-/// A file with its older parts beside it.
+/// An open log file with rotation.
 #[derive(Debug)]
-pub struct Rotating {
+pub(super) struct Rotating {
     path: PathBuf,
     file: File,
     size: u64,
 }
 
 impl Rotating {
-    /// Opens the file at `path` for appending; made with mode 0600.
+    /// Opens the file at `path` for appending. Creates it with mode 0600.
     ///
     /// # Errors
     /// When it cannot be opened.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
         let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
         let size = file.metadata()?.len();
         Ok(Self { path: path.to_owned(), file, size })
     }
 
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Appends bytes, all to the same file.
     ///
     /// # Errors
-    /// When they cannot be written, or what is there cannot be put aside.
-    pub fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// When the write or the rotation fails.
+    pub(super) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.size >= ROTATE {
             for number in (1..KEPT).rev() {
                 match std::fs::rename(older(&self.path, number), older(&self.path, number + 1)) {
@@ -55,8 +50,8 @@ impl Rotating {
     }
 }
 
-/// The name of an older part; `number` counts from 1, the newest.
-pub fn older(path: &Path, number: u32) -> PathBuf {
+/// The path of an older file; `number` counts from 1, the newest.
+pub(super) fn older(path: &Path, number: u32) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{number}"));
     name.into()
@@ -67,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_parts_are_kept_in_order_and_the_oldest_go() {
+    fn rotation_keeps_the_newest_files_in_order() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let mut log = Rotating::open(&path).unwrap();
@@ -79,7 +74,7 @@ mod tests {
         assert_eq!(first(path.clone()), Some((b'f', whole)));
         let kept: Vec<_> = (1..=KEPT + 1).map(|number| first(older(&path, number))).collect();
         assert_eq!(kept, [Some((b'e', whole)), Some((b'd', whole)), Some((b'c', whole)), None]);
-        // What was written by another process counts too.
+        // A new process counts the bytes that are already in the file.
         drop(log);
         Rotating::open(&path).unwrap().append(b"g").unwrap();
         assert_eq!(first(path), Some((b'g', 1)));

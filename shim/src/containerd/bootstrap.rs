@@ -1,100 +1,105 @@
-//! What containerd says to `start`, and the form in which it wants the answer.
+//! What containerd passes to `start`, and the reply that it expects.
 //!
-//! Up to 2.2, containerd passes flags, the environment and an optional `Any` on stdin, and takes a bare address for a shim that
-//! speaks version 2 of the Task API, which all of them do. From 2.3 on it sends a `BootstrapParams` on stdin and takes a
-//! `BootstrapResult`. An `Any` parses as `BootstrapParams` too (both begin with two strings), so a message counts as the
-//! latter only if it names this very shim.
+//! Up to 2.2, containerd passes flags, the environment and an optional `Any` on stdin, and accepts a bare address from
+//! shims that serve version 2 of the Task API, which all these releases support. Since 2.3 it sends a `BootstrapParams`
+//! on stdin and expects a `BootstrapResult`. An `Any` also parses as `BootstrapParams`, because both begin with two
+//! strings, so husk accepts a message as `BootstrapParams` only if it names this shim.
 
-use containerd_shim::bootstrap::{BootstrapParams, BootstrapResult, LogLevel};
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel};
 use protobuf::{Enum, Message};
 
-/// The form of the answer.
+use crate::containerd::flags::Flags;
+
+/// The form of the reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reply {
-    /// The address and nothing else: Task API version 2.
+pub(crate) enum ReplyFormat {
+    /// The bare address: Task API version 2.
     Address,
     /// A `BootstrapResult`: version 3.
     Bootstrap,
 }
 
-/// What the shim needs to know to start.
+/// The parameters of `start`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Start {
+pub(crate) struct StartParams {
     /// The task's id.
-    pub id: String,
+    pub(crate) id: String,
     /// containerd's namespace.
-    pub namespace: String,
-    /// containerd's gRPC socket; its path is part of the shim's socket's name.
-    pub grpc_address: String,
+    pub(crate) namespace: String,
+    /// containerd's gRPC socket; part of the identity of the shim's socket.
+    pub(crate) grpc_address: String,
     /// containerd's TTRPC socket, for events.
-    pub ttrpc_address: String,
-    /// Log everything.
-    pub debug: bool,
-    /// Where to put the shim's socket, if containerd says so.
-    pub socket_dir: Option<String>,
-    /// The form of the answer.
-    pub reply: Reply,
+    pub(crate) ttrpc_address: String,
+    /// Log at debug level.
+    pub(crate) debug: bool,
+    /// The directory for the shim's socket, if containerd names one.
+    pub(crate) socket_dir: Option<String>,
+    /// The form of the reply.
+    pub(crate) reply: ReplyFormat,
 }
 
-/// Why `start` cannot be understood.
+/// A parameter of `start` that is missing.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum Error {
+pub(crate) enum BootstrapError {
     /// There is no address to send events to.
     #[error(
-        "containerd gave no TTRPC address (TTRPC_ADDRESS in the environment, or containerd_ttrpc_address in the bootstrap parameters)"
+        "containerd passed no TTRPC address (TTRPC_ADDRESS in the environment, \
+         or containerd_ttrpc_address in the bootstrap parameters)"
     )]
     NoTtrpcAddress,
-    /// A value is missing.
+    /// A flag is missing.
     #[error("flag -{0} is missing")]
     MissingFlag(&'static str),
 }
 
-/// Reads what came by the flags, on stdin and in the environment (`TTRPC_ADDRESS`).
-pub fn read(flags: &containerd_shim::Flags, stdin: &[u8], ttrpc_address: Option<String>) -> Result<Start, Error> {
+/// Combines the flags, stdin and `TTRPC_ADDRESS` of the environment.
+///
+/// # Errors
+/// The first parameter that is missing.
+pub(crate) fn read(flags: &Flags, stdin: &[u8], ttrpc_address: Option<String>) -> Result<StartParams, BootstrapError> {
     if flags.id.is_empty() {
-        return Err(Error::MissingFlag("id"));
+        return Err(BootstrapError::MissingFlag("id"));
     }
     if flags.namespace.is_empty() {
-        return Err(Error::MissingFlag("namespace"));
+        return Err(BootstrapError::MissingFlag("namespace"));
     }
     let params = BootstrapParams::parse_from_bytes(stdin)
         .ok()
         .filter(|params| params.instance_id == flags.id && params.namespace == flags.namespace);
     let start = match params {
-        Some(params) => Start {
+        Some(params) => StartParams {
             id: params.instance_id,
             namespace: params.namespace,
             grpc_address: params.containerd_grpc_address,
             ttrpc_address: params.containerd_ttrpc_address,
             debug: flags.debug || params.log_level.value() <= LogLevel::LOG_LEVEL_DEBUG.value(),
             socket_dir: params.socket_dir.filter(|dir| !dir.is_empty()),
-            reply: Reply::Bootstrap,
+            reply: ReplyFormat::Bootstrap,
         },
-        None => Start {
+        None => StartParams {
             id: flags.id.clone(),
             namespace: flags.namespace.clone(),
             grpc_address: flags.address.clone(),
             ttrpc_address: ttrpc_address.unwrap_or_default(),
             debug: flags.debug,
             socket_dir: None,
-            reply: Reply::Address,
+            reply: ReplyFormat::Address,
         },
     };
     if start.ttrpc_address.is_empty() {
-        return Err(Error::NoTtrpcAddress);
+        return Err(BootstrapError::NoTtrpcAddress);
     }
     Ok(start)
 }
 
-/// The answer to `start`, as it goes to stdout.
+/// Encodes the reply to `start` for stdout.
 ///
 /// # Errors
-///
-/// None in practice: encoding fails only on messages of 2 GiB.
-pub fn answer(address: &str, reply: Reply) -> Result<Vec<u8>, protobuf::Error> {
-    match reply {
-        Reply::Address => Ok(address.as_bytes().to_vec()),
-        Reply::Bootstrap => BootstrapResult {
+/// None in practice: encoding fails only for messages of 2 GiB.
+pub(crate) fn reply(address: &str, format: ReplyFormat) -> Result<Vec<u8>, protobuf::Error> {
+    match format {
+        ReplyFormat::Address => Ok(address.as_bytes().to_vec()),
+        ReplyFormat::Bootstrap => BootstrapResult {
             version: containerd_shim_protos::TASK_API_VERSION,
             address: address.to_owned(),
             protocol: "ttrpc".to_owned(),
@@ -109,13 +114,8 @@ mod tests {
     use super::*;
     use protobuf::well_known_types::any::Any;
 
-    fn flags() -> containerd_shim::Flags {
-        containerd_shim::Flags {
-            id: "c1".into(),
-            namespace: "default".into(),
-            address: "/run/c.sock".into(),
-            ..Default::default()
-        }
+    fn flags() -> Flags {
+        Flags { id: "c1".into(), namespace: "default".into(), address: "/run/c.sock".into(), ..Default::default() }
     }
 
     fn bootstrap(id: &str) -> Vec<u8> {
@@ -132,16 +132,16 @@ mod tests {
     }
 
     #[test]
-    fn the_form_of_the_call_decides_the_form_of_the_answer() {
+    fn the_form_of_the_call_determines_the_form_of_the_reply() {
         let options = Any { type_url: "containerd.runc.v1.Options".into(), value: vec![1, 2], ..Default::default() }
             .write_to_bytes()
             .unwrap();
-        let table: &[(&str, Vec<u8>, Reply, &str)] = &[
-            ("nothing on stdin", vec![], Reply::Address, "/run/env.ttrpc"),
-            ("runtime options on stdin", options, Reply::Address, "/run/env.ttrpc"),
-            ("bootstrap parameters", bootstrap("c1"), Reply::Bootstrap, "/run/new.ttrpc"),
-            ("somebody else's bootstrap parameters", bootstrap("c2"), Reply::Address, "/run/env.ttrpc"),
-            ("no message at all", vec![0xff; 9], Reply::Address, "/run/env.ttrpc"),
+        let table: &[(&str, Vec<u8>, ReplyFormat, &str)] = &[
+            ("empty stdin", vec![], ReplyFormat::Address, "/run/env.ttrpc"),
+            ("runtime options on stdin", options, ReplyFormat::Address, "/run/env.ttrpc"),
+            ("bootstrap parameters", bootstrap("c1"), ReplyFormat::Bootstrap, "/run/new.ttrpc"),
+            ("another shim's bootstrap parameters", bootstrap("c2"), ReplyFormat::Address, "/run/env.ttrpc"),
+            ("no valid message", vec![0xff; 9], ReplyFormat::Address, "/run/env.ttrpc"),
         ];
         for (name, stdin, reply, address) in table {
             let start = read(&flags(), stdin, Some("/run/env.ttrpc".into())).unwrap();
@@ -150,16 +150,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_named() {
-        assert_eq!(read(&flags(), &[], None), Err(Error::NoTtrpcAddress));
-        let no_id = containerd_shim::Flags { id: String::new(), ..flags() };
-        assert_eq!(read(&no_id, &[], Some("/a".into())), Err(Error::MissingFlag("id")));
+    fn a_missing_parameter_is_named() {
+        assert_eq!(read(&flags(), &[], None), Err(BootstrapError::NoTtrpcAddress));
+        let no_id = Flags { id: String::new(), ..flags() };
+        assert_eq!(read(&no_id, &[], Some("/a".into())), Err(BootstrapError::MissingFlag("id")));
     }
 
     #[test]
-    fn answers() {
-        assert_eq!(answer("unix:///a", Reply::Address).unwrap(), b"unix:///a");
-        let result = BootstrapResult::parse_from_bytes(&answer("unix:///a", Reply::Bootstrap).unwrap()).unwrap();
+    fn replies() {
+        assert_eq!(reply("unix:///a", ReplyFormat::Address).unwrap(), b"unix:///a");
+        let bytes = reply("unix:///a", ReplyFormat::Bootstrap).unwrap();
+        let result = BootstrapResult::parse_from_bytes(&bytes).unwrap();
         assert_eq!((result.version, result.address.as_str(), result.protocol.as_str()), (3, "unix:///a", "ttrpc"));
     }
 }

@@ -1,4 +1,4 @@
-//! The shim's log: one `key=value` line an event, into the fifo that containerd reads (`log` in the bundle).
+//! The shim's log: one line of `key=value` pairs per event, in the fifo that containerd reads (`log` in the bundle).
 
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
@@ -16,22 +16,21 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// Target of what the guest's init has logged.
+/// Target of the events that the guest's init logged.
 const GUEST: &str = "guest";
-/// Name of a field that holds fields, as they are to be written.
+/// Name of the field that holds other fields, already formatted.
 const RAW: &str = "raw";
 
-/// Opens containerd's fifo and makes it the log of this process, each line with the sandbox's id and namespace.
+/// Opens containerd's fifo and installs it as this process's log. Each line names the sandbox and its namespace.
 ///
 /// # Errors
-///
-/// If the fifo cannot be opened, or a log has been set up before.
-pub fn init(fifo: &Path, debug: bool, namespace: &str, sandbox: &str) -> io::Result<()> {
-    // For reading too: so that opening does not wait for containerd, and its restart does not become EPIPE here.
+/// When the fifo cannot be opened, or a log is already installed.
+pub(crate) fn init(fifo: &Path, debug: bool, namespace: &str, sandbox: &str) -> io::Result<()> {
+    // Read access as well: the open does not wait for containerd, and a restart of containerd causes no EPIPE.
     let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(fifo)?;
     let level = if debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
     tracing_subscriber::registry()
-        // The guest's have been chosen by the level that the configuration has for them.
+        // The guest filters its own events by the level in the configuration.
         .with(Targets::new().with_default(level).with_target(GUEST, LevelFilter::TRACE))
         .with(
             tracing_subscriber::fmt::layer()
@@ -44,8 +43,8 @@ pub fn init(fifo: &Path, debug: bool, namespace: &str, sandbox: &str) -> io::Res
     Ok(())
 }
 
-/// Logs a line of the guest's init. `fields` are as [`push_field`] writes them.
-pub fn guest(level: Level, message: &str, fields: &str) {
+/// Logs an event of the guest's init. `fields` are formatted by [`push_field`].
+pub(crate) fn guest(level: Level, message: &str, fields: &str) {
     match level {
         Level::ERROR => tracing::error!(target: GUEST, raw = fields, "{message}"),
         Level::WARN => tracing::warn!(target: GUEST, raw = fields, "{message}"),
@@ -55,7 +54,8 @@ pub fn guest(level: Level, message: &str, fields: &str) {
     }
 }
 
-/// Nobody may be reading: a full fifo costs lines, never time. How many it cost is said when there is room again.
+/// A full fifo drops lines and never blocks, because there may be no reader. The next line that fits is preceded by the
+/// count.
 struct Fifo {
     file: File,
     dropped: u64,
@@ -64,7 +64,8 @@ struct Fifo {
 impl Write for Fifo {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.dropped > 0 {
-            let notice = format!("level=warning msg=\"log lines dropped: nobody read them\" lines={}\n", self.dropped);
+            let notice =
+                format!("level=warning msg=\"log lines were dropped: the fifo was full\" lines={}\n", self.dropped);
             if self.file.write_all(notice.as_bytes()).is_ok() {
                 self.dropped = 0;
             }
@@ -142,8 +143,8 @@ impl Fields {
     }
 }
 
-/// Adds ` name=value`, with the value quoted where it would not read back.
-pub fn push_field(to: &mut String, name: &str, value: &str) {
+/// Appends ` name=value`. Quotes values that a parser would otherwise split or misread.
+pub(crate) fn push_field(to: &mut String, name: &str, value: &str) {
     let plain = !value.is_empty() && value.chars().all(|c| c.is_ascii_graphic() && !matches!(c, '"' | '=' | '\\'));
     // Writing to a String cannot fail.
     let _ = if plain { write!(to, " {name}={value}") } else { write!(to, " {name}={value:?}") };
@@ -154,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_quoted_where_they_would_not_read_back() {
+    fn ambiguous_values_are_quoted() {
         let mut fields = Fields::default();
         for (name, value) in
             [("a", "plain/path-1"), ("b", "two words"), ("c", "x=\"y\""), ("d", ""), ("e", "line\nbreak")]

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::console::lines::Lines;
-use crate::console::record::{Chain, Record};
+use crate::console::{LogChain, Record};
 use crate::ctl::messages::{LogSource, LogsEnd, LogsParams, LogsPart};
 use crate::ctl::method::{Answer, Call, Gone};
 use crate::ctl::rpc;
@@ -70,7 +70,7 @@ impl Reader {
             blocking(chain, move |chain| lines.map_or(Ok(0), |lines| chain.last_lines(lines))).await.map_err(failed)?;
         let mut chain = Some(chain);
         while let Some(next) = chain.take() {
-            let read = move |chain: &Chain| {
+            let read = move |chain: &LogChain| {
                 let mut piece = vec![0; PIECE];
                 let length = chain.read_at(offset, &mut piece)?;
                 piece.truncate(length);
@@ -116,9 +116,9 @@ impl Reader {
 
 /// Runs `work` on a blocking thread: a log can be long, and the runtime's one thread serves all calls.
 async fn blocking<T: Send + 'static>(
-    chain: Chain,
-    work: impl FnOnce(&Chain) -> io::Result<T> + Send + 'static,
-) -> io::Result<(Chain, T)> {
+    chain: LogChain,
+    work: impl FnOnce(&LogChain) -> io::Result<T> + Send + 'static,
+) -> io::Result<(LogChain, T)> {
     let worked = tokio::task::spawn_blocking(move || work(&chain).map(|done| (chain, done))).await;
     worked.map_err(io::Error::other)?
 }

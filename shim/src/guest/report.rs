@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Level;
 
-use crate::console::record::Record;
+use crate::console::Record;
 use crate::containerd::log as logging;
 use crate::state::recent::{EventKind, Recent};
 use crate::state::status;

@@ -1,17 +1,20 @@
-//! The hooks of a spec that are the host's (config.md of the runtime spec, "POSIX-platform Hooks"): `prestart`, `createRuntime`, `poststart`
-//! and `poststop` are programs of the runtime's own namespaces, so the shim runs them. nerdctl has two in every container.
+//! Runs a spec's hooks on the host (runtime spec, config.md, "POSIX-platform Hooks"): `prestart`, `createRuntime`,
+//! `poststart` and `poststop` run in the runtime's own namespaces. nerdctl sets two in every container.
 //!
-//! A hook learns of the container what its state says, by its standard input. It has no pid to be told: there is no process of the
-//! container on the host, and whoever goes by a pid all the same finds none, rather than the namespaces of the host.
+//! A hook receives the container's state on stdin, as the runtime spec requires, but without a PID: the container has
+//! no process on the host. A hook that relies on the PID therefore fails, instead of acting on the host's namespaces.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use husk_protos::chain::Chain;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl::set_pdeathsig;
@@ -19,230 +22,246 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::host::child::Ended;
+use crate::host::child::ChildExit;
 use crate::host::process::pidfd_open;
 
-/// Time that a hook has that asks for no limit of its own.
-const DEADLINE: Duration = Duration::from_secs(60);
-/// The end of what a failed hook wrote to its standard error, bytes, for the error message.
-const WORDS: usize = 1024;
+/// Time limit of a hook without a timeout of its own.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of a failed hook's stderr in the error message.
+const STDERR_TAIL: usize = 1024;
+/// Most reads of stderr in a row. They empty a full pipe, and end even if the hook writes without end.
+const STDERR_READS: usize = 64;
 /// The runtime spec's version that the state follows.
 const OCI_VERSION: &str = "1.0.2";
 
-/// One hook.
+/// A hook.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hook {
-    /// Where it stands in the spec.
+    /// Its place in the spec, such as `hooks.createRuntime[0]`.
     pub field: String,
-    /// The program, an absolute path of the host.
+    /// The program, an absolute path on the host.
     pub path: PathBuf,
-    /// Its arguments, the name that it is called by among them.
+    /// The arguments, including the program's name.
     pub args: Vec<String>,
-    /// All of its environment, each `NAME=value`.
+    /// The complete environment, as `NAME=value`.
     pub env: Vec<String>,
-    /// Seconds that it has.
+    /// Its time limit, seconds.
     pub timeout: Option<u32>,
 }
 
-/// A container's hooks, each list in its order.
+/// A container's hooks, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hooks {
-    /// Before the container is created: `prestart`, then `createRuntime`.
+    /// Run before the container is created: `prestart`, then `createRuntime`.
     pub create: Vec<Hook>,
-    /// After its process was started.
+    /// Run after the container's process was started.
     pub poststart: Vec<Hook>,
-    /// After the container was deleted.
+    /// Run after the container was deleted.
     pub poststop: Vec<Hook>,
 }
 
 impl Hooks {
-    /// Whether there are none.
+    /// Whether the container has no hooks.
     pub fn is_empty(&self) -> bool {
         self.create.is_empty() && self.poststart.is_empty() && self.poststop.is_empty()
     }
 }
 
-/// What a hook is told of its container (runtime.md, "State").
+/// The container in the state that hooks receive (runtime.md, "State").
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Subject {
+pub(crate) struct Subject {
     /// The container's id.
     pub id: String,
-    /// Its bundle on the host; the hook's working folder too.
+    /// Its bundle on the host, which is also the hook's working directory.
     pub bundle: PathBuf,
     /// The spec's annotations.
-    pub annotations: std::collections::BTreeMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
 }
 
-/// The point in the container's life.
+/// The container's status in the state that hooks receive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    /// It is being created.
+pub(crate) enum ContainerStatus {
+    /// Before its creation.
     Creating,
-    /// Its process was started.
+    /// After the start of its process.
     Running,
-    /// It has been deleted.
+    /// After its deletion.
     Stopped,
 }
 
 impl Subject {
-    fn state(&self, status: Status) -> Vec<u8> {
+    fn state(&self, status: ContainerStatus) -> Vec<u8> {
         let status = match status {
-            Status::Creating => "creating",
-            Status::Running => "running",
-            Status::Stopped => "stopped",
+            ContainerStatus::Creating => "creating",
+            ContainerStatus::Running => "running",
+            ContainerStatus::Stopped => "stopped",
         };
         let state = serde_json::json!({
-            "ociVersion": OCI_VERSION, "id": self.id, "status": status, "bundle": self.bundle, "annotations": self.annotations,
+            "ociVersion": OCI_VERSION,
+            "id": self.id,
+            "status": status,
+            "bundle": self.bundle,
+            "annotations": self.annotations,
         });
         state.to_string().into_bytes()
     }
 }
 
-/// Why a hook failed.
+/// A hook failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{field} {}: {why}", path.display())]
-pub struct Error {
+#[error("{field} {}", path.display())]
+pub(crate) struct HookError {
     field: String,
     path: PathBuf,
-    why: Failure,
+    #[source]
+    failure: HookFailure,
 }
 
 #[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error("{0}: {1}")]
-    Io(&'static str, io::Error),
-    #[error("did not end within {0:?}, and was killed{1}")]
-    Late(Duration, Words),
+enum HookFailure {
+    #[error("{0}")]
+    Io(&'static str, #[source] io::Error),
+    #[error("did not exit within {0:?} and was killed{1}")]
+    Timeout(Duration, StderrTail),
     #[error("{0}{1}")]
-    Ended(Ended, Words),
+    Exit(ChildExit, StderrTail),
 }
 
-/// The end of what a program wrote to its standard error.
-#[derive(Debug)]
-struct Words(Vec<u8>);
+/// The last bytes of a hook's stderr. Displays as the end of an error message.
+#[derive(Debug, Default)]
+struct StderrTail(Vec<u8>);
 
-impl fmt::Display for Words {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = String::from_utf8_lossy(&self.0);
-        if text.trim().is_empty() { Ok(()) } else { write!(f, "; it says: {}", text.trim()) }
+impl StderrTail {
+    fn push(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+        self.0.drain(..self.0.len().saturating_sub(STDERR_TAIL));
     }
 }
 
-/// Runs hooks one after the other, up to the first that fails. Blocks; each has its own time.
+impl fmt::Display for StderrTail {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = String::from_utf8_lossy(&self.0);
+        if text.trim().is_empty() { Ok(()) } else { write!(f, "; stderr: {}", text.trim()) }
+    }
+}
+
+/// Runs hooks in order until one fails. Blocks. Each hook has its own time limit.
 ///
 /// # Errors
-/// That of the hook that failed. One whose time is over is killed, with its process group.
-pub fn run(hooks: &[Hook], subject: &Subject, status: Status) -> Result<(), Error> {
+/// That of the hook that failed. A hook that exceeds its time limit is killed with its process group.
+pub(crate) fn run(hooks: &[Hook], subject: &Subject, status: ContainerStatus) -> Result<(), HookError> {
     hooks.iter().try_for_each(|hook| run_one(hook, subject, status, Duration::MAX))
 }
 
-/// Runs the `poststop` hooks, all of them `within` that time. One that fails is logged, and those after it run all the same (runtime.md,
-/// "Lifecycle").
-pub fn run_to_the_end(hooks: &[Hook], subject: &Subject, within: Duration) {
-    let until = Instant::now() + within;
+/// Runs all `poststop` hooks in order, within the given time in total. Failures are logged and do not stop the rest
+/// (runtime.md, "Lifecycle").
+pub(crate) fn run_to_the_end(hooks: &[Hook], subject: &Subject, within: Duration) {
+    let deadline = Instant::now() + within;
     for hook in hooks {
-        let left = until.saturating_duration_since(Instant::now());
-        if let Err(error) = run_one(hook, subject, Status::Stopped, left) {
-            tracing::warn!(container = subject.id, %error, "hook failed");
+        let left = deadline.saturating_duration_since(Instant::now());
+        if let Err(error) = run_one(hook, subject, ContainerStatus::Stopped, left) {
+            tracing::warn!(container = subject.id, error = %Chain(&error), "hook failed");
         }
     }
 }
 
-/// Runs one hook for its own time, and no longer than `most`.
-fn run_one(hook: &Hook, subject: &Subject, status: Status, most: Duration) -> Result<(), Error> {
-    let own = hook.timeout.map_or(DEADLINE, |seconds| Duration::from_secs(seconds.into()));
-    let done = run_within(hook, subject, status, own.min(most));
-    done.map_err(|why| Error { field: hook.field.clone(), path: hook.path.clone(), why })
+/// Runs a hook within its own time limit and `limit`.
+fn run_one(hook: &Hook, subject: &Subject, status: ContainerStatus, limit: Duration) -> Result<(), HookError> {
+    let own = hook.timeout.map_or(DEFAULT_TIMEOUT, |seconds| Duration::from_secs(seconds.into()));
+    let result = run_within(hook, subject, status, own.min(limit));
+    result.map_err(|failure| HookError { field: hook.field.clone(), path: hook.path.clone(), failure })
 }
 
-fn run_within(hook: &Hook, subject: &Subject, status: Status, within: Duration) -> Result<(), Failure> {
+fn run_within(hook: &Hook, subject: &Subject, status: ContainerStatus, within: Duration) -> Result<(), HookFailure> {
+    let mut child = spawn(hook, subject).map_err(|error| HookFailure::Io("start", error))?;
+    let state = subject.state(status);
+    let (stderr, exited) = serve(&mut child, &state, Instant::now() + within).unwrap_or_else(|error| {
+        tracing::warn!(hook = hook.field, %error, "failed to serve a hook's pipes; killing it");
+        (StderrTail::default(), false)
+    });
+    if !exited {
+        // The child is not reaped yet, so no other process group can have its PID.
+        match killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => tracing::warn!(hook = hook.field, %error, "failed to kill a hook's process group"),
+        }
+    }
+    let exit = ChildExit(child.wait().map_err(|error| HookFailure::Io("wait for the exit", error))?);
+    match (exited, exit.0.success()) {
+        (false, _) => Err(HookFailure::Timeout(within, stderr)),
+        (true, false) => Err(HookFailure::Exit(exit, stderr)),
+        (true, true) => Ok(()),
+    }
+}
+
+/// Starts a hook in a process group of its own.
+fn spawn(hook: &Hook, subject: &Subject) -> io::Result<Child> {
     let mut command = Command::new(&hook.path);
     let mut args = hook.args.iter();
     command.arg0(args.next().map_or_else(|| hook.path.as_os_str(), |name| name.as_ref())).args(args);
     command.env_clear().envs(hook.env.iter().filter_map(|variable| variable.split_once('=')));
     command.current_dir(if subject.bundle.is_dir() { subject.bundle.as_path() } else { Path::new("/") });
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
-    // SAFETY: prctl(2) is async-signal-safe and touches no memory. The thread that forks waits for the hook, so it does not end before it.
+    // SAFETY: prctl(2) is async-signal-safe and touches no memory. The forking thread waits for the hook, so it does
+    // not end earlier and trigger the signal.
     unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
-    let mut child = command.spawn().map_err(|error| Failure::Io("start", error))?;
-    let state = subject.state(status);
-    let (words, in_time) = attend(&mut child, &state, Instant::now() + within).unwrap_or_else(|error| {
-        tracing::warn!(hook = hook.field, %error, "a hook is killed because it cannot be followed");
-        (Words(Vec::new()), false)
-    });
-    if !in_time {
-        // Not yet waited for, so the group is its.
-        match killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL) {
-            Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
-            Err(error) => tracing::warn!(hook = hook.field, %error, "a hook's group cannot be killed"),
-        }
-    }
-    let ended = Ended(child.wait().map_err(|error| Failure::Io("wait for it", error))?);
-    match (in_time, ended.0.success()) {
-        (false, _) => Err(Failure::Late(within, words)),
-        (true, false) => Err(Failure::Ended(ended, words)),
-        (true, true) => Ok(()),
-    }
+    command.spawn()
 }
 
-/// Gives a hook its state and takes its words until it ends, or its time is over. Neither holds the other up.
-fn attend(child: &mut Child, state: &[u8], until: Instant) -> io::Result<(Words, bool)> {
+/// Writes the state to a hook's stdin and reads its stderr, until it exits or the deadline passes. Neither stream
+/// blocks the other. Returns whether the hook exited.
+fn serve(child: &mut Child, state: &[u8], deadline: Instant) -> io::Result<(StderrTail, bool)> {
     let pidfd = pidfd_open(child.id())?.ok_or(io::ErrorKind::NotFound)?;
     let mut stdin = child.stdin.take();
     let mut stderr = child.stderr.take();
     for fd in [stdin.as_ref().map(AsFd::as_fd), stderr.as_ref().map(AsFd::as_fd)].into_iter().flatten() {
         fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     }
-    let (mut left, mut words) = (state, Words(Vec::new()));
+    let (mut unsent, mut tail) = (state, StderrTail::default());
     loop {
         let mut fds = vec![PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
         fds.extend(stderr.as_ref().map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)));
         fds.extend(stdin.as_ref().map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)));
-        let wait = until.saturating_duration_since(Instant::now());
-        let timeout = PollTimeout::try_from(wait.as_millis() + 1).unwrap_or(PollTimeout::MAX);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, timeout) {
-            Err(nix::errno::Errno::EINTR) => continue,
+            Err(Errno::EINTR) => continue,
             ready => ready?,
         };
-        let ended = fds[0].any().unwrap_or(false);
-        if let Some(pipe) = &mut stdin {
-            match pipe.write(left) {
-                Ok(written) => left = &left[written..],
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // It does not care.
-                Err(_) => left = &[],
-            }
-            if left.is_empty() {
-                stdin = None;
-            }
+        let exited = fds[0].any().unwrap_or(false);
+        stdin = stdin.and_then(|pipe| send_state(pipe, &mut unsent));
+        if let Some(pipe) = stderr.take() {
+            stderr = read_stderr(pipe, &mut tail)?;
         }
-        if let Some(pipe) = &mut stderr
-            && !listen(pipe, &mut words)?
-        {
-            stderr = None;
-        }
-        if ended || Instant::now() >= until {
-            return Ok((words, ended));
+        if exited || Instant::now() >= deadline {
+            return Ok((tail, exited));
         }
     }
 }
 
-/// Reads what is there; false at the end.
-fn listen(pipe: &mut impl Read, words: &mut Words) -> io::Result<bool> {
-    let mut buffer = [0; WORDS];
-    // As much as a pipe holds, so that one that writes without end is not listened to without end.
-    for _ in 0..64 {
+/// Writes as much of the state as the pipe takes. Closes the pipe when everything is written, or when the hook has
+/// closed its end.
+fn send_state(mut pipe: ChildStdin, unsent: &mut &[u8]) -> Option<ChildStdin> {
+    match pipe.write(unsent) {
+        Ok(written) => *unsent = &unsent[written..],
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+        Err(_) => return None,
+    }
+    (!unsent.is_empty()).then_some(pipe)
+}
+
+/// Reads what the pipe holds. Closes the pipe at its end.
+fn read_stderr(mut pipe: ChildStderr, tail: &mut StderrTail) -> io::Result<Option<ChildStderr>> {
+    let mut buffer = [0; STDERR_TAIL];
+    for _ in 0..STDERR_READS {
         match pipe.read(&mut buffer) {
-            Ok(0) => return Ok(false),
-            Ok(read) => {
-                words.0.extend_from_slice(&buffer[..read]);
-                words.0.drain(..words.0.len().saturating_sub(WORDS));
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+            Ok(0) => return Ok(None),
+            Ok(length) => tail.push(&buffer[..length]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) => return Err(error),
         }
     }
-    Ok(true)
+    Ok(Some(pipe))
 }
 
 #[cfg(test)]
@@ -266,10 +285,10 @@ mod tests {
     }
 
     #[test]
-    fn a_hook_gets_its_state_its_environment_and_its_folder() {
+    fn a_hook_gets_its_state_environment_and_directory() {
         let folder = tempfile::tempdir().unwrap();
         let hook = shell("cat > state; env > env; echo $0 > name", &["A=1"], None);
-        run(&[hook], &subject(folder.path()), Status::Creating).unwrap();
+        run(&[hook], &subject(folder.path()), ContainerStatus::Creating).unwrap();
         let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
         let state: serde_json::Value = serde_json::from_str(&read("state")).unwrap();
         assert_eq!((&state["id"], &state["status"]), (&"c1".into(), &"creating".into()));
@@ -282,38 +301,41 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_says_which_hook_and_why() {
+    fn a_failure_names_the_hook_and_the_cause() {
         let folder = tempfile::tempdir().unwrap();
         let flood =
             "i=0; while [ $i -lt 3000 ]; do echo 0123456789012345678901234567890123456789 >&2; i=$((i + 1)); done";
-        for (hook, want) in [
-            (shell("echo no luck >&2; exit 3", &[], None), "exited with status 3; it says: no luck"),
+        for (hook, expected) in [
+            (shell("echo no luck >&2; exit 3", &[], None), "exited with status 3; stderr: no luck"),
             (shell("exec 0<&-; exit 4", &[], None), "exited with status 4"),
             (shell("kill -9 $$", &[], None), "was killed by signal 9"),
             (shell(&format!("{flood}; echo last >&2; exit 5"), &[], None), "last"),
-            (shell("sleep 1000 & echo $! > child; sleep 1000", &[], Some(1)), "did not end within 1s, and was killed"),
+            (shell("sleep 1000 & echo $! > child; sleep 1000", &[], Some(1)), "did not exit within 1s and was killed"),
             (Hook { path: "/nonexistent".into(), ..shell("", &[], None) }, "start: No such file"),
         ] {
-            let error = run(&[hook], &subject(folder.path()), Status::Creating).unwrap_err().to_string();
+            let error = run(&[hook], &subject(folder.path()), ContainerStatus::Creating).unwrap_err();
+            let error = Chain(&error).to_string();
             assert!(error.starts_with("hooks.createRuntime[0] /"), "{error}");
-            assert!(error.contains(want) && error.len() < 2 * WORDS, "{want}: {error}");
+            assert!(error.contains(expected) && error.len() < 2 * STDERR_TAIL, "{expected}: {error}");
         }
         let child: u32 = std::fs::read_to_string(folder.path().join("child")).unwrap().trim().parse().unwrap();
         let gone = match ProcessId::of(child).unwrap().map(|child| child.pidfd().unwrap()) {
             Some(Some(pidfd)) => wait_dead(pidfd, Duration::from_secs(10)).unwrap(),
             _ => true,
         };
-        assert!(gone, "what a late hook started goes on");
+        assert!(gone, "a process that the hook started is still running");
     }
 
     #[test]
-    fn those_after_one_that_fails_do_not_run_and_all_have_one_time() {
+    fn hooks_after_a_failed_one_do_not_run_and_the_total_time_is_limited() {
         let folder = tempfile::tempdir().unwrap();
         let hooks = [shell("echo 1 >> ran", &[], None), shell("exit 1", &[], None), shell("echo 3 >> ran", &[], None)];
-        run(&hooks, &subject(folder.path()), Status::Stopped).unwrap_err();
+        run(&hooks, &subject(folder.path()), ContainerStatus::Stopped).unwrap_err();
         assert_eq!(std::fs::read_to_string(folder.path().join("ran")).unwrap(), "1\n");
         let late = shell("sleep 1000", &[], None);
-        let error = run_one(&late, &subject(folder.path()), Status::Stopped, Duration::from_millis(50)).unwrap_err();
-        assert!(error.to_string().contains("did not end within"), "{error}");
+        let error =
+            run_one(&late, &subject(folder.path()), ContainerStatus::Stopped, Duration::from_millis(50)).unwrap_err();
+        let error = Chain(&error).to_string();
+        assert!(error.contains("did not exit within"), "{error}");
     }
 }

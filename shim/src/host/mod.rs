@@ -1,6 +1,13 @@
-//! The host's operating system: processes, children, hooks, and sockets. Knows nothing of VMs.
+//! The host's operating system. Nothing here depends on VMs.
+//!
+//! | file         | content                                                     |
+//! |--------------|-------------------------------------------------------------|
+//! | `process.rs` | identifies processes reliably, and kills them               |
+//! | `child.rs`   | starts programs that must not outlive the shim              |
+//! | `hooks.rs`   | runs OCI hooks                                              |
+//! | `socket.rs`  | unix sockets in the sandbox's directory                     |
 
-pub mod child;
-pub mod hooks;
+pub(crate) mod child;
+pub(crate) mod hooks;
 pub mod process;
 pub mod socket;

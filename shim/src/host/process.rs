@@ -1,30 +1,31 @@
-//! Naming a process so that another one is never taken for it, and ending it: pid, start time, pidfd.
-//! Starting processes is not here, see `vm/launch.rs`.
+//! Identifies processes so that a reused PID is never mistaken for the original: PID, start time, pidfd. `child.rs`
+//! starts processes.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use procfs::process::Process;
+use procfs::{ProcError, ProcResult};
 use serde::{Deserialize, Serialize};
 
-/// A process, told apart from every later one that gets the same pid.
+/// Identifies a process. A later process with the same PID has another start time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessId {
-    /// Pid in the shim's pid namespace.
+    /// PID in the shim's PID namespace.
     pub pid: u32,
-    /// Clock ticks between the host's boot and the process's start: field 22 of `/proc/<pid>/stat` (proc_pid_stat(5)).
+    /// Clock ticks from the host's boot to the start of the process: field 22 of `/proc/<pid>/stat` (proc_pid_stat(5)).
     pub start_time: u64,
 }
 
-/// What [`ProcessId::kill`] found.
+/// Result of [`ProcessId::kill`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Killed {
-    /// It had ended before, or the pid belongs to another process by now.
+    /// The process had ended before; its PID may belong to another one by now.
     AlreadyGone,
-    /// It was killed, and is dead.
+    /// The process was killed and is dead.
     Now,
 }
 
@@ -37,23 +38,16 @@ impl ProcessId {
         Self::of(std::process::id())?.ok_or_else(|| io::Error::other("/proc does not list this process"))
     }
 
-    /// The process that has `pid` now, or `None` when there is none.
+    /// The process that has `pid` now, or `None` if there is none.
     ///
     /// # Errors
-    /// When `/proc/<pid>/stat` cannot be read or understood.
+    /// When `/proc/<pid>/stat` cannot be read or parsed.
     pub fn of(pid: u32) -> io::Result<Option<Self>> {
-        let stat = match fs::read_to_string(format!("/proc/{pid}/stat")) {
-            Ok(stat) => stat,
-            // ESRCH: the process went away between open and read.
-            Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
-            Err(e) => return Err(e),
-        };
-        let start_time = start_time(&stat)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat: no start time")))?;
-        Ok(Some(Self { pid, start_time }))
+        let stat = found(Process::new(pid.cast_signed()).and_then(|process| process.stat()))?;
+        Ok(stat.map(|stat| Self { pid, start_time: stat.starttime }))
     }
 
-    /// Whether this very process is still in the table (a zombie is).
+    /// Whether the process exists; a zombie does.
     ///
     /// # Errors
     /// When `/proc` cannot be read.
@@ -61,11 +55,10 @@ impl ProcessId {
         Ok(Self::of(self.pid)? == Some(self))
     }
 
-    /// Whether this very process still runs. One that has ended and is not waited for yet (a zombie) does not: whoever adopted it may take
-    /// its time.
+    /// Whether the process still runs. A zombie does not: the process that adopted it may reap it late.
     ///
     /// # Errors
-    /// When it cannot be looked for.
+    /// Those of [`ProcessId::pidfd`] and poll(2).
     pub fn runs(self) -> io::Result<bool> {
         match self.pidfd()? {
             Some(fd) => Ok(!wait_dead(fd, Duration::ZERO)?),
@@ -73,38 +66,37 @@ impl ProcessId {
         }
     }
 
-    /// A handle on this very process, or `None` when it is gone.
+    /// A handle on the process, or `None` if it is gone.
     ///
     /// # Errors
-    /// pidfd_open(2)'s, or when `/proc` cannot be read.
+    /// Those of pidfd_open(2), or when `/proc` cannot be read.
     pub fn pidfd(self) -> io::Result<Option<OwnedFd>> {
         let Some(fd) = pidfd_open(self.pid)? else { return Ok(None) };
-        // Only after the handle is open: if the pid still names our process now, then the handle does too, because
-        // ours is older than whatever could have had the pid after it.
+        // Check after opening: if the PID names the original process now, it did so when the handle was opened.
         Ok(self.exists()?.then_some(fd))
     }
 
-    /// Its children; none when it is gone, or when the kernel cannot tell (CONFIG_PROC_CHILDREN).
+    /// The children of the main thread. Empty if the process is gone, or if the kernel lacks CONFIG_PROC_CHILDREN.
     ///
     /// # Errors
     /// When `/proc` cannot be read.
     pub fn children(self) -> io::Result<Vec<Self>> {
+        let main_thread = Process::new(self.pid.cast_signed()).and_then(|process| process.task_main_thread());
+        let listed = found(main_thread.and_then(|thread| thread.children()))?.unwrap_or_default();
         let mut children = Vec::new();
-        let listed = match fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)) {
-            Ok(text) if self.exists()? => text,
-            Err(e) if e.kind() != io::ErrorKind::NotFound && e.raw_os_error() != Some(libc::ESRCH) => return Err(e),
-            _ => return Ok(children),
-        };
-        for pid in listed.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()) {
-            children.extend(Self::of(pid)?);
+        // Check after listing: otherwise the children may be those of a later process with this PID.
+        if self.exists()? {
+            for pid in listed {
+                children.extend(Self::of(pid)?);
+            }
         }
         Ok(children)
     }
 
-    /// Sends SIGKILL, and returns a handle to wait by; `None` when it had ended before.
+    /// Sends SIGKILL and returns a handle to wait with; `None` if the process had ended before.
     ///
     /// # Errors
-    /// What the system calls say.
+    /// Those of the system calls.
     pub fn send_kill(self) -> io::Result<Option<OwnedFd>> {
         let Some(fd) = self.pidfd()? else { return Ok(None) };
         match pidfd_send_signal(&fd, libc::SIGKILL) {
@@ -113,10 +105,10 @@ impl ProcessId {
         }
     }
 
-    /// Sends SIGKILL and waits until the process is dead. Its exit status is left to its parent.
+    /// Sends SIGKILL and waits until the process is dead. Leaves its exit status to its parent.
     ///
     /// # Errors
-    /// `TimedOut` when it is still there after `within`; otherwise what the system calls say.
+    /// `TimedOut` if the process is still alive after `within`; otherwise those of the system calls.
     pub fn kill(self, within: Duration) -> io::Result<Killed> {
         let Some(fd) = self.send_kill()? else { return Ok(Killed::AlreadyGone) };
         if wait_dead(&fd, within)? {
@@ -124,21 +116,32 @@ impl ProcessId {
         } else {
             Err(io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("process {} still lives {} ms after SIGKILL", self.pid, within.as_millis()),
+                format!("process {} is still alive {} ms after SIGKILL", self.pid, within.as_millis()),
             ))
         }
     }
 }
 
-/// Opens a close-on-exec handle on whatever process has `pid`, or `None` when there is none.
+/// `None` if the process is gone. procfs reports both ENOENT and ESRCH as `NotFound`.
+fn found<T>(result: ProcResult<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(found) => Ok(Some(found)),
+        Err(ProcError::NotFound(_)) => Ok(None),
+        Err(error @ ProcError::PermissionDenied(_)) => Err(io::Error::new(io::ErrorKind::PermissionDenied, error)),
+        Err(error @ ProcError::Io(..)) => Err(io::Error::other(error)),
+        Err(error) => Err(io::Error::new(io::ErrorKind::InvalidData, error)),
+    }
+}
+
+/// Opens a handle on the process that has `pid` now, or `None` if there is none. The handle is close-on-exec.
 ///
 /// # Errors
-/// pidfd_open(2)'s.
+/// Those of pidfd_open(2).
 pub fn pidfd_open(pid: u32) -> io::Result<Option<OwnedFd>> {
     // SAFETY: the call takes two integers and touches no memory of ours.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     match Errno::result(fd) {
-        // SAFETY: a descriptor that the kernel has just made, owned by nobody else.
+        // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
         Ok(fd) => Ok(Some(unsafe { OwnedFd::from_raw_fd(fd as i32) })),
         Err(Errno::ESRCH) => Ok(None),
         Err(e) => Err(e.into()),
@@ -148,9 +151,9 @@ pub fn pidfd_open(pid: u32) -> io::Result<Option<OwnedFd>> {
 /// Sends `signal` to the process behind `pidfd`.
 ///
 /// # Errors
-/// pidfd_send_signal(2)'s; ESRCH when it has ended and been waited for.
+/// Those of pidfd_send_signal(2); ESRCH if the process has been reaped.
 pub fn pidfd_send_signal(pidfd: impl AsFd, signal: i32) -> io::Result<()> {
-    // SAFETY: a valid descriptor, and a null siginfo, which the call permits.
+    // SAFETY: the descriptor is valid, and the call permits a null siginfo.
     let r = unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
@@ -163,15 +166,15 @@ pub fn pidfd_send_signal(pidfd: impl AsFd, signal: i32) -> io::Result<()> {
     Errno::result(r).map(drop).map_err(Into::into)
 }
 
-/// Waits for the death (zombies are dead) of the process behind `pidfd`; false when `within` passes first.
+/// Waits until the process behind `pidfd` is dead; a zombie is. Returns false if `within` passes first.
 ///
 /// # Errors
-/// poll(2)'s.
+/// Those of poll(2).
 pub fn wait_dead(pidfd: impl AsFd, within: Duration) -> io::Result<bool> {
     let deadline = Instant::now() + within;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        // Rounded up, so that the last fraction of a millisecond is not spent spinning.
+        // Rounded up, to avoid spinning in the last fraction of a millisecond.
         let millis = u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX);
         match poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(millis)) {
             Ok(0) if left.is_zero() => return Ok(false),
@@ -182,25 +185,32 @@ pub fn wait_dead(pidfd: impl AsFd, within: Duration) -> io::Result<bool> {
     }
 }
 
-/// Field 22 of a stat line. The second field is the program's name in parentheses, and may hold spaces and parentheses
-/// itself, so counting starts after the last one.
-fn start_time(stat: &str) -> Option<u64> {
-    let (_, after_name) = stat.rsplit_once(')')?;
-    after_name.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
+    use procfs::FromRead;
+
     use super::*;
 
+    /// Names may contain spaces and parentheses, which the parser of `/proc/<pid>/stat` must not count as fields.
     #[test]
-    fn start_time_is_found_behind_any_program_name() {
-        let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4242 20 21";
-        for (name, want) in [("sh", Some(4242)), ("a b", Some(4242)), (") S 1 (x)", Some(4242))] {
-            assert_eq!(start_time(&format!("7 ({name}) {tail}")), want, "{name}");
+    fn the_start_time_does_not_depend_on_the_programs_name() {
+        let tail =
+            "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4242 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36";
+        let parse = |stat: &str| procfs::process::Stat::from_read(stat.as_bytes()).map(|stat| stat.starttime).ok();
+        for (name, expected) in [("sh", Some(4242)), ("a b", Some(4242)), (") S 1 (x)", Some(4242))] {
+            assert_eq!(parse(&format!("7 ({name}) {tail}")), expected, "{name}");
         }
         for broken in ["", "7 (sh", "7 (sh) S 1", "7 (sh) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 x"] {
-            assert_eq!(start_time(broken), None, "{broken}");
+            assert_eq!(parse(broken), None, "{broken}");
+        }
+    }
+
+    #[test]
+    fn a_pid_without_a_process_is_none() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        for pid in [child.id(), u32::MAX] {
+            assert_eq!(ProcessId::of(pid).unwrap(), None, "{pid}");
         }
     }
 
@@ -209,8 +219,8 @@ mod tests {
         let mut command = std::process::Command::new("sh");
         command.args(["-c", "sleep 600 >/dev/null & echo; wait"]).stdout(std::process::Stdio::piped());
         let mut parent = command.spawn().unwrap();
-        let mut said = [0];
-        io::Read::read_exact(parent.stdout.as_mut().unwrap(), &mut said).unwrap();
+        let mut newline = [0];
+        io::Read::read_exact(parent.stdout.as_mut().unwrap(), &mut newline).unwrap();
         let id = ProcessId::of(parent.id()).unwrap().unwrap();
         let children = id.children().unwrap();
         assert_eq!(children.len(), 1);
@@ -230,7 +240,7 @@ mod tests {
         assert!(!wait_dead(pidfd_open(id.pid).unwrap().unwrap(), Duration::from_millis(5)).unwrap());
         assert!(id.runs().unwrap());
         assert_eq!(id.kill(Duration::from_secs(5)).unwrap(), Killed::Now);
-        assert!(id.exists().unwrap() && !id.runs().unwrap(), "a zombie is there and does not run");
+        assert!(id.exists().unwrap() && !id.runs().unwrap(), "a zombie exists and does not run");
         child.wait().unwrap();
         assert!(!id.exists().unwrap() && !id.runs().unwrap());
         assert_eq!(id.kill(Duration::from_secs(5)).unwrap(), Killed::AlreadyGone);

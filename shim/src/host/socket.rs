@@ -1,5 +1,5 @@
-//! Unix sockets in a sandbox's folder. By a descriptor of the folder, because its path may be longer than a socket's name can be
-//! (107 bytes, unix(7)).
+//! Unix sockets in a sandbox's directory, reached through a descriptor of the directory: its path may exceed the 107
+//! bytes of a socket's address (unix(7)).
 
 use std::fs::{File, Permissions};
 use std::io;
@@ -14,57 +14,58 @@ use tokio::net::{UnixListener as Listener, UnixStream as Stream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
-/// How long the system may need to have descriptors again after it had none for a client.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+/// Pause after a failed accept, usually for lack of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-fn by_descriptor(folder: &File, name: &str) -> PathBuf {
+fn path_through_descriptor(folder: &File, name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{name}", folder.as_raw_fd()))
 }
 
-/// Listens on `name` in `folder`, with mode 0600. The folder must be one that only its owner may enter: for a moment the mode is another.
+/// Listens on `name` in `folder` with mode 0600. Only the owner may have access to the folder, because the socket has
+/// another mode for a moment.
 ///
 /// # Errors
-/// When the name is taken, or what the system says.
+/// `AddrInUse` if the name is taken; otherwise those of the system calls.
 pub fn listen(folder: &Path, name: &str) -> io::Result<UnixListener> {
     let folder = File::open(folder)?;
-    let path = by_descriptor(&folder, name);
+    let path = path_through_descriptor(&folder, name);
     let listener = UnixListener::bind(&path)?;
     std::fs::set_permissions(&path, Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
 }
 
-/// Attends to whoever connects, each in a task of its own, `clients` of them at a time: those beyond are given to `turn_away`, and hung up on.
-/// Until the returned task is aborted or the runtime ends; `name` is for the log.
+/// Serves every client with `attend` in a task of its own, at most `clients` at a time. Further clients are passed to
+/// `reject` and disconnected. Runs until the returned task is aborted or the runtime ends. `name` is for the log.
 pub fn serve<F>(
     listener: Listener,
     name: &'static str,
     clients: usize,
-    turn_away: impl Fn(&Stream) + Send + 'static,
+    reject: impl Fn(&Stream) + Send + 'static,
     attend: impl Fn(Stream) -> F + Send + 'static,
 ) -> JoinHandle<()>
 where
     F: Future<Output = ()> + Send + 'static,
 {
     tokio::spawn(async move {
-        let places = Arc::new(Semaphore::new(clients));
+        let slots = Arc::new(Semaphore::new(clients));
         loop {
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    tracing::warn!(%error, "no client of {name} can be accepted");
-                    tokio::time::sleep(ACCEPT_AGAIN).await;
+                    tracing::warn!(%error, socket = name, "failed to accept a client");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };
-            let Ok(place) = places.clone().try_acquire_owned() else {
-                turn_away(&stream);
+            let Ok(slot) = slots.clone().try_acquire_owned() else {
+                reject(&stream);
                 continue;
             };
-            let attended = attend(stream);
+            let served = attend(stream);
             tokio::spawn(async move {
-                attended.await;
-                drop(place);
+                served.await;
+                drop(slot);
             });
         }
     })
@@ -73,10 +74,10 @@ where
 /// Connects to the socket `name` in `folder`.
 ///
 /// # Errors
-/// `NotFound` when there is none, `ConnectionRefused` when nobody listens; or what the system says.
+/// `NotFound` if there is no socket, `ConnectionRefused` if no process listens; otherwise those of the system calls.
 pub fn connect(folder: &Path, name: &str) -> io::Result<UnixStream> {
     let folder = File::open(folder)?;
-    UnixStream::connect(by_descriptor(&folder, name))
+    UnixStream::connect(path_through_descriptor(&folder, name))
 }
 
 #[cfg(test)]
@@ -84,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_socket_is_private_and_its_folders_path_may_be_long() {
+    fn sockets_are_private_and_work_in_folders_with_long_paths() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("a".repeat(76)).join("b".repeat(76));
         std::fs::create_dir_all(&folder).unwrap();

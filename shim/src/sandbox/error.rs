@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use crate::guest::client::GuestError;
-use crate::host::hooks;
+use crate::host::hooks::HookError;
 use crate::prepare::PrepareError;
 use crate::rootfs::share::ShareError;
 use crate::state::StateError;
-use crate::stdio;
+use crate::stdio::StdioError;
 use crate::vm::BootError;
 
 /// Why a call failed.
@@ -43,7 +43,7 @@ pub(crate) enum SandboxError {
     Invalid(#[from] PrepareError),
     /// A standard stream cannot be opened.
     #[error(transparent)]
-    Stdio(#[from] stdio::Error),
+    Stdio(#[from] StdioError),
     #[error("{0}")]
     Unsupported(String),
     /// The VM did not boot. Shared by all containers that waited for it.
@@ -59,7 +59,7 @@ pub(crate) enum SandboxError {
     Share(#[from] ShareError),
     /// A hook on the host failed.
     #[error(transparent)]
-    Hook(#[from] hooks::Error),
+    Hook(#[from] HookError),
     /// A part of the shim ended unexpectedly.
     #[error("{0}")]
     Internal(String),

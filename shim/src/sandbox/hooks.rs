@@ -4,7 +4,7 @@ use containerd_shim_protos::api::{CreateTaskRequest, KillRequest};
 use husk_protos::chain::Chain;
 
 use crate::host::hooks;
-use crate::host::hooks::{Hook, Hooks, Status, Subject};
+use crate::host::hooks::{ContainerStatus, Hook, Hooks, Subject};
 use crate::prepare::Prepared;
 use crate::sandbox::container::Container;
 use crate::sandbox::error::SandboxError;
@@ -22,7 +22,7 @@ pub(super) fn subject(request: &CreateTaskRequest, prepared: &Prepared) -> Subje
     }
 }
 
-async fn run(hooks: Vec<Hook>, subject: Subject, status: Status) -> Result<(), SandboxError> {
+async fn run(hooks: Vec<Hook>, subject: Subject, status: ContainerStatus) -> Result<(), SandboxError> {
     let ran = tokio::task::spawn_blocking(move || hooks::run(&hooks, &subject, status)).await;
     ran.map_err(|error| SandboxError::Internal(format!("run hooks: {error}")))??;
     Ok(())
@@ -37,7 +37,7 @@ impl Sandbox {
         }
         let step = Step::Hooks { container: subject.clone(), poststop: hooks.poststop.clone() };
         self.journal.record(&Owner::Container(subject.id.clone()), [step])?;
-        run(hooks.create.clone(), subject.clone(), Status::Creating).await
+        run(hooks.create.clone(), subject.clone(), ContainerStatus::Creating).await
     }
 
     /// Runs the hooks that follow the start of a container's init process. If a hook fails, the process is killed.
@@ -45,7 +45,7 @@ impl Sandbox {
         if container.poststart.is_empty() {
             return Ok(());
         }
-        let ran = run(container.poststart.clone(), container.subject.clone(), Status::Running).await;
+        let ran = run(container.poststart.clone(), container.subject.clone(), ContainerStatus::Running).await;
         if ran.is_err() {
             let kill = KillRequest { id: container.id.clone(), signal: libc::SIGKILL as u32, ..Default::default() };
             if let Err(error) = vm.guest.task.kill(vm.guest.context(), &kill).await {

@@ -1,71 +1,91 @@
-//! Where a process's output is to go, as containerd writes it: a path, or a URI. Pure.
+//! Parses containerd's addresses for a process's streams: a path or a URI. Pure.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::stdio::Error;
+use crate::stdio::error::StdioError;
 
-/// A kind of place for output.
+/// Where a process's output goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Destination {
-    /// Nobody wants it.
+pub(super) enum Destination {
+    /// Nowhere: the request asks for no output.
     Nowhere,
-    /// A fifo that containerd's client has made, or another file that is there.
+    /// A fifo that containerd's client created, or another file that exists.
     Path(PathBuf),
-    /// A file that is made if it is not there, and appended to.
+    /// A file to append to, created if it does not exist.
     File(PathBuf),
-    /// A program that takes it (containerd, core/runtime/v2/README.md, "Logging").
+    /// A logging program (containerd, core/runtime/v2/README.md, "Logging").
     Binary {
         /// The program.
         path: PathBuf,
-        /// Its arguments: each of the query's keys, and then its value.
+        /// Its arguments: each key of the query, followed by its value.
         args: Vec<OsString>,
     },
 }
 
 impl Destination {
-    /// What `value`, the request's `field`, stands for.
+    /// Parses `value`, the address in the request's `field`.
     ///
     /// # Errors
-    /// With field and value, when it is of no kind that husk knows, or names no absolute path.
-    pub fn parse(field: &'static str, value: &str) -> Result<Self, Error> {
+    /// [`StdioError::Scheme`] for an unsupported kind, [`StdioError::Address`] for one without an absolute path.
+    pub(super) fn parse(field: &'static str, value: &str) -> Result<Self, StdioError> {
         if value.is_empty() {
             return Ok(Self::Nowhere);
         }
         let Some((scheme, rest)) = value.split_once("://") else { return Ok(Self::Path(value.into())) };
         let rest = rest.split('#').next().unwrap_or_default();
         let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
-        let wrong = |problem| Error::Address { field, value: value.to_owned(), problem };
-        // What stands before the path would be a host, which means nothing here and to containerd.
+        let malformed = |problem| StdioError::Address { field, value: value.to_owned(), problem };
+        // containerd ignores a host before the path, and so does husk.
         let path = || {
-            let path = place.find('/').map(|start| &place[start..]).ok_or(wrong("has no absolute path"))?;
-            unescape(path, false).map(PathBuf::from).ok_or(wrong("has a % that escapes no character"))
+            let path = place.find('/').map(|start| &place[start..]).ok_or(malformed("has no absolute path"))?;
+            unescape(path, false).map(PathBuf::from).ok_or(malformed("has a % that escapes no character"))
         };
         match scheme {
             "fifo" => Ok(Self::Path(path()?)),
             "file" => Ok(Self::File(path()?)),
             "binary" => {
-                let mut args: Vec<OsString> = Vec::new();
-                let mut keys = std::collections::HashSet::new();
-                for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-                    let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-                    let (Some(key), Some(value)) = (unescape(key, true), unescape(value, true)) else {
-                        return Err(wrong("has a % that escapes no character"));
-                    };
-                    // Of several values of a key containerd passes the first.
-                    if keys.insert(key.clone()) {
-                        args.extend([key, value]);
-                    }
-                }
+                let args = arguments(query).ok_or(malformed("has a % that escapes no character"))?;
                 Ok(Self::Binary { path: path()?, args })
             }
-            scheme => Err(Error::Scheme { field, value: value.to_owned(), scheme: scheme.to_owned() }),
+            scheme => Err(StdioError::Scheme { field, value: value.to_owned(), scheme: scheme.to_owned() }),
         }
     }
 }
 
-/// Undoes percent-encoding, and in a query that of the space (RFC 3986, section 2.1; HTML's form encoding). None if it is broken.
+/// The path of the fifo at `address`: a bare path, or `fifo://` and a path.
+///
+/// # Errors
+/// [`StdioError::Scheme`].
+pub(super) fn input_fifo(address: &str) -> Result<&Path, StdioError> {
+    match address.split_once("://") {
+        None => Ok(Path::new(address)),
+        Some(("fifo", path)) => Ok(Path::new(path)),
+        Some((scheme, _)) => {
+            Err(StdioError::Scheme { field: "stdin", value: address.to_owned(), scheme: scheme.to_owned() })
+        }
+    }
+}
+
+/// A logging program's arguments from the query. None if its encoding is broken.
+fn arguments(query: &str) -> Option<Vec<OsString>> {
+    let mut args: Vec<OsString> = Vec::new();
+    let mut keys = HashSet::new();
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let (key, value) = (unescape(key, true)?, unescape(value, true)?);
+        // Like containerd: the first value of a repeated key.
+        if keys.insert(key.clone()) {
+            args.extend([key, value]);
+        }
+    }
+    Some(args)
+}
+
+/// Decodes percent-encoding, and in a query also `+` as a space (RFC 3986, section 2.1; HTML's form encoding). None if
+/// the encoding is broken.
 fn unescape(text: &str, query: bool) -> Option<OsString> {
     let mut bytes = text.bytes();
     let mut plain = Vec::with_capacity(text.len());
@@ -80,7 +100,7 @@ fn unescape(text: &str, query: bool) -> Option<OsString> {
             byte => byte,
         });
     }
-    // A zero byte ends a path and an argument: what would be behind it is not what was written.
+    // A zero byte would end the path or argument early.
     (!plain.contains(&0)).then(|| OsString::from_vec(plain))
 }
 
@@ -89,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_of_output() {
+    fn output_addresses() {
         let binary = |path: &str, args: &[&str]| Destination::Binary {
             path: path.into(),
             args: args.iter().map(OsString::from).collect(),
@@ -117,9 +137,22 @@ mod tests {
                 Err("stdout \"npipe://./pipe/x\": fifos, file:// and binary:// are supported, npipe:// is not"),
             ),
         ];
-        for (value, wanted) in table {
-            let got = Destination::parse("stdout", value).map_err(|error| error.to_string());
-            assert_eq!(got, wanted.map_err(str::to_owned), "{value}");
+        for (value, expected) in table {
+            let parsed = Destination::parse("stdout", value).map_err(|error| error.to_string());
+            assert_eq!(parsed, expected.map_err(str::to_owned), "{value}");
+        }
+    }
+
+    #[test]
+    fn input_addresses() {
+        let table = [
+            ("/run/a/stdin", Ok("/run/a/stdin")),
+            ("fifo:///run/a", Ok("/run/a")),
+            ("file:///tmp/in", Err("stdin \"file:///tmp/in\": only fifos are supported, file:// is not")),
+        ];
+        for (value, expected) in table {
+            let parsed = input_fifo(value).map_err(|error| error.to_string());
+            assert_eq!(parsed, expected.map(Path::new).map_err(str::to_owned), "{value}");
         }
     }
 }

@@ -1,6 +1,18 @@
-//! The host cgroup that QEMU and virtiofsd live in: the one that the container's spec names, on cgroup v1, v2, and both
-//! at once. No limit is set here: containerd's, the kubelet's and systemd's limits are on the parents, and the
-//! container's own are applied in the guest.
+//! The host cgroup of the VM's processes: the one that the container's spec names, on cgroup v1, v2 and hybrid hosts.
+//! husk sets no limits in it: containerd, the kubelet and systemd set theirs on its parents, and the guest applies the
+//! container's own.
+//!
+//! The crate `cgroups-rs` (0.5) does not fit:
+//!
+//! - On a hybrid host it uses only the v1 hierarchies of the controllers that it knows. The v2 hierarchy gets no
+//!   cgroup, while systemd's own one (`name=systemd`) does.
+//! - On v2 its `create` writes every controller to `cgroup.subtree_control` of the root and of all parents. husk must
+//!   not change cgroups that belong to systemd or the kubelet.
+//! - It creates all directories at once, without reporting which of them are new. husk records an undo step for each
+//!   before it creates it, and marks its own, so that a parent shared by several sandboxes goes with the last of them.
+//! - Processes join by PID through a file that the crate opens for each call. A child of husk writes to an open
+//!   `cgroup.procs` between fork and exec, so its first allocation is already charged to the cgroup.
+//! - It depends on `zbus`, a D-Bus client that brings some forty crates.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -9,66 +21,67 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use procfs::process::MountInfo;
 
 use crate::state::{Recorder, StateError, Step};
 
-/// How often making a cgroup begins anew when another shim removes an empty parent at that very moment.
+/// Attempts to create a cgroup. One fails if another shim removes an empty parent at the same time.
 const CREATE_ATTEMPTS: u32 = 16;
-/// The extended attribute of the cgroups that husk made. cgroupfs keeps `trusted.` ones, in both versions.
+/// The extended attribute that marks husk's own cgroups. Both versions of cgroupfs store attributes in `trusted.`.
 const MARK: &CStr = c"trusted.husk";
 
-/// Why the cgroup could not be made.
+/// Why the cgroup could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// Neither the form of cgroupfs nor of systemd.
+    /// The path has neither cgroupfs's nor systemd's form.
     #[error("linux.cgroupsPath {0:?}: must be an absolute path without \"..\", or <name>.slice:<prefix>:<name>")]
     Path(String),
-    /// The host's hierarchies could not be found.
-    #[error("read /proc/self/mountinfo: {0}")]
-    Mounts(io::Error),
-    /// The cgroup could not be made.
-    #[error("create cgroup {}: {source}", path.display())]
+    /// The host's hierarchies could not be determined.
+    #[error("read /proc/self/mountinfo")]
+    Mounts(#[source] io::Error),
+    /// A directory or one of its files could not be created or written.
+    #[error("create cgroup {}", path.display())]
     Create {
-        /// Its folder.
+        /// The directory or file.
         path: PathBuf,
-        /// What the system said.
+        /// The cause.
         source: io::Error,
     },
-    /// The step could not be written down.
+    /// An undo step could not be recorded.
     #[error(transparent)]
     State(#[from] StateError),
 }
 
-/// Where this host has its cgroup hierarchies mounted.
+/// The mount points of the host's cgroup hierarchies.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hierarchies {
+pub(crate) struct Hierarchies {
     roots: Vec<PathBuf>,
     unified: bool,
 }
 
-/// A cgroup in each of the host's hierarchies.
+/// A sandbox's cgroup: one directory in each of the host's hierarchies.
 #[derive(Clone, Debug)]
-pub struct HostCgroup {
+pub(crate) struct HostCgroup {
     procs: Vec<PathBuf>,
 }
 
 impl HostCgroup {
-    /// The files that a process joins by writing its pid into each, or 0 for itself.
-    pub fn procs_files(&self) -> &[PathBuf] {
+    /// The `cgroup.procs` files. A process joins by writing its PID, or 0 for itself, to each.
+    pub(crate) fn procs_files(&self) -> &[PathBuf] {
         &self.procs
     }
 }
 
-/// The spec's `linux.cgroupsPath` as a path below the hierarchies: as it is, or, in systemd's form
-/// `slice:prefix:name`, as systemd lays its units out (`a-b.slice` lies in `a.slice`; systemd.slice(5)).
+/// Converts the spec's `linux.cgroupsPath` to a path below the hierarchies. It is that path, or `slice:prefix:name` for
+/// a unit of systemd, whose slices nest (`a-b.slice` is in `a.slice`; systemd.slice(5)).
 ///
 /// # Errors
 /// [`CgroupError::Path`].
-pub fn relative_path(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
-    let refused = || CgroupError::Path(cgroups_path.chars().take(4096).collect());
+fn relative_path(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
+    let invalid = || CgroupError::Path(cgroups_path.chars().take(4096).collect());
     let plain = |name: &str| !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0']);
     if let [slice, prefix, name] = cgroups_path.split(':').collect::<Vec<_>>()[..] {
-        // runc's default when none is given, for root.
+        // runc's default for root.
         let slice = if slice.is_empty() { "system.slice" } else { slice };
         let unit = match (prefix, name) {
             (_, name) if name.ends_with(".slice") => name.to_owned(),
@@ -76,14 +89,14 @@ pub fn relative_path(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
             (prefix, name) => format!("{prefix}-{name}.scope"),
         };
         if !plain(slice) || !plain(&unit) || name.is_empty() {
-            return Err(refused());
+            return Err(invalid());
         }
-        return Ok(slice_path(slice).ok_or_else(refused)?.join(unit));
+        return Ok(slice_path(slice).ok_or_else(invalid)?.join(unit));
     }
-    let path = cgroups_path.strip_prefix('/').ok_or_else(refused)?;
+    let path = cgroups_path.strip_prefix('/').ok_or_else(invalid)?;
     let names: Vec<_> = path.split('/').filter(|name| !name.is_empty()).collect();
     if names.is_empty() || !names.iter().all(|name| plain(name)) {
-        return Err(refused());
+        return Err(invalid());
     }
     Ok(names.iter().collect())
 }
@@ -107,67 +120,64 @@ fn slice_path(slice: &str) -> Option<PathBuf> {
 }
 
 impl Hierarchies {
-    /// Finds the host's hierarchies.
+    /// Reads the host's mount table.
     ///
     /// # Errors
     /// [`CgroupError::Mounts`].
-    pub fn of_host() -> Result<Self, CgroupError> {
+    pub(crate) fn of_host() -> Result<Self, CgroupError> {
         fs::read_to_string("/proc/self/mountinfo").map(|text| Self::from_mountinfo(&text)).map_err(CgroupError::Mounts)
     }
 
-    /// Reads mountinfo's lines (proc_pid_mountinfo(5)). A hierarchy without a controller that accounts something (systemd's
-    /// own, on v1) is left out: its keeper would not expect foreign cgroups there.
+    /// Finds the hierarchies in a mount table (proc_pid_mountinfo(5)). Named v1 hierarchies, such as systemd's, are
+    /// left out: they account nothing, and their owner expects no foreign cgroups there.
     fn from_mountinfo(text: &str) -> Self {
         let mut roots: Vec<PathBuf> = Vec::new();
         let (mut v1, mut v2) = (false, false);
-        for line in text.lines() {
-            let Some((place, kind)) = line.split_once(" - ") else { continue };
-            let (place, kind): (Vec<_>, Vec<_>) = (place.split(' ').collect(), kind.split(' ').collect());
-            let (Some(&root), Some(&path), Some(&fs_type)) = (place.get(3), place.get(4), kind.first()) else {
-                continue;
-            };
-            let wanted = match fs_type {
+        // Skip lines that procfs cannot parse: a mount unrelated to cgroups must not prevent containers.
+        for mount in text.lines().filter_map(|line| MountInfo::from_line(line).ok()) {
+            let usable = match mount.fs_type.as_str() {
                 "cgroup2" => {
                     v2 = true;
                     true
                 }
                 "cgroup" => {
                     v1 = true;
-                    !kind.get(2).is_some_and(|options| options.split(',').any(|option| option.starts_with("name=")))
+                    !mount.super_options.contains_key("name")
                 }
                 _ => false,
             };
-            // A bind mount of a part of a hierarchy into some container's root is not the hierarchy.
-            if wanted && root == "/" && !roots.iter().any(|known| known == Path::new(path)) {
-                roots.push(path.into());
+            // A bind mount of a part of a hierarchy, as in a container's root, has another root than "/".
+            if usable && mount.root == "/" && !roots.contains(&mount.mount_point) {
+                roots.push(mount.mount_point);
             }
         }
         Self { roots, unified: v2 && !v1 }
     }
 
-    /// Whether the host has cgroup v2 alone.
-    pub fn unified(&self) -> bool {
+    /// Whether the host uses only cgroup v2.
+    pub(crate) fn unified(&self) -> bool {
         self.unified
     }
 
-    /// Makes the cgroup that the spec names, in every hierarchy. What was there before is used, and not removed in the end.
+    /// Creates the cgroup at `cgroups_path` in every hierarchy, after recording how to remove it. Existing directories
+    /// are used and stay when the sandbox ends.
     ///
     /// # Errors
-    /// When the path is malformed, or a cgroup cannot be made.
+    /// When the path is malformed, or a directory cannot be created.
     pub(crate) fn create(&self, record: Recorder<'_>, cgroups_path: &str) -> Result<HostCgroup, CgroupError> {
         let relative = relative_path(cgroups_path)?;
         let mut procs = Vec::new();
         for root in &self.roots {
             let leaf = root.join(&relative);
-            make(record, root, &leaf)?;
+            create_in(root, &leaf, record)?;
             procs.push(leaf.join("cgroup.procs"));
         }
         Ok(HostCgroup { procs })
     }
 }
 
-fn make(record: Recorder<'_>, root: &Path, leaf: &Path) -> Result<(), CgroupError> {
-    // Those that another sandbox of husk made are recorded too: whichever of the two ends last removes them.
+fn create_in(root: &Path, leaf: &Path, record: Recorder<'_>) -> Result<(), CgroupError> {
+    // Directories of husk's other sandboxes count as ours: the sandbox that ends last removes them.
     let mut ours: Vec<PathBuf> = leaf
         .ancestors()
         .take_while(|path| *path != root)
@@ -184,7 +194,7 @@ fn make(record: Recorder<'_>, root: &Path, leaf: &Path) -> Result<(), CgroupErro
     for _ in 0..CREATE_ATTEMPTS {
         result = fs::create_dir_all(leaf);
         match &result {
-            // Another sandbox's end removed an empty parent in between.
+            // The end of another sandbox removed an empty parent.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             _ => break,
         }
@@ -200,28 +210,29 @@ fn path_for_c(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(Into::into)
 }
 
-/// Notes on the cgroup itself that husk made it.
+/// Marks a cgroup as husk's.
 fn mark(path: &Path) -> io::Result<()> {
     let path = path_for_c(path)?;
-    // SAFETY: both strings end with a zero and outlive the call; an empty value is not read.
+    // SAFETY: both strings are zero-terminated and outlive the call, which does not read an empty value.
     let result = unsafe { libc::setxattr(path.as_ptr(), MARK.as_ptr(), std::ptr::null(), 0, 0) };
     Errno::result(result).map(drop).map_err(Into::into)
 }
 
 fn is_marked(path: &Path) -> bool {
     let Ok(path) = path_for_c(path) else { return false };
-    // SAFETY: both strings end with a zero and outlive the call; a size of 0 means that no value is written.
+    // SAFETY: both strings are zero-terminated and outlive the call, which writes no value for a size of 0.
     unsafe { libc::getxattr(path.as_ptr(), MARK.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
 }
 
-/// A new cpuset of v1 is empty, and joining it fails until it has processors and memory nodes.
-fn inherit_cpuset(root: &Path, made: &[PathBuf]) -> Result<(), CgroupError> {
+/// Copies the parent's processors and memory nodes to new v1 cpusets, which are empty: a process cannot join an empty
+/// cpuset.
+fn inherit_cpuset(root: &Path, created: &[PathBuf]) -> Result<(), CgroupError> {
     for file in ["cpuset.cpus", "cpuset.mems"] {
-        // On v2 an empty file means the parent's, so it stays empty; v2 alone has the `.effective` ones in the root.
+        // Only v1 has this file in the root. On v2 an empty file means the parent's value.
         if !root.join(file).exists() {
             continue;
         }
-        for path in made {
+        for path in created {
             let copy = || -> io::Result<()> {
                 let parent = path.parent().ok_or(io::ErrorKind::NotFound)?;
                 match fs::read_to_string(path.join(file))?.trim().is_empty() {
@@ -244,8 +255,8 @@ mod tests {
     use crate::state::{Owner, State};
 
     #[test]
-    fn paths_of_both_forms() {
-        for (given, want) in [
+    fn both_forms_of_a_cgroups_path_are_parsed() {
+        for (path, expected) in [
             ("/default/x", Some("default/x")),
             ("/default//x/", Some("default/x")),
             ("/kubepods/burstable/pod1/abc", Some("kubepods/burstable/pod1/abc")),
@@ -270,12 +281,12 @@ mod tests {
             ("a.slice:../x:y", None),
             ("a.slice:x:y:z", None),
         ] {
-            assert_eq!(relative_path(given).ok(), want.map(PathBuf::from), "{given}");
+            assert_eq!(relative_path(path).ok(), expected.map(PathBuf::from), "{path}");
         }
     }
 
     #[test]
-    fn hierarchies_of_the_three_kinds_of_host() {
+    fn the_hierarchies_of_v1_v2_and_hybrid_hosts_are_found() {
         let v2 = "31 23 0:28 / /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
         let v1 = "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
                   40 31 0:37 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd\n";
@@ -288,13 +299,13 @@ mod tests {
             (format!("{v1}{hybrid}{v1}"), vec![cpu, "/sys/fs/cgroup/unified"], false),
             ("nonsense\n".to_owned(), vec![], false),
         ] {
-            let want = Hierarchies { roots: roots.into_iter().map(PathBuf::from).collect(), unified };
-            assert_eq!(Hierarchies::from_mountinfo(&text), want, "{text}");
+            let expected = Hierarchies { roots: roots.into_iter().map(PathBuf::from).collect(), unified };
+            assert_eq!(Hierarchies::from_mountinfo(&text), expected, "{text}");
         }
     }
 
     #[test]
-    fn a_cgroup_is_made_joined_and_removed_and_a_shared_parent_stays() {
+    fn a_cgroup_can_be_joined_and_its_removal_keeps_a_shared_parent() {
         let base = tempfile::tempdir().unwrap();
         let mut states = ["s1", "s2"].map(|id| State::create(base.path(), "ns", id).unwrap());
         let host = Hierarchies::of_host().unwrap();

@@ -6,8 +6,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 use husk_protos::chain::Chain as ErrorChain;
 use husk_shim::console::lines::Lines;
-use husk_shim::console::record::Chain;
-use husk_shim::console::{INIT_LOG, LOG};
+use husk_shim::console::{INIT_LOG, LOG, LogChain};
 use husk_shim::ctl::messages::{LogSource, LogsEnd, LogsParams, LogsPart};
 use husk_shim::state::State;
 use serde_json::json;
@@ -108,7 +107,7 @@ impl<W: Write> Page<W> {
                 LogSource::Console => LOG,
                 LogSource::Init => INIT_LOG,
             };
-            let chain = Chain::open(&state.dir().join(file))?;
+            let chain = LogChain::open(&state.dir().join(file))?;
             let mut offset = last.map_or(Ok(0), |lines| chain.last_lines(lines))?;
             let (mut lines, mut buffer) = (Lines::default(), vec![0; 64 * 1024]);
             loop {

@@ -10,8 +10,7 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
 use crate::guest::client::Guest;
-use crate::stdio;
-use crate::stdio::{Input, Logger, Output, Outputs, Stdio};
+use crate::stdio::{Input, Logger, Output, Outputs, Stdio, StdioError};
 
 /// How long a reader may stall before the exit is published without the rest of the output. A reader that accepts any
 /// output within this time receives all of it before the exit is published.
@@ -147,7 +146,7 @@ impl Process {
         guest: &Arc<Guest>,
         container: &str,
         namespace: &str,
-    ) -> Result<(), stdio::Error> {
+    ) -> Result<(), StdioError> {
         let (stdout, stderr, loggers) = Outputs::open(&self.stdio, container, namespace).await?.into_parts();
         let mut streams = Streams { loggers, ..Streams::default() };
         for (sink, kind) in [(stdout, StreamKind::STREAM_KIND_STDOUT), (stderr, StreamKind::STREAM_KIND_STDERR)] {
@@ -165,7 +164,7 @@ impl Process {
     /// For a container's init process, call it only after the guest has created the task. The client's writes succeed
     /// from then on, and a client whose own input ends with them calls CloseIO at once; containerd must know the task
     /// by then. nerdctl does not retry.
-    pub(crate) fn attach_input(&self, guest: &Arc<Guest>, container: &str) -> Result<(), stdio::Error> {
+    pub(crate) fn attach_input(&self, guest: &Arc<Guest>, container: &str) -> Result<(), StdioError> {
         if self.stdio.stdin.is_empty() {
             return Ok(());
         }
