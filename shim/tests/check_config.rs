@@ -1,9 +1,9 @@
-//! `husk check-config`, as an operator sees it: what is printed where, and the exit status.
+//! `husk check-config`: its output and its exit status.
 
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// The program's own answer about the file at `path`, with nothing of the caller's environment in it.
+/// Runs the command on the file at `path`, with an empty environment.
 fn check(path: &Path) -> Output {
     Command::new(env!("CARGO_BIN_EXE_husk")).arg("check-config").arg(path).env_clear().output().unwrap()
 }
@@ -13,19 +13,19 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 #[test]
-fn every_error_has_its_line_with_key_value_and_what_is_allowed() {
+fn every_problem_has_a_line_with_key_value_and_allowed_values() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("config.toml");
-    let wrong = "accel = \"xen\"\nmemory_mib = 0\nqemu = \"/no/such/qemu\"\nvcpus = 0\nvirtiofsd = \"here\"\n\
+    let invalid = "accel = \"xen\"\nmemory_mib = 0\nqemu = \"/no/such/qemu\"\nvcpus = 0\nvirtiofsd = \"here\"\n\
                  kernel = \"/no/such/kernel\"\ninitrd = 7\n";
-    std::fs::write(&path, wrong).unwrap();
+    std::fs::write(&path, invalid).unwrap();
     let output = check(&path);
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(text(&output.stdout), "");
     let lines: Vec<&str> = text(&output.stderr).lines().collect();
     let expected = [
         "accel = \"xen\": must be one of \"auto\", \"kvm\", \"tcg\"",
-        "initrd = 7: must be a string, and not an empty one",
+        "initrd = 7: must be a non-empty string",
         "memory_mib = 0: memory must be greater than zero",
         "vcpus = 0: vCPU count must be greater than zero",
         "virtiofsd = \"here\": must be an absolute path",
@@ -38,7 +38,7 @@ fn every_error_has_its_line_with_key_value_and_what_is_allowed() {
 }
 
 #[test]
-fn a_good_file_is_named() {
+fn a_valid_file_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("config.toml");
     let [kernel, initrd, program] = ["kernel", "initrd", "program"].map(|name| {
@@ -46,10 +46,10 @@ fn a_good_file_is_named() {
         std::fs::write(&path, "").unwrap();
         path
     });
-    let good = format!(
+    let valid = format!(
         "accel = \"tcg\"\nkernel = {kernel:?}\ninitrd = {initrd:?}\nqemu = {program:?}\nvirtiofsd = {program:?}\nvcpus = 2\n"
     );
-    std::fs::write(&path, good).unwrap();
+    std::fs::write(&path, valid).unwrap();
     let output = check(&path);
     assert_eq!(text(&output.stderr), "");
     assert_eq!(text(&output.stdout), format!("ok: {}\n", path.display()));
@@ -57,16 +57,16 @@ fn a_good_file_is_named() {
 }
 
 #[test]
-fn what_is_no_toml_or_not_there_is_an_error_too() {
+fn a_missing_file_and_invalid_toml_are_errors() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("config.toml");
-    for (content, wanted) in [(None, "No such file"), (Some("vcpus = = 2\n"), "line 1")] {
+    for (content, expected) in [(None, "No such file"), (Some("vcpus = = 2\n"), "line 1")] {
         if let Some(content) = content {
             std::fs::write(&path, content).unwrap();
         }
         let output = check(&path);
         let errors = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1));
-        assert!(errors.contains(path.to_str().unwrap()) && errors.contains(wanted), "{errors}");
+        assert!(errors.contains(path.to_str().unwrap()) && errors.contains(expected), "{errors}");
     }
 }

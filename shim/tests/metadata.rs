@@ -1,4 +1,4 @@
-//! `husk metadata`, as an operator sees it.
+//! `husk metadata`: its output and its exit status.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -13,7 +13,7 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 #[test]
-fn the_public_key_is_that_of_the_hosts_key_which_is_made_for_it() {
+fn the_public_key_belongs_to_the_hosts_key_which_is_created_if_it_is_missing() {
     let folder = tempfile::tempdir().unwrap();
     let (config, key) = (folder.path().join("config.toml"), folder.path().join("new/metadata.key"));
     std::fs::write(&config, format!("metadata_key = {key:?}\n")).unwrap();
@@ -33,61 +33,72 @@ fn the_public_key_is_that_of_the_hosts_key_which_is_made_for_it() {
     let jwk: serde_json::Value = serde_json::from_slice(&printed.stdout).unwrap();
     let fixed = ["kty", "crv", "alg", "use"].map(|member| jwk[member].as_str().unwrap());
     assert_eq!(fixed, ["OKP", "Ed25519", "EdDSA", "sig"]);
-    // The last 32 of a SubjectPublicKeyInfo's 44 bytes, which begin inside a digit of Base64: 43 of the same digits are 32 bytes and 2 bits.
+    // The last 32 of a SubjectPublicKeyInfo's 44 bytes, which begin inside a digit of Base64: 43 of the same digits are
+    // 32 bytes and 2 bits.
     assert_eq!(jwk["x"].as_str().unwrap().len(), 43);
     assert_eq!(jwk["kid"].as_str().unwrap().len(), 43);
     assert!(jwk.get("d").is_none(), "{jwk}");
 }
 
 #[test]
-fn a_key_that_others_may_read_is_refused() {
+fn a_key_that_others_may_read_is_rejected() {
     use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().unwrap();
     let (config, key) = (folder.path().join("config.toml"), folder.path().join("metadata.key"));
     std::fs::write(&config, format!("metadata_key = {key:?}\n")).unwrap();
     assert!(husk(&config, &["metadata", "public-key"]).status.success());
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
-    let refused = husk(&config, &["metadata", "public-key"]);
+    let rejected = husk(&config, &["metadata", "public-key"]);
     let expected = format!(
-        "husk: metadata key {}: mode 0644 lets others than its owner use it; nobody can tell who has: remove it for a new one, or chmod 600 it\n",
+        "husk: metadata key {}: mode 0644 gives other users access, so the key may be known: remove the file for a new key, or run chmod 600 on it\n",
         key.display()
     );
-    assert_eq!((refused.status.code(), text(&refused.stderr)), (Some(1), expected.as_str()));
-    assert_eq!(text(&refused.stdout), "");
+    assert_eq!((rejected.status.code(), text(&rejected.stderr)), (Some(1), expected.as_str()));
+    assert_eq!(text(&rejected.stdout), "");
 }
 
 #[test]
-fn the_help_tells_what_it_is_for() {
+fn the_help_explains_what_the_key_is_for() {
     let help = husk(Path::new("/none"), &["metadata", "public-key", "--help"]);
     for word in ["--json", "1027", "metadata_key", "kid"] {
         assert!(text(&help.stdout).contains(word), "{word}");
     }
 }
 
-/// `husk metadata serve`, and the first that it says.
-fn serve(config: &Path) -> (Child, String) {
+/// A program that is killed when its test fails.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// `husk metadata serve`, and its first line on stderr.
+fn serve(config: &Path) -> (Server, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
     command.args(["metadata", "serve"]).env_clear().env("HUSK_CONFIG", config).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut line = String::new();
     BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
-    (child, line)
+    (Server(child), line)
 }
 
 #[test]
-fn one_process_of_the_machine_answers_on_the_kernels_vsock_until_it_is_told_to_end() {
+fn one_process_of_the_host_serves_the_kernels_vsock_until_sigterm() {
     let folder = tempfile::tempdir().unwrap();
     let (config, key) = (folder.path().join("config.toml"), folder.path().join("metadata.key"));
     std::fs::write(&config, format!("metadata_key = {key:?}\n")).unwrap();
-    let (mut first, said) = serve(&config);
+    let (mut first, line) = serve(&config);
     assert!(
-        said.contains("answering all VMs on the kernel's vsock port=1027"),
-        "vsock port 1027 of this machine: {said}"
+        line.contains("serving metadata to all VMs on the kernel's vsock device port=1027"),
+        "vsock port 1027 of this machine: {line}"
     );
-    let (mut second, said) = serve(&config);
-    assert_eq!(said, "husk: answer on the kernel's vsock: listen on vsock port 1027 of the host: in use\n");
-    assert_eq!(second.wait().unwrap().code(), Some(1));
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(first.id() as i32), nix::sys::signal::Signal::SIGTERM).unwrap();
-    assert_eq!(first.wait().unwrap().code(), Some(0));
-    assert!(!key.exists(), "the key is made though nobody has asked");
+    let (mut second, line) = serve(&config);
+    assert_eq!(line, "husk: answer on the kernel's vsock: listen on vsock port 1027 of the host: port is in use\n");
+    assert_eq!(second.0.wait().unwrap().code(), Some(1));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(first.0.id() as i32), nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(first.0.wait().unwrap().code(), Some(0));
+    assert!(!key.exists(), "the key was created although no VM has asked for a token");
 }

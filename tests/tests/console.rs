@@ -139,7 +139,7 @@ fn husk_console_connects_a_terminal_until_the_user_leaves() -> Result<()> {
     let container = privileged(containerd, "terminal")?;
     container.script("echo before-husk >/dev/serial")?;
     let mut pty = on_a_terminal(containerd, container.id())?;
-    pty.expect("~. at the beginning of a line leaves it", SOON)?;
+    pty.expect("type ~. at the start of a line to leave", SOON)?;
     pty.expect("before-husk", SOON)?;
     pty.resize(50, 132)?;
     std::thread::scope(|scope| -> Result<()> {
@@ -201,7 +201,7 @@ fn piped_input_is_sent_as_fast_as_the_guest_reads() -> Result<()> {
         let command = husk_tests::operator::command(containerd, &["console", container.id()])?;
         let typed =
             husk_tests::command::run(command, Some(text.clone().into_bytes()), Duration::from_secs(60))?.ok()?;
-        ensure!(typed.errors().contains("the input has ended; the VM runs on"), "{typed}");
+        ensure!(typed.errors().contains("the input has ended; the VM keeps running"), "{typed}");
         let sum = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
         let mut command = Command::new("md5sum");
         command.current_dir("/");

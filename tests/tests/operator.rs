@@ -169,7 +169,7 @@ fn a_dead_vm_is_shown_with_the_cause() -> Result<()> {
     let (code, errors) = follower.finish()?;
     ensure!(code == Some(0) && errors.ends_with("husk: the sandbox has ended"), "{code:?} {errors}");
     let gone = husk(containerd, &["status", id])?.expect_code(1)?;
-    ensure!(gone.errors() == format!("husk: no sandbox {id:?}; `husk list` shows those that there are\n"), "{gone}");
+    ensure!(gone.errors() == format!("husk: no sandbox {id:?}; `husk list` shows all sandboxes\n"), "{gone}");
     Ok(())
 }
 
@@ -190,7 +190,7 @@ fn a_failed_boot_is_shown_with_its_progress() -> Result<()> {
         ensure!(status["machine"]["alive"] == true && status["machine"]["kernel"].is_null(), "{status:#}");
         ensure!(status["health"].is_null() && status["containers"][0]["creating"] == true, "{status:#}");
         let profile = husk(containerd, &["boot-profile", &id])?.expect_code(1)?;
-        ensure!(profile.errors().contains("nothing is noted of a boot of"), "{profile}");
+        ensure!(profile.errors().contains("no boot of "), "{profile}");
         let follower = Follower::start(containerd, &["events", "-f", &id])?;
         follower.expect("to=StartFailed")?;
         let ran = run.join().map_err(|_| anyhow!("the run panicked"))??;
@@ -223,14 +223,14 @@ fn a_dead_shims_last_state_is_shown_and_marked_as_such() -> Result<()> {
 
     let list = husk(containerd, &["list"])?.ok()?;
     ensure!(list.text().contains("  Running*  "), "{list}");
-    let note = "its shim is dead; this is from the disk, the last that it wrote";
+    let note = "its shim is dead; showing its last state on disk";
     ensure!(list.errors() == format!("husk: * {id}: {note}\n"), "{list}");
     // QEMU's threads may live a moment longer than its first thread, and /proc shows only that one as a process.
     let page = wait_for(SOON, "QEMU is dead with all its threads", || {
         let page = || Ok::<_, anyhow::Error>(husk(containerd, &["status", id])?.ok()?.text());
         page().map(|page| (!page.contains(", alive;")).then_some(page)).transpose()
     })??;
-    let note = "NOTE        its shim is dead: this is what it wrote last, and may be out of date";
+    let note = "NOTE        its shim is dead; showing its last state on disk, which may be out of date";
     for expected in [note, "health      not known", "Starting -> Running", "kernel, up to PID 1"] {
         ensure!(page.contains(expected), "no {expected:?} in\n{page}");
     }
@@ -239,7 +239,7 @@ fn a_dead_shims_last_state_is_shown_and_marked_as_such() -> Result<()> {
     let status = status(containerd, id)?;
     ensure!(status["source"] == json!({"from": "disk", "because": "its shim is dead"}), "{status:#}");
     let logs = husk(containerd, &["logs", "--lines", "3", id])?.ok()?;
-    ensure!(logs.errors() == "husk: its shim is dead; this is from the disk\n", "{logs}");
+    ensure!(logs.errors() == "husk: its shim is dead; showing the files on disk\n", "{logs}");
     ensure!(logs.text().lines().filter(|line| line.starts_with("console | ")).count() == 3, "{logs}");
     let events = husk(containerd, &["events", "-f", id])?.ok()?;
     ensure!(events.text().contains("from=Starting to=Running"), "{events}");
@@ -248,7 +248,7 @@ fn a_dead_shims_last_state_is_shown_and_marked_as_such() -> Result<()> {
     ensure!(profile.contains("kernel, up to PID 1"), "{profile}");
     let console = husk(containerd, &["console", id])?.expect_code(1)?;
     let expected =
-        format!("husk: the shim of {id:?} is dead, and its console with it; `husk logs {id}` shows what was on it");
+        format!("husk: the shim of {id:?} is dead and serves no console; `husk logs {id}` shows the console's output");
     ensure!(console.errors().trim_end() == expected, "{console}");
     // containerd notices the dead shim and cleans up, so nothing remains to be shown.
     containerd.restart()?;
@@ -287,7 +287,7 @@ fn ids_can_be_shortened_to_a_unique_prefix() -> Result<()> {
     }
     let ambiguous = husk(containerd, &["status", "prefix-"])?.expect_code(1)?;
     let expected = format!(
-        "husk: \"prefix-\" may be any of {NAMESPACE}/{}, {NAMESPACE}/{}: give more of the id, or NAMESPACE/ID\n",
+        "husk: \"prefix-\" matches {NAMESPACE}/{}, {NAMESPACE}/{}: use a longer prefix or NAMESPACE/ID\n",
         one.id(),
         other.id()
     );

@@ -151,7 +151,7 @@ fn invalid_extras_are_rejected_by_field_and_value() -> Result<()> {
             &["[\"/d\"].source = \"/no/such/file\": No such file", "[\"/e\"].source = \"/etc\": not a regular file"],
         ),
         (&[format!("io.husk.extras.files={}", large.annotation())], &["bytes: more than extras_max_mib = 1"]),
-        (&["io.husk.extras.files={".to_owned()], &["annotation io.husk.extras.files = \"{\": no JSON object"]),
+        (&["io.husk.extras.files={".to_owned()], &["annotation io.husk.extras.files = \"{\": must be a JSON object"]),
     ];
     for (annotations, expected) in table {
         let errors = create_error(&configured.containerd, annotations)?;

@@ -1,77 +1,76 @@
-//! The `io.husk.` annotations of a sandbox: what a user may decide for it, as far as the configuration allows.
+//! The `io.husk.` annotations of a sandbox: the options that a user sets, within the limits of the configuration.
 
 use std::collections::HashMap;
 
 use super::extras::{self, Extras};
 use super::names::{
-    DEBUG, EXTRAS_FILES, MEMORY_MIB, NAMES, NOT_BY_DEFAULT, PATH, PREFIX, PROFILE, SUPERVISOR, VCPUS, VSOCK, WORKSPACE,
+    DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, PATH, PREFIX, PROFILE, SUPERVISOR, VCPUS, VSOCK,
+    WORKSPACE,
 };
 use super::problem::Problem;
 use super::settings::{Config, Profile};
 use super::values::{memory_mib, one_of, vcpus};
 use super::workspace::{self, Workspace};
 
-/// Most of a value that an error shows, bytes.
+/// An error shows at most this much of a value, bytes.
 const SHOWN: usize = 200;
 
-/// What the annotations say.
+/// The values of the annotations.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Annotations {
-    /// Virtual CPUs.
-    pub vcpus: Option<u32>,
-    /// What the guest is to be good at; a number of CPUs goes before it.
-    pub profile: Option<Profile>,
-    /// MiB of memory.
-    pub memory_mib: Option<u64>,
-    /// The guest is one to look into, or is not even where the configuration says so.
-    pub debug: Option<bool>,
+pub(crate) struct Annotations {
+    pub(crate) vcpus: Option<u32>,
+    /// Virtual CPUs by purpose; `vcpus` overrides it.
+    pub(crate) profile: Option<Profile>,
+    pub(crate) memory_mib: Option<u64>,
+    /// Enables or disables debug mode; without it, the configuration decides.
+    pub(crate) debug: Option<bool>,
     /// Containers may use AF_VSOCK.
-    pub vsock: bool,
-    /// Files for the guest itself, and whether one of them runs.
-    pub extras: Extras,
-    /// What the metadata service tells of the VM that is booted for this container.
-    pub workspace: Option<Workspace>,
+    pub(crate) vsock: bool,
+    /// Files for the guest itself, and whether the agent among them runs.
+    pub(crate) extras: Extras,
+    /// The workspace configuration that the metadata service returns, if this container boots the VM.
+    pub(crate) workspace: Option<Workspace>,
 }
 
 /// Reads the annotations of a spec.
 ///
 /// # Errors
 ///
-/// All that is unknown, not allowed or malformed, in the names' order.
-pub fn read(annotations: &HashMap<String, String>, config: &Config) -> Result<Annotations, Vec<Problem>> {
+/// Every annotation that is unknown, not allowed or malformed, sorted by name.
+pub(crate) fn read(annotations: &HashMap<String, String>, config: &Config) -> Result<Annotations, Vec<Problem>> {
     let mut read = Annotations::default();
     let mut problems = Vec::new();
     let mut ours: Vec<_> = annotations.iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
     ours.sort();
     for (name, value) in ours {
         if let Err(why) = check(name, config).and_then(|()| set(&mut read, name, value, config)) {
-            let whole = || format!("{:?}", &value[..value.floor_char_boundary(SHOWN)]);
-            let shown = if name == WORKSPACE { workspace::shown(value) } else { whole() };
+            let quoted = || format!("{:?}", &value[..value.floor_char_boundary(SHOWN)]);
+            let shown = if name == WORKSPACE { workspace::shown(value) } else { quoted() };
             problems.push(Problem { key: format!("annotation {name}"), value: Some(shown), why });
         } else if name == EXTRAS_FILES {
             match extras::parse(value) {
                 Ok(files) => read.extras.files = files,
-                Err(wrong) => problems.extend(wrong),
+                Err(found) => problems.extend(found),
             }
         }
     }
     if problems.is_empty() { Ok(read) } else { Err(problems) }
 }
 
-/// Whether it may be given.
+/// Checks that the annotation exists and is allowed.
 fn check(name: &str, config: &Config) -> Result<(), String> {
     if !NAMES.contains(&name) {
-        return Err(format!("unknown; there are {}", NAMES.join(", ")));
+        return Err(format!("unknown annotation; the annotations are {}", NAMES.join(", ")));
     }
     if !config.allowed_annotations.iter().any(|allowed| allowed == name) {
-        let default = if NOT_BY_DEFAULT.contains(&name) { ", nor by default" } else { "" };
+        let default = if DENIED_BY_DEFAULT.contains(&name) { ", and not allowed by default" } else { "" };
         return Err(format!("not among the allowed_annotations of husk's configuration ({PATH}){default}"));
     }
     Ok(())
 }
 
 fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Result<(), String> {
-    let number = || value.parse::<i64>().map_err(|_| "must be a whole number".to_owned());
+    let number = || value.parse::<i64>().map_err(|_| "must be an integer".to_owned());
     match name {
         VCPUS => read.vcpus = Some(vcpus(number()?)?),
         PROFILE => read.profile = Some(one_of(Some(value), &Profile::NAMES)?),
@@ -80,7 +79,7 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Resu
         VSOCK => read.vsock = boolean(value)?,
         WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref())?),
         SUPERVISOR => read.extras.supervisor = Some(boolean(value)?),
-        // The extras have more to say than one sentence.
+        // EXTRAS_FILES may have several problems, so `read` parses it.
         _ => {}
     }
     Ok(())
@@ -101,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_understood() {
+    fn every_annotation_is_read() {
         let pairs = [
             ("io.husk.vcpus", "2"),
             ("io.husk.profile", "throughput"),
@@ -131,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_at_once_by_name_and_value() {
+    fn every_problem_is_reported_with_name_and_value() {
         let config = Config {
             allowed_annotations: [VCPUS, PROFILE, MEMORY_MIB, DEBUG, WORKSPACE, EXTRAS_FILES, SUPERVISOR]
                 .map(str::to_owned)
@@ -153,12 +152,12 @@ mod tests {
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown; there are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.debug, io.husk.vsock, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.debug, io.husk.vsock, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
                 "annotation io.husk.debug = \"1\": must be true or false",
-                "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which is the kernel's",
-                "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path of the host",
-                "annotation io.husk.extras.files[\"/dev/x\"].mode = \"8\": must be permission bits as a string of octal digits, \"0777\" at most",
-                "annotation io.husk.memory_mib = \"lots\": must be a whole number",
+                "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which belongs to the kernel",
+                "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path on the host",
+                "annotation io.husk.extras.files[\"/dev/x\"].mode = \"8\": must be permission bits as a string of octal digits, at most \"0777\"",
+                "annotation io.husk.memory_mib = \"lots\": must be an integer",
                 "annotation io.husk.profile = \"fast\": must be one of \"latency\", \"low-latency\", \"throughput\"",
                 "annotation io.husk.supervisor = \"yes\": must be true or false",
                 "annotation io.husk.vcpus = \"0\": vCPU count must be greater than zero",
@@ -167,6 +166,9 @@ mod tests {
             ]
         );
         let by_default = read_pairs(&[("io.husk.extras.files", "{}")], &Config::default()).unwrap_err();
-        assert!(by_default[0].ends_with("configuration (/etc/husk/config.toml), nor by default"), "{by_default:?}");
+        assert!(
+            by_default[0].ends_with("configuration (/etc/husk/config.toml), and not allowed by default"),
+            "{by_default:?}"
+        );
     }
 }

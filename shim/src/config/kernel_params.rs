@@ -1,20 +1,23 @@
-//! Which parameters of the guest's kernel a configuration may give: those that tune a guest and cannot keep husk from booting it, from hearing of
-//! its end, or from holding its limits. The names are from Documentation/admin-guide/kernel-parameters.txt.
+//! The kernel parameters that a configuration may set: those that tune a guest. Parameters that could keep husk from
+//! booting the guest, from detecting its end or from enforcing its limits are rejected. The names are from
+//! Documentation/admin-guide/kernel-parameters.txt.
 
-/// May be given; `*` at the end stands for any continuation.
+use husk_protos::param;
+
+/// The allowed parameters; `*` at the end stands for any continuation.
 ///
-/// Left out besides husk's own: what names hardware that a VM has not, what only a module would read (the kernel has none), what belongs to
-/// systemd or an initramfs of a distribution (the init is husk's), and what turns off a part that limits or statistics of containers need
-/// (`cgroup_disable`, `psi`, `swapaccount`).
+/// Besides husk's own, the list omits parameters of hardware that a VM does not have, of modules (the kernel has none),
+/// of systemd or a distribution's initramfs (the init is husk's), and those that disable what limits or statistics of
+/// containers need (`cgroup_disable`, `psi`, `swapaccount`).
 const ALLOWED: &[&str] = &[
-    // What the kernel says, and how much of it.
+    // The kernel's log.
     "quiet",
     "loglevel",
     "ignore_loglevel",
     "log_buf_len",
     "initcall_debug",
     "printk.*",
-    // How it defends itself against the processor's leaks, and against its own mistakes.
+    // Mitigations of processor vulnerabilities, and hardening.
     "mitigations",
     "nosmt",
     "pti",
@@ -28,29 +31,28 @@ const ALLOWED: &[&str] = &[
     "slub_debug",
     "randomize_kstack_offset",
     "oops",
-    // Pages.
+    // Memory.
     "transparent_hugepage",
     "transparent_hugepage_shmem",
     "hugepages",
     "hugepagesz",
     "default_hugepagesz",
-    // Where time and entropy come from.
+    // Clock and entropy.
     "clocksource",
     "random.trust_cpu",
-    // What a sysctl sets, before anything runs.
+    // Sysctls, which the kernel sets before the init starts.
     "sysctl.*",
     "ipv6.*",
     "workqueue.*",
 ];
 
-/// Never given, because husk decides them: names, and why.
-const OWN: &[(&[&str], &str)] = &[
-    (&["husk.*"], "is husk's own word to its init"),
+/// Parameters that husk sets itself, and the reason why a configuration may not.
+const RESERVED: &[(&[&str], &str)] = &[
     (
         &["console", "earlycon", "earlyprintk", "keep_bootcon"],
-        "would take the console away, which husk keeps in console.log",
+        "would redirect the console, which husk records in console.log",
     ),
-    (&["panic", "reboot", "sysctl.kernel.panic"], "decides how a guest ends, which is how the host learns of it"),
+    (&["panic", "reboot", "sysctl.kernel.panic"], "changes how the guest ends, and husk would not detect its end"),
     (
         &[
             "init",
@@ -65,67 +67,72 @@ const OWN: &[(&[&str], &str)] = &[
             "initrd",
             "noinitrd",
         ],
-        "would start something else than husk's init",
+        "would replace husk's init",
     ),
     (
         &["mem", "memmap", "nr_cpus", "maxcpus", "possible_cpus", "nosmp", "numa"],
-        "is the VM's size: use memory_mib, vcpus or profile",
+        "changes the VM's size: use memory_mib, vcpus or profile",
     ),
     (
         &["acpi", "pci", "noapic", "nolapic", "virtio_mmio.*", "no_timer_check", "noreplace_smp", "noreplace_returns"],
-        "describes the VM's machine: use machine",
+        "describes the VM's board: use machine",
     ),
     (
         &["tsc", "tsc_early_khz", "lapic_timer_khz", "norandmaps", "sysctl.kernel.randomize_va_space", "rcupdate.*"],
-        "is set by husk, which boots fast by it",
+        "is set by husk for a fast boot",
     ),
 ];
 
-/// Bytes of all together. The kernel cuts its command line off at 2048 bytes (COMMAND_LINE_SIZE), without a word, and at its end stand the devices of
-/// a microvm; husk's own words and theirs take less than the other half.
-const MOST_BYTES: usize = 1024;
+/// Limit for all configured parameters together, bytes. The kernel cuts its command line off at 2048 bytes
+/// (COMMAND_LINE_SIZE) without a message, and the devices of a microvm are at its end. husk's own parameters and those
+/// devices take less than the other half.
+const MAX_BYTES: usize = 1024;
 
-/// Checks parameters as they shall stand in the command line.
+/// Checks a list of parameters.
 ///
 /// # Errors
 ///
-/// All that may not stand there, each with the reason.
-pub(super) fn check(words: &[&str]) -> Result<Vec<String>, String> {
-    let wrong: Vec<String> = words.iter().filter_map(|word| Some(format!("{word:?} {}", refusal(word)?))).collect();
-    if !wrong.is_empty() {
-        return Err(wrong.join(", "));
+/// Every rejected parameter with the reason.
+pub(super) fn check(params: &[&str]) -> Result<Vec<String>, String> {
+    let rejected: Vec<String> =
+        params.iter().filter_map(|param| Some(format!("{param:?} {}", rejection(param)?))).collect();
+    if !rejected.is_empty() {
+        return Err(rejected.join(", "));
     }
-    let length: usize = words.iter().map(|word| word.len() + 1).sum();
-    if length > MOST_BYTES {
-        return Err(format!("{length} bytes are too many: a kernel's command line has room for {MOST_BYTES}"));
+    let length: usize = params.iter().map(|param| param.len() + 1).sum();
+    if length > MAX_BYTES {
+        return Err(format!("all parameters together have {length} bytes, at most {MAX_BYTES} are allowed"));
     }
-    Ok(words.iter().map(|word| (*word).to_owned()).collect())
+    Ok(params.iter().map(|param| (*param).to_owned()).collect())
 }
 
-/// Why a word may not be given, if it may not.
-fn refusal(word: &str) -> Option<String> {
-    // A quotation mark would let a value reach over the words behind it.
-    if word.is_empty() || !word.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"') {
-        return Some("is not one kernel parameter".to_owned());
+/// Why a parameter is rejected, if it is.
+fn rejection(text: &str) -> Option<String> {
+    // A quotation mark would extend a value over the following parameters.
+    if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"') {
+        return Some("is not a single kernel parameter".to_owned());
     }
-    let name = word.split_once('=').map_or(word, |(name, _)| name);
-    // As the kernel compares them: a dash is an underscore, and the parts of a sysctl may be put apart by slashes.
+    let name = text.split_once('=').map_or(text, |(name, _)| name);
+    // The kernel treats dashes as underscores, and allows slashes between the parts of a sysctl.
     let mut name = name.replace('-', "_");
     if name.starts_with("sysctl") {
         let parts: Vec<&str> = name.split(['.', '/']).filter(|part| !part.is_empty()).collect();
         name = parts.join(".");
     }
-    let is = |pattern: &&str| match pattern.strip_suffix('*') {
+    if name.starts_with(param::PREFIX) {
+        return Some("is reserved for husk's init".to_owned());
+    }
+    let matches = |pattern: &&str| match pattern.strip_suffix('*') {
         Some(beginning) => name.strip_prefix(beginning).is_some_and(|rest| !rest.is_empty()),
         None => name == **pattern,
     };
-    if let Some((_, why)) = OWN.iter().find(|(names, _)| names.iter().any(is)) {
+    if let Some((_, why)) = RESERVED.iter().find(|(names, _)| names.iter().any(matches)) {
         return Some((*why).to_owned());
     }
-    if ALLOWED.iter().any(is) {
+    if ALLOWED.iter().any(matches) {
         return None;
     }
-    Some(format!("is none of {}", ALLOWED.join(" ")))
+    Some(format!("is not one of {}", ALLOWED.join(" ")))
 }
 
 #[cfg(test)]
@@ -133,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_tunes_a_guest_may_be_given_and_what_husk_decides_may_not() {
+    fn tuning_is_allowed_and_what_husk_sets_is_rejected() {
         let table = [
             ("loglevel=7", None),
             ("mitigations=off", None),
@@ -143,62 +150,62 @@ mod tests {
             ("nosmt", None),
             ("sysctl.vm.swappiness=7", None),
             ("sysctl/net/core/somaxconn=7", None),
-            ("sysctl.=7", Some("is none of quiet loglevel")),
-            ("console=ttyS1", Some("would take the console away")),
-            ("panic=0", Some("decides how a guest ends")),
-            ("sysctl.kernel.panic=0", Some("decides how a guest ends")),
-            ("sysctl.kernel/panic=0", Some("decides how a guest ends")),
-            ("sysctl/kernel.panic=0", Some("decides how a guest ends")),
-            ("sysctl.kernel.//panic=0", Some("decides how a guest ends")),
-            ("reboot=k", Some("decides how a guest ends")),
-            ("init=/bin/sh", Some("would start something else")),
-            ("rdinit=/bin/sh", Some("would start something else")),
-            ("root=/dev/vda", Some("would start something else")),
-            ("rw", Some("would start something else")),
-            ("husk.log=trace", Some("is husk's own word")),
+            ("sysctl.=7", Some("is not one of quiet loglevel")),
+            ("console=ttyS1", Some("would redirect the console")),
+            ("panic=0", Some("changes how the guest ends")),
+            ("sysctl.kernel.panic=0", Some("changes how the guest ends")),
+            ("sysctl.kernel/panic=0", Some("changes how the guest ends")),
+            ("sysctl/kernel.panic=0", Some("changes how the guest ends")),
+            ("sysctl.kernel.//panic=0", Some("changes how the guest ends")),
+            ("reboot=k", Some("changes how the guest ends")),
+            ("init=/bin/sh", Some("would replace husk's init")),
+            ("rdinit=/bin/sh", Some("would replace husk's init")),
+            ("root=/dev/vda", Some("would replace husk's init")),
+            ("rw", Some("would replace husk's init")),
+            ("husk.log=trace", Some("is reserved for husk's init")),
             ("mem=64M", Some("use memory_mib")),
             ("nr-cpus=1", Some("use memory_mib, vcpus or profile")),
             ("acpi=on", Some("use machine")),
             ("sysctl.kernel.randomize_va_space=0", Some("is set by husk")),
             ("tsc=unstable", Some("is set by husk")),
-            ("cgroup_disable=memory", Some("is none of quiet loglevel")),
-            ("systemd.unit=rescue.target", Some("is none of quiet loglevel")),
-            ("loglevels=7", Some("is none of quiet loglevel")),
-            ("--", Some("is none of quiet loglevel")),
-            ("=1", Some("is none of quiet loglevel")),
-            ("a b", Some("is not one kernel parameter")),
-            ("", Some("is not one kernel parameter")),
-            ("loglevel=\"7", Some("is not one kernel parameter")),
+            ("cgroup_disable=memory", Some("is not one of quiet loglevel")),
+            ("systemd.unit=rescue.target", Some("is not one of quiet loglevel")),
+            ("loglevels=7", Some("is not one of quiet loglevel")),
+            ("--", Some("is not one of quiet loglevel")),
+            ("=1", Some("is not one of quiet loglevel")),
+            ("a b", Some("is not a single kernel parameter")),
+            ("", Some("is not a single kernel parameter")),
+            ("loglevel=\"7", Some("is not a single kernel parameter")),
         ];
-        for (word, expected) in table {
-            match (refusal(word), expected) {
+        for (param, expected) in table {
+            match (rejection(param), expected) {
                 (None, None) => {}
-                (Some(why), Some(expected)) => assert!(why.contains(expected), "{word}: {why}"),
-                (why, _) => panic!("{word}: {why:?}"),
+                (Some(why), Some(expected)) => assert!(why.contains(expected), "{param}: {why}"),
+                (why, _) => panic!("{param}: {why:?}"),
             }
         }
     }
 
     #[test]
-    fn all_that_are_refused_are_told() {
+    fn every_rejected_parameter_is_reported() {
         let why = check(&["quiet", "panic=0", "foo"]).unwrap_err();
         assert!(
-            why.starts_with("\"panic=0\" decides how a guest ends") && why.contains(", \"foo\" is none of"),
+            why.starts_with("\"panic=0\" changes how the guest ends") && why.contains(", \"foo\" is not one of"),
             "{why}"
         );
         assert_eq!(check(&["quiet", "loglevel=3"]).unwrap(), ["quiet", "loglevel=3"]);
     }
 
     #[test]
-    fn what_the_machine_is_told_by_husk_is_none_of_what_may_be_given_but_for_its_silence() {
+    fn of_husks_own_parameters_only_quiet_may_be_configured() {
         let own = crate::vmm::kernel_cmdline::COMMON;
-        let given: Vec<_> = own.iter().filter(|word| refusal(word).is_none()).collect();
-        assert_eq!(given, [&"quiet"]);
+        let allowed: Vec<_> = own.iter().filter(|param| rejection(param).is_none()).collect();
+        assert_eq!(allowed, [&"quiet"]);
     }
 
     #[test]
-    fn they_leave_room_for_husks_own() {
-        let long = format!("loglevel={}", "1".repeat(MOST_BYTES));
-        assert_eq!(check(&[&long]).unwrap_err(), "1034 bytes are too many: a kernel's command line has room for 1024");
+    fn configured_parameters_leave_room_for_husks_own() {
+        let long = format!("loglevel={}", "1".repeat(MAX_BYTES));
+        assert_eq!(check(&[&long]).unwrap_err(), "all parameters together have 1034 bytes, at most 1024 are allowed");
     }
 }

@@ -1,5 +1,5 @@
-//! The keys of the configuration, in one list: each with how its value is read and checked. What follows from it is the business of those who
-//! read [`Config`].
+//! The keys of the configuration file in one list, each with the function that checks its value and stores it in
+//! [`Config`].
 
 use std::path::PathBuf;
 
@@ -7,27 +7,26 @@ use toml::Value;
 use tracing::Level;
 
 use super::kernel_params;
-use super::settings::{Accel, Config, Profile, Vsock};
+use super::settings::{AccelMode, Config, Profile, VsockMode};
 use super::values::{
     absolute, annotations, boolean, choice, extras_max_mib, integer, list, memory_mib, milliseconds, text, user, vcpus,
 };
 use crate::vmm::factory::boards;
 
-type Set = fn(&mut Config, &Value) -> Result<(), String>;
+type SetValue = fn(&mut Config, &Value) -> Result<(), String>;
 
-/// A key that may be given.
-pub(crate) struct Key {
-    /// Its name.
+/// A key of the configuration file.
+pub(crate) struct ConfigKey {
     pub(crate) name: &'static str,
-    set: Set,
+    set: SetValue,
 }
 
-const fn key(name: &'static str, set: Set) -> Key {
-    Key { name, set }
+const fn key(name: &'static str, set: SetValue) -> ConfigKey {
+    ConfigKey { name, set }
 }
 
-/// All that there are. The configuration is read by this list, and a test proves an effect for each of its entries.
-pub(crate) const KEYS: [Key; 24] = [
+/// All keys. A test in `prepare` shows an effect of each.
+pub(crate) const KEYS: [ConfigKey; 24] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
@@ -36,11 +35,11 @@ pub(crate) const KEYS: [Key; 24] = [
     key("initrd", |config, value| put(&mut config.initrd, absolute(value).map(Some))),
     key("image_dir", |config, value| put(&mut config.image_dir, absolute(value).map(Some))),
     key("accel", |config, value| {
-        let choices = [("auto", Accel::Auto), ("kvm", Accel::Kvm), ("tcg", Accel::Tcg)];
+        let choices = [("auto", AccelMode::Auto), ("kvm", AccelMode::Kvm), ("tcg", AccelMode::Tcg)];
         put(&mut config.accel, choice(value, &choices))
     }),
     key("vsock", |config, value| {
-        let choices = [("auto", Vsock::Auto), ("vhost-user", Vsock::VhostUser), ("vhost", Vsock::Vhost)];
+        let choices = [("auto", VsockMode::Auto), ("vhost-user", VsockMode::VhostUser), ("vhost", VsockMode::Vhost)];
         put(&mut config.vsock, choice(value, &choices))
     }),
     key("machine", |config, value| put(&mut config.board, choice(value, &boards()))),
@@ -48,7 +47,7 @@ pub(crate) const KEYS: [Key; 24] = [
     key("qemu_user", |config, value| put(&mut config.qemu_user, user(value))),
     key("virtiofsd", |config, value| put(&mut config.virtiofsd, absolute(value).map(Some))),
     key("kernel_params", |config, value| {
-        put(&mut config.kernel_params, list(value).and_then(|words| kernel_params::check(&words)))
+        put(&mut config.kernel_params, list(value).and_then(|params| kernel_params::check(&params)))
     }),
     key("debug", |config, value| put(&mut config.debug, boolean(value))),
     key("log_level", |config, value| {
@@ -71,24 +70,24 @@ pub(crate) const KEYS: [Key; 24] = [
     key("workspace_dir", |config, value| put(&mut config.workspace_dir, absolute(value).map(Some))),
 ];
 
-fn put<T>(place: &mut T, read: Result<T, String>) -> Result<(), String> {
-    *place = read?;
+fn put<T>(field: &mut T, checked: Result<T, String>) -> Result<(), String> {
+    *field = checked?;
     Ok(())
 }
 
-/// Reads the value of the key `name` into its place.
+/// Checks the value of the key `name` and stores it.
 ///
 /// # Errors
 ///
-/// What is wrong with it, or what is allowed.
+/// The reason why the key or the value is invalid, and what is allowed.
 pub(crate) fn set(config: &mut Config, name: &str, value: &Value) -> Result<(), String> {
     match KEYS.iter().find(|key| key.name == name) {
         Some(key) => (key.set)(config, value),
-        None => Err(format!("unknown key; there are {}", names())),
+        None => Err(format!("unknown key; the keys are {}", names())),
     }
 }
 
-/// The names of all, for messages.
+/// The names of all keys, for messages.
 pub(crate) fn names() -> String {
     KEYS.map(|key| key.name).join(", ")
 }

@@ -9,40 +9,40 @@ use super::names::{PATH, PATH_ENV};
 use super::problem::{Problem, join};
 use super::settings::Config;
 
-/// Why there is no configuration.
+/// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("read {}: {source}", path.display())]
+    #[error("read {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         source: std::io::Error,
     },
-    /// The file is no TOML.
-    #[error("{}: {source}", path.display())]
+    /// The file is not TOML.
+    #[error("parse {}", path.display())]
     Syntax {
         /// The file.
         path: PathBuf,
-        /// Where and what.
+        /// The place and the mistake.
         source: toml::de::Error,
     },
-    /// Keys or values are wrong; all of them.
+    /// Keys or values are invalid.
     #[error("{}: {}", path.display(), join(problems))]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// All problems.
         problems: Vec<Problem>,
     },
 }
 
-/// Reads the configuration of this host. Without a file, everything is as by default; a file that `HUSK_CONFIG` names must be there.
+/// Reads the configuration of this host. Without the file, defaults apply; a file that `HUSK_CONFIG` names must exist.
 ///
 /// # Errors
 ///
-/// When it cannot be read, or is wrong.
+/// When the file cannot be read or is invalid.
 pub fn load() -> Result<Config, ConfigError> {
     match read(None)? {
         (path, Some(text)) => parse(&text, &path),
@@ -50,11 +50,12 @@ pub fn load() -> Result<Config, ConfigError> {
     }
 }
 
-/// The configuration's file and its text: `named`, else what `HUSK_CONFIG` names, else the usual one, which alone need not be there.
+/// The configuration file and its text: `named`, else the file that `HUSK_CONFIG` names, else the default one. Only the
+/// default file may be missing.
 ///
 /// # Errors
 ///
-/// When it cannot be read.
+/// When the file cannot be read.
 pub(crate) fn read(named: Option<&Path>) -> Result<(PathBuf, Option<String>), ConfigError> {
     let from_env = || std::env::var_os(PATH_ENV).filter(|path| !path.is_empty()).map(PathBuf::from);
     let named = named.map(Path::to_owned).or_else(from_env);
@@ -66,22 +67,22 @@ pub(crate) fn read(named: Option<&Path>) -> Result<(PathBuf, Option<String>), Co
     }
 }
 
-/// Reads and checks the text of a configuration file; `path` is for messages.
+/// Parses and checks the text of a configuration file; `path` is for messages.
 ///
 /// # Errors
 ///
-/// All that is wrong at once.
-pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
-    let (config, problems) = understand(text, path)?;
+/// All problems at once.
+pub(crate) fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
+    let (config, problems) = parse_valid(text, path)?;
     if problems.is_empty() { Ok(config) } else { Err(ConfigError::Invalid { path: path.to_owned(), problems }) }
 }
 
-/// What is understood of a configuration's text, and what is wrong with the rest of it.
+/// The valid part of a configuration's text, and the problems with the rest.
 ///
 /// # Errors
 ///
-/// When it is no TOML, so that nothing is understood.
-pub(crate) fn understand(text: &str, path: &Path) -> Result<(Config, Vec<Problem>), ConfigError> {
+/// When the text is not TOML.
+pub(crate) fn parse_valid(text: &str, path: &Path) -> Result<(Config, Vec<Problem>), ConfigError> {
     let table: Table = text.parse().map_err(|source| ConfigError::Syntax { path: path.to_owned(), source })?;
     let mut config = Config::default();
     let mut problems = Vec::new();
@@ -91,7 +92,7 @@ pub(crate) fn understand(text: &str, path: &Path) -> Result<(Config, Vec<Problem
         }
     }
     if config.image_dir.is_some() && (config.kernel.is_some() || config.initrd.is_some()) {
-        let why = "image_dir stands for both kernel and initrd: give either it or them".to_owned();
+        let why = "excludes kernel and initrd: set either image_dir or those".to_owned();
         problems.push(Problem { key: "image_dir".into(), value: table.get("image_dir").map(Value::to_string), why });
     }
     Ok((config, problems))
@@ -109,40 +110,40 @@ mod tests {
     }
 
     #[test]
-    fn all_errors_are_told_at_once_with_key_value_and_what_is_allowed() {
+    fn every_problem_is_reported_with_key_value_and_what_is_allowed() {
         let text = "accel = \"xen\"\nimage_dir = \"/d\"\nkernel = \"/k\"\nmemory_mib = 0\nmemroy = 1\nvcpus = -2\n";
         assert_eq!(
             errors(text),
             [
                 "accel = \"xen\": must be one of \"auto\", \"kvm\", \"tcg\"",
                 "memory_mib = 0: memory must be greater than zero",
-                &format!("memroy = 1: unknown key; there are {}", keys::names()),
+                &format!("memroy = 1: unknown key; the keys are {}", keys::names()),
                 "vcpus = -2: vCPU count must be greater than zero",
-                "image_dir = \"/d\": image_dir stands for both kernel and initrd: give either it or them",
+                "image_dir = \"/d\": excludes kernel and initrd: set either image_dir or those",
             ]
         );
     }
 
     #[test]
-    fn values_of_the_wrong_kind_or_size_are_refused() {
+    fn values_of_the_wrong_type_or_size_are_rejected() {
         let table = [
-            ("vcpus = \"two\"", "must be a whole number"),
+            ("vcpus = \"two\"", "must be an integer"),
             ("profile = \"fast\"", "must be one of \"latency\", \"low-latency\", \"throughput\""),
             ("vsock = \"tcp\"", "must be one of \"auto\", \"vhost-user\", \"vhost\""),
-            ("vcpus = 1000", "at most 64 vCPUs are possible"),
+            ("vcpus = 1000", "a VM can have at most 64 vCPUs"),
             ("memory_mib = 1", "a guest needs at least 64 MiB"),
             ("hugepages = 1", "must be true or false"),
             ("debug = \"yes\"", "must be true or false"),
             ("kernel = \"vmlinux\"", "must be an absolute path"),
-            ("qemu = \"\"", "must be a string, and not an empty one"),
-            ("qemu_user = \"nobody\"", "must be a string UID:GID, both numbers"),
-            ("kernel_params = [\"init=/bin/sh\"]", "\"init=/bin/sh\" would start something else than husk's init"),
-            ("kernel_params = [\"a b\"]", "\"a b\" is not one kernel parameter"),
+            ("qemu = \"\"", "must be a non-empty string"),
+            ("qemu_user = \"nobody\"", "must be a string \"UID:GID\" of two numbers"),
+            ("kernel_params = [\"init=/bin/sh\"]", "\"init=/bin/sh\" would replace husk's init"),
+            ("kernel_params = [\"a b\"]", "\"a b\" is not a single kernel parameter"),
             ("metadata_key = \"key\"", "must be an absolute path"),
             ("token_lifetime_ms = 0", "must be a number of milliseconds greater than zero"),
             ("workspace_dir = \"../etc\"", "must be an absolute path"),
             ("boot_timeout_ms = 0", "must be a number of milliseconds greater than zero"),
-            ("allowed_annotations = [\"io.husk.x\"]", "\"io.husk.x\" is none of"),
+            ("allowed_annotations = [\"io.husk.x\"]", "\"io.husk.x\" is not one of"),
         ];
         for (text, expected) in table {
             let errors = errors(text);

@@ -1,16 +1,31 @@
-//! `/etc/husk/config.toml` (or the file that `HUSK_CONFIG` names): what a host's operator decides for all sandboxes. Reading and checking;
-//! every error is told at once. Which keys there are is in `keys`; what the host has of what they name, in [`crate::prepare::host`].
+//! What an operator configures for all sandboxes (`/etc/husk/config.toml`) and what a user configures for one sandbox
+//! (the `io.husk.` annotations). Parses and validates both, and reports every problem at once. Whether the host has
+//! what the configuration names is checked in `prepare/host.rs`.
+//!
+//! | file               | content                                                                  |
+//! |--------------------|--------------------------------------------------------------------------|
+//! | `load.rs`          | reads the configuration file                                             |
+//! | `keys.rs`          | its keys                                                                 |
+//! | `settings.rs`      | the configuration as values, with defaults                               |
+//! | `values.rs`        | checks of single values                                                  |
+//! | `kernel_params.rs` | the kernel parameters that an operator may set                           |
+//! | `artifacts.rs`     | finds the guest's kernel and initramfs                                   |
+//! | `annotations.rs`   | reads the annotations                                                    |
+//! | `extras/`          | the annotations about extras                                             |
+//! | `workspace.rs`     | the annotation with the workspace configuration                          |
+//! | `names.rs`         | paths, and the names of the annotations                                  |
+//! | `problem.rs`       | a problem with a key or an annotation                                    |
 
-pub mod annotations;
-pub mod artifacts;
+pub(crate) mod annotations;
+pub(crate) mod artifacts;
 #[cfg(test)]
 mod example_tests;
 pub mod extras;
-pub mod kernel_params;
-pub mod keys;
+pub(crate) mod kernel_params;
+pub(crate) mod keys;
 pub mod load;
-pub mod names;
+pub(crate) mod names;
 pub mod problem;
 pub mod settings;
-pub mod values;
-pub mod workspace;
+pub(crate) mod values;
+pub(crate) mod workspace;

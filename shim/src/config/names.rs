@@ -1,31 +1,32 @@
-//! Names that an operator or a user writes: the configuration file and the annotations.
+//! The names that operators and users write: the configuration file and the annotations.
 
 /// The configuration file, unless `HUSK_CONFIG` names another one.
-pub const PATH: &str = "/etc/husk/config.toml";
+pub(crate) const PATH: &str = "/etc/husk/config.toml";
 /// The environment variable that names another configuration file.
-pub const PATH_ENV: &str = "HUSK_CONFIG";
+pub(crate) const PATH_ENV: &str = "HUSK_CONFIG";
 
 /// Prefix of every annotation of husk.
-pub const PREFIX: &str = "io.husk.";
+pub(crate) const PREFIX: &str = "io.husk.";
 /// Number of virtual CPUs.
-pub const VCPUS: &str = "io.husk.vcpus";
+pub(crate) const VCPUS: &str = "io.husk.vcpus";
 /// `latency` or `throughput`.
-pub const PROFILE: &str = "io.husk.profile";
+pub(crate) const PROFILE: &str = "io.husk.profile";
 /// The guest's memory, MiB.
-pub const MEMORY_MIB: &str = "io.husk.memory_mib";
-/// A shell on the console, and processes in the VM itself. Allowed by default as the others are: whoever writes it gets at neither, both are
-/// behind sockets of the host's root; and the guest that it opens to them is the sandbox's own.
-pub const DEBUG: &str = "io.husk.debug";
-/// Read by the guest: lets a container use AF_VSOCK.
-pub const VSOCK: &str = husk_protos::ANNOTATION_VSOCK;
+pub(crate) const MEMORY_MIB: &str = "io.husk.memory_mib";
+/// Debug mode: a shell on the console, and processes in the VM itself. Allowed by default: only the host's root can
+/// connect to either, so the annotation gives its author no access, and the guest that it exposes is the sandbox's own.
+pub(crate) const DEBUG: &str = "io.husk.debug";
+/// Allows containers to use AF_VSOCK. The guest reads it.
+pub(crate) const VSOCK: &str = husk_protos::ANNOTATION_VSOCK;
 /// Files of the host for the guest itself.
-pub const EXTRAS_FILES: &str = "io.husk.extras.files";
-/// Whether the supervisor agent runs, which extras bring.
-pub const SUPERVISOR: &str = "io.husk.supervisor";
-/// May hold secrets, or name a file that does: it is for the metadata service alone.
-pub const WORKSPACE: &str = "io.husk.workspace";
+pub(crate) const EXTRAS_FILES: &str = "io.husk.extras.files";
+/// Whether the supervisor agent of the extras runs.
+pub(crate) const SUPERVISOR: &str = "io.husk.supervisor";
+/// The workspace configuration, or a file that contains it. It may hold secrets, so only the metadata service gets it.
+pub(crate) const WORKSPACE: &str = "io.husk.workspace";
 
-/// All that there are.
-pub const NAMES: [&str; 8] = [VCPUS, PROFILE, MEMORY_MIB, DEBUG, VSOCK, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
-/// Those that an operator has to allow by name: with this one, whoever may start a container reads any file of the host, as root.
-pub const NOT_BY_DEFAULT: [&str; 1] = [EXTRAS_FILES];
+/// All annotations.
+pub(crate) const NAMES: [&str; 8] = [VCPUS, PROFILE, MEMORY_MIB, DEBUG, VSOCK, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
+/// The annotations that an operator must allow by name. With this one, everyone who may start a container can read any
+/// file of the host as root.
+pub(crate) const DENIED_BY_DEFAULT: [&str; 1] = [EXTRAS_FILES];

@@ -1,15 +1,15 @@
-//! A problem with a key of the configuration, an annotation or a field of one.
+//! A problem with a key of the configuration, an annotation, or a field of an annotation.
 
 use std::fmt;
 
-/// One thing that is wrong.
+/// One problem.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// The key.
+    /// The key, the annotation or the field.
     pub key: String,
-    /// Its value, as it was written; none if there is none to show.
+    /// The value as it was written, if there is one to show.
     pub value: Option<String>,
-    /// What is wrong with it, or what is allowed.
+    /// The reason, and the values that are allowed.
     pub why: String,
 }
 
@@ -22,7 +22,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// All of them in one line.
-pub fn join(problems: &[Problem]) -> String {
+/// All problems in one line.
+pub(crate) fn join(problems: &[Problem]) -> String {
     problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }

@@ -1,58 +1,59 @@
-//! The configuration as values, with its defaults.
+//! The configuration as values, with their defaults.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::names::{NAMES, NOT_BY_DEFAULT};
+use super::names::{DENIED_BY_DEFAULT, NAMES};
 use crate::vmm::Board;
 
-/// MiB of a guest whose size nothing else decides.
-pub const DEFAULT_MEMORY_MIB: u64 = 512;
-/// MiB that a guest needs beside what its containers may use: kernel, init, page tables.
-pub const GUEST_OVERHEAD_MIB: u64 = 128;
-/// Where the host's key for tokens is, unless `metadata_key` names another file.
+/// A guest's memory unless the configuration, an annotation or a limit sets it, MiB.
+pub(crate) const DEFAULT_MEMORY_MIB: u64 = 512;
+/// A guest's memory on top of what its containers may use, MiB: kernel, init, page tables.
+pub(crate) const GUEST_OVERHEAD_MIB: u64 = 128;
+/// The host's key for tokens, unless `metadata_key` names another file.
 const METADATA_KEY: &str = "/etc/husk/metadata.key";
-/// How long a token is good for, by default.
+/// Default lifetime of a token.
 const TOKEN_LIFETIME: Duration = Duration::from_secs(5 * 60);
-/// Less does not boot.
-pub const LEAST_MEMORY_MIB: u64 = 64;
-/// What the guest's kernel is built for (CONFIG_NR_CPUS in kernel-config/base.config); it would leave the others idle. QEMU's microvm takes 288.
-pub const MOST_VCPUS: u32 = 64;
+/// A guest with less memory does not boot.
+pub(crate) const MIN_MEMORY_MIB: u64 = 64;
+/// The limit of the guest's kernel (CONFIG_NR_CPUS in kernel-config/base.config), which leaves further CPUs idle.
+/// QEMU's microvm supports 288.
+pub(crate) const MAX_VCPUS: u32 = 64;
 
-/// How guest instructions are to be executed.
+/// The key `accel`: how guest instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Accel {
-    /// KVM where it works, else TCG.
+pub enum AccelMode {
+    /// KVM if the host supports it, else TCG.
     Auto,
-    /// KVM, or an error.
+    /// KVM; an error without it.
     Kvm,
-    /// Software, even where KVM works.
+    /// Emulation, even if the host supports KVM.
     Tcg,
 }
 
-/// What carries the connections between guests and their shims.
+/// The key `vsock`: the device that carries the connections between a guest and its shim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Vsock {
-    /// The shim's own device: nothing of the machine is shared by it, and each shim is its VM's metadata service. The kernel's, where it is there,
-    /// has to be asked for.
+pub enum VsockMode {
+    /// The shim's own device, even if the kernel has one: VMs share nothing through it, and each shim serves its VM's
+    /// metadata.
     Auto,
     /// The shim's own device.
     VhostUser,
-    /// The kernel's, or an error.
+    /// The kernel's device; an error without it.
     Vhost,
 }
 
-/// What a guest is to be good at.
+/// A number of virtual CPUs by purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
-    /// Up soon: one virtual CPU, so that the guest's kernel has no others to start and nothing to keep in step.
+    /// Fast boot: one virtual CPU, so the guest's kernel starts no others and synchronizes with none.
     Latency,
-    /// Much at a time: four virtual CPUs.
+    /// Parallel work: four virtual CPUs.
     Throughput,
 }
 
 impl Profile {
-    /// All, as they are written.
+    /// The values of the key and the annotation.
     pub(crate) const NAMES: [(&str, Self); 3] =
         [("latency", Self::Latency), ("low-latency", Self::Latency), ("throughput", Self::Throughput)];
 
@@ -64,54 +65,54 @@ impl Profile {
     }
 }
 
-/// The configuration, checked.
+/// The validated configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Virtual CPUs of a guest; follows the profile, else the spec's limits, if none.
+    /// Virtual CPUs of a guest; without it, the profile or else the spec's limits decide.
     pub vcpus: Option<u32>,
-    /// What guests are to be good at.
+    /// Virtual CPUs by purpose.
     pub profile: Option<Profile>,
-    /// Memory of a guest, MiB; follows the spec's limits if none.
+    /// Memory of a guest, MiB; without it, the spec's limits decide.
     pub memory_mib: Option<u64>,
-    /// Guests' memory comes out of the host's huge pages.
+    /// Guest memory consists of the host's huge pages.
     pub hugepages: bool,
-    /// The guest's kernel, if not one of the usual places.
+    /// The guest's kernel, if not in a default place.
     pub kernel: Option<PathBuf>,
-    /// The guest's initramfs, if not one of the usual places.
+    /// The guest's initramfs, if not in a default place.
     pub initrd: Option<PathBuf>,
-    /// A folder with `vmlinux` and `initrd.img`, and for debug mode `initrd-debug.img`.
+    /// A folder with `vmlinux`, `initrd.img` and, for debug mode, `initrd-debug.img`.
     pub image_dir: Option<PathBuf>,
-    /// How instructions are executed.
-    pub accel: Accel,
-    /// What carries guests' vsock.
-    pub vsock: Vsock,
+    /// How guest instructions are executed.
+    pub accel: AccelMode,
+    /// The guests' vsock device.
+    pub vsock: VsockMode,
     /// The board, and with it the VMM.
     pub board: Board,
-    /// QEMU's program; searched in PATH if it has no slash.
+    /// QEMU's program; a name without a slash is searched in PATH.
     pub qemu: PathBuf,
-    /// Who QEMU runs as (uid, gid).
+    /// User and group ID of QEMU.
     pub qemu_user: (u32, u32),
-    /// virtiofsd's program, if not one of the usual places.
+    /// virtiofsd's program, if not in a default place.
     pub virtiofsd: Option<PathBuf>,
-    /// Parameters of the guest's kernel beside husk's own, of those that may be given.
+    /// Parameters of the guest's kernel in addition to husk's own.
     pub kernel_params: Vec<String>,
-    /// Guests are ones to look into: a shell on the console, processes in the VM itself, verbose logs.
+    /// Guests boot in debug mode: a shell on the console, processes in the VM itself, verbose logs.
     pub debug: bool,
-    /// Least severe level of the guest's init that comes to the shim's log.
+    /// Least severe level that the guest's init logs to the shim.
     pub log_level: tracing::Level,
-    /// From QEMU's start to the guest's hello.
+    /// Time from QEMU's start to the guest's hello.
     pub boot_timeout: Duration,
-    /// For one call to the guest.
+    /// Deadline of a call to the guest.
     pub call_timeout: Duration,
-    /// How often a guest tells that it turns. One that misses three is killed.
+    /// Interval of a guest's heartbeats. husk kills a guest that misses three.
     pub heartbeat: Duration,
-    /// MiB that a sandbox's extras may have together.
+    /// Total size limit of a sandbox's extras, MiB.
     pub extras_max_mib: u64,
     /// The `io.husk.` annotations that a sandbox may use.
     pub allowed_annotations: Vec<String>,
-    /// How the metadata service signs.
+    /// Tokens of the metadata service.
     pub tokens: TokenSettings,
-    /// The folder whose files may be workspaces; none may if none.
+    /// The folder that may contain workspace files; without it, files are not allowed.
     pub workspace_dir: Option<PathBuf>,
 }
 
@@ -125,11 +126,11 @@ impl Default for Config {
             kernel: None,
             initrd: None,
             image_dir: None,
-            accel: Accel::Auto,
-            vsock: Vsock::Auto,
+            accel: AccelMode::Auto,
+            vsock: VsockMode::Auto,
             board: Board::default(),
             qemu: "qemu-system-x86_64".into(),
-            // nobody and nogroup, by their numbers on every Linux distribution.
+            // nobody and nogroup, which have these IDs on every Linux distribution.
             qemu_user: (65534, 65534),
             virtiofsd: None,
             kernel_params: Vec::new(),
@@ -141,7 +142,7 @@ impl Default for Config {
             extras_max_mib: 64,
             allowed_annotations: NAMES
                 .into_iter()
-                .filter(|name| !NOT_BY_DEFAULT.contains(name))
+                .filter(|name| !DENIED_BY_DEFAULT.contains(name))
                 .map(str::to_owned)
                 .collect(),
             tokens: TokenSettings { key: METADATA_KEY.into(), lifetime: TOKEN_LIFETIME },
@@ -150,11 +151,11 @@ impl Default for Config {
     }
 }
 
-/// What an operator decides about tokens.
+/// Settings of the metadata service's tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenSettings {
-    /// The file of the host's key.
+    /// The file with the host's key.
     pub key: PathBuf,
-    /// How long a token is good for.
+    /// Lifetime of a token.
     pub lifetime: Duration,
 }

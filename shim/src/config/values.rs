@@ -1,4 +1,4 @@
-//! Checks of single values, for keys and annotations alike.
+//! Checks of single values, shared by keys and annotations. An error says what is allowed.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -6,37 +6,38 @@ use std::time::Duration;
 use toml::Value;
 
 use super::names::NAMES;
-use super::settings::{LEAST_MEMORY_MIB, MOST_VCPUS};
+use super::settings::{MAX_VCPUS, MIN_MEMORY_MIB};
 
-/// MiB of extras, in the guest's memory, beyond which they are none.
-const MOST_EXTRAS_MIB: u64 = 4096;
+/// Upper limit of `extras_max_mib`: extras stay in the guest's memory, and take as much of the host's memory while the
+/// VM boots.
+const MAX_EXTRAS_MIB: u64 = 4096;
 
-/// Checks a count of virtual CPUs.
+/// Checks a number of virtual CPUs.
 pub(crate) fn vcpus(count: i64) -> Result<u32, String> {
     match u32::try_from(count) {
         Ok(0) | Err(_) if count <= 0 => Err("vCPU count must be greater than zero".to_owned()),
-        Ok(count) if count <= MOST_VCPUS => Ok(count),
-        _ => Err(format!("at most {MOST_VCPUS} vCPUs are possible")),
+        Ok(count) if count <= MAX_VCPUS => Ok(count),
+        _ => Err(format!("a VM can have at most {MAX_VCPUS} vCPUs")),
     }
 }
 
-/// Checks a size of memory.
+/// Checks a memory size.
 pub(crate) fn memory_mib(size: i64) -> Result<u64, String> {
     match u64::try_from(size) {
         Ok(0) | Err(_) => Err("memory must be greater than zero".to_owned()),
-        Ok(size) if size >= LEAST_MEMORY_MIB => Ok(size),
-        Ok(_) => Err(format!("a guest needs at least {LEAST_MEMORY_MIB} MiB")),
+        Ok(size) if size >= MIN_MEMORY_MIB => Ok(size),
+        Ok(_) => Err(format!("a guest needs at least {MIN_MEMORY_MIB} MiB")),
     }
 }
 
-/// Checks what extras may have. As much again of the host's memory is taken while a VM boots.
+/// Checks the size limit of extras.
 pub(crate) fn extras_max_mib(size: i64) -> Result<u64, String> {
-    let size = u64::try_from(size).ok().filter(|size| *size <= MOST_EXTRAS_MIB);
-    size.ok_or_else(|| format!("must be a number of MiB, {MOST_EXTRAS_MIB} at most"))
+    let size = u64::try_from(size).ok().filter(|size| *size <= MAX_EXTRAS_MIB);
+    size.ok_or_else(|| format!("must be a number of MiB from 0 to {MAX_EXTRAS_MIB}"))
 }
 
 pub(crate) fn integer(value: &Value) -> Result<i64, String> {
-    value.as_integer().ok_or_else(|| "must be a whole number".to_owned())
+    value.as_integer().ok_or_else(|| "must be an integer".to_owned())
 }
 
 pub(crate) fn boolean(value: &Value) -> Result<bool, String> {
@@ -44,7 +45,7 @@ pub(crate) fn boolean(value: &Value) -> Result<bool, String> {
 }
 
 pub(crate) fn text(value: &Value) -> Result<&str, String> {
-    value.as_str().filter(|text| !text.is_empty()).ok_or_else(|| "must be a string, and not an empty one".to_owned())
+    value.as_str().filter(|text| !text.is_empty()).ok_or_else(|| "must be a non-empty string".to_owned())
 }
 
 pub(crate) fn absolute(value: &Value) -> Result<PathBuf, String> {
@@ -56,7 +57,7 @@ pub(crate) fn choice<T: Copy>(value: &Value, choices: &[(&str, T)]) -> Result<T,
     one_of(value.as_str(), choices)
 }
 
-/// Checks a word of which there are few.
+/// The choice that `text` names.
 pub(crate) fn one_of<T: Copy>(text: Option<&str>, choices: &[(&str, T)]) -> Result<T, String> {
     let found = text.and_then(|text| choices.iter().find(|(name, _)| *name == text));
     found.map(|(_, chosen)| *chosen).ok_or_else(|| {
@@ -77,15 +78,17 @@ pub(crate) fn list(value: &Value) -> Result<Vec<&str>, String> {
     items.ok_or_else(|| "must be a list of strings".to_owned())
 }
 
+/// A list of husk's annotations.
 pub(crate) fn annotations(value: &Value) -> Result<Vec<String>, String> {
     let names = list(value)?;
     match names.iter().find(|name| !NAMES.contains(name)) {
-        Some(name) => Err(format!("{name:?} is none of {}", NAMES.join(", "))),
+        Some(name) => Err(format!("{name:?} is not one of {}", NAMES.join(", "))),
         None => Ok(names.into_iter().map(str::to_owned).collect()),
     }
 }
 
+/// A user and group ID.
 pub(crate) fn user(value: &Value) -> Result<(u32, u32), String> {
     let ids = text(value)?.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
-    ids.ok_or_else(|| "must be a string UID:GID, both numbers".to_owned())
+    ids.ok_or_else(|| "must be a string \"UID:GID\" of two numbers".to_owned())
 }

@@ -1,4 +1,4 @@
-//! One client of `ctl.sock`: its lines are read and answered, within the limits.
+//! One client of `ctl.sock`: reads its lines and answers them, within the limits.
 
 use std::io;
 
@@ -10,18 +10,18 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use crate::ctl::limits::{Limits, SOCKET};
 use crate::ctl::method;
 use crate::ctl::method::{Answer, Call, DISCOVER, Kind, Method, Note, PREFIX, Running};
 use crate::ctl::rpc;
 use crate::ctl::rpc::{Message, RpcError};
-use crate::ctl::{Limits, SOCKET};
 
-/// Lines on their way to a client; those who make them wait past that.
+/// Lines queued for a client; past that, their senders wait.
 const LINES: usize = 4;
-/// Notifications on their way to a streaming call; past that, nothing more is read from the client.
+/// Notifications queued for a streaming call; past that, the client is not read.
 const NOTES: usize = 16;
 
-/// Serves a client until it goes, or has to.
+/// Serves a client until it disconnects or exceeds a limit.
 pub(super) async fn serve<C: Clone + Send>(
     stream: UnixStream,
     context: C,
@@ -30,12 +30,12 @@ pub(super) async fn serve<C: Clone + Send>(
 ) {
     let (read, write) = stream.into_split();
     let (lines, queue) = mpsc::channel(LINES);
-    // Apart from the reading: a client that does not read until it has written shall not wait for itself.
+    // Writing runs apart from reading: a client that writes everything before it reads would otherwise wait for itself.
     let writer = tokio::spawn(write_lines(write, queue, limits));
     let mut client = Client { reader: Lines::new(read, limits.line), lines, context, methods, limits };
     client.serve().await;
     drop(client);
-    // What was queued is still written; not for longer than the deadline of each line.
+    // Queued lines are still written, each within its deadline.
     let _ = writer.await;
 }
 
@@ -43,52 +43,52 @@ async fn write_lines(mut write: OwnedWriteHalf, mut queue: mpsc::Receiver<Vec<u8
     while let Some(line) = queue.recv().await {
         match timeout(limits.stall, write.write_all(&line)).await {
             Ok(Ok(())) => {}
-            // It has gone.
+            // The client has disconnected.
             Ok(Err(_)) => return,
             Err(_) => {
                 let stalled_ms = limits.stall.as_millis() as u64;
-                tracing::warn!(stalled_ms, "a client of {SOCKET} does not read, and is dropped");
+                tracing::warn!(stalled_ms, "a client of {SOCKET} does not read and is disconnected");
                 return;
             }
         }
     }
 }
 
-/// What came of the wait for a line.
+/// The outcome of reading a line.
 enum Read {
     Line(Vec<u8>),
-    /// Longer than the limit; where the next one begins is not known.
+    /// Longer than the limit. Where the next line begins is unknown.
     TooLong,
     End,
 }
 
-/// Reads lines, and keeps no more of them than the limit.
+/// Reads lines, and buffers no more than the limit.
 struct Lines {
     read: OwnedReadHalf,
     limit: usize,
     buffer: Vec<u8>,
-    /// Bytes of the buffer that have been looked at and hold no line's end.
-    seen: usize,
+    /// Bytes at the start of the buffer that hold no end of a line.
+    searched: usize,
 }
 
 impl Lines {
     fn new(read: OwnedReadHalf, limit: usize) -> Self {
-        Self { read, limit, buffer: Vec::new(), seen: 0 }
+        Self { read, limit, buffer: Vec::new(), searched: 0 }
     }
 
-    /// May be dropped while it waits, and called again.
+    /// Cancel safe.
     async fn next(&mut self) -> Read {
         let mut chunk = [0; 8192];
         loop {
-            if let Some(end) = self.buffer[self.seen..].iter().position(|&byte| byte == b'\n') {
-                let rest = self.buffer.split_off(self.seen + end + 1);
+            if let Some(end) = self.buffer[self.searched..].iter().position(|&byte| byte == b'\n') {
+                let rest = self.buffer.split_off(self.searched + end + 1);
                 let mut line = std::mem::replace(&mut self.buffer, rest);
                 line.pop();
-                self.seen = 0;
+                self.searched = 0;
                 return if line.len() > self.limit { Read::TooLong } else { Read::Line(line) };
             }
-            self.seen = self.buffer.len();
-            if self.seen > self.limit {
+            self.searched = self.buffer.len();
+            if self.searched > self.limit {
                 return Read::TooLong;
             }
             match self.read.read(&mut chunk).await {
@@ -96,7 +96,7 @@ impl Lines {
                 Ok(length) => self.buffer.extend_from_slice(&chunk[..length]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    tracing::debug!(%error, "a client of {SOCKET} is lost");
+                    tracing::debug!(%error, "lost a client of {SOCKET}");
                     return Read::End;
                 }
             }
@@ -123,16 +123,16 @@ impl<C: Clone + Send> Client<C> {
                 }
                 Read::End => return,
             };
-            let went_on = match rpc::parse(&line) {
+            let connected = match rpc::parse(&line) {
                 Ok(Message { id: Some(id), method, params }) => {
                     let answer = self.call(&method, params).await;
                     self.answer(&id, &answer).await
                 }
-                // For a call that has ended meanwhile.
+                // Sent to a call that has ended meanwhile.
                 Ok(Message { id: None, .. }) => true,
                 Err((id, error)) => self.answer(&id, &Err(error)).await,
             };
-            if !went_on {
+            if !connected {
                 return;
             }
         }
@@ -142,7 +142,7 @@ impl<C: Clone + Send> Client<C> {
         RpcError::new(rpc::INVALID_REQUEST, format!("a line is longer than {} bytes", self.limits.line))
     }
 
-    /// False when the client takes nothing any more.
+    /// False when the client has disconnected or reads too slowly.
     async fn answer(&self, id: &Value, answer: &Answer) -> bool {
         self.lines.send(rpc::response(id, answer)).await.is_ok()
     }
@@ -152,18 +152,18 @@ impl<C: Clone + Send> Client<C> {
             return Ok(method::discover("husk: one virtual machine and its containers", self.methods));
         }
         let Some(method) = method::find(self.methods, name) else {
-            let message = format!("there is no method {}; {DISCOVER} lists those that there are", rpc::quoted(name));
+            let message = format!("no method {}: {DISCOVER} lists the methods", rpc::quoted(name));
             return Err(RpcError::new(rpc::METHOD_NOT_FOUND, message));
         };
         match &method.kind {
-            Kind::Elsewhere(words) => Err(RpcError::refused(*words)),
+            Kind::Refused(message) => Err(RpcError::refused(*message)),
             Kind::Unary(run) => {
                 let mut running = start(run(self.context.clone(), params));
                 match timeout(self.limits.answer, running.join_next()).await {
                     Ok(ended) => outcome(ended),
                     Err(_) => {
                         let ms = self.limits.answer.as_millis();
-                        Err(RpcError::internal(format!("{} has no answer after {ms} ms", method.name)))
+                        Err(RpcError::internal(format!("{} returned no result within {ms} ms", method.name)))
                     }
                 }
             }
@@ -175,19 +175,20 @@ impl<C: Clone + Send> Client<C> {
         }
     }
 
-    /// Reads on while a streaming call runs.
+    /// Reads the client while a streaming call runs.
     async fn attend(&mut self, mut running: JoinSet<Answer>, notes: mpsc::Sender<Note>) -> Answer {
         let lines = self.lines.clone();
         let mut notes = Some(notes);
         loop {
             let read = tokio::select! {
                 ended = running.join_next() => return outcome(ended),
-                // It would not end by itself if it has nothing to say.
+                // A call that has nothing to send would not notice.
                 () = lines.closed() => return Err(method::Gone.into()),
                 read = self.reader.next(), if notes.is_some() => read,
             };
             let Read::Line(line) = read else {
-                // The call learns that no more comes. What is too long cannot be answered any more: the call may go on for long.
+                // The call sees the end of its notifications. A line that is too long stays unanswered: the call may
+                // still run for long.
                 notes = None;
                 continue;
             };
@@ -195,13 +196,14 @@ impl<C: Clone + Send> Client<C> {
                 (Ok(Message { id: None, method, params }), Some(notes)) => {
                     let method = method.strip_prefix(PREFIX).unwrap_or(&method).to_owned();
                     tokio::select! {
-                        // It may have ended, and take nothing.
+                        // Fails when the call ends, which the other branch handles.
                         _ = notes.send(Note { method, params }) => {}
                         ended = running.join_next() => return outcome(ended),
                     }
                 }
                 (Ok(Message { id, .. }), _) => {
-                    let busy = "a streaming call runs on this connection: use another one, or wait for its response";
+                    let busy =
+                        "a streaming call runs on this connection: wait for its response or use another connection";
                     self.answer(&id.unwrap_or_default(), &Err(RpcError::new(rpc::BUSY, busy))).await;
                 }
                 (Err((id, error)), _) => drop(self.answer(&id, &Err(error)).await),
@@ -210,17 +212,17 @@ impl<C: Clone + Send> Client<C> {
     }
 }
 
-/// As a task, so that its panic is its own; it is aborted when the set is dropped.
+/// Runs the call as a task: a panic stays inside it, and dropping the set aborts it.
 fn start(running: Running) -> JoinSet<Answer> {
     let mut set = JoinSet::new();
     set.spawn(running);
     set
 }
 
-fn outcome(ended: Option<Result<Answer, tokio::task::JoinError>>) -> Answer {
-    match ended {
+fn outcome(joined: Option<Result<Answer, tokio::task::JoinError>>) -> Answer {
+    match joined {
         Some(Ok(answer)) => answer,
-        Some(Err(error)) => Err(RpcError::internal(format!("the method ended: {error}"))),
+        Some(Err(error)) => Err(RpcError::internal(format!("the method failed: {error}"))),
         None => Err(RpcError::internal("the method has ended already")),
     }
 }

@@ -1,7 +1,8 @@
-//! `compute.vm.exec`: a process in the VM itself, relayed between its streams in the guest and the lines of one client.
+//! `compute.vm.exec`: runs a process in the VM itself and relays its streams between the guest and one client.
 //!
-//! The client's notifications are always taken, so that a resize, a signal or the client's end is heard also while the process does not read:
-//! of the input there may be [`AHEAD`] bytes that have not been passed on, and the client is told of those that have.
+//! The client's notifications are read even while the process reads no input, so that a resize, a signal or a
+//! disconnect takes effect at once. The client may therefore send [`EXEC_INPUT_AHEAD`] bytes of input before the guest
+//! takes them, and a notification reports how much the guest has taken.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,90 +10,52 @@ use std::time::Duration;
 
 use base64ct::{Base64, Encoding};
 use husk_protos::STDIO_CHUNK;
+use husk_protos::chain::Chain;
 use husk_protos::debug::{Process, StartProcessRequest};
 use husk_protos::stdio::{InputChunk, StreamKind};
-use serde::Deserialize;
-use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use ttrpc::Code;
 use ttrpc::context::Context;
 
+use crate::ctl::messages::{
+    EXEC_INPUT_AHEAD, ExecEnd, ExecInputParams, ExecParams, ExecPart, ExecResizeParams, ExecSignalParams, ExecStream,
+};
+use crate::ctl::method::{Answer, Call, Note};
 use crate::ctl::rpc;
 use crate::ctl::rpc::RpcError;
-use crate::ctl::{Answer, Call, Note};
 use crate::guest::client::{Guest, GuestError};
 use crate::sandbox::Sandbox;
 use crate::vm::Vm;
 
-/// Bytes of input that a client may send before they are passed on.
-pub const AHEAD: usize = 256 * 1024;
 /// Chunks of output on their way to the client.
 const CHUNKS: usize = 4;
-/// How long the last of the output may take to come when the process has ended.
+/// How long the rest of the output may take after the process has exited.
 const LAST_OUTPUT: Duration = Duration::from_secs(10);
-/// Most characters of a guest's refusal that are repeated.
-const GUEST_WORDS: usize = 1000;
+/// Most characters of a guest's error message that are passed on.
+const GUEST_MESSAGE: usize = 1000;
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Params {
-    args: Vec<String>,
-    #[serde(default)]
-    env: Vec<String>,
-    #[serde(default)]
-    cwd: String,
-    #[serde(default)]
-    terminal: bool,
-    #[serde(default)]
-    rows: u16,
-    #[serde(default)]
-    columns: u16,
-    #[serde(default)]
-    stdin: bool,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Input {
-    #[serde(default)]
-    data: String,
-    #[serde(default)]
-    end: bool,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Resize {
-    rows: u16,
-    columns: u16,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Signal {
-    signal: u32,
-}
-
-/// What a client asks of a process that runs.
+/// What a client sends to a running process.
 #[derive(Debug, PartialEq, Eq)]
-enum Wish {
-    Input(Vec<u8>),
-    EndOfInput,
+enum ExecInput {
+    Data(Vec<u8>),
+    End,
     Resize { rows: u16, columns: u16 },
     Signal(u32),
 }
 
-/// Runs it to its end, or to the client's.
-pub async fn run(sandbox: Arc<Sandbox>, mut call: Call) -> Answer {
-    let params: Params = rpc::params(std::mem::take(&mut call.params))?;
-    let vm = sandbox.vm_in_debug_mode()?;
+/// Runs a process until it exits or the client disconnects.
+pub(super) async fn run(sandbox: Arc<Sandbox>, mut call: Call) -> Answer {
+    let params: ExecParams = rpc::params(std::mem::take(&mut call.params))?;
+    let vm = sandbox.vm_in_debug_mode().map_err(|error| RpcError::refused(Chain(&error).to_string()))?;
     let has_input = params.terminal || params.stdin;
-    // On its own, so that a process that is just being started is ended also if the client goes now.
+    // In a task: when the client disconnects during the start, the start completes and the process is then ended.
     let starting = tokio::spawn(start(vm.clone(), params));
-    let running = starting.await.map_err(RpcError::internal)??;
-    relay(&vm, &running, has_input, call).await
+    let running = starting.await.map_err(|error| RpcError::internal(format!("start the process: {error}")))??;
+    let mut relay = Relay::start(&running, has_input);
+    let exit_code = relay.until_exit(&vm, &mut call).await?;
+    relay.finish_output(&call, exit_code).await
 }
 
 /// A process that is ended when this is dropped.
@@ -102,138 +65,180 @@ struct Running {
     terminal: bool,
 }
 
-async fn start(vm: Arc<Vm>, params: Params) -> Result<Running, RpcError> {
-    let Params { args, env, cwd, terminal, rows, columns, stdin } = params;
+impl Running {
+    fn request(&self) -> Process {
+        Process { id: self.id.clone(), ..Default::default() }
+    }
+}
+
+async fn start(vm: Arc<Vm>, params: ExecParams) -> Result<Running, RpcError> {
+    let ExecParams { args, env, cwd, terminal, rows, columns, stdin } = params;
     let (height, width) = (rows.into(), columns.into());
     let request = StartProcessRequest { args, env, cwd, terminal, height, width, stdin, ..Default::default() };
     let guest = vm.guest.clone();
     match guest.debug.start(guest.context(), &request).await {
         Ok(started) => Ok(Running { guest, id: started.id, terminal }),
-        Err(error) => Err(lost_or(&vm, error).await),
+        Err(error) => Err(guest_error(&vm, error).await),
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let (guest, process) = (self.guest.clone(), Process { id: std::mem::take(&mut self.id), ..Default::default() });
+        let (guest, process) = (self.guest.clone(), self.request());
         tokio::spawn(async move {
-            // A guest that has gone has taken it along.
+            // Fails when the VM has died, and the process with it.
             if let Err(error) = guest.debug.end(guest.context(), &process).await {
-                tracing::debug!(process = process.id, %error, "end a process in the VM");
+                tracing::debug!(process = process.id, %error, "failed to end a process in the VM");
             }
         });
     }
 }
 
-async fn relay(vm: &Arc<Vm>, running: &Running, has_input: bool, mut call: Call) -> Answer {
-    let (guest, id) = (&running.guest, &running.id);
-    let process = || Process { id: id.clone(), ..Default::default() };
-    // What is done for the process beside the calls; it ends with the relay.
-    let mut tasks = JoinSet::new();
-    let (chunks, mut output) = mpsc::channel(CHUNKS);
-    let kinds = [(StreamKind::STREAM_KIND_STDOUT, "stdout"), (StreamKind::STREAM_KIND_STDERR, "stderr")];
-    for (kind, name) in &kinds[..if running.terminal { 1 } else { 2 }] {
-        tasks.spawn(copy_output(guest.clone(), id.clone(), *kind, name, chunks.clone()));
-    }
-    drop(chunks);
-    let (tell_taken, mut taken) = mpsc::channel(CHUNKS);
-    let ahead = Arc::new(AtomicUsize::new(0));
-    // Bounded by `ahead`.
-    let (input, waiting) = mpsc::unbounded_channel();
-    let mut input = has_input.then_some(input);
-    if has_input {
-        tasks.spawn(copy_input(guest.clone(), id.clone(), waiting, ahead.clone(), tell_taken));
+/// The streams between a process and its client.
+struct Relay<'a> {
+    running: &'a Running,
+    output: mpsc::Receiver<ExecPart>,
+    /// How much input the guest has taken.
+    taken: mpsc::Receiver<usize>,
+    /// `None` when the process has no input, or its input has ended.
+    input: Option<mpsc::UnboundedSender<Vec<u8>>>,
+    /// Bytes of input that the guest has not taken.
+    ahead: Arc<AtomicUsize>,
+    /// The copies, which end with the relay.
+    _tasks: JoinSet<()>,
+}
+
+impl<'a> Relay<'a> {
+    fn start(running: &'a Running, has_input: bool) -> Self {
+        let (guest, id) = (&running.guest, &running.id);
+        let mut tasks = JoinSet::new();
+        let (chunks, output) = mpsc::channel(CHUNKS);
+        let streams = [
+            (StreamKind::STREAM_KIND_STDOUT, ExecStream::Stdout),
+            (StreamKind::STREAM_KIND_STDERR, ExecStream::Stderr),
+        ];
+        // A terminal has one output stream.
+        for (kind, stream) in &streams[..if running.terminal { 1 } else { 2 }] {
+            tasks.spawn(copy_output(guest.clone(), id.clone(), *kind, *stream, chunks.clone()));
+        }
+        let (report_taken, taken) = mpsc::channel(CHUNKS);
+        let ahead = Arc::new(AtomicUsize::new(0));
+        // Bounded by `ahead`.
+        let (input, waiting) = mpsc::unbounded_channel();
+        if has_input {
+            tasks.spawn(copy_input(guest.clone(), id.clone(), waiting, ahead.clone(), report_taken));
+        }
+        Self { running, output, taken, input: has_input.then_some(input), ahead, _tasks: tasks }
     }
 
-    let asked = process();
-    let wait = guest.debug.wait(Context::default(), &asked);
-    tokio::pin!(wait);
-    let exit_code = loop {
-        tokio::select! {
-            ended = &mut wait => match ended {
-                Ok(ended) => break ended.exit_status.min(255),
-                Err(error) => return Err(lost_or(vm, error).await),
-            },
-            Some(chunk) = output.recv() => call.notify(&chunk).await?,
-            Some(taken) = taken.recv() => call.notify(&json!({"taken": taken})).await?,
-            note = call.note() => {
-                // Nobody is there any more who would hear of its end.
-                let Some(note) = note else { return Err(RpcError::internal("the client has ended its side")) };
-                match wish(&note)? {
-                    Wish::Input(data) => {
-                        let before = ahead.fetch_add(data.len(), Ordering::Relaxed);
-                        if before + data.len() > AHEAD {
-                            let why = format!("more than {AHEAD} bytes of input that have not been taken");
-                            return Err(RpcError::new(rpc::INVALID_PARAMS, why));
-                        }
-                        // A process without input, or one that has closed it, is not told either.
-                        if let Some(input) = &input {
-                            let _ = input.send(data);
-                        }
-                    }
-                    Wish::EndOfInput => input = None,
-                    Wish::Resize { rows, columns } => {
-                        let size = Process { height: rows.into(), width: columns.into(), ..process() };
-                        note_failure("resize", guest.debug.resize(guest.context(), &size).await);
-                    }
-                    Wish::Signal(signal) => {
-                        let signal = Process { signal, ..process() };
-                        note_failure("signal", guest.debug.signal(guest.context(), &signal).await);
-                    }
+    /// Relays until the process exits. Returns its exit status.
+    async fn until_exit(&mut self, vm: &Vm, call: &mut Call) -> Result<u8, RpcError> {
+        let process = self.running.request();
+        let wait = self.running.guest.debug.wait(Context::default(), &process);
+        tokio::pin!(wait);
+        loop {
+            tokio::select! {
+                exited = &mut wait => return match exited {
+                    Ok(exited) => Ok(u8::try_from(exited.exit_status).unwrap_or(u8::MAX)),
+                    Err(error) => Err(guest_error(vm, error).await),
+                },
+                Some(chunk) = self.output.recv() => call.notify(&chunk).await?,
+                Some(taken) = self.taken.recv() => call.notify(&ExecPart::Taken { taken }).await?,
+                note = call.note() => match note {
+                    Some(note) => self.apply(exec_input(&note)?).await?,
+                    // Nobody reads the response.
+                    None => return Err(RpcError::internal("the client has closed its side of the connection")),
+                },
+            }
+        }
+    }
+
+    async fn apply(&mut self, input: ExecInput) -> Result<(), RpcError> {
+        let guest = &self.running.guest;
+        match input {
+            ExecInput::Data(data) => {
+                let before = self.ahead.fetch_add(data.len(), Ordering::Relaxed);
+                if before + data.len() > EXEC_INPUT_AHEAD {
+                    let message = format!("more than {EXEC_INPUT_AHEAD} bytes of input that the process has not taken");
+                    return Err(RpcError::new(rpc::INVALID_PARAMS, message));
+                }
+                // Input for a process that has none, or has closed it, is discarded without an error.
+                if let Some(input) = &self.input {
+                    let _ = input.send(data);
+                }
+            }
+            ExecInput::End => self.input = None,
+            ExecInput::Resize { rows, columns } => {
+                let size = Process { height: rows.into(), width: columns.into(), ..self.running.request() };
+                log_failure("resize", guest.debug.resize(guest.context(), &size).await);
+            }
+            ExecInput::Signal(signal) => {
+                let signal = Process { signal, ..self.running.request() };
+                log_failure("signal", guest.debug.signal(guest.context(), &signal).await);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the rest of the output of a process that has exited.
+    async fn finish_output(&mut self, call: &Call, exit_code: u8) -> Answer {
+        loop {
+            match timeout(LAST_OUTPUT, self.output.recv()).await {
+                Ok(Some(chunk)) => call.notify(&chunk).await?,
+                Ok(None) => return rpc::result(ExecEnd { exit_code }),
+                Err(_) => {
+                    let seconds = LAST_OUTPUT.as_secs();
+                    return Err(RpcError::internal(format!(
+                        "the process has exited with {exit_code}, but its output has not ended within {seconds} s"
+                    )));
                 }
             }
         }
-    };
-    loop {
-        match timeout(LAST_OUTPUT, output.recv()).await {
-            Ok(Some(chunk)) => call.notify(&chunk).await?,
-            Ok(None) => return Ok(json!({"exit_code": exit_code})),
-            Err(_) => {
-                let seconds = LAST_OUTPUT.as_secs();
-                return Err(RpcError::internal(format!(
-                    "it has ended with {exit_code}, but its output has not in {seconds} s"
-                )));
-            }
-        }
     }
 }
 
-/// It may have ended meanwhile: its end comes next, and says more.
-fn note_failure(what: &str, done: ttrpc::Result<Process>) {
+/// The process may have exited meanwhile. Its exit, which comes next, is the better explanation.
+fn log_failure(action: &str, done: ttrpc::Result<Process>) {
     if let Err(error) = done {
-        tracing::debug!(what, %error, "a process in the VM");
+        tracing::debug!(action, %error, "failed to act on a process in the VM");
     }
 }
 
-/// What a notification asks for.
-fn wish(note: &Note) -> Result<Wish, RpcError> {
-    let wrong = |why: String| RpcError::new(rpc::INVALID_PARAMS, why);
+fn exec_input(note: &Note) -> Result<ExecInput, RpcError> {
+    let invalid = |message: String| RpcError::new(rpc::INVALID_PARAMS, message);
     match note.method.as_str() {
         "exec.input" => match rpc::params(note.params.clone())? {
-            Input { end: true, data } if data.is_empty() => Ok(Wish::EndOfInput),
-            Input { end: true, .. } => Err(wrong("exec.input has either data or its end".to_owned())),
-            Input { data, .. } => {
-                let data = Base64::decode_vec(&data).map_err(|error| wrong(format!("exec.input: data: {error}")))?;
-                Ok(Wish::Input(data))
+            ExecInputParams { end: true, data } if data.is_empty() => Ok(ExecInput::End),
+            ExecInputParams { end: true, .. } => Err(invalid("exec.input takes data or end, not both".to_owned())),
+            ExecInputParams { data, .. } => {
+                let data = Base64::decode_vec(&data).map_err(|error| invalid(format!("exec.input: data: {error}")))?;
+                Ok(ExecInput::Data(data))
             }
         },
-        "exec.resize" => {
-            rpc::params(note.params.clone()).map(|Resize { rows, columns }| Wish::Resize { rows, columns })
+        "exec.resize" => rpc::params(note.params.clone())
+            .map(|ExecResizeParams { rows, columns }| ExecInput::Resize { rows, columns }),
+        "exec.signal" => rpc::params(note.params.clone()).map(|ExecSignalParams { signal }| ExecInput::Signal(signal)),
+        other => {
+            Err(invalid(format!("no notification {}: use exec.input, exec.resize or exec.signal", rpc::quoted(other))))
         }
-        "exec.signal" => rpc::params(note.params.clone()).map(|Signal { signal }| Wish::Signal(signal)),
-        other => Err(wrong(format!("{}: there are exec.input, exec.resize and exec.signal", rpc::quoted(other)))),
     }
 }
 
-/// Passes output on until its end, or until all is there that the process itself has written.
-async fn copy_output(guest: Arc<Guest>, id: String, kind: StreamKind, name: &'static str, to: mpsc::Sender<Value>) {
+/// Copies an output stream until it ends, or until all output of the process itself has arrived: its children may keep
+/// the stream open.
+async fn copy_output(
+    guest: Arc<Guest>,
+    id: String,
+    kind: StreamKind,
+    stream: ExecStream,
+    client: mpsc::Sender<ExecPart>,
+) {
     let copied: Result<(), GuestError> = async {
-        let mut stream = guest.output("", &id, kind).await?;
-        while let Some(chunk) = stream.recv().await? {
-            // What a guest sends as one may be larger than a line should be.
+        let mut output = guest.output("", &id, kind).await?;
+        while let Some(chunk) = output.recv().await? {
+            // A guest may send a larger chunk than a line should hold.
             for part in chunk.data.chunks(STDIO_CHUNK) {
-                let chunk = json!({"stream": name, "data": Base64::encode_string(part)});
-                if to.send(chunk).await.is_err() {
+                if client.send(ExecPart::Output { stream, data: Base64::encode_string(part) }).await.is_err() {
                     return Ok(());
                 }
             }
@@ -245,83 +250,87 @@ async fn copy_output(guest: Arc<Guest>, id: String, kind: StreamKind, name: &'st
     }
     .await;
     if let Err(error) = copied {
-        tracing::warn!(process = id, stream = name, %error, "output of a process in the VM ended early");
+        tracing::warn!(process = id, ?stream, error = %Chain(&error), "the output of a process in the VM ended early");
     }
 }
 
-/// Passes input on, and tells how much has been. Its end becomes the process's.
+/// Copies the client's input to the process, reports what the guest has taken, and closes the process's stdin at its
+/// end.
 async fn copy_input(
     guest: Arc<Guest>,
     id: String,
-    mut from: mpsc::UnboundedReceiver<Vec<u8>>,
+    mut client: mpsc::UnboundedReceiver<Vec<u8>>,
     ahead: Arc<AtomicUsize>,
-    tell: mpsc::Sender<usize>,
+    report_taken: mpsc::Sender<usize>,
 ) {
     let copied: Result<(), GuestError> = async {
-        let mut stream = guest.input("", &id).await?;
-        while let Some(data) = from.recv().await {
+        let mut input = guest.input("", &id).await?;
+        while let Some(data) = client.recv().await {
             for part in data.chunks(STDIO_CHUNK) {
-                stream.send(&InputChunk { data: part.to_vec(), ..Default::default() }).await?;
+                input.send(&InputChunk { data: part.to_vec(), ..Default::default() }).await?;
             }
             ahead.fetch_sub(data.len(), Ordering::Relaxed);
-            if tell.send(data.len()).await.is_err() {
+            if report_taken.send(data.len()).await.is_err() {
                 return Ok(());
             }
         }
-        stream.close_and_recv().await?;
+        input.close_and_recv().await?;
         Ok(())
     }
     .await;
     if let Err(error) = copied {
-        tracing::debug!(process = id, %error, "input of a process in the VM ended early");
+        tracing::debug!(process = id, error = %Chain(&error), "the input of a process in the VM ended early");
     }
 }
 
-/// The error of a call to the guest: what the VM died of, if it did, else the guest's refusal.
-async fn lost_or(vm: &Vm, error: ttrpc::Error) -> RpcError {
+/// The error of a call to the guest: the guest's own message, or the VM's cause of death if the call was lost with the
+/// VM.
+async fn guest_error(vm: &Vm, error: ttrpc::Error) -> RpcError {
     if let ttrpc::Error::RpcStatus(status) = &error {
-        let words: String = status.message.chars().take(GUEST_WORDS).collect();
+        let message: String = status.message.chars().take(GUEST_MESSAGE).collect();
         match status.code() {
-            Code::NOT_FOUND => return RpcError::new(rpc::NO_SUCH_PROGRAM, words),
-            Code::FAILED_PRECONDITION => return RpcError::new(rpc::NOT_EXECUTABLE, words),
-            Code::INVALID_ARGUMENT => return RpcError::new(rpc::INVALID_PARAMS, words),
+            Code::NOT_FOUND => return RpcError::new(rpc::NO_SUCH_PROGRAM, message),
+            Code::FAILED_PRECONDITION => return RpcError::new(rpc::NOT_EXECUTABLE, message),
+            Code::INVALID_ARGUMENT => return RpcError::new(rpc::INVALID_PARAMS, message),
             Code::UNKNOWN | Code::CANCELLED | Code::UNAVAILABLE => {}
-            _ => return RpcError::internal(words),
+            _ => return RpcError::internal(message),
         }
     }
     match vm.died_under_call().await {
         Some(cause) => RpcError::refused(format!("the VM has died: {cause}")),
-        None => RpcError::internal(GuestError::Call(error)),
+        None => RpcError::internal(Chain(&GuestError::Call(error)).to_string()),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
     #[test]
-    fn notifications_are_understood_or_refused() {
-        let table: &[(&str, Value, Result<Wish, &str>)] = &[
-            ("exec.input", json!({"data": "AAH/Cg=="}), Ok(Wish::Input(vec![0, 1, 255, 10]))),
-            ("exec.input", json!({"end": true}), Ok(Wish::EndOfInput)),
-            ("exec.input", json!({"end": true, "data": "AA=="}), Err("exec.input has either data or its end")),
+    fn notifications_are_understood_or_rejected() {
+        let table: &[(&str, Value, Result<ExecInput, &str>)] = &[
+            ("exec.input", json!({"data": "AAH/Cg=="}), Ok(ExecInput::Data(vec![0, 1, 255, 10]))),
+            ("exec.input", json!({"end": true}), Ok(ExecInput::End)),
+            ("exec.input", json!({"end": true, "data": "AA=="}), Err("exec.input takes data or end, not both")),
             ("exec.input", json!({"data": "?"}), Err("exec.input: data: ")),
             ("exec.input", json!({"date": ""}), Err("params: unknown field `date`")),
-            ("exec.resize", json!({"rows": 24, "columns": 80}), Ok(Wish::Resize { rows: 24, columns: 80 })),
+            ("exec.resize", json!({"rows": 24, "columns": 80}), Ok(ExecInput::Resize { rows: 24, columns: 80 })),
             ("exec.resize", json!({"rows": 24}), Err("params: missing field `columns`")),
             ("exec.resize", json!({"rows": 70000, "columns": 1}), Err("params: invalid value")),
-            ("exec.signal", json!({"signal": 15}), Ok(Wish::Signal(15))),
-            ("exec.stop", json!({}), Err("\"exec.stop\": there are exec.input, exec.resize and exec.signal")),
+            ("exec.signal", json!({"signal": 15}), Ok(ExecInput::Signal(15))),
+            ("exec.stop", json!({}), Err("no notification \"exec.stop\": use exec.input, exec.resize or exec.signal")),
         ];
-        for (method, params, wanted) in table {
-            let got = wish(&Note { method: (*method).to_owned(), params: params.clone() });
-            match (&got, wanted) {
-                (Ok(got), Ok(wanted)) => assert_eq!(got, wanted),
+        for (method, params, expected) in table {
+            let input = exec_input(&Note { method: (*method).to_owned(), params: params.clone() });
+            match (&input, expected) {
+                (Ok(input), Ok(expected)) => assert_eq!(input, expected),
                 (Err(error), Err(begins)) => {
                     assert_eq!(error.code, rpc::INVALID_PARAMS);
                     assert!(error.message.starts_with(begins), "{error}");
                 }
-                _ => panic!("{method} {params}: {got:?}"),
+                _ => panic!("{method} {params}: {input:?}"),
             }
         }
     }

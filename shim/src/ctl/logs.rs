@@ -1,83 +1,67 @@
-//! `logs`: what the guest has written to its console, and its init to its log; and what they write.
+//! `compute.vm.logs`: the guest's console and its init's log, and on request their future lines.
 
 use std::io;
 use std::sync::Arc;
 
-use serde::Deserialize;
-use serde_json::{Value, json};
-
 use crate::console::lines::Lines;
 use crate::console::{LogChain, Record};
-use crate::ctl::method::Gone;
-use crate::ctl::{Answer, Call, RpcError, rpc};
+use crate::ctl::messages::{LogSource, LogsEnd, LogsParams, LogsPart};
+use crate::ctl::method::{Answer, Call, Gone};
+use crate::ctl::rpc;
+use crate::ctl::rpc::RpcError;
 use crate::sandbox::Sandbox;
 
-/// Bytes that are sent at once: far below a line's limit, whatever JSON makes of them.
+/// Bytes of a log in one notification: far below a line's limit, even with every byte escaped.
 const PIECE: usize = 32 * 1024;
 
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, default)]
-struct Params {
-    source: Option<Which>,
-    lines: Option<usize>,
-    follow: bool,
-}
-
-#[derive(Deserialize, Clone, Copy, PartialEq)]
-#[serde(rename_all = "snake_case")]
-enum Which {
-    Console,
-    Init,
-}
-
-/// One of the two, and how far it has been sent.
-struct Source {
-    name: &'static str,
+/// A log, and how far it has been sent.
+struct Reader {
+    source: LogSource,
     record: Record,
     at: u64,
     lines: Lines,
 }
 
-/// Sends the lines, those of the console first; with `follow`, those that come too, until the client sends no more or the sandbox has ended.
-pub async fn run(sandbox: Arc<Sandbox>, mut call: Call) -> Answer {
-    let params: Params = rpc::params(std::mem::take(&mut call.params))?;
-    let all = [
-        (Which::Console, "console", sandbox.guest_logs().console.record().clone()),
-        (Which::Init, "init", sandbox.guest_logs().init.clone()),
-    ];
-    let mut sources = Vec::new();
-    for (which, name, record) in all {
-        if params.source.is_none_or(|wanted| wanted == which) {
-            let mut source = Source { name, record, at: 0, lines: Lines::default() };
-            source.send_what_is_there(&call, params.lines).await?;
-            sources.push(source);
-        }
+/// Sends the lines of the console, then those of the init. With `follow`, sends future lines until the client closes
+/// its side or the sandbox ends.
+pub(super) async fn run(sandbox: Arc<Sandbox>, mut call: Call) -> Answer {
+    let params: LogsParams = rpc::params(std::mem::take(&mut call.params))?;
+    let mut readers = Vec::new();
+    for source in LogSource::ALL.into_iter().filter(|source| params.source.is_none_or(|only| only == *source)) {
+        let record = match source {
+            LogSource::Console => sandbox.guest_logs().console.record().clone(),
+            LogSource::Init => sandbox.guest_logs().init.clone(),
+        };
+        let mut reader = Reader { source, record, at: 0, lines: Lines::default() };
+        reader.send_past(&call, params.lines).await?;
+        readers.push(reader);
     }
     let mut ended = false;
     while params.follow && !ended {
         let mut sent = false;
-        for source in &mut sources {
-            sent |= source.send_what_has_come(&call).await?;
+        for reader in &mut readers {
+            sent |= reader.send_new(&call).await?;
         }
         if sent {
             continue;
         }
-        let grown = sources.iter().map(|source| Box::pin(source.record.grown(source.at)));
+        let grown = readers.iter().map(|reader| Box::pin(reader.record.grown(reader.at)));
         tokio::select! {
             _ = futures::future::select_all(grown) => {}
             () = sandbox.ended() => ended = true,
             note = call.note() => if note.is_none() { break },
         }
     }
-    for source in &mut sources {
-        let last = source.lines.end();
-        source.send(&call, last.into_iter().collect()).await?;
+    for reader in &mut readers {
+        let last = reader.lines.end();
+        reader.send(&call, last.into_iter().collect()).await?;
     }
-    Ok(json!({"ended": ended}))
+    rpc::result(LogsEnd { ended })
 }
 
-impl Source {
-    async fn send_what_is_there(&mut self, call: &Call, lines: Option<usize>) -> Result<(), RpcError> {
+impl Reader {
+    /// Sends what is on disk; with `lines`, only the last lines of it.
+    async fn send_past(&mut self, call: &Call, lines: Option<usize>) -> Result<(), RpcError> {
         let path = self.record.path().display().to_string();
         let failed = |error: io::Error| RpcError::internal(format!("read {path}: {error}"));
         let (chain, end) = self.record.on_disk().map_err(failed)?;
@@ -103,8 +87,8 @@ impl Source {
         Ok(())
     }
 
-    /// False if nothing has.
-    async fn send_what_has_come(&mut self, call: &Call) -> Result<bool, Gone> {
+    /// Sends what was written since; false if nothing was.
+    async fn send_new(&mut self, call: &Call) -> Result<bool, Gone> {
         match self.record.read(self.at, PIECE) {
             Ok(piece) if piece.is_empty() => Ok(false),
             Ok(piece) => {
@@ -115,7 +99,8 @@ impl Source {
             }
             Err(overrun) => {
                 self.at += overrun.missed;
-                call.notify(&json!({"source": self.name, "missed": overrun.missed})).await?;
+                let gap = LogsPart { source: self.source, lines: Vec::new(), missed: Some(overrun.missed) };
+                call.notify(&gap).await?;
                 Ok(true)
             }
         }
@@ -125,12 +110,11 @@ impl Source {
         if lines.is_empty() {
             return Ok(());
         }
-        let told: Value = json!({"source": self.name, "lines": lines});
-        call.notify(&told).await
+        call.notify(&LogsPart { source: self.source, lines, missed: None }).await
     }
 }
 
-/// On a thread for it: there may be a lot to be read, and other calls wait for this one.
+/// Runs `work` on a blocking thread: a log can be long, and the runtime's one thread serves all calls.
 async fn blocking<T: Send + 'static>(
     chain: LogChain,
     work: impl FnOnce(&LogChain) -> io::Result<T> + Send + 'static,

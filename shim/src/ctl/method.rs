@@ -1,91 +1,91 @@
-//! What a method is: its name and description, which `rpc.discover` tells, and what runs when it is called.
+//! What a method is: its name and description, which `rpc.discover` returns, and the function that runs when it is
+//! called.
 
 use futures::future::BoxFuture;
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use crate::ctl::rpc;
 use crate::ctl::rpc::RpcError;
 
-/// All methods of a VM have it, and a caller may leave it out.
-pub const PREFIX: &str = "compute.vm.";
-/// Describes the others.
-pub const DISCOVER: &str = "rpc.discover";
+/// The prefix of all methods of a VM, which a caller may omit.
+pub(super) const PREFIX: &str = "compute.vm.";
+/// The method that describes the others.
+pub(super) const DISCOVER: &str = "rpc.discover";
 
-/// What a call comes to.
-pub type Answer = Result<Value, RpcError>;
-/// A call that is under way.
-pub type Running = BoxFuture<'static, Answer>;
+/// The result of a call, or its error.
+pub(crate) type Answer = Result<Value, RpcError>;
+/// A running call.
+pub(crate) type Running = BoxFuture<'static, Answer>;
 
-/// A parameter, by name.
-pub struct Param {
-    /// Its name.
+/// A parameter of a method.
+pub(crate) struct Param {
     pub name: &'static str,
-    /// JSON schema's word for its type.
+    /// The name of its type in JSON schema.
     pub kind: &'static str,
-    /// Whether a call without it is refused.
+    /// A call without it is rejected.
     pub required: bool,
-    /// For people.
+    /// A description.
     pub summary: &'static str,
 }
 
-/// A method of the sockets that serve a `C`.
-pub struct Method<C: 'static> {
+/// A method whose context is a `C`.
+pub(crate) struct Method<C: 'static> {
     /// With [`PREFIX`].
     pub name: &'static str,
-    /// For people.
+    /// A description.
     pub summary: &'static str,
-    /// All that it takes.
+    /// Every parameter.
     pub params: &'static [Param],
-    /// For people: what its result is.
+    /// A description of the result.
     pub result: &'static str,
-    /// What it does.
+    /// Its implementation.
     pub kind: Kind<C>,
 }
 
-/// What a method does.
-pub enum Kind<C: 'static> {
-    /// Answers at once.
+/// The implementation of a method.
+pub(crate) enum Kind<C: 'static> {
+    /// Returns its result at once.
     Unary(fn(C, Value) -> Running),
-    /// Sends notifications before its answer, and may be sent some.
+    /// Sends notifications before its response, and may receive some.
     Streaming {
-        /// For people: what is in the notifications, and which ones may be sent to it.
+        /// A description of the notifications in both directions.
         notifications: &'static str,
-        /// Runs it.
         run: fn(C, Call) -> Running,
     },
-    /// Is refused with these words: who does it, and how.
-    Elsewhere(&'static str),
+    /// Always refused, with this message: who does it instead, and how.
+    Refused(&'static str),
 }
 
-/// The method of that name.
-pub fn find<C>(methods: &'static [Method<C>], name: &str) -> Option<&'static Method<C>> {
+/// The method with this name.
+pub(super) fn find<C>(methods: &'static [Method<C>], name: &str) -> Option<&'static Method<C>> {
     methods.iter().find(|method| method.name == name || method.name.strip_prefix(PREFIX) == Some(name))
 }
 
-/// A notification of the client's, for the streaming call that runs on its connection.
+/// A notification from the client, for the streaming call on its connection.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Note {
+pub(super) struct Note {
     /// Without [`PREFIX`].
     pub method: String,
     /// An object.
     pub params: Value,
 }
 
-/// The client does not take anything any more: it has gone, or was too slow.
+/// The client has disconnected, or reads too slowly.
 #[derive(Debug, thiserror::Error)]
-#[error("the client has gone, or has not read for too long")]
-pub struct Gone;
+#[error("the client has disconnected or has stopped reading")]
+pub(super) struct Gone;
 
 impl From<Gone> for RpcError {
     fn from(gone: Gone) -> Self {
-        // Written to nobody.
-        Self::internal(gone)
+        // Nobody reads it.
+        Self::internal(gone.to_string())
     }
 }
 
-/// A streaming call. It is dropped where it waits when its connection breaks.
-pub struct Call {
+/// A streaming call. It is dropped at its current await point when its connection breaks.
+pub(crate) struct Call {
     /// An object; see [`rpc::params`].
     pub params: Value,
     pub(super) method: &'static str,
@@ -94,23 +94,24 @@ pub struct Call {
 }
 
 impl Call {
-    /// Sends a notification; waits while the client is slow, but not for ever. Keep it far below a line's limit.
+    /// Sends a notification. Waits while the client is slow, but not forever. Keep a notification far below the limit
+    /// of a line.
     ///
     /// # Errors
-    /// When the client has gone or was too slow: time to end.
-    pub async fn notify(&self, params: &Value) -> Result<(), Gone> {
+    /// [`Gone`]: the call should end.
+    pub(super) async fn notify(&self, params: &impl Serialize) -> Result<(), Gone> {
         self.lines.send(rpc::notification(self.method, params)).await.map_err(|_| Gone)
     }
 
-    /// The next notification of the client's; none when it sends no more. It may still be reading, but one that only follows something ends
-    /// with that, because nothing else tells that nobody is there. May be dropped while it waits.
-    pub async fn note(&mut self) -> Option<Note> {
+    /// The next notification from the client; `None` when the client has closed its side. It may still read, but a call
+    /// that follows something ends here, because nothing else shows that the client is gone. Cancel safe.
+    pub(super) async fn note(&mut self) -> Option<Note> {
         self.notes.recv().await
     }
 }
 
-/// What there is, as an OpenRPC document (spec.open-rpc.org), whose extensions are `x-`.
-pub fn discover<C>(title: &str, methods: &[Method<C>]) -> Value {
+/// The methods as an OpenRPC document (spec.open-rpc.org), whose extensions begin with `x-`.
+pub(super) fn discover<C>(title: &str, methods: &[Method<C>]) -> Value {
     let described = methods.iter().map(|method| {
         let params = method.params.iter().map(|param| {
             json!({
@@ -133,14 +134,14 @@ pub fn discover<C>(title: &str, methods: &[Method<C>]) -> Value {
                 entry["x-streaming"] = json!(true);
                 entry["x-notifications"] = json!(notifications);
             }
-            Kind::Elsewhere(words) => {
+            Kind::Refused(message) => {
                 entry["x-always-refused"] = json!(true);
-                entry["errors"] = json!([{"code": rpc::REFUSED, "message": words}]);
+                entry["errors"] = json!([{"code": rpc::REFUSED, "message": message}]);
             }
         }
         entry
     });
-    let itself = json!({
+    let discover = json!({
         "name": DISCOVER,
         "summary": "This document",
         "paramStructure": "by-name",
@@ -151,6 +152,6 @@ pub fn discover<C>(title: &str, methods: &[Method<C>]) -> Value {
         "openrpc": "1.2.6",
         "info": {"title": title, "version": env!("CARGO_PKG_VERSION")},
         "x-prefix": PREFIX,
-        "methods": described.chain([itself]).collect::<Vec<_>>(),
+        "methods": described.chain([discover]).collect::<Vec<_>>(),
     })
 }

@@ -1,17 +1,27 @@
-//! `ctl.sock`: what an operator's tool asks of a sandbox, one JSON-RPC 2.0 message a line (see [`rpc`]).
+//! `ctl.sock`: the socket on which a sandbox answers an operator's tool, one JSON-RPC 2.0 message a line (see [`rpc`]).
 //!
-//! A connection does one call after the other. A method answers at once, or is streaming: then notifications with its name come before the
-//! response, and notifications of the client's that come meanwhile go to it; a request meanwhile is refused as busy. Nothing that a client does
-//! holds up anybody but itself: lines, queues, clients and waits are bounded.
+//! A connection runs one call at a time. A unary method returns its result at once. A streaming method sends
+//! notifications under its own name before the response, and receives the notifications that the client sends
+//! meanwhile; a request meanwhile is rejected as busy. Lines, queues, clients and waits are bounded, so that a client
+//! can hold up nobody but itself.
 //!
-//! To add a method, add its entry to [`methods::METHODS`] and write the function that it names, in a file of its own:
+//! | file | content |
+//! |---|---|
+//! | `server`, `connection`, `limits` | the clients |
+//! | `rpc` | the messages of JSON-RPC |
+//! | `method`, `methods` | what a method is, and all of them |
+//! | `messages` | parameters, notifications and results, shared with `husk` |
+//! | `events`, `logs`, `exec` | the streaming methods |
+//!
+//! To add a method, add its entry to [`methods::METHODS`] and write the function that the entry names, in a file of its
+//! own:
 //!
 //! ```ignore
 //! Method {
 //!     name: "compute.vm.echo",
-//!     summary: "Repeats what it is sent",
-//!     params: &[Param { name: "text", kind: "string", required: true, summary: "what to begin with" }],
-//!     result: "{} when the client sends no more",
+//!     summary: "Repeats the text that it receives",
+//!     params: &[Param { name: "text", kind: "string", required: true, summary: "the first text" }],
+//!     result: "{} when the client closes its side",
 //!     kind: Kind::Streaming {
 //!         notifications: "{text}; takes `echo.input` {text}",
 //!         run: |sandbox, call| Box::pin(echo::run(sandbox, call)),
@@ -35,72 +45,22 @@
 //! }
 //! ```
 //!
-//! `Kind::Unary(|sandbox, params| Box::pin(...))` has no `Call`, and a deadline. An error's code is one of [`rpc`]'s; `rpc.discover` needs no more
-//! than the entry.
-
-use std::time::Duration;
-
-use tokio::net::{UnixListener, UnixStream};
+//! `Kind::Unary(|sandbox, params| Box::pin(...))` has no `Call`, and a deadline. An error has one of the codes in
+//! [`rpc`]. `rpc.discover` needs nothing but the entry.
 
 mod connection;
 mod events;
-pub mod exec;
+mod exec;
+mod limits;
 mod logs;
-pub mod method;
-pub mod methods;
+pub mod messages;
+mod method;
+pub(crate) mod methods;
 pub mod rpc;
+mod server;
 #[cfg(test)]
 mod tests;
 
-use crate::host::socket;
-pub use method::{Answer, Call, Kind, Method, Note, Param};
-pub use rpc::RpcError;
-
-/// The socket's name in the sandbox's folder.
-pub const SOCKET: &str = "ctl.sock";
-
-/// What a client may take.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Bytes of a line, its end not counted.
-    pub line: usize,
-    /// Clients at once.
-    pub clients: usize,
-    /// Without a call, between two of a client's lines.
-    pub idle: Duration,
-    /// For a method that answers at once.
-    pub answer: Duration,
-    /// For a line to be taken by the client. Long: a terminal that was stopped by its user, or a pager, is no reason to end.
-    pub stall: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            line: 1 << 20,
-            clients: 64,
-            idle: Duration::from_secs(60),
-            answer: Duration::from_secs(10),
-            stall: Duration::from_secs(300),
-        }
-    }
-}
-
-/// Serves `methods` of `context` to whoever connects, until the returned task is aborted or the runtime ends.
-pub fn serve<C: Clone + Send + Sync>(
-    listener: UnixListener,
-    context: C,
-    methods: &'static [Method<C>],
-    limits: Limits,
-) -> tokio::task::JoinHandle<()> {
-    let turn_away = move |stream: &UnixStream| turn_away(stream, limits.clients);
-    socket::serve(listener, SOCKET, limits.clients, turn_away, move |stream| {
-        connection::serve(stream, context.clone(), methods, limits)
-    })
-}
-
-fn turn_away(stream: &UnixStream, clients: usize) {
-    let error = RpcError::new(rpc::BUSY, format!("{clients} clients are connected already: end one of them"));
-    // A new socket has room for a line; a client that it does not reach sees the end of the connection.
-    let _ = stream.try_write(&rpc::response(&serde_json::Value::Null, &Err(error)));
-}
+pub(crate) use limits::Limits;
+pub use limits::SOCKET;
+pub(crate) use server::serve;

@@ -1,11 +1,17 @@
-//! The framework with methods of the tests' own.
+//! The server with the tests' own methods.
 
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
-use super::*;
+use std::time::Duration;
+
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::ctl::limits::{Limits, SOCKET};
+use crate::ctl::method::{Answer, Call, Kind, Method, Param};
+use crate::ctl::{rpc, serve};
 
 const SHORT: Duration = Duration::from_millis(200);
 const LONG: Duration = Duration::from_secs(20);
@@ -13,14 +19,14 @@ const LONG: Duration = Duration::from_secs(20);
 static METHODS: &[Method<u32>] = &[
     Method {
         name: "compute.vm.number",
-        summary: "The context",
+        summary: "Returns the context",
         params: &[],
         result: "a number",
         kind: Kind::Unary(|context, _| Box::pin(async move { Ok(json!(context)) })),
     },
     Method {
         name: "compute.vm.never",
-        summary: "Has no answer",
+        summary: "Never returns",
         params: &[],
         result: "none",
         kind: Kind::Unary(|_, _| Box::pin(std::future::pending())),
@@ -30,25 +36,25 @@ static METHODS: &[Method<u32>] = &[
         summary: "Panics",
         params: &[],
         result: "none",
-        kind: Kind::Unary(|_, _| Box::pin(async { panic!("as it should") })),
+        kind: Kind::Unary(|_, _| Box::pin(async { panic!("on purpose") })),
     },
     Method {
         name: "compute.vm.stop",
-        summary: "Not here",
+        summary: "Refused",
         params: &[],
         result: "none",
-        kind: Kind::Elsewhere("somebody else does that"),
+        kind: Kind::Refused("another program does that"),
     },
     Method {
         name: "compute.vm.echo",
-        summary: "Repeats what it is sent",
-        params: &[Param { name: "text", kind: "string", required: true, summary: "what to begin with" }],
+        summary: "Repeats the text that it receives",
+        params: &[Param { name: "text", kind: "string", required: true, summary: "the first text" }],
         result: "the number of notes",
         kind: Kind::Streaming { notifications: "{text}", run: |_, call| Box::pin(echo(call)) },
     },
     Method {
         name: "compute.vm.flood",
-        summary: "Sends without end",
+        summary: "Sends forever",
         params: &[],
         result: "none",
         kind: Kind::Streaming { notifications: "{text}", run: |_, call| Box::pin(flood(call)) },
@@ -90,7 +96,8 @@ impl Connection {
 
     async fn receive(&mut self) -> Option<Value> {
         let mut line = String::new();
-        let read = tokio::time::timeout(LONG, self.0.read_line(&mut line)).await.expect("a line or the end");
+        let read =
+            tokio::time::timeout(LONG, self.0.read_line(&mut line)).await.expect("a line or the end of the connection");
         (read.unwrap_or(0) > 0).then(|| serde_json::from_str(&line).unwrap())
     }
 
@@ -113,7 +120,7 @@ fn code(answer: &Value) -> i64 {
 }
 
 #[tokio::test]
-async fn calls_on_one_connection_are_answered_in_order_whatever_comes_between() {
+async fn calls_on_one_connection_are_answered_in_order_even_with_invalid_lines_between_them() {
     let connect = server(Limits { answer: SHORT, ..Limits::default() });
     let mut client = connect().await;
     client.send(r#"{"jsonrpc":"2.0","id":1,"method":"number"}"#).await;
@@ -131,9 +138,9 @@ async fn calls_on_one_connection_are_answered_in_order_whatever_comes_between() 
         .into_iter()
         .chain(table)
         .chain([("echo", rpc::INVALID_PARAMS)]);
-    for (method, wanted) in table {
+    for (method, expected) in table {
         let answer = client.ask(&json!({"jsonrpc": "2.0", "id": 2, "method": method}).to_string()).await;
-        assert_eq!((code(&answer), &answer["id"]), (wanted, &json!(2)), "{method}: {answer}");
+        assert_eq!((code(&answer), &answer["id"]), (expected, &json!(2)), "{method}: {answer}");
     }
     let unknown = r#"{"jsonrpc":"2.0","id":3,"method":"echo","params":{"text":"a","loud":true}}"#;
     let answer = client.ask(unknown).await;
@@ -143,29 +150,29 @@ async fn calls_on_one_connection_are_answered_in_order_whatever_comes_between() 
 }
 
 #[tokio::test]
-async fn a_streaming_call_sends_and_is_sent_notifications_and_then_is_answered() {
+async fn a_streaming_call_exchanges_notifications_and_then_returns_its_result() {
     let connect = server(Limits::default());
     let mut client = connect().await;
     let begin = |id: u32| format!(r#"{{"jsonrpc":"2.0","id":{id},"method":"echo","params":{{"text":"a"}}}}"#);
-    let told = |text: &str| json!({"jsonrpc": "2.0", "method": "compute.vm.echo", "params": {"text": text}});
-    assert_eq!(client.ask(&begin(1)).await, told("a"));
+    let echoed = |text: &str| json!({"jsonrpc": "2.0", "method": "compute.vm.echo", "params": {"text": text}});
+    assert_eq!(client.ask(&begin(1)).await, echoed("a"));
     let note = r#"{"jsonrpc":"2.0","method":"echo.input","params":{"text":"b"}}"#;
-    assert_eq!(client.ask(note).await, told("b"));
+    assert_eq!(client.ask(note).await, echoed("b"));
     assert_eq!(code(&client.ask(&begin(2)).await), rpc::BUSY);
     assert_eq!(code(&client.ask("}").await), rpc::PARSE_ERROR);
     let end = r#"{"jsonrpc":"2.0","method":"compute.vm.echo.end"}"#;
     assert_eq!(client.ask(end).await, json!({"jsonrpc": "2.0", "id": 1, "result": 1}));
     assert_eq!(client.ask(r#"{"jsonrpc":"2.0","id":3,"method":"number"}"#).await["result"], 7);
 
-    // One that says its last and reads on still gets its answer.
-    assert_eq!(client.ask(&begin(4)).await, told("a"));
+    // A client that closes its side and keeps reading still gets its response.
+    assert_eq!(client.ask(&begin(4)).await, echoed("a"));
     client.0.get_mut().shutdown().await.unwrap();
     assert_eq!(client.receive().await.unwrap(), json!({"jsonrpc": "2.0", "id": 4, "result": 0}));
     assert_eq!(client.receive().await, None);
 }
 
 #[tokio::test]
-async fn a_line_without_end_and_a_client_without_words_are_dropped() {
+async fn clients_with_an_endless_line_or_without_calls_are_disconnected() {
     let connect = server(Limits { line: 100, idle: SHORT, ..Limits::default() });
     let mut client = connect().await;
     let longest = format!("{:<100}", r#"{"jsonrpc":"2.0","id":1,"method":"number"}"#);
@@ -174,11 +181,11 @@ async fn a_line_without_end_and_a_client_without_words_are_dropped() {
     assert_eq!(code(&answer), rpc::INVALID_REQUEST);
     assert_eq!(answer["error"]["message"], "a line is longer than 100 bytes");
     assert_eq!(client.receive().await, None);
-    assert_eq!(connect().await.receive().await, None, "dropped when it was idle for too long");
+    assert_eq!(connect().await.receive().await, None, "the client was idle for too long");
 }
 
 #[tokio::test]
-async fn clients_beyond_the_limit_are_turned_away_until_another_goes() {
+async fn clients_beyond_the_limit_are_turned_away_until_another_disconnects() {
     let connect = server(Limits { clients: 1, ..Limits::default() });
     let mut first = connect().await;
     assert_eq!(first.ask(r#"{"jsonrpc":"2.0","id":1,"method":"number"}"#).await["result"], 7);
@@ -194,13 +201,13 @@ async fn clients_beyond_the_limit_are_turned_away_until_another_goes() {
         if third.receive().await.unwrap()["result"] == 7 {
             return;
         }
-        assert!(started.elapsed() < LONG, "the place is not given to another");
+        assert!(started.elapsed() < LONG, "the place of a disconnected client stays taken");
         tokio::task::yield_now().await;
     }
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_read_is_dropped_and_holds_nobody_up() {
+async fn a_client_that_does_not_read_is_disconnected_and_holds_nobody_up() {
     let connect = server(Limits { stall: SHORT, clients: 2, ..Limits::default() });
     let mut slow = connect().await;
     slow.send(r#"{"jsonrpc":"2.0","id":1,"method":"flood"}"#).await;
@@ -208,26 +215,26 @@ async fn a_client_that_does_not_read_is_dropped_and_holds_nobody_up() {
     assert_eq!(other.ask(r#"{"jsonrpc":"2.0","id":1,"method":"number"}"#).await["result"], 7);
     tokio::time::sleep(3 * SHORT).await;
     assert_eq!(other.ask(r#"{"jsonrpc":"2.0","id":2,"method":"number"}"#).await["result"], 7);
-    // What had reached it can still be read, then comes the end, perhaps in the middle of a line.
+    // The client still reads what had reached it. The connection then ends, perhaps in the middle of a line.
     let mut rest = Vec::new();
     let read = tokio::io::AsyncReadExt::read_to_end(&mut slow.0, &mut rest);
-    tokio::time::timeout(LONG, read).await.expect("it is dropped").unwrap();
+    tokio::time::timeout(LONG, read).await.expect("the connection ends").unwrap();
     assert!(rest.len() > 10_000);
     let mut third = connect().await;
     assert_eq!(third.ask(r#"{"jsonrpc":"2.0","id":1,"method":"number"}"#).await["result"], 7);
 }
 
 #[tokio::test]
-async fn what_there_is_is_told_as_it_is() {
+async fn discovery_describes_every_method() {
     let mut client = server(Limits::default())().await;
     let answer = client.ask(r#"{"jsonrpc":"2.0","id":1,"method":"rpc.discover"}"#).await;
     let methods = answer["result"]["methods"].as_array().unwrap();
     let names: Vec<_> = methods.iter().map(|method| method["name"].as_str().unwrap()).collect();
-    let mut wanted: Vec<_> = METHODS.iter().map(|method| method.name).collect();
-    wanted.push("rpc.discover");
-    assert_eq!(names, wanted);
+    let mut expected: Vec<_> = METHODS.iter().map(|method| method.name).collect();
+    expected.push("rpc.discover");
+    assert_eq!(names, expected);
     let of = |name: &str| methods.iter().find(|method| method["name"] == name).unwrap();
     assert_eq!(of("compute.vm.echo")["params"][0]["required"], true);
     assert_eq!(of("compute.vm.echo")["x-streaming"], true);
-    assert_eq!(of("compute.vm.stop")["errors"][0]["message"], "somebody else does that");
+    assert_eq!(of("compute.vm.stop")["errors"][0]["message"], "another program does that");
 }

@@ -1,4 +1,4 @@
-//! The disk on which extras travel: an image in memory, which QEMU gets by descriptor and nothing else ever sees.
+//! The extras disk: an image in memory. QEMU gets its descriptor; no other process sees it.
 
 use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -12,29 +12,29 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use super::files::OpenedFile;
 use crate::vmm::Disk;
 
-/// Why there is no disk.
+/// Why the extras disk cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// The image.
-    #[error("make the disk for extras: {0}")]
+    #[error("create the extras disk")]
     Image(#[from] io::Error),
-    /// A file that could be opened before.
-    #[error("read {path:?}, which is to be {destination:?} in the guest: {source}")]
-    Source {
-        /// On the host.
+    /// A source file cannot be read any more.
+    #[error("read {path:?}, the source of {destination:?} in the guest")]
+    Read {
+        /// The path on the host.
         path: std::path::PathBuf,
-        /// In the guest.
+        /// The path in the guest.
         destination: String,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
 }
 
-/// Writes the disk with these files; none if there is no file.
+/// Writes the disk with these files. Returns none without files.
 ///
 /// # Errors
 ///
-/// When one cannot be read, or has become shorter since it was opened; or when memory runs out.
+/// When a file cannot be read or has shrunk since it was opened, or when memory runs out.
 pub fn write(sources: &[OpenedFile]) -> Result<Option<Disk>, DiskError> {
     if sources.is_empty() {
         return Ok(None);
@@ -50,16 +50,16 @@ pub fn write(sources: &[OpenedFile]) -> Result<Option<Disk>, DiskError> {
     let mut at = extras::after(0, head.len() as u64).ok_or_else(too_large)?;
     for source in sources {
         image.seek(SeekFrom::Start(at))?;
-        copy(source, &mut image).map_err(|error| DiskError::Source {
+        copy(source, &mut image).map_err(|error| DiskError::Read {
             path: source.entry.source.clone(),
             destination: source.entry.destination.clone(),
             source: error,
         })?;
         at = extras::after(at, source.size).ok_or_else(too_large)?;
     }
-    // Whole sectors, or the last ones would not be there.
+    // A disk has whole sectors: the guest would not see a partial last one.
     image.set_len(at)?;
-    // QEMU opens it by itself, as a user of its own, who may not change it.
+    // QEMU opens the image itself, as its own user. That user must not change it.
     image.set_permissions(Permissions::from_mode(0o444))?;
     Ok(Some(Disk { serial: SERIAL.to_owned(), image: Arc::new(image) }))
 }
@@ -70,22 +70,22 @@ fn too_large() -> io::Error {
 
 fn copy(source: &OpenedFile, image: &mut File) -> io::Result<()> {
     let mut file = &*source.file;
-    // Another boot, that has failed, may have read it.
+    // A failed boot may have read the file before.
     file.rewind()?;
     let copied = io::copy(&mut file.take(source.size), image)?;
     if copied < source.size {
-        let why = format!("it had {} bytes when it was checked, and has {copied} now", source.size);
+        let why = format!("the file shrank from {} to {copied} bytes after it was checked", source.size);
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
     }
     Ok(())
 }
 
-/// Gives the memory of a disk back that has been read: QEMU holds the image as long as the VM lives.
+/// Frees the memory of a disk that the guest has read: QEMU keeps the image open as long as the VM runs.
 ///
 /// # Errors
 ///
-/// fallocate(2)'s.
-pub fn give_back(disk: &Disk) -> io::Result<()> {
+/// When fallocate(2) fails.
+pub(crate) fn give_back(disk: &Disk) -> io::Result<()> {
     let size = disk.image.metadata()?.len();
     let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     Ok(fallocate(&*disk.image, hole, 0, size.try_into().map_err(io::Error::other)?)?)

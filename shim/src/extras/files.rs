@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::config::extras::{ExtraFile, Extras, field, whole};
 use crate::config::problem::Problem;
 
-/// A file on its way to the guest.
+/// An opened source file.
 #[derive(Debug, Clone)]
 pub struct OpenedFile {
     pub(super) entry: ExtraFile,
@@ -17,19 +17,20 @@ pub struct OpenedFile {
     pub(super) size: u64,
 }
 
-/// Opens the files, so that what was checked is what will be taken. Together they may have `max_mib` MiB.
+/// Opens the source files of `extras`, which may have `max_mib` MiB together. The guest gets the opened files, even if
+/// other files take over their paths.
 ///
 /// # Errors
 ///
-/// All that cannot be read, or that they are too large.
+/// Every file that cannot be opened or is not a regular file, and a total size above the limit.
 pub fn open(extras: &Extras, max_mib: u64) -> Result<Vec<OpenedFile>, Vec<Problem>> {
     let (mut sources, mut problems) = (Vec::new(), Vec::new());
-    for wanted in &extras.files {
-        match open_file(&wanted.source) {
-            Ok((file, size)) => sources.push(OpenedFile { entry: wanted.clone(), file: Arc::new(file), size }),
+    for entry in &extras.files {
+        match open_file(&entry.source) {
+            Ok((file, size)) => sources.push(OpenedFile { entry: entry.clone(), file: Arc::new(file), size }),
             Err(error) => problems.push(Problem {
-                key: field(&wanted.destination, "source"),
-                value: Some(format!("{:?}", wanted.source)),
+                key: field(&entry.destination, "source"),
+                value: Some(format!("{:?}", entry.source)),
                 why: error.to_string(),
             }),
         }
@@ -39,14 +40,14 @@ pub fn open(extras: &Extras, max_mib: u64) -> Result<Vec<OpenedFile>, Vec<Proble
         problems.push(Problem {
             key: whole(),
             value: Some(format!("{total} bytes")),
-            why: format!("more than extras_max_mib = {max_mib} of husk's configuration allows"),
+            why: format!("more than extras_max_mib = {max_mib} in husk's configuration allows"),
         });
     }
     if problems.is_empty() { Ok(sources) } else { Err(problems) }
 }
 
 fn open_file(path: &Path) -> io::Result<(File, u64)> {
-    // Without O_NONBLOCK, a fifo would be waited for.
+    // O_NONBLOCK: opening a fifo does not block.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let metadata = file.metadata()?;
     if !metadata.is_file() {

@@ -1,5 +1,5 @@
-//! Extras: files of the host for the guest itself. Opens them and writes the disk on which they travel. What the annotations say is in
-//! [`crate::config::extras`].
+//! Extras: files of the host for the guest itself. Opens them (`files.rs`) and writes them to the disk on which the
+//! guest receives them (`disk.rs`). The annotations that request them are parsed in `config/extras/`.
 
 pub mod disk;
 pub mod files;

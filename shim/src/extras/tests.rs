@@ -1,9 +1,10 @@
-//! Which files can be extras, and what is on the disk.
+//! The files that can be extras, and the content of the disk.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::path::PathBuf;
 
+use husk_protos::chain::Chain;
 use husk_protos::extras as wire;
 
 use super::disk;
@@ -16,7 +17,7 @@ fn texts(problems: Vec<Problem>) -> Vec<String> {
     problems.iter().map(ToString::to_string).collect()
 }
 
-fn wanted(destination: &str, source: impl Into<PathBuf>, mode: u32) -> ExtraFile {
+fn file(destination: &str, source: impl Into<PathBuf>, mode: u32) -> ExtraFile {
     ExtraFile { destination: destination.into(), source: source.into(), mode }
 }
 
@@ -25,22 +26,22 @@ fn extras(files: Vec<ExtraFile>, supervisor: Option<bool>) -> Extras {
 }
 
 #[test]
-fn sources_are_readable_regular_files_and_not_too_large_together() {
+fn sources_are_readable_regular_files_within_the_size_limit() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     std::fs::write(path("file"), vec![0; 600 << 10]).unwrap();
     std::os::unix::fs::symlink("file", path("link")).unwrap();
     nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let small = extras(vec![wanted("/a", path("file"), 0)], None);
+    let small = extras(vec![file("/a", path("file"), 0)], None);
     assert_eq!(open(&small, 1).unwrap().len(), 1);
-    let wrong = extras(
+    let invalid = extras(
         vec![
-            wanted("/a", path("file"), 0),
-            wanted("/b", path("link"), 0),
-            wanted("/c", path("fifo"), 0),
-            wanted("/d", folder.path(), 0),
-            wanted("/e", path("none"), 0),
-            wanted("/f", "/dev/null", 0),
+            file("/a", path("file"), 0),
+            file("/b", path("link"), 0),
+            file("/c", path("fifo"), 0),
+            file("/d", folder.path(), 0),
+            file("/e", path("none"), 0),
+            file("/f", "/dev/null", 0),
         ],
         None,
     );
@@ -52,14 +53,14 @@ fn sources_are_readable_regular_files_and_not_too_large_together() {
         source("/d", folder.path().into(), "not a regular file"),
         source("/e", path("none"), "No such file or directory (os error 2)"),
         source("/f", "/dev/null".into(), "not a regular file"),
-        "annotation io.husk.extras.files = 1228800 bytes: more than extras_max_mib = 1 of husk's configuration allows"
+        "annotation io.husk.extras.files = 1228800 bytes: more than extras_max_mib = 1 in husk's configuration allows"
             .to_owned(),
     ];
-    assert_eq!(texts(open(&wrong, 1).unwrap_err()), expected);
-    assert_eq!(texts(open(&wrong, 2).unwrap_err()), expected[..4]);
+    assert_eq!(texts(open(&invalid, 1).unwrap_err()), expected);
+    assert_eq!(texts(open(&invalid, 2).unwrap_err()), expected[..4]);
 
     let large = File::create(path("large")).unwrap();
-    let extras = extras(vec![wanted("/large", path("large"), 0)], None);
+    let extras = extras(vec![file("/large", path("large"), 0)], None);
     let by_default = Config::default().extras_max_mib;
     for (size, fits) in [(64 << 20, true), ((64 << 20) + 1, false)] {
         large.set_len(size).unwrap();
@@ -67,13 +68,13 @@ fn sources_are_readable_regular_files_and_not_too_large_together() {
     }
 }
 
-/// A folder with these files, and them as sources.
+/// A folder with files of these contents, and the opened files.
 fn sources(contents: &[&[u8]]) -> (tempfile::TempDir, Vec<OpenedFile>) {
     let folder = tempfile::tempdir().unwrap();
     let files = contents.iter().enumerate().map(|(number, content)| {
         let path = folder.path().join(number.to_string());
         std::fs::write(&path, content).unwrap();
-        wanted(&format!("/{number}"), path, 0o640)
+        file(&format!("/{number}"), path, 0o640)
     });
     let extras = extras(files.collect(), None);
     let sources = open(&extras, 64).unwrap();
@@ -81,9 +82,9 @@ fn sources(contents: &[&[u8]]) -> (tempfile::TempDir, Vec<OpenedFile>) {
 }
 
 #[test]
-fn the_disk_has_what_the_files_had_when_they_were_checked() {
+fn the_disk_contains_the_files_as_they_were_when_they_were_checked() {
     let (folder, sources) = sources(&[b"one", b"", &[7; 5000]]);
-    // Somebody else's by now; and one that grows.
+    // Another file takes over a path, and a file grows.
     std::fs::rename(folder.path().join("0"), folder.path().join("x")).unwrap();
     std::fs::write(folder.path().join("0"), "other").unwrap();
     let mut grows = File::options().append(true).open(folder.path().join("1")).unwrap();
@@ -116,11 +117,11 @@ fn the_disk_has_what_the_files_had_when_they_were_checked() {
 }
 
 #[test]
-fn a_file_that_has_become_shorter_is_named() {
+fn a_file_that_has_shrunk_is_reported() {
     let (folder, sources) = sources(&[b"four"]);
     File::options().write(true).open(folder.path().join("0")).unwrap().set_len(2).unwrap();
-    let error = disk::write(&sources).unwrap_err().to_string();
-    assert!(error.ends_with("\"/0\" in the guest: it had 4 bytes when it was checked, and has 2 now"), "{error}");
+    let error = Chain(&disk::write(&sources).unwrap_err()).to_string();
+    assert!(error.ends_with("\"/0\" in the guest: the file shrank from 4 to 2 bytes after it was checked"), "{error}");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use husk_protos::lock::lock;
 use husk_protos::report::report::What;
 use husk_protos::report::supervisor_status::State;
 use husk_protos::report::{LogLevel, LogLine, Report, SupervisorStatus};
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::io::AsyncRead;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -23,6 +23,8 @@ use tracing::Level;
 use crate::console::Record;
 use crate::containerd::log as logging;
 use crate::state::recent::{EventKind, Recent};
+use crate::state::status;
+use crate::state::status::Heartbeats;
 
 /// This many missing heartbeats in a row mean the death of the VM.
 const MISSED: u32 = 3;
@@ -104,14 +106,18 @@ pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks
                 }
                 () = sleep_until(last + health.interval * 3 / 2), if !late => {
                     late = true;
-                    sinks.recent.note(EventKind::Health, "a heartbeat is late", in_json(health.snapshot()));
+                    sinks.recent.note(EventKind::Health, "a heartbeat is late", json!(heartbeats(health.snapshot())));
                 }
             }
         };
         match read.map(|report| report.what) {
             Ok(Some(What::Heartbeat(_))) => {
                 if std::mem::take(&mut late) {
-                    sinks.recent.note(EventKind::Health, "the heartbeats have resumed", in_json(health.snapshot()));
+                    sinks.recent.note(
+                        EventKind::Health,
+                        "the heartbeats have resumed",
+                        json!(heartbeats(health.snapshot())),
+                    );
                 }
                 *lock(&health.last) = Instant::now();
             }
@@ -125,17 +131,17 @@ pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks
     }
 }
 
-/// The guest's health for `husk status`.
-pub(crate) fn in_json(health: HealthSnapshot) -> Value {
-    json!({
-        "heartbeat_interval_ms": health.interval.as_millis() as u64,
-        "since_heartbeat_ms": health.since_heartbeat.as_millis() as u64,
-        "missed": health.missed,
-    })
+/// The guest's heartbeats for `husk status`.
+pub(crate) fn heartbeats(health: HealthSnapshot) -> Heartbeats {
+    Heartbeats {
+        heartbeat_interval_ms: health.interval.as_millis() as u64,
+        since_heartbeat_ms: health.since_heartbeat.as_millis() as u64,
+        missed: health.missed,
+    }
 }
 
 /// The supervisor's status for `husk status`.
-pub(crate) fn supervisor_in_json(status: &SupervisorStatus) -> Value {
+pub(crate) fn supervisor_status(status: &SupervisorStatus) -> status::SupervisorStatus {
     let state = match status.state.enum_value_or_default() {
         State::RUNNING => "running",
         State::WAITING => "waiting",
@@ -143,14 +149,13 @@ pub(crate) fn supervisor_in_json(status: &SupervisorStatus) -> Value {
         State::STOPPED => "stopped",
         State::STATE_UNSPECIFIED => "unknown",
     };
-    let last_end = Some(&status.last_end).filter(|last_end| !last_end.is_empty());
-    json!({
-        "state": state,
-        "pid": Some(status.pid).filter(|pid| *pid != 0),
-        "restarts": status.restarts,
-        "last_end": last_end,
-        "wait_ms": Some(status.wait_ms).filter(|ms| *ms != 0),
-    })
+    status::SupervisorStatus {
+        state: state.to_owned(),
+        pid: Some(status.pid).filter(|pid| *pid != 0),
+        restarts: status.restarts,
+        last_end: Some(status.last_end.clone()).filter(|last_end| !last_end.is_empty()),
+        wait_ms: Some(status.wait_ms).filter(|ms| *ms != 0),
+    }
 }
 
 fn silence(health: HealthSnapshot) -> String {
@@ -211,7 +216,7 @@ impl Log {
         status.last_end = sanitized(&status.last_end);
         let (pid, restarts, last_end) = (status.pid, status.restarts, &status.last_end);
         if let Admitted::Yes { .. } = self.supervisors.admit(Instant::now()) {
-            recent.note(EventKind::Supervisor, "the supervisor's state", supervisor_in_json(&status));
+            recent.note(EventKind::Supervisor, "the supervisor's state", json!(supervisor_status(&status)));
             match status.state.enum_value_or_default() {
                 State::GAVE_UP => {
                     tracing::error!(

@@ -1,5 +1,5 @@
-//! The metadata service for all VMs of a host, where the kernel's vsock device carries their connections: it tells the CID that one comes from, the
-//! leases whose that is, and the sandbox's state the rest.
+//! The metadata service for all VMs of a host whose connections the kernel's vsock device carries. The kernel reports a
+//! caller's CID, the leases name the CID's sandbox, and the sandbox's state has the rest.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -7,87 +7,90 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use futures::stream;
 use husk_protos::PORT_METADATA;
+use husk_protos::chain::Chain;
 use husk_protos::metadata::GetMetadataResponse;
 use ttrpc::Code;
 
 use crate::config::settings::TokenSettings;
 use crate::config::workspace::Workspace;
-use crate::metadata::service::{Refusal, Source, serve};
+use crate::metadata::issuer::{Issuer, response};
+use crate::metadata::one_vm::workspace_file;
+use crate::metadata::service::{MetadataSource, Refusal, serve};
 use crate::metadata::token::Identity;
-use crate::metadata::{Issuer, response, workspace_file};
 use crate::state::cid::{CidError, Leases};
 use crate::state::{State, StateError};
 use husk_vsock::kernel;
 
-/// Why a caller is nobody's VM. For the host's log: a caller learns no more than that it is not known.
+/// Why a caller cannot be identified. For the host's log: the caller only learns that it is unknown.
 #[derive(Debug, thiserror::Error)]
-enum Unknown {
-    #[error("{0}")]
+enum UnknownCaller {
+    #[error(transparent)]
     Cid(#[from] CidError),
-    #[error("{0}")]
+    #[error(transparent)]
     State(#[from] StateError),
-    #[error("no sandbox has leased it")]
+    #[error("no sandbox has leased the CID")]
     NotLeased,
-    #[error("the sandbox {0} that has leased it has another shim by now")]
+    #[error("the sandbox {0}, which leased the CID, has another shim now")]
     Successor(String),
-    #[error("the sandbox {0} that has leased it has no machine with it")]
+    #[error("the sandbox {0}, which leased the CID, has no machine with it")]
     Former(String),
-    #[error("the sandbox {0} that has leased it has no QEMU that runs")]
+    #[error("the QEMU of the sandbox {0}, which leased the CID, does not run")]
     Dead(String),
-    #[error("read the workspace {}: {source}", path.display())]
+    #[error("read the workspace {}", path.display())]
     Workspace { path: PathBuf, source: std::io::Error },
-    #[error("look for QEMU in /proc: {0}")]
-    Process(std::io::Error),
+    #[error("look up QEMU in /proc")]
+    Process(#[source] std::io::Error),
 }
 
-/// Which VM has this CID now, and its workspace.
-fn find(base: &Path, cid: u32) -> Result<(Identity, Option<Workspace>), Unknown> {
-    let holder = Leases::under(base).holder(cid)?.ok_or(Unknown::NotLeased)?;
+/// The VM that has this CID now, and its workspace.
+fn find(base: &Path, cid: u32) -> Result<(Identity, Option<Workspace>), UnknownCaller> {
+    let holder = Leases::under(base).holder(cid)?.ok_or(UnknownCaller::NotLeased)?;
     let state = State::load(base, &holder.namespace, &holder.sandbox)?;
     if state.shim() != Some(holder.shim) {
-        return Err(Unknown::Successor(holder.sandbox));
+        return Err(UnknownCaller::Successor(holder.sandbox));
     }
-    // A sandbox whose VM did not come up may have booted another.
+    // A sandbox whose VM failed to boot may have booted another one, with another CID.
     let machine =
-        state.machine().filter(|machine| machine.cid == cid).ok_or(Unknown::Former(holder.sandbox.clone()))?;
-    // While it lives, the kernel gives the CID to nobody else.
-    if !machine.process.runs().map_err(Unknown::Process)? {
-        return Err(Unknown::Dead(holder.sandbox));
+        state.machine().filter(|machine| machine.cid == cid).ok_or(UnknownCaller::Former(holder.sandbox.clone()))?;
+    // While QEMU runs, the kernel gives the CID to no other process.
+    if !machine.process.runs().map_err(UnknownCaller::Process)? {
+        return Err(UnknownCaller::Dead(holder.sandbox));
     }
     let path = workspace_file(state.dir());
-    let workspace = Workspace::read_back(&path).map_err(|source| Unknown::Workspace { path, source })?;
+    let workspace = Workspace::read_back(&path).map_err(|source| UnknownCaller::Workspace { path, source })?;
     Ok((Identity { namespace: holder.namespace, sandbox: holder.sandbox, cid }, workspace))
 }
 
-/// Answers for all VMs whose state is under `base`.
+/// The metadata of all VMs whose state is under `base`.
 struct AllVms {
     base: PathBuf,
     issuer: Issuer,
 }
 
 #[async_trait]
-impl Source for AllVms {
+impl MetadataSource for AllVms {
     async fn get(&self, cid: u32) -> Result<GetMetadataResponse, Refusal> {
         let base = self.base.clone();
-        let found = tokio::task::spawn_blocking(move || find(&base, cid).map_err(|error| error.to_string())).await;
-        match found.unwrap_or_else(|error| Err(error.to_string())) {
+        let found =
+            tokio::task::spawn_blocking(move || find(&base, cid).map_err(|error| Chain(&error).to_string())).await;
+        match found.unwrap_or_else(|error| Err(Chain(&error).to_string())) {
             Ok((identity, workspace)) => Ok(response(self.issuer.issue(identity).await?, workspace.as_ref())),
             Err(error) => {
-                tracing::debug!(cid, error, "a caller that is no VM of husk's");
-                Err(Refusal { code: Code::NOT_FOUND, message: format!("no VM of husk's has CID {cid}") })
+                tracing::debug!(cid, error, "a caller is not a VM of husk");
+                Err(Refusal { code: Code::NOT_FOUND, message: format!("no VM of husk has CID {cid}") })
             }
         }
     }
 }
 
-/// Answers every guest of the machine that dials the port, without end.
+/// Serves every guest on the host that connects to the port. Does not return.
 ///
 /// # Errors
 ///
-/// When the port cannot be listened on: another process does, or the kernel has no vsock.
+/// When the port is taken, or the kernel has no vsock.
 pub async fn serve_all(base: PathBuf, settings: TokenSettings) -> Result<(), husk_vsock::VsockError> {
     let listener = kernel::KernelListener::bind(PORT_METADATA)?;
-    tracing::info!(port = PORT_METADATA, "answering all VMs on the kernel's vsock");
+    tracing::info!(port = PORT_METADATA, "serving metadata to all VMs on the kernel's vsock device");
     let incoming = stream::unfold(listener, |listener| async move { Some((listener.accept().await, listener)) });
     serve(Box::pin(incoming), Arc::new(AllVms { base, issuer: Issuer::new(settings) })).await;
     Ok(())
@@ -118,13 +121,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_cid_is_the_vm_that_has_leased_it_as_long_as_its_qemu_lives() {
+    async fn a_cid_identifies_the_vm_that_leased_it_while_its_qemu_runs() {
         let base = tempfile::tempdir().unwrap();
         let key = base.path().join("key");
         let settings = TokenSettings { key, lifetime: std::time::Duration::from_secs(1) };
         let source = AllVms { base: base.path().to_owned(), issuer: Issuer::new(settings) };
         let refused = |cid: u32| {
-            let message = format!("no VM of husk's has CID {cid}");
+            let message = format!("no VM of husk has CID {cid}");
             Err(Refusal { code: Code::NOT_FOUND, message })
         };
         let leases = Leases::under(base.path());
@@ -137,7 +140,7 @@ mod tests {
             let shim = holder.shim;
             let mut record = |cid| state.record(&Owner::Sandbox, [Step::Cid { cid, leases: leases.clone(), shim }]);
             let cid = leases.lease(4..=9, &holder, &mut record, &mut |_| Ok(true)).unwrap();
-            // Leased, but not started: another's guest could have the CID.
+            // Leased, but the VM has not started: another guest could have the CID.
             assert_eq!(source.get(cid).await, refused(cid));
             state.set_machine(machine(cid, qemu.id()));
             state.save().unwrap();
@@ -147,9 +150,9 @@ mod tests {
             let (identity, found) = find(base.path(), cid).unwrap();
             assert_eq!(identity, Identity { namespace: "ns".into(), sandbox: sandbox.into(), cid });
             assert_eq!(found.as_ref().map(Workspace::bytes), workspace.map(str::as_bytes));
-            let answer = source.get(cid).await.unwrap();
-            assert_eq!(answer.workspace.as_deref(), workspace.map(str::as_bytes));
-            assert_eq!(answer.token.split('.').count(), 3);
+            let response = source.get(cid).await.unwrap();
+            assert_eq!(response.workspace.as_deref(), workspace.map(str::as_bytes));
+            assert_eq!(response.token.split('.').count(), 3);
             if sandbox == "s2" {
                 qemu.kill().unwrap();
                 qemu.wait().unwrap();
@@ -161,13 +164,13 @@ mod tests {
             assert_eq!(source.get(cid).await, refused(cid));
         }
         let (cid, mut qemu, mut state) = vms.swap_remove(0);
-        // It boots again, with another CID: the one before may be anybody's.
+        // After another boot with another CID, the first CID may belong to any VM.
         for (with, found) in [(7, false), (cid, true)] {
             state.set_machine(machine(with, qemu.id()));
             state.save().unwrap();
             assert_eq!(source.get(cid).await.is_ok(), found, "{with}");
         }
-        // Its lease is a dead shim's, and the sandbox of that name has a shim that has none.
+        // The lease belongs to a dead shim; the sandbox has another shim without a lease.
         let path = base.path().join(".cids").join(cid.to_string());
         let lease = std::fs::read_to_string(&path).unwrap().replace("\"start_time\":", "\"start_time\":1");
         std::fs::write(&path, lease).unwrap();

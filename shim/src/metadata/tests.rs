@@ -1,38 +1,51 @@
-//! The service as a guest meets it: over ttrpc's own client, and by bytes that no client sends.
+//! The service as a guest sees it: with ttrpc's own client, and with bytes that no client sends.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
+use async_trait::async_trait;
 use base64ct::{Base64UrlUnpadded, Encoding};
 use ed25519_dalek::{Signature, VerifyingKey};
-use husk_protos::metadata::GetMetadataRequest;
+use futures::stream;
+use husk_protos::metadata::{GetMetadataRequest, GetMetadataResponse};
 use husk_protos::metadata_ttrpc::MetadataClient;
+use protobuf::Message;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::mpsc;
+use ttrpc::Code;
 use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::with_duration;
+use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MessageHeader, Request, Response};
 
-use super::service::{CONNECTIONS, REQUEST_BYTES};
-use super::*;
+use super::issuer::{Issuer, response};
+use super::key::Key;
+use super::one_vm::{OneVm, provide, serve_vm, workspace_file};
+use super::service::{CONNECTIONS, MetadataSource, REQUEST_BYTES, Refusal, serve};
+use super::token::Identity;
+use crate::config::settings::TokenSettings;
+use crate::config::workspace::{MAX_BYTES, Workspace};
+use crate::guest::link::Link;
 
 const WAIT: Duration = Duration::from_secs(60);
 
-/// What the answers say is a CID's alone.
+/// Responds to each CID with its own token.
 struct ByCid;
 
 #[async_trait]
-impl Source for ByCid {
+impl MetadataSource for ByCid {
     async fn get(&self, cid: u32) -> Result<GetMetadataResponse, Refusal> {
         Ok(response(format!("token of {cid}"), None))
     }
 }
 
-/// Serves `source` to those who dial.
+/// Serves a source to the guests that dial.
 struct Host(mpsc::UnboundedSender<(DuplexStream, u32)>);
 
 impl Host {
-    fn start(source: impl Source) -> Self {
+    fn start(source: impl MetadataSource) -> Self {
         let (dial, mut dialed) = mpsc::unbounded_channel();
         let incoming = stream::poll_fn(move |cx| dialed.poll_recv(cx));
         tokio::spawn(serve(incoming, Arc::new(source)));
@@ -40,9 +53,9 @@ impl Host {
     }
 
     fn dial(&self, cid: u32) -> DuplexStream {
-        let (guests, hosts) = duplex(64 * 1024);
-        self.0.send((hosts, cid)).unwrap();
-        guests
+        let (guest_end, host_end) = duplex(64 * 1024);
+        self.0.send((host_end, cid)).unwrap();
+        guest_end
     }
 
     fn client(&self, cid: u32) -> MetadataClient {
@@ -64,19 +77,19 @@ fn one_vm(key: &Path, workspace: Option<&str>) -> OneVm {
 }
 
 #[tokio::test]
-async fn a_vm_gets_a_token_that_the_public_key_verifies_and_its_workspace_as_it_stands() {
+async fn a_vm_gets_a_verifiable_token_and_its_unchanged_workspace() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metadata.key");
-    let large = format!("\"{}\"", "x".repeat(crate::config::workspace::MOST_BYTES - 2));
+    let large = format!("\"{}\"", "x".repeat(MAX_BYTES - 2));
     for workspace in [None, Some("{}"), Some(r#"{"a": 1}"#), Some(&large)] {
         let host = Host::start(one_vm(&path, workspace));
         let client = host.client(3);
         let (first, second) = (get(&client).await.unwrap(), get(&client).await.unwrap());
-        for answer in [first, second] {
-            assert_eq!(answer.workspace.as_deref(), workspace.map(str::as_bytes));
-            let (signed, signature) = answer.token.rsplit_once('.').unwrap();
+        for response in [first, second] {
+            assert_eq!(response.workspace.as_deref(), workspace.map(str::as_bytes));
+            let (signed, signature) = response.token.rsplit_once('.').unwrap();
             let signature = Signature::from_slice(&Base64UrlUnpadded::decode_vec(signature).unwrap()).unwrap();
-            let public = Key::read_or_make(&path).unwrap().public();
+            let public = Key::read_or_create(&path).unwrap().public();
             let verifier = VerifyingKey::from_bytes(&public.bytes).unwrap();
             verifier.verify_strict(signed.as_bytes(), &signature).unwrap();
             let claims = Base64UrlUnpadded::decode_vec(signed.split_once('.').unwrap().1).unwrap();
@@ -84,15 +97,15 @@ async fn a_vm_gets_a_token_that_the_public_key_verifies_and_its_workspace_as_it_
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
             let iat = claims["iat"].as_u64().unwrap();
             assert!((now - 60..=now).contains(&iat), "{claims}");
-            let whose =
+            let expected =
                 json!({"iss": "husk", "sandbox": "s1", "namespace": "ns", "cid": 3, "iat": iat, "exp": iat + 300});
-            assert_eq!(claims, whose);
+            assert_eq!(claims, expected);
         }
     }
 }
 
 #[tokio::test]
-async fn the_key_is_not_touched_before_somebody_asks() {
+async fn the_key_is_not_created_before_the_first_request() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metadata.key");
     let host = Host::start(one_vm(&path, None));
@@ -103,54 +116,52 @@ async fn the_key_is_not_touched_before_somebody_asks() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_not_to_be_trusted_is_told_to_the_log_and_not_to_the_guest() {
+async fn an_untrusted_key_is_reported_in_the_log_and_not_to_the_guest() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metadata.key");
     std::fs::write(&path, "secret").unwrap();
     let vm = one_vm(&path, Some("{}"));
-    assert!(vm.issuer.may_tell() && !vm.issuer.may_tell(), "a guest can fill the log");
+    assert!(vm.issuer.may_log() && !vm.issuer.may_log(), "a guest can fill the log");
     let host = Host::start(vm);
     let client = host.client(3);
     for _ in 0..2 {
         match get(&client).await {
             Err(ttrpc::Error::RpcStatus(status)) => {
                 assert_eq!(status.code(), Code::FAILED_PRECONDITION);
-                assert_eq!(status.message, "the host cannot sign a token; its log says why");
+                assert_eq!(status.message, "the host cannot sign a token; the host's log has the reason");
             }
             other => panic!("{other:?}"),
         }
     }
-    // Mended, it is used at once.
+    // A repaired key is used at once.
     std::fs::remove_file(&path).unwrap();
     get(&client).await.unwrap();
 }
 
 #[tokio::test]
-async fn each_vm_is_told_its_own_whatever_it_says() {
+async fn each_vm_gets_its_own_metadata_whatever_it_requests() {
     let host = Host::start(ByCid);
     for cid in [4, 5, 65535] {
         assert_eq!(get(&host.client(cid)).await.unwrap().token, format!("token of {cid}"));
-        // The bytes of a request that claims to be another's: fields that nobody has asked for.
+        // A request that claims to come from another VM, in fields that the message does not have.
         let payload = b"\x0a\x01s\x12\x02ns\x18\x05".to_vec();
         let mut stream = host.dial(cid);
         stream.write_all(&request("husk.v1.Metadata", "Get", payload)).await.unwrap();
-        let (_, answer) = answer(&mut stream).await.unwrap();
-        let answer = GetMetadataResponse::parse_from_bytes(&answer.payload).unwrap();
-        assert_eq!(answer.token, format!("token of {cid}"));
+        let (_, response) = receive(&mut stream).await.unwrap();
+        let metadata = GetMetadataResponse::parse_from_bytes(&response.payload).unwrap();
+        assert_eq!(metadata.token, format!("token of {cid}"));
     }
 }
 
-use protobuf::Message;
-use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MessageHeader, Request, Response};
-
+/// The bytes of a request.
 fn request(service: &str, method: &str, payload: Vec<u8>) -> Vec<u8> {
     let request = Request { service: service.into(), method: method.into(), payload, ..Default::default() };
     let bytes = request.write_to_bytes().unwrap();
     [Vec::from(MessageHeader::new_request(1, bytes.len() as u32)), bytes].concat()
 }
 
-/// The next answer; none when the host has hung up instead.
-async fn answer(stream: &mut DuplexStream) -> Option<(MessageHeader, Response)> {
+/// The next response; none if the host has closed the connection.
+async fn receive(stream: &mut DuplexStream) -> Option<(MessageHeader, Response)> {
     let mut header = [0; MESSAGE_HEADER_LENGTH];
     timeout_or_end(stream.read_exact(&mut header)).await?;
     let header = MessageHeader::from(header);
@@ -160,11 +171,11 @@ async fn answer(stream: &mut DuplexStream) -> Option<(MessageHeader, Response)> 
 }
 
 async fn timeout_or_end(read: impl Future<Output = std::io::Result<usize>>) -> Option<()> {
-    tokio::time::timeout(WAIT, read).await.expect("the host neither answers nor hangs up").ok().map(drop)
+    tokio::time::timeout(WAIT, read).await.expect("the host neither responds nor closes the connection").ok().map(drop)
 }
 
 #[tokio::test]
-async fn what_is_no_request_is_refused_or_hung_up_on() {
+async fn invalid_requests_are_rejected_or_end_the_connection() {
     let get = || request("husk.v1.Metadata", "Get", Vec::new());
     let frame = |type_, length: u32| {
         let mut bytes = Vec::from(MessageHeader::new_request(1, length));
@@ -174,11 +185,11 @@ async fn what_is_no_request_is_refused_or_hung_up_on() {
     let table: [(&str, Vec<u8>, Option<Code>); 9] = [
         ("another method", request("husk.v1.Metadata", "Put", Vec::new()), Some(Code::UNIMPLEMENTED)),
         ("another service", request("husk.v1.System", "Get", Vec::new()), Some(Code::UNIMPLEMENTED)),
-        ("no protobuf inside", request("husk.v1.Metadata", "Get", vec![0xff; 9]), Some(Code::INVALID_ARGUMENT)),
-        ("no protobuf", [frame(1, 3), vec![0xff; 3]].concat(), None),
+        ("an invalid payload", request("husk.v1.Metadata", "Get", vec![0xff; 9]), Some(Code::INVALID_ARGUMENT)),
+        ("an invalid request", [frame(1, 3), vec![0xff; 3]].concat(), None),
         ("a response", frame(2, 0), None),
-        ("data of a stream", frame(3, 0), None),
-        ("a request too large", frame(1, REQUEST_BYTES + 1), None),
+        ("a frame of a stream", frame(3, 0), None),
+        ("a too large request", frame(1, REQUEST_BYTES + 1), None),
         ("4 GiB", frame(1, u32::MAX), None),
         ("garbage", vec![0xff; 64], None),
     ];
@@ -186,36 +197,36 @@ async fn what_is_no_request_is_refused_or_hung_up_on() {
     for (name, bytes, expected) in table {
         let mut stream = host.dial(4);
         stream.write_all(&bytes).await.unwrap();
-        let answered = answer(&mut stream).await.map(|(_, response)| response.status.code());
-        assert_eq!(answered, expected, "{name}");
-        // A refusal ends nothing.
+        let code = receive(&mut stream).await.map(|(_, response)| response.status.code());
+        assert_eq!(code, expected, "{name}");
+        // The connection continues after an error response.
         if expected.is_some() {
             stream.write_all(&get()).await.unwrap();
-            assert!(answer(&mut stream).await.is_some_and(|(_, response)| response.status.is_none()), "{name}");
+            assert!(receive(&mut stream).await.is_some_and(|(_, response)| response.status.is_none()), "{name}");
         }
     }
-    // And the service goes on.
+    // The service accepts further connections.
     assert!(super::tests::get(&host.client(4)).await.is_ok());
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_does_not_go_on_is_hung_up_on() {
+async fn a_guest_that_stops_sending_is_disconnected() {
     let host = Host::start(one_vm(Path::new("/no/such/folder/which/is/not/made/metadata.key"), None));
     let whole = request("husk.v1.Metadata", "Get", Vec::new());
     for sent in [0, 1, MESSAGE_HEADER_LENGTH, whole.len() - 1] {
         let mut stream = host.dial(4);
         stream.write_all(&whole[..sent]).await.unwrap();
         let began = tokio::time::Instant::now();
-        assert!(answer(&mut stream).await.is_none(), "after {sent} bytes");
+        assert!(receive(&mut stream).await.is_none(), "after {sent} bytes");
         assert_eq!(began.elapsed().as_secs(), 10, "after {sent} bytes");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_takes_no_answers_is_hung_up_on_and_gets_no_more_than_one_into_the_hosts_memory() {
+async fn a_guest_that_reads_no_responses_is_disconnected_and_queues_at_most_one_in_the_host() {
     struct Large;
     #[async_trait]
-    impl Source for Large {
+    impl MetadataSource for Large {
         async fn get(&self, _cid: u32) -> Result<GetMetadataResponse, Refusal> {
             Ok(response("x".repeat(256 * 1024), None))
         }
@@ -223,7 +234,7 @@ async fn who_takes_no_answers_is_hung_up_on_and_gets_no_more_than_one_into_the_h
     let host = Host::start(Large);
     let mut stream = host.dial(4);
     let whole = request("husk.v1.Metadata", "Get", Vec::new());
-    // As many as fit into the socket: they are not read before the first answer was taken.
+    // The socket fills up: the host reads the next request only after the guest has read the response.
     let sent = async {
         loop {
             stream.write_all(&whole).await?;
@@ -231,41 +242,41 @@ async fn who_takes_no_answers_is_hung_up_on_and_gets_no_more_than_one_into_the_h
         #[allow(unreachable_code)]
         Ok::<(), std::io::Error>(())
     };
-    let ended = tokio::time::timeout(WAIT, sent).await.expect("it reads on without end");
+    let ended = tokio::time::timeout(WAIT, sent).await.expect("the host keeps reading requests");
     assert_eq!(ended.unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
 }
 
 #[tokio::test]
-async fn a_vm_has_few_connections_at_a_time_and_none_of_anothers() {
+async fn the_connections_of_each_vm_are_limited_separately() {
     let host = Host::start(ByCid);
     let held: Vec<_> = (0..CONNECTIONS).map(|_| host.client(4)).collect();
     for client in &held {
         get(client).await.unwrap();
     }
-    assert!(get(&host.client(4)).await.is_err(), "one too many");
+    assert!(get(&host.client(4)).await.is_err(), "one connection too many");
     assert_eq!(get(&host.client(5)).await.unwrap().token, "token of 5");
     drop(held);
-    // The host learns of their end in its own time.
+    // The host notices the closed connections with a delay.
     let deadline = tokio::time::Instant::now() + WAIT;
     while get(&host.client(4)).await.is_err() {
-        assert!(tokio::time::Instant::now() < deadline, "the connections are not given back");
+        assert!(tokio::time::Instant::now() < deadline, "the closed connections still count");
         tokio::task::yield_now().await;
     }
 }
 
 #[tokio::test]
-async fn it_ends_with_the_device() {
-    let (device, _qemus) = husk_vsock::Device::start(3).unwrap();
+async fn the_service_ends_with_the_device() {
+    let (device, _qemu_end) = husk_vsock::Device::start(3).unwrap();
     let vm = one_vm(Path::new("/none"), None);
     let listener = device.listen(husk_protos::PORT_METADATA).unwrap();
     let service = tokio::spawn(serve_vm(listener, vm.identity.clone(), vm.issuer.settings.clone(), None));
     assert!(matches!(device.listen(husk_protos::PORT_METADATA), Err(husk_vsock::VsockError::PortInUse(_))));
     device.stop();
-    tokio::time::timeout(WAIT, service).await.expect("it outlives the device").unwrap();
+    tokio::time::timeout(WAIT, service).await.expect("the service outlives the device").unwrap();
 }
 
 #[tokio::test]
-async fn for_the_hosts_service_the_workspace_of_the_last_boot_is_in_a_file_for_root_alone() {
+async fn the_hosts_service_finds_the_workspace_of_the_last_boot_in_a_file_for_root_only() {
     use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().unwrap();
     let vm = one_vm(Path::new("/none"), None);
@@ -280,6 +291,6 @@ async fn for_the_hosts_service_the_workspace_of_the_last_boot_is_in_a_file_for_r
         }
         assert_eq!(Workspace::read_back(&path).unwrap(), workspace);
     }
-    std::fs::write(folder.path().join("large"), vec![7; crate::config::workspace::MOST_BYTES + 1]).unwrap();
+    std::fs::write(folder.path().join("large"), vec![7; MAX_BYTES + 1]).unwrap();
     assert!(Workspace::read_back(&folder.path().join("large")).is_err());
 }

@@ -1,4 +1,4 @@
-//! The token that tells a VM's identity: a JSON Web Token (RFC 7519), signed with the host's key. Pure.
+//! The token that proves a VM's identity: a JSON Web Token (RFC 7519), signed with the host's key. Pure.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -7,22 +7,21 @@ use serde_json::json;
 
 use crate::metadata::key::Key;
 
-/// Who says so, in each token.
-pub const ISSUER: &str = "husk";
+/// The issuer that each token names.
+pub(super) const ISSUER: &str = "husk";
 
-/// Which VM a caller is.
+/// The VM that a token identifies.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Identity {
+pub(crate) struct Identity {
     /// containerd's namespace.
-    pub namespace: String,
-    /// The sandbox's id.
-    pub sandbox: String,
-    /// The CID that the guest has on its vsock. With a device of its own, each has the same.
-    pub cid: u32,
+    pub(crate) namespace: String,
+    pub(crate) sandbox: String,
+    /// The guest's CID, which is the same for all guests with a device of their own.
+    pub(crate) cid: u32,
 }
 
-/// Issues a token at the time `now`. Both times in it are whole seconds, so a part of a second counts as one.
-pub fn issue(key: &Key, identity: &Identity, now: SystemTime, lifetime: Duration) -> String {
+/// Issues a token at the time `now`. Its times are whole seconds; the lifetime is rounded up.
+pub(super) fn issue(key: &Key, identity: &Identity, now: SystemTime, lifetime: Duration) -> String {
     let issued = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let seconds = lifetime.as_secs() + u64::from(lifetime.subsec_nanos() > 0);
     let claims = json!({
@@ -37,7 +36,7 @@ pub fn issue(key: &Key, identity: &Identity, now: SystemTime, lifetime: Duration
     compact(key, &header.to_string(), &claims.to_string())
 }
 
-/// The compact serialisation of a JSON Web Signature (RFC 7515, 7.1).
+/// The compact serialization of a JSON Web Signature (RFC 7515, section 7.1).
 fn compact(key: &Key, header: &str, payload: &str) -> String {
     let encode = |bytes: &[u8]| Base64UrlUnpadded::encode_string(bytes);
     let signed = format!("{}.{}", encode(header.as_bytes()), encode(payload.as_bytes()));
@@ -47,29 +46,28 @@ fn compact(key: &Key, header: &str, payload: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::key::tests::example;
     use super::*;
     use serde_json::Value;
 
     #[test]
-    fn the_signature_is_that_of_the_standard() {
+    fn the_signature_matches_the_standards_example() {
         // RFC 8037, A.4.
         assert_eq!(
-            compact(&example(), r#"{"alg":"EdDSA"}"#, "Example of Ed25519 signing"),
+            compact(&Key::example(), r#"{"alg":"EdDSA"}"#, "Example of Ed25519 signing"),
             "eyJhbGciOiJFZERTQSJ9.RXhhbXBsZSBvZiBFZDI1NTE5IHNpZ25pbmc.hgyY0il_MGCjP0JzlnLWG1PPOt7-09PGcvMg3AIbQR6dWbhijcNR4ki4iylGjg5BhVsPt9g7sVvpAr_MuM0KAg"
         );
     }
 
     #[test]
-    fn a_token_says_whose_it_is_and_until_when() {
+    fn a_token_names_its_vm_and_its_expiry() {
         let identity = Identity { namespace: "k8s.io".into(), sandbox: "pod-1".into(), cid: 3 };
         let table = [(300_000, 300), (1, 1), (1000, 1), (1001, 2), (u64::MAX, u64::MAX / 1000 + 1)];
         for (lifetime_ms, seconds) in table {
             let now = UNIX_EPOCH + Duration::from_millis(1_763_000_000_900);
-            let token = issue(&example(), &identity, now, Duration::from_millis(lifetime_ms));
+            let token = issue(&Key::example(), &identity, now, Duration::from_millis(lifetime_ms));
             let part = |n| Base64UrlUnpadded::decode_vec(token.split('.').nth(n).unwrap()).unwrap();
             let json = |n| serde_json::from_slice::<Value>(&part(n)).unwrap();
-            let id = example().public().id;
+            let id = Key::example().public().id;
             assert_eq!(json(0), serde_json::json!({"alg": "EdDSA", "typ": "JWT", "kid": id}));
             let (iat, exp) = (1_763_000_000_u64, 1_763_000_000 + seconds);
             let expected = serde_json::json!({"iss": "husk", "sandbox": "pod-1", "namespace": "k8s.io", "cid": 3, "iat": iat, "exp": exp});

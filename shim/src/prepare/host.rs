@@ -12,7 +12,7 @@ use crate::config::artifacts::Artifacts;
 use crate::config::load::{self, ConfigError};
 use crate::config::names::PATH;
 use crate::config::problem::Problem;
-use crate::config::settings::{Accel, Config, Vsock};
+use crate::config::settings::{AccelMode, Config, VsockMode};
 use crate::guest::link::Carrier;
 use crate::vm::virtiofsd;
 use crate::vmm::{self, factory};
@@ -101,7 +101,7 @@ pub(crate) fn find(config: &Config, places: &Places, debug: bool) -> Result<Host
 /// All problems at once.
 pub fn check(named: Option<&Path>, places: &Places) -> Result<(PathBuf, bool), ConfigError> {
     let (path, text) = load::read(named)?;
-    let (config, mut problems) = load::understand(text.as_deref().unwrap_or_default(), &path)?;
+    let (config, mut problems) = load::parse_valid(text.as_deref().unwrap_or_default(), &path)?;
     let wrong: Vec<String> = problems.iter().map(|problem| problem.key.clone()).collect();
     let files_unclear = wrong.iter().any(|key| GUEST_FILES.contains(&key.as_str()));
     // A file that an invalid key names is not reported as missing too.
@@ -120,11 +120,11 @@ fn find_vmm(config: &Config, places: &Places) -> Result<PathBuf, Problem> {
     })
 }
 
-fn accelerator(configured: Accel, kvm: bool) -> Result<vmm::Accel, Problem> {
+fn accelerator(configured: AccelMode, kvm: bool) -> Result<vmm::Accel, Problem> {
     match configured {
-        Accel::Tcg => Ok(vmm::Accel::Tcg),
-        Accel::Auto | Accel::Kvm if kvm => Ok(vmm::Accel::Kvm),
-        Accel::Kvm => {
+        AccelMode::Tcg => Ok(vmm::Accel::Tcg),
+        AccelMode::Auto | AccelMode::Kvm if kvm => Ok(vmm::Accel::Kvm),
+        AccelMode::Kvm => {
             let [intel, amd] = KVM_MODULES;
             let why = format!(
                 "no hardware virtualization on this host (it requires /dev/kvm, and {intel} or {amd}); set accel = \"tcg\" \
@@ -132,7 +132,7 @@ fn accelerator(configured: Accel, kvm: bool) -> Result<vmm::Accel, Problem> {
             );
             Err(Problem { key: "accel".to_owned(), value: Some("\"kvm\"".to_owned()), why })
         }
-        Accel::Auto => {
+        AccelMode::Auto => {
             tracing::warn!(
                 "no hardware virtualization (kvm_intel or kvm_amd): VMs run in software (TCG), which is slow"
             );
@@ -141,11 +141,11 @@ fn accelerator(configured: Accel, kvm: bool) -> Result<vmm::Accel, Problem> {
     }
 }
 
-fn carrier(configured: Vsock, vhost_vsock: bool) -> Result<Carrier, Problem> {
+fn carrier(configured: VsockMode, vhost_vsock: bool) -> Result<Carrier, Problem> {
     match configured {
-        Vsock::Auto | Vsock::VhostUser => Ok(Carrier::Own),
-        Vsock::Vhost if vhost_vsock => Ok(Carrier::Kernel),
-        Vsock::Vhost => {
+        VsockMode::Auto | VsockMode::VhostUser => Ok(Carrier::Own),
+        VsockMode::Vhost if vhost_vsock => Ok(Carrier::Kernel),
+        VsockMode::Vhost => {
             let why = format!(
                 "no {} on this host: load the kernel's module for it (modprobe vhost_vsock), or set vsock = \"vhost-user\"",
                 kernel::DEVICE
@@ -199,12 +199,12 @@ mod tests {
     #[test]
     fn kvm_is_used_where_it_works_unless_the_configuration_says_tcg() {
         let table = [
-            (Accel::Auto, true, Some(vmm::Accel::Kvm)),
-            (Accel::Auto, false, Some(vmm::Accel::Tcg)),
-            (Accel::Kvm, true, Some(vmm::Accel::Kvm)),
-            (Accel::Kvm, false, None),
-            (Accel::Tcg, true, Some(vmm::Accel::Tcg)),
-            (Accel::Tcg, false, Some(vmm::Accel::Tcg)),
+            (AccelMode::Auto, true, Some(vmm::Accel::Kvm)),
+            (AccelMode::Auto, false, Some(vmm::Accel::Tcg)),
+            (AccelMode::Kvm, true, Some(vmm::Accel::Kvm)),
+            (AccelMode::Kvm, false, None),
+            (AccelMode::Tcg, true, Some(vmm::Accel::Tcg)),
+            (AccelMode::Tcg, false, Some(vmm::Accel::Tcg)),
         ];
         for (configured, kvm, expected) in table {
             assert_eq!(accelerator(configured, kvm).ok(), expected, "{configured:?} {kvm}");
@@ -214,11 +214,11 @@ mod tests {
     #[test]
     fn the_kernels_vsock_device_is_used_only_on_request() {
         let table = [
-            (Vsock::Auto, true, Some(Carrier::Own)),
-            (Vsock::Auto, false, Some(Carrier::Own)),
-            (Vsock::VhostUser, true, Some(Carrier::Own)),
-            (Vsock::Vhost, true, Some(Carrier::Kernel)),
-            (Vsock::Vhost, false, None),
+            (VsockMode::Auto, true, Some(Carrier::Own)),
+            (VsockMode::Auto, false, Some(Carrier::Own)),
+            (VsockMode::VhostUser, true, Some(Carrier::Own)),
+            (VsockMode::Vhost, true, Some(Carrier::Kernel)),
+            (VsockMode::Vhost, false, None),
         ];
         for (configured, exists, expected) in table {
             assert_eq!(carrier(configured, exists).ok(), expected, "{configured:?} {exists}");
@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn a_named_configuration_file_must_exist() {
         let places = Places { beside: None, path: None, kvm: false, vhost_vsock: false };
-        let error = check(Some(Path::new("/no/such/config.toml")), &places).unwrap_err().to_string();
+        let error = Chain(&check(Some(Path::new("/no/such/config.toml")), &places).unwrap_err()).to_string();
         assert!(error.starts_with("read /no/such/config.toml: No such file"), "{error}");
     }
 }

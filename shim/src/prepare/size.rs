@@ -1,14 +1,14 @@
 //! The size of a VM: what annotations, configuration and the spec's limits ask for.
 
 use crate::config::annotations::Annotations;
-use crate::config::settings::{Config, DEFAULT_MEMORY_MIB, GUEST_OVERHEAD_MIB, MOST_VCPUS, Profile};
-use crate::rootfs::spec::Limits;
+use crate::config::settings::{Config, DEFAULT_MEMORY_MIB, GUEST_OVERHEAD_MIB, MAX_VCPUS, Profile};
+use crate::rootfs::spec::SpecLimits;
 
 /// Virtual CPUs and MiB of a guest. An annotation overrides the configuration, and a CPU count overrides a profile.
 /// Without either the spec's limits decide, else the default.
-pub(crate) fn size(config: &Config, annotations: &Annotations, limits: Limits) -> (u32, u64) {
+pub(crate) fn size(config: &Config, annotations: &Annotations, limits: SpecLimits) -> (u32, u64) {
     let profile = annotations.profile.or(config.profile).map(Profile::vcpus);
-    let vcpus = annotations.vcpus.or(config.vcpus).or(profile).or(limits.cpus).unwrap_or(1).clamp(1, MOST_VCPUS);
+    let vcpus = annotations.vcpus.or(config.vcpus).or(profile).or(limits.cpus).unwrap_or(1).clamp(1, MAX_VCPUS);
     let for_limit = |bytes: u64| bytes.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB).max(DEFAULT_MEMORY_MIB);
     let memory = annotations.memory_mib.or(config.memory_mib).or(limits.memory.map(for_limit));
     (vcpus, memory.unwrap_or(DEFAULT_MEMORY_MIB))
@@ -20,7 +20,7 @@ mod tests {
 
     #[test]
     fn memory_follows_annotation_configuration_limits_and_default_in_that_order() {
-        let limit = |bytes| Limits { memory: bytes, cpus: None };
+        let limit = |bytes| SpecLimits { memory: bytes, cpus: None };
         let table = [
             (Some(100), Some(200), Some(1 << 30), 100),
             (None, Some(200), Some(1 << 30), 200),
@@ -48,14 +48,14 @@ mod tests {
             ((None, None), (None, Some(Throughput)), Some(2), 4),
             ((None, None), (None, Some(Latency)), Some(2), 1),
             ((None, None), (None, None), Some(2), 2),
-            ((None, None), (None, None), Some(1000), MOST_VCPUS),
+            ((None, None), (None, None), Some(1000), MAX_VCPUS),
             ((None, None), (None, None), None, 1),
         ];
         for row in table {
             let ((annotation, vcpus), (profile_annotation, profile), cpus, expected) = *row;
             let config = Config { vcpus, profile, ..Config::default() };
             let wanted = Annotations { vcpus: annotation, profile: profile_annotation, ..Default::default() };
-            assert_eq!(size(&config, &wanted, Limits { memory: None, cpus }).0, expected, "{row:?}");
+            assert_eq!(size(&config, &wanted, SpecLimits { memory: None, cpus }).0, expected, "{row:?}");
         }
     }
 }

@@ -252,7 +252,10 @@ fn extras_are_given_to_a_new_vm_and_compared_with_those_of_a_booted_one() {
     };
     assert!(host.outcome_of(allowed, asked(&none, "true"), Some(&booted_with)).is_ok());
     let refused = host.outcome_of(allowed, asked(&agent, "false"), Some(&booted_with)).unwrap_err();
-    assert!(refused.contains("takes no extras any more") && refused.contains("booted with a supervisor"), "{refused}");
+    assert!(
+        refused.contains("extras cannot be added later") && refused.contains("booted with a supervisor"),
+        "{refused}"
+    );
 }
 
 #[test]

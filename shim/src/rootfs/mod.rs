@@ -1,6 +1,6 @@
-//! A container's files on their way into the guest: what its spec says about them ([`spec`]), and the folder that
-//! virtiofsd serves ([`share`]).
+//! A container's files: rewrites its spec for the guest ([`spec`]), and builds the folder that virtiofsd serves to the
+//! guest ([`share`]) with mounts that are complete before the guest sees them ([`mount`]).
 
-pub mod mount;
-pub mod share;
-pub mod spec;
+pub(crate) mod mount;
+pub(crate) mod share;
+pub(crate) mod spec;

@@ -1,9 +1,8 @@
-//! The system calls behind a mount: trees that are finished before anybody can see them, and containerd's mounts with
-//! their options.
+//! Mount trees that are complete before they become visible, and containerd's mounts with their options.
 //!
-//! A bind mount that is made first and made read-only afterwards would have been writable meanwhile, and would stay so in
-//! virtiofsd's mount namespace: a change of flags does not propagate, only mounting does. So it is cloned unattached,
-//! restricted, and attached last. This needs Linux 5.12 (mount_setattr(2)).
+//! If a bind mount were attached first and made read-only afterwards, it would be writable in between, and would stay
+//! writable in virtiofsd's mount namespace: attaching propagates there, a change of flags does not. So a tree is
+//! cloned, restricted, and attached last. This requires Linux 5.12 (mount_setattr(2)).
 
 use std::ffi::CString;
 use std::io;
@@ -15,24 +14,25 @@ use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-/// The kernel takes one page of options, with its final zero.
-const MAX_DATA: usize = 4095;
+/// Size limit of a filesystem's options, bytes: one page, minus the terminating zero.
+pub(super) const MAX_OPTIONS: usize = 4095;
 const LOWERDIR: &str = "lowerdir=";
-/// Nothing of the host runs from, or opens devices in, what a guest can write to.
+/// Set on every mount: the guest can write to these files, so the host must not run setuid programs or open devices
+/// there.
 const ALWAYS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 
-/// A tree of mounts that is attached nowhere yet.
+/// A tree of mounts that is not attached yet.
 #[derive(Debug)]
-pub struct Detached(OwnedFd);
+pub(crate) struct DetachedTree(OwnedFd);
 
-/// How a tree passes mounts on.
+/// How mount events propagate to and from a tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Propagation {
-    /// Neither gives nor takes.
+pub(crate) enum Propagation {
+    /// Neither sends nor receives.
     Private,
-    /// Takes from what it was cloned from.
+    /// Receives from the original.
     Slave,
-    /// Gives and takes, in a group of its own.
+    /// Sends and receives, in a peer group of its own.
     Shared,
 }
 
@@ -40,29 +40,30 @@ fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(Into::into)
 }
 
-impl Detached {
-    /// Clones the mount at `source`, which is not followed if it is a link; with what is mounted below it if `recursive`.
+impl DetachedTree {
+    /// Clones the mount at `source` without following a symbolic link; if `recursive`, with everything mounted below
+    /// it.
     ///
     /// # Errors
-    /// open_tree(2)'s.
-    pub fn clone_of(source: &Path, recursive: bool) -> io::Result<Self> {
+    /// When open_tree(2) fails.
+    pub(crate) fn clone_of(source: &Path, recursive: bool) -> io::Result<Self> {
         let source = c_path(source)?;
         let depth = if recursive { libc::AT_RECURSIVE as libc::c_uint } else { 0 };
         let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_SYMLINK_NOFOLLOW as libc::c_uint | depth;
-        // SAFETY: the path is a string that ends with a zero and outlives the call.
+        // SAFETY: the path is a zero-terminated string that outlives the call.
         let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, source.as_ptr(), flags) };
-        // SAFETY: a descriptor that the kernel has just made, owned by nobody else.
+        // SAFETY: the kernel has just created the descriptor, so nothing else owns it.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(Errno::result(fd)? as RawFd) }))
     }
 
-    /// Sets flags (`MOUNT_ATTR_*`) and propagation of all mounts in the tree. Setuid programs and devices never work in it.
+    /// Sets flags (`MOUNT_ATTR_*`) and propagation of all mounts in the tree, and disables setuid programs and devices.
     ///
     /// # Errors
-    /// mount_setattr(2)'s.
-    pub fn restrict(&self, flags: u64, propagation: Propagation) -> io::Result<()> {
+    /// When mount_setattr(2) fails.
+    pub(crate) fn restrict(&self, flags: u64, propagation: Propagation) -> io::Result<()> {
         let attributes = libc::mount_attr {
             attr_set: flags | ALWAYS,
-            // The way access times are kept is one number, not flags: setting it needs clearing it.
+            // The access time mode is a number within the flags, so the old number must be cleared.
             attr_clr: if flags & libc::MOUNT_ATTR__ATIME == 0 { 0 } else { libc::MOUNT_ATTR__ATIME },
             propagation: match propagation {
                 Propagation::Private => libc::MS_PRIVATE,
@@ -71,7 +72,7 @@ impl Detached {
             },
             userns_fd: 0,
         };
-        // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor, and the structure is passed with its true size.
+        // SAFETY: with AT_EMPTY_PATH, the empty path means the descriptor. The size is that of the structure.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_mount_setattr,
@@ -88,10 +89,10 @@ impl Detached {
     /// Attaches the tree at `target`.
     ///
     /// # Errors
-    /// move_mount(2)'s.
-    pub fn attach(self, target: &Path) -> io::Result<()> {
+    /// When move_mount(2) fails.
+    pub(crate) fn attach(self, target: &Path) -> io::Result<()> {
         let target = c_path(target)?;
-        // SAFETY: both paths are strings that end with a zero and outlive the call.
+        // SAFETY: both paths are zero-terminated strings that outlive the call.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_move_mount,
@@ -106,25 +107,25 @@ impl Detached {
     }
 }
 
-/// What containerd's options for one mount mean.
+/// The parsed options of one of containerd's mounts.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// A bind mount: `Some(true)` with what is below.
-    pub bind: Option<bool>,
-    /// `MOUNT_ATTR_*`.
-    pub attributes: u64,
-    /// For mount(2).
-    pub flags: MsFlags,
-    /// For the filesystem.
-    pub data: Vec<String>,
+pub(crate) struct MountOptions {
+    /// A bind mount; `Some(true)` is recursive.
+    pub(crate) bind: Option<bool>,
+    /// `MOUNT_ATTR_*` flags.
+    pub(crate) attributes: u64,
+    /// mount(2) flags.
+    pub(crate) flags: MsFlags,
+    /// Options for the filesystem.
+    pub(crate) data: Vec<String>,
 }
 
-/// Sorts the options of one of containerd's mounts. Later ones win.
+/// Parses the options of one of containerd's mounts. Later options override earlier ones.
 ///
 /// # Errors
-/// The first option that husk cannot honour.
-pub fn parse_options(options: &[String]) -> Result<Options, &str> {
-    let mut parsed = Options { bind: None, attributes: 0, flags: MsFlags::empty(), data: Vec::new() };
+/// The first option that husk does not support.
+pub(crate) fn parse_options(options: &[String]) -> Result<MountOptions, &str> {
+    let mut parsed = MountOptions { bind: None, attributes: 0, flags: MsFlags::empty(), data: Vec::new() };
     for option in options {
         let (attribute, flag, set) = match option.as_str() {
             "bind" | "rbind" => {
@@ -142,15 +143,18 @@ pub fn parse_options(options: &[String]) -> Result<Options, &str> {
             "strictatime" => (libc::MOUNT_ATTR_STRICTATIME, MsFlags::MS_STRICTATIME, true),
             "sync" => (0, MsFlags::MS_SYNCHRONOUS, true),
             "dirsync" => (0, MsFlags::MS_DIRSYNC, true),
-            // The defaults, and those that `ALWAYS` overrides.
+            // Defaults, and options that `ALWAYS` overrides.
             "defaults" | "relatime" | "async" | "suid" | "dev" | "private" | "rprivate" => continue,
-            refused @ ("loop" | "remount" | "slave" | "rslave" | "shared" | "rshared" | "unbindable"
+            unsupported @ ("loop" | "remount" | "slave" | "rslave" | "shared" | "rshared" | "unbindable"
             | "runbindable") => {
-                return Err(refused);
+                return Err(unsupported);
             }
-            // For containerd's mount manager, or for id-mapped mounts that containerd's own library makes.
-            refused if ["X-containerd.", "uidmap=", "gidmap="].iter().any(|start| refused.starts_with(start)) => {
-                return Err(refused);
+            // Options for containerd's mount manager, or for ID-mapped mounts, which containerd's own library
+            // implements.
+            unsupported
+                if ["X-containerd.", "uidmap=", "gidmap="].iter().any(|start| unsupported.starts_with(start)) =>
+            {
+                return Err(unsupported);
             }
             data => {
                 parsed.data.push(data.to_owned());
@@ -163,14 +167,14 @@ pub fn parse_options(options: &[String]) -> Result<Options, &str> {
     Ok(parsed)
 }
 
-/// Options as one string, and the folder to be in so that its paths are right. An overlay of many layers has more than fits
-/// in a page, but its layers have a long beginning in common.
+/// Joins options to one string. If it would be too long, the layers of an overlay are given relative to their common
+/// folder; the mount must then be made from that folder.
 ///
 /// # Errors
-/// The length, when it does not fit.
-pub fn mount_data(fs_type: &str, options: &[String]) -> Result<(Option<PathBuf>, String), usize> {
+/// The length of the options, if they are too long.
+pub(crate) fn mount_data(fs_type: &str, options: &[String]) -> Result<(Option<PathBuf>, String), usize> {
     let plain = options.join(",");
-    if plain.len() <= MAX_DATA {
+    if plain.len() <= MAX_OPTIONS {
         return Ok((None, plain));
     }
     let lower = options.iter().find_map(|option| option.strip_prefix(LOWERDIR));
@@ -183,14 +187,15 @@ pub fn mount_data(fs_type: &str, options: &[String]) -> Result<(Option<PathBuf>,
         Some((Some(folder), options.collect::<Vec<_>>().join(",")))
     });
     match shortened {
-        Some((folder, data)) if data.len() <= MAX_DATA => Ok((folder, data)),
+        Some((folder, data)) if data.len() <= MAX_OPTIONS => Ok((folder, data)),
         _ => Err(plain.len()),
     }
 }
 
-/// The deepest folder that all layers lie in, and the layers relative to it.
+/// The deepest folder that contains all layers, and the layers relative to it.
 fn common_folder(lower: &str) -> Option<(PathBuf, String)> {
-    // A backslash escapes a colon or a comma in a name (overlayfs.rst): such names are left alone, and so are relative ones.
+    // A backslash escapes a colon or a comma in a name (Documentation/filesystems/overlayfs.rst). Such names and
+    // relative ones are not shortened.
     if lower.contains('\\') || !lower.split(':').all(|layer| layer.starts_with('/')) {
         return None;
     }
@@ -203,11 +208,11 @@ fn common_folder(lower: &str) -> Option<(PathBuf, String)> {
     Some((folder, relative.join(":")))
 }
 
-/// mount(2) of a filesystem, from `folder` if its options are relative to one.
+/// Mounts a filesystem, with `folder` as working directory if its options are relative to one.
 ///
 /// # Errors
-/// mount(2)'s.
-pub fn mount_filesystem(
+/// When mount(2) fails.
+pub(crate) fn mount_filesystem(
     fs_type: &str,
     source: &str,
     target: &Path,
@@ -218,7 +223,7 @@ pub fn mount_filesystem(
     let flags = flags | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     let mount = || mount(Some(source), target, Some(fs_type), flags, Some(data)).map_err(io::Error::from);
     let Some(folder) = folder else { return mount() };
-    // The working folder is the process's, unless a thread asks for one of its own; that thread is not used again.
+    // All threads share the working directory unless a thread unshares it. That thread is not reused.
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("mount".into()).spawn_scoped(scope, || {
             unshare(CloneFlags::CLONE_FS)?;
@@ -238,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn options_of_containerds_mounts() {
+    fn mount_options_are_parsed_and_unsupported_ones_rejected() {
         let ro = libc::MOUNT_ATTR_RDONLY;
         let empty = MsFlags::empty();
         for (options, bind, attributes, flags, data) in [
@@ -249,16 +254,16 @@ mod tests {
             (&["ro", "noexec", "volatile"], None, ro | 8, MsFlags::MS_RDONLY | MsFlags::MS_NOEXEC, &["volatile"]),
             (&["defaults", "rprivate"], None, 0, empty, &[]),
         ] {
-            let want = Options { bind, attributes, flags, data: strings(data) };
-            assert_eq!(parse_options(&strings(options)), Ok(want), "{options:?}");
+            let expected = MountOptions { bind, attributes, flags, data: strings(data) };
+            assert_eq!(parse_options(&strings(options)), Ok(expected), "{options:?}");
         }
-        for refused in ["loop", "rshared", "X-containerd.mkdir.path=/a", "uidmap=0:1:2"] {
-            assert_eq!(parse_options(&strings(&["ro", refused])), Err(refused));
+        for unsupported in ["loop", "rshared", "X-containerd.mkdir.path=/a", "uidmap=0:1:2"] {
+            assert_eq!(parse_options(&strings(&["ro", unsupported])), Err(unsupported));
         }
     }
 
     #[test]
-    fn long_lists_of_layers_are_told_relative_to_their_folder() {
+    fn long_lists_of_layers_become_relative_to_their_common_folder() {
         let root = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots";
         let layers = |n: u32, end: &str| (1..=n).map(|n| format!("{root}/{n}{end}")).collect::<Vec<_>>().join(":");
         let upper = format!("upperdir={root}/99/fs");
@@ -274,7 +279,7 @@ mod tests {
         assert!(mount_data("ext4", &long).is_err());
         assert!(mount_data("overlay", &strings(&[&format!("lowerdir={}", layers(900, "/fs"))])).is_err());
         assert!(mount_data("overlay", &strings(&[&format!("lowerdir={}", layers(100, "\\:/fs"))])).is_err());
-        // One layer inside another: the folder is above both.
+        // One layer contains the other: the common folder is above both.
         assert_eq!(common_folder("/a/b:/a/b/c"), Some(("/a".into(), "b:b/c".into())));
         assert_eq!(common_folder("/a:/b"), Some(("/".into(), "a:b".into())));
         assert_eq!(common_folder("a:/b"), None);

@@ -16,6 +16,7 @@ use crate::prepare::{PrepareError, Prepared};
 use crate::rootfs::share::Share;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::{Booting, Sandbox, Slots, VmSlot, alive};
+use crate::state::facts::HostMilestone;
 use crate::state::life::VmState;
 use crate::state::{Boot, facts};
 use crate::vm::{BootError, Vm};
@@ -110,7 +111,7 @@ impl Sandbox {
             tracing::warn!(error = %Chain(&error), "failed to free the memory of the disk for extras");
         }
         let events = vm.guest.events(0).await?;
-        reached.reached("events subscribed");
+        reached.reached(HostMilestone::EventsSubscribed);
         Ok((vm, events))
     }
 
@@ -119,8 +120,8 @@ impl Sandbox {
         let recorded = self.journal.with(|state| {
             state.set_boot(reached);
             if let (Some(vm), Some(mut machine)) = (vm, state.machine().cloned()) {
-                machine.kernel = Some(facts::word(&vm.hello.kernel));
-                machine.init = Some(facts::word(&vm.hello.version));
+                machine.kernel = Some(facts::printable(&vm.hello.kernel));
+                machine.init = Some(facts::printable(&vm.hello.version));
                 state.set_machine(machine);
             }
             Ok(())

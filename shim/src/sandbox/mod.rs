@@ -15,3 +15,4 @@ mod without_guest;
 
 pub(crate) use error::SandboxError;
 pub(crate) use registry::Sandbox;
+pub(crate) use status::StatusError;

@@ -1,90 +1,104 @@
-//! The sandbox as an operator sees it.
+//! The sandbox as an operator sees it: what is on disk, and what only this process knows.
 
 use std::sync::Arc;
 
-use serde_json::{Value, json};
-
 use crate::console::GuestLogs;
-use crate::ctl::{Answer, RpcError};
 use crate::guest::report;
+use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
 use crate::state::State;
 use crate::state::recent::Recent;
 use crate::state::status;
+use crate::state::status::{ContainerStatus, HealthStatus, List, Live, Status, Summary};
 use crate::vm::Vm;
 
+/// Why an operator's request cannot be met.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StatusError {
+    /// The sandbox has been deleted.
+    #[error("everything of this sandbox has been removed, and its shim is about to exit")]
+    Removed,
+    /// The VM does not run.
+    #[error(transparent)]
+    NoVm(#[from] SandboxError),
+    /// The VM runs without debug mode.
+    #[error(
+        "the VM is not in debug mode, which cannot be enabled while it runs: create the sandbox with the annotation \
+         io.husk.debug=true, or with debug = true in husk's configuration"
+    )]
+    NotInDebugMode,
+}
+
 impl Sandbox {
-    /// What has happened to it lately.
-    pub fn recent(&self) -> &Recent {
+    /// The sandbox's latest events.
+    pub(crate) fn recent(&self) -> &Recent {
         self.journal.recent()
     }
 
     /// The guest's console and the log of its init.
-    pub fn guest_logs(&self) -> &GuestLogs {
+    pub(crate) fn guest_logs(&self) -> &GuestLogs {
         &self.guest_logs
     }
 
-    /// All that is known of it.
-    pub fn status(&self) -> Answer {
-        let mut status = self.noted(status::of)?;
-        self.add(&mut status);
-        let (health, supervisor) = self.reported();
-        status["health"] = health;
-        status["supervisor"] = supervisor;
+    /// Everything that is known about the sandbox.
+    ///
+    /// # Errors
+    /// [`StatusError::Removed`].
+    pub(crate) fn status(&self) -> Result<Status, StatusError> {
+        let mut status = self.on_disk(status::of)?;
+        status.summary.containers = self.container_statuses();
+        status.live = Some(self.live());
         Ok(status)
     }
 
-    /// The same in short, as the only one of a list.
-    pub fn listed(&self) -> Answer {
-        let mut summary = self.noted(status::summary)?;
-        self.add(&mut summary);
-        Ok(json!({"sandboxes": [summary]}))
-    }
-
-    /// The VM, if it may be looked into.
+    /// The sandbox as the only entry of a list.
     ///
     /// # Errors
-    /// Why not, and what to do.
-    pub fn vm_in_debug_mode(&self) -> Result<Arc<Vm>, RpcError> {
-        let vm = self.live_vm().map_err(|error| RpcError::refused(error.to_string()))?;
-        if vm.debug {
-            return Ok(vm);
-        }
-        Err(RpcError::refused(
-            "the VM is not in debug mode, and one that is up cannot be switched to it: create the sandbox with the annotation io.husk.debug=true, or with debug = true in husk's configuration",
-        ))
+    /// [`StatusError::Removed`].
+    pub(crate) fn list(&self) -> Result<List, StatusError> {
+        let summary = Summary { containers: self.container_statuses(), ..self.on_disk(status::summary)? };
+        Ok(List { sandboxes: vec![summary] })
     }
 
-    fn noted(&self, read: impl Fn(&State) -> Value) -> Answer {
-        self.journal
-            .with(|state| Ok(read(state)))
-            .map_err(|_| RpcError::refused("everything of this sandbox has been removed, and its shim is about to end"))
+    /// The VM, if processes may be started in it.
+    ///
+    /// # Errors
+    /// [`StatusError::NoVm`] and [`StatusError::NotInDebugMode`].
+    pub(crate) fn vm_in_debug_mode(&self) -> Result<Arc<Vm>, StatusError> {
+        let vm = self.live_vm()?;
+        if vm.debug { Ok(vm) } else { Err(StatusError::NotInDebugMode) }
     }
 
-    /// What the shim knows better than the disk.
-    fn add(&self, status: &mut Value) {
+    fn on_disk<T>(&self, read: impl Fn(&State) -> T) -> Result<T, StatusError> {
+        self.journal.with(|state| Ok(read(state))).map_err(|_| StatusError::Removed)
+    }
+
+    fn container_statuses(&self) -> Vec<ContainerStatus> {
         let inner = self.lock();
-        let listed = inner.containers.iter().map(|(id, slot)| match slot {
-            ContainerSlot::Creating => json!({"id": id, "creating": true}),
-            ContainerSlot::Ready(container) => json!({"id": id, "processes": container.processes_seen()}),
-        });
-        let mut containers: Vec<Value> = listed.collect();
-        containers.sort_by(|a, b| a["id"].as_str().cmp(&b["id"].as_str()));
-        status["containers"] = json!(containers);
+        let status = |(id, slot): (&String, &ContainerSlot)| match slot {
+            ContainerSlot::Creating => ContainerStatus { id: id.clone(), creating: true, processes: None },
+            ContainerSlot::Ready(container) => {
+                ContainerStatus { id: id.clone(), creating: false, processes: Some(container.process_statuses()) }
+            }
+        };
+        let mut containers: Vec<_> = inner.containers.iter().map(status).collect();
+        containers.sort_by(|a, b| a.id.cmp(&b.id));
+        containers
     }
 
-    /// What the guest has said of itself last: its health and its supervisor, null where nothing is known.
-    fn reported(&self) -> (Value, Value) {
+    fn live(&self) -> Live {
         match &self.lock().vm {
             VmSlot::Up(vm) => {
-                let cause = vm.cause_of_death();
-                let mut health = report::in_json(vm.health().snapshot());
-                health["alive"] = json!(cause.is_none());
-                health["cause_of_death"] = json!(cause);
-                let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_in_json);
-                (health, json!(supervisor))
+                let cause_of_death = vm.cause_of_death();
+                let health = HealthStatus {
+                    heartbeats: report::heartbeats(vm.health().snapshot()),
+                    alive: cause_of_death.is_none(),
+                    cause_of_death,
+                };
+                let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_status);
+                Live { health: Some(health), supervisor }
             }
-            VmSlot::Empty | VmSlot::Booting(_) | VmSlot::Stopping => (Value::Null, Value::Null),
+            VmSlot::Empty | VmSlot::Booting(_) | VmSlot::Stopping => Live::default(),
         }
     }
 }

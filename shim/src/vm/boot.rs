@@ -31,6 +31,7 @@ use crate::host::child::Child;
 use crate::host::process::ProcessId;
 use crate::metadata;
 use crate::metadata::token::Identity;
+use crate::state::facts::HostMilestone;
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
 use crate::state::{Boot, MachineRecord, Owner, StateError, Step};
@@ -70,14 +71,14 @@ impl Vm {
             let machine = machine.clone();
             move || machine.kill()
         });
-        reached.reached(&format!("{} started", vmm.name()));
+        reached.reached(HostMilestone::VmmStarted);
         record_machine(vmm, &spec, machine.process(), link.cid(), journal)?;
 
         // After the machine, because virtiofsd is ready much sooner; and virtiofsd waits for its cgroup, which takes a
         // grace period of the host's kernel, while the machine starts. The machine joins the cgroup without that wait,
         // before the guest has any memory.
         let share = start_share(plan, share_listener, &cgroups, journal)?;
-        reached.reached("virtiofsd started");
+        reached.reached(HostMilestone::VirtiofsdStarted);
         let kill_share = OnFailure::new({
             let share = share.clone();
             move || share.kill()
@@ -88,11 +89,11 @@ impl Vm {
         let logs_of_processes = [log, journal.dir().join(VIRTIOFSD_LOG)];
         let processes = Processes { machine, share, console, logs: logs_of_processes };
         let (reports, hello) = processes.hello(&mut ready, plan.boot_timeout).await?;
-        reached.heard(&hello);
+        reached.hello_received(&hello);
         let share_workers = record_share_workers(&processes.share, journal)?;
         let health = Arc::new(GuestHealth::new(spec.guest.heartbeat));
         let guest = Arc::new(Guest::connect(link, &hello, plan.call_timeout).await?);
-        reached.reached("guest connected");
+        reached.reached(HostMilestone::GuestConnected);
 
         kill_machine.succeeded();
         kill_share.succeeded();
@@ -173,7 +174,7 @@ async fn start_machine(
     let (vcpus, memory_mib, accel) = (spec.vcpus, spec.memory_mib, spec.accel);
     let configured = format!("ready to start with vcpus={vcpus} memory_mib={memory_mib} accel={accel:?}");
     journal.set_vm_state_unsaved(VmState::Configured, &configured)?;
-    reached.reached("configured");
+    reached.reached(HostMilestone::Configured);
     Ok(vmm.start(spec, sockets).await?.into())
 }
 

@@ -8,7 +8,7 @@ use husk_protos::chain::Chain;
 use crate::extras::disk::DiskError;
 use crate::guest::client::GuestError;
 use crate::guest::link::LinkError;
-use crate::metadata;
+use crate::metadata::MetadataError;
 use crate::state::StateError;
 use crate::vm::cgroup::CgroupError;
 use crate::vm::virtiofsd::VirtiofsdError;
@@ -31,7 +31,7 @@ pub enum BootError {
     Link(#[from] LinkError),
     /// The metadata service.
     #[error(transparent)]
-    Metadata(#[from] metadata::Error),
+    Metadata(#[from] MetadataError),
     /// The cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),

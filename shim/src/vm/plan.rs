@@ -28,5 +28,5 @@ pub struct BootPlan {
     /// How the metadata service signs its tokens.
     pub tokens: TokenSettings,
     /// The workspace that the metadata service returns.
-    pub workspace: Option<Workspace>,
+    pub(crate) workspace: Option<Workspace>,
 }

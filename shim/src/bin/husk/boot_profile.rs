@@ -1,114 +1,132 @@
-//! `husk boot-profile`: where a boot's time went, as bars.
+//! `husk boot-profile`: shows as bars where the time of a boot went.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
 use anyhow::{Result, bail};
-use husk_shim::state::status;
-use serde_json::{Value, json};
+use husk_protos::system::BootStep;
+use husk_shim::state::facts::{GuestMilestone, HostMilestone, Milestone, Reached, Side};
+use serde::Serialize;
 
 use crate::find;
-use crate::print::{self, field, shown};
+use crate::print::{self, or_dash, shown};
 
-/// Cells of the bars.
+/// Width of the bars, characters.
 const WIDTH: u64 = 48;
 
-/// What leads to each milestone, where its name alone does not tell.
-const PHASES: [(&str, &str, &str); 15] = [
-    ("host", "configured", "make the vsock device and the cgroup"),
-    ("host", "QEMU started", "start QEMU's process"),
-    ("host", "virtiofsd started", "start virtiofsd"),
-    ("host", "hello received", "wait for the guest's hello"),
-    ("host", "guest connected", "connect to the guest's services"),
-    ("host", "events subscribed", "subscribe to the guest's events"),
-    ("guest", "kernel entered", "QEMU and its firmware"),
-    ("guest", "init", "kernel, up to PID 1"),
-    ("guest", "mounts", "init: mounts"),
-    ("guest", "clock", "init: command line, log, clock"),
-    ("guest", "cgroups", "init: cgroups"),
-    ("guest", "system", "init: loopback, host name, limits, entropy"),
-    ("guest", "extras", "init: write the extras"),
-    ("guest", "listening", "init: services listen"),
-    ("guest", "ready", "init: dial the host"),
-];
-
-pub fn run(id: &str, as_json: bool) -> Result<()> {
+pub(crate) fn run(id: &str, as_json: bool) -> Result<()> {
     let state = find::find(id)?;
-    let known = find::known(&state, "compute.vm.status", status::of);
-    let steps = steps(&known.status["boot"]);
+    let status = find::status(&state).status;
+    let boot = status.boot.unwrap_or_default();
+    let steps = steps(&boot.milestones);
     if steps.is_empty() {
         bail!(
-            "nothing is noted of a boot of {:?}, whose VM is {}; `husk status {}` tells how it came to that",
+            "no boot of {:?} has been recorded; its VM is {}: `husk status {}` shows how it got there",
             state.sandbox(),
-            field(&known.status["state"]),
+            or_dash(status.summary.state),
             state.sandbox()
         );
     }
-    let total = steps.iter().map(|step| step.end_us).max().unwrap_or(0);
+    let total_us = total_us(&steps);
     let mut out = io::stdout().lock();
     if as_json {
-        let told: Vec<Value> = steps
-            .iter()
-            .map(|step| json!({"side": step.side, "milestone": step.name, "what": step.what, "start_us": step.start_us, "end_us": step.end_us}))
-            .collect();
-        let told = json!({"sandbox": state.sandbox(), "began": known.status["boot"]["began"], "total_us": total, "steps": told});
-        writeln!(out, "{}", serde_json::to_string_pretty(&told)?)?;
+        let profile = Profile { sandbox: state.sandbox(), began: &boot.began, total_us, steps: &steps };
+        print::json(&mut out, &profile)?;
         return Ok(());
     }
+    let last = steps.iter().max_by_key(|step| step.end_us).map(|step| &step.milestone);
     writeln!(
         out,
-        "boot of {}, begun {}: {} ms up to `{}`",
+        "boot of {} at {}: {} ms until `{}`",
         shown(state.sandbox()),
-        field(&known.status["boot"]["began"]),
-        ms(total),
-        steps.iter().max_by_key(|step| step.end_us).map_or("-", |last| &last.name)
+        shown(&boot.began),
+        ms(total_us),
+        or_dash(last)
     )?;
-    out.write_all(bars(&steps, total).as_bytes())?;
+    out.write_all(bars(&steps).as_bytes())?;
     Ok(())
 }
 
-/// What led from one milestone to the next of the same side.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Step {
-    side: String,
-    name: String,
+#[derive(Serialize)]
+struct Profile<'a> {
+    sandbox: &'a str,
+    began: &'a str,
+    total_us: u64,
+    steps: &'a [Step],
+}
+
+/// The time between two milestones of the same side.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct Step {
+    side: Side,
+    /// The milestone at the end.
+    milestone: String,
     what: String,
     start_us: u64,
     end_us: u64,
 }
 
-/// The steps of a boot as `compute.vm.status` tells it, in the order in which they ended.
-pub fn steps(boot: &Value) -> Vec<Step> {
-    let (mut host, mut guest) = (0, None);
-    let mut steps = Vec::new();
-    for milestone in boot["milestones"].as_array().into_iter().flatten() {
-        let (side, name) = (field(&milestone["side"]), field(&milestone["name"]));
-        let end_us = milestone["at_us"].as_u64().unwrap_or(0);
-        // The guest's first step begins where the machine was started; its clock begins with the second.
-        let started = steps.iter().find(|step: &&Step| step.name == "QEMU started").map_or(0, |step| step.end_us);
-        let start_us = if side == "guest" { guest.unwrap_or(started) } else { host };
-        let known = PHASES.iter().find(|(of, milestone, _)| *of == side && *milestone == name);
-        let what = known.map_or_else(|| format!("up to {name:?}"), |(_, _, what)| (*what).to_owned());
-        if side == "guest" {
-            guest = Some(end_us);
-        } else {
-            host = end_us;
-        }
-        steps.push(Step { side, name, what, start_us: start_us.min(end_us), end_us });
-    }
-    steps
+/// What happens before a milestone. Without a wildcard, so that a new milestone cannot be forgotten here.
+fn what(reached: &Reached) -> String {
+    let known = match reached {
+        Reached::Host(milestone) => match milestone {
+            HostMilestone::Configured => "create the vsock device and the cgroup",
+            HostMilestone::VmmStarted => "start QEMU's process",
+            HostMilestone::VirtiofsdStarted => "start virtiofsd",
+            HostMilestone::HelloReceived => "wait for the guest's hello",
+            HostMilestone::GuestConnected => "connect to the guest's services",
+            HostMilestone::EventsSubscribed => "subscribe to the guest's events",
+        },
+        Reached::Guest(GuestMilestone::KernelEntered) => "QEMU and its firmware",
+        Reached::Guest(GuestMilestone::Step(step)) => match step {
+            BootStep::INIT => "kernel, up to PID 1",
+            BootStep::MOUNTS => "init: mounts",
+            BootStep::CLOCK => "init: command line, log, clock",
+            BootStep::CGROUPS => "init: cgroups",
+            BootStep::SYSTEM => "init: loopback, host name, limits, entropy",
+            BootStep::EXTRAS => "init: write the extras",
+            BootStep::LISTENING => "init: services listen",
+            BootStep::READY => "init: connect to the host",
+            BootStep::BOOT_STEP_UNSPECIFIED => "init: a step that husk does not know",
+        },
+        Reached::Other { name, .. } => return format!("up to {:?}", shown(name)),
+    };
+    known.to_owned()
 }
 
-/// A line for each step: who, when it began, how long it took, and both as a bar.
-pub fn bars(steps: &[Step], total_us: u64) -> String {
+/// The steps of a boot, in the order in which they ended.
+pub(crate) fn steps(milestones: &[Milestone]) -> Vec<Step> {
+    // The guest's first step begins when the machine starts. Its clock begins later, with its kernel.
+    let started = milestones.iter().find(|one| one.reached == Reached::Host(HostMilestone::VmmStarted));
+    let (mut host, mut guest) = (0, started.map_or(0, |started| started.at_us));
+    let step = |Milestone { reached, at_us }: &Milestone| {
+        let before = match reached.side() {
+            Side::Host => &mut host,
+            Side::Guest => &mut guest,
+        };
+        let start_us = std::mem::replace(before, *at_us).min(*at_us);
+        let milestone = shown(&reached.to_string());
+        Step { side: reached.side(), milestone, what: what(reached), start_us, end_us: *at_us }
+    };
+    milestones.iter().map(step).collect()
+}
+
+fn total_us(steps: &[Step]) -> u64 {
+    steps.iter().map(|step| step.end_us).max().unwrap_or(0)
+}
+
+/// A line for each step: its side, its start, its duration, and both as a bar.
+pub(crate) fn bars(steps: &[Step]) -> String {
+    let total_us = total_us(steps);
     let cell = |us: u64| (us.saturating_mul(WIDTH).checked_div(total_us).unwrap_or(0)).min(WIDTH - 1) as usize;
     let mut rows = vec![["SIDE", "FROM MS", "TOOK MS", "WHAT", "|"].map(str::to_owned).to_vec()];
     for step in steps {
-        let (start, end) = (cell(step.start_us), cell(step.end_us.max(step.start_us)));
-        // One that is shorter than a cell is seen too.
+        let (start, end) = (cell(step.start_us), cell(step.end_us));
+        // At least one character, or a short step would be invisible.
         let bar = format!("|{}{}", " ".repeat(start), "#".repeat((end - start).max(1)));
         let took = format!("{:>7}", ms(step.end_us - step.start_us));
-        rows.push(vec![step.side.clone(), format!("{:>7}", ms(step.start_us)), took, step.what.clone(), bar]);
+        let side = step.side.name().to_owned();
+        rows.push(vec![side, format!("{:>7}", ms(step.start_us)), took, step.what.clone(), bar]);
     }
     print::table(&rows)
 }
@@ -123,29 +141,38 @@ fn ms(us: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use husk_protos::system::{Hello, Milestone as GuestReport};
+    use husk_shim::state::Boot;
+
     use super::*;
 
-    fn boot(milestones: &[(&str, &str, u64)]) -> Value {
-        let milestones: Vec<Value> =
-            milestones.iter().map(|(side, name, at_us)| json!({"side": side, "name": name, "at_us": at_us})).collect();
-        json!({"began_ms": 0, "milestones": milestones})
+    fn host(milestone: HostMilestone, at_us: u64) -> Milestone {
+        Milestone { reached: Reached::Host(milestone), at_us }
+    }
+
+    fn guest(step: BootStep, at_us: u64) -> Milestone {
+        Milestone { reached: Reached::Guest(GuestMilestone::Step(step)), at_us }
+    }
+
+    fn other(side: Side, name: &str, at_us: u64) -> Milestone {
+        Milestone { reached: Reached::Other { side, name: name.into() }, at_us }
     }
 
     #[test]
-    fn each_side_goes_from_one_of_its_milestones_to_the_next() {
-        let boot = boot(&[
-            ("host", "configured", 2_000),
-            ("host", "QEMU started", 10_000),
-            ("host", "virtiofsd started", 12_000),
-            ("guest", "kernel entered", 60_000),
-            ("guest", "init", 80_000),
-            ("guest", "own\x1b", 90_000),
-            ("host", "hello received", 100_000),
-        ]);
+    fn each_side_continues_from_its_last_milestone() {
+        let boot = [
+            host(HostMilestone::Configured, 2_000),
+            host(HostMilestone::VmmStarted, 10_000),
+            host(HostMilestone::VirtiofsdStarted, 12_000),
+            Milestone { reached: Reached::Guest(GuestMilestone::KernelEntered), at_us: 60_000 },
+            guest(BootStep::INIT, 80_000),
+            other(Side::Guest, "own\x1b", 90_000),
+            host(HostMilestone::HelloReceived, 100_000),
+        ];
         let steps = steps(&boot);
         let spans: Vec<_> = steps.iter().map(|step| (step.what.as_str(), step.start_us, step.end_us)).collect();
-        let wanted = [
-            ("make the vsock device and the cgroup", 0, 2_000),
+        let expected = [
+            ("create the vsock device and the cgroup", 0, 2_000),
             ("start QEMU's process", 2_000, 10_000),
             ("start virtiofsd", 10_000, 12_000),
             ("QEMU and its firmware", 10_000, 60_000),
@@ -153,21 +180,84 @@ mod tests {
             ("up to \"own^[\"", 80_000, 90_000),
             ("wait for the guest's hello", 12_000, 100_000),
         ];
-        assert_eq!(spans, wanted);
-        let text = bars(&steps, 100_000);
+        assert_eq!(spans, expected);
+        let text = bars(&steps);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 8);
-        assert!(lines[1].starts_with("host       0.0      2.0  make the vsock device and the cgroup"), "{text}");
+        assert!(lines[1].starts_with("host       0.0      2.0  create the vsock device and the cgroup"), "{text}");
         assert!(lines[4].contains(&format!("|{}{}", " ".repeat(4), "#".repeat(24))), "{text}");
         assert!(lines[7].ends_with(&format!("|{}{}", " ".repeat(5), "#".repeat(42))), "{text}");
     }
 
+    /// A boot whose guest reports every step that the init has, 10 ms apart.
+    fn boot_with_all_steps() -> Boot {
+        let order = [
+            BootStep::INIT,
+            BootStep::MOUNTS,
+            BootStep::CLOCK,
+            BootStep::CGROUPS,
+            BootStep::SYSTEM,
+            BootStep::EXTRAS,
+            BootStep::LISTENING,
+            BootStep::READY,
+        ];
+        let report = |(step, n): (BootStep, u64)| GuestReport {
+            step: step.into(),
+            boottime_ns: n * 10_000_000,
+            ..Default::default()
+        };
+        let timeline = order.into_iter().zip(1..).map(report).collect();
+        let mut boot = Boot::begin();
+        boot.reached(HostMilestone::Configured);
+        boot.reached(HostMilestone::VmmStarted);
+        boot.reached(HostMilestone::VirtiofsdStarted);
+        boot.hello_received(&Hello { timeline, ..Default::default() });
+        boot.reached(HostMilestone::GuestConnected);
+        boot.reached(HostMilestone::EventsSubscribed);
+        boot
+    }
+
     #[test]
-    fn what_makes_no_sense_is_still_drawn() {
-        let odd = [("host", "b", 5), ("host", "a", 3), ("guest", "x", u64::MAX)];
-        assert!(steps(&json!(null)).is_empty());
-        let odd = steps(&boot(&odd));
-        assert_eq!(bars(&odd, u64::MAX).lines().count(), 4);
-        assert_eq!(bars(&odd, 0).lines().count(), 4);
+    fn every_step_of_a_boot_with_extras_has_a_description() {
+        let steps = steps(&boot_with_all_steps().milestones);
+        let text = bars(&steps);
+        assert!(text.contains("init: write the extras"), "{text}");
+        assert!(!text.contains("up to \"") && !text.contains("does not know"), "{text}");
+        assert_eq!(steps.len(), HostMilestone::ALL.len() + 1 + 8);
+    }
+
+    #[test]
+    fn the_clocks_time_is_attributed_to_the_step_before_the_cgroups() {
+        let boot = [
+            guest(BootStep::INIT, 1_000),
+            guest(BootStep::MOUNTS, 3_000),
+            guest(BootStep::CLOCK, 10_000),
+            guest(BootStep::CGROUPS, 11_000),
+        ];
+        let took: Vec<_> =
+            steps(&boot).into_iter().skip(1).map(|step| (step.what, step.end_us - step.start_us)).collect();
+        let expected = [("init: mounts", 2_000), ("init: command line, log, clock", 7_000), ("init: cgroups", 1_000)];
+        assert_eq!(took, expected.map(|(what, took)| (what.to_owned(), took)));
+    }
+
+    #[test]
+    fn json_has_the_names_of_earlier_versions() {
+        let steps = steps(&[host(HostMilestone::VmmStarted, 7)]);
+        let profile = Profile { sandbox: "web", began: "1970-01-01T00:00:00.000Z", total_us: 7, steps: &steps };
+        let expected = serde_json::json!({
+            "sandbox": "web", "began": "1970-01-01T00:00:00.000Z", "total_us": 7,
+            "steps": [{"side": "host", "milestone": "QEMU started", "what": "start QEMU's process", "start_us": 0,
+                "end_us": 7}],
+        });
+        assert_eq!(serde_json::to_value(&profile).unwrap(), expected);
+    }
+
+    #[test]
+    fn nonsense_is_drawn_without_a_panic() {
+        assert!(steps(&[]).is_empty());
+        let odd = [other(Side::Host, "b", 5), other(Side::Host, "a", 3), other(Side::Guest, "x", u64::MAX)];
+        assert_eq!(bars(&steps(&odd)).lines().count(), 4);
+        assert_eq!(bars(&steps(&odd[..0])).lines().count(), 1);
+        assert_eq!(bars(&steps(&[other(Side::Host, "a", 0)])).lines().count(), 2);
     }
 }

@@ -10,32 +10,30 @@ use husk_shim::prepare::host;
 use husk_shim::prepare::host::Places;
 use serde_json::json;
 
-pub fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {
+use crate::print;
+
+pub(crate) fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {
     let checked = host::check(file, &Places::of_process());
-    if as_json {
-        let (told, code) = match checked {
-            Ok((path, there)) => {
-                (json!({"ok": true, "file": path, "exists": there, "problems": []}), ExitCode::SUCCESS)
-            }
-            Err(ConfigError::Invalid { path, problems }) => {
-                let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
-                (json!({"ok": false, "file": path, "exists": path.exists(), "problems": problems}), ExitCode::FAILURE)
-            }
-            Err(error) => return Err(error.into()),
-        };
-        writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&told)?)?;
-        return Ok(code);
-    }
-    match checked {
-        Ok((path, true)) => writeln!(io::stdout(), "ok: {}", path.display())?,
-        Ok((path, false)) => writeln!(io::stdout(), "ok: no {}, everything is as by default", path.display())?,
+    let (path, exists, problems) = match checked {
+        Ok((path, exists)) => (path, exists, Vec::new()),
         Err(ConfigError::Invalid { path, problems }) => {
-            for problem in problems {
-                writeln!(io::stderr(), "{}: {problem}", path.display())?;
-            }
-            return Ok(ExitCode::FAILURE);
+            let exists = path.exists();
+            (path, exists, problems.iter().map(ToString::to_string).collect())
         }
         Err(error) => return Err(error.into()),
+    };
+    let valid = problems.is_empty();
+    if as_json {
+        let report = json!({"ok": valid, "file": path, "exists": exists, "problems": problems});
+        print::json(&mut io::stdout(), &report)?;
+    } else if !valid {
+        for problem in problems {
+            writeln!(io::stderr(), "{}: {problem}", path.display())?;
+        }
+    } else if exists {
+        writeln!(io::stdout(), "ok: {}", path.display())?;
+    } else {
+        writeln!(io::stdout(), "ok: {} does not exist, so all defaults apply", path.display())?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(if valid { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

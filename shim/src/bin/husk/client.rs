@@ -1,4 +1,4 @@
-//! A client of a sandbox's `ctl.sock`: JSON-RPC 2.0, one message a line.
+//! A client of a sandbox's `ctl.sock`.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -6,64 +6,66 @@ use std::path::Path;
 use std::time::Duration;
 
 use husk_shim::ctl::SOCKET;
+use husk_shim::ctl::rpc;
+use husk_shim::ctl::rpc::{BUSY, Reply, RpcError};
 use husk_shim::host::socket;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
-/// Longest line that is taken from a shim: what has passed through it may be a guest's.
-pub const LINE: u64 = 4 << 20;
+/// Longest line that is accepted from a shim: part of it may come from a guest.
+pub(crate) const LINE_MAX: u64 = 4 << 20;
 
 /// Why a call has no result.
 #[derive(Debug, thiserror::Error)]
-pub enum Problem {
-    /// Nobody answers.
+pub(crate) enum CallError {
+    /// The shim cannot be reached.
     #[error("{0}")]
-    Silent(String),
-    /// The answer is no.
-    #[error("{message}")]
-    Refused {
-        /// JSON-RPC's.
-        code: i64,
-        /// The shim's words.
-        message: String,
-    },
-    /// The connection ended before the answer came.
+    Unreachable(String),
+    /// The shim returned an error.
+    #[error(transparent)]
+    Rejected(RpcError),
+    /// The connection closed before the response arrived.
     #[error("the shim closed the connection")]
     Closed,
-    /// What came cannot be understood.
-    #[error("the shim's answer cannot be understood: {0}")]
-    Garbled(String),
-    /// What was to be done with a notification failed.
-    #[error("{0}")]
-    Taker(#[from] io::Error),
+    /// A message from the shim is not what this version expects.
+    #[error("the shim's answer is not understood: {0}")]
+    Malformed(String),
+    /// The output that the call produced could not be written.
+    #[error(transparent)]
+    Output(#[from] io::Error),
 }
 
-impl Problem {
-    /// Whether there may be an answer elsewhere: nobody has said no, or only for want of a place.
-    pub fn is_silence(&self) -> bool {
-        let busy = matches!(self, Self::Refused { code, .. } if *code == husk_shim::ctl::rpc::BUSY);
-        busy || matches!(self, Self::Silent(_) | Self::Closed | Self::Garbled(_))
+impl CallError {
+    /// The shim did not process the call, so that the disk is the only source left.
+    pub(crate) fn is_silence(&self) -> bool {
+        match self {
+            Self::Unreachable(_) | Self::Closed | Self::Malformed(_) => true,
+            Self::Rejected(error) => error.code == BUSY,
+            Self::Output(_) => false,
+        }
     }
 }
 
-fn silent(error: &io::Error) -> Problem {
+fn unreachable(error: &io::Error) -> CallError {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            Problem::Silent("its shim does not answer in time".to_owned())
+            CallError::Unreachable("its shim does not answer in time".to_owned())
         }
-        _ => Problem::Silent(format!("its shim's {SOCKET}: {error}")),
+        _ => CallError::Unreachable(format!("its shim's {SOCKET}: {error}")),
     }
 }
 
 /// A connection to one shim.
-pub struct Client {
+pub(crate) struct Client {
     write: UnixStream,
     read: BufReader<UnixStream>,
     calls: u64,
 }
 
 impl Client {
-    /// Connects to the shim whose sandbox has this folder. `answer` is how long it may take for what it answers at once.
-    pub fn connect(folder: &Path, answer: Duration) -> Result<Self, Problem> {
+    /// Connects to the shim whose sandbox has this folder. `answer` is the deadline for the result of a unary method.
+    pub(crate) fn connect(folder: &Path, answer: Duration) -> Result<Self, CallError> {
         let connect = || {
             let write = socket::connect(folder, SOCKET)?;
             write.set_read_timeout(Some(answer))?;
@@ -71,80 +73,65 @@ impl Client {
             let read = BufReader::new(write.try_clone()?);
             Ok(Self { write, read, calls: 0 })
         };
-        connect().map_err(|error| silent(&error))
+        connect().map_err(|error| unreachable(&error))
     }
 
-    /// Calls a method that answers at once.
-    pub fn call(&mut self, method: &str, params: Value) -> Result<Value, Problem> {
-        self.begin(method, params)?;
+    /// Calls a unary method.
+    pub(crate) fn call<R: DeserializeOwned>(&mut self, method: &str, params: &impl Serialize) -> Result<R, CallError> {
+        self.send(method, params)?;
         loop {
-            if let Step::Answer(answer) = self.next()? {
-                return answer;
+            if let Reply::Response(response) = self.receive()? {
+                return decode(response.map_err(CallError::Rejected)?);
             }
         }
     }
 
-    /// Calls a streaming method; `take` gets the parameters of each notification. What has begun may take as long as it likes.
-    pub fn stream(
+    /// Calls a streaming method and passes each notification to `take`. After the call has begun there is no deadline.
+    pub(crate) fn stream<N: DeserializeOwned, R: DeserializeOwned>(
         &mut self,
         method: &str,
-        params: Value,
-        mut take: impl FnMut(Value) -> io::Result<()>,
-    ) -> Result<Value, Problem> {
-        self.begin(method, params)?;
-        self.read.get_ref().set_read_timeout(None).map_err(|error| silent(&error))?;
+        params: &impl Serialize,
+        mut take: impl FnMut(N) -> io::Result<()>,
+    ) -> Result<R, CallError> {
+        self.send(method, params)?;
+        self.read.get_ref().set_read_timeout(None).map_err(|error| unreachable(&error))?;
         loop {
-            match self.next()? {
-                Step::Notification(params) => take(params)?,
-                Step::Answer(answer) => return answer,
+            match self.receive()? {
+                Reply::Notification(params) => take(decode(params)?)?,
+                Reply::Response(response) => return decode(response.map_err(CallError::Rejected)?),
             }
         }
     }
 
-    /// Begins a streaming call to which its caller sends notifications too: the connection, on which it goes on.
-    pub fn open(mut self, method: &str, params: Value) -> Result<UnixStream, Problem> {
-        self.begin(method, params)?;
+    /// Begins a streaming call to which the caller sends notifications too. Returns the connection on which the call
+    /// continues.
+    pub(crate) fn open(mut self, method: &str, params: &impl Serialize) -> Result<UnixStream, CallError> {
+        self.send(method, params)?;
         Ok(self.write)
     }
 
-    fn begin(&mut self, method: &str, params: Value) -> Result<(), Problem> {
+    fn send(&mut self, method: &str, params: &impl Serialize) -> Result<(), CallError> {
         self.calls += 1;
-        let request = json!({"jsonrpc": "2.0", "id": self.calls, "method": method, "params": params});
-        self.write.write_all(format!("{request}\n").as_bytes()).map_err(|error| silent(&error))
+        let request = rpc::request(self.calls, method, params);
+        self.write.write_all(&request).map_err(|error| unreachable(&error))
     }
 
-    fn next(&mut self) -> Result<Step, Problem> {
+    fn receive(&mut self) -> Result<Reply, CallError> {
         let mut line = Vec::new();
-        (&mut self.read).take(LINE).read_until(b'\n', &mut line).map_err(|error| silent(&error))?;
+        (&mut self.read).take(LINE_MAX).read_until(b'\n', &mut line).map_err(|error| unreachable(&error))?;
         if line.last() != Some(&b'\n') {
-            return Err(Problem::Closed);
+            return Err(CallError::Closed);
         }
-        step(&line)
+        reply(&line)
     }
 }
 
-/// What a line of a shim's says.
-///
-/// # Errors
-/// When it cannot be understood.
-pub fn step(line: &[u8]) -> Result<Step, Problem> {
-    let mut message: Value = serde_json::from_slice(line).map_err(|error| Problem::Garbled(error.to_string()))?;
-    if message.get("method").is_some() {
-        return Ok(Step::Notification(message["params"].take()));
-    }
-    Ok(Step::Answer(match message.get_mut("error").map(Value::take) {
-        Some(error) => Err(Problem::Refused {
-            code: error["code"].as_i64().unwrap_or_default(),
-            message: error["message"].as_str().unwrap_or("without a reason").to_owned(),
-        }),
-        None => Ok(message["result"].take()),
-    }))
+/// Reads a line from the shim.
+pub(crate) fn reply(line: &[u8]) -> Result<Reply, CallError> {
+    rpc::reply(line).map_err(|error| CallError::Malformed(error.to_string()))
 }
 
-/// A line of a shim's.
-pub enum Step {
-    /// Its parameters.
-    Notification(Value),
-    /// The end of the call.
-    Answer(Result<Value, Problem>),
+/// Reads the parameters of a notification, or a result.
+pub(crate) fn decode<T: DeserializeOwned>(value: Value) -> Result<T, CallError> {
+    serde_json::from_value(value).map_err(|error| CallError::Malformed(error.to_string()))
 }

@@ -1,63 +1,68 @@
-//! `husk console`: the guest's serial console on this terminal.
+//! `husk console`: connects this terminal to the guest's serial console.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use husk_shim::console::SOCKET;
+use husk_shim::console::endpoint::{Endpoint, Line};
+use husk_shim::ctl::messages::NoParams;
 use husk_shim::host::socket;
 use husk_shim::state::State;
-use husk_shim::state::status;
-use serde_json::json;
+use husk_shim::state::life::VmState;
+use husk_shim::state::status::Name;
 
+use crate::client::CallError;
 use crate::find;
-use crate::print::field;
-use crate::term::{Ending, Raw, is_terminal};
+use crate::print;
+use crate::print::{or_dash, shown};
+use crate::term::{Raw, Signals, exit_status};
 
-/// Bytes that are typed and not yet taken by a guest that may not read. Past that, keys are lost as at any terminal, and a file waits.
+/// Bytes of input that wait for a guest that does not read. Past that, keys are lost, as on any terminal, and a file is
+/// read later.
 const PENDING: usize = 64 * 1024;
-/// The guest's output is written to the terminal in pieces of this size.
+/// Size of a read from the console or stdin.
 const PIECE: usize = 16 * 1024;
 
-pub fn run(id: &str, as_json: bool) -> Result<ExitCode> {
+pub(crate) fn run(id: &str, as_json: bool) -> Result<ExitCode> {
     let state = find::find(id)?;
     if as_json {
         let endpoint =
-            find::connect(&state).and_then(|mut client| client.call("compute.vm.console.endpoint", json!({})));
-        let endpoint = endpoint.with_context(|| format!("the console of {:?} is not served", state.sandbox()))?;
-        writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&endpoint)?)?;
+            endpoint(&state).with_context(|| format!("the console of {:?} is not served", state.sandbox()))?;
+        print::json(&mut io::stdout(), &endpoint)?;
         return Ok(ExitCode::SUCCESS);
     }
     let stream = match (state.shim_lives(), socket::connect(state.dir(), SOCKET)) {
         (Ok(true), Ok(stream)) => stream,
         (Ok(false), _) => bail!(
-            "the shim of {0:?} is dead, and its console with it; `husk logs {0}` shows what was on it",
+            "the shim of {0:?} is dead and serves no console; `husk logs {0}` shows the console's output",
             state.sandbox()
         ),
         (_, Err(error)) => {
-            bail!("the console of {0:?}: {error}; `husk logs {0}` shows what was on it", state.sandbox())
+            bail!("connect to the console of {0:?}: {error}; `husk logs {0}` shows its output", state.sandbox())
         }
         (Err(error), _) => return Err(error.into()),
     };
     let stdin = io::stdin();
-    let terminal = is_terminal(stdin.as_fd());
+    let terminal = stdin.is_terminal();
     if terminal {
-        writeln!(io::stderr(), "husk: the console of {}; ~. at the beginning of a line leaves it", state.sandbox())?;
+        writeln!(
+            io::stderr(),
+            "husk: connected to the console of {}; type ~. at the start of a line to leave",
+            state.sandbox()
+        )?;
     }
-    let ending = Ending::hold_back().context("hold signals back")?;
+    let signals = Signals::catch(&[]).context("catch signals")?;
     let left = {
-        let _raw = terminal.then(|| Raw::enter(stdin.as_fd())).transpose().context("make the terminal raw")?;
-        Session::new(stream, terminal)?.run(&ending)?
+        let _raw = terminal.then(|| Raw::enter(stdin.as_fd())).transpose().context("put the terminal into raw mode")?;
+        Session::new(stream, terminal)?.run(signals)?
     };
     match left {
-        Left::Asked => {}
-        Left::Signal(signal) => {
-            // As a shell tells it.
-            return Ok(ExitCode::from(128 + u8::try_from(signal).unwrap_or(0)));
-        }
+        Left::ByUser => {}
+        Left::Signal(signal) => return Ok(ExitCode::from(exit_status(signal))),
         Left::Closed => {
             writeln!(io::stderr(), "husk: {}", why_closed(&state, terminal))?;
         }
@@ -65,39 +70,46 @@ pub fn run(id: &str, as_json: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn endpoint(state: &State) -> Result<Endpoint, CallError> {
+    find::connect(state)?.call("compute.vm.console.endpoint", &NoParams {})
+}
+
 /// Why the shim has closed a console, for people.
 fn why_closed(state: &State, terminal: bool) -> String {
-    let endpoint = find::connect(state).and_then(|mut client| client.call("compute.vm.console.endpoint", json!({})));
-    match endpoint {
-        Ok(endpoint) if endpoint["machine"] == "up" && terminal => {
-            "this terminal was too slow, and the console has dropped it; the VM runs on".to_owned()
+    match endpoint(state) {
+        Ok(Endpoint { machine: Line::Up, .. }) if terminal => {
+            "this terminal reads too slowly, and the shim has disconnected it; the VM keeps running".to_owned()
         }
-        Ok(endpoint) if endpoint["machine"] == "up" => "the input has ended; the VM runs on".to_owned(),
-        _ => {
-            let known = find::known(state, "compute.vm.status", status::of);
-            let last = known.status["transitions"].as_array().and_then(|all| all.last()).cloned().unwrap_or_default();
-            match (field(&known.status["state"]).as_str(), field(&last["cause"])) {
-                // Its death is just being noticed.
-                ("Running", _) => format!("the console has ended; `husk status {}` tells why", state.sandbox()),
-                (vm, cause) => format!("the console has ended: the VM is {vm} ({cause})"),
+        Ok(Endpoint { machine: Line::Up, .. }) => "the input has ended; the VM keeps running".to_owned(),
+        Ok(_) | Err(_) => {
+            let status = find::status(state).status;
+            let cause = status.transitions.last().map(|last| shown(&last.cause));
+            match status.summary.state {
+                // The shim is about to notice its death.
+                Some(Name::Known(VmState::Running)) => {
+                    format!("the console has ended; `husk status {}` shows why", state.sandbox())
+                }
+                vm => format!("the console has ended: the VM is {} ({})", or_dash(vm), or_dash(cause)),
             }
         }
     }
 }
 
-/// Why a session is over.
+/// How a session ended.
 enum Left {
-    Asked,
+    /// The user left, or the terminal is gone.
+    ByUser,
     Signal(i32),
+    /// The shim closed the connection.
     Closed,
 }
 
 struct Session {
     stream: UnixStream,
-    /// Where to look for the way out; none if what comes is not typed.
+    /// Detects the escape sequence. `None` if the input is not typed.
     escape: Option<Escape>,
     pending: Vec<u8>,
-    /// Whether more may come from stdin.
+    /// Stdin has not ended.
     open: bool,
 }
 
@@ -108,17 +120,17 @@ impl Session {
         Ok(Self { stream, escape, pending: Vec::new(), open: true })
     }
 
-    fn run(mut self, ending: &Ending) -> Result<Left> {
-        // Not through a buffer, of which poll(2) would know nothing.
+    fn run(mut self, mut signals: Signals) -> Result<Left> {
+        // Without std's buffer: poll(2) would not see what is in it.
         let mut stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
         let mut stdout = io::stdout().lock();
         let mut buffer = vec![0; PIECE];
         loop {
-            // Keys are always looked at, or there would be no way out of a guest that does not read.
+            // Keys are always read, or the escape sequence would have no effect while the guest does not read.
             let reads = self.open && (self.escape.is_some() || self.pending.len() < PENDING);
-            let ready = ending.or_ready(&self.stream, !self.pending.is_empty(), reads)?;
+            let ready = signals.or_ready(&self.stream, !self.pending.is_empty(), reads)?;
             if ready.signal
-                && let Some(signal) = ending.came()?
+                && let Some(&signal) = signals.take().first()
             {
                 return Ok(Left::Signal(signal));
             }
@@ -139,23 +151,23 @@ impl Session {
                     Ok(0) => self.open = false,
                     Ok(length) => {
                         if self.typed(&buffer[..length]) {
-                            return Ok(Left::Asked);
+                            return Ok(Left::ByUser);
                         }
                     }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    // The terminal has gone.
-                    Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(Left::Asked),
+                    // The terminal is gone.
+                    Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(Left::ByUser),
                     Err(error) => return Err(error).context("read stdin"),
                 }
             }
             if self.send()? && !self.open {
-                // What is there still comes, then the shim closes.
-                self.stream.shutdown(std::net::Shutdown::Write).or_else(ignore_gone)?;
+                // The shim sends the remaining output, then closes the connection.
+                self.stream.shutdown(std::net::Shutdown::Write).or_else(ignore_disconnected)?;
             }
         }
     }
 
-    /// True when the way out is among it.
+    /// Queues input for the guest. True if it contains the escape sequence.
     fn typed(&mut self, bytes: &[u8]) -> bool {
         let (keys, leave) = match &mut self.escape {
             Some(escape) => escape.take(bytes),
@@ -166,13 +178,13 @@ impl Session {
         leave
     }
 
-    /// Sends what the shim takes; true when nothing is left.
+    /// Sends as much input as the shim accepts. True if none is left.
     fn send(&mut self) -> Result<bool> {
         while !self.pending.is_empty() {
             match self.stream.write(&self.pending) {
                 Ok(length) => drop(self.pending.drain(..length)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                // Its last words are still to be read.
+                // The remaining output is still to be read.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => self.pending.clear(),
                 Err(error) => return Err(error).context("write to the console"),
             }
@@ -181,14 +193,14 @@ impl Session {
     }
 }
 
-fn ignore_gone(error: io::Error) -> io::Result<()> {
+fn ignore_disconnected(error: io::Error) -> io::Result<()> {
     match error.kind() {
         io::ErrorKind::NotConnected | io::ErrorKind::BrokenPipe => Ok(()),
         _ => Err(error),
     }
 }
 
-/// Finds `~.` at the beginning of a line among what is typed; `~~` stands for one `~` there.
+/// Detects the escape sequence `~.` at the start of a line. `~~` there stands for one `~`.
 #[derive(Debug)]
 struct Escape {
     line_start: bool,
@@ -202,7 +214,7 @@ impl Default for Escape {
 }
 
 impl Escape {
-    /// What goes to the guest of these keys, and whether the way out came after it.
+    /// The keys to send to the guest, and whether the escape sequence followed them.
     fn take(&mut self, keys: &[u8]) -> (Vec<u8>, bool) {
         let mut out = Vec::with_capacity(keys.len());
         for &key in keys {
@@ -227,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_way_out_is_a_tilde_and_a_dot_at_the_beginning_of_a_line() {
+    fn tilde_dot_leaves_at_the_start_of_a_line_only() {
         let table: &[(&str, &str, bool)] = &[
             ("~.", "", true),
             ("ls\r~.rest", "ls\r", true),
@@ -239,7 +251,7 @@ mod tests {
             ("~", "", false),
             ("a~~.\r", "a~~.\r", false),
         ];
-        for (keys, wanted, leaves) in table {
+        for (keys, expected, leaves) in table {
             for size in [1, 2, 100] {
                 let (mut escape, mut out, mut left) = (Escape::default(), Vec::new(), false);
                 for part in keys.as_bytes().chunks(size) {
@@ -249,7 +261,7 @@ mod tests {
                         left = leave;
                     }
                 }
-                assert_eq!((String::from_utf8(out).unwrap().as_str(), left), (*wanted, *leaves), "{keys:?} {size}");
+                assert_eq!((String::from_utf8(out).unwrap().as_str(), left), (*expected, *leaves), "{keys:?} {size}");
             }
         }
     }

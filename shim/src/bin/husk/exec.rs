@@ -1,133 +1,138 @@
-//! `husk exec`: a process in the VM itself, with this command's streams and exit status.
+//! `husk exec`: runs a process in the VM itself, with this command's streams and exit status.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd};
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use base64ct::{Base64, Encoding};
 use clap::Args;
-use husk_shim::ctl::exec::AHEAD;
-use husk_shim::ctl::rpc::{NO_SUCH_PROGRAM, NOT_EXECUTABLE};
-use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use husk_protos::chain::Chain;
+use husk_shim::ctl::messages::{
+    EXEC_INPUT_AHEAD, ExecEnd, ExecInputParams, ExecParams, ExecPart, ExecResizeParams, ExecSignalParams, ExecStream,
+};
+use husk_shim::ctl::rpc;
+use husk_shim::ctl::rpc::{NO_SUCH_PROGRAM, NOT_EXECUTABLE, Reply};
+use serde::Serialize;
+use signal_hook::consts::{SIGINT, SIGQUIT, SIGWINCH};
 
-use crate::client::{LINE, Problem, Step, step};
+use crate::client::{CallError, LINE_MAX, decode, reply};
 use crate::find;
 use crate::print::shown_lines;
-use crate::term::{Ending, Raw, is_terminal, size};
+use crate::term::{Raw, Signals, exit_status, size};
 
-/// Exit status when husk itself has failed; with 126 and 127, as env(1) and container tools have it.
+/// Exit status when husk itself fails. 125, 126 and 127 have the same meaning in env(1) and in container tools.
 const FAILED: u8 = 125;
-/// Most bytes of input that are sent as one.
+/// Most bytes of input in one message.
 const PIECE: usize = 16 * 1024;
-/// What a terminal takes for the end of what is typed (Ctrl-D).
+/// Ctrl-D, which ends the input of a terminal.
 const END_OF_TYPING: &[u8] = b"\x04";
 
-/// What is to be run, and how.
+/// What to run, and how.
 #[derive(Args)]
-pub struct Wanted {
-    /// Give the process a terminal, also where stdin or stdout is none
+pub(crate) struct Options {
+    /// Allocate a terminal even if stdin or stdout is not one
     #[arg(short, long)]
     tty: bool,
-    /// Give the process no terminal, also where stdin and stdout are one
+    /// Allocate no terminal even if stdin and stdout are one
     #[arg(short = 'T', long, conflicts_with = "tty")]
     no_tty: bool,
-    /// Give the process no stdin; in a loop that reads, it would take what the loop is to read
+    /// Connect no stdin. Use this inside a shell loop that reads stdin itself
     #[arg(short, long, conflicts_with = "tty")]
     no_stdin: bool,
-    /// Set a variable of its environment
+    /// Set an environment variable; may be repeated
     #[arg(short, long, value_name = "NAME=VALUE")]
     env: Vec<String>,
-    /// The folder in which it begins
+    /// Working directory of the process
     #[arg(short, long, value_name = "FOLDER", default_value = "/")]
     workdir: String,
-    /// Print JSON: a line for each piece of output, {"stream", "data": base64}, and then {"exit_code"}
+    /// Print JSON, one object a line: {"stream", "data": base64} for output, then {"exit_code"}
     #[arg(long, conflicts_with = "tty")]
     json: bool,
-    /// The program, which is searched in PATH, and its arguments; a shell if there is none
+    /// The program, which is looked up in PATH, and its arguments [default: sh]
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
-/// Runs it; never with the tool's usual exit code for a failure, which would pass for the process's.
-pub fn run(id: &str, wanted: &Wanted) -> ExitCode {
-    let failure = match relay(id, wanted) {
+/// Runs a process. Failures of husk have their own exit status, because 1 could be the process's.
+pub(crate) fn run(id: &str, options: &Options) -> ExitCode {
+    let failure = match relay(id, options) {
         Ok(code) => return ExitCode::from(code),
         Err(failure) => failure,
     };
     let code = match failure.downcast_ref() {
-        // Whoever reads has enough.
-        Some(Problem::Taker(error)) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
-        Some(Problem::Refused { code: NO_SUCH_PROGRAM, .. }) => 127,
-        Some(Problem::Refused { code: NOT_EXECUTABLE, .. }) => 126,
+        // The reader of the output, such as `head`, has exited.
+        Some(CallError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
+        Some(CallError::Rejected(error)) if error.code == NO_SUCH_PROGRAM => 127,
+        Some(CallError::Rejected(error)) if error.code == NOT_EXECUTABLE => 126,
         _ => FAILED,
     };
-    // Parts of it may be a guest's words. Without stderr there is nobody to be told.
-    let _ = writeln!(io::stderr(), "husk: {}", shown_lines(&format!("{failure:#}")));
+    // The message may contain text from a guest. If stderr is closed, the exit status has to do.
+    let _ = writeln!(io::stderr(), "husk: {}", shown_lines(&Chain(failure.as_ref()).to_string()));
     ExitCode::from(code)
 }
 
-fn relay(id: &str, wanted: &Wanted) -> Result<u8> {
+fn relay(id: &str, options: &Options) -> Result<u8> {
     let state = find::find(id)?;
     let (stdin, stdout) = (io::stdin(), io::stdout());
-    let (typed, shown) = (is_terminal(stdin.as_fd()), is_terminal(stdout.as_fd()));
-    let terminal = wanted.tty || typed && shown && !wanted.no_tty && !wanted.no_stdin && !wanted.json;
+    let (typed, shown) = (stdin.is_terminal(), stdout.is_terminal());
+    let terminal = options.tty || typed && shown && !options.no_tty && !options.no_stdin && !options.json;
 
-    let mut env = wanted.env.clone();
-    let named = env.iter().any(|one| one.starts_with("TERM="));
-    if let (true, Ok(kind)) = (terminal && shown && !named, std::env::var("TERM")) {
+    let mut env = options.env.clone();
+    let has_term = env.iter().any(|one| one.starts_with("TERM="));
+    if let (true, Ok(kind)) = (terminal && shown && !has_term, std::env::var("TERM")) {
         env.push(format!("TERM={kind}"));
     }
-    let args = if wanted.command.is_empty() { vec!["sh".to_owned()] } else { wanted.command.clone() };
-    // Before the size is asked for, so that no change of it is missed.
-    let signals = Ending::hold_back_with(&[Signal::SIGWINCH]).context("hold signals back")?;
+    let args = if options.command.is_empty() { vec!["sh".to_owned()] } else { options.command.clone() };
+    // Before the size is read: a change in between would be missed.
+    let signals = Signals::catch(&[SIGWINCH]).context("catch signals")?;
     let (rows, columns) = if terminal { size(stdout.as_fd()).unwrap_or((24, 80)) } else { (0, 0) };
-    let params = json!({
-        "args": args, "env": env, "cwd": wanted.workdir, "terminal": terminal, "rows": rows, "columns": columns,
-        "stdin": !wanted.no_stdin,
-    });
-    let stream = find::connect(&state)?.open("compute.vm.exec", params)?;
-    let _raw = (terminal && typed).then(|| Raw::enter(stdin.as_fd())).transpose().context("make the terminal raw")?;
-    Session::new(stream, terminal, wanted)?.run(&signals)
+    let (cwd, has_input) = (options.workdir.clone(), !options.no_stdin);
+    let params = ExecParams { args, env, cwd, terminal, rows, columns, stdin: has_input };
+    let stream = find::connect(&state)?.open("compute.vm.exec", &params)?;
+    let _raw =
+        (terminal && typed).then(|| Raw::enter(stdin.as_fd())).transpose().context("put the terminal into raw mode")?;
+    Session::new(stream, terminal, has_input, options.json)?.run(signals)
 }
 
 struct Session {
     stream: UnixStream,
+    /// Without std's buffer: poll(2) would not see what is in it.
+    stdin: File,
     terminal: bool,
     json: bool,
-    /// Whether more may come from stdin.
+    /// Stdin has not ended.
     open: bool,
-    /// Of the shim's lines, what has no end yet.
+    /// The beginning of a line from the shim.
     read: Vec<u8>,
-    /// What the shim has not taken yet.
+    /// Messages that the shim has not accepted yet.
     write: Vec<u8>,
-    /// Bytes of input that the shim has not passed on yet.
+    /// Bytes of input that the guest has not taken yet.
     ahead: usize,
     interrupted: bool,
 }
 
 impl Session {
-    fn new(stream: UnixStream, terminal: bool, wanted: &Wanted) -> Result<Self> {
+    fn new(stream: UnixStream, terminal: bool, has_input: bool, json: bool) -> Result<Self> {
         stream.set_nonblocking(true)?;
-        let (json, open) = (wanted.json, !wanted.no_stdin);
+        let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
         let (read, write) = (Vec::new(), Vec::new());
-        Ok(Self { stream, terminal, json, open, read, write, ahead: 0, interrupted: false })
+        Ok(Self { stream, stdin, terminal, json, open: has_input, read, write, ahead: 0, interrupted: false })
     }
 
-    fn run(mut self, signals: &Ending) -> Result<u8> {
+    fn run(mut self, mut signals: Signals) -> Result<u8> {
         loop {
-            // What the shim is behind with does not grow: input waits where it comes from.
-            let reads = self.open && self.ahead < AHEAD && self.write.len() < LINE as usize;
+            // When the shim or the guest falls behind, the input stays where it comes from.
+            let reads = self.open && self.ahead < EXEC_INPUT_AHEAD && self.write.len() < LINE_MAX as usize;
             let ready = signals.or_ready(&self.stream, !self.write.is_empty(), reads)?;
-            if ready.signal
-                && let Some(signal) = signals.came()?
-                && let Some(code) = self.signalled(signal)
-            {
-                return Ok(code);
+            if ready.signal {
+                for signal in signals.take() {
+                    if let Some(code) = self.signalled(signal) {
+                        return Ok(code);
+                    }
+                }
             }
             if ready.stdin {
                 self.take_input()?;
@@ -141,37 +146,34 @@ impl Session {
         }
     }
 
-    /// The exit status, if the signal ends this command.
+    /// Handles a signal. Returns the exit status if the signal ends this command.
     fn signalled(&mut self, signal: i32) -> Option<u8> {
         match signal {
-            libc::SIGWINCH => {
+            SIGWINCH => {
                 if let (true, Ok((rows, columns))) = (self.terminal, size(io::stdout().as_fd())) {
-                    self.tell("exec.resize", &json!({"rows": rows, "columns": columns}));
+                    self.notify("exec.resize", &ExecResizeParams { rows, columns });
                 }
                 None
             }
-            // It is for the process to say what that means; who says it twice means this command.
-            libc::SIGINT | libc::SIGQUIT if !self.terminal && !self.interrupted => {
+            // The first one is for the process, the second one for this command.
+            SIGINT | SIGQUIT if !self.terminal && !self.interrupted => {
                 self.interrupted = true;
-                self.tell("exec.signal", &json!({"signal": signal}));
+                self.notify("exec.signal", &ExecSignalParams { signal: signal.unsigned_abs() });
                 None
             }
-            // As a shell tells it. The shim ends the process when the connection ends.
-            other => Some(128 + u8::try_from(other).unwrap_or(0)),
+            // The shim ends the process when the connection closes.
+            other => Some(exit_status(other)),
         }
     }
 
     fn take_input(&mut self) -> Result<()> {
         let mut buffer = [0; PIECE];
-        let room = PIECE.min(AHEAD - self.ahead);
-        // SAFETY: descriptor 0 is open as long as the program runs, and ManuallyDrop does not close it. Not by std's stdin, whose buffer poll(2)
-        // would know nothing of.
-        let mut stdin = ManuallyDrop::new(unsafe { File::from_raw_fd(io::stdin().as_raw_fd()) });
-        match stdin.read(&mut buffer[..room]) {
+        let room = PIECE.min(EXEC_INPUT_AHEAD - self.ahead);
+        match self.stdin.read(&mut buffer[..room]) {
             Ok(0) => self.end_of_input(),
             Ok(length) => self.input(&buffer[..length]),
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-            // The terminal has gone.
+            // The terminal is gone.
             Err(error) if error.raw_os_error() == Some(libc::EIO) => self.end_of_input(),
             Err(error) => return Err(error).context("read stdin"),
         }
@@ -180,22 +182,21 @@ impl Session {
 
     fn input(&mut self, data: &[u8]) {
         self.ahead += data.len();
-        self.tell("exec.input", &json!({"data": Base64::encode_string(data)}));
+        self.notify("exec.input", &ExecInputParams { data: Base64::encode_string(data), end: false });
     }
 
     fn end_of_input(&mut self) {
         self.open = false;
         if self.terminal {
-            // A terminal has no other end, as long as the process has it.
+            // The only way to end the input of a terminal that the process keeps open.
             self.input(END_OF_TYPING);
         } else {
-            self.tell("exec.input", &json!({"end": true}));
+            self.notify("exec.input", &ExecInputParams { data: String::new(), end: true });
         }
     }
 
-    fn tell(&mut self, method: &str, params: &Value) {
-        let line = json!({"jsonrpc": "2.0", "method": method, "params": params});
-        self.write.extend_from_slice(format!("{line}\n").as_bytes());
+    fn notify(&mut self, method: &str, params: &impl Serialize) {
+        self.write.extend(rpc::notification(method, params));
     }
 
     fn send(&mut self) -> Result<()> {
@@ -204,7 +205,7 @@ impl Session {
                 Ok(length) => drop(self.write.drain(..length)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Its last words are still to be read.
+                // The shim's last messages are still to be read.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => self.write.clear(),
                 Err(error) => return Err(error).context("write to the shim"),
             }
@@ -212,55 +213,57 @@ impl Session {
         Ok(())
     }
 
-    /// The exit status, if it has come.
+    /// Handles the messages that have arrived. Returns the exit status if it is among them.
     fn receive(&mut self) -> Result<Option<u8>> {
         let mut buffer = [0; 64 * 1024];
         match self.stream.read(&mut buffer) {
-            Ok(0) => return Err(Problem::Closed.into()),
+            Ok(0) => return Err(CallError::Closed.into()),
             Ok(length) => self.read.extend_from_slice(&buffer[..length]),
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(Problem::Closed.into()),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(CallError::Closed.into()),
             Err(error) => return Err(error).context("read from the shim"),
         }
         while let Some(end) = self.read.iter().position(|&byte| byte == b'\n') {
             let line: Vec<u8> = self.read.drain(..=end).collect();
-            match step(&line)? {
-                Step::Notification(params) => self.notified(&params)?,
-                Step::Answer(answer) => {
-                    let answer = answer?;
+            match reply(&line)? {
+                Reply::Notification(params) => self.notified(&decode(params)?)?,
+                Reply::Response(response) => {
+                    let end: ExecEnd = decode(response.map_err(CallError::Rejected)?)?;
                     if self.json {
-                        show(&io::stdout(), format!("{answer}\n").as_bytes())?;
+                        write_json(&end)?;
                     }
-                    let code = answer["exit_code"].as_u64().and_then(|code| u8::try_from(code).ok());
-                    return Ok(Some(code.context("the shim's answer has no exit code")?));
+                    return Ok(Some(end.exit_code));
                 }
             }
         }
-        if self.read.len() > LINE as usize {
-            return Err(Problem::Garbled(format!("a line is longer than {LINE} bytes")).into());
+        if self.read.len() > LINE_MAX as usize {
+            return Err(CallError::Malformed(format!("a line is longer than {LINE_MAX} bytes")).into());
         }
         Ok(None)
     }
 
-    fn notified(&mut self, params: &Value) -> Result<()> {
-        if let Some(taken) = params["taken"].as_u64() {
-            self.ahead = self.ahead.saturating_sub(usize::try_from(taken).unwrap_or(usize::MAX));
-            return Ok(());
+    fn notified(&mut self, part: &ExecPart) -> Result<()> {
+        match part {
+            ExecPart::Taken { taken } => self.ahead = self.ahead.saturating_sub(*taken),
+            ExecPart::Output { .. } if self.json => write_json(part)?,
+            ExecPart::Output { stream, data } => {
+                let data = Base64::decode_vec(data).map_err(|error| CallError::Malformed(error.to_string()))?;
+                match stream {
+                    ExecStream::Stdout => write(&io::stdout(), &data)?,
+                    ExecStream::Stderr => write(&io::stderr(), &data)?,
+                }
+            }
         }
-        if self.json {
-            return show(&io::stdout(), format!("{params}\n").as_bytes());
-        }
-        let data = Base64::decode_vec(params["data"].as_str().unwrap_or_default())
-            .map_err(|error| Problem::Garbled(error.to_string()))?;
-        match params["stream"].as_str() {
-            Some("stderr") => show(&io::stderr(), &data),
-            _ => show(&io::stdout(), &data),
-        }
+        Ok(())
     }
 }
 
-/// Writes at once, and around std's buffer.
-fn show(to: &impl AsFd, data: &[u8]) -> Result<()> {
+fn write_json(message: &impl Serialize) -> Result<()> {
+    write(&io::stdout(), format!("{}\n", serde_json::to_value(message)?).as_bytes())
+}
+
+/// Writes at once, without std's buffer.
+fn write(to: &impl AsFd, data: &[u8]) -> Result<()> {
     let mut file = File::from(to.as_fd().try_clone_to_owned()?);
-    file.write_all(data).map_err(|error| Problem::Taker(error).into())
+    file.write_all(data).map_err(|error| CallError::Output(error).into())
 }

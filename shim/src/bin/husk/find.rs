@@ -1,4 +1,5 @@
-//! The sandboxes of this host, one of them by its id, and what is known of it: from its shim, else from the disk.
+//! Finds the sandboxes of this host, selects one by its id, and reads its status from its shim, or from disk if the
+//! shim does not answer.
 
 use std::fs;
 use std::io::{self, Write};
@@ -6,26 +7,31 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use husk_protos::chain::Chain;
+use husk_shim::ctl::messages::NoParams;
+use husk_shim::state::status;
+use husk_shim::state::status::Status;
 use husk_shim::state::{State, StateError, base};
-use serde_json::{Value, json};
+use serde::de::DeserializeOwned;
+use serde::{Serialize, Serializer};
 
-use crate::client::{Client, Problem};
+use crate::client::{CallError, Client};
 use crate::print;
 
-/// How long a shim may take for an answer before it counts as silent.
+/// Deadline for the result of a unary method.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// All sandboxes, by namespace and id. One whose state cannot be read is reported, and does not hide the others.
-pub fn sandboxes() -> Result<Vec<State>> {
+/// All sandboxes, ordered by namespace and id. A sandbox whose state cannot be read is reported on stderr and skipped.
+pub(crate) fn sandboxes() -> Result<Vec<State>> {
     let mut found = Vec::new();
     for namespace in folders(&base())? {
         for sandbox in folders(&namespace)? {
             let (Some(namespace), Some(sandbox)) = (name(&namespace), name(&sandbox)) else { continue };
             match State::load(&base(), namespace, sandbox) {
                 Ok(state) => found.push(state),
-                // It has gone in between.
+                // Deleted in the meantime.
                 Err(StateError::NotFound(_)) => {}
-                Err(error) => writeln!(io::stderr(), "husk: {}", print::shown(&error.to_string()))?,
+                Err(error) => writeln!(io::stderr(), "husk: {}", print::shown(&Chain(&error).to_string()))?,
             }
         }
     }
@@ -35,10 +41,10 @@ pub fn sandboxes() -> Result<Vec<State>> {
 fn folders(folder: &Path) -> Result<Vec<PathBuf>> {
     let listing = match fs::read_dir(folder) {
         Ok(listing) => listing,
-        // No sandbox has been made yet, or the last one of the namespace has just gone.
+        // No sandbox has been created yet, or the last one of the namespace has just been deleted.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            bail!("read {}: {error}: husk has to be run as root", folder.display())
+            bail!("read {}: {error}: run husk as root", folder.display())
         }
         Err(error) => return Err(error).with_context(|| format!("read {}", folder.display())),
     };
@@ -52,18 +58,18 @@ fn name(path: &Path) -> Option<&str> {
     path.file_name()?.to_str()
 }
 
-/// The one sandbox that `id` means.
+/// The sandbox that `id` identifies.
 ///
 /// # Errors
-/// When there is none, or more than one.
-pub fn find(id: &str) -> Result<State> {
+/// If there is none, or more than one.
+pub(crate) fn find(id: &str) -> Result<State> {
     let mut all = sandboxes()?;
     let ids: Vec<Ids<'_>> = all.iter().map(Ids::of).collect();
     let chosen = choose(id, &ids)?;
     Ok(all.swap_remove(chosen))
 }
 
-/// By what a sandbox is known.
+/// The names of a sandbox.
 struct Ids<'a> {
     namespace: &'a str,
     sandbox: &'a str,
@@ -77,66 +83,93 @@ impl<'a> Ids<'a> {
     }
 }
 
-/// The index of the sandbox that is meant: the whole id goes before a beginning, and a sandbox's before a container's.
-fn choose(wanted: &str, all: &[Ids<'_>]) -> Result<usize> {
-    let (namespace, id) = wanted.split_once('/').map_or((None, wanted), |(namespace, id)| (Some(namespace), id));
-    if id.is_empty() {
-        bail!("the id is empty; `husk list` shows those that there are");
+/// The index of the sandbox that `id` identifies. A complete id takes precedence over a prefix, and a sandbox's id over
+/// a container's.
+fn choose(id: &str, all: &[Ids<'_>]) -> Result<usize> {
+    let (namespace, name) = id.split_once('/').map_or((None, id), |(namespace, name)| (Some(namespace), name));
+    if name.is_empty() {
+        bail!("the id is empty; `husk list` shows all sandboxes");
     }
-    type Fits = fn(&Ids<'_>, &str) -> bool;
-    let rules: [Fits; 4] = [
+    type Matches = fn(&Ids<'_>, &str) -> bool;
+    let rules: [Matches; 4] = [
         |ids, id| ids.sandbox == id,
         |ids, id| ids.containers.contains(&id),
         |ids, id| ids.sandbox.starts_with(id),
         |ids, id| ids.containers.iter().any(|container| container.starts_with(id)),
     ];
-    for fits in rules {
-        let here = |ids: &&Ids<'_>| namespace.is_none_or(|namespace| ids.namespace == namespace) && fits(ids, id);
-        let fitting: Vec<&Ids<'_>> = all.iter().filter(here).collect();
-        match fitting.as_slice() {
+    for matches in rules {
+        let chosen =
+            |ids: &&Ids<'_>| namespace.is_none_or(|namespace| ids.namespace == namespace) && matches(ids, name);
+        let candidates: Vec<&Ids<'_>> = all.iter().filter(chosen).collect();
+        match candidates.as_slice() {
             [] => {}
-            [one] => return all.iter().position(|ids| std::ptr::eq(ids, *one)).context("it is gone"),
+            [one] => return all.iter().position(|ids| std::ptr::eq(ids, *one)).context("the sandbox is gone"),
             several => {
                 let names: Vec<String> =
                     several.iter().map(|ids| format!("{}/{}", ids.namespace, ids.sandbox)).collect();
-                bail!("{wanted:?} may be any of {}: give more of the id, or NAMESPACE/ID", names.join(", "));
+                bail!("{id:?} matches {}: use a longer prefix or NAMESPACE/ID", names.join(", "));
             }
         }
     }
-    bail!("no sandbox {wanted:?}; `husk list` shows those that there are")
+    bail!("no sandbox {id:?}; `husk list` shows all sandboxes")
 }
 
-/// What is known of a sandbox.
-pub struct Known {
-    /// As `compute.vm.status` tells it. What only a shim knows is missing from what the disk says.
-    pub status: Value,
-    /// Why the shim did not tell it, and it is from the disk.
-    pub silent: Option<String>,
+/// What is known about a sandbox.
+pub(crate) struct Known<T> {
+    /// From the shim. Without it, from disk, without what only the shim knows.
+    pub(crate) status: T,
+    /// Why the shim did not return it.
+    pub(crate) silence: Option<String>,
 }
 
-/// Asks the shim with `method`, and where it does not answer, reads with `read`.
-pub fn known(state: &State, method: &str, read: impl Fn(&State) -> Value) -> Known {
-    let silent = match connect(state).and_then(|mut client| client.call(method, json!({}))) {
-        Ok(status) => return Known { status, silent: None },
-        Err(problem) => problem.to_string(),
+/// As JSON: the status, and its source.
+impl<T: Serialize> Serialize for Known<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        #[serde(tag = "from", rename_all = "snake_case")]
+        enum Source<'a> {
+            Shim,
+            Disk { because: &'a str },
+        }
+        #[derive(Serialize)]
+        struct WithSource<'a, T> {
+            #[serde(flatten)]
+            status: &'a T,
+            source: Source<'a>,
+        }
+        let source = self.silence.as_ref().map_or(Source::Shim, |because| Source::Disk { because });
+        WithSource { status: &self.status, source }.serialize(serializer)
+    }
+}
+
+/// The full status of a sandbox.
+pub(crate) fn status(state: &State) -> Known<Status> {
+    known(state, "compute.vm.status", status::of)
+}
+
+/// Calls the shim's `method`; if the shim does not answer, reads the disk with `read`.
+pub(crate) fn known<T: DeserializeOwned>(state: &State, method: &str, read: impl Fn(&State) -> T) -> Known<T> {
+    let silence = match connect(state).and_then(|mut client| client.call(method, &NoParams {})) {
+        Ok(status) => return Known { status, silence: None },
+        Err(error) => Chain(&error).to_string(),
     };
-    // Read again: the shim's last words may have come since.
+    // Read the state again: the shim may have written it since.
     let status = match State::load(&base(), state.namespace(), state.sandbox()) {
         Ok(state) => read(&state),
         Err(_) => read(state),
     };
-    Known { status, silent: Some(silent) }
+    Known { status, silence: Some(silence) }
 }
 
-/// The sandbox's shim.
+/// Connects to the sandbox's shim.
 ///
 /// # Errors
-/// When it is dead or silent; the message says so.
-pub fn connect(state: &State) -> Result<Client, Problem> {
+/// If the shim is dead or does not accept the connection.
+pub(crate) fn connect(state: &State) -> Result<Client, CallError> {
     match state.shim_lives() {
         Ok(true) => Client::connect(state.dir(), ANSWER),
-        Ok(false) => Err(Problem::Silent("its shim is dead".to_owned())),
-        Err(error) => Err(Problem::Silent(error.to_string())),
+        Ok(false) => Err(CallError::Unreachable("its shim is dead".to_owned())),
+        Err(error) => Err(CallError::Unreachable(Chain(&error).to_string())),
     }
 }
 
@@ -145,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_means_one_sandbox_or_the_error_says_what_to_do() {
+    fn an_id_identifies_one_sandbox_or_the_error_says_what_to_do() {
         let ids = |namespace, sandbox, containers: &[&'static str]| Ids {
             namespace,
             sandbox,
@@ -168,17 +201,17 @@ mod tests {
             ("db-1", Ok(2)),
             ("db-2", Ok(2)),
             ("db-2-", Ok(4)),
-            ("web-", Err("\"web-\" may be any of a/web-1, b/web-1: give more of the id, or NAMESPACE/ID")),
-            ("web-1", Err("\"web-1\" may be any of a/web-1, b/web-1: give more of the id, or NAMESPACE/ID")),
-            ("db", Err("\"db\" may be any of b/pod7, c/twin: give more of the id, or NAMESPACE/ID")),
-            ("x", Err("no sandbox \"x\"; `husk list` shows those that there are")),
-            ("c/web", Err("no sandbox \"c/web\"; `husk list` shows those that there are")),
-            ("", Err("the id is empty; `husk list` shows those that there are")),
-            ("a/", Err("the id is empty; `husk list` shows those that there are")),
+            ("web-", Err("\"web-\" matches a/web-1, b/web-1: use a longer prefix or NAMESPACE/ID")),
+            ("web-1", Err("\"web-1\" matches a/web-1, b/web-1: use a longer prefix or NAMESPACE/ID")),
+            ("db", Err("\"db\" matches b/pod7, c/twin: use a longer prefix or NAMESPACE/ID")),
+            ("x", Err("no sandbox \"x\"; `husk list` shows all sandboxes")),
+            ("c/web", Err("no sandbox \"c/web\"; `husk list` shows all sandboxes")),
+            ("", Err("the id is empty; `husk list` shows all sandboxes")),
+            ("a/", Err("the id is empty; `husk list` shows all sandboxes")),
         ];
-        for (id, wanted) in table {
+        for (id, expected) in table {
             let chosen = choose(id, &all).map_err(|error| error.to_string());
-            assert_eq!(chosen, wanted.map_err(str::to_owned), "{id}");
+            assert_eq!(chosen, expected.map_err(str::to_owned), "{id}");
         }
     }
 }

@@ -1,5 +1,13 @@
-//! `husk`: the operator's look at the virtual machines of this host. It asks the shims through their sockets, and where one does not answer, it
-//! reads what that has left on disk; containerd is not needed. Each command is in a file of its own.
+//! `husk`: the operator's tool for the virtual machines of this host. It queries the shims through their sockets. If a
+//! shim does not answer, it reads the state that the shim has left on disk. It does not use containerd.
+//!
+//! | file | content |
+//! |---|---|
+//! | `list`, `status`, `boot_profile`, `events`, `logs`, `console`, `exec`, `check_config`, `metadata` | a command |
+//! | `find` | selects a sandbox, and reads its status from the shim or from disk |
+//! | `client` | calls the methods of a shim |
+//! | `print` | text that is safe on a terminal, tables, JSON |
+//! | `term` | raw mode, signals |
 
 mod boot_profile;
 mod check_config;
@@ -22,26 +30,34 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
+use husk_protos::chain::Chain;
 
-/// Looks into husk's virtual machines.
+/// Inspects and debugs husk's virtual machines
+///
+/// husk runs the containers of each sandbox (a pod, or a single container) in a virtual machine. This command shows the
+/// sandboxes of the host, even when containerd is down. Start with `husk list`. It needs root privileges.
 #[derive(Parser)]
 #[command(name = "husk", version, arg_required_else_help = true)]
+#[command(after_help = "Environment:\n  \
+    HUSK_CONFIG     the configuration file [default: /etc/husk/config.toml]\n  \
+    HUSK_STATE_DIR  the folder with the state of the sandboxes [default: /run/husk]\n\n\
+    Exit status: 0 on success, 1 on failure, 2 for invalid arguments. For `husk exec`, see `husk exec --help`.")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
-/// Which sandbox.
+/// The argument that selects a sandbox.
 #[derive(Args)]
 struct Sandbox {
-    /// The id of the sandbox or of one of its containers, or an unambiguous beginning of it; NAMESPACE/ID where two namespaces have it
+    /// Id of the sandbox or of one of its containers, or an unambiguous prefix. If several namespaces have it:
+    /// NAMESPACE/ID
     id: String,
 }
 
-/// How to tell it.
 #[derive(Args)]
 struct Format {
-    /// Print JSON
+    /// Print JSON instead of text
     #[arg(long)]
     json: bool,
 }
@@ -49,86 +65,94 @@ struct Format {
 #[derive(Subcommand)]
 enum Command {
     /// Lists the sandboxes of this host
+    ///
+    /// An asterisk after the state marks a sandbox whose shim is dead or does not answer. The row then shows the last
+    /// state on disk.
     List {
         #[command(flatten)]
         format: Format,
     },
-    /// Shows all that is known of one sandbox: its VM with how it came to its state, its health, its supervisor, its containers
+    /// Shows one sandbox: its VM, state changes, health, supervisor, containers and boot
     Status {
         #[command(flatten)]
         sandbox: Sandbox,
         #[command(flatten)]
         format: Format,
     },
-    /// Prints the guest's console and the log of its init
+    /// Prints the guest's console output and the log of its init
     Logs {
         #[command(flatten)]
         sandbox: Sandbox,
-        /// Only the last N lines of each
+        /// Print only the last N lines of each log [default: all]
         #[arg(long, value_name = "N")]
         lines: Option<usize>,
-        /// Go on with what comes
+        /// Follow new output until the sandbox ends
         #[arg(short, long)]
         follow: bool,
-        /// Only those of one of them
+        /// Print only this log [default: both]
         #[arg(long)]
         source: Option<logs::Source>,
-        #[command(flatten)]
-        format: Format,
-    },
-    /// Tells what has happened to a sandbox lately
-    Events {
-        #[command(flatten)]
-        sandbox: Sandbox,
-        /// Go on with what happens
-        #[arg(short, long)]
-        follow: bool,
-        #[command(flatten)]
-        format: Format,
-    },
-    /// Puts the guest's console on this terminal; ~. at the beginning of a line leaves it
-    Console {
-        #[command(flatten)]
-        sandbox: Sandbox,
-        /// Print where it is served, in place of going there
+        /// Print JSON, one object a line: {"source", "line"}
         #[arg(long)]
         json: bool,
     },
-    /// Runs a process in the VM itself, beside its containers; only in debug mode
+    /// Shows the latest events: VM state changes, container events, late heartbeats, the supervisor
+    Events {
+        #[command(flatten)]
+        sandbox: Sandbox,
+        /// Follow new events until the sandbox ends
+        #[arg(short, long)]
+        follow: bool,
+        /// Print JSON, one event a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Connects this terminal to the guest's console; type ~. at the start of a line to leave
+    Console {
+        #[command(flatten)]
+        sandbox: Sandbox,
+        /// Print the path of the console's socket as JSON instead of connecting
+        #[arg(long)]
+        json: bool,
+    },
+    /// Runs a process in the VM itself, outside its containers; requires debug mode
     ///
-    /// In debug mode are sandboxes that were created with the annotation io.husk.debug=true, or with `debug = true` in husk's configuration.
+    /// A sandbox is in debug mode if it was created with the annotation io.husk.debug=true, or with `debug = true` in
+    /// husk's configuration.
     ///
-    /// The process has a terminal if stdin and stdout are one, or with --tty; else its streams are pipes, and what goes through them is not
-    /// changed. It ends when this command does, and takes along what it has started.
+    /// The process gets a terminal if both stdin and stdout are terminals, or with --tty. Otherwise its streams are
+    /// pipes, and data passes through unchanged. When this command ends, the process and its children are killed.
     ///
-    /// Exit status: the process's own, 128 plus the number of the signal that killed it; 127 if there is no such program, 126 if it cannot be
-    /// executed, 125 if husk itself has failed.
+    /// Exit status: that of the process, or 128 plus the number of the signal that killed it; 127 if the program does
+    /// not exist, 126 if it cannot be executed, 125 if husk itself fails.
     Exec {
         #[command(flatten)]
         sandbox: Sandbox,
         #[command(flatten)]
-        wanted: exec::Wanted,
+        options: exec::Options,
     },
-    /// Shows where the time of a VM's boot went
+    /// Shows how long each step of a VM's boot took
     BootProfile {
         #[command(flatten)]
         sandbox: Sandbox,
         #[command(flatten)]
         format: Format,
     },
-    /// Checks the configuration as the creation of a container does, and prints all that is wrong
+    /// Validates the configuration, as the creation of a container does, and reports every problem
     CheckConfig {
-        /// The file; without it, the one that HUSK_CONFIG names, else /etc/husk/config.toml
+        /// Configuration file [default: $HUSK_CONFIG, or else /etc/husk/config.toml]
         file: Option<PathBuf>,
         #[command(flatten)]
         format: Format,
     },
-    /// Prints what makes a shell complete husk's commands; bash: `husk completion bash >/etc/bash_completion.d/husk`
+    /// Prints a shell completion script
+    ///
+    /// Example for bash: husk completion bash >/etc/bash_completion.d/husk
     Completion {
         /// The shell
         shell: Shell,
     },
-    /// What is to be known about the tokens that VMs get of the metadata service
+    /// Manages the tokens that VMs obtain from the metadata service
     #[command(subcommand)]
     Metadata(metadata::Command),
 }
@@ -136,23 +160,23 @@ enum Command {
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(code) => code,
-        // A reader such as `head` has enough.
-        Err(error) if has_enough(&error) => ExitCode::SUCCESS,
+        // The reader of the output, such as `head`, has exited.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            // Parts of it may be a guest's words.
-            let _ = writeln!(io::stderr(), "husk: {}", print::shown_lines(&format!("{error:#}")));
+            // The message may contain text from a guest. If stderr is closed, the exit status has to do.
+            let _ = writeln!(io::stderr(), "husk: {}", print::shown_lines(&Chain(error.as_ref()).to_string()));
             ExitCode::FAILURE
         }
     }
 }
 
-fn has_enough(error: &anyhow::Error) -> bool {
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        let taker = match cause.downcast_ref::<client::Problem>() {
-            Some(client::Problem::Taker(error)) => Some(error),
+        let output = match cause.downcast_ref::<client::CallError>() {
+            Some(client::CallError::Output(error)) => Some(error),
             _ => cause.downcast_ref::<io::Error>(),
         };
-        taker.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+        output.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
     })
 }
 
@@ -160,12 +184,12 @@ fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::List { format } => list::run(format.json)?,
         Command::Status { sandbox, format } => status::run(&sandbox.id, format.json)?,
-        Command::Logs { sandbox, lines, follow, source, format } => {
-            logs::run(&sandbox.id, &logs::Wanted { source, lines, follow, json: format.json })?;
+        Command::Logs { sandbox, lines, follow, source, json } => {
+            logs::run(&sandbox.id, &logs::Options { source, lines, follow, json })?;
         }
-        Command::Events { sandbox, follow, format } => events::run(&sandbox.id, follow, format.json)?,
+        Command::Events { sandbox, follow, json } => events::run(&sandbox.id, follow, json)?,
         Command::Console { sandbox, json } => return console::run(&sandbox.id, json),
-        Command::Exec { sandbox, wanted } => return Ok(exec::run(&sandbox.id, &wanted)),
+        Command::Exec { sandbox, options } => return Ok(exec::run(&sandbox.id, &options)),
         Command::BootProfile { sandbox, format } => boot_profile::run(&sandbox.id, format.json)?,
         Command::CheckConfig { file, format } => return check_config::run(file.as_deref(), format.json),
         Command::Metadata(command) => metadata::run(command)?,
@@ -176,4 +200,25 @@ fn run(command: Command) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent_and_all_have_help() {
+        fn check(command: &clap::Command) {
+            let name = command.get_name();
+            assert!(command.get_about().is_some(), "{name} has no description");
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{name}: {} has no description", argument.get_id());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        let mut command = Cli::command();
+        command.build();
+        command.clone().debug_assert();
+        check(&command);
+    }
 }

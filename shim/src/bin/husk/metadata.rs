@@ -1,4 +1,4 @@
-//! `husk metadata`: what is to be known outside of a VM about the tokens that it gets.
+//! `husk metadata`: the host's side of the tokens that VMs obtain from the metadata service.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -11,32 +11,32 @@ use husk_shim::state::base;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::Level;
 
-/// What there is to do.
+/// The subcommands.
 #[derive(Subcommand)]
-pub enum Command {
-    /// Prints the key that verifies this host's tokens, which is made if there is none yet
+pub(crate) enum Command {
+    /// Prints the public key that verifies this host's tokens; creates the key if there is none
     ///
-    /// VMs get their tokens (JWT, EdDSA) from the service husk.v1.Metadata, on port 1027 of the host (CID 2). Their header names the key by `kid`,
-    /// its thumbprint (RFC 7638). The private half is in the file that `metadata_key` of husk's configuration names, else /etc/husk/metadata.key.
+    /// VMs obtain their tokens (JWT, EdDSA) from the service husk.v1.Metadata on vsock port 1027 of the host (CID 2).
+    /// The token's header identifies the key by `kid`, its thumbprint (RFC 7638). The private key is in the file that
+    /// `metadata_key` in husk's configuration names, by default /etc/husk/metadata.key.
     PublicKey {
-        /// Print a JSON Web Key (RFC 8037) in place of PEM
+        /// Print a JSON Web Key (RFC 8037) instead of PEM
         #[arg(long)]
         json: bool,
     },
-    /// Answers all VMs of this host whose connections the kernel's vsock carries, until it is told to end
+    /// Serves the metadata service to all VMs that use the kernel's vsock, until SIGTERM or SIGINT
     ///
-    /// For hosts whose configuration says vsock = "vhost"; elsewhere each VM's shim answers for it, and nothing needs to be started. Listens on vsock
-    /// port 1027, which one process of a machine can do. A caller is known by the CID that it calls from, and which VM has that, by what the shims
-    /// keep on disk. Logs to its standard error.
+    /// Needed only with `vsock = "vhost"` in the configuration; otherwise each VM's shim serves its own VM. Listens on
+    /// vsock port 1027, which only one process of a host can do. Identifies a caller by its CID, and looks up the VM
+    /// with that CID in the shims' state on disk. Logs to stderr.
     Serve {
-        /// Also log each connection that was closed or refused
+        /// Also log each connection that is closed or rejected
         #[arg(long)]
         debug: bool,
     },
 }
 
-/// Does it.
-pub fn run(command: Command) -> Result<()> {
+pub(crate) fn run(command: Command) -> Result<()> {
     match command {
         Command::PublicKey { json } => public_key(json),
         Command::Serve { debug } => serve(debug),
@@ -44,7 +44,7 @@ pub fn run(command: Command) -> Result<()> {
 }
 
 fn public_key(json: bool) -> Result<()> {
-    let public = Key::read_or_make(&load::load()?.tokens.key)?.public();
+    let public = Key::read_or_create(&load::load()?.tokens.key)?.public();
     let mut out = io::stdout().lock();
     if json {
         writeln!(out, "{}", serde_json::to_string_pretty(&public.jwk())?)?;
@@ -57,7 +57,7 @@ fn public_key(json: bool) -> Result<()> {
 fn serve(debug: bool) -> Result<()> {
     let level = if debug { Level::DEBUG } else { Level::INFO };
     let log = tracing_subscriber::fmt().with_max_level(level).with_target(false).with_writer(io::stderr);
-    // A journal has its own clock.
+    // The systemd journal adds the time.
     log.without_time().with_ansi(io::stderr().is_terminal()).init();
     let tokens = load::load()?.tokens;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
@@ -70,7 +70,7 @@ fn serve(debug: bool) -> Result<()> {
             _ = interrupt.recv() => Ok(()),
         }
     });
-    // Nothing that still hangs on a disk may keep the process.
+    // Does not wait for threads that are blocked by a slow disk.
     runtime.shutdown_background();
     served
 }

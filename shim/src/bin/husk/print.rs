@@ -1,12 +1,15 @@
-//! How things are shown: nothing of a guest's words is a command to the terminal, tables have columns, times are read by people.
+//! Output for people: text from a guest without terminal commands, tables, durations; and JSON.
 
+use std::fmt::Display;
 use std::fmt::Write as _;
+use std::io;
 
+use serde::Serialize;
 use serde_json::Value;
 
-/// Text as it may be shown on a terminal, in one line: control characters in caret notation or by number, and so those that turn the direction
-/// of writing. Tabs stay.
-pub fn shown(text: &str) -> String {
+/// Text in one line that is safe on a terminal: control characters and characters that change the direction of writing
+/// are replaced by caret notation or their number. Tabs stay.
+pub(crate) fn shown(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -28,13 +31,18 @@ pub fn shown(text: &str) -> String {
     out
 }
 
-/// The same for text of several lines.
-pub fn shown_lines(text: &str) -> String {
+/// The same for text with several lines.
+pub(crate) fn shown_lines(text: &str) -> String {
     text.lines().map(shown).collect::<Vec<_>>().join("\n")
 }
 
-/// A string of a JSON object as it may be shown; "-" for what is not known.
-pub fn field(value: &Value) -> String {
+/// A value that may be unknown, safe on a terminal; "-" if it is.
+pub(crate) fn or_dash(value: Option<impl Display>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| shown(&value.to_string()))
+}
+
+/// A JSON value, safe on a terminal; "-" for null.
+pub(crate) fn field(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
         Value::String(text) => shown(text),
@@ -42,8 +50,8 @@ pub fn field(value: &Value) -> String {
     }
 }
 
-/// Rows in columns, the last one as wide as it is. The first row is the titles'.
-pub fn table(rows: &[Vec<String>]) -> String {
+/// Rows with aligned columns. The first row holds the titles and sets the number of columns.
+pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
     let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
@@ -59,8 +67,8 @@ pub fn table(rows: &[Vec<String>]) -> String {
     out
 }
 
-/// How long something took or has been, in one or two units.
-pub fn duration(ms: u64) -> String {
+/// A duration in one or two units.
+pub(crate) fn duration(ms: u64) -> String {
     let seconds = ms / 1000;
     match seconds {
         0 => format!("{ms} ms"),
@@ -71,20 +79,25 @@ pub fn duration(ms: u64) -> String {
     }
 }
 
+/// Prints JSON, with the keys of its objects in alphabetical order.
+pub(crate) fn json(out: &mut impl io::Write, value: &impl Serialize) -> io::Result<()> {
+    writeln!(out, "{:#}", serde_json::to_value(value)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_guests_words_are_no_commands_to_the_terminal() {
+    fn text_from_a_guest_contains_no_terminal_commands() {
         let table = [
             ("plain äöü", "plain äöü"),
             ("\x1b[2J\x1b]0;title\x07", "^[[2J^[]0;title^G"),
             ("a\tb\r\n\0\x7f", "a\tb^M^J^@^?"),
             ("\u{9b}31m\u{202e}gnp.exe", "<U+009B>31m<U+202E>gnp.exe"),
         ];
-        for (text, wanted) in table {
-            assert_eq!(shown(text), wanted);
+        for (text, expected) in table {
+            assert_eq!(shown(text), expected);
         }
         assert_eq!(shown_lines("a\x1b\nb\n"), "a^[\nb");
     }
@@ -97,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn durations_are_read_by_people() {
+    fn durations_have_one_or_two_units() {
         let table = [
             (0, "0 ms"),
             (999, "999 ms"),
@@ -107,8 +120,8 @@ mod tests {
             (3_600_000 * 5 + 60_000, "5h01m"),
             (86_400_000 * 400, "400d00h"),
         ];
-        for (ms, wanted) in table {
-            assert_eq!(duration(ms), wanted);
+        for (ms, expected) in table {
+            assert_eq!(duration(ms), expected);
         }
     }
 }

@@ -1,82 +1,64 @@
-//! `husk status`: all that is known of one sandbox.
+//! `husk status`: everything that is known about one sandbox.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
 use anyhow::Result;
 use husk_shim::state::life::now_ms;
-use husk_shim::state::status;
-use serde_json::Value;
+use husk_shim::state::status::{
+    ContainerStatus, HealthStatus, MachineStatus, ProcessStatus, Status, SupervisorStatus, TransitionStatus,
+};
 
 use crate::boot_profile::{bars, steps};
 use crate::find::{self, Known};
-use crate::list::source;
-use crate::print::{self, duration, field, shown};
+use crate::print::{self, duration, or_dash, shown};
 
-pub fn run(id: &str, as_json: bool) -> Result<()> {
+pub(crate) fn run(id: &str, as_json: bool) -> Result<()> {
     let state = find::find(id)?;
-    let known = find::known(&state, "compute.vm.status", status::of);
+    let known = find::status(&state);
     let mut out = io::stdout().lock();
     if as_json {
-        let mut told = known.status.clone();
-        told["source"] = source(&known);
-        writeln!(out, "{}", serde_json::to_string_pretty(&told)?)?;
+        print::json(&mut out, &known)?;
     } else {
         out.write_all(page(&known, now_ms()).as_bytes())?;
     }
     Ok(())
 }
 
-/// The status for people. Nothing in it is a command to the terminal.
-fn page(known: &Known, now_ms: u64) -> String {
-    let status = &known.status;
+/// The status as text, without terminal commands.
+fn page(known: &Known<Status>, now_ms: u64) -> String {
+    let (status, summary) = (&known.status, &known.status.summary);
     let mut page = String::new();
     let mut line = |title: &str, text: String| {
         // Writing to a String cannot fail.
         let _ = writeln!(page, "{title:<12}{text}");
     };
-    line("sandbox", format!("{} in namespace {}", field(&status["sandbox"]), field(&status["namespace"])));
-    if let Some(why) = &known.silent {
-        line("NOTE", format!("{}: this is what it wrote last, and may be out of date", shown(why)));
+    line("sandbox", format!("{} in namespace {}", shown(&summary.sandbox), shown(&summary.namespace)));
+    if let Some(why) = &known.silence {
+        line("NOTE", format!("{}; showing its last state on disk, which may be out of date", shown(why)));
     }
-    let last = status["transitions"].as_array().and_then(|all| all.last());
-    let since = last.and_then(|last| last["at_ms"].as_u64()).or(status["created_ms"].as_u64());
+    let last = status.transitions.last();
+    let since = last.map(|last| last.at_ms).or(summary.created_ms);
     let since = since.map_or_else(String::new, |at| format!(", for {}", duration(now_ms.saturating_sub(at))));
-    let cause = last.map_or_else(String::new, |last| format!(": {}", field(&last["cause"])));
-    line("state", format!("{}{since}{cause}", field(&status["state"])));
-    line("shim", process(&status["shim"]));
-    let machine = &status["machine"];
-    if machine.is_null() {
-        line("machine", "none has been started".to_owned());
-    } else {
-        let size = format!(
-            "{} vCPU, {} MiB, CID {}, {} on {}",
-            field(&machine["vcpus"]),
-            field(&machine["memory_mib"]),
-            field(&machine["cid"]),
-            field(&machine["accel"]),
-            field(&machine["board"])
-        );
-        line("machine", format!("QEMU, {}; {size}", process(machine)));
-        line("kernel", format!("{} from {}", field(&machine["kernel"]), field(&machine["kernel_file"])));
-        line("init", format!("{} from {}", field(&machine["init"]), field(&machine["initrd_file"])));
-        if machine["debug"] == true {
-            line("debug", "on: a shell on the console, and husk exec".to_owned());
-        }
+    let cause = last.map_or_else(String::new, |last| format!(": {}", shown(&last.cause)));
+    line("state", format!("{}{since}{cause}", or_dash(summary.state.as_ref())));
+    line("shim", process(summary.shim.pid, summary.shim.alive));
+    match &summary.machine {
+        Some(machine) => machine_lines(machine, &mut line),
+        None => line("machine", "none has been started".to_owned()),
     }
-    line("health", health(&status["health"]));
-    line("supervisor", supervisor(&status["supervisor"]));
-    line("folder", field(&status["dir"]));
+    let live = status.live.as_ref();
+    line("health", live.and_then(|live| live.health.as_ref()).map_or_else(|| "not known".to_owned(), health));
+    line("supervisor", live.and_then(|live| live.supervisor.as_ref()).map_or_else(|| "none".to_owned(), supervisor));
+    line("folder", shown(&status.dir.to_string_lossy()));
     page.push_str("\ncontainers\n");
-    page.push_str(&indented(&containers(&status["containers"])));
+    page.push_str(&indented(&containers(&summary.containers)));
     page.push_str("\ntransitions\n");
-    page.push_str(&indented(&transitions(&status["transitions"])));
-    let steps = steps(&status["boot"]);
+    page.push_str(&indented(&transitions(&status.transitions)));
+    let steps = steps(status.boot.as_ref().map_or(&[], |boot| &boot.milestones));
     if !steps.is_empty() {
-        let total = status["boot"]["milestones"].as_array().into_iter().flatten();
-        let total = total.filter_map(|milestone| milestone["at_us"].as_u64()).max().unwrap_or(0);
         page.push_str("\nboot\n");
-        page.push_str(&indented(&bars(&steps, total)));
+        page.push_str(&indented(&bars(&steps)));
     }
     page
 }
@@ -85,145 +67,168 @@ fn indented(text: &str) -> String {
     text.lines().map(|line| format!("  {line}\n")).collect()
 }
 
-fn process(process: &Value) -> String {
-    let alive = if process["alive"] == true { "alive" } else { "dead" };
-    format!("pid {}, {alive}", field(&process["pid"]))
+fn process(pid: Option<u32>, alive: bool) -> String {
+    format!("pid {}, {}", or_dash(pid), if alive { "alive" } else { "dead" })
 }
 
-fn health(health: &Value) -> String {
-    if health.is_null() {
-        return "not known".to_owned();
+fn machine_lines(machine: &MachineStatus, line: &mut impl FnMut(&str, String)) {
+    let MachineStatus { vcpus, memory_mib, cid, .. } = machine;
+    let (accel, board) = (shown(&machine.accel), shown(&machine.board));
+    let process = process(Some(machine.pid), machine.alive);
+    line("machine", format!("QEMU, {process}; {vcpus} vCPU, {memory_mib} MiB, CID {cid}, {accel} on {board}"));
+    let version = |version: &Option<String>, file: &str| format!("{} from {}", or_dash(version.as_ref()), shown(file));
+    line("kernel", version(&machine.kernel, &machine.kernel_file));
+    line("init", version(&machine.init, &machine.initrd_file));
+    if machine.debug {
+        line("debug", "on: a shell on the console, and husk exec".to_owned());
     }
-    if let Some(cause) = health["cause_of_death"].as_str() {
+}
+
+fn health(health: &HealthStatus) -> String {
+    if let Some(cause) = &health.cause_of_death {
         return format!("dead: {}", shown(cause));
     }
-    let number = |name: &str| health[name].as_u64().unwrap_or(0);
-    let verdict = if number("missed") > 0 { "heartbeats are missing" } else { "good" };
+    let beats = &health.heartbeats;
     format!(
-        "{verdict}: last heartbeat {} ago, one is due every {}, {} missed",
-        duration(number("since_heartbeat_ms")),
-        duration(number("heartbeat_interval_ms")),
-        number("missed")
+        "{}: last heartbeat {} ago, expected every {}, {} missed",
+        if beats.missed > 0 { "heartbeats are missing" } else { "good" },
+        duration(beats.since_heartbeat_ms),
+        duration(beats.heartbeat_interval_ms),
+        beats.missed
     )
 }
 
-fn supervisor(supervisor: &Value) -> String {
-    if supervisor.is_null() {
-        return "none".to_owned();
+fn supervisor(supervisor: &SupervisorStatus) -> String {
+    let mut text = shown(&supervisor.state);
+    if let Some(pid) = supervisor.pid {
+        let _ = write!(text, ", pid {pid}");
     }
-    let mut text = field(&supervisor["state"]);
-    let mut add = |name: &str, value: &Value| {
-        if !value.is_null() {
-            let _ = write!(text, ", {name} {}", field(value));
-        }
-    };
-    add("pid", &supervisor["pid"]);
-    add("restarts", &supervisor["restarts"]);
-    add("ms until it is started again:", &supervisor["wait_ms"]);
-    add("last end:", &supervisor["last_end"]);
+    let _ = write!(text, ", restarts {}", supervisor.restarts);
+    if let Some(ms) = supervisor.wait_ms {
+        let _ = write!(text, ", restarts again in {}", duration(ms));
+    }
+    if let Some(exit) = &supervisor.last_end {
+        let _ = write!(text, ", last exit: {}", shown(exit));
+    }
     text
 }
 
-fn containers(containers: &Value) -> String {
+fn containers(containers: &[ContainerStatus]) -> String {
     let mut rows = vec![["CONTAINER", "PROCESS", "PID IN GUEST", "STATE"].map(str::to_owned).to_vec()];
-    for container in containers.as_array().into_iter().flatten() {
-        let id = field(&container["id"]);
-        let processes: Vec<&Value> = container["processes"].as_array().into_iter().flatten().collect();
+    for container in containers {
+        let id = shown(&container.id);
+        let processes = container.processes.as_deref().unwrap_or_default();
         if processes.is_empty() {
-            let what = if container["creating"] == true { "being created" } else { "not known" };
-            rows.push(vec![id.clone(), "-".to_owned(), "-".to_owned(), what.to_owned()]);
+            let state = if container.creating { "being created" } else { "not known" };
+            rows.push(vec![id.clone(), "-".to_owned(), "-".to_owned(), state.to_owned()]);
         }
-        for process in processes {
-            let exec = process["exec"].as_str().filter(|exec| !exec.is_empty());
-            let pid = process["pid"].as_u64().filter(|pid| *pid != 0);
-            let state = match (process["exit_status"].as_u64(), pid) {
+        for ProcessStatus { exec, pid, exit_status } in processes {
+            let pid = Some(pid).filter(|pid| **pid != 0);
+            let state = match (exit_status, pid) {
                 (Some(status), _) => format!("exited with {status}"),
                 (None, Some(_)) => "alive".to_owned(),
                 (None, None) => "not started".to_owned(),
             };
-            let pid = pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
-            rows.push(vec![id.clone(), exec.map_or_else(|| "init".to_owned(), shown), pid, state]);
+            let exec = if exec.is_empty() { "init".to_owned() } else { shown(exec) };
+            rows.push(vec![id.clone(), exec, or_dash(pid), state]);
         }
     }
     if rows.len() == 1 { "none\n".to_owned() } else { print::table(&rows) }
 }
 
-fn transitions(transitions: &Value) -> String {
-    let rows: Vec<Vec<String>> = transitions
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|made| {
-            let states = format!("{} -> {}", field(&made["from"]), field(&made["to"]));
-            vec![field(&made["at"]), states, field(&made["cause"])]
-        })
-        .collect();
+fn transitions(transitions: &[TransitionStatus]) -> String {
+    let row = |made: &TransitionStatus| {
+        let states = format!("{} -> {}", shown(&made.from.to_string()), shown(&made.to.to_string()));
+        vec![shown(&made.at), states, shown(&made.cause)]
+    };
+    let rows: Vec<Vec<String>> = transitions.iter().map(row).collect();
     if rows.is_empty() { "none\n".to_owned() } else { print::table(&rows) }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
-    fn status() -> Value {
-        json!({
-            "sandbox": "web", "namespace": "default", "created_ms": 1000, "state": "Failed",
-            "shim": {"pid": 10, "alive": true},
-            "machine": {"pid": 11, "alive": false, "cid": 3, "vcpus": 2, "memory_mib": 256, "accel": "Tcg",
-                "board": "Microvm", "kernel": "6.12\u{1b}[2J", "init": "0.1.0", "kernel_file": "/k", "initrd_file": "/i"},
-            "health": {"heartbeat_interval_ms": 10000, "since_heartbeat_ms": 12000, "missed": 1, "alive": true, "cause_of_death": null},
-            "supervisor": {"state": "waiting", "pid": null, "restarts": 3, "last_end": "exited with status 1", "wait_ms": 4000},
-            "containers": [{"id": "web", "processes": [
-                {"exec": "", "pid": 20, "exit_status": null},
-                {"exec": "sh", "pid": 21, "exit_status": 137},
-                {"exec": "later", "pid": 0, "exit_status": null}]},
-                {"id": "new", "creating": true}],
-            "transitions": [{"from": "Running", "to": "Failed", "cause": "QEMU was killed\nby signal 9", "at": "2026-01-01T00:00:00Z", "at_ms": 2000}],
-            "boot": {"milestones": [{"side": "host", "name": "QEMU started", "at_us": 5000}]},
-            "dir": "/run/husk/default/web",
-        })
+    fn known(status: Value, silence: Option<&str>) -> Known<Status> {
+        Known { status: serde_json::from_value(status).unwrap(), silence: silence.map(str::to_owned) }
     }
 
     #[test]
-    fn all_of_it_is_told_and_nothing_of_it_is_a_command() {
-        let page = page(&Known { status: status(), silent: None }, 62_000);
-        assert!(!page.contains('\u{1b}'), "{page}");
+    fn a_full_status_has_every_line_and_no_terminal_commands() {
+        let status = json!({
+            "sandbox": "web", "namespace": "default", "created_ms": 1000, "state": "Failed",
+            "shim": {"pid": 10, "alive": true},
+            "machine": {"pid": 11, "alive": false, "cid": 3, "vcpus": 2, "memory_mib": 256, "accel": "Tcg",
+                "board": "Microvm", "kernel": "6.12\u{1b}[2J", "init": "0.1.0", "kernel_file": "/k",
+                "initrd_file": "/i"},
+            "health": {"heartbeat_interval_ms": 10000, "since_heartbeat_ms": 12000, "missed": 1, "alive": true,
+                "cause_of_death": null},
+            "supervisor": {"state": "waiting", "pid": null, "restarts": 3, "last_end": "exited with\u{7} status 1",
+                "wait_ms": 4000},
+            "containers": [{"id": "web", "processes": [
+                {"exec": "", "pid": 20, "exit_status": null},
+                {"exec": "sh\u{1b}", "pid": 21, "exit_status": 137},
+                {"exec": "later", "pid": 0, "exit_status": null}]},
+                {"id": "new", "creating": true}],
+            "transitions": [{"from": "Running", "to": "Failed", "cause": "QEMU was killed\nby signal 9",
+                "at": "2026-01-01T00:00:00Z", "at_ms": 2000}],
+            "boot": {"milestones": [{"side": "host", "name": "QEMU started", "at_us": 5000}]},
+            "dir": "/run/husk/default/web",
+        });
+        let page = page(&known(status, None), 62_000);
+        assert!(!page.contains(|c: char| c.is_control() && c != '\n'), "{page}");
         let lines: Vec<&str> = page.lines().map(str::trim_end).collect();
-        for wanted in [
+        for expected in [
             "sandbox     web in namespace default",
             "state       Failed, for 1m00s: QEMU was killed^Jby signal 9",
             "shim        pid 10, alive",
             "machine     QEMU, pid 11, dead; 2 vCPU, 256 MiB, CID 3, Tcg on Microvm",
             "kernel      6.12^[[2J from /k",
             "init        0.1.0 from /i",
-            "health      heartbeats are missing: last heartbeat 12.0 s ago, one is due every 10.0 s, 1 missed",
-            "supervisor  waiting, restarts 3, ms until it is started again: 4000, last end: exited with status 1",
+            "health      heartbeats are missing: last heartbeat 12.0 s ago, expected every 10.0 s, 1 missed",
+            "supervisor  waiting, restarts 3, restarts again in 4.0 s, last exit: exited with^G status 1",
             "folder      /run/husk/default/web",
             "  web        init     20            alive",
-            "  web        sh       21            exited with 137",
+            "  web        sh^[     21            exited with 137",
             "  web        later    -             not started",
             "  new        -        -             being created",
             "  2026-01-01T00:00:00Z  Running -> Failed  QEMU was killed^Jby signal 9",
         ] {
-            assert!(lines.contains(&wanted), "no {wanted:?} in\n{page}");
+            assert!(lines.contains(&expected), "no {expected:?} in\n{page}");
         }
         assert!(page.contains("start QEMU's process"), "{page}");
     }
 
     #[test]
-    fn what_is_not_known_is_told_as_such() {
-        let bare = json!({"sandbox": "web", "namespace": "default", "state": "Pending", "shim": {"pid": null, "alive": false}});
-        let page = page(&Known { status: bare, silent: Some("its shim is dead".into()) }, 0);
-        for wanted in [
-            "NOTE        its shim is dead: this is what it wrote last, and may be out of date",
+    fn names_of_another_version_contain_no_terminal_commands_either() {
+        let status = json!({
+            "sandbox": "w\u{1b}", "namespace": "n\u{1b}", "state": "S\u{1b}", "dir": "/\u{1b}",
+            "machine": {"accel": "A\u{1b}", "board": "B\u{1b}", "kernel_file": "\u{1b}", "initrd_file": "\u{1b}"},
+            "containers": [{"id": "c\u{1b}"}],
+            "transitions": [{"from": "F\u{1b}", "to": "T\u{1b}", "cause": "\u{1b}", "at": "\u{1b}"}],
+            "boot": {"milestones": [{"side": "guest", "name": "N\u{1b}", "at_us": 5}]},
+            "supervisor": {"state": "\u{1b}"},
+            "health": {"cause_of_death": "\u{1b}"},
+        });
+        let page = page(&known(status, Some("\u{1b}")), 0);
+        assert!(!page.contains('\u{1b}') && page.contains("up to \"N^[\""), "{page}");
+    }
+
+    #[test]
+    fn unknown_values_are_shown_as_unknown() {
+        let shim = json!({"pid": null, "alive": false});
+        let bare = json!({"sandbox": "web", "namespace": "default", "state": "Pending", "shim": shim});
+        let page = page(&known(bare, Some("its shim is dead")), 0);
+        for expected in [
+            "NOTE        its shim is dead; showing its last state on disk, which may be out of date",
             "state       Pending",
             "machine     none has been started",
             "health      not known",
             "supervisor  none",
         ] {
-            assert!(page.lines().any(|line| line == wanted), "no {wanted:?} in\n{page}");
+            assert!(page.lines().any(|line| line == expected), "no {expected:?} in\n{page}");
         }
     }
 }

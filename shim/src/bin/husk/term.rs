@@ -1,33 +1,36 @@
-//! A terminal in raw mode, which is as it was again however the program ends, but for SIGKILL.
+//! Raw mode for a terminal, and signals as events, so that the terminal is restored whatever ends the program, SIGKILL
+//! excepted.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::termios::{self, SetArg, Termios};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::iterator::backend::SignalDelivery;
+use signal_hook::iterator::exfiltrator::SignalOnly;
 
-/// What would end the program with its terminal raw.
-const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT];
+/// The signals that would end the program while its terminal is raw.
+const ENDING: [i32; 4] = [SIGHUP, SIGINT, SIGTERM, SIGQUIT];
 
-/// A terminal that passes on every key as it is. Dropped, it is what it was before.
-pub struct Raw<'a> {
+/// A terminal in raw mode, which passes on every key. Dropping this restores the terminal.
+pub(crate) struct Raw<'a> {
     terminal: BorrowedFd<'a>,
     before: Termios,
 }
 
 impl<'a> Raw<'a> {
-    /// Makes `terminal` raw.
+    /// Puts `terminal` into raw mode.
     ///
     /// # Errors
-    /// When it is no terminal.
-    pub fn enter(terminal: BorrowedFd<'a>) -> io::Result<Self> {
+    /// If it is not a terminal.
+    pub(crate) fn enter(terminal: BorrowedFd<'a>) -> io::Result<Self> {
         let before = termios::tcgetattr(terminal)?;
         let mut raw = before.clone();
         termios::cfmakeraw(&mut raw);
-        // What was typed ahead was meant for the program too.
+        // TCSADRAIN keeps what was typed ahead: it is meant for the guest too.
         termios::tcsetattr(terminal, SetArg::TCSADRAIN, &raw)?;
         Ok(Self { terminal, before })
     }
@@ -35,57 +38,44 @@ impl<'a> Raw<'a> {
 
 impl Drop for Raw<'_> {
     fn drop(&mut self) {
-        // It may be gone, with its window; then there is nothing to be restored.
+        // Fails when the terminal's window has been closed. Then there is nothing to restore.
         let _ = termios::tcsetattr(self.terminal, SetArg::TCSADRAIN, &self.before);
     }
 }
 
-/// What there is something of, or the end of.
+/// What is ready, or has ended.
 #[derive(Debug, Clone, Copy)]
-pub struct Ready {
+pub(crate) struct Ready {
     /// Signals.
-    pub signal: bool,
+    pub(crate) signal: bool,
     /// The stream.
-    pub stream: bool,
+    pub(crate) stream: bool,
     /// Stdin.
-    pub stdin: bool,
+    pub(crate) stdin: bool,
 }
 
-/// Ending signals as something to wait for, so that the terminal is restored before they have their effect.
-pub struct Ending(SignalFd);
+/// Signals as events. Their handlers write to a socket pair, which a loop polls beside its streams.
+pub(crate) struct Signals(SignalDelivery<UnixStream, SignalOnly>);
 
-impl Ending {
-    /// Holds them back from now on, in this thread and those that it starts.
+impl Signals {
+    /// Catches the signals that would end the program, and `others`.
     ///
     /// # Errors
-    /// What the system says.
-    pub fn hold_back() -> io::Result<Self> {
-        Self::hold_back_with(&[])
+    /// If no socket pair or handler can be created.
+    pub(crate) fn catch(others: &[i32]) -> io::Result<Self> {
+        let (read, write) = UnixStream::pair()?;
+        Ok(Self(SignalDelivery::with_pipe(read, write, SignalOnly, ENDING.iter().chain(others))?))
     }
 
-    /// The same, and to be told of these as well.
+    /// Waits for a signal, for `stream` to be readable or, with `writes`, writable, and with `reads` for stdin.
     ///
     /// # Errors
-    /// What the system says.
-    pub fn hold_back_with(others: &[Signal]) -> io::Result<Self> {
-        let signals: SigSet = ENDING.iter().chain(others).copied().collect();
-        signals.thread_block()?;
-        Ok(Self(SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?))
-    }
-
-    /// Readable when one has come.
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-
-    /// Waits for one of them, for `stream` to be read or, if `writes`, written, and if `reads` for stdin; tells which.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn or_ready(&self, stream: &impl AsFd, writes: bool, reads: bool) -> io::Result<Ready> {
+    /// poll(2)'s.
+    pub(crate) fn or_ready(&self, stream: &impl AsFd, writes: bool, reads: bool) -> io::Result<Ready> {
         let stdin = io::stdin();
-        let wanted = if writes { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
-        let mut fds = vec![PollFd::new(self.as_fd(), PollFlags::POLLIN), PollFd::new(stream.as_fd(), wanted)];
+        let events = if writes { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
+        let signals = self.0.get_read().as_fd();
+        let mut fds = vec![PollFd::new(signals, PollFlags::POLLIN), PollFd::new(stream.as_fd(), events)];
         if reads {
             fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
         }
@@ -99,20 +89,22 @@ impl Ending {
         }
     }
 
-    /// The one that has come, if any has.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn came(&self) -> io::Result<Option<i32>> {
-        Ok(self.0.read_signal()?.map(|info| info.ssi_signo as i32))
+    /// The signals since the last call, each once.
+    pub(crate) fn take(&mut self) -> Vec<i32> {
+        self.0.pending().collect()
     }
+}
+
+/// The exit status for a program that a signal ended, as shells report it.
+pub(crate) fn exit_status(signal: i32) -> u8 {
+    u8::try_from(signal).ok().and_then(|signal| signal.checked_add(128)).unwrap_or(u8::MAX)
 }
 
 /// A terminal's lines and columns.
 ///
 /// # Errors
-/// When it is no terminal.
-pub fn size(terminal: BorrowedFd<'_>) -> io::Result<(u16, u16)> {
+/// If it is not a terminal.
+pub(crate) fn size(terminal: BorrowedFd<'_>) -> io::Result<(u16, u16)> {
     let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCGWINSZ writes one winsize, into a variable that outlives the call.
     if unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) } < 0 {
@@ -121,8 +113,30 @@ pub fn size(terminal: BorrowedFd<'_>) -> io::Result<(u16, u16)> {
     Ok((size.ws_row, size.ws_col))
 }
 
-/// Whether this is a terminal.
-pub fn is_terminal(fd: BorrowedFd<'_>) -> bool {
-    // SAFETY: isatty takes a number and touches no memory of ours.
-    unsafe { libc::isatty(fd.as_raw_fd()) == 1 }
+#[cfg(test)]
+mod tests {
+    use signal_hook::consts::{SIGUSR1, SIGWINCH};
+    use signal_hook::low_level::raise;
+
+    use super::*;
+
+    #[test]
+    fn caught_signals_wake_the_loop_and_are_reported_once() {
+        // The ending signals are caught in the whole test process too, which nobody signals.
+        let mut signals = Signals::catch(&[SIGUSR1, SIGWINCH]).unwrap();
+        let (stream, mut other) = UnixStream::pair().unwrap();
+        for signal in [SIGUSR1, SIGWINCH, SIGUSR1] {
+            raise(signal).unwrap();
+        }
+        let ready = signals.or_ready(&stream, false, false).unwrap();
+        assert!(ready.signal && !ready.stream && !ready.stdin);
+        let mut taken = signals.take();
+        taken.sort_unstable();
+        assert_eq!(taken, [SIGUSR1, SIGWINCH]);
+        assert!(signals.take().is_empty());
+        io::Write::write_all(&mut other, b"x").unwrap();
+        let ready = signals.or_ready(&stream, false, false).unwrap();
+        assert!(!ready.signal && ready.stream);
+        assert_eq!((exit_status(SIGTERM), exit_status(1000)), (143, 255));
+    }
 }

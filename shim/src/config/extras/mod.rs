@@ -1,4 +1,4 @@
-//! The extras that a sandbox's annotations ask for: files of the host for the guest itself, such as the supervisor agent.
+//! The annotations about extras: files of the host for the guest itself, such as the supervisor agent.
 
 use std::path::PathBuf;
 
@@ -9,16 +9,16 @@ use serde_json::Value;
 use crate::config::names;
 use crate::config::problem::Problem;
 
-/// What is the kernel's, and can have no files.
-const KERNELS: [&str; 3] = ["/proc", "/sys", "/dev"];
-/// What is the init's. Of all that is in its folder, only the agent is the user's.
-const INITS: [&str; 5] = ["/init", "/run/husk", SUPERVISOR_PID, SUPERVISOR_LOG, SUPERVISOR_LOG_BEFORE];
-/// Longest name of a file, bytes (NAME_MAX).
+/// Folders of the guest's kernel, which cannot contain extras.
+const KERNEL_PATHS: [&str; 3] = ["/proc", "/sys", "/dev"];
+/// Files and folders of the guest's init. The user may only place the agent in them.
+const INIT_PATHS: [&str; 5] = ["/init", "/run/husk", SUPERVISOR_PID, SUPERVISOR_LOG, SUPERVISOR_LOG_BEFORE];
+/// Longest file name, bytes (NAME_MAX of Linux).
 const NAME_MAX: usize = 255;
-/// Most of a value that an error shows, bytes.
+/// An error shows at most this much of a value, bytes.
 const SHOWN: usize = 200;
 
-/// A file that is to be in the guest.
+/// A file for the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExtraFile {
     /// Absolute path in the guest.
@@ -29,12 +29,12 @@ pub struct ExtraFile {
     pub mode: u32,
 }
 
-/// What a sandbox wants in its guest.
+/// The extras of a sandbox.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Extras {
-    /// Files, in their destinations' order.
+    /// The files, sorted by destination.
     pub files: Vec<ExtraFile>,
-    /// Whether the agent is to run, if that was said.
+    /// Whether the agent runs, if the annotation is set.
     pub supervisor: Option<bool>,
 }
 
@@ -43,42 +43,44 @@ impl Extras {
         self.files.iter().any(|file| file.destination == SUPERVISOR)
     }
 
-    /// Whether a guest with these has a supervisor agent that runs.
-    pub fn runs_supervisor(&self) -> bool {
+    /// Whether a guest with these extras runs a supervisor agent.
+    pub(crate) fn runs_supervisor(&self) -> bool {
         self.supervisor.unwrap_or(true) && self.has_agent()
     }
 
-    /// What is wrong with them as those of a VM that is to be booted.
-    pub fn missing(&self) -> Option<Problem> {
-        let wrong = self.supervisor == Some(true) && !self.has_agent();
-        wrong.then(|| {
+    /// The problem that keeps a VM from booting with these extras: an agent that must run, but is missing.
+    pub(crate) fn missing(&self) -> Option<Problem> {
+        let missing = self.supervisor == Some(true) && !self.has_agent();
+        missing.then(|| {
             let why = format!("there is no agent: annotation {} has no {SUPERVISOR:?}", names::EXTRAS_FILES);
             supervisor_problem(true, why)
         })
     }
 
-    /// What a container asks for with these that its sandbox's VM, which was booted with `has`, does not have.
-    pub fn beyond(&self, has: &Self) -> Vec<Problem> {
+    /// The extras of a later container that its sandbox's VM, booted with `present`, lacks.
+    pub(crate) fn beyond(&self, present: &Self) -> Vec<Problem> {
         let mut problems: Vec<_> = self
             .files
             .iter()
-            .filter(|file| !has.files.contains(file))
+            .filter(|file| !present.files.contains(file))
             .map(|file| Problem {
                 key: entry(&file.destination),
                 value: Some(format!("{:?} with mode {:#o}", file.source, file.mode)),
-                why: "the sandbox's VM was booted without it, and takes no extras any more".to_owned(),
+                why: "the sandbox's VM was booted without it, and extras cannot be added later".to_owned(),
             })
             .collect();
-        if let Some(wanted) = self.supervisor
-            && wanted != has.runs_supervisor()
+        if let Some(requested) = self.supervisor
+            && requested != present.runs_supervisor()
         {
-            let with = if wanted { "without" } else { "with" };
-            problems.push(supervisor_problem(wanted, format!("the sandbox's VM was booted {with} a supervisor agent")));
+            let with = if requested { "without" } else { "with" };
+            problems
+                .push(supervisor_problem(requested, format!("the sandbox's VM was booted {with} a supervisor agent")));
         }
         problems
     }
 }
 
+/// The annotation, as a problem names it.
 pub(crate) fn whole() -> String {
     format!("annotation {}", names::EXTRAS_FILES)
 }
@@ -87,48 +89,49 @@ fn entry(destination: &str) -> String {
     format!("{}[{:?}]", whole(), cut(destination))
 }
 
+/// A field of an entry, as a problem names it.
 pub(crate) fn field(destination: &str, name: &str) -> String {
     format!("{}.{name}", entry(destination))
 }
 
-fn supervisor_problem(wanted: bool, why: String) -> Problem {
-    Problem { key: format!("annotation {}", names::SUPERVISOR), value: Some(format!("\"{wanted}\"")), why }
+fn supervisor_problem(requested: bool, why: String) -> Problem {
+    Problem { key: format!("annotation {}", names::SUPERVISOR), value: Some(format!("\"{requested}\"")), why }
 }
 
 fn cut(text: &str) -> &str {
     &text[..text.floor_char_boundary(SHOWN)]
 }
 
-/// Reads the value of the annotation: a JSON object of destinations, each with `source` and `mode`.
+/// Parses the value of the annotation: a JSON object of destinations, each with `source` and `mode`.
 ///
 /// # Errors
 ///
-/// All that is wrong with it.
-pub fn parse(text: &str) -> Result<Vec<ExtraFile>, Vec<Problem>> {
+/// All problems at once.
+pub(crate) fn parse(text: &str) -> Result<Vec<ExtraFile>, Vec<Problem>> {
     let mut reader = serde_json::Deserializer::from_str(text);
     let entries = (&mut reader).deserialize_map(Entries).and_then(|entries| reader.end().map(|()| entries));
     let entries = entries.map_err(|error| {
-        let why = format!("no JSON object of destinations, each with \"source\" and \"mode\": {error}");
+        let why = format!("must be a JSON object of destinations, each with \"source\" and \"mode\": {error}");
         vec![Problem { key: whole(), value: Some(format!("{:?}", cut(text))), why }]
     })?;
     let (mut files, mut problems) = (Vec::<ExtraFile>::new(), Vec::new());
     if entries.len() > FILES_MAX {
         let value = Some(format!("{} files", entries.len()));
-        problems.push(Problem { key: whole(), value, why: format!("at most {FILES_MAX} are possible") });
+        problems.push(Problem { key: whole(), value, why: format!("at most {FILES_MAX} are allowed") });
     }
     for (index, (destination, value)) in entries.iter().enumerate() {
-        let wrong = |why: String| Problem { key: entry(destination), value: Some(shown(value)), why };
+        let problem = |why: String| Problem { key: entry(destination), value: Some(shown(value)), why };
         let others = entries.iter().map(|(other, _)| other.as_str());
         if let Err(why) = check_destination(destination) {
-            problems.push(wrong(why));
+            problems.push(problem(why));
         } else if others.clone().take(index).any(|other| other == destination) {
-            problems.push(wrong("the destination is there twice".to_owned()));
+            problems.push(problem("duplicate destination".to_owned()));
         } else if let Some(below) = others.clone().find(|other| is_below(other, destination)) {
-            problems.push(wrong(format!("it is to be a file, and the folder of {:?} as well", cut(below))));
+            problems.push(problem(format!("the destination cannot be a file and the folder of {:?}", cut(below))));
         }
         match read_entry(destination, value) {
             Ok((source, mode)) => files.push(ExtraFile { destination: destination.clone(), source, mode }),
-            Err(wrong) => problems.extend(wrong),
+            Err(found) => problems.extend(found),
         }
     }
     files.sort_by(|one, other| one.destination.cmp(&other.destination));
@@ -147,46 +150,46 @@ fn check_destination(path: &str) -> Result<(), String> {
     let is_at_or_below = |folder: &&str| path == *folder || is_below(path, folder);
     let Some(parts) = path.strip_prefix('/') else { return Err("the destination must be an absolute path".to_owned()) };
     if parts.split('/').any(|part| matches!(part, "" | "." | "..")) || path.contains('\0') {
-        return Err(
-            "the destination must be clean: without \"//\", \".\", \"..\", NUL or a slash at its end".to_owned()
-        );
+        return Err("the destination must be clean: without \"//\", \".\", \"..\", NUL or a trailing slash".to_owned());
     }
     if path.len() > PATH_MAX || parts.split('/').any(|part| part.len() > NAME_MAX) {
-        return Err(format!("the destination may have {PATH_MAX} bytes, and each name in it {NAME_MAX}"));
+        return Err(format!("the destination may have at most {PATH_MAX} bytes, and each name in it {NAME_MAX}"));
     }
-    if let Some(folder) = KERNELS.iter().find(|folder| is_at_or_below(folder)) {
-        return Err(format!("the destination must be outside of {folder}, which is the kernel's"));
+    if let Some(folder) = KERNEL_PATHS.iter().find(|folder| is_at_or_below(folder)) {
+        return Err(format!("the destination must be outside of {folder}, which belongs to the kernel"));
     }
-    if let Some(taken) = INITS.iter().find(|taken| is_at_or_below(taken) && path != SUPERVISOR) {
-        return Err(format!("the destination must not be in {taken}, which is husk's own; {SUPERVISOR:?} may be"));
+    if let Some(taken) = INIT_PATHS.iter().find(|taken| is_at_or_below(taken) && path != SUPERVISOR) {
+        return Err(format!(
+            "the destination must be outside of {taken}, which belongs to husk; only {SUPERVISOR:?} is allowed"
+        ));
     }
-    if path == "/tmp" || INITS.iter().any(|taken| is_below(taken, path)) {
-        return Err("the destination is a folder of the guest".to_owned());
+    if path == "/tmp" || INIT_PATHS.iter().any(|taken| is_below(taken, path)) {
+        return Err("the destination is a folder in the guest".to_owned());
     }
     Ok(())
 }
 
-/// The source and the mode of an entry.
+/// The source and mode of an entry.
 fn read_entry(destination: &str, value: &Value) -> Result<(PathBuf, u32), Vec<Problem>> {
     let Some(fields) = value.as_object() else {
         let why = "must be an object with \"source\" and \"mode\"".to_owned();
         return Err(vec![Problem { key: entry(destination), value: Some(shown(value)), why }]);
     };
     let mut problems = Vec::new();
-    let mut take = |name: &str, why: &str| {
+    let mut reject = |name: &str, why: &str| {
         let value = fields.get(name).map(shown);
         problems.push(Problem { key: field(destination, name), value, why: why.to_owned() });
     };
     let source = fields.get("source").and_then(Value::as_str).filter(|path| path.starts_with('/'));
     if source.is_none() {
-        take("source", "must be an absolute path of the host");
+        reject("source", "must be an absolute path on the host");
     }
     let mode = fields.get("mode").and_then(Value::as_str).and_then(octal);
     if mode.is_none() {
-        take("mode", "must be permission bits as a string of octal digits, \"0777\" at most");
+        reject("mode", "must be permission bits as a string of octal digits, at most \"0777\"");
     }
     for unknown in fields.keys().filter(|name| !["source", "mode"].contains(&name.as_str())) {
-        take(cut(unknown), "unknown; there are source and mode");
+        reject(cut(unknown), "unknown field; the fields are source and mode");
     }
     match (source, mode) {
         (Some(source), Some(mode)) if problems.is_empty() => Ok((source.into(), mode)),
@@ -199,7 +202,7 @@ fn octal(text: &str) -> Option<u32> {
     u32::from_str_radix(text, 8).ok().filter(|mode| digits && *mode <= 0o777)
 }
 
-/// The entries of an object as they were written: serde_json would keep only the last of those with the same name.
+/// All entries of an object: serde_json's map would keep only the last of several entries with the same name.
 struct Entries;
 
 impl<'de> Visitor<'de> for Entries {

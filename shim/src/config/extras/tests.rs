@@ -1,4 +1,4 @@
-//! What the annotation may say and what not, and what a later container may ask for.
+//! Valid and invalid annotations, and the extras that a later container may request.
 
 use super::*;
 
@@ -6,7 +6,7 @@ fn texts(problems: Vec<Problem>) -> Vec<String> {
     problems.iter().map(ToString::to_string).collect()
 }
 
-fn wanted(destination: &str, source: impl Into<PathBuf>, mode: u32) -> ExtraFile {
+fn file(destination: &str, source: impl Into<PathBuf>, mode: u32) -> ExtraFile {
     ExtraFile { destination: destination.into(), source: source.into(), mode }
 }
 
@@ -15,18 +15,18 @@ fn extras(files: Vec<ExtraFile>, supervisor: Option<bool>) -> Extras {
 }
 
 #[test]
-fn what_is_understood() {
+fn valid_annotations_are_parsed() {
     let table = [
         ("{}", vec![]),
         (
             r#" {"/run/husk/supervisor": {"source": "/a b", "mode": "755"}, "/etc/x": {"mode": "0", "source": "/s"}} "#,
-            vec![wanted("/etc/x", "/s", 0), wanted("/run/husk/supervisor", "/a b", 0o755)],
+            vec![file("/etc/x", "/s", 0), file("/run/husk/supervisor", "/a b", 0o755)],
         ),
-        (r#"{"/ä/.b/..c": {"source": "/s/../t", "mode": "0777"}}"#, vec![wanted("/ä/.b/..c", "/s/../t", 0o777)]),
-        // Like the kernel's and the init's, but not theirs.
-        (r#"{"/process": {"source": "/s", "mode": "0644"}}"#, vec![wanted("/process", "/s", 0o644)]),
-        (r#"{"/run/husky": {"source": "/s", "mode": "0644"}}"#, vec![wanted("/run/husky", "/s", 0o644)]),
-        (r#"{"/tmp/x": {"source": "/s", "mode": "0644"}}"#, vec![wanted("/tmp/x", "/s", 0o644)]),
+        (r#"{"/ä/.b/..c": {"source": "/s/../t", "mode": "0777"}}"#, vec![file("/ä/.b/..c", "/s/../t", 0o777)]),
+        // Similar to paths of the kernel and the init, but allowed.
+        (r#"{"/process": {"source": "/s", "mode": "0644"}}"#, vec![file("/process", "/s", 0o644)]),
+        (r#"{"/run/husky": {"source": "/s", "mode": "0644"}}"#, vec![file("/run/husky", "/s", 0o644)]),
+        (r#"{"/tmp/x": {"source": "/s", "mode": "0644"}}"#, vec![file("/tmp/x", "/s", 0o644)]),
     ];
     for (text, expected) in table {
         assert_eq!(parse(text), Ok(expected), "{text}");
@@ -34,10 +34,11 @@ fn what_is_understood() {
 }
 
 #[test]
-fn destinations_that_may_not_be_are_named_with_the_reason() {
+fn invalid_destinations_are_reported_with_the_reason() {
     let long = format!("/{}", "x".repeat(256));
     let deep = format!("/{}", ["x"; 2048].join("/"));
-    let kernels = |folder: &str| format!("outside of {folder}, which is the kernel's");
+    let kernels = |folder: &str| format!("outside of {folder}, which belongs to the kernel");
+    let husks = |path: &str| format!("outside of {path}, which belongs to husk");
     let table = [
         ("", "must be an absolute path".to_owned()),
         ("etc/x", "must be an absolute path".to_owned()),
@@ -50,22 +51,22 @@ fn destinations_that_may_not_be_are_named_with_the_reason() {
         ("/..", "must be clean".to_owned()),
         ("/a\0", "must be clean".to_owned()),
         (&long, "each name in it 255".to_owned()),
-        (&deep, "may have 4095 bytes".to_owned()),
+        (&deep, "at most 4095 bytes".to_owned()),
         ("/proc", kernels("/proc")),
         ("/proc/sys/kernel/core_pattern", kernels("/proc")),
         ("/sys/fs/cgroup/x", kernels("/sys")),
         ("/dev/shm/x", kernels("/dev")),
-        ("/init", "must not be in /init".to_owned()),
+        ("/init", husks("/init")),
         ("/run", "is a folder".to_owned()),
         ("/tmp", "is a folder".to_owned()),
         ("/var/log", "is a folder".to_owned()),
-        ("/run/husk", "must not be in /run/husk".to_owned()),
-        ("/run/husk/share/x", "must not be in /run/husk".to_owned()),
-        ("/run/husk/state/x", "must not be in /run/husk".to_owned()),
-        ("/run/husk/supervisor/x", "must not be in /run/husk".to_owned()),
-        ("/run/husk-supervisor.pid", "must not be in /run/husk-supervisor.pid".to_owned()),
-        ("/var/log/husk-supervisor.log", "must not be in /var/log/husk-supervisor.log".to_owned()),
-        ("/var/log/husk-supervisor.log.1", "must not be in /var/log/husk-supervisor.log.1".to_owned()),
+        ("/run/husk", husks("/run/husk")),
+        ("/run/husk/share/x", husks("/run/husk")),
+        ("/run/husk/state/x", husks("/run/husk")),
+        ("/run/husk/supervisor/x", husks("/run/husk")),
+        ("/run/husk-supervisor.pid", husks("/run/husk-supervisor.pid")),
+        ("/var/log/husk-supervisor.log", husks("/var/log/husk-supervisor.log")),
+        ("/var/log/husk-supervisor.log.1", husks("/var/log/husk-supervisor.log.1")),
     ];
     for (destination, reason) in table {
         let text = serde_json::json!({ destination: {"source": "/s", "mode": "0644"} }).to_string();
@@ -77,7 +78,7 @@ fn destinations_that_may_not_be_are_named_with_the_reason() {
 }
 
 #[test]
-fn all_that_is_wrong_is_told_at_once_by_field_and_value() {
+fn every_problem_is_reported_with_field_and_value() {
     let text = r#"{
         "/a": {"source": "relative", "mode": "0888", "owner": 1},
         "/b": {"mode": 420},
@@ -89,17 +90,17 @@ fn all_that_is_wrong_is_told_at_once_by_field_and_value() {
         "/g": {"source": "/s", "mode": "+7"},
         "/h": {"source": "/s", "mode": ""}
     }"#;
-    let octal = "must be permission bits as a string of octal digits, \"0777\" at most";
+    let octal = "must be permission bits as a string of octal digits, at most \"0777\"";
     let expected = [
-        "[\"/a\"].source = \"relative\": must be an absolute path of the host".to_owned(),
+        "[\"/a\"].source = \"relative\": must be an absolute path on the host".to_owned(),
         format!("[\"/a\"].mode = \"0888\": {octal}"),
-        "[\"/a\"].owner = 1: unknown; there are source and mode".to_owned(),
-        "[\"/b\"].source: must be an absolute path of the host".to_owned(),
+        "[\"/a\"].owner = 1: unknown field; the fields are source and mode".to_owned(),
+        "[\"/b\"].source: must be an absolute path on the host".to_owned(),
         format!("[\"/b\"].mode = 420: {octal}"),
         "[\"/c\"] = \"/source\": must be an object with \"source\" and \"mode\"".to_owned(),
-        "[\"/d\"] = {\"mode\":\"0644\",\"source\":\"/s\"}: it is to be a file, and the folder of \"/d/e\" as well"
+        "[\"/d\"] = {\"mode\":\"0644\",\"source\":\"/s\"}: the destination cannot be a file and the folder of \"/d/e\""
             .to_owned(),
-        "[\"/d\"] = {\"mode\":\"0644\",\"source\":\"/t\"}: the destination is there twice".to_owned(),
+        "[\"/d\"] = {\"mode\":\"0644\",\"source\":\"/t\"}: duplicate destination".to_owned(),
         format!("[\"/d/e\"].mode = \"04755\": {octal}"),
         format!("[\"/f\"].mode = \"4755\": {octal}"),
         format!("[\"/g\"].mode = \"+7\": {octal}"),
@@ -110,30 +111,30 @@ fn all_that_is_wrong_is_told_at_once_by_field_and_value() {
 }
 
 #[test]
-fn what_is_no_object_is_refused() {
+fn values_other_than_an_object_are_rejected() {
     let nested = "[".repeat(100_000);
     for text in ["", "[]", "null", "{", "{} {}", "{\"/a\": }", nested.as_str()] {
         let problems = texts(parse(text).unwrap_err());
         assert_eq!(problems.len(), 1);
-        let named = format!("annotation io.husk.extras.files = {:?}: no JSON object", cut(text));
+        let named = format!("annotation io.husk.extras.files = {:?}: must be a JSON object", cut(text));
         assert!(problems[0].starts_with(&named) && problems[0].len() < 600, "{problems:?}");
     }
     let many: serde_json::Map<_, _> = (0..=FILES_MAX)
         .map(|number| (format!("/{number}"), serde_json::json!({"source": "/s", "mode": "0"})))
         .collect();
     let problems = texts(parse(&Value::from(many).to_string()).unwrap_err());
-    assert_eq!(problems, ["annotation io.husk.extras.files = 257 files: at most 256 are possible"]);
+    assert_eq!(problems, ["annotation io.husk.extras.files = 257 files: at most 256 are allowed"]);
 }
 
 #[test]
-fn an_agent_runs_where_there_is_one_unless_it_is_not_wanted_and_has_to_be_there_if_it_is() {
-    let agent = || vec![wanted(SUPERVISOR, "/agent", 0o600)];
+fn an_agent_runs_unless_disabled_and_must_exist_if_enabled() {
+    let agent = || vec![file(SUPERVISOR, "/agent", 0o600)];
     let table = [
         (agent(), None, true, false),
         (agent(), Some(true), true, false),
         (agent(), Some(false), false, false),
-        (vec![wanted("/x", "/agent", 0)], None, false, false),
-        (vec![wanted("/x", "/agent", 0)], Some(true), false, true),
+        (vec![file("/x", "/agent", 0)], None, false, false),
+        (vec![file("/x", "/agent", 0)], Some(true), false, true),
         (vec![], None, false, false),
         (vec![], Some(false), false, false),
         (vec![], Some(true), false, true),
@@ -149,24 +150,24 @@ fn an_agent_runs_where_there_is_one_unless_it_is_not_wanted_and_has_to_be_there_
 }
 
 #[test]
-fn a_later_container_may_ask_for_what_the_vm_has_and_for_nothing_else() {
-    let (agent, file) = (wanted(SUPERVISOR, "/agent", 0o755), wanted("/x", "/s", 0o640));
-    let has = extras(vec![agent.clone(), file.clone()], None);
+fn a_later_container_may_request_only_extras_that_the_vm_has() {
+    let (agent, plain) = (file(SUPERVISOR, "/agent", 0o755), file("/x", "/s", 0o640));
+    let with = extras(vec![agent.clone(), plain.clone()], None);
     let without = extras(vec![agent.clone()], Some(false));
-    let no_more = "the sandbox's VM was booted without it, and takes no extras any more";
+    let too_late = "the sandbox's VM was booted without it, and extras cannot be added later";
     let table = [
-        (&has, vec![], None, vec![]),
-        (&has, vec![file.clone()], Some(true), vec![]),
-        (&has, vec![file.clone(), agent.clone()], None, vec![]),
+        (&with, vec![], None, vec![]),
+        (&with, vec![plain.clone()], Some(true), vec![]),
+        (&with, vec![plain.clone(), agent.clone()], None, vec![]),
         (&without, vec![agent], Some(false), vec![]),
         (
-            &has,
-            vec![wanted("/x", "/other", 0o640), wanted("/x", "/s", 0o600), wanted("/y", "/s", 0o640)],
+            &with,
+            vec![file("/x", "/other", 0o640), file("/x", "/s", 0o600), file("/y", "/s", 0o640)],
             Some(false),
             vec![
-                format!("annotation io.husk.extras.files[\"/x\"] = \"/other\" with mode 0o640: {no_more}"),
-                format!("annotation io.husk.extras.files[\"/x\"] = \"/s\" with mode 0o600: {no_more}"),
-                format!("annotation io.husk.extras.files[\"/y\"] = \"/s\" with mode 0o640: {no_more}"),
+                format!("annotation io.husk.extras.files[\"/x\"] = \"/other\" with mode 0o640: {too_late}"),
+                format!("annotation io.husk.extras.files[\"/x\"] = \"/s\" with mode 0o600: {too_late}"),
+                format!("annotation io.husk.extras.files[\"/y\"] = \"/s\" with mode 0o640: {too_late}"),
                 "annotation io.husk.supervisor = \"false\": the sandbox's VM was booted with a supervisor agent".into(),
             ],
         ),
@@ -180,7 +181,7 @@ fn a_later_container_may_ask_for_what_the_vm_has_and_for_nothing_else() {
             ],
         ),
     ];
-    for (has, files, supervisor, expected) in table {
-        assert_eq!(texts(extras(files, supervisor).beyond(has)), expected, "{has:?}");
+    for (present, files, supervisor, expected) in table {
+        assert_eq!(texts(extras(files, supervisor).beyond(present)), expected, "{present:?}");
     }
 }

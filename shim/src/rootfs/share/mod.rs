@@ -1,19 +1,19 @@
-//! The folder that virtiofsd serves to the guest: for each container its root, and beside it what the spec binds from
-//! the host.
+//! The folder that virtiofsd serves to the guest. For each container, it has the root and the sources of the spec's
+//! bind mounts.
 //!
 //! ```text
-//! <state>/skeleton/<id>/rootfs      where folders are made: the guest never sees this path
-//! <state>/share/<id>/rootfs         the same folder through a read-only mount, and on it the container's root
-//! <state>/share/<id>/mounts/<n>     on it the source of the spec's mount number n
+//! <state>/skeleton/<id>/rootfs      a folder, created here because the guest does not see the skeleton
+//! <state>/share/<id>/rootfs         the same folder through a read-only mount; the container's root is mounted on it
+//! <state>/share/<id>/mounts/<n>     mount point for the source of the spec's mount n
 //! ```
 //!
-//! The share's own mount is read-only, so the guest, which may do to the share whatever virtiofsd can, cannot put a link
-//! where the host is going to mount something, nor move a folder away from under a mount. It is shared (propagation), so
-//! that what is mounted on it later also appears in virtiofsd's mount namespace, a slave of ours.
+//! The guest can do to the share whatever virtiofsd can. The share's own mount is therefore read-only: the guest can
+//! neither place a symbolic link where the host is about to mount something, nor move a folder with a mount. The mount
+//! has shared propagation, so that later mounts appear in virtiofsd's mount namespace, which is a slave of the shim's.
 //!
-//! `containerd_shim::mount` is not used: without the crate's `async` feature it forks a multi-threaded process and needs
-//! the crate's own reaper, with it it changes the working folder of the calling thread for good, and it makes bind mounts
-//! read-only only after they were mounted (see [`mount`](crate::rootfs::mount) for why that is too late).
+//! `containerd_shim::mount` is not used. Without the crate's `async` feature it forks a multi-threaded process and
+//! needs the crate's reaper; with the feature it permanently changes the working directory of the calling thread. Both
+//! make a bind mount read-only after it was attached, which is too late (see [`mount`](crate::rootfs::mount)).
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
@@ -22,89 +22,89 @@ use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
 
-use crate::rootfs::mount::{Detached, Propagation, mount_data, mount_filesystem, parse_options};
-use crate::rootfs::spec::{Bind, Kind, Source};
+use crate::rootfs::mount::{DetachedTree, MAX_OPTIONS, Propagation, mount_data, mount_filesystem, parse_options};
+use crate::rootfs::spec::{Bind, FileKind, HostFile};
 use crate::state::{Recorder, StateError, Step, check_identifier};
 
-/// Why the share, or a container's part of it, could not be made.
+/// Why the share, or a container's part of it, cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum ShareError {
-    /// The container's id.
+    /// The container's ID, or the journal.
     #[error(transparent)]
     State(#[from] StateError),
-    /// A folder or file of the share could not be made.
-    #[error("create {}: {source}", path.display())]
+    /// A folder or file of the share.
+    #[error("create {}", path.display())]
     Create {
-        /// Which.
+        /// The folder or file.
         path: PathBuf,
-        /// What the system said.
+        /// The cause.
         source: io::Error,
     },
-    /// A mount failed.
-    #[error("mount {what} on {}: {source}{}", target.display(), hint(source))]
+    /// A mount.
+    #[error("mount {what} on {}{}", target.display(), hint(source))]
     Mount {
-        /// The field that asks for it, and what is mounted.
+        /// The field that requires the mount, and its source.
         what: String,
-        /// Where.
+        /// The mount point.
         target: PathBuf,
-        /// What the system said.
+        /// The cause.
         source: io::Error,
     },
-    /// A mount of containerd's that husk cannot make.
+    /// One of containerd's mounts that husk does not support.
     #[error("rootfs[{index}].{field} {value:?}: {why}")]
     Unsupported {
-        /// Which of containerd's mounts.
+        /// The mount's index.
         index: usize,
-        /// Its field.
+        /// The mount's field.
         field: &'static str,
-        /// The value.
+        /// The field's value.
         value: String,
-        /// Why not.
+        /// The reason.
         why: &'static str,
     },
 }
 
-fn hint(e: &io::Error) -> &'static str {
-    if e.raw_os_error() == Some(libc::ENOSYS) { "; husk needs Linux 5.12 or newer" } else { "" }
+fn hint(error: &io::Error) -> &'static str {
+    if error.raw_os_error() == Some(libc::ENOSYS) { " (husk requires Linux 5.12 or newer)" } else { "" }
 }
 
-/// Looks a path up on the host, following links: for [`crate::rootfs::spec::Context`].
+/// Looks up a path on the host and resolves symbolic links, for [`crate::rootfs::spec::Context`].
 ///
 /// # Errors
-/// When it is not there, or cannot be looked at.
-pub fn inspect(path: &Path) -> io::Result<Source> {
+/// When the path does not exist or is not accessible.
+pub(crate) fn inspect(path: &Path) -> io::Result<HostFile> {
     let path = fs::canonicalize(path)?;
     let metadata = fs::symlink_metadata(&path)?;
     let file_type = metadata.file_type();
     let kind = if file_type.is_dir() {
-        Kind::Dir
+        FileKind::Dir
     } else if file_type.is_socket() {
-        Kind::Socket
+        FileKind::Socket
     } else if file_type.is_fifo() {
-        Kind::Fifo
+        FileKind::Fifo
     } else if file_type.is_block_device() {
-        Kind::BlockDevice
+        FileKind::BlockDevice
     } else if file_type.is_char_device() {
         let number = metadata.rdev();
-        Kind::CharDevice { major: libc::major(number).into(), minor: libc::minor(number).into() }
+        FileKind::CharDevice { major: libc::major(number).into(), minor: libc::minor(number).into() }
     } else {
-        Kind::File
+        FileKind::File
     };
-    Ok(Source { path, kind })
+    Ok(HostFile { path, kind })
 }
 
 /// The share of one sandbox.
 #[derive(Clone, Debug)]
-pub struct Share {
+pub(crate) struct Share {
     skeleton: PathBuf,
     dir: PathBuf,
 }
 
 impl Share {
-    /// Makes the share of a sandbox, empty. Once: a second call for the same folder is an error.
+    /// Creates the empty share of a sandbox. A second call for the same folder fails.
     ///
     /// # Errors
-    /// When a step fails; what was recorded is for the caller to undo.
+    /// When a step fails. The caller undoes the recorded steps.
     pub(crate) fn create(state_dir: &Path, record: Recorder<'_>) -> Result<Self, ShareError> {
         let share = Self { skeleton: state_dir.join("skeleton"), dir: state_dir.join("share") };
         record(vec![
@@ -115,9 +115,9 @@ impl Share {
         make_dir(&share.skeleton)?;
         make_dir(&share.dir)?;
         let mount = || {
-            let tree = Detached::clone_of(&share.skeleton, false)?;
+            let tree = DetachedTree::clone_of(&share.skeleton, false)?;
             tree.restrict(libc::MOUNT_ATTR_RDONLY, Propagation::Private)?;
-            // A group of its own, not that of the mount it was cloned from.
+            // A peer group of its own, separate from that of the cloned mount.
             tree.restrict(libc::MOUNT_ATTR_RDONLY, Propagation::Shared)?;
             tree.attach(&share.dir)
         };
@@ -125,16 +125,17 @@ impl Share {
         Ok(share)
     }
 
-    /// What virtiofsd is to serve.
-    pub fn path(&self) -> &Path {
+    /// The folder that virtiofsd serves.
+    pub(crate) fn path(&self) -> &Path {
         &self.dir
     }
 
-    /// Puts a container into the share: containerd's mounts as its root, one on top of the other, or `rootfs` if there are
-    /// none, and the binds of its spec. Blocks for as long as the mounts take. To take it out, undo the container's steps.
+    /// Adds a container to the share: its root, which consists of containerd's mounts stacked on each other, or of
+    /// `rootfs` if there are none, and the spec's bind mounts. Blocks until everything is mounted. To remove the
+    /// container, undo its steps.
     ///
     /// # Errors
-    /// When a step fails; what was recorded is for the caller to undo.
+    /// When a step fails. The caller undoes the recorded steps.
     pub(crate) fn add_container(
         &self,
         record: Recorder<'_>,
@@ -158,7 +159,7 @@ impl Share {
         steps.extend(binds.iter().map(|bind| Step::Mount { path: bound.join(bind.index.to_string()) }));
         for step in &steps {
             if let Step::Dir { path } | Step::File { path } = step {
-                refuse_existing(path)?;
+                reject_existing(path)?;
             }
         }
         record(steps.clone())?;
@@ -177,12 +178,12 @@ impl Share {
         for (index, mount) in mounts.iter().enumerate() {
             mount_root(index, mount, &root)?;
         }
-        for wanted in binds {
-            let target = bound.join(wanted.index.to_string());
-            let read_only = if wanted.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
-            let propagation = if wanted.follows_host { Propagation::Slave } else { Propagation::Private };
-            bind(&wanted.source, wanted.recursive, read_only, propagation, &target).map_err(mount_error(
-                format!("mounts[{}].source {:?}", wanted.index, wanted.source.display()),
+        for entry in binds {
+            let target = bound.join(entry.index.to_string());
+            let read_only = if entry.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+            let propagation = if entry.follows_host { Propagation::Slave } else { Propagation::Private };
+            bind(&entry.source, entry.recursive, read_only, propagation, &target).map_err(mount_error(
+                format!("mounts[{}].source {:?}", entry.index, entry.source.display()),
                 &target,
             ))?;
         }
@@ -190,15 +191,16 @@ impl Share {
     }
 }
 
-/// Otherwise undoing the steps would remove what somebody else made.
-fn refuse_existing(path: &Path) -> Result<(), ShareError> {
+/// Fails if the path exists: undoing the steps would remove it.
+fn reject_existing(path: &Path) -> Result<(), ShareError> {
     match fs::symlink_metadata(path) {
         Ok(_) => Err(ShareError::Create { path: path.into(), source: io::ErrorKind::AlreadyExists.into() }),
         Err(_) => Ok(()),
     }
 }
 
-// Everybody in the guest passes through these folders, so they are open; on the host, the sandbox's folder around them is not.
+// Mode 0755, because every user in the guest must pass through these folders. On the host, the sandbox's folder
+// protects them.
 fn make_dir(path: &Path) -> Result<(), ShareError> {
     DirBuilder::new().mode(0o755).create(path).map_err(|source| ShareError::Create { path: path.into(), source })
 }
@@ -214,7 +216,7 @@ fn mount_error(what: String, target: &Path) -> impl FnOnce(io::Error) -> ShareEr
 }
 
 fn bind(source: &Path, recursive: bool, flags: u64, propagation: Propagation, target: &Path) -> io::Result<()> {
-    let tree = Detached::clone_of(source, recursive)?;
+    let tree = DetachedTree::clone_of(source, recursive)?;
     tree.restrict(flags, propagation)?;
     tree.attach(target)
 }
@@ -231,14 +233,17 @@ fn mount_root(index: usize, mount: &Mount, target: &Path) -> Result<(), ShareErr
         .map_err(|option| unsupported("options", option, "is not supported for a container's root"))?;
     let what = || format!("rootfs[{index}] ({} {:?})", mount.type_, mount.source);
     if mount.type_ == "bind" || options.bind.is_some() {
-        // containerd's own binds follow links, as mount(2) does.
+        // containerd's bind mounts follow symbolic links, as mount(2) does.
         let source = inspect(Path::new(&mount.source)).map_err(mount_error(what(), target))?.path;
         let recursive = options.bind.unwrap_or(false);
         return bind(&source, recursive, options.attributes, Propagation::Private, target)
             .map_err(mount_error(what(), target));
     }
     let (folder, data) = mount_data(&mount.type_, &options.data).map_err(|length| {
-        let source = io::Error::new(io::ErrorKind::InvalidInput, format!("its {length} bytes of options are too many"));
+        let source = io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("the options have {length} bytes, more than {MAX_OPTIONS}"),
+        );
         mount_error(what(), target)(source)
     })?;
     mount_filesystem(&mount.type_, &mount.source, target, options.flags, &data, folder.as_deref())

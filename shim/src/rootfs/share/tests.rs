@@ -1,10 +1,11 @@
-//! The share with real mounts, so as root, seen as virtiofsd sees it: from a mount namespace that is a slave of ours.
+//! Tests with real mounts, which require root. A mount namespace that is a slave of the test's stands for virtiofsd's.
 
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::process::{Child, Command};
 use std::time::Duration;
 
+use husk_protos::chain::Chain;
 use nix::mount::{MsFlags, mount};
 
 use super::*;
@@ -17,7 +18,7 @@ struct Fixture {
     base: tempfile::TempDir,
 }
 
-/// So that a test that fails leaves nothing either.
+/// Cleans up after a failed test too.
 impl Drop for Fixture {
     fn drop(&mut self) {
         let undone = self.state.take().map(|state| state.undo_all(Duration::from_secs(5)));
@@ -35,7 +36,7 @@ impl Fixture {
         let mut state = State::create(base.path(), "ns", "s1").unwrap();
         let dir = state.dir().to_path_buf();
         let share = Share::create(&dir, &mut |steps| state.record(&Owner::Sandbox, steps)).unwrap();
-        // As virtiofsd's sandbox does it: a namespace of its own, slave of the host's. It says when it is there.
+        // Like virtiofsd's sandbox: a mount namespace that is a slave of the host's. The fifo reports that it exists.
         let ready = base.path().join("ready");
         nix::unistd::mkfifo(&ready, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let script = format!("echo > {}; exec sleep 600", ready.display());
@@ -67,13 +68,13 @@ impl Fixture {
         dir
     }
 
-    /// A path of the share as the server sees it.
+    /// A path of the share in the server's mount namespace.
     fn served(&self, path: &str) -> PathBuf {
         let share = self.share.path().strip_prefix("/").unwrap();
         Path::new(&format!("/proc/{}/root", self.server.id())).join(share).join(path)
     }
 
-    /// Ends the sandbox, and looks at what it left.
+    /// Ends the sandbox, and checks that it leaves nothing.
     fn end(mut self) {
         let base = self.base.path().to_str().unwrap().to_owned();
         self.state.take().unwrap().undo_all(Duration::from_secs(5)).unwrap();
@@ -95,7 +96,7 @@ fn bind_mount(source: &Path, options: &[&str]) -> Mount {
     Mount { type_: "bind".into(), source: source.to_str().unwrap().into(), options, ..Default::default() }
 }
 
-fn wanted(index: usize, source: &Path) -> Bind {
+fn writable(index: usize, source: &Path) -> Bind {
     Bind {
         index,
         source: source.into(),
@@ -116,7 +117,7 @@ fn tmpfs(path: &Path) {
 }
 
 #[test]
-fn an_overlay_mounted_later_is_seen_and_written_by_the_server() {
+fn an_overlay_mounted_later_is_readable_and_writable_for_the_server() {
     let mut fixture = Fixture::new();
     let layers = ["lower1", "lower2", "upper", "work"].map(|name| fixture.dir(name));
     fs::write(layers[0].join("one"), "1").unwrap();
@@ -132,7 +133,7 @@ fn an_overlay_mounted_later_is_seen_and_written_by_the_server() {
     assert_eq!(fs::read_to_string(fixture.served("c1/rootfs/one")).unwrap(), "1");
     fs::write(fixture.served("c1/rootfs/three"), "3").unwrap();
     assert_eq!(fs::read_to_string(layers[2].join("three")).unwrap(), "3");
-    // Held open by the server, as virtiofsd does until the guest forgets.
+    // Held open by the server, as virtiofsd does until the guest forgets the file.
     let held = fs::File::open(fixture.served("c1/rootfs/one")).unwrap();
     fixture.undo("c1");
     assert!(!fixture.share.path().join("c1").exists());
@@ -158,7 +159,7 @@ fn an_overlay_of_a_hundred_layers_is_mounted() {
 }
 
 #[test]
-fn a_guest_can_put_nothing_beside_the_containers() {
+fn a_guest_cannot_change_the_share_outside_of_the_containers_roots() {
     let mut fixture = Fixture::new();
     let image = fixture.dir("image");
     fixture.add("c1", &[], &image, &[]).unwrap();
@@ -178,15 +179,15 @@ fn a_guest_can_put_nothing_beside_the_containers() {
 }
 
 #[test]
-fn a_read_only_bind_is_so_for_the_server_with_all_that_is_below() {
+fn a_read_only_bind_mount_is_read_only_for_the_server_with_everything_below() {
     let mut fixture = Fixture::new();
     let (image, data) = (fixture.dir("image"), fixture.dir("data"));
     tmpfs(&data.join("sub"));
     let file = fixture.base.path().join("file");
     fs::write(&file, "text").unwrap();
-    let read_only = |index, source: &Path| Bind { read_only: true, ..wanted(index, source) };
-    let flat = Bind { recursive: false, ..wanted(3, &data) };
-    let binds = [read_only(7, &data), read_only(8, &file), wanted(9, &data), flat];
+    let read_only = |index, source: &Path| Bind { read_only: true, ..writable(index, source) };
+    let flat = Bind { recursive: false, ..writable(3, &data) };
+    let binds = [read_only(7, &data), read_only(8, &file), writable(9, &data), flat];
     fixture.add("c1", &[], &image, &binds).unwrap();
     let write = |path: &str| errno(fs::write(fixture.served(path), "x"));
     assert_eq!(write("c1/mounts/7/new"), Some(libc::EROFS));
@@ -198,7 +199,7 @@ fn a_read_only_bind_is_so_for_the_server_with_all_that_is_below() {
     assert!(data.join("new").exists() && data.join("sub/new").exists());
     assert_eq!(fs::read_to_string(fixture.served("c1/mounts/8")).unwrap(), "text");
     fixture.undo("c1");
-    // Only our copies of the tree are gone.
+    // Only the share's copies of the tree are unmounted.
     assert!(data.join("sub/new").exists());
     nix::mount::umount(&data.join("sub")).unwrap();
     assert!(!data.join("sub/new").exists() && data.join("sub/flat").exists());
@@ -206,27 +207,27 @@ fn a_read_only_bind_is_so_for_the_server_with_all_that_is_below() {
 }
 
 #[test]
-fn mounts_of_the_host_come_later_only_when_asked_for() {
+fn later_mounts_of_the_host_appear_only_if_requested() {
     let mut fixture = Fixture::new();
     let (image, data) = (fixture.dir("image"), fixture.dir("data"));
     tmpfs(&data);
     fs::create_dir(data.join("sub")).unwrap();
     mount(None::<&str>, &data, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
-    let follows = Bind { follows_host: true, ..wanted(1, &data) };
-    fixture.add("c1", &[], &image, &[follows, wanted(2, &data)]).unwrap();
+    let follows = Bind { follows_host: true, ..writable(1, &data) };
+    fixture.add("c1", &[], &image, &[follows, writable(2, &data)]).unwrap();
     tmpfs(&data.join("sub"));
     fs::write(data.join("sub/later"), "").unwrap();
     assert!(fixture.served("c1/mounts/1/sub/later").exists());
     assert!(!fixture.served("c1/mounts/2/sub/later").exists());
     fixture.undo("c1");
-    assert!(data.join("sub/later").exists(), "ending a container must not unmount the host's");
+    assert!(data.join("sub/later").exists(), "removing a container must not unmount the host's mounts");
     nix::mount::umount(&data.join("sub")).unwrap();
     nix::mount::umount(&data).unwrap();
     fixture.end();
 }
 
 #[test]
-fn stacked_and_linked_roots() {
+fn roots_can_be_stacked_and_can_be_symbolic_links() {
     let mut fixture = Fixture::new();
     let (first, second) = (fixture.dir("first"), fixture.dir("second"));
     fs::write(second.join("top"), "").unwrap();
@@ -237,14 +238,14 @@ fn stacked_and_linked_roots() {
     assert!(fixture.served("c1/rootfs/top").exists());
     assert_eq!(errno(fs::write(fixture.served("c1/rootfs/new"), "")), Some(libc::EROFS));
     fixture.undo("c1");
-    // The same name again, on the plain folder.
+    // The same ID again, with the folder as its root.
     fixture.add("c1", &[], &link, &[]).unwrap();
     assert!(fixture.served("c1/rootfs/top").exists());
     fixture.end();
 }
 
 #[test]
-fn what_fails_is_named_and_leaves_nothing() {
+fn a_failed_mount_is_named_and_leaves_nothing() {
     let mut fixture = Fixture::new();
     let image = fixture.dir("image");
     let gone = Path::new("/nonexistent/source");
@@ -252,29 +253,34 @@ fn what_fails_is_named_and_leaves_nothing() {
     below.target = "etc".into();
     let mut fuse = overlay(&[]);
     fuse.type_ = "fuse3.fuse-overlayfs".into();
-    for (mounts, rootfs, binds, want) in [
+    for (mounts, rootfs, binds, expected) in [
         (vec![], gone, vec![], "mount root.path \"/nonexistent/source\" on "),
-        (vec![], image.as_path(), vec![Bind { is_dir: true, ..wanted(3, gone) }], "mount mounts[3].source \"/nonexist"),
+        (
+            vec![],
+            image.as_path(),
+            vec![Bind { is_dir: true, ..writable(3, gone) }],
+            "mount mounts[3].source \"/nonexist",
+        ),
         (vec![bind_mount(gone, &["rbind"])], gone, vec![], "mount rootfs[0] (bind \"/nonexistent/source\") on "),
         (vec![bind_mount(&image, &["bind"]), overlay(&["x=y".into()])], gone, vec![], "mount rootfs[1] (overlay \"o"),
         (vec![overlay(&["loop".into()])], gone, vec![], "rootfs[0].options \"loop\": is not supported"),
         (vec![below], gone, vec![], "rootfs[0].target \"etc\": mounts below the root"),
         (vec![fuse], gone, vec![], "rootfs[0].type \"fuse3.fuse-overlayfs\": filesystems that need"),
     ] {
-        let error = fixture.add("c1", &mounts, rootfs, &binds).unwrap_err().to_string();
-        assert!(error.starts_with(want), "{want}\n{error}");
+        let error = Chain(&fixture.add("c1", &mounts, rootfs, &binds).unwrap_err()).to_string();
+        assert!(error.starts_with(expected), "{expected}\n{error}");
         fixture.undo("c1");
         assert_eq!(fs::read_dir(fixture.share.path()).unwrap().count(), 0);
     }
     assert!(fixture.add("../x", &[], &image, &[]).is_err());
     fixture.add("c1", &[], &image, &[]).unwrap();
-    let again = fixture.add("c1", &[], &image, &[]).unwrap_err().to_string();
+    let again = Chain(&fixture.add("c1", &[], &image, &[]).unwrap_err()).to_string();
     assert!(again.starts_with("create ") && again.ends_with("exists"), "{again}");
     fixture.end();
 }
 
 #[test]
-fn what_is_at_a_path() {
+fn inspect_resolves_links_and_reports_the_type() {
     let base = tempfile::tempdir().unwrap();
     let path = |name: &str| base.path().join(name);
     let _socket = UnixListener::bind(path("socket")).unwrap();
@@ -282,16 +288,16 @@ fn what_is_at_a_path() {
     fs::write(path("file"), "").unwrap();
     symlink("file", path("link")).unwrap();
     symlink("nowhere", path("dangling")).unwrap();
-    let null = Kind::CharDevice { major: 1, minor: 3 };
+    let null = FileKind::CharDevice { major: 1, minor: 3 };
     for (given, real, kind) in [
-        (path("socket"), path("socket"), Kind::Socket),
-        (path("fifo"), path("fifo"), Kind::Fifo),
-        (path("link"), path("file"), Kind::File),
-        (base.path().join("."), base.path().into(), Kind::Dir),
+        (path("socket"), path("socket"), FileKind::Socket),
+        (path("fifo"), path("fifo"), FileKind::Fifo),
+        (path("link"), path("file"), FileKind::File),
+        (base.path().join("."), base.path().into(), FileKind::Dir),
         ("/dev/null".into(), "/dev/null".into(), null),
     ] {
         let real = fs::canonicalize(real).unwrap();
-        assert_eq!(inspect(&given).unwrap(), Source { path: real, kind }, "{}", given.display());
+        assert_eq!(inspect(&given).unwrap(), HostFile { path: real, kind }, "{}", given.display());
     }
     assert!(inspect(&path("dangling")).is_err());
 }

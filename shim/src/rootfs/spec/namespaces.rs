@@ -1,12 +1,14 @@
-//! Namespaces that a spec shares by path: those of another container of the same sandbox are the guest's, all others the host's.
+//! Namespaces that a container joins by path. A container can join those of other containers of its sandbox; all other
+//! paths mean namespaces of the host.
 
 use std::path::{Component, Path};
 
 use oci_spec::runtime::LinuxNamespaceType;
 
-/// Why a namespace cannot be joined by this path; nothing if it can. `is_init` tells whether a pid is that of an init of the sandbox's
-/// containers: clients write what Create has answered, which is a pid of the guest, so the path holds there as it is.
-pub fn problem(kind: LinuxNamespaceType, path: &Path, is_init: &dyn Fn(u32) -> bool) -> Option<String> {
+/// Why a namespace cannot be joined by this path, if it cannot. `is_init` recognizes the inits of the sandbox's
+/// containers. Clients take the PID from the response to Create, which is a PID of the guest, so the path is valid in
+/// the guest.
+pub(super) fn problem(kind: LinuxNamespaceType, path: &Path, is_init: &dyn Fn(u32) -> bool) -> Option<String> {
     let Some((pid, name)) = process_and_name(path) else {
         return Some(match kind {
             LinuxNamespaceType::Network => {
@@ -16,15 +18,15 @@ pub fn problem(kind: LinuxNamespaceType, path: &Path, is_init: &dyn Fn(u32) -> b
         });
     };
     if kind == LinuxNamespaceType::Mount {
-        return Some("a container cannot join a mount namespace: its root is made in one of its own".to_owned());
+        return Some("a container cannot join a mount namespace, because its root is mounted in its own".to_owned());
     }
     if name != file_of(kind) {
-        return Some(format!("is not a {kind} namespace, which would be /proc/{pid}/ns/{}", file_of(kind)));
+        return Some(format!("is not a {kind} namespace: the path must be /proc/{pid}/ns/{}", file_of(kind)));
     }
     (!is_init(pid)).then(|| format!("process {pid} is not the init of a container of this sandbox"))
 }
 
-/// The name under `/proc/<pid>/ns` (namespaces(7)).
+/// The file's name in `/proc/<pid>/ns` (namespaces(7)).
 fn file_of(kind: LinuxNamespaceType) -> &'static str {
     match kind {
         LinuxNamespaceType::Mount => "mnt",
@@ -38,7 +40,7 @@ fn file_of(kind: LinuxNamespaceType) -> &'static str {
     }
 }
 
-/// Takes `/proc/<pid>/ns/<name>` apart; nothing for any other path.
+/// Splits `/proc/<pid>/ns/<name>` into PID and name.
 fn process_and_name(path: &Path) -> Option<(u32, &str)> {
     let mut parts = path.components();
     let mut next = || match parts.next()? {
@@ -56,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_inits_of_the_same_sandbox_are_joined() {
+    fn only_namespaces_of_the_same_sandbox_can_be_joined() {
         use LinuxNamespaceType::{Cgroup, Ipc, Mount, Network, Pid, User, Uts};
         let table = [
             (Network, "/proc/40/ns/net", None),
@@ -66,7 +68,7 @@ mod tests {
             (User, "/proc/40/ns/user", None),
             (Cgroup, "/proc/40/ns/cgroup", None),
             (Network, "/proc/1/ns/net", Some("process 1 is not the init")),
-            (Network, "/proc/40/ns/ipc", Some("would be /proc/40/ns/net")),
+            (Network, "/proc/40/ns/ipc", Some("must be /proc/40/ns/net")),
             (Mount, "/proc/40/ns/mnt", Some("mount namespace")),
             (Network, "/run/netns/x", Some("of the host (CNI)")),
             (Ipc, "/proc/self/ns/ipc", Some("ipc namespace by its path on the host")),
@@ -75,12 +77,12 @@ mod tests {
             (Ipc, "/proc/40/ns/ipc/x", Some("by its path on the host")),
             (Ipc, "proc/40/ns/ipc", Some("by its path on the host")),
         ];
-        for (kind, path, wanted) in table {
+        for (kind, path, expected) in table {
             let problem = problem(kind, Path::new(path), &|pid| pid == 40);
-            match (wanted, problem) {
+            match (expected, problem) {
                 (None, None) => {}
                 (Some(part), Some(text)) if text.contains(part) => {}
-                (wanted, problem) => panic!("{kind} {path}: {problem:?}, not {wanted:?}"),
+                (expected, problem) => panic!("{kind} {path}: {problem:?}, expected {expected:?}"),
             }
         }
     }

@@ -1,32 +1,36 @@
-//! Tables: what ctr writes, and single changes to it.
+//! ctr's specs, and single changes to them.
 
 use std::collections::HashMap;
+use std::io;
+use std::path::Path;
 
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::{Value, json};
 
+use super::findings::SpecProblems;
 use super::*;
 
 const PLAIN: &str = include_str!("../testdata/ctr-1.6.json");
 const PRIVILEGED: &str = include_str!("../testdata/ctr-1.6-privileged.json");
 
-fn host(path: &Path) -> io::Result<Source> {
-    let files: HashMap<&str, (&str, Kind)> = HashMap::from([
-        ("/etc/hosts", ("/etc/hosts", Kind::File)),
-        ("/bundle/data", ("/bundle/data", Kind::Dir)),
-        ("/link", ("/srv/real", Kind::Dir)),
-        ("/srv/null", ("/dev/null", Kind::CharDevice { major: 1, minor: 3 })),
-        ("/dev/mem", ("/dev/mem", Kind::CharDevice { major: 1, minor: 1 })),
-        ("/dev/sda", ("/dev/sda", Kind::BlockDevice)),
-        ("/run/x.sock", ("/run/x.sock", Kind::Socket)),
-        ("/run/fifo", ("/run/fifo", Kind::Fifo)),
+fn host(path: &Path) -> io::Result<HostFile> {
+    let files: HashMap<&str, (&str, FileKind)> = HashMap::from([
+        ("/etc/hosts", ("/etc/hosts", FileKind::File)),
+        ("/bundle/data", ("/bundle/data", FileKind::Dir)),
+        ("/link", ("/srv/real", FileKind::Dir)),
+        ("/srv/null", ("/dev/null", FileKind::CharDevice { major: 1, minor: 3 })),
+        ("/dev/mem", ("/dev/mem", FileKind::CharDevice { major: 1, minor: 1 })),
+        ("/dev/sda", ("/dev/sda", FileKind::BlockDevice)),
+        ("/run/x.sock", ("/run/x.sock", FileKind::Socket)),
+        ("/run/fifo", ("/run/fifo", FileKind::Fifo)),
     ]);
     match path.to_str().and_then(|path| files.get(path)) {
-        Some((path, kind)) => Ok(Source { path: path.into(), kind: *kind }),
+        Some((path, kind)) => Ok(HostFile { path: path.into(), kind: *kind }),
         None => Err(io::Error::from_raw_os_error(libc::ENOENT)),
     }
 }
 
-fn run(spec: &Value, host_is_unified: bool) -> Result<Rewritten, Problems> {
+fn run(spec: &Value, host_is_unified: bool) -> Result<Rewritten, SpecProblems> {
     let spec = parse::parse(&serde_json::to_vec(spec).unwrap())?;
     let is_init = |pid| pid == 40;
     rewrite(
@@ -39,7 +43,7 @@ fn plain() -> Value {
     serde_json::from_str(PLAIN).unwrap()
 }
 
-/// The default spec with one more thing at a JSON pointer.
+/// The default spec with a value added at a JSON pointer.
 fn with(pointer: &str, value: Value) -> Value {
     let mut spec = plain();
     let (parent, name) = pointer.rsplit_once('/').unwrap();
@@ -54,11 +58,11 @@ fn with(pointer: &str, value: Value) -> Value {
 }
 
 #[test]
-fn ctrs_default_spec_changes_in_two_places_only() {
+fn of_ctrs_default_spec_only_the_root_and_the_cgroup_change() {
     let rewritten = run(&plain(), true).unwrap();
     assert_eq!(rewritten.rootfs, Path::new("/bundle/rootfs"));
     assert_eq!(rewritten.cgroups_path.as_deref(), Some("/default/plain"));
-    assert_eq!((rewritten.binds, rewritten.notes, rewritten.limits), (vec![], vec![], Limits::default()));
+    assert_eq!((rewritten.binds, rewritten.notes, rewritten.limits), (vec![], vec![], SpecLimits::default()));
     let mut expected = plain();
     expected["root"]["path"] = json!("/run/husk/share/c1/rootfs");
     expected["linux"]["cgroupsPath"] = json!("/containers/c1");
@@ -71,8 +75,8 @@ fn a_privileged_container_gets_the_guests_devices() {
     let rewritten = run(&serde_json::from_str(PRIVILEGED).unwrap(), true).unwrap();
     let devices = rewritten.spec.linux().as_ref().unwrap().devices().as_ref().unwrap();
     assert_eq!(devices.iter().map(|d| d.path().to_str().unwrap()).collect::<Vec<_>>(), ["/dev/fuse", "/dev/null"]);
-    assert_eq!(rewritten.notes, ["linux.devices: 3 devices of the host left out, the VM has not got them"]);
-    assert_eq!(rewritten.limits, Limits { memory: Some(100_000_000), cpus: None });
+    assert_eq!(rewritten.notes, ["linux.devices: removed 3 host devices, which the VM does not have"]);
+    assert_eq!(rewritten.limits, SpecLimits { memory: Some(100_000_000), cpus: None });
     assert_eq!(rewritten.rootfs, Path::new("/srv/image"));
     let [bind] = &rewritten.binds[..] else { panic!("{:?}", rewritten.binds) };
     assert_eq!((bind.index, bind.read_only, bind.recursive), (7, true, true));
@@ -83,7 +87,7 @@ fn a_privileged_container_gets_the_guests_devices() {
 }
 
 #[test]
-fn binds() {
+fn bind_mounts_follow_their_options() {
     let bind = |source: &str, is_dir, read_only, recursive, follows_host| Bind {
         index: 7,
         source: source.into(),
@@ -92,7 +96,7 @@ fn binds() {
         recursive,
         follows_host,
     };
-    for (mount, want) in [
+    for (mount, expected) in [
         (json!({"type": "bind", "source": "/etc/hosts"}), bind("/etc/hosts", false, false, true, false)),
         (
             json!({"type": "bind", "source": "data", "options": ["bind"]}),
@@ -112,7 +116,7 @@ fn binds() {
         let mut mount = mount;
         mount["destination"] = json!("/in");
         let rewritten = run(&with("/mounts/-", mount.clone()), true).unwrap();
-        assert_eq!(rewritten.binds, [want], "{mount}");
+        assert_eq!(rewritten.binds, [expected], "{mount}");
         let guest = rewritten.spec.mounts().as_ref().unwrap().last().unwrap().clone();
         assert_eq!(guest.source().as_deref(), Some(Path::new("/run/husk/share/c1/mounts/7")));
         assert_eq!(guest.options().is_some(), mount.get("options").is_some());
@@ -129,7 +133,7 @@ fn a_standard_device_is_bound_from_the_guest() {
 }
 
 #[test]
-fn a_cgroup_mount_shows_the_containers_own_part_as_on_v1() {
+fn a_cgroup_mount_shows_only_the_containers_cgroups_as_on_v1() {
     let mount = json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]});
     for (unified, has_mount, added) in [(false, true, true), (true, true, false), (false, false, false)] {
         let spec = if has_mount { with("/mounts/-", mount.clone()) } else { plain() };
@@ -142,20 +146,20 @@ fn a_cgroup_mount_shows_the_containers_own_part_as_on_v1() {
 }
 
 #[test]
-fn what_protects_only_a_host_is_left_out_with_a_note() {
-    for (pointer, gone) in [
+fn security_labels_are_removed_with_a_note() {
+    for (pointer, removed) in [
         ("/process/apparmorProfile", "apparmor"),
         ("/process/selinuxLabel", "selinux"),
         ("/linux/mountLabel", "mountLabel"),
     ] {
         let rewritten = run(&with(pointer, json!("x")), true).unwrap();
-        assert!(!serde_json::to_string(&rewritten.spec).unwrap().contains(gone), "{pointer}");
-        assert!(rewritten.notes[0].contains(gone) && rewritten.notes[0].contains("\"x\""), "{:?}", rewritten.notes);
+        assert!(!serde_json::to_string(&rewritten.spec).unwrap().contains(removed), "{pointer}");
+        assert!(rewritten.notes[0].contains(removed) && rewritten.notes[0].contains("\"x\""), "{:?}", rewritten.notes);
     }
 }
 
 #[test]
-fn limits() {
+fn limits_come_from_memory_and_cpu_quota() {
     for (resources, memory, cpus) in [
         (json!({}), None, None),
         (json!({"memory": {"limit": 5}}), Some(5), None),
@@ -168,32 +172,43 @@ fn limits() {
         (json!({"cpu": {"quota": i64::MAX, "period": 1}}), None, None),
     ] {
         let rewritten = run(&with("/linux/resources", resources.clone()), true).unwrap();
-        assert_eq!(rewritten.limits, Limits { memory, cpus }, "{resources}");
+        assert_eq!(rewritten.limits, SpecLimits { memory, cpus }, "{resources}");
+    }
+}
+
+/// Checks that each spec has one problem that starts with the expected text.
+fn assert_rejected<const N: usize>(table: [(Value, &str); N]) {
+    for (spec, expected) in table {
+        let SpecProblems(problems) = run(&spec, true).unwrap_err();
+        let text = problems.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert!(text.len() == 1 && text[0].starts_with(expected), "{expected}\n{text:?}");
     }
 }
 
 #[test]
-fn what_cannot_be_is_refused_by_name() {
-    let hook = json!([{"path": "/usr/bin/hook"}]);
-    let inward = |arg: &str| json!([{"path": "/usr/bin/containerd", "args": ["containerd", "oci-hook", arg]}]);
-    let nerdctl = |networks: &str| {
-        let mut spec = with("/hooks", json!({"poststop": hook}));
-        spec["annotations"] = json!({"nerdctl/networks": networks});
-        spec
-    };
+fn mounts_that_need_the_host_are_rejected() {
     let bind = |source: &str| json!({"destination": "/in", "type": "bind", "source": source});
-    for (spec, want) in [
+    assert_rejected([
         (with("/mounts/-", bind("/nonexistent")), r#"mounts[7].source "/nonexistent": on the host: No such file"#),
         (with("/mounts/-", json!({"destination": "/in", "type": "bind"})), "mounts[7].source: is missing"),
-        (with("/mounts/-", bind("/run/x.sock")), r#"mounts[7].source "/run/x.sock": a socket of the host has nobody"#),
+        (
+            with("/mounts/-", bind("/run/x.sock")),
+            r#"mounts[7].source "/run/x.sock": a socket of the host does not work"#,
+        ),
         (with("/mounts/-", bind("/run/fifo")), r#"mounts[7].source "/run/fifo": a fifo of the host"#),
         (with("/mounts/-", bind("/dev/mem")), r#"mounts[7].source "/dev/mem": a device of the host"#),
         (with("/mounts/-", bind("/dev/sda")), r#"mounts[7].source "/dev/sda": a device of the host"#),
         (
             with("/mounts/-", json!({"destination": "/in", "type": "ext4", "source": "/dev/sda"})),
-            r#"mounts[7].type "ext4": in a VM, a mount is a bind or one of bpf, cgroup,"#,
+            r#"mounts[7].type "ext4": in a VM, a mount must be a bind mount or one of bpf, cgroup,"#,
         ),
         (with("/mounts/-", json!({"destination": "/in"})), "mounts[7].type: is missing"),
+    ]);
+}
+
+#[test]
+fn namespaces_devices_and_resources_of_the_host_are_rejected() {
+    assert_rejected([
         (
             with("/linux/namespaces/-", json!({"type": "network", "path": "/run/netns/x"})),
             r#"linux.namespaces[5].path "/run/netns/x": joining a network namespace of the host (CNI)"#,
@@ -206,6 +221,25 @@ fn what_cannot_be_is_refused_by_name() {
             with("/linux/devices", json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}])),
             r#"linux.devices[0].path "/dev/sda": device b 8:0 of the host"#,
         ),
+        (with("/linux/intelRdt", json!({"closID": "a"})), "linux.intelRdt: "),
+        (with("/linux/netDevices", json!({"eth1": {"name": "x"}})), r#"linux.netDevices "eth1": "#),
+        (with("/root", Value::Null), "root: is missing"),
+        (with("/linux", Value::Null), "linux: is missing"),
+        (with("/process", Value::Null), "process: is missing"),
+        (with("/vm", json!({"kernel": {"path": "/k"}})), "vm: "),
+    ]);
+}
+
+#[test]
+fn hooks_that_act_inside_the_container_are_rejected() {
+    let hook = json!([{"path": "/usr/bin/hook"}]);
+    let inward = |arg: &str| json!([{"path": "/usr/bin/containerd", "args": ["containerd", "oci-hook", arg]}]);
+    let nerdctl = |networks: &str| {
+        let mut spec = with("/hooks", json!({"poststop": hook}));
+        spec["annotations"] = json!({"nerdctl/networks": networks});
+        spec
+    };
+    assert_rejected([
         (
             with("/hooks", json!({"createContainer": hook})),
             r#"hooks.createContainer[0].path "/usr/bin/hook": a program of the host cannot run in the namespaces"#,
@@ -224,22 +258,12 @@ fn what_cannot_be_is_refused_by_name() {
             r#"hooks.poststart[0].timeout "0": must be a number of seconds"#,
         ),
         (nerdctl(r#"["bridge"]"#), r#"annotations nerdctl/networks "[\"bridge\"]": networks of the host (CNI)"#),
-        (with("/linux/intelRdt", json!({"closID": "a"})), "linux.intelRdt: "),
-        (with("/linux/netDevices", json!({"eth1": {"name": "x"}})), r#"linux.netDevices "eth1": "#),
-        (with("/root", Value::Null), "root: is missing"),
-        (with("/linux", Value::Null), "linux: is missing"),
-        (with("/process", Value::Null), "process: is missing"),
-        (with("/vm", json!({"kernel": {"path": "/k"}})), "vm: "),
-    ] {
-        let Problems(problems) = run(&spec, true).unwrap_err();
-        let text = problems.iter().map(ToString::to_string).collect::<Vec<_>>();
-        assert!(text.len() == 1 && text[0].starts_with(want), "{want}\n{text:?}");
-    }
+    ]);
     run(&nerdctl(r#"["none"]"#), true).unwrap();
 }
 
 #[test]
-fn hooks_are_the_hosts_or_the_guests() {
+fn hooks_run_on_the_host_or_in_the_guest() {
     let hook = |path: &str| json!([{"path": path, "args": ["a", "b"], "env": ["A=1"], "timeout": 5}]);
     let hooks = json!({
         "prestart": hook("/1"), "createRuntime": hook("/2"), "startContainer": hook("/3"),
@@ -257,14 +281,14 @@ fn hooks_are_the_hosts_or_the_guests() {
         (&first.args[..], &first.env[..], first.timeout),
         (&["a".into(), "b".into()][..], &["A=1".into()][..], Some(5))
     );
-    // In the container's own root, so in the guest.
+    // Programs in the container's root, so the guest runs them.
     let left = serde_json::to_value(rewritten.spec.hooks()).unwrap();
     assert_eq!(left, json!({"startContainer": hook("/3")}));
     assert!(run(&plain(), true).unwrap().hooks.is_empty());
 }
 
 #[test]
-fn all_problems_come_at_once() {
+fn all_problems_are_reported_at_once() {
     let mut spec = with("/linux/namespaces/-", json!({"type": "network", "path": "/run/netns/x"}));
     spec["mounts"].as_array_mut().unwrap().push(json!({"destination": "/in", "type": "bind", "source": "/a"}));
     spec["mounts"].as_array_mut().unwrap().push(json!({"destination": "/in", "type": "bind", "source": "/b"}));

@@ -18,12 +18,12 @@ use containerd_shim_protos::topics;
 use husk_protos::lock::lock;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{MessageField, MessageFull};
-use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::containerd::publisher::Publisher;
 use crate::host::hooks::{Hook, Subject};
+use crate::state::status::ProcessStatus;
 use crate::stdio::Stdio;
 
 pub(super) mod guest_event;
@@ -102,14 +102,15 @@ impl Container {
     }
 
     /// The processes for an operator's status, the init process first.
-    pub(super) fn processes_seen(&self) -> Vec<Value> {
+    pub(super) fn process_statuses(&self) -> Vec<ProcessStatus> {
         let mut processes: Vec<_> = self.processes().values().cloned().collect();
         processes.sort_by(|a, b| a.exec_id.cmp(&b.exec_id));
-        let seen = |process: &Arc<Process>| {
-            let exit = process.exit().map(|exit| exit.status);
-            json!({"exec": process.exec_id, "pid": process.pid(), "exit_status": exit})
+        let status = |process: &Arc<Process>| ProcessStatus {
+            exec: process.exec_id.clone(),
+            pid: process.pid(),
+            exit_status: process.exit().map(|exit| exit.status),
         };
-        processes.iter().map(seen).collect()
+        processes.iter().map(status).collect()
     }
 
     /// Adds an exec; returns false if its id exists.

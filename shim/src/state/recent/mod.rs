@@ -2,10 +2,11 @@
 //! are numbered, bounded and kept in memory.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use husk_protos::lock::lock;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
@@ -19,7 +20,7 @@ const KEPT: usize = 1024;
 const MAX_TEXT: usize = 1024;
 
 /// The subject of an event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EventKind {
     /// The VM's state.
@@ -34,8 +35,21 @@ pub enum EventKind {
     Sandbox,
 }
 
+/// The name in JSON.
+impl fmt::Display for EventKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Vm => "vm",
+            Self::Task => "task",
+            Self::Health => "health",
+            Self::Supervisor => "supervisor",
+            Self::Sandbox => "sandbox",
+        })
+    }
+}
+
 /// One event.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Event {
     /// Starts at 1 and increases by one.
     pub number: u64,

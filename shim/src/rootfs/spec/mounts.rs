@@ -1,0 +1,153 @@
+//! Mounts of a spec: the guest mounts its kernel's filesystems itself, and finds the sources of bind mounts in the
+//! share.
+
+use std::path::PathBuf;
+
+use husk_protos::SHARE_PATH;
+use oci_spec::runtime::Mount;
+
+use super::context::{Context, FileKind, HostFile};
+use super::devices::guest_path;
+use super::findings::Findings;
+
+/// Filesystems that the guest's kernel can mount without the host.
+const KERNEL_FILESYSTEMS: [&str; 15] = [
+    "bpf",
+    "cgroup",
+    "cgroup2",
+    "configfs",
+    "debugfs",
+    "devpts",
+    "devtmpfs",
+    "fusectl",
+    "hugetlbfs",
+    "mqueue",
+    "proc",
+    "ramfs",
+    "securityfs",
+    "sysfs",
+    "tmpfs",
+];
+
+/// A folder or file of the host that the share contains beside the container's root.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Bind {
+    /// Index in the spec's `mounts`, and name in the share.
+    pub(crate) index: usize,
+    /// The source, with all symbolic links resolved.
+    pub(crate) source: PathBuf,
+    /// A folder; otherwise a regular file.
+    pub(crate) is_dir: bool,
+    /// The guest must not be able to write to the source or to anything mounted below it.
+    pub(crate) read_only: bool,
+    /// Includes what is mounted below the source.
+    pub(crate) recursive: bool,
+    /// Later mounts of the host below the source appear in the container (slave propagation).
+    pub(crate) follows_host: bool,
+}
+
+/// Where the guest finds the root of container `id`.
+pub(super) fn guest_rootfs(id: &str) -> PathBuf {
+    [SHARE_PATH, id, "rootfs"].iter().collect()
+}
+
+/// Where the guest finds the source of the spec's mount `index`.
+fn guest_bind(id: &str, index: usize) -> PathBuf {
+    [SHARE_PATH, id, "mounts", &index.to_string()].iter().collect()
+}
+
+/// Rewrites the mounts, and returns what the share must contain for them.
+pub(super) fn rewrite_mounts(mounts: &mut [Mount], context: &Context<'_>, findings: &mut Findings) -> Vec<Bind> {
+    let mut binds = Vec::new();
+    for (index, mount) in mounts.iter_mut().enumerate() {
+        if is_bind(mount) {
+            binds.extend(rewrite_bind(index, mount, context, findings));
+        } else {
+            check_filesystem(index, mount, findings);
+        }
+    }
+    binds
+}
+
+/// Recognizes a bind mount as runc and the guest's libcontainer do.
+fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind")
+        || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
+}
+
+fn check_filesystem(index: usize, mount: &Mount, findings: &mut Findings) {
+    let field = format!("mounts[{index}].type");
+    match mount.typ().as_deref() {
+        Some(kind) if KERNEL_FILESYSTEMS.contains(&kind) => {}
+        Some(kind) => {
+            let known = KERNEL_FILESYSTEMS.join(", ");
+            findings.reject(field, Some(kind), format!("in a VM, a mount must be a bind mount or one of {known}"));
+        }
+        None => findings.reject(field, None, "is missing, and the options are not those of a bind mount"),
+    }
+}
+
+fn rewrite_bind(index: usize, mount: &mut Mount, context: &Context<'_>, findings: &mut Findings) -> Option<Bind> {
+    let field = format!("mounts[{index}].source");
+    let Some(source) = mount.source().clone() else {
+        findings.reject(field, None, "is missing");
+        return None;
+    };
+    let found = match (context.inspect)(&context.bundle.join(&source)) {
+        Ok(found) => found,
+        Err(error) => {
+            findings.reject_path(field, &source, format!("on the host: {error}"));
+            return None;
+        }
+    };
+    match found.kind {
+        FileKind::Dir | FileKind::File => {}
+        FileKind::CharDevice { major, minor } => {
+            match guest_path(major, minor) {
+                Some(path) => {
+                    mount.set_source(Some(path.to_owned()));
+                }
+                None => findings.reject_path(field, &source, "a device of the host cannot be used in a VM"),
+            }
+            return None;
+        }
+        FileKind::BlockDevice => {
+            findings.reject_path(field, &source, "a device of the host cannot be used in a VM");
+            return None;
+        }
+        FileKind::Socket | FileKind::Fifo => {
+            let what = if found.kind == FileKind::Socket { "socket" } else { "fifo" };
+            findings.reject_path(field, &source, format!("a {what} of the host does not work in a VM"));
+            return None;
+        }
+    }
+    let bind = bind(index, mount, found, findings);
+    mount.set_source(Some(guest_bind(context.id, index)));
+    Some(bind)
+}
+
+/// The bind mount of a folder or file, according to the mount's options.
+fn bind(index: usize, mount: &Mount, source: HostFile, findings: &mut Findings) -> Bind {
+    let options = mount.options().as_deref().unwrap_or_default();
+    let last_of = |names: &[&str]| options.iter().rfind(|o| names.contains(&o.as_str())).map(String::as_str);
+    let propagation =
+        last_of(&["private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"]);
+    if let Some(shared @ ("shared" | "rshared")) = propagation {
+        findings.note(format!(
+            "mounts[{index}].options {shared:?}: later mounts of the host appear in the container, but the container's mounts do not appear on the host"
+        ));
+    }
+    Bind {
+        index,
+        source: source.path,
+        is_dir: source.kind == FileKind::Dir,
+        read_only: last_of(&["ro", "rw"]) == Some("ro") || last_of(&["rro", "rrw"]) == Some("rro"),
+        recursive: !options.iter().any(|o| o == "bind") || options.iter().any(|o| o == "rbind"),
+        follows_host: matches!(propagation, Some("slave" | "rslave" | "shared" | "rshared")),
+    }
+}
+
+/// Whether a mount shows cgroups.
+pub(super) fn is_cgroup_mount(mount: &Mount) -> bool {
+    matches!(mount.typ().as_deref(), Some("cgroup" | "cgroup2"))
+}

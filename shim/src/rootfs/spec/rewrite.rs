@@ -1,0 +1,156 @@
+//! Rewrites a spec for the guest.
+
+use std::path::PathBuf;
+
+use husk_protos::CONTAINERS_CGROUP;
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Spec};
+
+use super::context::Context;
+use super::devices::rewrite_devices;
+use super::findings::{Findings, SpecProblems};
+use super::host_hooks::take_host_hooks;
+use super::limits::{SpecLimits, limits};
+use super::mounts::{Bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
+use super::namespaces;
+use crate::host::hooks::Hooks;
+
+/// A spec for the guest, and what the host does for the container.
+#[derive(Clone, Debug)]
+pub struct Rewritten {
+    /// The spec for the guest.
+    pub spec: Spec,
+    /// The bind mounts, in the order of the spec's mounts.
+    pub(crate) binds: Vec<Bind>,
+    /// The root folder that the spec names on the host, used when containerd passes no mounts.
+    pub(crate) rootfs: PathBuf,
+    /// The cgroup that the spec names on the host.
+    pub(crate) cgroups_path: Option<String>,
+    pub(crate) limits: SpecLimits,
+    /// The hooks that the host runs.
+    pub(crate) hooks: Hooks,
+    /// What was changed or removed, for the log.
+    pub(crate) notes: Vec<String>,
+}
+
+/// Rewrites `spec` for the guest.
+///
+/// # Errors
+/// All problems at once.
+pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten, SpecProblems> {
+    let mut findings = Findings::default();
+    check_platform(&spec, &mut findings);
+    let hooks = take_host_hooks(&mut spec, &mut findings);
+    rewrite_process(&mut spec, &mut findings);
+    let mut mounts = spec.mounts_mut().take().unwrap_or_default();
+    let binds = rewrite_mounts(&mut mounts, context, &mut findings);
+    let has_cgroup_mount = mounts.iter().any(is_cgroup_mount);
+    spec.set_mounts(Some(mounts));
+    let rootfs = rewrite_root(&mut spec, context, &mut findings);
+    let linux = rewrite_linux(&mut spec, context, has_cgroup_mount, &mut findings);
+    match (rootfs, linux) {
+        (Some(rootfs), Some((cgroups_path, limits))) if findings.problems.is_empty() => {
+            Ok(Rewritten { spec, binds, rootfs, cgroups_path, limits, hooks, notes: findings.notes })
+        }
+        _ => Err(SpecProblems(findings.problems)),
+    }
+}
+
+fn check_platform(spec: &Spec, findings: &mut Findings) {
+    let other_systems =
+        [("windows", spec.windows().is_some()), ("solaris", spec.solaris().is_some()), ("zos", spec.zos().is_some())];
+    for (field, _) in other_systems.iter().filter(|(_, present)| *present) {
+        findings.reject(*field, None, "only Linux containers are supported");
+    }
+    if spec.vm().is_some() {
+        findings.reject(
+            "vm",
+            None,
+            "the VM is configured by husk's configuration file and annotations, not by the spec",
+        );
+    }
+}
+
+/// Removes security labels. The guest's kernel supports neither AppArmor nor SELinux, and the host's could not look
+/// into the VM. The VM confines the container better than they would.
+fn rewrite_process(spec: &mut Spec, findings: &mut Findings) {
+    let Some(process) = spec.process_mut() else {
+        findings.reject("process", None, "is missing");
+        return;
+    };
+    if let Some(profile) = process.apparmor_profile().clone() {
+        process.set_apparmor_profile(None);
+        findings.note(format!("process.apparmorProfile {profile:?}: removed, the VM confines the container"));
+    }
+    if let Some(label) = process.selinux_label().clone() {
+        process.set_selinux_label(None);
+        findings.note(format!("process.selinuxLabel {label:?}: removed, the VM confines the container"));
+    }
+}
+
+/// Sets the root's path in the guest, and returns its path on the host.
+fn rewrite_root(spec: &mut Spec, context: &Context<'_>, findings: &mut Findings) -> Option<PathBuf> {
+    let Some(root) = spec.root_mut() else {
+        findings.reject("root", None, "is missing");
+        return None;
+    };
+    let host = context.bundle.join(root.path());
+    root.set_path(guest_rootfs(context.id));
+    Some(host)
+}
+
+/// Rewrites the part `linux`, and returns the cgroup that it names on the host, and its limits.
+fn rewrite_linux(
+    spec: &mut Spec,
+    context: &Context<'_>,
+    has_cgroup_mount: bool,
+    findings: &mut Findings,
+) -> Option<(Option<String>, SpecLimits)> {
+    let Some(linux) = spec.linux_mut() else {
+        findings.reject("linux", None, "is missing");
+        return None;
+    };
+    let limits = limits(linux);
+    let cgroups_path = linux.cgroups_path().as_ref().map(|path| path.to_string_lossy().into_owned());
+    linux.set_cgroups_path(Some([CONTAINERS_CGROUP, context.id].iter().collect()));
+    if let Some(label) = linux.mount_label_mut().take() {
+        findings.note(format!("linux.mountLabel {label:?}: removed, the VM confines the container"));
+    }
+    if linux.intel_rdt().is_some() {
+        let why = "the host's cache and memory bandwidth cannot be partitioned from inside a VM";
+        findings.reject("linux.intelRdt", None, why);
+    }
+    for name in linux.net_devices().iter().flat_map(|devices| devices.keys()) {
+        findings.reject("linux.netDevices", Some(name), "a network device of the host cannot be moved into a VM");
+    }
+    rewrite_namespaces(linux, context, has_cgroup_mount, findings);
+    rewrite_devices(linux, findings);
+    Some((cgroups_path, limits))
+}
+
+fn rewrite_namespaces(linux: &mut Linux, context: &Context<'_>, has_cgroup_mount: bool, findings: &mut Findings) {
+    let mut namespaces = linux.namespaces_mut().take().unwrap_or_default();
+    for namespace in &mut namespaces {
+        // Some clients write an empty path for a new namespace.
+        if namespace.path().as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
+            namespace.set_path(None);
+        }
+    }
+    for (index, namespace) in namespaces.iter().enumerate() {
+        let Some(path) = namespace.path() else { continue };
+        if let Some(why) = namespaces::problem(namespace.typ(), path, context.is_init) {
+            findings.reject_path(format!("linux.namespaces[{index}].path"), path, why);
+        }
+    }
+    // On cgroup v1, a container without a cgroup namespace sees only its own part of each hierarchy. The guest has v2,
+    // where only the namespace has this effect: without it, the mount would show the cgroups of the whole guest.
+    let has_cgroup_namespace = namespaces.iter().any(|ns| ns.typ() == LinuxNamespaceType::Cgroup);
+    if has_cgroup_mount && !has_cgroup_namespace && !context.host_is_unified {
+        let mut namespace = LinuxNamespace::default();
+        namespace.set_typ(LinuxNamespaceType::Cgroup);
+        namespaces.push(namespace);
+        findings.note(
+            "linux.namespaces: added a cgroup namespace, so the container sees only its own cgroups, as on cgroup v1",
+        );
+    }
+    linux.set_namespaces(Some(namespaces));
+}
