@@ -100,7 +100,8 @@ fn a_kernel_panic_is_reported_as_the_cause() -> Result<()> {
     let cause = expect_death(&containerd, "panicked", &IN_DEBUG_MODE, |container| {
         panic_kernel(&containerd, container.id())?.expect_code(125).map(drop)
     })?;
-    let expected = "QEMU exited with status 0 after guest-reset; console: Kernel panic - not syncing: sysrq triggered crash";
+    let expected =
+        "QEMU exited with status 0 after guest-reset; console: Kernel panic - not syncing: sysrq triggered crash";
     ensure!(cause == expected, "{cause}");
     Ok(())
 }
@@ -114,8 +115,7 @@ fn a_guest_out_of_memory_is_reported_as_the_cause() -> Result<()> {
     let cause = expect_death(&containerd, "full", &IN_DEBUG_MODE, |container| {
         run_in_vm(&containerd, container.id(), &["sh", "-c", eat], None)?.expect_code(125).map(drop)
     })?;
-    let expected =
-        "QEMU exited with status 0 after guest-reset; console: Kernel panic - not syncing: Out of memory";
+    let expected = "QEMU exited with status 0 after guest-reset; console: Kernel panic - not syncing: Out of memory";
     ensure!(cause.starts_with(expected), "{cause}");
     Ok(())
 }
