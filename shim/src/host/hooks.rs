@@ -36,7 +36,7 @@ const OCI_VERSION: &str = "1.0.2";
 
 /// A hook.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Hook {
+pub(crate) struct Hook {
     /// Its place in the spec, such as `hooks.createRuntime[0]`.
     pub field: String,
     /// The program, an absolute path on the host.
@@ -51,7 +51,7 @@ pub struct Hook {
 
 /// A container's hooks, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Hooks {
+pub(crate) struct Hooks {
     /// Run before the container is created: `prestart`, then `createRuntime`.
     pub create: Vec<Hook>,
     /// Run after the container's process was started.
@@ -62,7 +62,7 @@ pub struct Hooks {
 
 impl Hooks {
     /// Whether the container has no hooks.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.create.is_empty() && self.poststart.is_empty() && self.poststop.is_empty()
     }
 }

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anyhow::Result;
 use clap::ValueEnum;
-use husk_protos::chain::Chain as ErrorChain;
+use husk_protos::chain::Chain;
 use husk_shim::console::lines::Lines;
 use husk_shim::console::{INIT_LOG, LOG, LogChain};
 use husk_shim::ctl::messages::{LogSource, LogsEnd, LogsParams, LogsPart};
@@ -55,7 +55,7 @@ pub(crate) fn run(id: &str, options: &Options) -> Result<()> {
         Err(CallError::Closed) if page.printed => writeln!(io::stderr(), "husk: the sandbox's shim has ended")?,
         Err(error) if error.is_silence() && !page.printed => {
             let more = if options.follow { "; there will be no new lines" } else { "" };
-            let why = shown(&ErrorChain(&error).to_string());
+            let why = shown(&Chain(&error).to_string());
             writeln!(io::stderr(), "husk: {why}; showing the files on disk{more}")?;
             page.disk(&state, options.lines)?;
         }
