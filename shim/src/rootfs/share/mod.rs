@@ -10,10 +10,6 @@
 //! The guest can do to the share whatever virtiofsd can. The share's own mount is therefore read-only: the guest can
 //! neither place a symbolic link where the host is about to mount something, nor move a folder with a mount. The mount
 //! has shared propagation, so that later mounts appear in virtiofsd's mount namespace, which is a slave of the shim's.
-//!
-//! `containerd_shim::mount` is not used. Without the crate's `async` feature it forks a multi-threaded process and
-//! needs the crate's reaper; with the feature it permanently changes the working directory of the calling thread. Both
-//! make a bind mount read-only after it was attached, which is too late (see [`mount`](crate::rootfs::mount)).
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
