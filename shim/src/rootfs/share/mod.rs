@@ -24,7 +24,7 @@ use crate::state::{Recorder, StateError, Step, check_identifier};
 
 /// Why the share, or a container's part of it, cannot be created.
 #[derive(Debug, thiserror::Error)]
-pub enum ShareError {
+pub(crate) enum ShareError {
     /// The container's ID, or the journal.
     #[error(transparent)]
     State(#[from] StateError),
