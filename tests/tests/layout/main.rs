@@ -1,10 +1,12 @@
-//! The layout of the source: imports form no cycles, functions and files stay short, and the VMM seam names no VMM.
+//! The layout of the source: imports form no cycles, functions and files stay short, the VMM seam names no VMM, errors print
+//! no cause that they return, and documents name files that exist.
 //!
 //! The import graph has one node per file. An edge is a `use` or an inline path (`crate::`, `super::`, `self::`, a child
 //! module, an imported name) that leads to another file. Test code does not count. Run with `-- --nocapture` to see the
 //! figures; HUSK_LAYOUT_ROOT selects another checkout to measure.
 #![cfg(not(target_env = "musl"))]
 
+mod errors;
 mod graph;
 mod source;
 
@@ -14,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
+use errors::Errors;
 use source::Source;
 
 /// Raw lines from `fn` to the closing brace.
@@ -83,6 +86,52 @@ fn the_vmm_seam_names_no_vmm() -> Result<()> {
     let named: Vec<String> = named.map(|(line, number)| format!("  {number}: {line}")).collect();
     ensure!(named.is_empty(), "{} mentions QEMU:\n{}", relative(&path), named.join("\n"));
     Ok(())
+}
+
+#[test]
+fn errors_print_no_cause_that_they_also_return() -> Result<()> {
+    let (mut with_source, mut repeating) = (0, Vec::new());
+    for member in members()? {
+        for file in rust_files(&root().join(&member))? {
+            let errors = Errors::read(&file)?;
+            with_source += errors.with_source;
+            repeating.extend(errors.repeating.into_iter().map(|error| format!("  {}: {error}", relative(&file))));
+        }
+    }
+    eprintln!("{with_source} errors have a source");
+    ensure!(with_source > 0, "no error with a source was found");
+    ensure!(repeating.is_empty(), "these print their source, and return it too:\n{}", repeating.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn files_that_documents_name_exist() -> Result<()> {
+    let (mut named, mut missing) = (0, Vec::new());
+    let pages = fs::read_dir(root().join("docs")).context("list docs")?;
+    let pages: Vec<PathBuf> = pages.map(|page| Ok(page?.path())).collect::<Result<_>>()?;
+    let top = ["README.md", "SPECIFICATION.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"];
+    for page in top.iter().map(|name| root().join(name)).chain(pages) {
+        let text = fs::read_to_string(&page).with_context(|| format!("read {}", page.display()))?;
+        for path in paths_in(&text) {
+            named += 1;
+            if !root().join(path).exists() {
+                missing.push(format!("  {}: {path}", relative(&page)));
+            }
+        }
+    }
+    ensure!(named > 0, "the documents name no file");
+    ensure!(missing.is_empty(), "these files do not exist:\n{}", missing.join("\n"));
+    Ok(())
+}
+
+/// The paths in backticks that start with a folder of the source. Those with an upper-case last part are placeholders.
+fn paths_in(text: &str) -> impl Iterator<Item = &str> {
+    const FOLDERS: [&str; 8] = ["docs/", "init/", "kernel-config/", "protos/", "rootfs/", "setup/", "shim/", "tests/"];
+    text.split('`').skip(1).step_by(2).filter(|path| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-');
+        let placeholder = path.split(['/', '.']).any(|part| part == "NAME");
+        FOLDERS.iter().any(|folder| path.starts_with(folder)) && path.chars().all(plain) && !placeholder
+    })
 }
 
 fn root() -> PathBuf {
