@@ -8,6 +8,7 @@ pub mod extras;
 pub mod guest;
 pub mod host;
 pub mod metadata;
+pub mod network;
 pub mod prepare;
 pub mod rootfs;
 pub mod sandbox;
