@@ -150,7 +150,7 @@ mod tests {
             );
             assert_eq!(data["multi_queue"], queues > 1, "{shown}");
             drop(tap);
-            assert!(!namespace.ip("link").contains("husk-"), "the tap is still there");
+            namespace.wait_until_taps_are_gone();
         }
     }
 

@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
@@ -30,6 +31,18 @@ impl Namespace {
         pod.ip("link set eth0 up");
         peer.ip("link set peer up");
         (pod, peer)
+    }
+
+    /// Waits until no tap of husk is left. Processes that other tests start have copies of its descriptors until they
+    /// execute their program.
+    pub(super) fn wait_until_taps_are_gone(&self) {
+        for _ in 0..500 {
+            if !self.ip("link").contains("husk-") {
+                return;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("a tap is left: {}", self.ip("link"));
     }
 
     pub(super) fn path(&self) -> PathBuf {
