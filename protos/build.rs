@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 /// Files that define a service.
-const SERVICES: [&str; 6] = [
+const SERVICES: [&str; 7] = [
     "proto/system.proto",
     "proto/bundle.proto",
     "proto/stdio.proto",
     "proto/events.proto",
     "proto/metadata.proto",
     "proto/debug.proto",
+    "proto/network.proto",
 ];
 /// Files that define only messages.
 const MESSAGES: [&str; 2] = ["proto/runc_options.proto", "proto/report.proto"];

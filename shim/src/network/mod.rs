@@ -1,0 +1,42 @@
+//! Connects a VM to the sandbox's network namespace, through rtnetlink(7) and without running `ip` or `tc`.
+//!
+//! containerd's CRI plugin, or whoever set up the namespace, leaves links there: a veth, a macvlan and so on. Each link
+//! gets a tap device in the same namespace. Two `mirred` redirects (tc-mirred(8)) join the link and its tap: what
+//! arrives at one leaves through the other, before the namespace's own stack sees it. QEMU inherits the tap's
+//! descriptors, and the guest takes over the link's MAC, MTU, addresses, routes, rules and neighbours.
+//!
+//! The caller does, in this order:
+//!
+//! 1. [`claim`] checks the namespace. The caller records the claim before anything changes in the namespace.
+//! 2. [`connect`] makes the taps and the redirects, and returns the descriptors and the guest's configuration.
+//! 3. [`disconnect`] removes what outlives QEMU. A tap and its qdisc vanish with the tap's last descriptor.
+//!
+//! | file          | content                                                                   |
+//! |---------------|---------------------------------------------------------------------------|
+//! | `link.rs`     | a pod's link, and the name of its tap                                     |
+//! | `netns.rs`    | runs a closure on a thread of its own inside a network namespace          |
+//! | `netlink.rs`  | rtnetlink requests and dumps with a deadline                              |
+//! | `reply.rs`    | the kernel's replies: acknowledgements, errors and their texts            |
+//! | `scan/`       | reads a namespace's configuration and converts it to husk's protocol      |
+//! | `tap.rs`      | tap devices                                                               |
+//! | `redirect.rs` | ingress qdiscs and filters                                                |
+//! | `connect.rs`  | the three functions above                                                 |
+//! | `error.rs`    | errors                                                                    |
+
+mod connect;
+mod error;
+mod link;
+mod netlink;
+mod netns;
+mod redirect;
+mod reply;
+mod scan;
+mod tap;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use connect::{Connected, Nic, connect, disconnect};
+pub use error::{NetlinkError, NetworkError, ObjectError};
+pub use netns::{Claim, claim};

@@ -1,0 +1,192 @@
+//! Runs a closure inside a network namespace.
+//!
+//! setns(2) moves only the calling thread, so the closure gets a thread of its own. The thread ends with the closure: a
+//! pool's thread would carry the namespace into unrelated work.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, setns};
+use serde::{Deserialize, Serialize};
+
+use super::error::{NetworkError, ObjectError};
+
+/// The network namespace of the shim, which is the node's.
+const OWN: &str = "/proc/self/ns/net";
+
+/// Beyond the work's own deadline: how long the caller waits for the thread to report. The work stops at its deadline,
+/// except while a system call blocks.
+const REPORT: Duration = Duration::from_secs(1);
+
+mod ioctl {
+    // NS_GET_NSTYPE, _IO(0xb7, 0x3): ioctl_nsfs(2).
+    nix::ioctl_none!(ns_get_nstype, 0xb7, 0x3);
+}
+
+/// A network namespace that a sandbox uses: its path, and which namespace that path named.
+///
+/// Recorded before the namespace is changed, so that the change can be undone after a crash.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// Path of the namespace.
+    pub netns: PathBuf,
+    /// st_dev of the namespace's file.
+    pub device: u64,
+    /// st_ino of the namespace's file: together with `device`, which namespace it is.
+    pub inode: u64,
+}
+
+/// Checks that a path names a network namespace that a VM can be connected to.
+///
+/// # Errors
+///
+/// The path cannot be opened, is not a network namespace, or is the shim's own namespace.
+pub fn claim(netns: &Path) -> Result<Claim, NetworkError> {
+    let (_, claim) = open(netns)?;
+    let own = fs::metadata(OWN).map_err(|source| NetworkError::Open { path: OWN.into(), source })?;
+    if (own.dev(), own.ino()) == (claim.device, claim.inode) {
+        return Err(NetworkError::NodeNetwork { path: netns.to_owned() });
+    }
+    Ok(claim)
+}
+
+/// Opens a namespace and identifies it.
+fn open(netns: &Path) -> Result<(File, Claim), NetworkError> {
+    let failed = |source| NetworkError::Open { path: netns.to_owned(), source };
+    // O_NONBLOCK: opening a FIFO by mistake must not block.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(netns)
+        .map_err(failed)?;
+    // SAFETY: the request takes no argument and the descriptor is open.
+    let kind = unsafe { ioctl::ns_get_nstype(file.as_raw_fd()) };
+    if kind != Ok(libc::CLONE_NEWNET) {
+        return Err(NetworkError::NotANamespace { path: netns.to_owned() });
+    }
+    let metadata = file.metadata().map_err(failed)?;
+    Ok((file, Claim { netns: netns.to_owned(), device: metadata.dev(), inode: metadata.ino() }))
+}
+
+impl Claim {
+    /// Whether the namespace no longer exists under its path.
+    pub(super) fn is_gone(&self) -> Result<bool, NetworkError> {
+        match open(&self.netns) {
+            Ok((_, now)) => Ok(now != *self),
+            // `ip netns delete` and containerd unmount the namespace and remove the file, in two steps.
+            Err(NetworkError::NotANamespace { .. }) => Ok(true),
+            Err(NetworkError::Open { source, .. }) if is_missing(&source) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Runs `work` on a new thread inside the namespace and waits for its result. `work` gets the deadline and has to
+    /// stop there.
+    pub(super) fn run<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        work: impl FnOnce(Instant) -> Result<T, ObjectError> + Send + 'static,
+    ) -> Result<T, NetworkError> {
+        let path = self.netns.clone();
+        let (file, now) = open(&path)?;
+        if now != *self {
+            return Err(NetworkError::Replaced { path });
+        }
+        let deadline = Instant::now() + limit;
+        let (sender, receiver) = mpsc::channel();
+        let entered = path.clone();
+        thread::Builder::new()
+            .name("netns".into())
+            .spawn(move || {
+                let result = match setns(&file, CloneFlags::CLONE_NEWNET) {
+                    Ok(()) => work(deadline).map_err(|source| NetworkError::Inside { path: entered, source }),
+                    Err(errno) => Err(NetworkError::Enter { path: entered, source: errno.into() }),
+                };
+                // The caller may have given up; what the work made is dropped then.
+                drop(sender.send(result));
+            })
+            .map_err(|source| NetworkError::Enter { path: path.clone(), source })?;
+        match receiver.recv_timeout(limit + REPORT) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout) => Err(NetworkError::Deadline { path, limit }),
+            Err(RecvTimeoutError::Disconnected) => Err(NetworkError::Panicked { path }),
+        }
+    }
+}
+
+/// ESRCH: the process of a /proc/<pid>/ns/net path has exited.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ESRCH))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::testing::Namespace;
+    use husk_protos::chain::Chain;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn current() -> u64 {
+        fs::metadata("/proc/thread-self/ns/net").unwrap().ino()
+    }
+
+    #[test]
+    fn work_runs_inside_and_the_caller_stays_outside() {
+        let namespace = Namespace::new();
+        let claim = claim(&namespace.path()).unwrap();
+        let before = current();
+        let inside = claim.run(SECOND, |_| Ok(current())).unwrap();
+        assert_eq!(inside, claim.inode);
+        assert_eq!(current(), before);
+        assert_ne!(inside, before);
+    }
+
+    #[test]
+    fn the_nodes_own_network_is_rejected() {
+        let error = claim(Path::new(OWN)).unwrap_err();
+        assert!(error.to_string().contains("the pod asks for the node's own network"), "{error}");
+    }
+
+    #[test]
+    fn other_files_are_rejected_by_path() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for path in [file.path(), Path::new("/proc/self/ns/mnt"), Path::new("/dev/null")] {
+            let error = claim(path).unwrap_err();
+            assert_eq!(error.to_string(), format!("{} is not a network namespace", path.display()));
+        }
+        let error = claim(Path::new("/nonexistent/netns")).unwrap_err();
+        let text = Chain(&error).to_string();
+        assert_eq!(text, "open the network namespace /nonexistent/netns: No such file or directory (os error 2)");
+    }
+
+    #[test]
+    fn a_namespace_that_was_replaced_or_removed_is_gone() {
+        let (first, second) = (Namespace::new(), Namespace::new());
+        let mut claim = claim(&first.path()).unwrap();
+        assert!(!claim.is_gone().unwrap());
+        claim.netns = second.path();
+        assert!(claim.is_gone().unwrap());
+        assert!(matches!(claim.run(SECOND, |_| Ok(())), Err(NetworkError::Replaced { .. })));
+        claim.netns = "/nonexistent/netns".into();
+        assert!(claim.is_gone().unwrap());
+    }
+
+    #[test]
+    fn the_caller_does_not_wait_past_the_deadline() {
+        let namespace = Namespace::new();
+        let start = Instant::now();
+        let result = claim(&namespace.path()).unwrap().run(Duration::from_millis(10), |_| {
+            thread::sleep(5 * SECOND);
+            Ok(())
+        });
+        assert!(matches!(result, Err(NetworkError::Deadline { .. })));
+        assert!(start.elapsed() < 3 * SECOND);
+    }
+}

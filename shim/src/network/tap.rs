@@ -1,0 +1,175 @@
+//! Tap devices: Documentation/networking/tuntap.rst of the kernel.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use nix::net::if_::if_nametoindex;
+
+use super::error::ObjectError;
+use super::link::{Link, tap_name};
+use super::netlink::Netlink;
+
+const CLONE_DEVICE: &str = "/dev/net/tun";
+/// `struct virtio_net_hdr_mrg_rxbuf` precedes each frame. QEMU asks for this length too.
+const VNET_HEADER: libc::c_int = 12;
+
+mod ioctl {
+    // linux/if_tun.h. The kernel encodes TUNSETIFF with the size of an int, but takes a `struct ifreq`.
+    nix::ioctl_write_ptr_bad!(
+        set_interface,
+        nix::request_code_write!(b'T', 202, size_of::<libc::c_int>()),
+        libc::ifreq
+    );
+    nix::ioctl_write_int_bad!(set_offload, nix::request_code_write!(b'T', 208, size_of::<libc::c_uint>()));
+    nix::ioctl_write_ptr!(set_vnet_header_size, b'T', 216, libc::c_int);
+}
+
+/// A tap device. It vanishes with the last of its descriptors.
+#[derive(Debug)]
+pub(super) struct Tap {
+    pub(super) name: String,
+    pub(super) index: u32,
+    /// One descriptor for each queue pair.
+    pub(super) queues: Vec<OwnedFd>,
+}
+
+/// Creates a tap for a link in the thread's network namespace: with the link's MTU, without IPv6, and down.
+pub(super) fn create(netlink: &mut Netlink, link: &Link, queues: u16) -> Result<Tap, ObjectError> {
+    let name = tap_name(link.index);
+    let object = format!("tap {name} of link {}", link.name);
+    let queues = (0..queues.max(1))
+        .map(|queue| open_queue(&object, &name, queue == 0, queues > 1).map(OwnedFd::from))
+        .collect::<Result<Vec<_>, _>>()?;
+    let index =
+        if_nametoindex(name.as_str()).map_err(|errno| ObjectError::system(&object, "find its index")(errno.into()))?;
+
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::Mtu(link.mtu));
+    // Shown by `ip link`.
+    message.attributes.push(LinkAttribute::IfAlias(format!("{} of a husk VM", link.name)));
+    netlink.change(RouteNetlinkMessage::SetLink(message), 0).map_err(|error| error.at(&object, "set its MTU"))?;
+    disable_ipv6(&name).map_err(ObjectError::system(&object, "disable IPv6"))?;
+    Ok(Tap { name, index, queues })
+}
+
+/// Brings a tap up.
+pub(super) fn bring_up(netlink: &mut Netlink, tap: &Tap) -> Result<(), ObjectError> {
+    let mut message = LinkMessage::default();
+    message.header.index = tap.index;
+    message.header.flags = LinkFlags::Up;
+    message.header.change_mask = LinkFlags::Up;
+    netlink
+        .change(RouteNetlinkMessage::SetLink(message), 0)
+        .map_err(|error| error.at(format!("tap {}", tap.name), "bring it up"))
+}
+
+fn open_queue(object: &str, name: &str, first: bool, several: bool) -> Result<File, ObjectError> {
+    let failed = |action: String| ObjectError::system(object, action);
+    let file =
+        OpenOptions::new().read(true).write(true).open(CLONE_DEVICE).map_err(failed(format!("open {CLONE_DEVICE}")))?;
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if several {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    if first {
+        // Fails with EBUSY instead of joining a tap that another VM uses.
+        flags |= libc::IFF_TUN_EXCL;
+    }
+    // SAFETY: all bytes zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays 0.
+    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    // The kernel reads the low 16 bits; IFF_TUN_EXCL is the highest of them.
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    let descriptor = file.as_raw_fd();
+    let create = || failed(if first { "create it".into() } else { "add a queue to it".into() });
+    // SAFETY: the descriptor is open and the request is an ifreq.
+    unsafe { ioctl::set_interface(descriptor, &request) }.map_err(|errno| create()(errno.into()))?;
+    // SAFETY: the descriptor is open and the argument is an int.
+    unsafe { ioctl::set_vnet_header_size(descriptor, &VNET_HEADER) }
+        .map_err(|errno| failed("set the length of its headers".into())(errno.into()))?;
+    // QEMU enables what the guest's driver accepts.
+    // SAFETY: the descriptor is open and the argument is a number.
+    unsafe { ioctl::set_offload(descriptor, 0) }
+        .map_err(|errno| failed("disable its offloads".into())(errno.into()))?;
+    Ok(file)
+}
+
+/// Without this, the tap gets a link-local address when it comes up, and sends frames of its own to the guest.
+/// The kernel resolves /proc/sys/net in the network namespace of the calling thread.
+fn disable_ipv6(name: &str) -> io::Result<()> {
+    match fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1") {
+        // A kernel without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::network::error::NetworkError;
+    use crate::network::netns::claim;
+    use crate::network::testing::Namespace;
+    use husk_protos::chain::Chain;
+
+    fn make(namespace: &Namespace, mtu: u32, queues: u16) -> Result<Tap, NetworkError> {
+        let link = Link { index: 12, name: "eth0".into(), mac: [2, 0, 0, 0, 0, 1], mtu, up: true };
+        claim(&namespace.path()).unwrap().run(Duration::from_secs(5), move |deadline| {
+            let mut netlink = Netlink::open(deadline).unwrap();
+            let tap = create(&mut netlink, &link, queues)?;
+            bring_up(&mut netlink, &tap)?;
+            Ok(tap)
+        })
+    }
+
+    #[test]
+    fn a_tap_has_the_links_mtu_and_no_ipv6_and_vanishes_with_its_descriptors() {
+        let namespace = Namespace::new();
+        for queues in [1, 3] {
+            let tap = make(&namespace, 1400, queues).unwrap();
+            assert_eq!(tap.queues.len(), usize::from(queues));
+            let shown = &namespace.ip_json("addr show dev husk-12")[0];
+            assert_eq!(shown["mtu"], 1400);
+            assert_eq!(shown["ifindex"], tap.index);
+            assert_eq!(shown["addr_info"].as_array().unwrap().len(), 0, "{shown}");
+            assert!(shown["flags"].as_array().unwrap().contains(&"UP".into()), "{shown}");
+            let data = &shown["linkinfo"]["info_data"];
+            assert_eq!(
+                (data["type"].as_str(), data["pi"].as_bool(), data["vnet_hdr"].as_bool(), data["persist"].as_bool()),
+                (Some("tap"), Some(false), Some(true), Some(false)),
+                "{shown}"
+            );
+            assert_eq!(data["multi_queue"], queues > 1, "{shown}");
+            drop(tap);
+            namespace.wait_until_taps_are_gone();
+        }
+    }
+
+    #[test]
+    fn a_tap_of_another_vm_is_not_joined() {
+        let namespace = Namespace::new();
+        let _first = make(&namespace, 1500, 2).unwrap();
+        let error = make(&namespace, 1500, 2).unwrap_err();
+        let expected = format!(
+            "network namespace {}: tap husk-12 of link eth0: create it: Device or resource busy (os error 16)",
+            namespace.path().display()
+        );
+        assert_eq!(Chain(&error).to_string(), expected);
+    }
+
+    #[test]
+    fn an_mtu_that_a_tap_cannot_have_is_an_error() {
+        let error = make(&Namespace::new(), 65535, 1).unwrap_err();
+        let text = Chain(&error).to_string();
+        assert!(text.contains("tap husk-12 of link eth0: set its MTU: "), "{text}");
+    }
+}
