@@ -1,0 +1,54 @@
+//! Applies a request to the network namespace of the calling thread.
+
+use husk_protos::network::ConfigureNetworkRequest;
+
+use super::error::{NetlinkError, NetworkError};
+use super::message::{decode_device, encode, list_links};
+use super::model::Network;
+use super::netlink::Netlink;
+use super::plan::{Change, plan};
+use super::resolve::resolve;
+
+/// Makes the network match `request`. `last` is the configuration that the request before it left, and becomes that of
+/// this one.
+///
+/// # Errors
+/// The first object of the request that is invalid, in which case nothing has changed, or the first change that the
+/// kernel rejected. The changes before it remain, and the next request starts from them.
+pub(super) fn configure(request: &ConfigureNetworkRequest, last: &mut Network) -> Result<(), NetworkError> {
+    let mut netlink = Netlink::open()?;
+    let links = netlink.dump(&list_links()).map_err(NetworkError::List)?;
+    let devices: Vec<_> = links.into_iter().filter_map(decode_device).collect();
+    let next = resolve(request, &devices)?;
+    let result = plan(&devices, last, &next).iter().try_for_each(|change| make(&mut netlink, change));
+    *last = match result {
+        Ok(()) => next,
+        Err(_) => std::mem::take(last).merged(&next),
+    };
+    result
+}
+
+fn make(netlink: &mut Netlink, change: &Change) -> Result<(), NetworkError> {
+    let (message, flags) = encode(change);
+    match netlink.change(message, flags) {
+        Err(error) if !is_done(change, &error) => {
+            Err(NetworkError::Change { change: change.to_string(), source: error })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether the error means that there is nothing to do.
+fn is_done(change: &Change, error: &NetlinkError) -> bool {
+    let Some(errno) = error.errno() else { return false };
+    match change {
+        Change::Add(_) => errno == libc::EEXIST,
+        // The object is gone, or the link with everything on it.
+        Change::Remove(_) | Change::Down(_) => {
+            [libc::ESRCH, libc::ENOENT, libc::EADDRNOTAVAIL, libc::ENODEV].contains(&errno)
+        }
+        // The kernel has no IPv6, or not on a link with such a small MTU.
+        Change::NoLinkLocal(_) => errno == libc::EAFNOSUPPORT,
+        Change::Rename { .. } | Change::SetMtu { .. } | Change::Up(_) => false,
+    }
+}
