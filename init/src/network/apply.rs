@@ -52,3 +52,39 @@ fn is_done(change: &Change, error: &NetlinkError) -> bool {
         Change::Rename { .. } | Change::SetMtu { .. } | Change::Up(_) => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::super::model::{LinkId, Neighbour, Object};
+    use super::*;
+
+    #[test]
+    fn an_error_of_the_kernel_counts_unless_the_change_is_already_made() {
+        let link = LinkId { index: 2, name: "eth0".into() };
+        let object = Object::Neighbour(Neighbour { link: link.clone(), address: [10, 0, 0, 1].into(), mac: [0; 6] });
+        let (add, remove) = (Change::Add(object.clone()), Change::Remove(object));
+        let rename = Change::Rename { index: 2, from: "eth0".into(), to: "eth1".into() };
+        let table = [
+            (&add, libc::EEXIST, true),
+            (&add, libc::ENODEV, false),
+            (&add, libc::ESRCH, false),
+            (&remove, libc::ESRCH, true),
+            (&remove, libc::ENODEV, true),
+            (&remove, libc::EADDRNOTAVAIL, true),
+            (&remove, libc::EPERM, false),
+            (&rename, libc::EEXIST, false),
+            (&Change::NoLinkLocal(link.clone()), libc::EAFNOSUPPORT, true),
+            (&Change::Up(link.clone()), libc::ENODEV, false),
+            (&Change::Down(link), libc::ENODEV, true),
+        ];
+        for (change, errno, expected) in table {
+            let explained = |source| NetlinkError::Explained { explanation: "because".into(), source };
+            let error = || io::Error::from_raw_os_error(errno);
+            assert_eq!(is_done(change, &NetlinkError::Rejected(error())), expected, "{change}: {errno}");
+            assert_eq!(is_done(change, &explained(error())), expected, "{change}: {errno}");
+            assert!(!is_done(change, &NetlinkError::Receive(error())), "{change}: {errno}");
+        }
+    }
+}

@@ -157,11 +157,8 @@ fn dual_stack() -> ConfigureNetworkRequest {
         address("fd00:88::5/64", NODAD),
         NetworkAddress { scope: SCOPE_LINK, ..address("fe80::ff:fe00:1/64", NODAD) },
     ];
-    let connected = NetworkRoute {
-        protocol: PROTOCOL_KERNEL,
-        source: bytes("10.88.0.5"),
-        ..route("10.88.0.0/16", "", "eth0")
-    };
+    let connected =
+        NetworkRoute { protocol: PROTOCOL_KERNEL, source: bytes("10.88.0.5"), ..route("10.88.0.0/16", "", "eth0") };
     let connected6 = NetworkRoute { protocol: PROTOCOL_KERNEL, priority: 256, ..route("fd00:88::/64", "", "eth0") };
     let routes = [
         route("0.0.0.0/0", "10.88.0.1", "eth0"),
@@ -191,10 +188,7 @@ fn a_pod_of_the_bridge_plugin_gets_its_addresses_and_routes() {
         assert_eq!(addr["addr_info"][0]["broadcast"], "10.88.255.255");
         assert_eq!(
             lines("route"),
-            [
-                "default via 10.88.0.1 dev eth0",
-                "10.88.0.0/16 dev eth0 proto kernel scope link src 10.88.0.5"
-            ]
+            ["default via 10.88.0.1 dev eth0", "10.88.0.0/16 dev eth0 proto kernel scope link src 10.88.0.5"]
         );
         assert_eq!(
             lines("-6 route"),
@@ -390,10 +384,7 @@ fn a_later_request_adds_changes_and_removes() {
         assert_eq!(lines("route show table 100"), ["default via 10.6.0.1 dev eth1"]);
         assert_eq!(lines("rule")[1], "1000: from 10.5.0.2 lookup main");
         assert_eq!(lines("-6 rule").len(), 2);
-        assert_eq!(
-            lines("neigh show nud permanent"),
-            ["fd00:88::1 dev eth0 lladdr 02:00:00:00:01:09 PERMANENT"]
-        );
+        assert_eq!(lines("neigh show nud permanent"), ["fd00:88::1 dev eth0 lladdr 02:00:00:00:01:09 PERMANENT"]);
 
         let mut down = second.clone();
         down.links[1].up = false;
@@ -467,10 +458,7 @@ fn an_error_names_the_link_and_the_object_and_a_later_request_recovers() {
         apply(&request(&[other], &[route("0.0.0.0/0", "10.4.0.1", "eth0")]), &mut last);
         assert_eq!(
             lines("route"),
-            [
-                "default via 10.4.0.1 dev eth0",
-                "10.4.0.0/24 dev eth0 proto kernel scope link src 10.4.0.2"
-            ]
+            ["default via 10.4.0.1 dev eth0", "10.4.0.0/24 dev eth0 proto kernel scope link src 10.4.0.2"]
         );
     });
 }

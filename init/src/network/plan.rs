@@ -54,9 +54,9 @@ pub(super) fn plan(devices: &[Device], previous: &Network, next: &Network) -> Ve
 
     changes.extend(renames(devices, &next.links));
     let with_device = || {
-        next.links.iter().filter_map(|link| {
-            devices.iter().find(|device| device.index == link.id.index).map(|device| (link, device))
-        })
+        next.links
+            .iter()
+            .filter_map(|link| devices.iter().find(|device| device.index == link.id.index).map(|device| (link, device)))
     };
     for (link, device) in with_device() {
         if link.mtu != 0 && link.mtu != device.mtu {
@@ -216,14 +216,7 @@ mod tests {
             (
                 &[(2, "eth0"), (3, "eth1"), (4, "eth2"), (5, "eth3")],
                 &[(2, "eth1"), (3, "eth2"), (4, "eth0"), (5, "eth3")],
-                &[
-                    "eth0 to husk2",
-                    "eth1 to husk3",
-                    "eth2 to husk4",
-                    "husk2 to eth1",
-                    "husk3 to eth2",
-                    "husk4 to eth0",
-                ],
+                &["eth0 to husk2", "eth1 to husk3", "eth2 to husk4", "husk2 to eth1", "husk3 to eth2", "husk4 to eth0"],
             ),
             // eth0 is a spare NIC, which the request does not list.
             (&[(2, "eth0"), (3, "eth1")], &[(3, "eth0")], &["eth0 to husk2", "eth1 to eth0"]),

@@ -7,9 +7,7 @@ use husk_protos::network::{
 };
 
 use super::error::NetworkError;
-use super::model::{
-    Address, Device, Link, LinkId, Mac, Neighbour, Network, Object, Route, Rule, TABLE_MAIN, mac_text,
-};
+use super::model::{Address, Device, Link, LinkId, Mac, Neighbour, Network, Object, Route, Rule, TABLE_MAIN, mac_text};
 
 /// Longest name of a link in bytes (IFNAMSIZ without the NUL).
 const NAME_MAX: usize = 15;
@@ -239,4 +237,149 @@ fn prefix_length(length: u32, address: IpAddr, object: impl Fn() -> String) -> R
 
 fn byte(value: u32, name: &str, object: impl Fn() -> String) -> Result<u8, NetworkError> {
     u8::try_from(value).map_err(|_| invalid(object(), format_args!("the {name} {value} exceeds 255")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ETH0: Mac = [2, 0, 0, 0, 0, 1];
+
+    fn device(index: u32, name: &str, mac: Mac, permanent_mac: Option<Mac>) -> Device {
+        Device { index, name: name.into(), mac: Some(mac), permanent_mac, ..Default::default() }
+    }
+
+    fn link(name: &str, mac: &[u8]) -> NetworkLink {
+        NetworkLink { name: name.into(), mac: mac.to_vec(), up: true, ..Default::default() }
+    }
+
+    fn route() -> NetworkRoute {
+        NetworkRoute {
+            family: libc::AF_INET as u32,
+            destination: vec![10, 1, 0, 0],
+            prefix_length: 16,
+            link: "eth0".into(),
+            ..Default::default()
+        }
+    }
+
+    fn address() -> NetworkAddress {
+        NetworkAddress { local: vec![10, 1, 0, 2], prefix_length: 16, ..Default::default() }
+    }
+
+    fn rule() -> NetworkRule {
+        NetworkRule { family: libc::AF_INET6 as u32, priority: 5, ..Default::default() }
+    }
+
+    fn neighbour() -> NetworkNeighbour {
+        NetworkNeighbour {
+            link: "eth0".into(),
+            address: vec![10, 1, 0, 9],
+            mac: vec![2, 0, 0, 0, 0, 9],
+            ..Default::default()
+        }
+    }
+
+    /// A valid request with an object of each kind.
+    fn request() -> ConfigureNetworkRequest {
+        ConfigureNetworkRequest {
+            links: vec![NetworkLink { addresses: vec![address()], ..link("eth0", &ETH0) }],
+            routes: vec![route()],
+            rules: vec![rule()],
+            neighbours: vec![neighbour()],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_device_is_found_by_its_permanent_mac_address_or_by_that_of_the_oldest_link() {
+        let other = [2, 0, 0, 0, 0, 7];
+        let loopback = Device { loopback: true, ..device(1, "lo", [0; 6], None) };
+        let table: [(&str, Vec<Device>, Mac, Option<u32>); 6] = [
+            ("the only one", vec![loopback.clone(), device(2, "a", ETH0, None)], ETH0, Some(2)),
+            // Bridges and VLANs copy the address of a device.
+            ("the oldest", vec![device(4, "br0", ETH0, None), device(3, "a", ETH0, None)], ETH0, Some(3)),
+            ("hardware", vec![device(2, "br0", ETH0, None), device(3, "a", ETH0, Some(ETH0))], ETH0, Some(3)),
+            // A container has changed the address.
+            ("changed", vec![device(2, "a", other, Some(ETH0)), device(3, "b", ETH0, Some(other))], ETH0, Some(2)),
+            ("none", vec![device(2, "a", other, None)], ETH0, None),
+            ("loopback", vec![loopback], [0; 6], None),
+        ];
+        for (case, devices, mac, expected) in table {
+            assert_eq!(find_device(&devices, mac).map(|device| device.index), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn an_invalid_object_is_named_with_its_problem() {
+        type Change = fn(&mut ConfigureNetworkRequest);
+        let table: [(Change, &str); 21] = [
+            (|r| r.links[0].name.clear(), r#"link "": the name is not that of a network device"#),
+            (|r| r.links[0].name = "a".repeat(16), r#"link "aaaaaaaaaaaaaaaa": the name is not that"#),
+            (|r| r.links[0].name = "lo".into(), r#"link "lo": the name is not that of a network device"#),
+            (|r| r.links[0].mac = vec![1], r#"link "eth0": the MAC address has not 6 bytes"#),
+            (
+                |r| r.links[0].mac[5] = 0xaf,
+                "link eth0: the guest has no network device with the MAC address 02:00:00:00:00:af",
+            ),
+            (|r| r.links.push(link("eth0", &[2, 0, 0, 0, 0, 2])), r#"link "eth0": another link has the same name"#),
+            (|r| r.links.push(link("eth1", &ETH0)), r#"link "eth1": eth0 has the same MAC address"#),
+            (|r| r.links[0].addresses[0].local = vec![1, 2], "address [1, 2]/16 on eth0: is not an IP address"),
+            (
+                |r| r.links[0].addresses[0].prefix_length = 33,
+                "address 10.1.0.2/33 on eth0: the prefix length exceeds 32",
+            ),
+            (
+                |r| r.links[0].addresses[0].peer = vec![0; 16],
+                "address 10.1.0.2/16 on eth0: the peer is of another family",
+            ),
+            (
+                |r| r.links[0].addresses[0].broadcast = vec![0; 16],
+                "address 10.1.0.2/16 on eth0: the broadcast address is not an IPv4 address",
+            ),
+            (|r| r.links[0].addresses[0].scope = 256, "address 10.1.0.2/16 on eth0: the scope 256 exceeds 255"),
+            (|r| r.routes[0].family = 1, "route 10.1.0.0/16 on eth0: the family is not AF_INET or AF_INET6"),
+            (|r| r.routes[0].destination.clear(), "route default/16 on eth0: has a prefix length, but no destination"),
+            (|r| r.routes[0].source = vec![0; 16], "route 10.1.0.0/16 on eth0: the destination or the source is of"),
+            (|r| r.routes[0].gateway = vec![0], "route 10.1.0.0/16 on eth0: the gateway is not an IP address"),
+            (|r| r.routes[0].link = "eth9".into(), r#"route 10.1.0.0/16 on eth9: there is no link "eth9""#),
+            (|r| r.routes[0].kind = 300, "route 10.1.0.0/16 on eth0: the type 300 exceeds 255"),
+            (|r| r.rules[0].source_length = 8, "rule 5: the source is not a prefix of its family"),
+            (|r| r.rules[0].destination = vec![10, 0, 0, 1], "rule 5: the destination is not a prefix of its family"),
+            (|r| r.neighbours[0].mac.clear(), "neighbour 10.1.0.9 on eth0: the MAC address has not 6 bytes"),
+        ];
+        let devices = [device(2, "eth0", ETH0, None), device(3, "eth1", [2, 0, 0, 0, 0, 2], None)];
+        assert!(resolve(&request(), &devices).is_ok());
+        for (change, expected) in table {
+            let mut request = request();
+            change(&mut request);
+            let error = resolve(&request, &devices).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error:?} instead of {expected:?}");
+        }
+    }
+
+    #[test]
+    fn names_are_those_that_the_links_get() {
+        let devices = [device(2, "eth1", ETH0, None), device(3, "eth0", [2, 0, 0, 0, 0, 2], None)];
+        let links = [Link { id: LinkId { index: 2, name: "eth0".into() }, mtu: 0, up: true }];
+        let names = Names { links: &links, devices: &devices };
+        let find = |name: &str| names.find(name, String::new).ok().map(|link| link.index);
+        assert_eq!([find("eth0"), find("eth1"), find("eth2")], [Some(2), None, None]);
+    }
+
+    #[test]
+    fn states_that_the_kernel_reports_as_flags_are_no_difference() {
+        let devices = [device(2, "eth0", ETH0, None)];
+        let (mut tentative, mut link_down) = (request(), request());
+        // IFA_F_TENTATIVE and IFA_F_PERMANENT; RTNH_F_LINKDOWN.
+        tentative.links[0].addresses[0].flags = 0x40 | 0x80;
+        link_down.routes[0].flags = 0x10;
+        let expected = resolve(&request(), &devices).unwrap();
+        for request in [tentative, link_down] {
+            assert_eq!(resolve(&request, &devices).unwrap(), expected);
+        }
+        let mut onlink = request();
+        onlink.routes[0].flags = 0x4;
+        assert_ne!(resolve(&onlink, &devices).unwrap(), expected);
+    }
 }
