@@ -477,3 +477,35 @@ fn a_link_is_not_confused_with_others_that_have_its_mac_address() {
         assert_eq!((&net1["ifindex"], &net1["master"]), (&last.links[0].id.index.into(), &"br0".into()));
     });
 }
+
+#[test]
+fn the_status_shows_what_was_configured_and_the_traffic() {
+    in_namespace(&["eth0", "eth1"], || {
+        let addresses = [
+            address("10.0.0.2/24", NOPREFIXROUTE),
+            NetworkAddress { peer: bytes("10.2.0.9"), ..address("10.2.0.1/32", 0) },
+            address("fd00::2/64", NODAD),
+        ];
+        apply(&request(&[link("eth0", 1, &addresses)], &[route("10.0.0.0/24", "", "eth0")]), &mut Network::default());
+        let find = |name: &str| {
+            let mut links = super::status::status().unwrap().into_iter();
+            links.find(|link| link.link.name == name).unwrap()
+        };
+        // The kernel adds IFA_F_PERMANENT.
+        let mut shown = find("eth0").link.unwrap();
+        shown.addresses.iter_mut().for_each(|address| address.flags &= !0x80);
+        assert_eq!(shown, link("eth0", 1, &addresses));
+        assert!(find("eth0").carrier && !find("eth1").carrier);
+        assert!(!find("eth1").link.up);
+
+        let before = find("eth0").counters.sent_packets;
+        let socket = std::net::UdpSocket::bind("10.0.0.2:0").unwrap();
+        // A permanent neighbour, because nobody would reply to ARP.
+        ip("neigh add 10.0.0.9 lladdr 02:00:00:00:00:09 dev eth0");
+        for _ in 0..100 {
+            socket.send_to(&[0; 100], "10.0.0.9:9").unwrap();
+        }
+        let after = find("eth0").counters;
+        assert!(after.sent_packets >= before + 100 && after.sent_bytes >= 100 * 128, "{before} {after:?}");
+    });
+}

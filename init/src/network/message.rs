@@ -58,6 +58,16 @@ pub(super) fn list_links() -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetLink(message)
 }
 
+/// The message that lists the links with their counters.
+pub(super) fn list_counters() -> RouteNetlinkMessage {
+    RouteNetlinkMessage::GetLink(LinkMessage::default())
+}
+
+/// The message that lists the addresses of all links.
+pub(super) fn list_addresses() -> RouteNetlinkMessage {
+    RouteNetlinkMessage::GetAddress(AddressMessage::default())
+}
+
 /// Decodes an element of the list of links.
 pub(super) fn decode_device(message: RouteNetlinkMessage) -> Option<Device> {
     let RouteNetlinkMessage::NewLink(message) = message else { return None };

@@ -1,13 +1,13 @@
-//! The Network service: makes the guest's network match a request of the host.
+//! The Network service: makes the guest's network match a request of the host, and reports it (`status`).
 //!
-//! A request is applied in three steps, of which only the last one changes anything:
+//! A configuration is applied in three steps, of which only the last one changes anything:
 //!
 //! 1. `resolve` checks the request and finds the links that it names;
 //! 2. `plan` compares it with the links and with the request before it, and lists the changes in an order in which each
 //!    one finds what it depends on;
 //! 3. `apply` makes them, over rtnetlink(7) (`netlink`, `message`).
 //!
-//! `model` has the types that the steps share. [`boot`](crate::boot) brings up the loopback.
+//! `model` has the types that the steps share. Bringing up the loopback is a step of the boot.
 
 mod apply;
 mod error;
@@ -17,6 +17,7 @@ mod netlink;
 mod plan;
 mod resolve;
 mod service;
+mod status;
 
 #[cfg(test)]
 mod kernel_tests;
