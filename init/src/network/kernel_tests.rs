@@ -313,36 +313,39 @@ fn unusual_routes_and_addresses_are_configured() {
     });
 }
 
+/// A second network, whose replies a rule sends through its own gateway, and permanent neighbours.
+fn policy_routing() -> ConfigureNetworkRequest {
+    let rule = |priority, source: &str, table| NetworkRule {
+        family: family(source),
+        priority,
+        table,
+        action: TO_TABLE,
+        source: bytes(source),
+        source_length: if source.contains(':') { 128 } else { 32 },
+        ..Default::default()
+    };
+    let neighbour = |address: &str, last_byte| NetworkNeighbour {
+        link: "eth0".into(),
+        address: bytes(address),
+        mac: vec![2, 0, 0, 0, 1, last_byte],
+        ..Default::default()
+    };
+    let mut request = dual_stack();
+    request.links.push(link("eth1", 2, &[address("10.5.0.2/24", 0)]));
+    request.routes.push(NetworkRoute { table: 100, ..route("0.0.0.0/0", "10.5.0.1", "eth1") });
+    request.rules = vec![
+        rule(1000, "10.5.0.2", 100),
+        rule(1001, "fd00:88::5", 254),
+        NetworkRule { mark: 16, mask: 255, input_link: "eth1".into(), ..rule(1002, "10.5.0.3", 100) },
+    ];
+    request.neighbours = vec![neighbour("10.88.0.1", 1), neighbour("fd00:88::1", 2)];
+    request
+}
+
 #[test]
-fn a_later_request_adds_changes_and_removes() {
+fn tables_rules_and_neighbours_are_configured() {
     in_namespace(&["eth0", "eth1"], || {
-        let mut last = Network::default();
-        let before = everything();
-        let rule = |priority, source: &str, table| NetworkRule {
-            family: family(source),
-            priority,
-            table,
-            action: TO_TABLE,
-            source: bytes(source),
-            source_length: if source.contains(':') { 128 } else { 32 },
-            ..Default::default()
-        };
-        let neighbour = |address: &str, last_byte| NetworkNeighbour {
-            link: "eth0".into(),
-            address: bytes(address),
-            mac: vec![2, 0, 0, 0, 1, last_byte],
-            ..Default::default()
-        };
-        let mut first = dual_stack();
-        first.links.push(link("eth1", 2, &[address("10.5.0.2/24", 0)]));
-        first.routes.push(NetworkRoute { table: 100, ..route("0.0.0.0/0", "10.5.0.1", "eth1") });
-        first.rules = vec![
-            rule(1000, "10.5.0.2", 100),
-            rule(1001, "fd00:88::5", 254),
-            NetworkRule { mark: 16, mask: 255, input_link: "eth1".into(), ..rule(1002, "10.5.0.3", 100) },
-        ];
-        first.neighbours = vec![neighbour("10.88.0.1", 1), neighbour("fd00:88::1", 2)];
-        apply(&first, &mut last);
+        apply(&policy_routing(), &mut Network::default());
         assert_eq!(
             lines("rule"),
             [
@@ -354,6 +357,7 @@ fn a_later_request_adds_changes_and_removes() {
             ]
         );
         assert_eq!(lines("-6 rule")[1], "1001: from fd00:88::5 lookup main");
+        assert_eq!(lines("route show table 100"), ["default via 10.5.0.1 dev eth1"]);
         assert_eq!(
             lines("neigh show nud permanent"),
             [
@@ -361,8 +365,15 @@ fn a_later_request_adds_changes_and_removes() {
                 "fd00:88::1 dev eth0 lladdr 02:00:00:00:01:02 PERMANENT"
             ]
         );
+    });
+}
 
-        let mut second = first.clone();
+#[test]
+fn a_later_request_adds_changes_and_removes() {
+    in_namespace(&["eth0", "eth1"], || {
+        let mut last = Network::default();
+        apply(&policy_routing(), &mut last);
+        let mut second = policy_routing();
         second.links[0].mtu = 1500;
         second.links[1].addresses = vec![address("10.6.0.2/24", 0)];
         second.routes[0].gateway = bytes("10.88.0.254");
@@ -385,22 +396,37 @@ fn a_later_request_adds_changes_and_removes() {
         assert_eq!(lines("rule")[1], "1000: from 10.5.0.2 lookup main");
         assert_eq!(lines("-6 rule").len(), 2);
         assert_eq!(lines("neigh show nud permanent"), ["fd00:88::1 dev eth0 lladdr 02:00:00:00:01:09 PERMANENT"]);
+    });
+}
 
-        let mut down = second.clone();
+#[test]
+fn a_link_goes_down_and_comes_back() {
+    in_namespace(&["eth0", "eth1"], || {
+        let mut last = Network::default();
+        apply(&policy_routing(), &mut last);
+        let before = everything();
+        let mut down = policy_routing();
         down.links[1].up = false;
         down.routes.pop();
         apply(&down, &mut last);
         assert_eq!(json("link show dev eth1")[0]["operstate"], "DOWN");
         assert_eq!(lines("route").len(), 2);
-        apply(&second, &mut last);
-        assert_eq!(lines("route show table 100"), ["default via 10.6.0.1 dev eth1"]);
+        apply(&policy_routing(), &mut last);
+        assert_eq!(everything(), before);
+    });
+}
 
+#[test]
+fn an_empty_request_leaves_only_links_that_are_down() {
+    in_namespace(&["eth0", "eth1"], || {
+        let mut last = Network::default();
+        let objects = || everything().into_iter().filter(|object| !object.starts_with("link")).collect::<Vec<_>>();
+        let before = objects();
+        apply(&policy_routing(), &mut last);
+        assert_ne!(objects(), before);
         apply(&ConfigureNetworkRequest::default(), &mut last);
-        // Except for the links, everything is as before: addresses, routes, rules and neighbours.
-        let other = |objects: Vec<String>| -> Vec<_> {
-            objects.into_iter().filter(|object| !object.starts_with("link")).collect()
-        };
-        assert_eq!(other(everything()), other(before));
+        assert_eq!(objects(), before);
+        assert_eq!(json("link show dev eth1")[0]["operstate"], "DOWN");
     });
 }
 
@@ -442,10 +468,10 @@ fn an_error_names_the_link_and_the_object_and_a_later_request_recovers() {
         assert_eq!(json("link show dev eth0")[0]["operstate"], "DOWN", "a request without a device changed something");
 
         let good = link("eth0", 1, &[address("10.0.0.2/24", 0)]);
-        let missing = request(&[good.clone()], &[route("0.0.0.0/0", "10.0.0.1", "eth7")]);
+        let missing = request(std::slice::from_ref(&good), &[route("0.0.0.0/0", "10.0.0.1", "eth7")]);
         assert_eq!(error(&missing, &mut last), r#"route default/0 on eth7: there is no link "eth7""#);
 
-        let unreachable = request(&[good.clone()], &[route("0.0.0.0/0", "10.99.0.1", "eth0")]);
+        let unreachable = request(std::slice::from_ref(&good), &[route("0.0.0.0/0", "10.99.0.1", "eth0")]);
         assert_eq!(
             error(&unreachable, &mut last),
             "add route 0.0.0.0/0 via 10.99.0.1 on eth0: Nexthop has invalid gateway: Network is unreachable (os error \
