@@ -4,26 +4,25 @@ use husk_protos::network::ConfigureNetworkRequest;
 
 use super::error::{NetlinkError, NetworkError};
 use super::message::{decode_device, encode, list_links};
-use super::model::Network;
+use super::model::Applied;
 use super::netlink::Netlink;
 use super::plan::{Change, plan};
 use super::resolve::resolve;
 
-/// Makes the network match `request`. `last` is the configuration that the request before it left, and becomes that of
-/// this one.
+/// Makes the network match `request`. `last` is what the requests before it left, and becomes what this one leaves.
 ///
 /// # Errors
 /// The first object of the request that is invalid, in which case nothing has changed, or the first change that the
 /// kernel rejected. The changes before it remain, and the next request starts from them.
-pub(super) fn configure(request: &ConfigureNetworkRequest, last: &mut Network) -> Result<(), NetworkError> {
+pub(super) fn configure(request: &ConfigureNetworkRequest, last: &mut Applied) -> Result<(), NetworkError> {
     let mut netlink = Netlink::open()?;
     let links = netlink.dump(&list_links()).map_err(NetworkError::List)?;
     let devices: Vec<_> = links.into_iter().filter_map(decode_device).collect();
     let next = resolve(request, &devices)?;
     let result = plan(&devices, last, &next).iter().try_for_each(|change| make(&mut netlink, change));
     *last = match result {
-        Ok(()) => next,
-        Err(_) => std::mem::take(last).merged(&next),
+        Ok(()) => Applied::complete(next),
+        Err(_) => std::mem::take(last).incomplete(next),
     };
     result
 }

@@ -12,7 +12,7 @@ use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 
 use super::apply::configure;
-use super::model::Network;
+use super::model::Applied;
 
 const NODAD: u32 = 0x02;
 const NOPREFIXROUTE: u32 = 0x200;
@@ -134,8 +134,8 @@ fn difference(before: &[String], after: &[String]) -> String {
 }
 
 /// Applies a request, and checks that repeating it changes nothing.
-fn apply(request: &ConfigureNetworkRequest, last: &mut Network) {
-    let configure = |last: &mut Network| {
+fn apply(request: &ConfigureNetworkRequest, last: &mut Applied) {
+    let configure = |last: &mut Applied| {
         if let Err(error) = configure(request, last) {
             panic!("{}", Chain(&error));
         }
@@ -146,7 +146,7 @@ fn apply(request: &ConfigureNetworkRequest, last: &mut Network) {
     assert!(first == second, "a repeated request changed something: {}", difference(&first, &second));
 }
 
-fn error(request: &ConfigureNetworkRequest, last: &mut Network) -> String {
+fn error(request: &ConfigureNetworkRequest, last: &mut Applied) -> String {
     Chain(&configure(request, last).unwrap_err()).to_string()
 }
 
@@ -172,7 +172,7 @@ fn dual_stack() -> ConfigureNetworkRequest {
 #[test]
 fn a_pod_of_the_bridge_plugin_gets_its_addresses_and_routes() {
     in_namespace(&["enp0s1"], || {
-        apply(&dual_stack(), &mut Network::default());
+        apply(&dual_stack(), &mut Applied::default());
         let addr = &json("addr show dev eth0")[0];
         assert_eq!((&addr["mtu"], &addr["address"]), (&1400.into(), &"02:00:00:00:00:01".into()));
         let addresses: Vec<_> = addr["addr_info"]
@@ -204,7 +204,7 @@ fn a_pod_of_the_bridge_plugin_gets_its_addresses_and_routes() {
 #[test]
 fn a_link_has_no_address_that_the_request_does_not_list() {
     in_namespace(&["eth0"], || {
-        apply(&request(&[link("eth0", 1, &[address("10.0.0.2/24", 0)])], &[]), &mut Network::default());
+        apply(&request(&[link("eth0", 1, &[address("10.0.0.2/24", 0)])], &[]), &mut Applied::default());
         let addr = &json("addr show dev eth0")[0];
         assert_eq!(addr["addr_info"].as_array().unwrap().len(), 1, "{addr}");
         assert_eq!(lines("-6 route"), [""; 0]);
@@ -214,7 +214,7 @@ fn a_link_has_no_address_that_the_request_does_not_list() {
 #[test]
 fn two_networks_swap_their_names_and_keep_their_addresses() {
     in_namespace(&["eth0", "eth1"], || {
-        let mut last = Network::default();
+        let mut last = Applied::default();
         let first = [link("eth1", 1, &[address("10.0.1.2/24", 0)]), link("eth0", 2, &[address("10.0.2.2/24", 0)])];
         apply(&request(&first, &[route("0.0.0.0/0", "10.0.2.1", "eth0")]), &mut last);
         let routes = ["10.0.1.0/24 dev eth1 proto kernel scope link src 10.0.1.2", "10.0.2.0/24 dev eth0"];
@@ -233,7 +233,7 @@ fn two_networks_swap_their_names_and_keep_their_addresses() {
 #[test]
 fn a_spare_device_gives_way_to_a_link_with_its_name() {
     in_namespace(&["eth0", "eth1"], || {
-        apply(&request(&[link("eth0", 2, &[])], &[]), &mut Network::default());
+        apply(&request(&[link("eth0", 2, &[])], &[]), &mut Applied::default());
         assert_eq!(json("link show dev eth0")[0]["address"], "02:00:00:00:00:02");
         assert!(lines("-o link").iter().any(|line| line.contains("husk")), "{:?}", lines("-o link"));
     });
@@ -251,7 +251,7 @@ fn a_pod_of_the_ptp_plugin_reaches_its_gateway_without_a_connected_route() {
             route("::/0", "fd01::1", "eth0"),
             NetworkRoute { source: bytes("fd01::5"), ..route("fd01::1/128", "", "eth0") },
         ];
-        apply(&request(&[link("eth0", 1, &addresses)], &routes), &mut Network::default());
+        apply(&request(&[link("eth0", 1, &addresses)], &routes), &mut Applied::default());
         assert_eq!(
             lines("route"),
             [
@@ -292,7 +292,7 @@ fn unusual_routes_and_addresses_are_configured() {
             NetworkRoute { priority: 20, ..route("fd03::/64", "fd02::a", "eth0") },
             NetworkRoute { priority: 20, ..route("fd03::/64", "fd02::b", "eth0") },
         ];
-        apply(&request(&[link("eth0", 1, &addresses)], &routes), &mut Network::default());
+        apply(&request(&[link("eth0", 1, &addresses)], &routes), &mut Applied::default());
         assert_eq!(
             lines("route"),
             [
@@ -345,7 +345,7 @@ fn policy_routing() -> ConfigureNetworkRequest {
 #[test]
 fn tables_rules_and_neighbours_are_configured() {
     in_namespace(&["eth0", "eth1"], || {
-        apply(&policy_routing(), &mut Network::default());
+        apply(&policy_routing(), &mut Applied::default());
         assert_eq!(
             lines("rule"),
             [
@@ -371,7 +371,7 @@ fn tables_rules_and_neighbours_are_configured() {
 #[test]
 fn a_later_request_adds_changes_and_removes() {
     in_namespace(&["eth0", "eth1"], || {
-        let mut last = Network::default();
+        let mut last = Applied::default();
         apply(&policy_routing(), &mut last);
         let mut second = policy_routing();
         second.links[0].mtu = 1500;
@@ -402,7 +402,7 @@ fn a_later_request_adds_changes_and_removes() {
 #[test]
 fn a_link_goes_down_and_comes_back() {
     in_namespace(&["eth0", "eth1"], || {
-        let mut last = Network::default();
+        let mut last = Applied::default();
         apply(&policy_routing(), &mut last);
         let before = everything();
         let mut down = policy_routing();
@@ -419,7 +419,7 @@ fn a_link_goes_down_and_comes_back() {
 #[test]
 fn an_empty_request_leaves_only_links_that_are_down() {
     in_namespace(&["eth0", "eth1"], || {
-        let mut last = Network::default();
+        let mut last = Applied::default();
         let objects = || everything().into_iter().filter(|object| !object.starts_with("link")).collect::<Vec<_>>();
         let before = objects();
         apply(&policy_routing(), &mut last);
@@ -433,13 +433,20 @@ fn an_empty_request_leaves_only_links_that_are_down() {
 #[test]
 fn what_the_kernel_lost_is_added_again() {
     in_namespace(&["eth0"], || {
-        let mut last = Network::default();
+        let mut last = Applied::default();
         apply(&dual_stack(), &mut last);
         let before = everything();
         ip("link set eth0 down");
         assert!(!lines("-6 route").iter().any(|route| route.starts_with("default")));
         apply(&dual_stack(), &mut last);
         assert_eq!(everything(), before);
+
+        // A change of something else does not bring back what a container has removed.
+        ip("route del default");
+        let mut more = dual_stack();
+        more.routes.push(route("10.99.0.0/16", "10.88.0.1", "eth0"));
+        apply(&more, &mut last);
+        assert_eq!(lines("route show default"), [""; 0]);
 
         // The secondary address vanishes with the primary one, unless it is added again.
         let pair = |first: &str| [link("eth0", 1, &[address(first, 0), address("10.88.0.6/16", 0)])];
@@ -459,7 +466,7 @@ fn what_the_kernel_lost_is_added_again() {
 #[test]
 fn an_error_names_the_link_and_the_object_and_a_later_request_recovers() {
     in_namespace(&["eth0", "eth1"], || {
-        let mut last = Network::default();
+        let mut last = Applied::default();
         let unknown = request(&[link("eth0", 1, &[]), link("eth1", 9, &[])], &[]);
         assert_eq!(
             error(&unknown, &mut last),
@@ -492,7 +499,7 @@ fn an_error_names_the_link_and_the_object_and_a_later_request_recovers() {
 #[test]
 fn a_link_is_not_confused_with_others_that_have_its_mac_address() {
     in_namespace(&["eth0"], || {
-        let mut last = Network::default();
+        let mut last = Applied::default();
         apply(&request(&[link("eth0", 1, &[])], &[]), &mut last);
         // A bridge gets the address of its port.
         ip("link add br0 type bridge");
@@ -500,7 +507,7 @@ fn a_link_is_not_confused_with_others_that_have_its_mac_address() {
         ip("link add alike address 02:00:00:00:00:01 type veth peer name alike-peer");
         apply(&request(&[link("net1", 1, &[])], &[]), &mut last);
         let net1 = &json("link show dev net1")[0];
-        assert_eq!((&net1["ifindex"], &net1["master"]), (&last.links[0].id.index.into(), &"br0".into()));
+        assert_eq!((&net1["ifindex"], &net1["master"]), (&last.network.links[0].id.index.into(), &"br0".into()));
     });
 }
 
@@ -512,7 +519,7 @@ fn the_status_shows_what_was_configured_and_the_traffic() {
             NetworkAddress { peer: bytes("10.2.0.9"), ..address("10.2.0.1/32", 0) },
             address("fd00::2/64", NODAD),
         ];
-        apply(&request(&[link("eth0", 1, &addresses)], &[route("10.0.0.0/24", "", "eth0")]), &mut Network::default());
+        apply(&request(&[link("eth0", 1, &addresses)], &[route("10.0.0.0/24", "", "eth0")]), &mut Applied::default());
         let find = |name: &str| {
             let mut links = super::status::status().unwrap().into_iter();
             links.find(|link| link.link.name == name).unwrap()

@@ -5,8 +5,9 @@ use std::net::{IpAddr, Ipv4Addr};
 
 pub(super) type Mac = [u8; 6];
 
-/// RT_TABLE_MAIN of linux/rtnetlink.h.
+/// RT_TABLE_MAIN and RTN_UNICAST of linux/rtnetlink.h.
 pub(super) const TABLE_MAIN: u32 = 254;
+pub(super) const UNICAST: u8 = 1;
 
 /// A link that the guest has.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -42,14 +43,27 @@ pub(super) struct Network {
     pub(super) objects: Vec<Object>,
 }
 
-impl Network {
-    /// What may exist after `next` was applied on top of this configuration, but not completely.
-    pub(super) fn merged(mut self, next: &Network) -> Network {
-        self.links.retain(|link| next.links.iter().all(|other| other.id != link.id));
-        self.links.extend(next.links.iter().cloned());
-        self.objects.retain(|object| !next.objects.contains(object));
-        self.objects.extend(next.objects.iter().cloned());
-        self
+/// What earlier requests left.
+#[derive(Debug, Default)]
+pub(super) struct Applied {
+    pub(super) network: Network,
+    /// Whether all of it was added. After a failure it contains objects that may not exist.
+    pub(super) complete: bool,
+}
+
+impl Applied {
+    pub(super) fn complete(network: Network) -> Self {
+        Self { network, complete: true }
+    }
+
+    /// After `next` was applied on top of this configuration, but not completely.
+    pub(super) fn incomplete(self, next: Network) -> Self {
+        let mut network = self.network;
+        network.links.retain(|link| next.links.iter().all(|other| other.id != link.id));
+        network.links.extend(next.links);
+        network.objects.retain(|object| !next.objects.contains(object));
+        network.objects.extend(next.objects);
+        Self { network, complete: false }
     }
 }
 
@@ -69,6 +83,17 @@ pub(super) enum Object {
     Route(Route),
     Rule(Rule),
     Neighbour(Neighbour),
+}
+
+impl Object {
+    pub(super) fn link(&self) -> Option<&LinkId> {
+        match self {
+            Self::Address(address) => Some(&address.link),
+            Self::Route(route) => route.link.as_ref(),
+            Self::Rule(_) => None,
+            Self::Neighbour(neighbour) => Some(&neighbour.link),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

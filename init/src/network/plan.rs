@@ -2,7 +2,10 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use super::model::{Device, Link, LinkId, Network, Object};
+use super::model::{Applied, Device, Link, LinkId, Network, Object, UNICAST};
+
+/// A link with a smaller MTU has no IPv6 (RFC 8200, section 5).
+const IPV6_MIN_MTU: u32 = 1280;
 
 /// One request to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,20 +41,12 @@ impl Display for Change {
     }
 }
 
-/// Lists the changes from `previous`, the last request, to `next`, for the links that the guest has.
+/// Lists the changes from what earlier requests left to `next`, for the links that the guest has.
 ///
-/// Objects that `previous` lists too are added again. The kernel has removed them if something that they depend on was
-/// removed or was down in the meantime; otherwise it reports that they exist.
-pub(super) fn plan(devices: &[Device], previous: &Network, next: &Network) -> Vec<Change> {
-    let mut changes = Vec::new();
-    let mut removed: Vec<_> = previous.objects.iter().filter(|object| !next.objects.contains(object)).collect();
-    removed.sort_by_key(|object| rank(object));
-    // Backwards within a rank as well: removing a primary IPv4 address removes the secondary ones after it.
-    changes.extend(removed.into_iter().rev().cloned().map(Change::Remove));
-    let dropped = previous.links.iter().filter(|link| next.links.iter().all(|other| other.id != link.id));
-    let has = |link: &&Link| devices.iter().any(|device| device.index == link.id.index && device.up);
-    changes.extend(dropped.filter(has).map(|link| Change::Down(link.id.clone())));
-
+/// Objects that exist already are not added again, unless the kernel may have removed them. So a change on the host does
+/// not bring back what a container has removed, such as the default route of a VPN's container.
+pub(super) fn plan(devices: &[Device], last: &Applied, next: &Network) -> Vec<Change> {
+    let mut changes = removals(devices, &last.network, next);
     changes.extend(renames(devices, &next.links));
     let with_device = || {
         next.links
@@ -66,7 +61,12 @@ pub(super) fn plan(devices: &[Device], previous: &Network, next: &Network) -> Ve
             changes.push(Change::NoLinkLocal(link.id.clone()));
         }
     }
-    let mut objects: Vec<_> = next.objects.iter().collect();
+    let emptied = emptied(&changes, with_device());
+    let exists = |object: &Object| {
+        let lost = object.link().is_some_and(|link| emptied.contains(link));
+        last.complete && !lost && last.network.objects.contains(object)
+    };
+    let mut objects: Vec<_> = next.objects.iter().filter(|object| !exists(object)).collect();
     objects.sort_by_key(|object| rank(object));
     let first_route = objects.partition_point(|object| rank(object) == Rank::Address);
     changes.extend(objects[..first_route].iter().map(|object| Change::Add((*object).clone())));
@@ -79,6 +79,31 @@ pub(super) fn plan(devices: &[Device], previous: &Network, next: &Network) -> Ve
     }
     changes.extend(objects[first_route..].iter().map(|object| Change::Add((*object).clone())));
     changes
+}
+
+/// Removes what `next` does not list any more, and takes down its links.
+fn removals(devices: &[Device], last: &Network, next: &Network) -> Vec<Change> {
+    let mut removed: Vec<_> = last.objects.iter().filter(|object| !next.objects.contains(object)).collect();
+    removed.sort_by_key(|object| rank(object));
+    // Backwards within a rank as well: removing a primary IPv4 address removes the secondary ones after it.
+    let removed = removed.into_iter().rev().cloned().map(Change::Remove);
+    let dropped = last.links.iter().filter(|link| next.links.iter().all(|other| other.id != link.id));
+    let is_up = |link: &&Link| devices.iter().any(|device| device.index == link.id.index && device.up);
+    removed.chain(dropped.filter(is_up).map(|link| Change::Down(link.id.clone()))).collect()
+}
+
+/// The links on which the kernel may have removed objects, or will while it makes `changes`: when a link was down, or
+/// too small for IPv6, and when an address is removed, with the secondary addresses and the routes that depend on it.
+fn emptied<'a>(changes: &[Change], links: impl Iterator<Item = (&'a Link, &'a Device)>) -> Vec<LinkId> {
+    let mut emptied: Vec<_> = links
+        .filter(|(link, device)| (link.up && !device.up) || device.mtu < IPV6_MIN_MTU)
+        .map(|(link, _)| link.id.clone())
+        .collect();
+    emptied.extend(changes.iter().filter_map(|change| match change {
+        Change::Remove(Object::Address(address)) => Some(address.link.clone()),
+        _ => None,
+    }));
+    emptied
 }
 
 /// What an object depends on has a lower rank.
@@ -95,7 +120,7 @@ enum Rank {
 fn rank(object: &Object) -> Rank {
     match object {
         Object::Address(_) => Rank::Address,
-        Object::Route(route) if route.link.is_some() && route.gateway.is_none() => Rank::LinkRoute,
+        Object::Route(route) if route.kind == UNICAST && route.gateway.is_none() => Rank::LinkRoute,
         Object::Route(_) => Rank::Route,
         Object::Rule(_) => Rank::Rule,
         Object::Neighbour(_) => Rank::Neighbour,
@@ -156,21 +181,27 @@ mod tests {
         })
     }
 
-    fn route(link_index: Option<u32>, destination: &str, gateway: Option<&str>) -> Object {
+    fn route(destination: &str, gateway: Option<&str>) -> Object {
         Object::Route(Route {
             destination: destination.parse().unwrap(),
             prefix_length: if destination == "0.0.0.0" { 0 } else { 24 },
-            link: link_index.map(|index| link(index, "eth0").id),
+            link: Some(link(2, "eth0").id),
             gateway: gateway.map(|gateway| gateway.parse().unwrap()),
             source: None,
             priority: 0,
             table: TABLE_MAIN,
             scope: 0,
             protocol: 0,
-            kind: 1,
+            kind: UNICAST,
             flags: 0,
             mtu: 0,
         })
+    }
+
+    fn unreachable(destination: &str) -> Object {
+        let Object::Route(route) = route(destination, None) else { panic!("not a route") };
+        // RTN_UNREACHABLE.
+        Object::Route(Route { link: None, kind: 7, ..route })
     }
 
     fn rule(priority: u32) -> Object {
@@ -239,14 +270,14 @@ mod tests {
             objects: vec![
                 neighbour(),
                 rule(7),
-                route(None, "10.9.0.0", None),
-                route(Some(2), "0.0.0.0", Some("10.0.0.1")),
-                route(Some(2), "10.0.0.0", None),
+                unreachable("10.9.0.0"),
+                route("0.0.0.0", Some("10.0.0.1")),
+                route("10.0.0.0", None),
                 address(2, "10.0.0.2"),
                 address(2, "10.0.0.3"),
             ],
         };
-        let added = text(&plan(&[device(2, "eth5")], &Network::default(), &next));
+        let added = text(&plan(&[device(2, "eth5")], &Applied::default(), &next));
         let expected = [
             "rename link eth5 to eth0",
             "set the MTU of link eth0 to 1400",
@@ -263,7 +294,7 @@ mod tests {
         assert_eq!(added, expected);
 
         let up = Device { up: true, mtu: 1400, ..device(2, "eth0") };
-        let removed = text(&plan(&[up], &next, &Network::default()));
+        let removed = text(&plan(&[up], &Applied::complete(next), &Network::default()));
         let expected = [
             "remove neighbour 10.0.0.9 (02:00:00:00:00:09) on eth0",
             "remove IPv4 rule 7 from 10.0.0.2/32 oif eth0 table 100",
@@ -278,29 +309,51 @@ mod tests {
     }
 
     #[test]
-    fn only_what_differs_between_two_requests_is_removed() {
-        let up = |index, name| Device { up: true, ..device(index, name) };
+    fn only_what_differs_between_two_requests_is_changed() {
+        let device = || Device { up: true, ..device(2, "eth0") };
         let network = |objects: &[Object]| Network { links: vec![link(2, "eth0")], objects: objects.to_vec() };
-        let base = [address(2, "10.0.0.2"), route(Some(2), "10.0.0.0", None)];
-        let other_gateway = [base[0].clone(), base[1].clone(), route(Some(2), "0.0.0.0", Some("10.0.0.1"))];
-        let third = [base[0].clone(), base[1].clone(), route(Some(2), "0.0.0.0", Some("10.0.0.254"))];
-        let kept = ["add address 10.0.0.2/24 on eth0", "add route 10.0.0.0/24 on eth0"];
+        let base = [address(2, "10.0.0.2"), route("10.0.0.0", None)];
+        let via = |gateway| [base[0].clone(), base[1].clone(), route("0.0.0.0", Some(gateway))];
+        let last = || Applied::complete(network(&via("10.0.0.1")));
+        let changes = |device: Device, last: &Applied, next: &Network| text(&plan(&[device], last, next));
 
-        assert_eq!(text(&plan(&[up(2, "eth0")], &network(&base), &network(&base))), kept);
+        assert_eq!(changes(device(), &last(), &network(&via("10.0.0.1"))), [""; 0]);
         assert_eq!(
-            text(&plan(&[up(2, "eth0")], &network(&other_gateway), &network(&third))),
+            changes(device(), &last(), &network(&via("10.0.0.254"))),
+            ["remove route 0.0.0.0/0 via 10.0.0.1 on eth0", "add route 0.0.0.0/0 via 10.0.0.254 on eth0"]
+        );
+        // A renamed link keeps what it has.
+        let renamed = Network { links: vec![link(2, "net1")], ..network(&via("10.0.0.1")) };
+        assert_eq!(changes(device(), &last(), &renamed), ["rename link eth0 to net1"]);
+        // The routes vanish with the address.
+        let mut moved = via("10.0.0.1");
+        moved[0] = address(2, "10.0.0.3");
+        assert_eq!(
+            changes(device(), &last(), &network(&moved)),
             [
-                "remove route 0.0.0.0/0 via 10.0.0.1 on eth0",
-                kept[0],
-                kept[1],
-                "add route 0.0.0.0/0 via 10.0.0.254 on eth0"
+                "remove address 10.0.0.2/24 on eth0",
+                "add address 10.0.0.3/24 on eth0",
+                "add route 10.0.0.0/24 on eth0",
+                "add route 0.0.0.0/0 via 10.0.0.1 on eth0"
             ]
         );
-        // A renamed link keeps its addresses.
-        let renamed = Network { links: vec![link(2, "net1")], objects: base.to_vec() };
-        let changes = text(&plan(&[up(2, "eth0")], &network(&base), &renamed));
-        assert_eq!(changes[0], "rename link eth0 to net1");
-        assert_eq!(changes[1..], kept);
+    }
+
+    #[test]
+    fn what_the_kernel_may_have_removed_is_added_again() {
+        let objects = vec![address(2, "10.0.0.2"), route("10.0.0.0", None), rule(5), unreachable("10.9.0.0")];
+        let next = || Network { links: vec![link(2, "eth0")], objects: objects.clone() };
+        let up = Device { up: true, ..device(2, "eth0") };
+        let added = |device: &Device, last: &Applied| -> Vec<String> {
+            let changes = text(&plan(std::slice::from_ref(device), last, &next()));
+            changes.into_iter().filter_map(|change| change.strip_prefix("add ").map(str::to_owned)).collect()
+        };
+        let on_link = ["address 10.0.0.2/24 on eth0", "route 10.0.0.0/24 on eth0"];
+        let complete = Applied::complete(next());
+        assert_eq!(added(&up, &complete), [""; 0]);
+        assert_eq!(added(&Device { up: false, ..up.clone() }, &complete), on_link);
+        assert_eq!(added(&Device { mtu: 1200, ..up.clone() }, &complete), on_link);
+        assert_eq!(added(&up, &Applied::default().incomplete(next())).len(), objects.len());
     }
 
     #[test]
@@ -314,22 +367,25 @@ mod tests {
         for (wanted, current, expected) in table {
             let next = Network { links: vec![Link { up: wanted, ..link(2, "eth0") }], objects: vec![] };
             let device = Device { up: current, ..device(2, "eth0") };
-            assert_eq!(text(&plan(&[device], &Network::default(), &next)), expected, "{wanted} {current}");
+            assert_eq!(text(&plan(&[device], &Applied::default(), &next)), expected, "{wanted} {current}");
         }
-        let gone = Network { links: vec![link(9, "eth9")], objects: vec![] };
+        let gone = Applied::complete(Network { links: vec![link(9, "eth9")], objects: vec![] });
         assert_eq!(plan(&[device(2, "eth0")], &gone, &Network::default()), [], "a removed device");
     }
 
     #[test]
     fn after_a_failure_everything_that_may_exist_is_remembered() {
-        let previous =
-            Network { links: vec![link(2, "eth0")], objects: vec![address(2, "10.0.0.2"), address(2, "10.0.0.3")] };
+        let last = Applied::complete(Network {
+            links: vec![link(2, "eth0")],
+            objects: vec![address(2, "10.0.0.2"), address(2, "10.0.0.3")],
+        });
         let next = Network {
             links: vec![link(2, "net1"), link(3, "eth1")],
             objects: vec![address(2, "10.0.0.3"), address(3, "10.1.0.2")],
         };
-        let merged = previous.merged(&next);
-        assert_eq!(merged.links, next.links);
-        assert_eq!(merged.objects, [address(2, "10.0.0.2"), address(2, "10.0.0.3"), address(3, "10.1.0.2")]);
+        let merged = last.incomplete(next.clone());
+        assert!(!merged.complete);
+        assert_eq!(merged.network.links, next.links);
+        assert_eq!(merged.network.objects, [address(2, "10.0.0.2"), address(2, "10.0.0.3"), address(3, "10.1.0.2")]);
     }
 }

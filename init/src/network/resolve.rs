@@ -7,7 +7,9 @@ use husk_protos::network::{
 };
 
 use super::error::NetworkError;
-use super::model::{Address, Device, Link, LinkId, Mac, Neighbour, Network, Object, Route, Rule, TABLE_MAIN, mac_text};
+use super::model::{
+    Address, Device, Link, LinkId, Mac, Neighbour, Network, Object, Route, Rule, TABLE_MAIN, UNICAST, mac_text,
+};
 
 /// Longest name of a link in bytes (IFNAMSIZ without the NUL).
 const NAME_MAX: usize = 15;
@@ -18,9 +20,6 @@ const NAME_MAX: usize = 15;
 const ADDRESS_FLAGS: u32 = 0x02 | 0x04 | 0x10 | 0x100 | 0x200 | 0x400;
 const ROUTE_FLAGS: u32 = 0x4;
 const RULE_FLAGS: u32 = 0x2;
-
-/// RTN_UNICAST of linux/rtnetlink.h.
-const UNICAST: u8 = 1;
 
 /// Converts a request for the guest that has `devices`.
 ///

@@ -13,15 +13,14 @@ use ttrpc::r#async::TtrpcContext;
 
 use super::apply::configure;
 use super::error::NetworkError;
-use super::model::Network;
+use super::model::Applied;
 use super::status::status;
 use crate::error::{CallError, FailureKind};
 use crate::rpc::{handle, handle_uninterrupted};
 
 #[derive(Default)]
 pub(crate) struct NetworkService {
-    /// The configuration that the last request left.
-    last: Arc<Mutex<Network>>,
+    last: Arc<Mutex<Applied>>,
 }
 
 #[async_trait]
