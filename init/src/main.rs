@@ -11,7 +11,7 @@
 //! | module | contents |
 //! |---|---|
 //! | `serve` | vsock ports and their TTRPC servers |
-//! | `bundle`, `system` | the Bundle and System services |
+//! | `bundle`, `network`, `system` | the Bundle, Network and System services |
 //! | `task` | containerd's Task service: containers, execs and their states |
 //! | `debug` | debug mode: a shell on the console, and the Debug service |
 //! | `supervisor` | runs the supervisor agent and restarts it |
@@ -41,6 +41,7 @@ mod fd;
 mod io;
 mod launch;
 mod log;
+mod network;
 mod paths;
 mod reaper;
 mod report;
@@ -138,6 +139,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let mut calls = containerd_shim_protos::shim_async::create_task(Arc::new(task));
     calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::BundleService::new(tasks))));
     calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::SystemService { hello: hello.clone() })));
+    calls.extend(husk_protos::network_ttrpc::create_network(Arc::new(network::NetworkService::default())));
     if let Some(debug) = &debug {
         calls.extend(debug.service());
     }

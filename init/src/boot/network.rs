@@ -1,4 +1,4 @@
-//! Brings up `lo`; nothing else is configured here.
+//! Brings up `lo`. The host configures everything else through the Network service ([`crate::network`]).
 
 use std::io;
 use std::os::fd::AsRawFd;

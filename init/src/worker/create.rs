@@ -16,7 +16,7 @@ use super::devices::DeviceRulesError;
 use super::executor::{StartFailure, Workload};
 use super::hooks::StartHooks;
 use super::libcontainer::{call_error, start_error};
-use super::{Created, devices, guard, spec};
+use super::{Created, devices, guard, spec, sysctls};
 use crate::error::{CallError, FailureKind};
 use crate::{cgroup, paths};
 
@@ -28,14 +28,19 @@ pub(super) fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<
     spec::check(&spec).map_err(|problems| invalid(problems.join("; ")))?;
     spec::check_terminal(spec.process().as_ref(), console.is_some())?;
     let (changed, ignored) = spec::adapt(&mut spec, id);
+    let network_sysctls = sysctls::take(&mut spec, sysctls::is_vms_namespace);
     let hooks = StartHooks::take(&mut spec, id, bundle)
         .map_err(|e| CallError::internal(format_args!("prepare the startContainer hooks of {id}"), &e))?;
     let start_hooks = hooks.is_some();
-    if changed || start_hooks {
+    if changed || start_hooks || !network_sysctls.is_empty() {
         spec.save(&config).map_err(|e| CallError::internal(format_args!("write {}", config.display()), &e))?;
     }
 
     prepare_root(&spec, bundle)?;
+    sysctls::write(&network_sysctls).map_err(|e| {
+        let what = format!("create {id}: unable to start container process: error during container init: {e}");
+        CallError::new(FailureKind::Internal, what)
+    })?;
     create_cgroup(id, &spec)?;
     guard::load_unless_vsock_allowed(&spec)?;
 

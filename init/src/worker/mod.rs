@@ -19,6 +19,7 @@ mod libcontainer;
 pub(crate) mod serve;
 mod spec;
 pub(crate) mod start;
+mod sysctls;
 mod update;
 
 use std::path::PathBuf;

@@ -1,0 +1,89 @@
+//! Applies a request to the network namespace of the calling thread.
+
+use husk_protos::network::ConfigureNetworkRequest;
+
+use super::error::{NetlinkError, NetworkError};
+use super::message::{decode_device, encode, list_links};
+use super::model::Applied;
+use super::netlink::Netlink;
+use super::plan::{Change, plan};
+use super::resolve::resolve;
+
+/// Makes the network match `request`. `last` is what the requests before it left, and becomes what this one leaves.
+///
+/// # Errors
+/// The first object of the request that is invalid, in which case nothing has changed, or the first change that the
+/// kernel rejected. The changes before it remain, and the next request starts from them.
+pub(super) fn configure(request: &ConfigureNetworkRequest, last: &mut Applied) -> Result<(), NetworkError> {
+    let mut netlink = Netlink::open()?;
+    let links = netlink.dump(&list_links()).map_err(NetworkError::List)?;
+    let devices: Vec<_> = links.into_iter().filter_map(decode_device).collect();
+    let next = resolve(request, &devices)?;
+    let result = plan(&devices, last, &next).iter().try_for_each(|change| make(&mut netlink, change));
+    *last = match result {
+        Ok(()) => Applied::complete(next),
+        Err(_) => std::mem::take(last).incomplete(next),
+    };
+    result
+}
+
+fn make(netlink: &mut Netlink, change: &Change) -> Result<(), NetworkError> {
+    let (message, flags) = encode(change);
+    match netlink.change(message, flags) {
+        Err(error) if !is_done(change, &error) => {
+            Err(NetworkError::Change { change: change.to_string(), source: error })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether the error means that there is nothing to do.
+fn is_done(change: &Change, error: &NetlinkError) -> bool {
+    let Some(errno) = error.errno() else { return false };
+    match change {
+        Change::Add(_) => errno == libc::EEXIST,
+        // The object is gone, or the link with everything on it.
+        Change::Remove(_) | Change::Down(_) => {
+            [libc::ESRCH, libc::ENOENT, libc::EADDRNOTAVAIL, libc::ENODEV].contains(&errno)
+        }
+        // The kernel has no IPv6, or not on a link with such a small MTU.
+        Change::NoLinkLocal(_) => errno == libc::EAFNOSUPPORT,
+        Change::Rename { .. } | Change::SetMtu { .. } | Change::Up(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::super::model::{LinkId, Neighbour, Object};
+    use super::*;
+
+    #[test]
+    fn an_error_of_the_kernel_counts_unless_the_change_is_already_made() {
+        let link = LinkId { index: 2, name: "eth0".into() };
+        let object = Object::Neighbour(Neighbour { link: link.clone(), address: [10, 0, 0, 1].into(), mac: [0; 6] });
+        let (add, remove) = (Change::Add(object.clone()), Change::Remove(object));
+        let rename = Change::Rename { index: 2, from: "eth0".into(), to: "eth1".into() };
+        let table = [
+            (&add, libc::EEXIST, true),
+            (&add, libc::ENODEV, false),
+            (&add, libc::ESRCH, false),
+            (&remove, libc::ESRCH, true),
+            (&remove, libc::ENODEV, true),
+            (&remove, libc::EADDRNOTAVAIL, true),
+            (&remove, libc::EPERM, false),
+            (&rename, libc::EEXIST, false),
+            (&Change::NoLinkLocal(link.clone()), libc::EAFNOSUPPORT, true),
+            (&Change::Up(link.clone()), libc::ENODEV, false),
+            (&Change::Down(link), libc::ENODEV, true),
+        ];
+        for (change, errno, expected) in table {
+            let explained = |source| NetlinkError::Explained { explanation: "because".into(), source };
+            let error = || io::Error::from_raw_os_error(errno);
+            assert_eq!(is_done(change, &NetlinkError::Rejected(error())), expected, "{change}: {errno}");
+            assert_eq!(is_done(change, &explained(error())), expected, "{change}: {errno}");
+            assert!(!is_done(change, &NetlinkError::Receive(error())), "{change}: {errno}");
+        }
+    }
+}

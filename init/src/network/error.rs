@@ -1,0 +1,48 @@
+//! The errors of a configuration.
+
+use std::io;
+
+use netlink_packet_core::DecodeError;
+
+/// A configuration that was not applied, or not completely.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NetworkError {
+    #[error("{object}: {problem}")]
+    Invalid { object: String, problem: String },
+    #[error("link {link}: the guest has no network device with the MAC address {mac}")]
+    NoDevice { link: String, mac: String },
+    #[error("list the links")]
+    List(#[source] NetlinkError),
+    #[error("{change}")]
+    Change { change: String, source: NetlinkError },
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+}
+
+/// A request to the kernel that failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NetlinkError {
+    #[error("open a netlink socket")]
+    Open(#[source] io::Error),
+    #[error("send a netlink message")]
+    Send(#[source] io::Error),
+    #[error("receive the kernel's reply")]
+    Receive(#[source] io::Error),
+    #[error("decode the kernel's reply")]
+    Decode(#[source] DecodeError),
+    /// The kernel's explanation (NLMSGERR_ATTR_MSG) and error code.
+    #[error("{explanation}")]
+    Explained { explanation: String, source: io::Error },
+    #[error(transparent)]
+    Rejected(io::Error),
+}
+
+impl NetlinkError {
+    /// The kernel's error code, if the kernel rejected the request.
+    pub(super) fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Explained { source, .. } | Self::Rejected(source) => source.raw_os_error(),
+            _ => None,
+        }
+    }
+}
