@@ -32,7 +32,7 @@ pub mod extras;
 mod guest;
 pub mod host;
 pub mod metadata;
-pub mod network;
+mod network;
 pub mod prepare;
 mod rootfs;
 mod sandbox;

@@ -12,7 +12,7 @@ use husk_protos::stdio::{InputChunk, InputResponse, OutputChunk, OutputRequest, 
 use husk_protos::system::Hello;
 use husk_protos::{
     PORT_EVENTS, PORT_STDIO, PORT_TASK, PROTOCOL, RECEIVE_WINDOW, bundle_ttrpc::BundleClient,
-    events_ttrpc::EventsClient, stdio_ttrpc::StdioClient, system_ttrpc::SystemClient,
+    events_ttrpc::EventsClient, network_ttrpc::NetworkClient, stdio_ttrpc::StdioClient, system_ttrpc::SystemClient,
 };
 use protobuf::Message;
 use ttrpc::r#async::transport::Socket;
@@ -92,6 +92,8 @@ pub struct Guest {
     pub bundle: BundleClient,
     /// husk's System service.
     pub system: SystemClient,
+    /// husk's Network service.
+    pub network: NetworkClient,
     /// husk's Debug service. Only a guest in debug mode has it.
     pub debug: DebugClient,
 }
@@ -107,6 +109,7 @@ impl Guest {
             task: TaskClient::new(client.clone()),
             bundle: BundleClient::new(client.clone()),
             system: SystemClient::new(client.clone()),
+            network: NetworkClient::new(client.clone()),
             debug: DebugClient::new(client),
             link,
             call_timeout,

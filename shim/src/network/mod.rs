@@ -37,6 +37,6 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use connect::{Connected, Nic, connect, disconnect};
-pub use error::{NetlinkError, NetworkError, ObjectError};
+pub use connect::{Connected, connect, disconnect};
+pub use error::NetworkError;
 pub use netns::{Claim, claim};

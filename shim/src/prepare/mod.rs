@@ -224,6 +224,7 @@ pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<Disk>) -> (Box<d
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,
         cgroup: prepared.rewritten.cgroups_path.clone(),
+        network: prepared.rewritten.network.clone(),
         tokens: prepared.config.tokens.clone(),
         workspace: prepared.workspace.clone(),
     };

@@ -1,6 +1,6 @@
 //! Boots the sandbox's VM for its first container. Containers that arrive during the boot wait for it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use husk_protos::chain::Chain;
@@ -33,9 +33,11 @@ impl Sandbox {
             let mut slots = self.lock();
             if let VmSlot::Up(_) | VmSlot::Booting(_) = slots.vm {
                 // Check again: another container may have started the VM while this one was prepared.
-                let beyond = prepared.extras.beyond(&slots.extras);
-                if !beyond.is_empty() {
-                    return Err(PrepareError(beyond.iter().map(ToString::to_string).collect()).into());
+                let mut problems: Vec<String> =
+                    prepared.extras.beyond(&slots.extras).iter().map(ToString::to_string).collect();
+                problems.extend(other_network(prepared.rewritten.network.as_deref(), slots.network.as_deref()));
+                if !problems.is_empty() {
+                    return Err(PrepareError(problems).into());
                 }
             }
             match &slots.vm {
@@ -53,6 +55,7 @@ impl Sandbox {
     /// Starts the boot in a task of its own: it continues if the container that requested it is gone.
     fn start_boot(self: &Arc<Self>, slots: &mut Slots, prepared: &Prepared, share: &Share) -> Booting {
         slots.extras = prepared.extras.clone();
+        slots.network = prepared.rewritten.network.clone();
         let (done, booting) = watch::channel(None);
         slots.vm = VmSlot::Booting(booting.clone());
         let (sandbox, prepared, share) = (self.clone(), prepared.clone(), share.path().to_owned());
@@ -137,4 +140,14 @@ impl Sandbox {
 async fn extras_disk(sources: Vec<OpenedFile>) -> Result<Option<Disk>, BootError> {
     let written = tokio::task::spawn_blocking(move || disk::write(&sources));
     Ok(written.await.map_err(|error| DiskError::Image(std::io::Error::other(error)))??)
+}
+
+/// Why a container with this network namespace cannot run in a VM that was booted with that one.
+fn other_network(requested: Option<&Path>, booted_with: Option<&Path>) -> Option<String> {
+    let requested = requested.filter(|path| Some(*path) != booted_with)?;
+    let connected = booted_with.map_or_else(|| "no network namespace".to_owned(), |path| path.display().to_string());
+    Some(format!(
+        "linux.namespaces: the network namespace {} is not the sandbox's: its VM was booted with {connected}",
+        requested.display()
+    ))
 }

@@ -1,6 +1,7 @@
 //! What a sandbox consists of: its VM and its containers, and how calls find them.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -49,6 +50,8 @@ pub(super) struct Slots {
     pub(super) vm: VmSlot,
     /// The extras that the VM was or is being booted with.
     pub(super) extras: Extras,
+    /// The host's network namespace that the VM is connected to.
+    pub(super) network: Option<PathBuf>,
     pub(super) share: Option<Share>,
     pub(super) containers: HashMap<String, ContainerSlot>,
 }
@@ -79,6 +82,7 @@ impl Sandbox {
             slots: Mutex::new(Slots {
                 vm: VmSlot::Empty,
                 extras: Extras::default(),
+                network: None,
                 share: None,
                 containers: HashMap::new(),
             }),

@@ -15,6 +15,7 @@ use super::tree::{self, is_gone};
 use crate::host::hooks;
 use crate::host::hooks::{Hook, Subject};
 use crate::host::process::ProcessId;
+use crate::network::{self, Claim};
 
 /// Shortest wait, even after the deadline: a process that receives SIGKILL is normally dead by then.
 const MIN_WAIT: Duration = Duration::from_millis(100);
@@ -58,6 +59,8 @@ pub(crate) enum Step {
     /// twice: when the shim is killed right after the hooks. A failing hook is logged and is not an error (runtime.md,
     /// "Lifecycle").
     Hooks { container: Subject, poststop: Vec<Hook> },
+    /// Redirects between the links of a network namespace and a VM's taps: removed.
+    Network { claim: Claim },
 }
 
 impl fmt::Display for Step {
@@ -68,6 +71,7 @@ impl fmt::Display for Step {
             Step::Dir { path } | Step::Tree { path } | Step::File { path } => write!(f, "remove {}", path.display()),
             Step::Cgroup { path } | Step::CgroupParent { path } => write!(f, "remove cgroup {}", path.display()),
             Step::Cid { cid, .. } => write!(f, "release vsock CID {cid}"),
+            Step::Network { claim } => write!(f, "disconnect the network namespace {}", claim.netns.display()),
             Step::Hooks { container, .. } => write!(f, "run the poststop hooks of {}", container.id),
         }
     }
@@ -94,6 +98,7 @@ impl Step {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty || is_busy(&e) => Ok(()),
                 other => ignore_missing(other),
             },
+            Step::Network { claim } => network::disconnect(claim, remaining()).map_err(io::Error::other),
             Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {
                 hooks::run_to_the_end(poststop, container, remaining());

@@ -19,6 +19,7 @@ use super::cgroup::Hierarchies;
 use super::death::watch_death;
 use super::error::{BootError, io};
 use super::hello::Processes;
+use super::network;
 use super::on_failure::OnFailure;
 use super::plan::BootPlan;
 use super::running::Vm;
@@ -59,11 +60,13 @@ impl Vm {
         let NewLink { link, mut ready, machine_end: vsock } = link::create(plan.carrier, journal).await?;
         let identity = identity(journal, link.cid())?;
         metadata::provide(&link, identity, &plan.tokens, plan.workspace.as_ref(), journal.dir())?;
+        let mut network = network::connect(plan, journal).await?;
         let (console, console_end) = attach_console(logs)?;
         let cgroups = open_cgroups(plan, journal)?;
         let (share_listener, share) = virtiofsd::socket(journal.dir())?;
         let log = journal.dir().join(format!("{}.log", vmm.id()));
-        let sockets = Sockets { vsock, share: Some(share), console: console_end, log: open_log(&log)? };
+        let nics = std::mem::take(&mut network.nics);
+        let sockets = Sockets { vsock, share: Some(share), nics, console: console_end, log: open_log(&log)? };
 
         let spec = linked(&plan.spec, &link, &ready);
         let machine = start_machine(vmm, &spec, sockets, journal, reached).await?;
@@ -94,6 +97,7 @@ impl Vm {
         let health = Arc::new(GuestHealth::new(spec.guest.heartbeat));
         let guest = Arc::new(Guest::connect(link, &hello, plan.call_timeout).await?);
         reached.reached(HostMilestone::GuestConnected);
+        network.configure(&guest).await?;
 
         kill_machine.succeeded();
         kill_share.succeeded();

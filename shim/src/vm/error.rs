@@ -9,6 +9,7 @@ use crate::extras::disk::DiskError;
 use crate::guest::client::GuestError;
 use crate::guest::link::LinkError;
 use crate::metadata::MetadataError;
+use crate::network::NetworkError;
 use crate::state::StateError;
 use crate::vm::cgroup::CgroupError;
 use crate::vm::virtiofsd::VirtiofsdError;
@@ -29,6 +30,9 @@ pub enum BootError {
     /// The vsock device.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// The sandbox's network namespace.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The metadata service.
     #[error(transparent)]
     Metadata(#[from] MetadataError),

@@ -8,6 +8,7 @@
 //! | `running.rs`    | a VM whose guest is ready: stopping it                                     |
 //! | `death.rs`      | when and why a VM is dead                                                  |
 //! | `virtiofsd.rs`  | the process that serves the share                                          |
+//! | `network.rs`    | connects the VM to its sandbox's network namespace                         |
 //! | `cgroup.rs`     | the host cgroup of the VM's processes                                      |
 //! | `on_failure.rs` | undoing a step unless the boot succeeds                                    |
 
@@ -16,6 +17,7 @@ pub(crate) mod cgroup;
 mod death;
 mod error;
 mod hello;
+mod network;
 mod on_failure;
 mod plan;
 mod running;

@@ -25,6 +25,8 @@ pub struct BootPlan {
     pub call_timeout: Duration,
     /// The cgroup of the VM's processes, in the notation of the OCI runtime spec; if none, they stay in the shim's.
     pub cgroup: Option<String>,
+    /// The host's network namespace that the VM is connected to.
+    pub network: Option<PathBuf>,
     /// How the metadata service signs its tokens.
     pub tokens: TokenSettings,
     /// The workspace that the metadata service returns.

@@ -33,6 +33,15 @@ pub struct Disk {
     pub image: Arc<File>,
 }
 
+/// A network card, connected to a tap.
+#[derive(Debug)]
+pub struct NicEnd {
+    /// The card's address.
+    pub mac: [u8; 6],
+    /// The tap's descriptors, one for each pair of queues.
+    pub taps: Vec<OwnedFd>,
+}
+
 /// What the shim passes to the guest's init, and to its kernel on behalf of the configuration.
 #[derive(Debug, Clone)]
 pub struct GuestParams {
@@ -90,6 +99,8 @@ pub struct Sockets {
     pub vsock: OwnedFd,
     /// vhost-user front end of the share; none for a machine without one.
     pub share: Option<OwnedFd>,
+    /// Network cards.
+    pub nics: Vec<NicEnd>,
     /// The serial console.
     pub console: OwnedFd,
     /// Standard output and error of the machine's process.

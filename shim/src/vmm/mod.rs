@@ -22,4 +22,4 @@ pub mod tsc;
 
 pub use error::VmmError;
 pub use factory::Board;
-pub use machine::{Accel, Disk, GuestParams, Machine, Sockets, Spec, Vmm};
+pub use machine::{Accel, Disk, GuestParams, Machine, NicEnd, Sockets, Spec, Vmm};

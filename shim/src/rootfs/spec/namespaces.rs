@@ -1,21 +1,23 @@
 //! Namespaces that a container joins by path. A container can join those of other containers of its sandbox; all other
-//! paths mean namespaces of the host.
+//! paths mean namespaces of the host. The sandbox's VM is connected to a network namespace of the host, and the
+//! container uses the VM's own.
 
 use std::path::{Component, Path};
 
 use oci_spec::runtime::LinuxNamespaceType;
+
+/// Whether the path means a network namespace of the host, such as one that a CNI plugin configured.
+pub(super) fn is_network_of_host(kind: LinuxNamespaceType, path: &Path) -> bool {
+    kind == LinuxNamespaceType::Network && path.is_absolute() && process_and_name(path).is_none()
+}
 
 /// Why a namespace cannot be joined by this path, if it cannot. `is_init` recognizes the inits of the sandbox's
 /// containers. Clients take the PID from the response to Create, which is a PID of the guest, so the path is valid in
 /// the guest.
 pub(super) fn problem(kind: LinuxNamespaceType, path: &Path, is_init: &dyn Fn(u32) -> bool) -> Option<String> {
     let Some((pid, name)) = process_and_name(path) else {
-        return Some(match kind {
-            LinuxNamespaceType::Network => {
-                "joining a network namespace of the host (CNI) is not supported yet".to_owned()
-            }
-            other => format!("joining a {other} namespace by its path on the host is not supported"),
-        });
+        return (!is_network_of_host(kind, path))
+            .then(|| format!("joining a {kind} namespace by its path on the host is not supported"));
     };
     if kind == LinuxNamespaceType::Mount {
         return Some("a container cannot join a mount namespace, because its root is mounted in its own".to_owned());
@@ -70,7 +72,8 @@ mod tests {
             (Network, "/proc/1/ns/net", Some("process 1 is not the init")),
             (Network, "/proc/40/ns/ipc", Some("must be /proc/40/ns/net")),
             (Mount, "/proc/40/ns/mnt", Some("mount namespace")),
-            (Network, "/run/netns/x", Some("of the host (CNI)")),
+            (Network, "/run/netns/x", None),
+            (Network, "run/netns/x", Some("network namespace by its path on the host")),
             (Ipc, "/proc/self/ns/ipc", Some("ipc namespace by its path on the host")),
             (Ipc, "/proc/40/../40/ns/ipc", Some("by its path on the host")),
             (Ipc, "/proc/+40/ns/ipc", Some("by its path on the host")),

@@ -26,6 +26,8 @@ pub struct Rewritten {
     /// The cgroup that the spec names on the host.
     pub(crate) cgroups_path: Option<String>,
     pub(crate) limits: SpecLimits,
+    /// The network namespace of the host that the spec names. The container uses the VM's own instead.
+    pub(crate) network: Option<PathBuf>,
     /// The hooks that the host runs.
     pub(crate) hooks: Hooks,
     /// What was changed or removed, for the log.
@@ -48,8 +50,8 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     let rootfs = rewrite_root(&mut spec, context, &mut findings);
     let linux = rewrite_linux(&mut spec, context, has_cgroup_mount, &mut findings);
     match (rootfs, linux) {
-        (Some(rootfs), Some((cgroups_path, limits))) if findings.problems.is_empty() => {
-            Ok(Rewritten { spec, binds, rootfs, cgroups_path, limits, hooks, notes: findings.notes })
+        (Some(rootfs), Some(LinuxOfHost { cgroups_path, limits, network })) if findings.problems.is_empty() => {
+            Ok(Rewritten { spec, binds, rootfs, cgroups_path, limits, network, hooks, notes: findings.notes })
         }
         _ => Err(SpecProblems(findings.problems)),
     }
@@ -98,13 +100,20 @@ fn rewrite_root(spec: &mut Spec, context: &Context<'_>, findings: &mut Findings)
     Some(host)
 }
 
-/// Rewrites the part `linux`, and returns the cgroup that it names on the host, and its limits.
+/// What the part `linux` names on the host.
+struct LinuxOfHost {
+    cgroups_path: Option<String>,
+    limits: SpecLimits,
+    network: Option<PathBuf>,
+}
+
+/// Rewrites the part `linux`.
 fn rewrite_linux(
     spec: &mut Spec,
     context: &Context<'_>,
     has_cgroup_mount: bool,
     findings: &mut Findings,
-) -> Option<(Option<String>, SpecLimits)> {
+) -> Option<LinuxOfHost> {
     let Some(linux) = spec.linux_mut() else {
         findings.reject("linux", None, "is missing");
         return None;
@@ -122,12 +131,18 @@ fn rewrite_linux(
     for name in linux.net_devices().iter().flat_map(|devices| devices.keys()) {
         findings.reject("linux.netDevices", Some(name), "a network device of the host cannot be moved into a VM");
     }
-    rewrite_namespaces(linux, context, has_cgroup_mount, findings);
+    let network = rewrite_namespaces(linux, context, has_cgroup_mount, findings);
     rewrite_devices(linux, findings);
-    Some((cgroups_path, limits))
+    Some(LinuxOfHost { cgroups_path, limits, network })
 }
 
-fn rewrite_namespaces(linux: &mut Linux, context: &Context<'_>, has_cgroup_mount: bool, findings: &mut Findings) {
+/// Rewrites the namespaces, and returns the network namespace of the host.
+fn rewrite_namespaces(
+    linux: &mut Linux,
+    context: &Context<'_>,
+    has_cgroup_mount: bool,
+    findings: &mut Findings,
+) -> Option<PathBuf> {
     let mut namespaces = linux.namespaces_mut().take().unwrap_or_default();
     for namespace in &mut namespaces {
         // Some clients write an empty path for a new namespace.
@@ -141,6 +156,12 @@ fn rewrite_namespaces(linux: &mut Linux, context: &Context<'_>, has_cgroup_mount
             findings.reject_path(format!("linux.namespaces[{index}].path"), path, why);
         }
     }
+    let is_of_host = |namespace: &LinuxNamespace| {
+        let path = namespace.path().as_ref().filter(|path| namespaces::is_network_of_host(namespace.typ(), path));
+        path.cloned()
+    };
+    let network = namespaces.iter().find_map(is_of_host);
+    namespaces.retain(|namespace| is_of_host(namespace).is_none());
     // On cgroup v1, a container without a cgroup namespace sees only its own part of each hierarchy. The guest has v2,
     // where only the namespace has this effect: without it, the mount would show the cgroups of the whole guest.
     let has_cgroup_namespace = namespaces.iter().any(|ns| ns.typ() == LinuxNamespaceType::Cgroup);
@@ -153,4 +174,5 @@ fn rewrite_namespaces(linux: &mut Linux, context: &Context<'_>, has_cgroup_mount
         );
     }
     linux.set_namespaces(Some(namespaces));
+    network
 }

@@ -22,6 +22,18 @@ pub(crate) struct Fds {
     pub(crate) share: Option<i32>,
     /// The disks' images, readable, in the spec's order.
     pub(crate) disks: Vec<i32>,
+    /// The network cards.
+    pub(crate) nics: Vec<NicFds>,
+}
+
+/// A network card's address and descriptors.
+#[derive(Debug, Clone)]
+pub(crate) struct NicFds {
+    pub(crate) mac: [u8; 6],
+    /// The tap's, one for each pair of queues.
+    pub(crate) taps: Vec<i32>,
+    /// The kernel's vhost-net device, as often as there are taps; empty if QEMU itself moves the packets.
+    pub(crate) vhost: Vec<i32>,
 }
 
 /// The arguments after the program's name.
@@ -68,7 +80,29 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
         let serial = disk.serial.replace(',', ",,");
         push(&["-device", &format!("virtio-blk-{bus},drive=disk{number},serial={serial}")]);
     }
+    for (number, nic) in fds.nics.iter().enumerate() {
+        push(&["-netdev", &netdev(number, nic)]);
+        push(&["-device", &nic_device(number, nic, board)]);
+    }
     args
+}
+
+fn netdev(number: usize, nic: &NicFds) -> String {
+    let list = |fds: &[i32]| fds.iter().map(i32::to_string).collect::<Vec<_>>().join(":");
+    let vhost = match nic.vhost.as_slice() {
+        [] => "vhost=off".to_owned(),
+        fds => format!("vhost=on,vhostfds={}", list(fds)),
+    };
+    format!("tap,id=net{number},fds={},{vhost}", list(&nic.taps))
+}
+
+fn nic_device(number: usize, nic: &NicFds, board: Board) -> String {
+    let [a, b, c, d, e, f] = nic.mac;
+    let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+    let queues = if nic.taps.len() > 1 { ",mq=on" } else { "" };
+    // Without an option ROM, which would only serve to boot over the network.
+    let rom = if board == Board::Q35 { ",romfile=" } else { "" };
+    format!("virtio-net-{},netdev=net{number},mac={mac}{queues}{rom}", board.bus())
 }
 
 fn accel(accel: Accel) -> &'static str {
@@ -123,8 +157,16 @@ mod tests {
         }
     }
 
-    const FDS: Fds =
-        Fds { kernel: 10, initrd: 11, console: 12, qmp: 13, vsock: 14, share: Some(15), disks: Vec::new() };
+    const FDS: Fds = Fds {
+        kernel: 10,
+        initrd: 11,
+        console: 12,
+        qmp: 13,
+        vsock: 14,
+        share: Some(15),
+        disks: Vec::new(),
+        nics: Vec::new(),
+    };
 
     /// The value that follows each occurrence of `option`.
     fn values<'a>(args: &'a [String], option: &str) -> Vec<&'a str> {
@@ -228,6 +270,36 @@ mod tests {
             assert_eq!(values(&args, "-blockdev"), [file(0, 16), file(1, 17)]);
             let expected = [format!("{device},drive=disk0,serial=one"), format!("{device},drive=disk1,serial=t,,wo")];
             assert_eq!(values(&args, "-device")[2..], expected);
+        }
+    }
+
+    #[test]
+    fn a_nic_has_the_links_address_and_a_descriptor_per_queue_pair() {
+        let mac = [2, 0, 0, 0, 0, 0xab];
+        let nic = |taps: &[i32], vhost: &[i32]| NicFds { mac, taps: taps.to_vec(), vhost: vhost.to_vec() };
+        let table = [
+            (
+                Board::Microvm,
+                nic(&[20], &[]),
+                ["tap,id=net0,fds=20,vhost=off", "virtio-net-device,netdev=net0,mac=02:00:00:00:00:ab"],
+            ),
+            (
+                Board::Q35,
+                nic(&[20, 21], &[22, 23]),
+                [
+                    "tap,id=net0,fds=20:21,vhost=on,vhostfds=22:23",
+                    "virtio-net-pci,netdev=net0,mac=02:00:00:00:00:ab,mq=on,romfile=",
+                ],
+            ),
+        ];
+        for (board, nic, expected) in table {
+            let args = arguments(&spec(), board, &Fds { nics: vec![nic], ..FDS });
+            let of = |option: &str| {
+                let values = args.iter().zip(&args[1..]).filter(move |(name, _)| *name == option);
+                values.map(|(_, value)| value.as_str()).collect::<Vec<_>>()
+            };
+            assert!(of("-netdev").contains(&expected[0]), "{args:?}");
+            assert!(of("-device").contains(&expected[1]), "{args:?}");
         }
     }
 

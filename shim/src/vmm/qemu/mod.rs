@@ -22,7 +22,7 @@ use crate::host::child::{Child, FIRST_FD, Launch};
 use crate::host::process::ProcessId;
 use crate::vmm::error::VmmError;
 use crate::vmm::hugepages;
-use crate::vmm::machine::{Disk, Machine, Sockets, Spec, Vmm};
+use crate::vmm::machine::{Accel, Disk, Machine, NicEnd, Sockets, Spec, Vmm};
 
 pub(crate) mod args;
 pub(crate) mod board;
@@ -32,6 +32,8 @@ mod qmp;
 pub(super) const NAME: &str = "QEMU";
 /// How to install the program.
 pub(super) const INSTALL_HINT: &str = "Debian: apt-get install qemu-system-x86";
+/// The kernel's device that moves packets between a tap and a guest without QEMU.
+const VHOST_NET: &str = "/dev/vhost-net";
 /// Deadline for the greeting and for each command.
 const QMP_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -81,6 +83,7 @@ impl Vmm for Qemu {
                 .iter()
                 .map(|disk| Ok(inherited.add(read_only(disk)?)))
                 .collect::<Result<_, VmmError>>()?,
+            nics: sockets.nics.into_iter().map(|nic| inherited.add_nic(nic, spec.accel)).collect(),
         };
         let launch = Launch {
             program: self.program.clone(),
@@ -108,6 +111,21 @@ impl Inherited {
         let number = FIRST_FD + self.0.len() as i32;
         self.0.push((fd, number));
         number
+    }
+
+    /// With hardware virtualization, the kernel's vhost-net moves the packets if it is available.
+    fn add_nic(&mut self, nic: NicEnd, accel: Accel) -> args::NicFds {
+        let open = |_| File::options().read(true).write(true).open(VHOST_NET).map(OwnedFd::from);
+        let vhost: std::io::Result<Vec<OwnedFd>> = match accel {
+            Accel::Kvm => nic.taps.iter().map(open).collect(),
+            Accel::Tcg | Accel::TcgCounted => Ok(Vec::new()),
+        };
+        let vhost = vhost.unwrap_or_else(|error| {
+            tracing::debug!(%error, "QEMU moves the packets, because {VHOST_NET} cannot be opened");
+            Vec::new()
+        });
+        let mut add = |fds: Vec<OwnedFd>| fds.into_iter().map(|fd| self.add(fd)).collect();
+        args::NicFds { mac: nic.mac, taps: add(nic.taps), vhost: add(vhost) }
     }
 }
 

@@ -115,7 +115,13 @@ impl Kit {
         console.set_nonblocking(true)?;
         let console = tokio::net::UnixStream::from_std(console)?;
         let console = Console::new(self.folder.path()).attach(console);
-        let sockets = Sockets { vsock, share: None, console: console_theirs.into(), log: tempfile::tempfile()? };
+        let sockets = Sockets {
+            vsock,
+            share: None,
+            nics: Vec::new(),
+            console: console_theirs.into(),
+            log: tempfile::tempfile()?,
+        };
         let machine: Arc<dyn Machine> = vmm.start(&plan.spec, sockets).await?.into();
         let hello = async {
             let mut stream = ready.accept().await?;

@@ -1,0 +1,51 @@
+//! Connects a VM to the network namespace of its sandbox: before the boot on the host, after it in the guest.
+
+use std::time::Duration;
+
+use husk_protos::network::ConfigureNetworkRequest;
+
+use super::error::{BootError, io};
+use super::plan::BootPlan;
+use crate::guest::client::{Guest, GuestError};
+use crate::network::{self, Connected, NetworkError};
+use crate::state::journal::Journal;
+use crate::state::{Owner, Step};
+use crate::vmm::NicEnd;
+
+/// Deadline for all changes in the namespace.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The VM's network cards, and the guest's configuration.
+#[derive(Debug, Default)]
+pub(super) struct Network {
+    pub(super) nics: Vec<NicEnd>,
+    config: Option<ConfigureNetworkRequest>,
+}
+
+/// Connects the links of the plan's namespace, if it names one.
+pub(super) async fn connect(plan: &BootPlan, journal: &Journal) -> Result<Network, BootError> {
+    let Some(netns) = plan.network.clone() else { return Ok(Network::default()) };
+    let claim = in_namespace(move || network::claim(&netns)).await?;
+    journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone() }])?;
+    let queues = u16::try_from(plan.spec.vcpus).unwrap_or(u16::MAX);
+    let Connected { nics, config } = in_namespace(move || network::connect(&claim, queues, DEADLINE)).await?;
+    tracing::info!(?nics, "connected the VM to its network namespace");
+    let nics = nics.into_iter().map(|nic| NicEnd { mac: nic.mac, taps: nic.taps }).collect();
+    Ok(Network { nics, config: Some(config) })
+}
+
+impl Network {
+    /// Configures the guest, before it runs anything.
+    pub(super) async fn configure(self, guest: &Guest) -> Result<(), BootError> {
+        let Some(config) = self.config else { return Ok(()) };
+        guest.network.configure(guest.context(), &config).await.map_err(GuestError::from)?;
+        Ok(())
+    }
+}
+
+async fn in_namespace<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, NetworkError> + Send + 'static,
+) -> Result<T, BootError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    Ok(done.map_err(|error| io("run a thread for the network")(std::io::Error::other(error)))??)
+}
