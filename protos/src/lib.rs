@@ -35,7 +35,7 @@ pub const PROTOCOL: u32 = 3;
 /// The host's CID as seen from a guest (`VMADDR_CID_HOST`, vsock(7)).
 pub const HOST_CID: u32 = 2;
 
-/// Guest port: containerd's Task service, husk's System and Bundle services, and Debug in debug mode.
+/// Guest port: containerd's Task service, husk's Bundle, Network and System services, and Debug in debug mode.
 pub const PORT_TASK: u32 = 1024;
 /// Guest port: the Stdio service, one stream per connection.
 pub const PORT_STDIO: u32 = 1025;

@@ -43,8 +43,8 @@ impl Display for Change {
 
 /// Lists the changes from what earlier requests left to `next`, for the links that the guest has.
 ///
-/// Objects that exist already are not added again, unless the kernel may have removed them. So a change on the host does
-/// not bring back what a container has removed, such as the default route of a VPN's container.
+/// Objects that exist already are not added again, unless the kernel may have removed them. So a change on the host
+/// does not bring back what a container has removed, as a VPN's container does with the default route.
 pub(super) fn plan(devices: &[Device], last: &Applied, next: &Network) -> Vec<Change> {
     let mut changes = removals(devices, &last.network, next);
     changes.extend(renames(devices, &next.links));
