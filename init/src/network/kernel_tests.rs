@@ -283,7 +283,7 @@ fn unusual_routes_and_addresses_are_configured() {
         ];
         let routes = [
             NetworkRoute { flags: ONLINK, priority: 50, ..route("0.0.0.0/0", "192.0.2.1", "eth0") },
-            NetworkRoute { priority: 60, mtu: 1300, ..route("0.0.0.0/0", "10.3.0.254", "eth0") },
+            NetworkRoute { priority: 60, mtu: 1300, advmss: 1260, ..route("0.0.0.0/0", "10.3.0.254", "eth0") },
             NetworkRoute { kind: BLACKHOLE, scope: 0, ..route("10.66.0.0/16", "", "") },
             NetworkRoute { kind: UNREACHABLE, scope: 0, priority: 9, ..route("fd66::/16", "", "lo") },
             NetworkRoute { table: 1000, ..route("10.77.0.0/16", "10.3.0.7", "eth0") },
@@ -297,7 +297,7 @@ fn unusual_routes_and_addresses_are_configured() {
             lines("route"),
             [
                 "default via 192.0.2.1 dev eth0 metric 50 onlink",
-                "default via 10.3.0.254 dev eth0 metric 60 mtu 1300",
+                "default via 10.3.0.254 dev eth0 metric 60 mtu 1300 advmss 1260",
                 "10.2.0.9 dev eth0 proto kernel scope link src 10.2.0.1",
                 "10.3.0.0/24 dev eth0 proto kernel scope link src 10.3.0.1",
                 "blackhole 10.66.0.0/16",

@@ -146,8 +146,10 @@ fn encode_route(route: &Route) -> RouteMessage {
     if route.priority != 0 {
         message.attributes.push(RouteAttribute::Priority(route.priority));
     }
-    if route.mtu != 0 {
-        message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(route.mtu)]));
+    let metrics = [(route.mtu, RouteMetric::Mtu(route.mtu)), (route.advmss, RouteMetric::Advmss(route.advmss))];
+    let metrics: Vec<_> = metrics.into_iter().filter(|(value, _)| *value != 0).map(|(_, metric)| metric).collect();
+    if !metrics.is_empty() {
+        message.attributes.push(RouteAttribute::Metrics(metrics));
     }
     message
 }

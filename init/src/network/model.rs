@@ -126,6 +126,8 @@ pub(super) struct Route {
     pub(super) flags: u32,
     /// 0 for none.
     pub(super) mtu: u32,
+    /// Largest TCP segment to advertise, bytes; 0 for none.
+    pub(super) advmss: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

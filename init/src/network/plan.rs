@@ -195,6 +195,7 @@ mod tests {
             kind: UNICAST,
             flags: 0,
             mtu: 0,
+            advmss: 0,
         })
     }
 

@@ -159,6 +159,7 @@ fn resolve_route(route: &NetworkRoute, names: &Names<'_>) -> Result<Route, Netwo
         kind: if route.kind == 0 { UNICAST } else { byte(route.kind, "type", object)? },
         flags: route.flags & ROUTE_FLAGS,
         mtu: route.mtu,
+        advmss: route.advmss,
     })
 }
 
