@@ -210,8 +210,8 @@ fn mounts_that_need_the_host_are_rejected() {
 fn namespaces_devices_and_resources_of_the_host_are_rejected() {
     assert_rejected([
         (
-            with("/linux/namespaces/-", json!({"type": "network", "path": "/run/netns/x"})),
-            r#"linux.namespaces[5].path "/run/netns/x": joining a network namespace of the host (CNI)"#,
+            with("/linux/namespaces/-", json!({"type": "network", "path": "run/netns/x"})),
+            r#"linux.namespaces[5].path "run/netns/x": joining a network namespace by its path on the host"#,
         ),
         (
             with("/linux/namespaces/-", json!({"type": "ipc", "path": "/proc/7/ns/ipc"})),
@@ -228,6 +228,17 @@ fn namespaces_devices_and_resources_of_the_host_are_rejected() {
         (with("/process", Value::Null), "process: is missing"),
         (with("/vm", json!({"kernel": {"path": "/k"}})), "vm: "),
     ]);
+}
+
+#[test]
+fn a_container_in_a_network_namespace_of_the_host_uses_the_vms() {
+    let mut spec = with("/linux/namespaces", json!([{"type": "pid"}]));
+    assert_eq!(run(&spec, true).unwrap().network, None);
+    spec["linux"]["namespaces"] = json!([{"type": "network", "path": "/run/netns/x"}, {"type": "pid"}]);
+    let rewritten = run(&spec, true).unwrap();
+    assert_eq!(rewritten.network.as_deref(), Some(std::path::Path::new("/run/netns/x")));
+    let namespaces = rewritten.spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+    assert!(namespaces.iter().all(|namespace| namespace.typ() != LinuxNamespaceType::Network), "{namespaces:?}");
 }
 
 #[test]
