@@ -9,6 +9,7 @@
 //! | `death.rs`      | when and why a VM is dead                                                  |
 //! | `virtiofsd.rs`  | the process that serves the share                                          |
 //! | `cgroup.rs`     | the host cgroup of the VM's processes                                      |
+//! | `error.rs`      | why a VM did not boot                                                      |
 //! | `on_failure.rs` | undoing a step unless the boot succeeds                                    |
 
 mod boot;
