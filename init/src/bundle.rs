@@ -89,12 +89,16 @@ fn write_bundle(bundle: &Path, request: &PutBundleRequest) -> Result<(), CallErr
     })?;
     let mut config = fs::OpenOptions::new();
     config.write(true).create_new(true).mode(0o600);
-    let written = config.open(bundle.join("config.json")).and_then(|mut file| file.write_all(&request.spec));
-    written.map_err(|error| {
+    let write = || config.open(bundle.join("config.json"))?.write_all(&request.spec);
+    or_remove(bundle, write).map_err(failed)
+}
+
+/// Writes into a new bundle, and removes it with its contents if that fails.
+fn or_remove(bundle: &Path, write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    write().inspect_err(|_| {
         if let Err(error) = fs::remove_dir_all(bundle) {
             tracing::error!(bundle = %bundle.display(), %error, "failed to remove an incomplete bundle");
         }
-        failed(error)
     })
 }
 
@@ -122,5 +126,16 @@ mod tests {
         write_bundle(&bundle, &request).unwrap();
         assert_eq!(fs::read(bundle.join("config.json")).unwrap(), b"{}");
         assert_eq!(write_bundle(&bundle, &request).unwrap_err().kind, FailureKind::AlreadyExists);
+        assert!(bundle.join("config.json").exists());
+    }
+
+    #[test]
+    fn a_bundle_that_cannot_be_written_is_removed() {
+        let parent = tempfile::tempdir().unwrap();
+        let bundle = parent.path().join("c");
+        fs::create_dir(&bundle).unwrap();
+        let half = || fs::write(bundle.join("config.json"), "{").and(Err(ErrorKind::StorageFull.into()));
+        assert_eq!(or_remove(&bundle, half).unwrap_err().kind(), ErrorKind::StorageFull);
+        assert!(!bundle.exists());
     }
 }

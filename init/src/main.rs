@@ -91,7 +91,7 @@ fn main() -> ExitCode {
     let reports = Reports::default();
     match catch_unwind(|| run(&reports)) {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => console::fatal(&format!("{error:#}")),
+        Ok(Err(error)) => console::fatal(&Chain(error.as_ref()).to_string()),
         // The panic handler has already written the message.
         Err(_) => console::fatal("the init panicked"),
     }

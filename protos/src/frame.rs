@@ -23,8 +23,6 @@ pub enum FrameError {
     Io(#[from] std::io::Error),
 }
 
-pub use self::FrameError as Error;
-
 /// Reads one frame, without a deadline.
 pub async fn read<M: Message>(from: &mut (impl AsyncRead + Unpin)) -> Result<M, FrameError> {
     let len = from.read_u32().await? as usize;

@@ -186,7 +186,7 @@ fn mounts_of_all_types_without_a_host_resource_work() -> Result<()> {
 
     let message = run_error(&["--mount", "type=nfs,src=server:/export,dst=/data,options=ro"])?;
     if newest()?.runtime().is_husk_or_report_skip() {
-        ensure!(message.contains(".type \"nfs\": in a VM, a mount is a bind or one of "), "{message}");
+        ensure!(message.contains(".type \"nfs\": in a VM, a mount must be a bind mount or one of "), "{message}");
     }
     Ok(())
 }

@@ -49,7 +49,8 @@ pub(crate) fn measure(group: &Path) -> io::Result<Metrics> {
     })
 }
 
-/// The network interfaces of a process's namespace, sorted by name. Empty when the process has exited.
+/// The network interfaces of a process's namespace, sorted by name. Empty when the process has exited, or when the
+/// kernel's list cannot be parsed.
 pub(crate) fn network(pid: i32) -> Vec<NetworkStat> {
     let interfaces = Process::new(pid).and_then(|process| process.dev_status()).unwrap_or_default();
     let mut stats: Vec<_> = interfaces.into_values().map(interface).collect();
@@ -234,6 +235,33 @@ mod tests {
         let interfaces = network(std::process::id() as i32);
         assert!(interfaces.iter().any(|interface| interface.name == "lo"), "{interfaces:?}");
         assert!(network(i32::MAX).is_empty(), "no such process");
+    }
+
+    #[test]
+    fn each_counter_of_an_interface_is_in_its_own_field() {
+        let device = DeviceStatus {
+            name: "eth0".into(),
+            recv_bytes: 1,
+            recv_packets: 2,
+            recv_errs: 3,
+            recv_drop: 4,
+            recv_fifo: 0,
+            recv_frame: 0,
+            recv_compressed: 0,
+            recv_multicast: 0,
+            sent_bytes: 5,
+            sent_packets: 6,
+            sent_errs: 7,
+            sent_drop: 8,
+            sent_fifo: 0,
+            sent_colls: 0,
+            sent_carrier: 0,
+            sent_compressed: 0,
+        };
+        let stat = interface(device);
+        let received = [stat.rx_bytes, stat.rx_packets, stat.rx_errors, stat.rx_dropped];
+        let sent = [stat.tx_bytes, stat.tx_packets, stat.tx_errors, stat.tx_dropped];
+        assert_eq!((stat.name.as_str(), received, sent), ("eth0", [1, 2, 3, 4], [5, 6, 7, 8]));
     }
 
     #[test]

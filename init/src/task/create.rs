@@ -35,6 +35,9 @@ impl Tasks {
         let creation = self.reaper.creation();
         let prepared = async {
             let created = self.run_create(id, &stdio, &creation, &streams, ends).await?;
+            for ignored in &created.ignored {
+                tracing::info!(container = id, "ignored part of the spec: {ignored}");
+            }
             let oom_kills = Kills::of(&cgroup::of(id))
                 .map_err(|e| CallError::internal(format_args!("watch the OOM kills of {id}"), &e))?;
             Ok((created, oom_kills))
@@ -46,9 +49,6 @@ impl Tasks {
                 return Err(error);
             }
         };
-        for ignored in &created.ignored {
-            tracing::info!(container = id, "ignored part of the spec: {ignored}");
-        }
 
         let exit = creation.exit_of(created.pid);
         let state = ProcessState::Created { pid: created.pid };

@@ -8,9 +8,9 @@
 //! | `publisher.rs` | sends events to containerd                                      |
 //! | `log.rs`       | writes the log in containerd's format                           |
 //!
-//! The messages come from the crate `containerd-shim-protos`. The crate `containerd-shim` is not used: husk needs only its
-//! flags and the name of the socket, which take forty lines here. Its server, publisher, reaper and cgroup support, which
-//! husk does not use, bring more than forty crates, most of them for a D-Bus client.
+//! The messages come from the crate `containerd-shim-protos`. The crate `containerd-shim` is not used: husk needs only
+//! its flags and the name of the socket, which take forty lines here. Its server, publisher, reaper and cgroup support,
+//! which husk does not use, bring more than forty crates, most of them for a D-Bus client.
 
 pub(crate) mod address;
 pub(crate) mod bootstrap;

@@ -2,7 +2,7 @@
 //! The program reports readiness by closing descriptor 5 or writing to it.
 
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -85,10 +85,11 @@ impl Logger {
     }
 
     /// Whether the program has open descriptors. One that only closed READY does. A dying one does not: the kernel
-    /// detaches the descriptor table before it closes the files in it (do_exit, exit_files).
+    /// detaches the descriptor table before it closes the files in it (do_exit, exit_files). Not `procfs`'s `fd_count`,
+    /// which counts `.` and `..` for a process without descriptors.
     fn has_descriptors(&self) -> bool {
-        let pid = self.child.process().pid.cast_signed();
-        procfs::process::Process::new(pid).and_then(|process| process.fd_count()).is_ok_and(|count| count > 0)
+        let folder = format!("/proc/{}/fd", self.child.process().pid);
+        fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some())
     }
 
     /// Waits for the program's exit, and terminates it if it does not exit. Close its pipes first: the end of its input

@@ -133,8 +133,10 @@ impl Hierarchies {
     fn from_mountinfo(text: &str) -> Self {
         let mut roots: Vec<PathBuf> = Vec::new();
         let (mut v1, mut v2) = (false, false);
-        // Skip lines that procfs cannot parse: a mount unrelated to cgroups must not prevent containers.
-        for mount in text.lines().filter_map(|line| MountInfo::from_line(line).ok()) {
+        // Skip lines that procfs cannot parse: a mount unrelated to cgroups must not prevent containers. The first filter
+        // saves the parsing of thousands of overlay mounts.
+        let cgroups = text.lines().filter(|line| line.contains(" - cgroup"));
+        for mount in cgroups.filter_map(|line| MountInfo::from_line(line).ok()) {
             let usable = match mount.fs_type.as_str() {
                 "cgroup2" => {
                     v2 = true;

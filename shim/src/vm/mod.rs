@@ -10,6 +10,7 @@
 //! | `virtiofsd.rs`  | the process that serves the share                                          |
 //! | `network.rs`    | connects the VM to its sandbox's network namespace                         |
 //! | `cgroup.rs`     | the host cgroup of the VM's processes                                      |
+//! | `error.rs`      | why a VM did not boot                                                      |
 //! | `on_failure.rs` | undoing a step unless the boot succeeds                                    |
 
 mod boot;

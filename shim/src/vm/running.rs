@@ -87,7 +87,7 @@ impl Vm {
     }
 
     /// The console's last lines.
-    pub fn console_tail(&self) -> String {
+    pub(crate) fn console_tail(&self) -> String {
         self.console.tail(CONSOLE_LINES)
     }
 

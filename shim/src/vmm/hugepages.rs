@@ -70,6 +70,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_pages_size_is_read_in_the_right_unit() {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+        let size = text.lines().find_map(|line| line.strip_prefix("Hugepagesize:")?.strip_suffix(" kB"));
+        let meminfo = Meminfo::current().unwrap();
+        let pool = pool(meminfo.hugepagesize, meminfo.hugepages_free, meminfo.hugepages_rsvd).ok();
+        assert_eq!(pool.map(|pool| pool.page_kib), size.map(|kib| kib.trim().parse().unwrap()));
+    }
+
+    #[test]
     fn a_guest_gets_whole_free_pages_or_an_error_with_their_number() {
         let host = |free, reserved, kib: u64| (Some(kib * 1024), Some(free), Some(reserved));
         let too_few = |part: &str| Err(format!("takes {part} free: give it more"));

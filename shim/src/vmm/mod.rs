@@ -10,8 +10,9 @@
 //! | `hugepages.rs`      | the host's free huge pages                                                           |
 //! | `tsc.rs`            | the frequency of the host's time stamp counter                                       |
 //!
-//! A new VMM is one folder here, one arm of each `match` in the factory, and its configuration keys. Nothing here
-//! imports the other folders except `host`. Calls to the guest are in `guest`; the life of a VM is in `vm`.
+//! A new VMM is one folder here, its boards and one arm of each `match` in the factory, and its configuration keys.
+//! Nothing here imports the other folders except `host`. Calls to the guest are in `guest`; the life of a VM is in
+//! `vm`.
 
 mod error;
 pub(crate) mod factory;

@@ -23,8 +23,9 @@
 //! | `error.rs`      | [`VsockError`]                                                        |
 //! | `lock.rs`       | locking without poison                                                |
 //!
-//! Imports run down the table: device → worker → forwarder → table → connection → credit, header. The pure files make
-//! the decisions and are tested as tables; `tests/` runs them in random order and feeds the device hostile virtqueues.
+//! Imports run in one direction: device → worker → forwarder → host_end → table → connection → credit, header. The pure
+//! files make the decisions and are tested as tables; `tests/` runs them in random order and feeds the device hostile
+//! virtqueues.
 
 mod backend;
 mod connection;

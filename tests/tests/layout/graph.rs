@@ -81,7 +81,8 @@ fn numbered(edges: &BTreeSet<(String, String)>) -> (Vec<String>, BTreeSet<(usize
     (units, edges)
 }
 
-/// Exact, by dynamic programming: `best[set]` is the least number of upward imports if the modules in `set` are the lowest.
+/// Exact, by dynamic programming: `best[set]` is the least number of upward imports if the modules in `set` are the
+/// lowest.
 fn least_upward(group: &[usize], edges: &BTreeSet<(usize, usize)>) -> usize {
     assert!(group.len() <= 22, "a cycle of {} modules is too large to order", group.len());
     let imports_of = |from: usize| {

@@ -1,9 +1,9 @@
-//! The layout of the source: imports form no cycles, functions and files stay short, the VMM seam names no VMM, errors print
-//! no cause that they return, and documents name files that exist.
+//! The layout of the source: imports form no cycles, functions and files stay short, the VMM seam names no VMM, errors
+//! print no cause that they return, and documents name files that exist.
 //!
-//! The import graph has one node per file. An edge is a `use` or an inline path (`crate::`, `super::`, `self::`, a child
-//! module, an imported name) that leads to another file. Test code does not count. Run with `-- --nocapture` to see the
-//! figures; HUSK_LAYOUT_ROOT selects another checkout to measure.
+//! The import graph has one node per file. An edge is a `use` or an inline path (`crate::`, `super::`, `self::`, a
+//! child module, an imported name) that leads to another file. Test code does not count. Run with `-- --nocapture` to
+//! see the figures; HUSK_LAYOUT_ROOT selects another checkout to measure.
 #![cfg(not(target_env = "musl"))]
 
 mod errors;

@@ -117,7 +117,11 @@ fn rewrite_bind(index: usize, mount: &mut Mount, context: &Context<'_>, findings
         }
         FileKind::Socket | FileKind::Fifo => {
             let what = if found.kind == FileKind::Socket { "socket" } else { "fifo" };
-            findings.reject_path(field, &source, format!("a {what} of the host does not work in a VM"));
+            findings.reject_path(
+                field,
+                &source,
+                format!("a {what} of the host does not work in a VM: its other end is in the host's kernel"),
+            );
             return None;
         }
     }
