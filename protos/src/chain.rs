@@ -17,7 +17,7 @@ impl Display for Chain<'_> {
         let mut cause = self.0.source();
         while let Some(error) = cause {
             let own = error.to_string();
-            if !text.ends_with(&own) {
+            if text != own && !text.ends_with(&format!(": {own}")) {
                 text.push_str(": ");
                 text.push_str(&own);
             }
@@ -40,6 +40,10 @@ mod tests {
         Open(#[source] std::io::Error),
         #[error("open /x: {0}")]
         Repeats(#[source] std::io::Error),
+        #[error("run /opt/start")]
+        Suffix(#[source] Box<Sample>),
+        #[error("start")]
+        Start,
         #[error("start the VM")]
         Nested(#[source] Box<Sample>),
         #[error(transparent)]
@@ -59,6 +63,7 @@ mod tests {
                 "start the VM: open /x: Permission denied (os error 13)",
             ),
             (Sample::Transparent(Box::new(Sample::Open(denied()))), "open /x: Permission denied (os error 13)"),
+            (Sample::Suffix(Box::new(Sample::Start)), "run /opt/start: start"),
             (Sample::Lone, "no cause"),
         ];
         for (error, expected) in table {

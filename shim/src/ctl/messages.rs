@@ -2,7 +2,7 @@
 //! `state::status`.)
 //!
 //! The shim rejects unknown parameters. Readers of notifications and results ignore unknown fields, because the shim
-//! may be of another version.
+//! may be older. A notification of an unknown kind is an error.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};

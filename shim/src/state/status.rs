@@ -1,8 +1,8 @@
 //! The status of a sandbox: the types that the shim and `husk` exchange as JSON, and how they are filled from
 //! `state.json`, which also works when the shim is dead. `sandbox` adds what only the running shim knows.
 //!
-//! Readers ignore unknown fields and give missing ones a default, so that `husk` can show the sandbox of a shim of
-//! another version.
+//! Readers ignore unknown fields and give most missing ones a default, so that `husk` can show the sandbox of an older
+//! shim.
 
 use std::fmt;
 use std::path::PathBuf;
