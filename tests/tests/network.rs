@@ -8,6 +8,7 @@ use husk_tests::artifacts::Runtime;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Container, Containerd};
 use husk_tests::husk_only;
+use husk_tests::shim::Shim;
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 
@@ -46,8 +47,19 @@ impl<'a> Pod<'a> {
     }
 
     fn container(&self, runtime: Runtime, name: &str) -> Result<Container<'a>> {
+        self.container_with(runtime, &[], name)
+    }
+
+    fn container_with(&self, runtime: Runtime, flags: &[&str], name: &str) -> Result<Container<'a>> {
         let namespace = format!("network:/run/netns/pod-{}", self.name);
-        self.containerd.detached_with(runtime, &["--with-ns", &namespace], name, &SLEEP)
+        let flags = [&["--with-ns", &namespace], flags].concat();
+        self.containerd.detached_with(runtime, &flags, name, &SLEEP)
+    }
+
+    fn wait_until_clean(&self, before: &str) -> Result<()> {
+        wait_for(Duration::from_secs(10), "only the pod's own devices are left", || {
+            self.devices_and_qdiscs().map(|now| (now == before).then_some(())).transpose()
+        })?
     }
 
     /// What a VM's connection adds to the pod's namespace.
@@ -65,7 +77,7 @@ impl Drop for Pod<'_> {
 }
 
 /// Names, MACs, MTU, addresses and routes, without numbers and flags that are the kernel's own.
-const CONFIGURATION: &str = "for link in $(ls /sys/class/net); do
+const CONFIGURATION: &str = "for link in lo eth0 net1; do
         echo $link $(cat /sys/class/net/$link/mtu) $(cat /sys/class/net/$link/address)
     done
     ip -o -4 addr | awk '{print $2, $3, $4, $5, $6}'
@@ -88,7 +100,8 @@ fn links_addresses_and_routes_are_those_that_runc_shows() -> Result<()> {
 fn traffic_passes_in_both_directions_on_every_link() -> Result<()> {
     husk_only!();
     let pod = Pod::new(Containerd::shared()?, "traffic")?;
-    let container = pod.container(Runtime::Husk, "traffic")?;
+    // With two virtual CPUs, each card has two pairs of queues.
+    let container = pod.container_with(Runtime::Husk, &["--annotation", "io.husk.vcpus=2"], "traffic")?;
     for address in ["10.88.0.1", "10.99.0.1"] {
         container.script(&format!("ping -c 2 -w 20 {address}"))?;
     }
@@ -101,10 +114,47 @@ fn traffic_passes_in_both_directions_on_every_link() -> Result<()> {
     for address in ["10.88.0.7", "[fd00:88::7]", "10.99.0.7"] {
         let download = format!(
             "import hashlib, urllib.request as u
-print(hashlib.md5(u.urlopen('http://{address}:8080/data', timeout=60).read()).hexdigest())"
+direct = u.build_opener(u.ProxyHandler({{}}))
+print(hashlib.md5(direct.open('http://{address}:8080/data', timeout=60).read()).hexdigest())"
         );
         let received = pod.sh(&format!("ip netns exec $peer python3 -c \"{download}\""))?;
         ensure!(sum.split(' ').next() == Some(received.as_str()), "{address}: {sum} was sent, {received} received");
+    }
+    Ok(())
+}
+
+#[test]
+fn containers_of_a_pod_share_its_network() -> Result<()> {
+    husk_only!();
+    let containerd = Containerd::shared()?;
+    let (pod, other) = (Pod::new(containerd, "pod")?, Pod::new(containerd, "other")?);
+    let ids = ["pause", "app", "stray", "node"].map(|name| containerd.id(name));
+    let spec = |id: &str, network: &str| {
+        let mut spec = husk_tests::bundle::spec(id, &SLEEP);
+        spec["annotations"] = serde_json::json!({"io.kubernetes.cri.sandbox-id": ids[0]});
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().into_iter().flatten();
+        namespaces.filter(|n| n["type"] == "network").for_each(|n| n["path"] = network.into());
+        spec
+    };
+    let netns = |pod: &Pod| format!("/run/netns/pod-{}", pod.name);
+    let pause = Shim::running(containerd, &ids[0], &spec(&ids[0], &netns(&pod)))?;
+    // The same namespace by another path.
+    containerd.sh(&format!("ln -s {} /run/link-{}", netns(&pod), ids[1]))?;
+    let app = Shim::running(containerd, &ids[1], &spec(&ids[1], &format!("/run/link-{}", ids[1])))?;
+    let addresses = "readlink /proc/self/ns/net; ip -o addr";
+    ensure!(app.script("app", addresses)? == pause.script("pause", addresses)?);
+    let stray = Shim::start(containerd, &ids[2], &spec(&ids[2], &netns(&other)))?.create_error()?;
+    ensure!(stray.contains("is not the sandbox's: its VM was booted with"), "{stray}");
+    let mut node = husk_tests::bundle::spec(&ids[3], &SLEEP);
+    node["annotations"] = serde_json::json!({"io.kubernetes.cri.container-type": "sandbox"});
+    node["linux"]["namespaces"].as_array_mut().into_iter().for_each(|all| all.retain(|n| n["type"] != "network"));
+    let node = Shim::start(containerd, &ids[3], &node)?.create_error()?;
+    ensure!(node.contains("the pod uses the node's network (hostNetwork)"), "{node}");
+    for (shim, id) in [(&app, &ids[1]), (&pause, &ids[0])] {
+        shim.task.kill(id, "", 9)?;
+        shim.task.wait(id, "")?;
+        shim.task.delete(id, "")?;
+        shim.shutdown();
     }
     Ok(())
 }
@@ -121,7 +171,7 @@ fn sysctls_of_a_pod_apply_to_its_network() -> Result<()> {
     namespaces.filter(|n| n["type"] == "network").for_each(|n| n["path"] = path.clone().into());
     spec["linux"]["sysctl"] =
         serde_json::json!({"net.ipv4.ip_unprivileged_port_start": "7", "net.ipv4.ping_group_range": "0 9"});
-    let shim = husk_tests::shim::Shim::running(containerd, &id, &spec)?;
+    let shim = Shim::running(containerd, &id, &spec)?;
     let files = "cd /proc/sys/net/ipv4; cat ip_unprivileged_port_start ping_group_range; ls /sys/class/net";
     let found = shim.script("sysctl", files)?;
     ensure!(found.split_whitespace().collect::<Vec<_>>() == ["7", "0", "9", "eth0", "lo", "net1"], "{found}");
@@ -143,7 +193,8 @@ fn a_namespace_that_outlives_its_vm_is_clean() -> Result<()> {
     ensure!(during.contains("husk-") && during.contains("ingress"), "{during}");
     container.kill_and_wait()?;
     container.delete_task()?;
-    ensure!(pod.devices_and_qdiscs()? == before, "after the delete: {}", pod.devices_and_qdiscs()?);
+    // The VM ends in the background, after the response to the delete.
+    pod.wait_until_clean(&before)?;
 
     let container = pod.container(Runtime::Husk, "killed")?;
     containerd.shim_of(container.id())?.0.kill();
@@ -151,9 +202,7 @@ fn a_namespace_that_outlives_its_vm_is_clean() -> Result<()> {
     wait_for(Duration::from_secs(30), "containerd cleans up", || {
         container.status().map(|status| status.is_none().then_some(())).transpose()
     })??;
-    wait_for(Duration::from_secs(10), "the namespace is clean after kill -9 of the shim", || {
-        pod.devices_and_qdiscs().map(|now| (now == before).then_some(())).transpose()
-    })??;
+    pod.wait_until_clean(&before)?;
     // The namespace still works, for runc and for another VM.
     pod.container(Runtime::Runc, "runc")?.script("ping -c 1 -w 20 10.88.0.1")?;
     pod.container(Runtime::Husk, "again")?.script("ping -c 1 -w 20 10.88.0.1")?;
@@ -168,6 +217,10 @@ fn a_vm_ends_cleanly_when_its_namespace_is_gone() -> Result<()> {
     pod.sh("ip netns delete $pod")?;
     container.kill_and_wait()?;
     ensure!(container.delete_task()? == 137);
+    // The kernel destroys the namespace, and with it the links, when the VM's taps are closed.
+    wait_for(Duration::from_secs(10), "the namespace is gone", || {
+        pod.sh("ip -n $peer -o link").map(|links| (!links.contains("peer0")).then_some(())).transpose()
+    })??;
     Ok(())
 }
 

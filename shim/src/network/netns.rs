@@ -75,6 +75,11 @@ fn open(netns: &Path) -> Result<(File, Claim), NetworkError> {
 }
 
 impl Claim {
+    /// Whether both name the same namespace, by whatever path.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+
     /// Whether the namespace no longer exists under its path.
     pub(super) fn is_gone(&self) -> Result<bool, NetworkError> {
         match open(&self.netns) {

@@ -88,7 +88,9 @@ fn open_queue(object: &str, name: &str, first: bool, several: bool) -> Result<Fi
     // The kernel reads the low 16 bits; IFF_TUN_EXCL is the highest of them.
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     let descriptor = file.as_raw_fd();
-    let create = || failed(if first { "create it".into() } else { "add a queue to it".into() });
+    let create = || {
+        failed(if first { "create it (busy if another VM uses the link)".into() } else { "add a queue to it".into() })
+    };
     // SAFETY: the descriptor is open and the request is an ifreq.
     unsafe { ioctl::set_interface(descriptor, &request) }.map_err(|errno| create()(errno.into()))?;
     // SAFETY: the descriptor is open and the argument is an int.

@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use husk_protos::chain::Chain;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tracing::Level;
 
 use crate::config::annotations::{self, Annotations};
@@ -27,6 +27,7 @@ use crate::config::problem::Problem;
 use crate::config::settings::Config;
 use crate::config::workspace::Workspace;
 use crate::extras::files::{self, OpenedFile};
+use crate::network::{self, Claim};
 use crate::prepare::host::{Host, Places};
 use crate::rootfs::spec::parse::parse;
 use crate::rootfs::spec::{Context, Rewritten, rewrite};
@@ -34,6 +35,8 @@ use crate::vm::BootPlan;
 use crate::vm::cgroup::Hierarchies;
 use crate::vmm::{self, Accel, Disk, GuestParams, Vmm};
 
+/// The annotation with which the CRI plugin tells a pod's sandbox container from the others.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// The annotation with which the CRI plugin names a container's pod.
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
@@ -55,6 +58,8 @@ pub struct Prepared {
     pub rewritten: Rewritten,
     /// The machine, if it has to be booted for this container.
     machine: vmm::Spec,
+    /// The host's network namespace that the spec names.
+    pub(crate) network: Option<Claim>,
     /// Files for the guest itself. A VM that is already booted must have them.
     pub(crate) extras: Extras,
     /// The opened files of the extras, for a VM that has to be booted.
@@ -110,6 +115,7 @@ fn prepare_with(
     if let Some(annotations) = spec.annotations_mut() {
         annotations.remove(names::WORKSPACE);
     }
+    problems.extend(shares_nodes_network(&spec));
     let context = Context {
         id: &request.id,
         bundle,
@@ -118,20 +124,43 @@ fn prepare_with(
         is_init,
     };
     let rewritten = collect(rewrite(spec, &context).map_err(|problems| problems.0), &mut problems);
+    let network = rewritten.as_ref().and_then(|rewritten| rewritten.network.as_deref());
+    let network = collect(network.map(claim_network).transpose(), &mut problems);
     let debug = annotations.as_ref().and_then(|annotations| annotations.debug).unwrap_or(config.debug);
     let host = collect(host::find(&config, places, debug), &mut problems);
 
-    let (Some(annotations), Some(sources), Some(rewritten), Some(host)) = (annotations, sources, rewritten, host)
+    let (Some(annotations), Some(sources), Some(rewritten), Some(network), Some(host)) =
+        (annotations, sources, rewritten, network, host)
     else {
         return Err(PrepareError(problems));
     };
+    if !problems.is_empty() {
+        return Err(PrepareError(problems));
+    }
     config.debug = debug;
     if debug {
         config.log_level = config.log_level.max(Level::DEBUG);
     }
     let size = size::size(&config, &annotations, rewritten.limits);
     let machine = machine(sandbox, &config, &host, size, &extras);
-    Ok(Prepared { rewritten, machine, extras, sources, workspace: annotations.workspace, host, config })
+    Ok(Prepared { rewritten, machine, network, extras, sources, workspace: annotations.workspace, host, config })
+}
+
+/// A problem if the spec is that of a pod that uses the node's network: the CRI plugin gives it no network namespace.
+fn shares_nodes_network(spec: &Spec) -> Option<String> {
+    let kind = spec.annotations().as_ref()?.get(CONTAINER_TYPE)?;
+    let mut namespaces = spec.linux().as_ref()?.namespaces().iter().flatten();
+    let has_network = namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+    (kind == "sandbox" && !has_network).then(|| {
+        "linux.namespaces: the pod uses the node's network (hostNetwork), which a VM cannot share: set hostNetwork to \
+         false, or use another runtime class"
+            .to_owned()
+    })
+}
+
+/// Checks a network namespace that the spec names.
+fn claim_network(netns: &Path) -> Result<Claim, Vec<String>> {
+    network::claim(netns).map_err(|error| vec![format!("linux.namespaces: {}", Chain(&error))])
 }
 
 /// Adds the problems of a failed check to `problems`.
@@ -224,7 +253,7 @@ pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<Disk>) -> (Box<d
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,
         cgroup: prepared.rewritten.cgroups_path.clone(),
-        network: prepared.rewritten.network.clone(),
+        network: prepared.network.clone(),
         tokens: prepared.config.tokens.clone(),
         workspace: prepared.workspace.clone(),
     };

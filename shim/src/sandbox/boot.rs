@@ -1,6 +1,6 @@
 //! Boots the sandbox's VM for its first container. Containers that arrive during the boot wait for it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use husk_protos::chain::Chain;
@@ -11,6 +11,7 @@ use crate::extras::disk;
 use crate::extras::disk::DiskError;
 use crate::extras::files::OpenedFile;
 use crate::guest::client::Metering;
+use crate::network::Claim;
 use crate::prepare;
 use crate::prepare::{PrepareError, Prepared};
 use crate::rootfs::share::Share;
@@ -35,7 +36,7 @@ impl Sandbox {
                 // Check again: another container may have started the VM while this one was prepared.
                 let mut problems: Vec<String> =
                     prepared.extras.beyond(&slots.extras).iter().map(ToString::to_string).collect();
-                problems.extend(other_network(prepared.rewritten.network.as_deref(), slots.network.as_deref()));
+                problems.extend(other_network(prepared.network.as_ref(), slots.network.as_ref()));
                 if !problems.is_empty() {
                     return Err(PrepareError(problems).into());
                 }
@@ -55,7 +56,7 @@ impl Sandbox {
     /// Starts the boot in a task of its own: it continues if the container that requested it is gone.
     fn start_boot(self: &Arc<Self>, slots: &mut Slots, prepared: &Prepared, share: &Share) -> Booting {
         slots.extras = prepared.extras.clone();
-        slots.network = prepared.rewritten.network.clone();
+        slots.network = prepared.network.clone();
         let (done, booting) = watch::channel(None);
         slots.vm = VmSlot::Booting(booting.clone());
         let (sandbox, prepared, share) = (self.clone(), prepared.clone(), share.path().to_owned());
@@ -143,11 +144,30 @@ async fn extras_disk(sources: Vec<OpenedFile>) -> Result<Option<Disk>, BootError
 }
 
 /// Why a container with this network namespace cannot run in a VM that was booted with that one.
-fn other_network(requested: Option<&Path>, booted_with: Option<&Path>) -> Option<String> {
-    let requested = requested.filter(|path| Some(*path) != booted_with)?;
-    let connected = booted_with.map_or_else(|| "no network namespace".to_owned(), |path| path.display().to_string());
+fn other_network(requested: Option<&Claim>, booted_with: Option<&Claim>) -> Option<String> {
+    let requested = requested.filter(|claim| !booted_with.is_some_and(|booted| claim.is_same(booted)))?;
+    let booted =
+        booted_with.map_or_else(|| "no network namespace".to_owned(), |claim| claim.netns.display().to_string());
     Some(format!(
-        "linux.namespaces: the network namespace {} is not the sandbox's: its VM was booted with {connected}",
-        requested.display()
+        "linux.namespaces: the network namespace {} is not the sandbox's: its VM was booted with {booted}",
+        requested.netns.display()
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_joins_the_sandboxs_namespace_by_any_path_and_no_other() {
+        let claim = |path: &str, inode| Claim { netns: path.into(), device: 4, inode };
+        let (pod, link, other) = (claim("/run/netns/x", 7), claim("/var/run/netns/x", 7), claim("/run/netns/x", 8));
+        assert_eq!(other_network(None, None), None);
+        assert_eq!(other_network(None, Some(&pod)), None);
+        assert_eq!(other_network(Some(&link), Some(&pod)), None);
+        for (requested, booted_with) in [(&other, Some(&pod)), (&pod, None)] {
+            let problem = other_network(Some(requested), booted_with).unwrap();
+            assert!(problem.contains("/run/netns/x is not the sandbox's"), "{problem}");
+        }
+    }
 }

@@ -1,7 +1,6 @@
 //! What a sandbox consists of: its VM and its containers, and how calls find them.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use crate::config::extras::Extras;
 use crate::console::GuestLogs;
 use crate::containerd::publisher::Publisher;
 use crate::guest::client::GuestError;
+use crate::network::Claim;
 use crate::rootfs::share::Share;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
@@ -51,7 +51,7 @@ pub(super) struct Slots {
     /// The extras that the VM was or is being booted with.
     pub(super) extras: Extras,
     /// The host's network namespace that the VM is connected to.
-    pub(super) network: Option<PathBuf>,
+    pub(super) network: Option<Claim>,
     pub(super) share: Option<Share>,
     pub(super) containers: HashMap<String, ContainerSlot>,
 }

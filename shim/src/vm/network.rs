@@ -15,6 +15,9 @@ use crate::vmm::NicEnd;
 /// Deadline for all changes in the namespace.
 const DEADLINE: Duration = Duration::from_secs(10);
 
+/// More queue pairs gain little, and each takes up to two of the descriptors that a machine's process can inherit.
+const MAX_QUEUES: u16 = 4;
+
 /// The VM's network cards, and the guest's configuration.
 #[derive(Debug, Default)]
 pub(super) struct Network {
@@ -24,10 +27,9 @@ pub(super) struct Network {
 
 /// Connects the links of the plan's namespace, if it names one.
 pub(super) async fn connect(plan: &BootPlan, journal: &Journal) -> Result<Network, BootError> {
-    let Some(netns) = plan.network.clone() else { return Ok(Network::default()) };
-    let claim = in_namespace(move || network::claim(&netns)).await?;
+    let Some(claim) = plan.network.clone() else { return Ok(Network::default()) };
     journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone() }])?;
-    let queues = u16::try_from(plan.spec.vcpus).unwrap_or(u16::MAX);
+    let queues = u16::try_from(plan.spec.vcpus).map_or(MAX_QUEUES, |vcpus| vcpus.min(MAX_QUEUES));
     let Connected { nics, config } = in_namespace(move || network::connect(&claim, queues, DEADLINE)).await?;
     tracing::info!(?nics, "connected the VM to its network namespace");
     let nics = nics.into_iter().map(|nic| NicEnd { mac: nic.mac, taps: nic.taps }).collect();

@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::config::settings::TokenSettings;
 use crate::config::workspace::Workspace;
 use crate::guest::link::Carrier;
+use crate::network::Claim;
 use crate::vmm::Spec;
 
 /// What a VM is booted from.
@@ -26,7 +27,7 @@ pub struct BootPlan {
     /// The cgroup of the VM's processes, in the notation of the OCI runtime spec; if none, they stay in the shim's.
     pub cgroup: Option<String>,
     /// The host's network namespace that the VM is connected to.
-    pub network: Option<PathBuf>,
+    pub(crate) network: Option<Claim>,
     /// How the metadata service signs its tokens.
     pub tokens: TokenSettings,
     /// The workspace that the metadata service returns.

@@ -160,7 +160,17 @@ fn rewrite_namespaces(
         let path = namespace.path().as_ref().filter(|path| namespaces::is_network_of_host(namespace.typ(), path));
         path.cloned()
     };
-    let network = namespaces.iter().find_map(is_of_host);
+    let networks: Vec<PathBuf> = namespaces.iter().filter_map(is_of_host).collect();
+    if networks.len() > 1 {
+        findings.reject("linux.namespaces", None, "names more than one network namespace");
+    }
+    // Its owner would be the VM's first user namespace: sysfs, raw sockets and low ports would fail in odd ways.
+    let has_user_namespace = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    if let (Some(path), true) = (networks.first(), has_user_namespace) {
+        let why = "a container with a user namespace cannot use a network namespace of the host yet";
+        findings.reject_path("linux.namespaces", path, why);
+    }
+    let network = networks.into_iter().next();
     namespaces.retain(|namespace| is_of_host(namespace).is_none());
     // On cgroup v1, a container without a cgroup namespace sees only its own part of each hierarchy. The guest has v2,
     // where only the namespace has this effect: without it, the mount would show the cgroups of the whole guest.

@@ -231,6 +231,21 @@ fn namespaces_devices_and_resources_of_the_host_are_rejected() {
 }
 
 #[test]
+fn a_network_namespace_of_the_host_comes_alone_and_without_a_user_namespace() {
+    let network = |path: &str| json!({"type": "network", "path": path});
+    assert_rejected([
+        (
+            with("/linux/namespaces", json!([network("/run/netns/x"), {"type": "user"}])),
+            r#"linux.namespaces "/run/netns/x": a container with a user namespace cannot use"#,
+        ),
+        (
+            with("/linux/namespaces", json!([network("/run/netns/x"), network("/run/netns/y")])),
+            "linux.namespaces: names more than one network namespace",
+        ),
+    ]);
+}
+
+#[test]
 fn a_container_in_a_network_namespace_of_the_host_uses_the_vms() {
     let mut spec = with("/linux/namespaces", json!([{"type": "pid"}]));
     assert_eq!(run(&spec, true).unwrap().network, None);
