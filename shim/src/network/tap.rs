@@ -162,7 +162,7 @@ mod tests {
         let _first = make(&namespace, 1500, 2).unwrap();
         let error = make(&namespace, 1500, 2).unwrap_err();
         let expected = format!(
-            "network namespace {}: tap husk-12 of link eth0: create it: Device or resource busy (os error 16)",
+            "network namespace {}: tap husk-12 of link eth0: create it (busy if another VM uses the link): Device or resource busy (os error 16)",
             namespace.path().display()
         );
         assert_eq!(Chain(&error).to_string(), expected);

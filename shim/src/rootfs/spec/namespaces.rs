@@ -73,7 +73,7 @@ mod tests {
             (Network, "/proc/40/ns/ipc", Some("must be /proc/40/ns/net")),
             (Mount, "/proc/40/ns/mnt", Some("mount namespace")),
             (Network, "/run/netns/x", None),
-            (Network, "run/netns/x", Some("network namespace by its path on the host")),
+            (Network, "run/netns/x", Some("net namespace by its path on the host")),
             (Ipc, "/proc/self/ns/ipc", Some("ipc namespace by its path on the host")),
             (Ipc, "/proc/40/../40/ns/ipc", Some("by its path on the host")),
             (Ipc, "/proc/+40/ns/ipc", Some("by its path on the host")),

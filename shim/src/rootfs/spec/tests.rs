@@ -211,7 +211,7 @@ fn namespaces_devices_and_resources_of_the_host_are_rejected() {
     assert_rejected([
         (
             with("/linux/namespaces/-", json!({"type": "network", "path": "run/netns/x"})),
-            r#"linux.namespaces[5].path "run/netns/x": joining a network namespace by its path on the host"#,
+            r#"linux.namespaces[5].path "run/netns/x": joining a net namespace by its path on the host"#,
         ),
         (
             with("/linux/namespaces/-", json!({"type": "ipc", "path": "/proc/7/ns/ipc"})),
@@ -315,7 +315,7 @@ fn hooks_run_on_the_host_or_in_the_guest() {
 
 #[test]
 fn all_problems_are_reported_at_once() {
-    let mut spec = with("/linux/namespaces/-", json!({"type": "network", "path": "/run/netns/x"}));
+    let mut spec = with("/linux/namespaces/-", json!({"type": "network", "path": "run/netns/x"}));
     spec["mounts"].as_array_mut().unwrap().push(json!({"destination": "/in", "type": "bind", "source": "/a"}));
     spec["mounts"].as_array_mut().unwrap().push(json!({"destination": "/in", "type": "bind", "source": "/b"}));
     let error = run(&spec, true).unwrap_err().to_string();
