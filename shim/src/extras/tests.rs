@@ -9,21 +9,8 @@ use husk_protos::extras as wire;
 
 use super::disk;
 use super::files::{OpenedFile, open};
-use crate::config::extras::{ExtraFile, Extras};
-use crate::config::problem::Problem;
+use crate::config::extras::tests::{extras, file, texts};
 use crate::config::settings::Config;
-
-fn texts(problems: Vec<Problem>) -> Vec<String> {
-    problems.iter().map(ToString::to_string).collect()
-}
-
-fn file(destination: &str, source: impl Into<PathBuf>, mode: u32) -> ExtraFile {
-    ExtraFile { destination: destination.into(), source: source.into(), mode }
-}
-
-fn extras(files: Vec<ExtraFile>, supervisor: Option<bool>) -> Extras {
-    Extras { files, supervisor }
-}
 
 #[test]
 fn sources_are_readable_regular_files_within_the_size_limit() {

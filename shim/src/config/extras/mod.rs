@@ -222,4 +222,4 @@ impl<'de> Visitor<'de> for Entries {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -2,15 +2,15 @@
 
 use super::*;
 
-fn texts(problems: Vec<Problem>) -> Vec<String> {
+pub(crate) fn texts(problems: Vec<Problem>) -> Vec<String> {
     problems.iter().map(ToString::to_string).collect()
 }
 
-fn file(destination: &str, source: impl Into<PathBuf>, mode: u32) -> ExtraFile {
+pub(crate) fn file(destination: &str, source: impl Into<PathBuf>, mode: u32) -> ExtraFile {
     ExtraFile { destination: destination.into(), source: source.into(), mode }
 }
 
-fn extras(files: Vec<ExtraFile>, supervisor: Option<bool>) -> Extras {
+pub(crate) fn extras(files: Vec<ExtraFile>, supervisor: Option<bool>) -> Extras {
     Extras { files, supervisor }
 }
 
