@@ -30,7 +30,7 @@ use crate::extras::files::{self, OpenedFile};
 use crate::network::{self, Claim};
 use crate::prepare::host::{Host, Places};
 use crate::rootfs::spec::parse::parse;
-use crate::rootfs::spec::{Context, Rewritten, rewrite};
+use crate::rootfs::spec::{Context, HostNetwork, Rewritten, rewrite};
 use crate::vm::BootPlan;
 use crate::vm::cgroup::Hierarchies;
 use crate::vmm::{self, Accel, Disk, GuestParams, Vmm};
@@ -124,7 +124,7 @@ fn prepare_with(
         is_init,
     };
     let rewritten = collect(rewrite(spec, &context).map_err(|problems| problems.0), &mut problems);
-    let network = rewritten.as_ref().and_then(|rewritten| rewritten.network.as_deref());
+    let network = rewritten.as_ref().and_then(|rewritten| rewritten.network.as_ref());
     let network = collect(network.map(claim_network).transpose(), &mut problems);
     let debug = annotations.as_ref().and_then(|annotations| annotations.debug).unwrap_or(config.debug);
     let host = collect(host::find(&config, places, debug), &mut problems);
@@ -159,8 +159,8 @@ fn shares_nodes_network(spec: &Spec) -> Option<String> {
 }
 
 /// Checks a network namespace that the spec names.
-fn claim_network(netns: &Path) -> Result<Claim, Vec<String>> {
-    network::claim(netns).map_err(|error| vec![format!("linux.namespaces: {}", Chain(&error))])
+fn claim_network(network: &HostNetwork) -> Result<Claim, Vec<String>> {
+    network::claim(&network.path).map_err(|error| vec![format!("{}: {}", network.field, Chain(&error))])
 }
 
 /// Adds the problems of a failed check to `problems`.

@@ -14,6 +14,14 @@ use super::mounts::{Bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
 use super::namespaces;
 use crate::host::hooks::Hooks;
 
+/// A network namespace of the host that a spec names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HostNetwork {
+    /// The spec's field, for messages.
+    pub(crate) field: String,
+    pub(crate) path: PathBuf,
+}
+
 /// A spec for the guest, and what the host does for the container.
 #[derive(Clone, Debug)]
 pub struct Rewritten {
@@ -27,7 +35,7 @@ pub struct Rewritten {
     pub(crate) cgroups_path: Option<String>,
     pub(crate) limits: SpecLimits,
     /// The network namespace of the host that the spec names. The container uses the VM's own instead.
-    pub(crate) network: Option<PathBuf>,
+    pub(crate) network: Option<HostNetwork>,
     /// The hooks that the host runs.
     pub(crate) hooks: Hooks,
     /// What was changed or removed, for the log.
@@ -104,7 +112,7 @@ fn rewrite_root(spec: &mut Spec, context: &Context<'_>, findings: &mut Findings)
 struct LinuxOfHost {
     cgroups_path: Option<String>,
     limits: SpecLimits,
-    network: Option<PathBuf>,
+    network: Option<HostNetwork>,
 }
 
 /// Rewrites the part `linux`.
@@ -142,7 +150,7 @@ fn rewrite_namespaces(
     context: &Context<'_>,
     has_cgroup_mount: bool,
     findings: &mut Findings,
-) -> Option<PathBuf> {
+) -> Option<HostNetwork> {
     let mut namespaces = linux.namespaces_mut().take().unwrap_or_default();
     for namespace in &mut namespaces {
         // Some clients write an empty path for a new namespace.
@@ -156,22 +164,24 @@ fn rewrite_namespaces(
             findings.reject_path(format!("linux.namespaces[{index}].path"), path, why);
         }
     }
-    let is_of_host = |namespace: &LinuxNamespace| {
+    let of_host = |namespace: &LinuxNamespace| {
         let path = namespace.path().as_ref().filter(|path| namespaces::is_network_of_host(namespace.typ(), path));
         path.cloned()
     };
-    let networks: Vec<PathBuf> = namespaces.iter().filter_map(is_of_host).collect();
-    if networks.len() > 1 {
-        findings.reject("linux.namespaces", None, "names more than one network namespace");
+    let mut networks = namespaces.iter().enumerate().filter_map(|(index, namespace)| {
+        of_host(namespace).map(|path| HostNetwork { field: format!("linux.namespaces[{index}].path"), path })
+    });
+    let network = networks.next();
+    if let Some(second) = networks.next() {
+        findings.reject_path(second.field, &second.path, "the spec names another network namespace already");
     }
     // Its owner would be the VM's first user namespace: sysfs, raw sockets and low ports would fail in odd ways.
     let has_user_namespace = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User);
-    if let (Some(path), true) = (networks.first(), has_user_namespace) {
+    if let (Some(network), true) = (&network, has_user_namespace) {
         let why = "a container with a user namespace cannot use a network namespace of the host yet";
-        findings.reject_path("linux.namespaces", path, why);
+        findings.reject_path(&network.field, &network.path, why);
     }
-    let network = networks.into_iter().next();
-    namespaces.retain(|namespace| is_of_host(namespace).is_none());
+    namespaces.retain(|namespace| of_host(namespace).is_none());
     // On cgroup v1, a container without a cgroup namespace sees only its own part of each hierarchy. The guest has v2,
     // where only the namespace has this effect: without it, the mount would show the cgroups of the whole guest.
     let has_cgroup_namespace = namespaces.iter().any(|ns| ns.typ() == LinuxNamespaceType::Cgroup);

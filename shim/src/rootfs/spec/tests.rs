@@ -236,11 +236,11 @@ fn a_network_namespace_of_the_host_comes_alone_and_without_a_user_namespace() {
     assert_rejected([
         (
             with("/linux/namespaces", json!([network("/run/netns/x"), {"type": "user"}])),
-            r#"linux.namespaces "/run/netns/x": a container with a user namespace cannot use"#,
+            r#"linux.namespaces[0].path "/run/netns/x": a container with a user namespace cannot use"#,
         ),
         (
             with("/linux/namespaces", json!([network("/run/netns/x"), network("/run/netns/y")])),
-            "linux.namespaces: names more than one network namespace",
+            r#"linux.namespaces[1].path "/run/netns/y": the spec names another network namespace already"#,
         ),
     ]);
 }
@@ -251,7 +251,8 @@ fn a_container_in_a_network_namespace_of_the_host_uses_the_vms() {
     assert_eq!(run(&spec, true).unwrap().network, None);
     spec["linux"]["namespaces"] = json!([{"type": "network", "path": "/run/netns/x"}, {"type": "pid"}]);
     let rewritten = run(&spec, true).unwrap();
-    assert_eq!(rewritten.network.as_deref(), Some(std::path::Path::new("/run/netns/x")));
+    let network = rewritten.network.unwrap();
+    assert_eq!((network.field.as_str(), network.path.to_str()), ("linux.namespaces[0].path", Some("/run/netns/x")));
     let namespaces = rewritten.spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
     assert!(namespaces.iter().all(|namespace| namespace.typ() != LinuxNamespaceType::Network), "{namespaces:?}");
 }
