@@ -4,19 +4,10 @@ use super::*;
 use crate::config::keys::KEYS;
 use crate::config::load::parse;
 use crate::vmm::Board;
-use crate::vmm::factory::qemu::args::{Fds, arguments};
+use crate::vmm::factory::qemu::args::arguments;
+use crate::vmm::factory::qemu::args::tests::FDS;
 
 const SPEC: &str = include_str!("../rootfs/testdata/ctr-1.6.json");
-const FDS: Fds = Fds {
-    kernel: 10,
-    initrd: 11,
-    console: 12,
-    qmp: 13,
-    vsock: 14,
-    share: Some(15),
-    disks: Vec::new(),
-    nics: Vec::new(),
-};
 
 /// A host without KVM whose files are all empty: `{host}/beside` has the files that are found without a configuration,
 /// `{host}/other` the same files.

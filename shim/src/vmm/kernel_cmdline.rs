@@ -95,7 +95,7 @@ fn init(guest: &GuestParams) -> Vec<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::time::Duration;
 
     use tracing::Level;
@@ -106,7 +106,7 @@ mod tests {
     const START: &str =
         "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 noreplace-smp acpi=off pci=off";
 
-    fn guest() -> GuestParams {
+    pub(crate) fn guest() -> GuestParams {
         GuestParams {
             log_level: Level::WARN,
             heartbeat: Duration::from_secs(10),

@@ -73,7 +73,8 @@ fn makes_prefix_route(address: IpAddr, has_peer: bool, prefix_length: u8) -> boo
     }
 }
 
-fn octets(address: IpAddr) -> Vec<u8> {
+/// The bytes of an address.
+pub(super) fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(address) => address.octets().to_vec(),
         IpAddr::V6(address) => address.octets().to_vec(),

@@ -1,12 +1,11 @@
 //! Rules of policy routing, beyond those that every namespace has. Pure.
 
-use std::net::IpAddr;
-
 use husk_protos::network::NetworkRule;
 use netlink_packet_core::Nla;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 
+use super::address::octets;
 use crate::network::error::ObjectError;
 
 /// FRA_PAD aligns other attributes.
@@ -67,13 +66,6 @@ fn is_default(action: RuleAction, rule: &NetworkRule) -> bool {
     let mut plain = NetworkRule::new();
     (plain.family, plain.action, plain.priority, plain.table) = (rule.family, rule.action, rule.priority, rule.table);
     action == RuleAction::ToTable && DEFAULTS.contains(&(rule.priority, rule.table)) && *rule == plain
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
-    }
 }
 
 #[cfg(test)]

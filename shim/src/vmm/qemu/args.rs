@@ -123,13 +123,10 @@ fn cpu(accel: Accel) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use tracing::Level;
-
+pub(crate) mod tests {
     use super::*;
-    use crate::vmm::machine::{Disk, GuestParams};
+    use crate::vmm::kernel_cmdline::tests::guest;
+    use crate::vmm::machine::Disk;
 
     fn spec() -> Spec {
         Spec {
@@ -143,21 +140,12 @@ mod tests {
             initrd: "/i".into(),
             kernel_cid: None,
             disks: Vec::new(),
-            guest: GuestParams {
-                log_level: Level::WARN,
-                heartbeat: Duration::from_secs(10),
-                debug: false,
-                configured: Vec::new(),
-                extras: false,
-                supervisor: false,
-                wall_clock: None,
-                ready_port: None,
-            },
+            guest: guest(),
             user: None,
         }
     }
 
-    const FDS: Fds = Fds {
+    pub(crate) const FDS: Fds = Fds {
         kernel: 10,
         initrd: 11,
         console: 12,
