@@ -16,6 +16,7 @@ mod guard;
 mod hooks;
 mod identity;
 mod libcontainer;
+mod namespaces;
 pub(crate) mod serve;
 mod spec;
 pub(crate) mod start;

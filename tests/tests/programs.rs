@@ -1,0 +1,82 @@
+//! What real programs expect of a container: a loopback interface, standard streams that can be opened by name, a home
+//! and an environment. Each test runs under husk and under runc, and compares.
+
+use anyhow::{Result, ensure};
+use husk_tests::bundle;
+use husk_tests::compare::{same, tested};
+use husk_tests::containerd::Containerd;
+use husk_tests::husk_only;
+use husk_tests::shim::Shim;
+use serde_json::{Value, json};
+
+const SLEEP: [&str; 2] = ["sleep", "1000"];
+
+fn in_user_namespace(spec: &mut Value) {
+    bundle::append(spec, "/linux/namespaces", [json!({"type": "user"})]);
+    let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    spec["linux"]["uidMappings"] = mapping.clone();
+    spec["linux"]["gidMappings"] = mapping;
+}
+
+/// Runs a container with a modified spec and returns its exit status, stdout and stderr.
+fn run(
+    containerd: &'static Containerd,
+    name: &str,
+    args: &[&str],
+    change: impl Fn(&mut Value),
+) -> Result<(u32, String, String)> {
+    let id = containerd.id(name);
+    let mut spec = bundle::spec(&id, args);
+    change(&mut spec);
+    Shim::start(containerd, &id, &spec)?.run()
+}
+
+const LOOPBACK: &str = "ip -o addr show lo | awk '{print $3, $4}'
+    ping -c 1 -w 20 127.0.0.1 >/dev/null && echo reached
+    ping -6 -c 1 -w 20 ::1 >/dev/null && echo reached";
+
+#[test]
+fn programs_reach_themselves_over_the_loopback_interface() -> Result<()> {
+    husk_only!();
+    let plain = same(|containerd| containerd.script(&[], "lo", LOOPBACK))?;
+    ensure!(plain == "inet 127.0.0.1/8\ninet6 ::1/128\nreached\nreached", "{plain}");
+    // An unprivileged root needs no raw socket for a connection.
+    let script = "ip -o addr show lo | awk '{print $3, $4}'; nc -l -p 7 -e echo reached & \
+        for try in $(seq 50); do nc 127.0.0.1 7 </dev/null && break; usleep 100000; done";
+    let mapped = same(|containerd| {
+        let (status, out, err) = run(containerd, "lo-user", &["sh", "-c", script], in_user_namespace)?;
+        ensure!(status == 0, "{status}: {out}\n{err}");
+        Ok(out)
+    })?;
+    ensure!(mapped == "inet 127.0.0.1/8\ninet6 ::1/128\nreached", "{mapped}");
+    Ok(())
+}
+
+#[test]
+fn every_container_of_a_pod_has_a_loopback_interface_also_after_a_restart() -> Result<()> {
+    husk_only!();
+    let containerd = tested()?;
+    let pod = containerd.id("lo-pod");
+    let start = |id: &str| {
+        let mut spec = bundle::spec(id, &SLEEP);
+        spec["annotations"] = json!({"io.kubernetes.cri.sandbox-id": pod});
+        Shim::running(containerd, id, &spec)
+    };
+    let check = |shim: &Shim, what: &str| {
+        let found = shim.script("ping", LOOPBACK)?;
+        ensure!(found == "inet 127.0.0.1/8\ninet6 ::1/128\nreached\nreached", "{what}: {found}");
+        Ok(())
+    };
+    let pause = start(&pod)?;
+    check(&pause, "the pod's first container")?;
+    for restart in 0..2 {
+        let id = containerd.id("lo-app");
+        let app = start(&id)?;
+        check(&app, &format!("restart {restart}"))?;
+        app.task.kill(&id, "", 9)?;
+        app.task.wait(&id, "")?;
+        app.task.delete(&id, "")?;
+        app.shutdown();
+    }
+    Ok(())
+}
