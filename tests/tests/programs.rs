@@ -80,3 +80,62 @@ fn every_container_of_a_pod_has_a_loopback_interface_also_after_a_restart() -> R
     }
     Ok(())
 }
+
+/// Writes to both streams by name, and prints to whom they belong.
+const BY_NAME: &str = "echo out > /dev/stdout && echo err > /dev/stderr && echo again > /proc/self/fd/1 &&
+    stat -L -c '%u %F' /dev/stdout /dev/stderr; id -u; id -G";
+
+#[test]
+fn a_program_without_root_opens_its_output_by_name() -> Result<()> {
+    husk_only!();
+    let users = [
+        json!({"uid": 0, "gid": 0}),
+        json!({"uid": 1000, "gid": 1000}),
+        json!({"uid": 101, "gid": 0, "additionalGids": [5, 2000]}),
+    ];
+    for user in users {
+        let observe = |containerd, mapped: bool| {
+            let (status, out, err) = run(containerd, "by-name", &["sh", "-c", BY_NAME], |spec| {
+                spec["process"]["user"] = user.clone();
+                if mapped {
+                    in_user_namespace(spec);
+                }
+            })?;
+            ensure!(status == 0 && err == "err", "{user}, mapped {mapped}: {status}\n{out}\n{err}");
+            Ok(out)
+        };
+        let plain = same(|containerd| observe(containerd, false))?;
+        ensure!(plain.starts_with(&format!("out\nagain\n{0} fifo\n{0} fifo\n", user["uid"])), "{user}: {plain}");
+        // For runc, clients that use user namespaces name the owner of the pipes (IoUid); husk needs no help.
+        let mapped = observe(tested()?, true)?;
+        ensure!(mapped == plain, "{user}: {mapped}\n{plain}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_exec_without_root_opens_its_output_by_name() -> Result<()> {
+    husk_only!();
+    let observe = |containerd: &'static Containerd, mapped: bool| {
+        let id = containerd.id("exec-by-name");
+        let mut spec = bundle::spec(&id, &SLEEP);
+        if mapped {
+            in_user_namespace(&mut spec);
+        }
+        let shim = Shim::running(containerd, &id, &spec)?;
+        let mut process = bundle::process(&["sh", "-c", BY_NAME]);
+        process["user"] = json!({"uid": 1000, "gid": 1001, "additionalGids": [5]});
+        let (status, out, err) = shim.exec_process("user", &process)?;
+        ensure!(status == 0 && err == "err", "mapped {mapped}: {status}\n{out}\n{err}");
+        shim.task.kill(&id, "", 9)?;
+        shim.task.wait(&id, "")?;
+        shim.task.delete(&id, "")?;
+        shim.shutdown();
+        Ok(out)
+    };
+    let plain = same(|containerd| observe(containerd, false))?;
+    ensure!(plain.starts_with("out\nagain\n1000 fifo\n1000 fifo\n1000\n"), "{plain}");
+    let mapped = observe(tested()?, true)?;
+    ensure!(mapped == plain, "{mapped}\n{plain}");
+    Ok(())
+}

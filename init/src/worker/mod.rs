@@ -20,8 +20,10 @@ mod namespaces;
 pub(crate) mod serve;
 mod spec;
 pub(crate) mod start;
+mod streams;
 mod sysctls;
 mod update;
+mod user_namespace;
 
 use std::path::PathBuf;
 
