@@ -139,3 +139,35 @@ fn an_exec_without_root_opens_its_output_by_name() -> Result<()> {
     ensure!(mapped == plain, "{mapped}\n{plain}");
     Ok(())
 }
+
+#[test]
+fn the_environment_keeps_its_order_and_home_is_never_missing() -> Result<()> {
+    husk_only!();
+    let environment = ["Z=1", "PATH=/bin:/usr/bin", "A=x=y", "Z=2", "EMPTY="];
+    // `app` is in the image's passwd, the last user is not.
+    for (uid, home) in [(0, "/root"), (1000, "/home/app"), (4242, "/")] {
+        for set in [None, Some("HOME="), Some("HOME=/elsewhere")] {
+            let env: Vec<&str> = set.into_iter().chain(environment).collect();
+            let observe = |containerd| {
+                let (status, out, err) = run(containerd, "env", &["env"], |spec| {
+                    spec["process"]["user"] = json!({"uid": uid, "gid": 0});
+                    spec["process"]["env"] = json!(env);
+                })?;
+                ensure!(status == 0, "{status}: {out}\n{err}");
+                Ok(out)
+            };
+            let found = same(observe)?;
+            let home = if set == Some("HOME=/elsewhere") { "/elsewhere" } else { home };
+            ensure!(found.contains(&format!("HOME={home}")), "{uid} {set:?}: {found}");
+            ensure!(found.contains("Z=2\nPATH=/bin:/usr/bin\nA=x=y\nEMPTY="), "{found}");
+        }
+    }
+    for entry in ["NOVALUE", "=value"] {
+        let id = tested()?.id("bad-env");
+        let mut spec = bundle::spec(&id, &["true"]);
+        bundle::append(&mut spec, "/process/env", [json!(entry)]);
+        let message = Shim::start(tested()?, &id, &spec)?.create_error()?;
+        ensure!(message.contains("process.env[1]: has no "), "{message}");
+    }
+    Ok(())
+}
