@@ -29,7 +29,7 @@ use crate::config::workspace::Workspace;
 use crate::extras::files::{self, OpenedFile};
 use crate::network::{self, Claim};
 use crate::prepare::host::{Host, Places};
-use crate::rootfs::spec::parse::parse;
+use crate::rootfs::spec::parse::{Parsed, parse};
 use crate::rootfs::spec::{Context, HostNetwork, Rewritten, rewrite};
 use crate::vm::BootPlan;
 use crate::vm::cgroup::Hierarchies;
@@ -56,6 +56,8 @@ impl PrepareError {
 pub struct Prepared {
     /// The spec for the guest, and what the host does for the container.
     pub rewritten: Rewritten,
+    /// What the spec contains, but husk does not know, for the log.
+    pub(crate) ignored: Vec<String>,
     /// The machine, if it has to be booted for this container.
     machine: vmm::Spec,
     /// The host's network namespace that the spec names.
@@ -76,7 +78,7 @@ pub struct Prepared {
 ///
 /// When the bundle cannot be read.
 pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError> {
-    let spec = read_spec(bundle)?;
+    let spec = read_spec(bundle)?.spec;
     let pod = spec.annotations().as_ref().and_then(|annotations| annotations.get(SANDBOX_ID));
     Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
 }
@@ -106,7 +108,7 @@ fn prepare_with(
     booted_with: Option<&Extras>,
 ) -> Result<Prepared, PrepareError> {
     let bundle = Path::new(&request.bundle);
-    let mut spec = read_spec(bundle)?;
+    let Parsed { mut spec, ignored } = read_spec(bundle)?;
     let mut problems = Vec::new();
     let annotations = collect(read_annotations(&spec, &config), &mut problems);
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
@@ -143,7 +145,17 @@ fn prepare_with(
     }
     let size = size::size(&config, &annotations, rewritten.limits);
     let machine = machine(sandbox, &config, &host, size, &extras);
-    Ok(Prepared { rewritten, machine, network, extras, sources, workspace: annotations.workspace, host, config })
+    Ok(Prepared {
+        rewritten,
+        ignored,
+        machine,
+        network,
+        extras,
+        sources,
+        workspace: annotations.workspace,
+        host,
+        config,
+    })
 }
 
 /// A problem if the spec is that of a pod that uses the node's network: the CRI plugin gives it no network namespace.
@@ -169,7 +181,7 @@ fn collect<T, P: ToString>(checked: Result<T, Vec<P>>, problems: &mut Vec<String
 }
 
 /// Reads a bundle's `config.json`.
-fn read_spec(bundle: &Path) -> Result<Spec, PrepareError> {
+fn read_spec(bundle: &Path) -> Result<Parsed, PrepareError> {
     let path = bundle.join("config.json");
     let bytes =
         std::fs::read(&path).map_err(|error| PrepareError(vec![format!("read {}: {error}", path.display())]))?;

@@ -104,6 +104,9 @@ impl Sandbox {
             matches!(slots.vm, VmSlot::Up(_)).then(|| slots.extras.clone())
         };
         let prepared = prepare::prepare(request, &self.id, &|pid| init_pids.contains(&pid), vm_extras.as_ref())?;
+        for part in &prepared.ignored {
+            tracing::warn!(container = request.id, part, "ignored part of the spec");
+        }
         for note in &prepared.rewritten.notes {
             tracing::info!(container = request.id, note, "spec changed for the guest");
         }

@@ -31,7 +31,7 @@ fn host(path: &Path) -> io::Result<HostFile> {
 }
 
 fn run(spec: &Value, host_is_unified: bool) -> Result<Rewritten, SpecProblems> {
-    let spec = parse::parse(&serde_json::to_vec(spec).unwrap())?;
+    let spec = parse::parse(&serde_json::to_vec(spec).unwrap())?.spec;
     let is_init = |pid| pid == 40;
     rewrite(
         spec,
