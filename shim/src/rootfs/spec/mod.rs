@@ -9,6 +9,7 @@
 //! | `parse.rs`         | reads `config.json` and leaves out what is unknown |
 //! | `rewrite.rs`       | rewrites the spec, field by field                  |
 //! | `mounts.rs`        | mounts: bind mounts move to the share              |
+//! | `mount_options.rs` | what becomes of each option of a mount             |
 //! | `devices.rs`       | devices: those that every guest has                |
 //! | `namespaces.rs`    | which namespaces can be joined by path             |
 //! | `host_hooks.rs`    | which hooks the host runs                          |
@@ -22,6 +23,7 @@ mod devices;
 mod findings;
 mod host_hooks;
 mod limits;
+mod mount_options;
 mod mounts;
 mod namespaces;
 pub(crate) mod parse;

@@ -109,6 +109,17 @@ fn a_device_of_the_guest_can_be_added_to_a_privileged_container() {
 }
 
 #[test]
+fn a_filesystem_of_the_kernel_needs_no_source() {
+    for source in [Value::Null, json!("")] {
+        let mut mount = json!({"destination": "/in", "type": "tmpfs"});
+        mount["source"] = source;
+        let rewritten = run(&with("/mounts/-", mount), true).unwrap();
+        let mounts = rewritten.spec.mounts().as_ref().unwrap();
+        assert_eq!(mounts.last().unwrap().source().as_deref(), Some(Path::new("tmpfs")));
+    }
+}
+
+#[test]
 fn bind_mounts_follow_their_options() {
     let bind = |source: &str, is_dir, read_only, recursive, follows_host| Bind {
         index: 7,
