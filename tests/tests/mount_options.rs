@@ -249,7 +249,7 @@ fn a_mount_has_the_propagation_that_its_options_name() -> Result<()> {
         [("rprivate", ""), ("shared", "shared"), ("rshared", "shared"), ("unbindable", "unbindable")]
     {
         for mount in [bind(folder.path(), "/m", &["rbind", propagation]), tmpfs("/m", &[propagation])] {
-            let found = same(|containerd| run(containerd, &[mount.clone()], script, as_it_is))?;
+            let found = same(|containerd| run(containerd, std::slice::from_ref(&mount), script, as_it_is))?;
             ensure!(found.trim() == expected, "{mount}: {found}");
         }
     }
@@ -265,6 +265,7 @@ fn an_option_that_nothing_applies_is_rejected_by_name() -> Result<()> {
             tmpfs("/m", &["ro", "frobnicate"]),
             r#"mounts[8].options "frobnicate": is neither a mount option nor one of tmpfs"#,
         ),
+        (tmpfs("/m", &["size=abc"]), r#"mounts[8].options "size=abc": is not a size"#),
         (tmpfs("/m", &["remount"]), r#"mounts[8].options "remount": a container's mounts are new"#),
         (tmpfs("/m", &["nofail"]), r#"mounts[8].options "nofail": is an option for /etc/fstab"#),
         (

@@ -178,13 +178,11 @@ fn environment(spec: &Spec) -> &[String] {
     spec.process().as_ref().and_then(|process| process.env().as_deref()).unwrap_or_default()
 }
 
-/// Sorts the variables in the order of `names`, where a repeated name counts once, at its first place. The variables
-/// that libcontainer has added come last.
+/// Sorts the variables in the order of `names`, where a repeated name counts once, at its first place. HOME comes last if
+/// libcontainer has added it.
 fn in_order(names: &[String], mut environment: HashMap<String, String>) -> Vec<(String, String)> {
     let mut ordered: Vec<_> = names.iter().filter_map(|name| environment.remove_entry(name)).collect();
-    let known = ordered.len();
     ordered.extend(environment);
-    ordered[known..].sort();
     ordered
 }
 
@@ -239,10 +237,10 @@ mod tests {
 
     #[test]
     fn the_environment_keeps_its_order() {
-        let names = ["Z", "A", "HOME", "A", "B"].map(str::to_owned);
+        let names = ["Z", "A", "GONE", "A", "B"].map(str::to_owned);
         let pairs = |all: &[(&str, &str)]| all.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect::<Vec<_>>();
-        let given = pairs(&[("A", "2"), ("B", ""), ("LISTEN_PID", "1"), ("LISTEN_FDS", "3"), ("Z", "x=y")]);
-        let expected = pairs(&[("Z", "x=y"), ("A", "2"), ("B", ""), ("LISTEN_FDS", "3"), ("LISTEN_PID", "1")]);
+        let given = pairs(&[("HOME", "/root"), ("A", "2"), ("B", ""), ("Z", "x=y")]);
+        let expected = pairs(&[("Z", "x=y"), ("A", "2"), ("B", ""), ("HOME", "/root")]);
         assert_eq!(in_order(&names, given.into_iter().collect()), expected);
     }
 

@@ -1,13 +1,18 @@
 //! What libcontainer leaves undone in a container's namespaces: `lo` is down in a new network namespace, and the
 //! propagation of a mount is ignored.
 
+use std::error::Error;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 
-use nix::mount::{MsFlags, mount};
+use libcontainer::syscall::linux::{AT_EMPTY_PATH, AT_RECURSIVE, MountAttr};
+use libcontainer::syscall::syscall::create_syscall;
+use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, setns};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use pathrs::Root;
 
 use crate::error::CallError;
 use crate::loopback;
@@ -26,11 +31,23 @@ pub(super) fn complete(spec: &Spec, id: &str, pid: i32) -> Result<(), CallError>
             .map_err(|e| CallError::internal(format_args!("create {id}: enter its mount namespace"), &e))?;
     }
     for (destination, option, flags) in propagations {
-        mount(None::<&str>, destination, None::<&str>, flags, None::<&str>).map_err(|e| {
+        propagate(destination, flags).map_err(|e| {
             let destination = destination.display();
-            CallError::internal(format_args!("create {id}: mounts: {destination}: make it {option}"), &e)
+            CallError::internal(format_args!("create {id}: mounts: {destination}: make it {option}"), e.as_ref())
         })?;
     }
+    Ok(())
+}
+
+/// Changes the propagation of a mount of the worker's mount namespace. Follows no link out of it: another container may
+/// be able to change the folder that contains the destination.
+fn propagate(destination: &Path, flags: MsFlags) -> Result<(), Box<dyn Error>> {
+    let mount = Root::open("/")?.resolve(destination)?;
+    let attributes =
+        MountAttr { attr_set: 0, attr_clr: 0, propagation: (flags - MsFlags::MS_REC).bits(), userns_fd: 0 };
+    let recursive = if flags.contains(MsFlags::MS_REC) { AT_RECURSIVE } else { 0 };
+    let size = size_of::<MountAttr>();
+    create_syscall().mount_setattr(mount.as_fd(), Path::new(""), AT_EMPTY_PATH | recursive, &attributes, size)?;
     Ok(())
 }
 

@@ -117,35 +117,94 @@ const FSTAB: &str = "is an option for /etc/fstab, which the kernel does not know
 /// Options of SELinux, which the guest does not have. They are removed as other labels are.
 const LABELS: [&str; 4] = ["context", "fscontext", "defcontext", "rootcontext"];
 
+/// What the value of a filesystem's option has to be. The kernel's error would name neither option nor mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Value {
+    /// There is no value.
+    Absent,
+    /// A number with a unit, or a part of the memory in percent (`memparse` in the kernel's lib/cmdline.c).
+    Size,
+    /// Octal.
+    Mode,
+    /// A number.
+    Number,
+    /// The kernel decides.
+    Any,
+}
+
 /// Options of filesystems (Documentation/filesystems/tmpfs.rst and so on, without `source`). Options of filesystems that
 /// are not listed are passed to the kernel.
-const FILESYSTEMS: [(&str, &[&str]); 7] = [
+const FILESYSTEMS: [(&str, &[(&str, Value)]); 7] = [
     (
         "tmpfs",
         &[
-            "size",
-            "nr_blocks",
-            "nr_inodes",
-            "mode",
-            "uid",
-            "gid",
-            "huge",
-            "mpol",
-            "inode32",
-            "inode64",
-            "noswap",
-            "quota",
-            "usrquota",
-            "grpquota",
+            ("size", Value::Size),
+            ("nr_blocks", Value::Size),
+            ("nr_inodes", Value::Size),
+            ("mode", Value::Mode),
+            ("uid", Value::Number),
+            ("gid", Value::Number),
+            ("huge", Value::Any),
+            ("mpol", Value::Any),
+            ("inode32", Value::Absent),
+            ("inode64", Value::Absent),
+            ("noswap", Value::Absent),
+            ("quota", Value::Absent),
+            ("usrquota", Value::Absent),
+            ("grpquota", Value::Absent),
         ],
     ),
-    ("ramfs", &["mode"]),
-    ("proc", &["hidepid", "gid", "subset"]),
+    ("ramfs", &[("mode", Value::Mode)]),
+    ("proc", &[("hidepid", Value::Any), ("gid", Value::Number), ("subset", Value::Any)]),
     ("sysfs", &[]),
     ("mqueue", &[]),
-    ("devpts", &["uid", "gid", "mode", "ptmxmode", "newinstance", "max"]),
-    ("hugetlbfs", &["uid", "gid", "mode", "size", "min_size", "nr_inodes", "pagesize"]),
+    (
+        "devpts",
+        &[
+            ("uid", Value::Number),
+            ("gid", Value::Number),
+            ("mode", Value::Mode),
+            ("ptmxmode", Value::Mode),
+            ("newinstance", Value::Absent),
+            ("max", Value::Number),
+        ],
+    ),
+    (
+        "hugetlbfs",
+        &[
+            ("uid", Value::Number),
+            ("gid", Value::Number),
+            ("mode", Value::Mode),
+            ("size", Value::Size),
+            ("min_size", Value::Size),
+            ("nr_inodes", Value::Size),
+            ("pagesize", Value::Size),
+        ],
+    ),
 ];
+
+impl Value {
+    /// Why `value` is none, if it is none.
+    fn problem(self, value: Option<&str>) -> Option<&'static str> {
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        let is_size = |text: &str| {
+            let number = text.strip_suffix(['k', 'K', 'm', 'M', 'g', 'G', 't', 'T', 'p', 'P', 'e', 'E', '%']);
+            let number = number.unwrap_or(text);
+            let hexadecimal = number.strip_prefix("0x").is_some_and(|hex| u64::from_str_radix(hex, 16).is_ok());
+            digits(number) || hexadecimal
+        };
+        match (self, value) {
+            (Self::Any, _) | (Self::Absent, None) => None,
+            (Self::Absent, Some(_)) => Some("has no value"),
+            (_, None) => Some("needs a value"),
+            (Self::Size, Some(text)) => (!is_size(text)).then_some("is not a size"),
+            (Self::Mode, Some(text)) => {
+                (!u32::from_str_radix(text, 8).is_ok_and(|mode| mode <= 0o7777)).then_some("is not an octal mode")
+            }
+            (Self::Number, Some(text)) => text.parse::<u32>().is_err().then_some("is not a number"),
+        }
+    }
+}
 
 /// Rewrites the options of the spec's mount `index` for the guest.
 pub(super) fn rewrite_options(index: usize, mount: &mut Mount, is_bind: bool, findings: &mut Findings) {
@@ -176,28 +235,34 @@ pub(super) fn rewrite_options(index: usize, mount: &mut Mount, is_bind: bool, fi
                 findings.reject(&field, Some(&option), why);
             }
             None => match mount.typ().as_deref().and_then(|kind| options_of(kind).map(|known| (kind, known))) {
-                Some((kind, known)) if !known.contains(&name) => {
-                    findings.reject(&field, Some(&option), format!("is neither a mount option nor one of {kind}"));
-                }
-                _ => rewritten.push(option),
+                Some((kind, known)) => match known.iter().find(|(known, _)| *known == name) {
+                    Some((_, value)) => match value.problem(option.split_once('=').map(|(_, value)| value)) {
+                        Some(why) => findings.reject(&field, Some(&option), why),
+                        None => rewritten.push(option),
+                    },
+                    None => {
+                        findings.reject(&field, Some(&option), format!("is neither a mount option nor one of {kind}"));
+                    }
+                },
+                None => rewritten.push(option),
             },
         }
     }
     mount.set_options(Some(rewritten));
 }
 
-fn options_of(kind: &str) -> Option<&'static [&'static str]> {
+fn options_of(kind: &str) -> Option<&'static [(&'static str, Value)]> {
     FILESYSTEMS.iter().find(|(known, _)| *known == kind).map(|(_, options)| *options)
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
     /// The options for the guest, or the first problem.
-    fn run(kind: &str, options: &[&str]) -> (Result<Value, String>, usize) {
+    fn run(kind: &str, options: &[&str]) -> (Result<serde_json::Value, String>, usize) {
         let mut mount: Mount =
             serde_json::from_value(json!({"destination": "/a", "type": kind, "options": options})).unwrap();
         let mut findings = Findings::default();
@@ -211,7 +276,7 @@ mod tests {
 
     #[test]
     fn options_are_applied_renamed_or_removed() {
-        let table: [(&str, &[&str], &[&str], usize); 10] = [
+        let table: [(&str, &[&str], &[&str], usize); 11] = [
             (
                 "tmpfs",
                 &["nosuid", "strictatime", "mode=755", "size=64k"],
@@ -227,6 +292,12 @@ mod tests {
             ("devpts", &["newinstance", "ptmxmode=0666"], &["newinstance", "ptmxmode=0666"], 0),
             ("cgroup", &["ro", "anything=1"], &["ro", "anything=1"], 0),
             ("bind", &["bind", "idmap", "rnoatime"], &["bind", "idmap", "rnoatime"], 0),
+            (
+                "tmpfs",
+                &["size=50%", "nr_inodes=1k", "size=0x1000", "mode=01777", "uid=0", "mpol=interleave", "noswap"],
+                &["size=50%", "nr_inodes=1k", "size=0x1000", "mode=01777", "uid=0", "mpol=interleave", "noswap"],
+                0,
+            ),
         ];
         for (kind, given, expected, notes) in table {
             assert_eq!(run(kind, given), (Ok(json!(expected)), notes), "{kind} {given:?}");
@@ -243,6 +314,12 @@ mod tests {
             ("bind", "tmpcopyup", r#"mounts[3].options "tmpcopyup": applies to tmpfs only"#),
             ("tmpfs", "remount", r#"mounts[3].options "remount": a container's mounts are new"#),
             ("tmpfs", "nofail", r#"mounts[3].options "nofail": is an option for /etc/fstab"#),
+            ("tmpfs", "size=abc", r#"mounts[3].options "size=abc": is not a size"#),
+            ("tmpfs", "size=", r#"mounts[3].options "size=": is not a size"#),
+            ("tmpfs", "size", r#"mounts[3].options "size": needs a value"#),
+            ("tmpfs", "mode=rwx", r#"mounts[3].options "mode=rwx": is not an octal mode"#),
+            ("tmpfs", "uid=root", r#"mounts[3].options "uid=root": is not a number"#),
+            ("devpts", "newinstance=1", r#"mounts[3].options "newinstance=1": has no value"#),
             ("tmpfs", "x-systemd.automount", r#"mounts[3].options "x-systemd.automount": is neither"#),
         ];
         for (kind, option, expected) in table {

@@ -24,7 +24,7 @@ pub(crate) fn parse(json: &[u8]) -> Result<Parsed, SpecProblems> {
     };
     // Must be an object: serde would also accept a list of the fields in their order.
     let mut given = Value::Object(serde_json::from_slice(json).map_err(not_a_spec)?);
-    let mut ignored = given.get_mut("process").map(|process| remove_unknown_capabilities(process)).unwrap_or_default();
+    let mut ignored = given.get_mut("process").map(remove_unknown_capabilities).unwrap_or_default();
     // If nothing was removed, from the bytes again: only then does an error contain the position.
     let spec: Spec = if ignored.is_empty() { serde_json::from_slice(json) } else { Spec::deserialize(&given) }
         .map_err(not_a_spec)?;
