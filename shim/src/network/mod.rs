@@ -21,6 +21,7 @@
 //! | `tap.rs`      | tap devices                                                               |
 //! | `redirect.rs` | ingress qdiscs and filters                                                |
 //! | `connect.rs`  | the three functions above                                                 |
+//! | `status.rs`   | what operators see                                                        |
 //! | `error.rs`    | errors                                                                    |
 
 mod connect;
@@ -31,6 +32,7 @@ mod netns;
 mod redirect;
 mod reply;
 mod scan;
+mod status;
 mod tap;
 #[cfg(test)]
 mod testing;
@@ -40,3 +42,4 @@ mod tests;
 pub use connect::{Connected, connect, disconnect};
 pub use error::NetworkError;
 pub use netns::{Claim, claim};
+pub use status::{LinkStatus, NetworkStatus, NicStatus};
