@@ -78,7 +78,9 @@ fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         }
         Error::NotFound { .. } => Code::NOT_FOUND,
         Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-        Error::Stopping | Error::NotStopped { .. } | Error::InitExited { .. } => Code::FAILED_PRECONDITION,
+        Error::Stopping | Error::NotStopped { .. } | Error::InitExited { .. } | Error::Network(_) => {
+            Code::FAILED_PRECONDITION
+        }
         Error::Stdio(StdioError::Logger { .. }) => Code::INTERNAL,
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,

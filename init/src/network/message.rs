@@ -13,12 +13,13 @@ use netlink_packet_route::rule::{RuleAttribute, RuleFlags, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::model::{Address, Device, Mac, Neighbour, Object, Route, Rule};
-use super::plan::Change;
+use super::plan::{Change, temporary_name};
 
 /// Encodes a change, and returns the flags that its message needs.
 pub(super) fn encode(change: &Change) -> (RouteNetlinkMessage, u16) {
     match change {
         Change::Rename { index, to, .. } => (set_link(*index, [LinkAttribute::IfName(to.clone())]), 0),
+        Change::SetMac { link, mac } => (set_link(link.index, [LinkAttribute::Address(mac.to_vec())]), 0),
         Change::SetMtu { link, mtu } => (set_link(link.index, [LinkAttribute::Mtu(*mtu)]), 0),
         Change::NoLinkLocal(link) => {
             let mode = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
@@ -66,6 +67,12 @@ pub(super) fn list_counters() -> RouteNetlinkMessage {
 /// The message that lists the addresses of all links.
 pub(super) fn list_addresses() -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetAddress(AddressMessage::default())
+}
+
+/// Moves a link to another network namespace. The name, which is free in every namespace of the init, replaces one that
+/// may be taken there.
+pub(super) fn move_link(device: &Device, namespace: i32) -> RouteNetlinkMessage {
+    set_link(device.index, [LinkAttribute::NetNsFd(namespace), LinkAttribute::IfName(temporary_name(device.index))])
 }
 
 /// Decodes an element of the list of links.

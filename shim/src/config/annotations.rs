@@ -4,12 +4,12 @@ use std::collections::HashMap;
 
 use super::extras::{self, Extras};
 use super::names::{
-    DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, PATH, PREFIX, PROFILE, SUPERVISOR, VCPUS, VSOCK,
-    WORKSPACE,
+    DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, PATH, PREFIX, PROFILE, SPARE_NICS, SUPERVISOR, VCPUS,
+    VSOCK, WORKSPACE,
 };
 use super::problem::Problem;
 use super::settings::{Config, Profile};
-use super::values::{memory_mib, one_of, vcpus};
+use super::values::{memory_mib, one_of, spare_nics, vcpus};
 use super::workspace::{self, Workspace};
 
 /// An error shows at most this much of a value, bytes.
@@ -22,6 +22,8 @@ pub(crate) struct Annotations {
     /// Virtual CPUs by purpose; `vcpus` overrides it.
     pub(crate) profile: Option<Profile>,
     pub(crate) memory_mib: Option<u64>,
+    /// Network cards for links that appear after the boot.
+    pub(crate) spare_nics: Option<u32>,
     /// Enables or disables debug mode; without it, the configuration decides.
     pub(crate) debug: Option<bool>,
     /// Containers may use AF_VSOCK.
@@ -75,6 +77,7 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Resu
         VCPUS => read.vcpus = Some(vcpus(number()?)?),
         PROFILE => read.profile = Some(one_of(Some(value), &Profile::NAMES)?),
         MEMORY_MIB => read.memory_mib = Some(memory_mib(number()?)?),
+        SPARE_NICS => read.spare_nics = Some(spare_nics(number()?)?),
         DEBUG => read.debug = Some(boolean(value)?),
         VSOCK => read.vsock = boolean(value)?,
         WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref())?),
@@ -105,6 +108,7 @@ mod tests {
             ("io.husk.vcpus", "2"),
             ("io.husk.profile", "throughput"),
             ("io.husk.memory_mib", "300"),
+            ("io.husk.network_spare_nics", "3"),
             ("io.husk.debug", "false"),
             ("io.husk.vsock", "true"),
             ("io.husk.extras.files", r#"{"/run/husk/supervisor": {"source": "/agent", "mode": "0755"}}"#),
@@ -120,6 +124,7 @@ mod tests {
             vcpus: Some(2),
             profile,
             memory_mib: Some(300),
+            spare_nics: Some(3),
             debug: Some(false),
             vsock: true,
             extras,
@@ -152,7 +157,7 @@ mod tests {
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.debug, io.husk.vsock, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
                 "annotation io.husk.debug = \"1\": must be true or false",
                 "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which belongs to the kernel",
                 "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path on the host",

@@ -94,6 +94,8 @@ pub struct Config {
     pub qemu_user: (u32, u32),
     /// virtiofsd's program, if not in a default place.
     pub virtiofsd: Option<PathBuf>,
+    /// Network cards for links that appear in a VM's network namespace after its boot.
+    pub spare_nics: u32,
     /// Parameters of the guest's kernel in addition to husk's own.
     pub kernel_params: Vec<String>,
     /// Guests boot in debug mode: a shell on the console, processes in the VM itself, verbose logs.
@@ -133,6 +135,7 @@ impl Default for Config {
             // nobody and nogroup, which have these IDs on every Linux distribution.
             qemu_user: (65534, 65534),
             virtiofsd: None,
+            spare_nics: 1,
             kernel_params: Vec::new(),
             debug: false,
             log_level: tracing::Level::WARN,

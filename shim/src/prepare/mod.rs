@@ -138,6 +138,7 @@ fn prepare_with(
         return Err(PrepareError(problems));
     }
     config.debug = debug;
+    config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics);
     if debug {
         config.log_level = config.log_level.max(Level::DEBUG);
     }
@@ -254,6 +255,7 @@ pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<Disk>) -> (Box<d
         call_timeout: prepared.config.call_timeout,
         cgroup: prepared.rewritten.cgroups_path.clone(),
         network: prepared.network.clone(),
+        spare_nics: prepared.config.spare_nics,
         tokens: prepared.config.tokens.clone(),
         workspace: prepared.workspace.clone(),
     };

@@ -161,6 +161,7 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |b| b.plan.tokens.key.display().to_string()),
         "{host}/other/key",
     ),
+    ("network_spare_nics", "2", |o| booted(o, |b| b.plan.spare_nics.to_string()), "2"),
     ("token_lifetime_ms", "7", |o| booted(o, |b| format!("{:?}", b.plan.tokens.lifetime)), "7ms"),
     (
         "workspace_dir",

@@ -72,6 +72,8 @@ impl Sandbox {
         let vm = vm?;
         mounted?;
         hooked?;
+        // The hooks may have added links after the boot has looked for some.
+        vm.settle_network().await?;
 
         let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let guest_request = CreateTaskRequest {

@@ -8,7 +8,7 @@ use crate::prepare::PrepareError;
 use crate::rootfs::share::ShareError;
 use crate::state::StateError;
 use crate::stdio::StdioError;
-use crate::vm::BootError;
+use crate::vm::{BootError, FollowError};
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +52,9 @@ pub(crate) enum SandboxError {
     /// The guest returned an error or cannot be reached.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// The guest cannot have the network of the sandbox's namespace.
+    #[error("the container's network")]
+    Network(#[source] FollowError),
     #[error(transparent)]
     State(#[from] StateError),
     /// The root filesystem or a bind mount.
@@ -68,6 +71,16 @@ pub(crate) enum SandboxError {
 impl From<ttrpc::Error> for SandboxError {
     fn from(error: ttrpc::Error) -> Self {
         Self::Guest(GuestError::Call(error))
+    }
+}
+
+impl From<FollowError> for SandboxError {
+    fn from(error: FollowError) -> Self {
+        match error {
+            // The VM may have died.
+            FollowError::Guest(error) => Self::Guest(error),
+            other => Self::Network(other),
+        }
     }
 }
 

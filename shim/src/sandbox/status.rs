@@ -96,7 +96,7 @@ impl Sandbox {
                     cause_of_death,
                 };
                 let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_status);
-                Live { health: Some(health), supervisor }
+                Live { health: Some(health), supervisor, network: vm.network_status() }
             }
             VmSlot::Empty | VmSlot::Booting(_) | VmSlot::Stopping => Live::default(),
         }

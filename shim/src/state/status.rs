@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use crate::network::NetworkStatus;
 use crate::state::facts::{Boot, MachineRecord, Milestone};
 use crate::state::life;
 use crate::state::life::{Life, VmState};
@@ -91,6 +92,9 @@ pub struct Live {
     pub health: Option<HealthStatus>,
     /// `None` without a supervisor, as far as is known.
     pub supervisor: Option<SupervisorStatus>,
+    /// `None` without a network namespace. Absent from the JSON then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkStatus>,
 }
 
 /// A sandbox's shim.

@@ -60,7 +60,12 @@ pub(crate) enum Step {
     /// "Lifecycle").
     Hooks { container: Subject, poststop: Vec<Hook> },
     /// Redirects between the links of a network namespace and a VM's taps: removed.
-    Network { claim: Claim },
+    Network {
+        claim: Claim,
+        /// The VM, as its taps name it.
+        #[serde(default)]
+        owner: String,
+    },
 }
 
 impl fmt::Display for Step {
@@ -71,7 +76,7 @@ impl fmt::Display for Step {
             Step::Dir { path } | Step::Tree { path } | Step::File { path } => write!(f, "remove {}", path.display()),
             Step::Cgroup { path } | Step::CgroupParent { path } => write!(f, "remove cgroup {}", path.display()),
             Step::Cid { cid, .. } => write!(f, "release vsock CID {cid}"),
-            Step::Network { claim } => write!(f, "disconnect the network namespace {}", claim.netns.display()),
+            Step::Network { claim, .. } => write!(f, "disconnect the network namespace {}", claim.netns.display()),
             Step::Hooks { container, .. } => write!(f, "run the poststop hooks of {}", container.id),
         }
     }
@@ -98,7 +103,7 @@ impl Step {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty || is_busy(&e) => Ok(()),
                 other => ignore_missing(other),
             },
-            Step::Network { claim } => network::disconnect(claim, remaining()).map_err(io::Error::other),
+            Step::Network { claim, owner } => network::disconnect(claim, owner, remaining()).map_err(io::Error::other),
             Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {
                 hooks::run_to_the_end(poststop, container, remaining());

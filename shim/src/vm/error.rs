@@ -12,6 +12,7 @@ use crate::metadata::MetadataError;
 use crate::network::NetworkError;
 use crate::state::StateError;
 use crate::vm::cgroup::CgroupError;
+use crate::vm::follow::FollowError;
 use crate::vm::virtiofsd::VirtiofsdError;
 use crate::vmm::VmmError;
 
@@ -33,6 +34,9 @@ pub enum BootError {
     /// The sandbox's network namespace.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// The sandbox's network in the guest.
+    #[error(transparent)]
+    Follow(#[from] FollowError),
     /// The metadata service.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
