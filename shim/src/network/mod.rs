@@ -22,6 +22,7 @@
 //! | `redirect.rs` | ingress qdiscs and filters                                                |
 //! | `connect.rs`  | the three functions above                                                 |
 //! | `error.rs`    | errors                                                                    |
+//! | `user/`       | user-mode networking, which needs no namespace                            |
 
 mod connect;
 mod error;
@@ -36,6 +37,7 @@ mod tap;
 mod testing;
 #[cfg(test)]
 mod tests;
+pub mod user;
 
 pub use connect::{Connected, connect, disconnect};
 pub use error::NetworkError;
