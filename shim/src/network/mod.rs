@@ -30,6 +30,7 @@
 //! | `connect.rs`      | the beginning and the end                                               |
 //! | `status.rs`       | what operators see                                                      |
 //! | `error.rs`        | errors                                                                  |
+//! | `user/`           | user-mode networking, which needs no namespace                          |
 
 mod connect;
 mod diff;
@@ -48,6 +49,7 @@ mod tap;
 mod testing;
 #[cfg(test)]
 mod tests;
+pub mod user;
 
 pub use connect::{Connected, NicPlan, connect, disconnect};
 pub use error::{NetworkError, ObjectError};
