@@ -7,7 +7,7 @@
 //!
 //! The caller does, in this order:
 //!
-//! 1. [`claim`] checks the namespace. The caller records the claim before anything changes in the namespace.
+//! 1. [`claim`] checks the namespace, or [`create`] makes one. The caller records the claim before anything changes in the namespace.
 //! 2. [`connect`] makes the taps and the redirects, and returns the descriptors and the guest's configuration.
 //! 3. [`disconnect`] removes what outlives QEMU. A tap and its qdisc vanish with the tap's last descriptor.
 //!
@@ -15,6 +15,7 @@
 //! |---------------|---------------------------------------------------------------------------|
 //! | `link.rs`     | a pod's link, and the name of its tap                                     |
 //! | `netns.rs`    | runs a closure on a thread of its own inside a network namespace          |
+//! | `private.rs`  | creates a namespace for a sandbox whose spec names none                   |
 //! | `netlink.rs`  | rtnetlink requests and dumps with a deadline                              |
 //! | `reply.rs`    | the kernel's replies: acknowledgements, errors and their texts            |
 //! | `scan/`       | reads a namespace's configuration and converts it to husk's protocol      |
@@ -28,6 +29,7 @@ mod error;
 mod link;
 mod netlink;
 mod netns;
+mod private;
 mod redirect;
 mod reply;
 mod scan;
@@ -40,3 +42,4 @@ mod tests;
 pub use connect::{Connected, connect, disconnect};
 pub use error::NetworkError;
 pub use netns::{Claim, claim};
+pub use private::{PrivateNamespace, create};

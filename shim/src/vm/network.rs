@@ -33,7 +33,9 @@ pub(super) async fn connect(plan: &BootPlan, journal: &Journal) -> Result<Networ
     let Connected { nics, config } = in_namespace(move || network::connect(&claim, queues, DEADLINE)).await?;
     tracing::info!(?nics, "connected the VM to its network namespace");
     let nics = nics.into_iter().map(|nic| NicEnd { mac: nic.mac, taps: nic.taps }).collect();
-    Ok(Network { nics, config: Some(config) })
+    // A call that changes nothing would only delay the boot.
+    let config = Some(config).filter(|config| *config != ConfigureNetworkRequest::default());
+    Ok(Network { nics, config })
 }
 
 impl Network {
