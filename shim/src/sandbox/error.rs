@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::guest::client::GuestError;
 use crate::host::hooks::HookError;
+use crate::network::NetworkError;
 use crate::prepare::PrepareError;
 use crate::rootfs::share::ShareError;
 use crate::state::StateError;
@@ -60,6 +61,9 @@ pub(crate) enum SandboxError {
     /// The root filesystem or a bind mount.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// The sandbox's network namespace.
+    #[error(transparent)]
+    Namespace(#[from] NetworkError),
     /// A hook on the host failed.
     #[error(transparent)]
     Hook(#[from] HookError),
