@@ -10,7 +10,8 @@
 //!
 //! The caller does, in this order:
 //!
-//! 1. [`claim`] checks the namespace. The caller records the claim before anything changes in the namespace.
+//! 1. [`claim`] checks the namespace, or [`create`] makes one. The caller records the claim before anything changes in
+//!    the namespace.
 //! 2. [`connect`] makes the taps and the redirects, and returns the descriptors and the guest's configuration.
 //! 3. [`Follower::settle`] follows the namespace's changes as long as the VM runs.
 //! 4. [`disconnect`] removes what outlives QEMU. A tap and its qdisc vanish with the tap's last descriptor.
@@ -19,6 +20,7 @@
 //! |-------------------|-------------------------------------------------------------------------|
 //! | `link.rs`         | a pod's link, and the names of taps                                     |
 //! | `netns.rs`        | runs a closure on a thread of its own inside a network namespace        |
+//! | `private.rs`      | creates a namespace for a sandbox whose spec names none                 |
 //! | `netlink.rs`      | rtnetlink requests and dumps with a deadline                            |
 //! | `reply.rs`        | the kernel's replies: acknowledgements, errors and their texts          |
 //! | `subscription.rs` | the kernel's notifications about changes                                |
@@ -38,6 +40,7 @@ mod follow;
 mod link;
 mod netlink;
 mod netns;
+mod private;
 mod redirect;
 mod reply;
 mod scan;
@@ -53,4 +56,5 @@ pub use connect::{Connected, NicPlan, connect, disconnect};
 pub use error::{NetworkError, ObjectError};
 pub use follow::{Follower, Settled};
 pub use netns::{Claim, claim};
+pub use private::{PrivateNamespace, create};
 pub use status::NetworkStatus;

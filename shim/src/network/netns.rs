@@ -62,7 +62,7 @@ pub fn claim(netns: &Path) -> Result<Claim, NetworkError> {
 }
 
 /// Opens a namespace and identifies it.
-fn open(netns: &Path) -> Result<(File, Claim), NetworkError> {
+pub(super) fn open(netns: &Path) -> Result<(File, Claim), NetworkError> {
     let failed = |source| NetworkError::Open { path: netns.to_owned(), source };
     // O_NONBLOCK: opening a FIFO by mistake must not block.
     let file = OpenOptions::new()

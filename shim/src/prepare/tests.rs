@@ -64,9 +64,9 @@ impl TestHost {
         let config = parse(config, Path::new("/c.toml")).unwrap();
         let bundle = self.folder.path().display().to_string();
         let request = CreateTaskRequest { id: "c1".into(), bundle, ..Default::default() };
-        let prepared =
-            prepare_with(config, &self.places, &request, "c1", &|_| false, booted_with).map_err(|e| e.to_string())?;
-        let (_, plan) = plan(&prepared, "/share".into(), None);
+        let siblings = Siblings { booted_with, ..Siblings::NONE };
+        let prepared = prepare_with(config, &self.places, &request, "c1", siblings).map_err(|e| e.to_string())?;
+        let (_, plan) = plan(&prepared, Attachments::new("/share".into()));
         let Board::Qemu(board) = prepared.config.board;
         let args = arguments(&plan.spec, board, &FDS);
         Ok(Booted { plan, spec: prepared.rewritten.spec, qemu: prepared.host.vmm, args })

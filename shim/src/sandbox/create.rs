@@ -8,7 +8,7 @@ use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use husk_protos::chain::Chain;
 
 use crate::prepare;
-use crate::prepare::Prepared;
+use crate::prepare::{Prepared, Siblings};
 use crate::rootfs::share::Share;
 use crate::sandbox::container::Container;
 use crate::sandbox::error::SandboxError;
@@ -45,6 +45,7 @@ impl Sandbox {
             return Err(SandboxError::AlreadyExists { what: "task", id: id.to_owned() });
         }
         slots.containers.insert(id.to_owned(), ContainerSlot::Creating);
+        slots.first.get_or_insert_with(|| id.to_owned());
         Ok(())
     }
 
@@ -62,10 +63,11 @@ impl Sandbox {
         let facts = serde_json::json!({"bundle": request.bundle});
         self.journal.with(|state| state.set_container(&id, facts))?;
         let share = self.share()?;
+        let network = self.network_namespace(&prepared).await?;
         let subject = hooks::subject(&request, &prepared);
         // Mount the root filesystem while the VM boots: later mounts propagate into the share.
         let (vm, mounted, hooked) = tokio::join!(
-            self.ensure_vm(&prepared, &share),
+            self.ensure_vm(&prepared, &share, network.as_ref()),
             self.mount(&share, &request, &prepared),
             self.run_create_hooks(&prepared.rewritten.hooks, &subject)
         );
@@ -101,11 +103,13 @@ impl Sandbox {
             .filter_map(|container| container.process("").filter(|init| init.exit().is_none()))
             .map(|init| init.pid())
             .collect();
-        let vm_extras = {
+        let (first, vm_extras) = {
             let slots = self.lock();
-            matches!(slots.vm, VmSlot::Up(_)).then(|| slots.extras.clone())
+            let first = slots.first.as_ref() == Some(&request.id);
+            (first, matches!(slots.vm, VmSlot::Up(_)).then(|| slots.extras.clone()))
         };
-        let prepared = prepare::prepare(request, &self.id, &|pid| init_pids.contains(&pid), vm_extras.as_ref())?;
+        let siblings = Siblings { first, is_init: &|pid| init_pids.contains(&pid), booted_with: vm_extras.as_ref() };
+        let prepared = prepare::prepare(request, &self.id, siblings)?;
         for note in &prepared.rewritten.notes {
             tracing::info!(container = request.id, note, "spec changed for the guest");
         }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::guest::client::GuestError;
 use crate::host::hooks::HookError;
+use crate::network::NetworkError;
 use crate::prepare::PrepareError;
 use crate::rootfs::share::ShareError;
 use crate::state::StateError;
@@ -54,12 +55,15 @@ pub(crate) enum SandboxError {
     Guest(#[from] GuestError),
     /// The guest cannot have the network of the sandbox's namespace.
     #[error("the container's network")]
-    Network(#[source] FollowError),
+    GuestNetwork(#[source] FollowError),
     #[error(transparent)]
     State(#[from] StateError),
     /// The root filesystem or a bind mount.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// The sandbox's network namespace.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// A hook on the host failed.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -79,7 +83,7 @@ impl From<FollowError> for SandboxError {
         match error {
             // The VM may have died.
             FollowError::Guest(error) => Self::Guest(error),
-            other => Self::Network(other),
+            other => Self::GuestNetwork(other),
         }
     }
 }
