@@ -78,7 +78,7 @@ fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         }
         Error::NotFound { .. } => Code::NOT_FOUND,
         Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-        Error::Stopping | Error::NotStopped { .. } | Error::InitExited { .. } | Error::Network(_) => {
+        Error::Stopping | Error::NotStopped { .. } | Error::InitExited { .. } | Error::GuestNetwork(_) => {
             Code::FAILED_PRECONDITION
         }
         Error::Stdio(StdioError::Logger { .. }) => Code::INTERNAL,

@@ -55,7 +55,7 @@ pub(crate) enum SandboxError {
     Guest(#[from] GuestError),
     /// The guest cannot have the network of the sandbox's namespace.
     #[error("the container's network")]
-    Network(#[source] FollowError),
+    GuestNetwork(#[source] FollowError),
     #[error(transparent)]
     State(#[from] StateError),
     /// The root filesystem or a bind mount.
@@ -83,7 +83,7 @@ impl From<FollowError> for SandboxError {
         match error {
             // The VM may have died.
             FollowError::Guest(error) => Self::Guest(error),
-            other => Self::Network(other),
+            other => Self::GuestNetwork(other),
         }
     }
 }

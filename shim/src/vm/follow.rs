@@ -68,7 +68,9 @@ impl Following {
         let changes = registered.map_err(|error| error.into_parts().1)?;
         let (status, published) = watch::channel(follower.status());
         let follower = Arc::new(Mutex::new(Some(follower)));
-        let mut task = Task { follower: follower.clone(), guest, wanted: settled.config, applied: None, status };
+        // A new guest has the empty configuration, and a call that changes nothing would only delay the boot.
+        let applied = Some(ConfigureNetworkRequest::default());
+        let mut task = Task { follower: follower.clone(), guest, wanted: settled.config, applied, status };
         task.configure_guest().await?;
         let (calls, called) = mpsc::channel(CALLERS);
         tokio::spawn(task.run(changes, called, dead));
