@@ -12,6 +12,7 @@ pub mod artifacts;
 pub mod bundle;
 mod cgroup;
 pub mod command;
+pub mod compare;
 pub mod containerd;
 pub mod debug;
 pub mod events;
