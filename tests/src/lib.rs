@@ -11,6 +11,7 @@ pub mod agent;
 pub mod artifacts;
 pub mod bundle;
 mod cgroup;
+pub mod cni;
 pub mod command;
 pub mod compare;
 pub mod containerd;
