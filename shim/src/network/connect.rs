@@ -16,6 +16,7 @@ use super::netlink::Netlink;
 use super::netns::Claim;
 use super::redirect::{Classifier, Device, redirect, remove};
 use super::scan::scan;
+use super::status::{LinkStatus, NicStatus};
 use super::tap::{bring_up, create};
 
 /// What a VM needs to take over a namespace's links.
@@ -39,6 +40,21 @@ pub struct Nic {
     pub link: String,
     /// The tap's name.
     pub tap: String,
+    /// The link's index.
+    pub index: u32,
+    /// Whether the link is up.
+    pub up: bool,
+}
+
+impl Nic {
+    /// What operators see of it.
+    pub(crate) fn status(&self) -> NicStatus {
+        let [a, b, c, d, e, f] = self.mac;
+        let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+        let Self { link, index, mtu, up, .. } = self;
+        let link = LinkStatus { name: link.clone(), index: *index, mac: mac.clone(), mtu: *mtu, up: *up };
+        NicStatus { nic: mac, tap: self.tap.clone(), link: Some(link) }
+    }
 }
 
 impl fmt::Debug for Nic {
@@ -125,7 +141,8 @@ fn connect_link(
         undo(netlink, std::slice::from_ref(link));
         return Err(error);
     }
-    Ok(Nic { taps: tap.queues, mac: link.mac, mtu: link.mtu, link: link.name.clone(), tap: tap.name })
+    let Link { index, mac, mtu, up, .. } = *link;
+    Ok(Nic { taps: tap.queues, mac, mtu, link: link.name.clone(), tap: tap.name, index, up })
 }
 
 fn undo(netlink: &mut Netlink, links: &[Link]) {

@@ -39,7 +39,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use connect::{Connected, connect, disconnect};
+pub use connect::{Connected, Nic, connect, disconnect};
 pub use error::NetworkError;
 pub use netns::{Claim, claim};
 pub use status::{LinkStatus, NetworkStatus, NicStatus};

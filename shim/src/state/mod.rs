@@ -9,6 +9,7 @@ pub mod error;
 pub mod facts;
 pub mod journal;
 pub mod life;
+pub mod links;
 pub mod recent;
 pub mod status;
 pub mod store;

@@ -65,7 +65,7 @@ impl Vm {
         let cgroups = open_cgroups(plan, journal)?;
         let (share_listener, share) = virtiofsd::socket(journal.dir())?;
         let log = journal.dir().join(format!("{}.log", vmm.id()));
-        let nics = std::mem::take(&mut network.nics);
+        let (nics, connections) = (std::mem::take(&mut network.nics), network.connections.take());
         let sockets = Sockets { vsock, share: Some(share), nics, console: console_end, log: open_log(&log)? };
 
         let spec = linked(&plan.spec, &link, &ready);
@@ -114,6 +114,7 @@ impl Vm {
             guest,
             hello,
             debug: spec.guest.debug,
+            connections,
             machine: machine.clone(),
             share: share.clone(),
             share_workers,

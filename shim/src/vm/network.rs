@@ -7,7 +7,7 @@ use husk_protos::network::ConfigureNetworkRequest;
 use super::error::{BootError, io};
 use super::plan::BootPlan;
 use crate::guest::client::{Guest, GuestError};
-use crate::network::{self, Connected, NetworkError};
+use crate::network::{self, Connected, NetworkError, NetworkStatus, Nic};
 use crate::state::journal::Journal;
 use crate::state::{Owner, Step};
 use crate::vmm::NicEnd;
@@ -22,6 +22,8 @@ const MAX_QUEUES: u16 = 4;
 #[derive(Debug, Default)]
 pub(super) struct Network {
     pub(super) nics: Vec<NicEnd>,
+    /// What the NICs are connected to; none without a namespace.
+    pub(super) connections: Option<NetworkStatus>,
     config: Option<ConfigureNetworkRequest>,
 }
 
@@ -30,10 +32,12 @@ pub(super) async fn connect(plan: &BootPlan, journal: &Journal) -> Result<Networ
     let Some(claim) = plan.network.clone() else { return Ok(Network::default()) };
     journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone() }])?;
     let queues = u16::try_from(plan.spec.vcpus).map_or(MAX_QUEUES, |vcpus| vcpus.min(MAX_QUEUES));
+    let netns = claim.netns.clone();
     let Connected { nics, config } = in_namespace(move || network::connect(&claim, queues, DEADLINE)).await?;
     tracing::info!(?nics, "connected the VM to its network namespace");
+    let connections = NetworkStatus { netns, nics: nics.iter().map(Nic::status).collect(), problems: Vec::new() };
     let nics = nics.into_iter().map(|nic| NicEnd { mac: nic.mac, taps: nic.taps }).collect();
-    Ok(Network { nics, config: Some(config) })
+    Ok(Network { nics, connections: Some(connections), config: Some(config) })
 }
 
 impl Network {

@@ -10,12 +10,15 @@ use husk_protos::system::Hello;
 use tokio::sync::watch;
 use ttrpc::context::with_duration;
 
+use super::connections;
 use super::death::CONSOLE_LINES;
 use crate::console::Attached;
 use crate::guest::client::Guest;
 use crate::guest::report::GuestHealth;
 use crate::host::child::Child;
 use crate::host::process::ProcessId;
+use crate::network::NetworkStatus as Connections;
+use crate::state::links::NetworkStatus;
 use crate::vmm::Machine;
 
 /// How long the machine may take to exit when the guest does not answer, and after it was killed.
@@ -39,6 +42,7 @@ pub struct Vm {
     pub hello: Hello,
     /// The guest is in debug mode.
     pub debug: bool,
+    pub(super) connections: Option<Connections>,
     pub(super) machine: Arc<dyn Machine>,
     pub(super) share: Arc<Child>,
     pub(super) share_workers: Vec<ProcessId>,
@@ -84,6 +88,12 @@ impl Vm {
     /// What the guest has reported: its heartbeats and its supervisor's status.
     pub(crate) fn health(&self) -> &GuestHealth {
         &self.health
+    }
+
+    /// Its network, within a few seconds.
+    pub(crate) async fn network_status(&self) -> NetworkStatus {
+        let guest = self.cause_of_death().is_none().then_some(&*self.guest);
+        connections::status(self.connections.as_ref(), guest).await
     }
 
     /// The console's last lines.
