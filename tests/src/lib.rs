@@ -22,6 +22,7 @@ pub mod guest;
 pub mod leftovers;
 pub mod operator;
 pub mod pattern;
+pub mod pods;
 pub mod process;
 pub mod pty;
 pub mod shim;

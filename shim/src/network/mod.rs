@@ -59,4 +59,4 @@ pub use error::{NetworkError, ObjectError};
 pub use follow::{Follower, Settled};
 pub use netns::{Claim, claim};
 pub use private::{PrivateNamespace, create};
-pub use status::NetworkStatus;
+pub use status::{LinkStatus, NetworkStatus, NicStatus};

@@ -10,6 +10,7 @@ pub mod facts;
 pub mod journal;
 pub mod lease;
 pub mod life;
+pub mod links;
 pub mod ports;
 pub mod recent;
 pub mod status;
