@@ -15,7 +15,6 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::network::DEADLINE;
 use crate::guest::client::{Guest, GuestError};
 use crate::network::{Follower, NetworkError, NetworkStatus, ObjectError, Settled};
 
@@ -25,6 +24,8 @@ const BURST: Duration = Duration::from_millis(5);
 const PAUSE: Duration = Duration::from_millis(100);
 /// Callers that may wait for their turn.
 const CALLERS: usize = 16;
+/// Deadline for all changes in the namespace.
+pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why the guest's network differs from the namespace's.
 #[derive(Debug, thiserror::Error)]

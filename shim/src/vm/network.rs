@@ -2,13 +2,12 @@
 //! namespace of the host, or the VMM's own in user mode.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use husk_protos::network::ConfigureNetworkRequest;
 use tokio::sync::watch;
 
 use super::error::{BootError, io};
-use super::follow::Following;
+use super::follow::{DEADLINE, Following};
 use super::plan::BootPlan;
 use crate::guest::client::{Guest, GuestError};
 use crate::network::user::{HostPort, UserNetwork};
@@ -18,9 +17,6 @@ use crate::state::lease::Holder;
 use crate::state::ports::PortError;
 use crate::state::{Owner, StateError, Step};
 use crate::vmm::{NicEnd, Vmm};
-
-/// Deadline for all changes in the namespace.
-pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// More queue pairs gain little, and each takes up to two of the descriptors that a machine's process can inherit.
 const MAX_QUEUES: u16 = 4;
