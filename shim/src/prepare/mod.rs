@@ -87,7 +87,7 @@ impl Prepared {
     /// What this container requests and the sandbox's VM lacks.
     pub(crate) fn beyond(&self, booted: &BootedWith) -> Vec<Problem> {
         let mut problems = self.extras.beyond(&booted.extras);
-        if self.network.is_none() {
+        if self.rewritten.network.is_none() {
             problems.extend(self.requested.beyond(booted.user.as_ref()));
         }
         problems
@@ -175,7 +175,9 @@ fn prepare_with(
         let booted = siblings.booted_with.map(|booted| booted.user.as_ref());
         let user = network::user_network(&requested, &config, rewritten, booted)?;
         match &user {
-            Some(user) if booted.is_none() => network::check_ports(user, &places.state).map(|()| Some(user.clone())),
+            Some(user) if booted.is_none() => {
+                network::check_ports(user, &places.state, sandbox).map(|()| Some(user.clone()))
+            }
             _ => Ok(user),
         }
     });
