@@ -80,6 +80,16 @@ impl Claim {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
+    /// Opens the namespace.
+    ///
+    /// # Errors
+    ///
+    /// It is gone, or another one has its path.
+    pub(crate) fn open(&self) -> Result<File, NetworkError> {
+        let (file, now) = open(&self.netns)?;
+        if now == *self { Ok(file) } else { Err(NetworkError::Replaced { path: self.netns.clone() }) }
+    }
+
     /// Whether the namespace no longer exists under its path.
     pub(super) fn is_gone(&self) -> Result<bool, NetworkError> {
         match open(&self.netns) {
@@ -99,10 +109,7 @@ impl Claim {
         work: impl FnOnce(Instant) -> Result<T, ObjectError> + Send + 'static,
     ) -> Result<T, NetworkError> {
         let path = self.netns.clone();
-        let (file, now) = open(&path)?;
-        if now != *self {
-            return Err(NetworkError::Replaced { path });
-        }
+        let file = self.open()?;
         let deadline = Instant::now() + limit;
         let (sender, receiver) = mpsc::channel();
         let entered = path.clone();

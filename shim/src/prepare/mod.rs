@@ -30,9 +30,9 @@ use crate::extras::files::{self, OpenedFile};
 use crate::network::{self, Claim};
 use crate::prepare::host::{Host, Places};
 use crate::rootfs::spec::parse::parse;
-use crate::rootfs::spec::{Context, HostNetwork, NetworkRequest, Rewritten, rewrite};
+use crate::rootfs::spec::{Context, HostNetwork, NetworkRequest, Rewritten, Sibling, rewrite};
 use crate::vm::BootPlan;
-use crate::vm::cgroup::Hierarchies;
+use crate::vm::cgroup::{Hierarchies, HostCgroup};
 use crate::vmm::{self, Accel, Disk, GuestParams, Vmm};
 
 /// The annotation with which the CRI plugin tells a pod's sandbox container from the others.
@@ -86,15 +86,15 @@ pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError
 pub struct Siblings<'a> {
     /// The container is the sandbox's first.
     pub first: bool,
-    /// Recognizes the PIDs of the sandbox's containers.
-    pub is_init: &'a dyn Fn(u32) -> bool,
+    /// Finds a running container of the sandbox by the PID of its holder.
+    pub find: &'a dyn Fn(u32) -> Option<Sibling>,
     /// The extras of the sandbox's VM, if it is booted.
     pub booted_with: Option<&'a Extras>,
 }
 
 impl Siblings<'_> {
     /// Those of the first container.
-    pub const NONE: Siblings<'static> = Siblings { first: true, is_init: &|_| false, booted_with: None };
+    pub const NONE: Siblings<'static> = Siblings { first: true, find: &|_| None, booted_with: None };
 }
 
 /// Reads and checks everything that a container needs.
@@ -131,7 +131,7 @@ fn prepare_with(
         host_is_unified: Hierarchies::of_host().map_err(|error| PrepareError::one(&error))?.unified(),
         inspect: &crate::rootfs::share::inspect,
         first: siblings.first,
-        is_init: siblings.is_init,
+        sibling: siblings.find,
     };
     let rewritten = collect(rewrite(spec, &context).map_err(|problems| problems.0), &mut problems);
     let network = match rewritten.as_ref().map(|rewritten| &rewritten.network) {
@@ -258,18 +258,20 @@ pub struct Attachments {
     pub extras: Option<Disk>,
     /// The sandbox's network namespace.
     pub(crate) network: Option<Claim>,
+    /// The cgroup of the VM's processes; if none, they stay in the shim's.
+    pub(crate) cgroup: Option<HostCgroup>,
 }
 
 impl Attachments {
     /// Only the folder.
     pub fn new(share: PathBuf) -> Self {
-        Self { share, extras: None, network: None }
+        Self { share, extras: None, network: None, cgroup: None }
     }
 }
 
 /// The VMM and the plan that boot the machine of `prepared`.
 pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, BootPlan) {
-    let Attachments { share, extras, network } = attachments;
+    let Attachments { share, extras, network, cgroup } = attachments;
     let mut spec = prepared.machine.clone();
     spec.disks.extend(extras);
     // The guest has no clock of its own. It starts with the host's time, read as late as possible.
@@ -283,7 +285,7 @@ pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, Boo
         share,
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,
-        cgroup: prepared.rewritten.cgroups_path.clone(),
+        cgroup,
         network,
         tokens: prepared.config.tokens.clone(),
         workspace: prepared.workspace.clone(),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::guest::client::GuestError;
+use crate::host::child::LaunchError;
 use crate::host::hooks::HookError;
 use crate::network::NetworkError;
 use crate::prepare::PrepareError;
@@ -10,6 +11,7 @@ use crate::rootfs::share::ShareError;
 use crate::state::StateError;
 use crate::stdio::StdioError;
 use crate::vm::BootError;
+use crate::vm::cgroup::CgroupError;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +63,12 @@ pub(crate) enum SandboxError {
     /// The sandbox's network namespace.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// The sandbox's cgroup on the host.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The process that represents the container on the host does not start.
+    #[error("start the holder")]
+    Holder(#[from] LaunchError),
     /// A hook on the host failed.
     #[error(transparent)]
     Hook(#[from] HookError),
