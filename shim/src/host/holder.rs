@@ -161,7 +161,6 @@ fn drop_capabilities() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::time::Instant;
 
     use super::*;
 
@@ -212,21 +211,18 @@ mod tests {
         holder.exited().await;
     }
 
-    /// Prints what `SPECIFICATION.md` states; without a threshold on time.
     #[tokio::test]
     async fn a_holder_is_small() {
-        let started = Instant::now();
         let holder = start("default/c1", None).unwrap();
-        let took = started.elapsed();
         let pid = holder.process().pid;
         while !status(pid, "State").starts_with('S') {
             tokio::task::yield_now().await;
         }
         let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
-        let line = |name: &str| rollup.lines().find(|line| line.starts_with(name)).unwrap();
-        println!("started in {took:?}; {}; {}; page tables {}", line("Rss"), line("Pss"), status(pid, "VmPTE"));
-        let rss: u64 = line("Rss").split_whitespace().nth(1).unwrap().parse().unwrap();
-        assert!(rss <= 300, "{rollup}");
+        let rss = rollup.lines().find(|line| line.starts_with("Rss:")).unwrap();
+        let kib: u64 = rss.split_whitespace().nth(1).unwrap().parse().unwrap();
+        // With some 60 KiB in the kernel (its stack, page tables and task), a holder is far below the 300 KiB that each container may take.
+        assert!(kib <= 64, "{rollup}");
         holder.kill();
         holder.exited().await;
     }

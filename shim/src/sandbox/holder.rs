@@ -4,6 +4,7 @@
 //! kills it, the container is killed: on the host, the holder is the container.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use containerd_shim_protos::api::KillRequest;
 use husk_protos::chain::Chain;
@@ -35,10 +36,13 @@ impl Sandbox {
     /// Starts a container's holder in a network namespace, or in the shim's own. The journal ends the holder with the
     /// container.
     pub(super) fn start_holder(&self, id: &str, network: Option<&Claim>) -> Result<Child, SandboxError> {
+        let started = Instant::now();
         let netns = network.map(Claim::open).transpose()?;
         let holder = holder::start(&format!("{}/{id}", self.namespace), netns)?;
         let step = Step::Process { id: holder.process(), name: "husk-holder".into() };
         self.journal.record(&Owner::Container(id.to_owned()), [step]).inspect_err(|_| holder.kill())?;
+        let us = started.elapsed().as_micros() as u64;
+        tracing::debug!(container = id, pid = holder.process().pid, us, "started the holder");
         Ok(holder)
     }
 }

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::cgroup::HostCgroup;
 use crate::config::settings::TokenSettings;
 use crate::config::workspace::Workspace;
 use crate::guest::link::Carrier;
 use crate::network::Claim;
-use crate::vm::cgroup::HostCgroup;
 use crate::vmm::Spec;
 
 /// What a VM is booted from.
