@@ -12,6 +12,7 @@ use husk_protos::bundle_ttrpc::BundleClient;
 use husk_protos::debug::{Process, StartProcessRequest};
 use husk_protos::debug_ttrpc::DebugClient;
 use husk_protos::frame;
+use husk_protos::network_ttrpc::NetworkClient;
 use husk_protos::stdio::{InputChunk, OutputRequest, StreamKind};
 use husk_protos::stdio_ttrpc::StdioClient;
 use husk_protos::system::{Hello, InfoRequest, InfoResponse};
@@ -49,6 +50,8 @@ pub struct Guest {
     pub bundle: BundleClient,
     /// The System service.
     pub system: SystemClient,
+    /// The Network service.
+    pub network: NetworkClient,
     /// The Debug service, which works in debug mode only.
     pub debug: DebugClient,
     /// The guest closes this connection when it ends.
@@ -171,6 +174,7 @@ impl Guest {
             task: TaskClient::new(client.clone()),
             bundle: BundleClient::new(client.clone()),
             system: SystemClient::new(client.clone()),
+            network: NetworkClient::new(client.clone()),
             debug: DebugClient::new(client),
             device,
             vm,

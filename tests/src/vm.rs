@@ -44,6 +44,8 @@ pub struct VmConfig {
     pub kernel_parameters: String,
     /// Read-only block devices, in QEMU's order.
     pub disks: Vec<Disk>,
+    /// The MACs of network cards that are connected to nothing.
+    pub nics: Vec<[u8; 6]>,
     /// Makes the guest's clock count instructions, one per nanosecond, instead of time: measurements do not depend on
     /// the machine's load.
     pub instruction_clock: bool,
@@ -79,6 +81,7 @@ impl VmConfig {
             memory: 256,
             kernel_parameters: String::new(),
             disks: Vec::new(),
+            nics: Vec::new(),
             instruction_clock: false,
         }
     }
@@ -139,6 +142,11 @@ impl Vm {
             drive.push(image);
             let device = format!("virtio-blk-{bus},drive=disk{number},serial={}", disk.serial);
             command.arg("-drive").arg(drive).args(["-device", &device]);
+        }
+        for (number, mac) in config.nics.iter().enumerate() {
+            let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+            let device = format!("virtio-net-{bus},netdev=net{number},mac={mac}");
+            command.args(["-netdev", &format!("hubport,id=net{number},hubid={number}"), "-device", &device]);
         }
         // SAFETY: fcntl and prctl are async-signal-safe, and the closure touches nothing else.
         unsafe {

@@ -10,8 +10,8 @@ use crate::prepare::PrepareError;
 use crate::rootfs::share::ShareError;
 use crate::state::StateError;
 use crate::stdio::StdioError;
-use crate::vm::BootError;
 use crate::vm::cgroup::CgroupError;
+use crate::vm::{BootError, FollowError};
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +55,9 @@ pub(crate) enum SandboxError {
     /// The guest returned an error or cannot be reached.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// The guest cannot have the network of the sandbox's namespace.
+    #[error("the container's network")]
+    GuestNetwork(#[source] FollowError),
     #[error(transparent)]
     State(#[from] StateError),
     /// The root filesystem or a bind mount.
@@ -62,7 +65,7 @@ pub(crate) enum SandboxError {
     Share(#[from] ShareError),
     /// The sandbox's network namespace.
     #[error(transparent)]
-    Network(#[from] NetworkError),
+    Namespace(#[from] NetworkError),
     /// The sandbox's cgroup on the host.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -80,6 +83,16 @@ pub(crate) enum SandboxError {
 impl From<ttrpc::Error> for SandboxError {
     fn from(error: ttrpc::Error) -> Self {
         Self::Guest(GuestError::Call(error))
+    }
+}
+
+impl From<FollowError> for SandboxError {
+    fn from(error: FollowError) -> Self {
+        match error {
+            // The VM may have died.
+            FollowError::Guest(error) => Self::Guest(error),
+            other => Self::GuestNetwork(other),
+        }
     }
 }
 

@@ -59,7 +59,7 @@ impl Vm {
         let NewLink { link, mut ready, machine_end: vsock } = link::create(plan.carrier, journal).await?;
         let identity = identity(journal, link.cid())?;
         metadata::provide(&link, identity, &plan.tokens, plan.workspace.as_ref(), journal.dir())?;
-        let mut network = network::connect(plan, journal).await?;
+        let mut network = network::connect(vmm, plan, journal).await?;
         let (console, console_end) = attach_console(logs)?;
         let cgroups = open_cgroups(plan)?;
         let (share_listener, share) = virtiofsd::socket(journal.dir())?;
@@ -96,12 +96,12 @@ impl Vm {
         let health = Arc::new(GuestHealth::new(spec.guest.heartbeat));
         let guest = Arc::new(Guest::connect(link, &hello, plan.call_timeout).await?);
         reached.reached(HostMilestone::GuestConnected);
-        network.configure(&guest).await?;
+        let (death, dead) = watch::channel(None);
+        let network = network.follow(&guest, dead.clone()).await?;
 
         kill_machine.succeeded();
         kill_share.succeeded();
         let Processes { machine, share, console, .. } = processes;
-        let (death, dead) = watch::channel(None);
         let (failure, failed) = watch::channel(None);
         let sinks =
             ReportSinks { level: spec.guest.log_level, file: logs.init.clone(), recent: journal.recent().clone() };
@@ -118,6 +118,7 @@ impl Vm {
             share_workers,
             console: console.clone(),
             health,
+            network,
             shutdown_timeout: shutdown_timeout(plan),
             stopping: AtomicBool::new(false),
             failure,
@@ -197,6 +198,8 @@ fn record_machine(
         kernel_file: spec.kernel.display().to_string(),
         initrd_file: spec.initrd.display().to_string(),
         debug: spec.guest.debug,
+        user_mode: spec.user_network.is_some(),
+        ports: spec.user_network.iter().flat_map(|user| &user.ports).map(ToString::to_string).collect(),
         kernel: None,
         init: None,
     };
