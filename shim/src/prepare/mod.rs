@@ -34,9 +34,9 @@ use crate::network::{Claim, claim};
 use crate::prepare::host::{Host, Places};
 pub(crate) use crate::prepare::network::RequestedNetwork;
 use crate::rootfs::spec::parse::parse;
-use crate::rootfs::spec::{Context, HostNetwork, Rewritten, rewrite};
+use crate::rootfs::spec::{Context, HostNetwork, Rewritten, Sibling, rewrite};
 use crate::vm::BootPlan;
-use crate::vm::cgroup::Hierarchies;
+use crate::vm::cgroup::{Hierarchies, HostCgroup};
 use crate::vmm::{self, Accel, Disk, GuestParams, Vmm};
 
 /// The annotation with which the CRI plugin tells a pod's sandbox container from the others.
@@ -119,15 +119,15 @@ pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError
 pub struct Siblings<'a> {
     /// The container is the sandbox's first.
     pub first: bool,
-    /// Recognizes the PIDs of the sandbox's containers.
-    pub is_init: &'a dyn Fn(u32) -> bool,
+    /// Finds a running container of the sandbox by the PID of its holder.
+    pub find: &'a dyn Fn(u32) -> Option<Sibling>,
     /// The sandbox's VM, if it is booted.
     pub booted_with: Option<&'a BootedWith>,
 }
 
 impl Siblings<'_> {
     /// Those of the first container.
-    pub const NONE: Siblings<'static> = Siblings { first: true, is_init: &|_| false, booted_with: None };
+    pub const NONE: Siblings<'static> = Siblings { first: true, find: &|_| None, booted_with: None };
 }
 
 /// Reads and checks everything that a container needs.
@@ -165,7 +165,7 @@ fn prepare_with(
         host_is_unified: Hierarchies::of_host().map_err(|error| PrepareError::one(&error))?.unified(),
         inspect: &crate::rootfs::share::inspect,
         first: siblings.first,
-        is_init: siblings.is_init,
+        sibling: siblings.find,
     };
     let rewritten = collect(rewrite(spec, &context).map_err(|problems| problems.0), &mut problems);
     let named = rewritten.as_ref().and_then(|rewritten| rewritten.network.of_host());
@@ -323,18 +323,20 @@ pub struct Attachments {
     pub extras: Option<Disk>,
     /// The sandbox's network namespace.
     pub(crate) network: Option<Claim>,
+    /// The cgroup of the VM's processes; if none, they stay in the shim's.
+    pub(crate) cgroup: Option<HostCgroup>,
 }
 
 impl Attachments {
     /// Only the folder.
     pub fn new(share: PathBuf) -> Self {
-        Self { share, extras: None, network: None }
+        Self { share, extras: None, network: None, cgroup: None }
     }
 }
 
 /// The VMM and the plan that boot the machine of `prepared`.
 pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, BootPlan) {
-    let Attachments { share, extras, network } = attachments;
+    let Attachments { share, extras, network, cgroup } = attachments;
     let mut spec = prepared.machine.clone();
     spec.disks.extend(extras);
     // The guest has no clock of its own. It starts with the host's time, read as late as possible.
@@ -348,7 +350,7 @@ pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, Boo
         share,
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,
-        cgroup: prepared.rewritten.cgroups_path.clone(),
+        cgroup,
         network,
         spare_nics: prepared.config.spare_nics,
         tokens: prepared.config.tokens.clone(),

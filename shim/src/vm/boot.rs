@@ -2,11 +2,10 @@
 //! journal records.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -15,7 +14,7 @@ use husk_protos::extras::SUPERVISOR_GRACE;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use super::cgroup::Hierarchies;
+use super::cgroup::{self, HostCgroup};
 use super::death::watch_death;
 use super::error::{BootError, io};
 use super::hello::Processes;
@@ -62,7 +61,7 @@ impl Vm {
         metadata::provide(&link, identity, &plan.tokens, plan.workspace.as_ref(), journal.dir())?;
         let mut network = network::connect(vmm, plan, journal).await?;
         let (console, console_end) = attach_console(logs)?;
-        let cgroups = open_cgroups(plan, journal)?;
+        let cgroups = open_cgroups(plan)?;
         let (share_listener, share) = virtiofsd::socket(journal.dir())?;
         let log = journal.dir().join(format!("{}.log", vmm.id()));
         let nics = std::mem::take(&mut network.nics);
@@ -160,13 +159,10 @@ fn open_log(path: &Path) -> Result<File, BootError> {
     opened.map_err(io(format!("open {}", path.display())))
 }
 
-/// Creates the VM's cgroup, if there is to be one, and opens the files through which processes join it.
-fn open_cgroups(plan: &BootPlan, journal: &Journal) -> Result<Vec<File>, BootError> {
-    let Some(path) = &plan.cgroup else { return Ok(Vec::new()) };
-    let cgroup = Hierarchies::of_host()?.create(&mut |steps| journal.record(&Owner::Sandbox, steps), path)?;
-    let open = |path: &PathBuf| OpenOptions::new().write(true).open(path);
-    let opened = cgroup.procs_files().iter().map(open).collect::<std::io::Result<_>>();
-    opened.map_err(io("open cgroup.procs of the VM's cgroup"))
+/// Opens the files through which processes join the VM's cgroup, if there is one.
+fn open_cgroups(plan: &BootPlan) -> Result<Vec<File>, BootError> {
+    let opened = plan.cgroup.as_ref().map(HostCgroup::open).transpose();
+    Ok(opened.map_err(io("open cgroup.procs of the VM's cgroup"))?.unwrap_or_default())
 }
 
 async fn start_machine(
@@ -229,14 +225,8 @@ fn start_share(
 
 /// Moves the machine's process to the VM's cgroup.
 fn join_cgroups(vmm: &dyn Vmm, machine: ProcessId, cgroups: Vec<File>) -> Result<(), BootError> {
-    for mut procs in cgroups {
-        match procs.write_all(machine.pid.to_string().as_bytes()) {
-            // The process has exited. The wait for the hello reports why.
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
-            moved => moved.map_err(io(format!("move {} to the VM's cgroup", vmm.name())))?,
-        }
-    }
-    Ok(())
+    // If the process has exited, the wait for the hello reports why.
+    cgroup::join(&cgroups, machine).map_err(io(format!("move {} to the VM's cgroup", vmm.name())))
 }
 
 /// Records virtiofsd's children. virtiofsd serves from a child that is the first process of its own PID namespace and

@@ -26,6 +26,7 @@ mod namespaces;
 pub(crate) mod parse;
 mod rewrite;
 
+pub use context::Sibling;
 pub(crate) use context::{Context, FileKind, HostFile};
 pub(crate) use limits::SpecLimits;
 pub(crate) use mounts::Bind;

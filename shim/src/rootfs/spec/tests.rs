@@ -37,10 +37,10 @@ fn run(spec: &Value, host_is_unified: bool) -> Result<Rewritten, SpecProblems> {
 
 fn run_as(spec: &Value, host_is_unified: bool, first: bool) -> Result<Rewritten, SpecProblems> {
     let spec = parse::parse(&serde_json::to_vec(spec).unwrap())?;
-    let is_init = |pid| pid == 40;
+    let sibling = |pid| (pid == 4001).then_some(Sibling { guest_pid: 40, in_vms_network: false });
     rewrite(
         spec,
-        &Context { id: "c1", bundle: Path::new("/bundle"), host_is_unified, inspect: &host, first, is_init: &is_init },
+        &Context { id: "c1", bundle: Path::new("/bundle"), host_is_unified, inspect: &host, first, sibling: &sibling },
     )
 }
 
@@ -226,7 +226,7 @@ fn namespaces_devices_and_resources_of_the_host_are_rejected() {
         ),
         (
             with("/linux/namespaces/-", json!({"type": "ipc", "path": "/proc/7/ns/ipc"})),
-            r#"linux.namespaces[5].path "/proc/7/ns/ipc": process 7 is not the init of a container of this sandbox"#,
+            r#"linux.namespaces[5].path "/proc/7/ns/ipc": process 7 does not represent a running container of this sandbox"#,
         ),
         (
             with("/linux/devices", json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}])),
