@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use husk_protos::system::BootStep;
 use husk_tests::artifacts::repository;
-use husk_tests::guest::{Guest, config, spec};
+use husk_tests::guest::{Guest, config, spec, unconnected_nic};
 use husk_tests::vm::VmConfig;
 
 const MIB: u64 = 1 << 20;
@@ -13,6 +13,12 @@ const MIB: u64 = 1 << 20;
 /// Boots a guest whose clock counts instructions, one per nanosecond.
 async fn boot_counted() -> Result<Guest> {
     Guest::boot_with(VmConfig { instruction_clock: true, ..config()? }).await
+}
+
+/// Instructions from the kernel's start to a step of the boot.
+fn at(guest: &Guest, step: BootStep) -> Result<u64> {
+    let milestone = guest.hello.timeline.iter().find(|milestone| milestone.step == step.into());
+    Ok(milestone.with_context(|| format!("no milestone {step:?}"))?.boottime_ns)
 }
 
 #[test]
@@ -32,12 +38,27 @@ async fn the_init_is_ready_within_8_million_instructions() -> Result<()> {
         eprintln!("{:>12?} {:>12} +{step}", milestone.step.enum_value_or_default(), milestone.boottime_ns);
         last = Some(milestone.boottime_ns);
     }
-    let at = |step: BootStep| -> Result<u64> {
-        let milestone = guest.hello.timeline.iter().find(|milestone| milestone.step == step.into());
-        Ok(milestone.with_context(|| format!("no milestone {step:?}"))?.boottime_ns)
-    };
-    let cost = at(BootStep::READY)? - at(BootStep::INIT)?;
+    let cost = at(&guest, BootStep::READY)? - at(&guest, BootStep::INIT)?;
     ensure!(cost <= 8_000_000, "{cost} instructions");
+    guest.shut_down().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_network_costs_the_init_at_most_500_thousand_instructions() -> Result<()> {
+    let boot = async |qemu_arguments| {
+        let config = VmConfig { instruction_clock: true, qemu_arguments, ..config()? };
+        let guest = Guest::boot_with(config).await?;
+        let ready = at(&guest, BootStep::READY)? - at(&guest, BootStep::INIT)?;
+        anyhow::Ok((guest, ready))
+    };
+    let (guest, without) = boot(Vec::new()).await?;
+    guest.shut_down().await?;
+    let (guest, with) = boot(unconnected_nic()).await?;
+    let configured = guest.cost_of_configuring().await?;
+    let cost = with.saturating_sub(without) + configured;
+    eprintln!("{without} instructions to ready, {with} with a NIC, and {configured} for its configuration");
+    ensure!(cost <= 500_000, "{cost} instructions");
     guest.shut_down().await?;
     Ok(())
 }
