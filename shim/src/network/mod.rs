@@ -23,6 +23,7 @@
 //! | `connect.rs`  | the three functions above                                                 |
 //! | `status.rs`   | what operators see                                                        |
 //! | `error.rs`    | errors                                                                    |
+//! | `user/`       | user-mode networking, which needs no namespace                            |
 
 mod connect;
 mod error;
@@ -38,6 +39,7 @@ mod tap;
 mod testing;
 #[cfg(test)]
 mod tests;
+pub mod user;
 
 pub use connect::{Connected, Nic, connect, disconnect};
 pub use error::NetworkError;

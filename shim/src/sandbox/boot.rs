@@ -35,7 +35,7 @@ impl Sandbox {
             if let VmSlot::Up(_) | VmSlot::Booting(_) = slots.vm {
                 // Check again: another container may have started the VM while this one was prepared.
                 let mut problems: Vec<String> =
-                    prepared.extras.beyond(&slots.extras).iter().map(ToString::to_string).collect();
+                    prepared.beyond(&slots.booted_with).iter().map(ToString::to_string).collect();
                 problems.extend(other_network(prepared.network.as_ref(), slots.network.as_ref()));
                 if !problems.is_empty() {
                     return Err(PrepareError(problems).into());
@@ -55,7 +55,7 @@ impl Sandbox {
 
     /// Starts the boot in a task of its own: it continues if the container that requested it is gone.
     fn start_boot(self: &Arc<Self>, slots: &mut Slots, prepared: &Prepared, share: &Share) -> Booting {
-        slots.extras = prepared.extras.clone();
+        slots.booted_with = prepared.booting_with();
         slots.network = prepared.network.clone();
         let (done, booting) = watch::channel(None);
         slots.vm = VmSlot::Booting(booting.clone());

@@ -134,6 +134,12 @@ pub struct MachineStatus {
     pub initrd_file: String,
     /// The guest is in debug mode.
     pub debug: bool,
+    /// The network is in user mode.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub user_mode: bool,
+    /// The ports of the host that lead to the guest.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<String>,
 }
 
 /// A container of a sandbox.
@@ -285,6 +291,8 @@ impl From<&MachineRecord> for MachineStatus {
             kernel_file,
             initrd_file,
             debug,
+            user_mode,
+            ports,
             kernel,
             init,
         } = machine.clone();
@@ -301,6 +309,8 @@ impl From<&MachineRecord> for MachineStatus {
             kernel_file,
             initrd_file,
             debug,
+            user_mode,
+            ports,
         }
     }
 }

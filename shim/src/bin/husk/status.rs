@@ -82,6 +82,10 @@ fn machine_lines(machine: &MachineStatus, line: &mut impl FnMut(&str, String)) {
     let version = |version: &Option<String>, file: &str| format!("{} from {}", or_dash(version.as_ref()), shown(file));
     line("kernel", version(&machine.kernel, &machine.kernel_file));
     line("init", version(&machine.init, &machine.initrd_file));
+    if machine.user_mode {
+        let ports = machine.ports.iter().map(|port| shown(port)).collect::<Vec<_>>().join(", ");
+        line("network", if ports.is_empty() { "user mode".to_owned() } else { format!("user mode, ports {ports}") });
+    }
     if machine.debug {
         line("debug", "on: a shell on the console, and husk exec".to_owned());
     }
