@@ -4,6 +4,7 @@
 use std::fs;
 
 use anyhow::{Context, Result};
+use husk_tests::cgroup;
 use husk_tests::containerd::Containerd;
 use husk_tests::guest::{Guest, call, debug_config, pod_network};
 use husk_tests::pods::{GATEWAY, Pod};
@@ -21,10 +22,12 @@ join() {
 }
 join eth0 tap0; join tap0 eth0";
 
-/// Boots the VM in the pod. `model` is husk's QEMU, whose CPU and kernel parameters it gets.
-pub(super) async fn boot(containerd: &Containerd, pod: &Pod<'_>, tools: &Tools, model: i32) -> Result<Guest> {
+/// Boots the VM in the pod. It gets the CPU and the kernel parameters of the VM of the container `model`, and its
+/// cgroup: on a loaded machine, a process in the root cgroup gets more of the processors.
+pub(super) async fn boot(containerd: &Containerd, pod: &Pod<'_>, tools: &Tools, model: &str) -> Result<Guest> {
     containerd.sh(&format!("pod={}; {CONNECT}", pod.name))?;
-    let command = fs::read(format!("/proc/{model}/cmdline")).context("read the command line of husk's QEMU")?;
+    let qemu = containerd.qemu_of(model)?.pid;
+    let command = fs::read(format!("/proc/{qemu}/cmdline")).context("read the command line of husk's QEMU")?;
     let words: Vec<_> = command.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
     let value = |option: &str| {
         let value = words.windows(2).find(|pair| pair[0] == option).map(|pair| pair[1].to_string());
@@ -55,6 +58,10 @@ pub(super) async fn boot(containerd: &Containerd, pod: &Pod<'_>, tools: &Tools, 
         ..debug_config()?
     };
     let guest = Guest::boot_with(config).await?;
+    for folder in cgroup::find(model) {
+        let procs = folder.join("cgroup.procs");
+        fs::write(&procs, guest.vm.pid().to_string()).with_context(|| format!("write to {}", procs.display()))?;
+    }
     let mac = mac(&pod.mac)?;
     let network = pod_network(&mac, pod.address.parse()?, GATEWAY.parse()?);
     guest.network.configure(call(), &network).await.context("configure the guest's network")?;

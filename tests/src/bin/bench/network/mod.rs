@@ -5,7 +5,7 @@ mod contender;
 mod cost;
 mod manual;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::{Runtime, repository};
 use husk_tests::containerd::{Containerd, Setup};
 use husk_tests::pods::{Bridge, GATEWAY};
@@ -25,11 +25,15 @@ const MANUAL_POD: u8 = 4;
 pub(crate) fn run(rounds: usize, runtime: &tokio::runtime::Runtime, report: &mut Report) -> Result<()> {
     let containerd = Containerd::with(Setup { runtime: Some(Runtime::Husk), ..Setup::default() })?;
     let bridge = Bridge::new(&containerd, "bench")?;
+    let results = [
+        traffic(&containerd, &bridge, rounds.div_ceil(4), runtime, report),
+        cost::of_a_run(&containerd, &bridge, rounds, report),
+        runtime.block_on(cost::in_the_guest(report)),
+    ];
     // The results of the other parts are still useful.
-    let traffic = traffic(&containerd, &bridge, rounds.div_ceil(4), runtime, report);
-    let run = cost::of_a_run(&containerd, &bridge, rounds, report);
-    let guest = runtime.block_on(cost::in_the_guest(report));
-    traffic.and(run).and(guest)
+    let failures: Vec<String> = results.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
+    Ok(())
 }
 
 /// Each round measures all contenders in turn, so that the machine's load affects all of them.
@@ -51,10 +55,9 @@ fn traffic(
         let client = pod.container(*shim, &flags, "network", &["sleep", "100000"])?;
         contenders.push(Contender::new(*column, Client::Container(client), &on_bridge, GATEWAY));
     }
-    // The container's own VM shows how husk starts QEMU.
-    let qemu = containerd.qemu_of(contenders.first().context("no container")?.id()?)?;
     let pod = bridge.pod(MANUAL_POD)?;
-    let guest = runtime.block_on(manual::boot(containerd, &pod, &tools, qemu.pid))?;
+    let model = contenders.first().context("no container")?.id()?;
+    let guest = runtime.block_on(manual::boot(containerd, &pod, &tools, model))?;
     contenders.push(Contender::new(Column::Manual, Client::Guest(runtime, Box::new(guest)), &on_bridge, GATEWAY));
     let flags = [flags, vec!["--annotation", "io.husk.network=user"]].concat();
     let user = containerd.detached_with(Runtime::Husk, &flags, "user", &["sleep", "100000"]);
