@@ -46,6 +46,8 @@ pub struct VmConfig {
     pub kernel_parameters: String,
     /// Read-only block devices, in QEMU's order.
     pub disks: Vec<Disk>,
+    /// The MACs of network cards that are connected to nothing.
+    pub nics: Vec<[u8; 6]>,
     /// Makes the guest's clock count instructions, one per nanosecond, instead of time: measurements do not depend on
     /// the machine's load.
     pub instruction_clock: bool,
@@ -85,6 +87,7 @@ impl VmConfig {
             memory: 256,
             kernel_parameters: String::new(),
             disks: Vec::new(),
+            nics: Vec::new(),
             instruction_clock: false,
             qemu_arguments: Vec::new(),
             network_namespace: None,
@@ -147,6 +150,11 @@ impl Vm {
             drive.push(image);
             let device = format!("virtio-blk-{bus},drive=disk{number},serial={}", disk.serial);
             command.arg("-drive").arg(drive).args(["-device", &device]);
+        }
+        for (number, mac) in config.nics.iter().enumerate() {
+            let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+            let device = format!("virtio-net-{bus},netdev=net{number},mac={mac}");
+            command.args(["-netdev", &format!("hubport,id=net{number},hubid={number}"), "-device", &device]);
         }
         command.args(&config.qemu_arguments);
         let open = |path: &PathBuf| File::open(path).with_context(|| format!("open {}", path.display()));

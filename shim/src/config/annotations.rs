@@ -4,13 +4,13 @@ use std::collections::HashMap;
 
 use super::extras::{self, Extras};
 use super::names::{
-    DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, NETWORK, PATH, PORTS, PREFIX, PROFILE, SUPERVISOR,
-    VCPUS, VSOCK, WORKSPACE,
+    DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, NETWORK, PATH, PORTS, PREFIX, PROFILE, SPARE_NICS,
+    SUPERVISOR, VCPUS, VSOCK, WORKSPACE,
 };
 use super::ports;
 use super::problem::Problem;
 use super::settings::{Config, NetworkMode, Profile};
-use super::values::{memory_mib, one_of, vcpus};
+use super::values::{memory_mib, one_of, spare_nics, vcpus};
 use super::workspace::{self, Workspace};
 use crate::network::user::PortMapping;
 
@@ -24,6 +24,8 @@ pub(crate) struct Annotations {
     /// Virtual CPUs by purpose; `vcpus` overrides it.
     pub(crate) profile: Option<Profile>,
     pub(crate) memory_mib: Option<u64>,
+    /// Network cards for links that appear after the boot.
+    pub(crate) spare_nics: Option<u32>,
     /// Enables or disables debug mode; without it, the configuration decides.
     pub(crate) debug: Option<bool>,
     /// Containers may use AF_VSOCK.
@@ -81,6 +83,7 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Resu
         VCPUS => read.vcpus = Some(vcpus(number()?)?),
         PROFILE => read.profile = Some(one_of(Some(value), &Profile::NAMES)?),
         MEMORY_MIB => read.memory_mib = Some(memory_mib(number()?)?),
+        SPARE_NICS => read.spare_nics = Some(spare_nics(number()?)?),
         DEBUG => read.debug = Some(boolean(value)?),
         NETWORK => read.network = Some(one_of(Some(value), &NetworkMode::NAMES)?),
         PORTS => read.ports = ports::parse(value, config)?,
@@ -113,6 +116,7 @@ mod tests {
             ("io.husk.vcpus", "2"),
             ("io.husk.profile", "throughput"),
             ("io.husk.memory_mib", "300"),
+            ("io.husk.network_spare_nics", "3"),
             ("io.husk.debug", "false"),
             ("io.husk.vsock", "true"),
             ("io.husk.network", "user"),
@@ -130,6 +134,7 @@ mod tests {
             vcpus: Some(2),
             profile,
             memory_mib: Some(300),
+            spare_nics: Some(3),
             debug: Some(false),
             vsock: true,
             network: Some(NetworkMode::User),
@@ -176,7 +181,7 @@ mod tests {
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
                 "annotation io.husk.debug = \"1\": must be true or false",
                 "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which belongs to the kernel",
                 "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path on the host",

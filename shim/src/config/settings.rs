@@ -117,6 +117,8 @@ pub struct Config {
     pub qemu_user: (u32, u32),
     /// virtiofsd's program, if not in a default place.
     pub virtiofsd: Option<PathBuf>,
+    /// Network cards for links that appear in a VM's network namespace after its boot.
+    pub spare_nics: u32,
     /// The network of sandboxes that nothing else connects.
     pub network: NetworkMode,
     /// The host's addresses whose ports may be mapped to a guest, in addition to loopback addresses.
@@ -162,6 +164,7 @@ impl Default for Config {
             // nobody and nogroup, which have these IDs on every Linux distribution.
             qemu_user: (65534, 65534),
             virtiofsd: None,
+            spare_nics: 1,
             network: NetworkMode::None,
             port_addresses: Vec::new(),
             port_ranges: false,

@@ -25,6 +25,9 @@ pub(crate) const FIRST_FD: i32 = 900;
 /// Temporary numbers between fork and exec: above all final ones, and below 1024, the usual limit.
 const PARKING: i32 = 960;
 
+/// Highest number for an inherited descriptor.
+pub(crate) const LAST_FD: i32 = PARKING - 1;
+
 /// After [`reserve`], inherited descriptors may also have numbers up to this one.
 pub(crate) const LAST_RESERVED: i32 = 5;
 
@@ -65,7 +68,7 @@ pub(crate) struct Launch {
     pub(crate) args: Vec<OsString>,
     /// The complete environment. containerd's is not passed on: its LD_LIBRARY_PATH may name the bundle's directory.
     pub(crate) env: Vec<(OsString, OsString)>,
-    /// The inherited descriptors and their numbers in the program: from [`FIRST_FD`] to 959, or up to
+    /// The inherited descriptors and their numbers in the program: from [`FIRST_FD`] to [`LAST_FD`], or up to
     /// [`LAST_RESERVED`]. All others are closed.
     pub(crate) fds: Vec<(OwnedFd, i32)>,
     /// The user (uid, gid), without supplementary groups; root if `None`.

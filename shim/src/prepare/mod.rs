@@ -114,20 +114,30 @@ pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError
     Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
 }
 
-/// Reads and checks everything that a container needs. `is_init` recognizes the PIDs of the sandbox's containers;
-/// `booted_with` describes the sandbox's VM, if it is booted.
+/// What a container's preparation needs to know about its sandbox.
+#[derive(Clone, Copy)]
+pub struct Siblings<'a> {
+    /// The container is the sandbox's first.
+    pub first: bool,
+    /// Recognizes the PIDs of the sandbox's containers.
+    pub is_init: &'a dyn Fn(u32) -> bool,
+    /// The sandbox's VM, if it is booted.
+    pub booted_with: Option<&'a BootedWith>,
+}
+
+impl Siblings<'_> {
+    /// Those of the first container.
+    pub const NONE: Siblings<'static> = Siblings { first: true, is_init: &|_| false, booted_with: None };
+}
+
+/// Reads and checks everything that a container needs.
 ///
 /// # Errors
 ///
 /// All problems at once.
-pub fn prepare(
-    request: &CreateTaskRequest,
-    sandbox: &str,
-    is_init: &dyn Fn(u32) -> bool,
-    booted_with: Option<&BootedWith>,
-) -> Result<Prepared, PrepareError> {
+pub fn prepare(request: &CreateTaskRequest, sandbox: &str, siblings: Siblings<'_>) -> Result<Prepared, PrepareError> {
     let config = load::load().map_err(|error| PrepareError::one(&error))?;
-    prepare_with(config, &Places::of_process(), request, sandbox, is_init, booted_with)
+    prepare_with(config, &Places::of_process(), request, sandbox, siblings)
 }
 
 fn prepare_with(
@@ -135,15 +145,15 @@ fn prepare_with(
     places: &Places,
     request: &CreateTaskRequest,
     sandbox: &str,
-    is_init: &dyn Fn(u32) -> bool,
-    booted_with: Option<&BootedWith>,
+    siblings: Siblings<'_>,
 ) -> Result<Prepared, PrepareError> {
     let bundle = Path::new(&request.bundle);
     let mut spec = read_spec(bundle)?;
     let mut problems = Vec::new();
     let annotations = collect(read_annotations(&spec, &config), &mut problems);
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
-    let sources = collect(open_extras(&extras, booted_with.map(|booted| &booted.extras), &config), &mut problems);
+    let sources =
+        collect(open_extras(&extras, siblings.booted_with.map(|booted| &booted.extras), &config), &mut problems);
     // A workspace may hold secrets: neither the guest's spec, nor hooks, nor the state may contain it.
     if let Some(annotations) = spec.annotations_mut() {
         annotations.remove(names::WORKSPACE);
@@ -154,14 +164,15 @@ fn prepare_with(
         bundle,
         host_is_unified: Hierarchies::of_host().map_err(|error| PrepareError::one(&error))?.unified(),
         inspect: &crate::rootfs::share::inspect,
-        is_init,
+        first: siblings.first,
+        is_init: siblings.is_init,
     };
     let rewritten = collect(rewrite(spec, &context).map_err(|problems| problems.0), &mut problems);
-    let network = rewritten.as_ref().and_then(|rewritten| rewritten.network.as_ref());
-    let network = collect(network.map(claim_network).transpose(), &mut problems);
+    let named = rewritten.as_ref().and_then(|rewritten| rewritten.network.of_host());
+    let network = collect(named.map(claim_network).transpose(), &mut problems);
     let requested = annotations.as_ref().map(requested_network).unwrap_or_default();
     let user = rewritten.as_ref().map(|rewritten| {
-        let booted = booted_with.map(|booted| booted.user.as_ref());
+        let booted = siblings.booted_with.map(|booted| booted.user.as_ref());
         let user = network::user_network(&requested, &config, rewritten, booted)?;
         match &user {
             Some(user) if booted.is_none() => network::check_ports(user, &places.state).map(|()| Some(user.clone())),
@@ -181,6 +192,7 @@ fn prepare_with(
         return Err(PrepareError(problems));
     }
     config.debug = debug;
+    config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics);
     if debug {
         config.log_level = config.log_level.max(Level::DEBUG);
     }
@@ -300,8 +312,27 @@ fn user(config: &Config, accel: Accel) -> (u32, u32) {
     }
 }
 
-/// The VMM and the plan that boot the machine of `prepared`, with the folder `share` and the disk of its extras.
-pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<Disk>) -> (Box<dyn Vmm>, BootPlan) {
+/// What a machine is connected to on the host.
+#[derive(Debug)]
+pub struct Attachments {
+    /// The folder that the guest mounts.
+    pub share: PathBuf,
+    /// The disk of the extras.
+    pub extras: Option<Disk>,
+    /// The sandbox's network namespace.
+    pub(crate) network: Option<Claim>,
+}
+
+impl Attachments {
+    /// Only the folder.
+    pub fn new(share: PathBuf) -> Self {
+        Self { share, extras: None, network: None }
+    }
+}
+
+/// The VMM and the plan that boot the machine of `prepared`.
+pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, BootPlan) {
+    let Attachments { share, extras, network } = attachments;
     let mut spec = prepared.machine.clone();
     spec.disks.extend(extras);
     // The guest has no clock of its own. It starts with the host's time, read as late as possible.
@@ -316,7 +347,8 @@ pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<Disk>) -> (Box<d
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,
         cgroup: prepared.rewritten.cgroups_path.clone(),
-        network: prepared.network.clone(),
+        network,
+        spare_nics: prepared.config.spare_nics,
         tokens: prepared.config.tokens.clone(),
         workspace: prepared.workspace.clone(),
     };

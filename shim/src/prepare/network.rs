@@ -50,7 +50,7 @@ pub(super) fn user_network(
     booted: Option<Option<&UserNetwork>>,
 ) -> Result<Option<UserNetwork>, Vec<Problem>> {
     let mut problems = Vec::new();
-    if let (Some(mode), Some(host)) = (requested.mode, &rewritten.network) {
+    if let (Some(mode), Some(host)) = (requested.mode, rewritten.network.of_host()) {
         let named = host.path.display();
         let why = format!("the spec names the network namespace {named} ({}): the VM is connected to it", host.field);
         problems.push(problem(names::NETWORK, format!("{:?}", mode.name()), why));
@@ -60,7 +60,7 @@ pub(super) fn user_network(
         None => (mode(requested, config, rewritten) == NetworkMode::User)
             .then(|| UserNetwork { ports: requested.ports.clone() }),
     };
-    let booted = booted.filter(|_| rewritten.network.is_none());
+    let booted = booted.filter(|_| rewritten.network.of_host().is_none());
     if booted.is_none() && network.is_none() && !requested.ports.is_empty() {
         let value = requested.ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         let why = format!("ports need user-mode networking ({} = \"user\")", names::NETWORK);
@@ -78,7 +78,7 @@ pub(super) fn user_network(
 /// The mode of a VM that is not booted. Programs that connect networks themselves do so in a hook, so the
 /// configuration's default does not apply to their containers.
 fn mode(requested: &RequestedNetwork, config: &Config, rewritten: &Rewritten) -> NetworkMode {
-    if rewritten.network.is_some() {
+    if rewritten.network.of_host().is_some() {
         return NetworkMode::None;
     }
     let default = if rewritten.hooks.create.is_empty() { config.network } else { NetworkMode::None };

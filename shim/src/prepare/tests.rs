@@ -75,9 +75,9 @@ impl TestHost {
         let config = parse(config, Path::new("/c.toml")).unwrap();
         let bundle = self.folder.path().display().to_string();
         let request = CreateTaskRequest { id: "c1".into(), bundle, ..Default::default() };
-        let prepared =
-            prepare_with(config, &self.places, &request, "c1", &|_| false, booted_with).map_err(|e| e.to_string())?;
-        let (_, plan) = plan(&prepared, "/share".into(), None);
+        let siblings = Siblings { first: booted_with.is_none(), booted_with, ..Siblings::NONE };
+        let prepared = prepare_with(config, &self.places, &request, "c1", siblings).map_err(|e| e.to_string())?;
+        let (_, plan) = plan(&prepared, Attachments::new("/share".into()));
         let Board::Qemu(board) = prepared.config.board;
         let args = arguments(&plan.spec, board, &FDS);
         Ok(Booted { plan, spec: prepared.rewritten.spec, qemu: prepared.host.vmm, args })
@@ -186,6 +186,7 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |b| b.plan.tokens.key.display().to_string()),
         "{host}/other/key",
     ),
+    ("network_spare_nics", "2", |o| booted(o, |b| b.plan.spare_nics.to_string()), "2"),
     ("token_lifetime_ms", "7", |o| booted(o, |b| format!("{:?}", b.plan.tokens.lifetime)), "7ms"),
     (
         "workspace_dir",
@@ -324,7 +325,7 @@ fn user_mode_is_for_containers_that_nothing_else_connects() {
     type Change = fn(&mut serde_json::Value);
     const USER: &str = "network = \"user\"";
     const CONNECTED: &str = "the VM's namespace, a card";
-    const LONELY: &str = "a new namespace, no card";
+    const LONELY: &str = "the VM's namespace, no card";
     let host = TestHost::new();
     let hook: Change = |spec| spec["hooks"] = serde_json::json!({"createRuntime": [{"path": "/bin/true"}]});
     let cni: Change = |spec| {

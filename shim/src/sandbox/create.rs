@@ -13,7 +13,7 @@ use husk_protos::chain::Chain;
 
 use crate::network::user::resolv_conf;
 use crate::prepare;
-use crate::prepare::Prepared;
+use crate::prepare::{Prepared, Siblings};
 use crate::rootfs::share::Share;
 use crate::rootfs::spec::Rewritten;
 use crate::sandbox::container::Container;
@@ -54,6 +54,7 @@ impl Sandbox {
             return Err(SandboxError::AlreadyExists { what: "task", id: id.to_owned() });
         }
         slots.containers.insert(id.to_owned(), ContainerSlot::Creating);
+        slots.first.get_or_insert_with(|| id.to_owned());
         Ok(())
     }
 
@@ -74,16 +75,19 @@ impl Sandbox {
             self.add_resolv_conf(&id, &mut prepared.rewritten)?;
         }
         let share = self.share()?;
+        let network = self.network_namespace(&prepared).await?;
         let subject = hooks::subject(&request, &prepared);
         // Mount the root filesystem while the VM boots: later mounts propagate into the share.
         let (vm, mounted, hooked) = tokio::join!(
-            self.ensure_vm(&prepared, &share),
+            self.ensure_vm(&prepared, &share, network.as_ref()),
             self.mount(&share, &request, &prepared),
             self.run_create_hooks(&prepared.rewritten.hooks, &subject)
         );
         let vm = vm?;
         mounted?;
         hooked?;
+        // The hooks may have added links after the boot has looked for some.
+        vm.settle_network().await?;
 
         let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let guest_request = CreateTaskRequest {
@@ -111,11 +115,14 @@ impl Sandbox {
             .filter_map(|container| container.process("").filter(|init| init.exit().is_none()))
             .map(|init| init.pid())
             .collect();
-        let booted_with = {
+        let (first, booted_with) = {
             let slots = self.lock();
-            matches!(slots.vm, VmSlot::Up(_)).then(|| slots.booted_with.clone())
+            let first = slots.first.as_ref() == Some(&request.id);
+            (first, matches!(slots.vm, VmSlot::Up(_)).then(|| slots.booted_with.clone()))
         };
-        let prepared = prepare::prepare(request, &self.id, &|pid| init_pids.contains(&pid), booted_with.as_ref())?;
+        let is_init = |pid| init_pids.contains(&pid);
+        let siblings = Siblings { first, is_init: &is_init, booted_with: booted_with.as_ref() };
+        let prepared = prepare::prepare(request, &self.id, siblings)?;
         for note in &prepared.rewritten.notes {
             tracing::info!(container = request.id, note, "spec changed for the guest");
         }

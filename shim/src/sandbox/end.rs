@@ -59,6 +59,9 @@ impl Sandbox {
         let last = {
             let mut slots = self.lock();
             slots.containers.remove(id);
+            if matches!(slots.vm, VmSlot::Empty) && slots.first.as_deref() == Some(id) {
+                slots.first = None;
+            }
             let last = slots.containers.is_empty();
             last.then(|| std::mem::replace(&mut slots.vm, VmSlot::Stopping))
         };

@@ -8,6 +8,7 @@ mod end;
 mod error;
 mod events;
 mod hooks;
+mod network;
 mod registry;
 mod start;
 mod status;

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use crate::console::GuestLogs;
 use crate::containerd::publisher::Publisher;
 use crate::guest::client::GuestError;
-use crate::network::Claim;
+use crate::network::{Claim, PrivateNamespace};
 use crate::prepare::BootedWith;
 use crate::rootfs::share::Share;
 use crate::sandbox::container::Container;
@@ -52,6 +52,10 @@ pub(super) struct Slots {
     pub(super) booted_with: BootedWith,
     /// The host's network namespace that the VM is connected to.
     pub(super) network: Option<Claim>,
+    /// The network namespace that the shim has created.
+    pub(super) private_network: Option<PrivateNamespace>,
+    /// The container that uses the VM's network namespace if its spec asks for a new one.
+    pub(super) first: Option<String>,
     pub(super) share: Option<Share>,
     pub(super) containers: HashMap<String, ContainerSlot>,
 }
@@ -83,6 +87,8 @@ impl Sandbox {
                 vm: VmSlot::Empty,
                 booted_with: BootedWith::default(),
                 network: None,
+                private_network: None,
+                first: None,
                 share: None,
                 containers: HashMap::new(),
             }),

@@ -26,6 +26,10 @@ impl Sandbox {
         }
         let (container, process) = self.process(id, exec_id)?;
         let vm = self.live_vm()?;
+        if exec_id.is_empty() {
+            // What CNI and hooks have configured since Create has to be there before the first instruction.
+            vm.settle_network().await?;
+        }
         // The streams belong to the first start. The guest rejects a second one.
         let attaches = !exec_id.is_empty() && process.claim_start();
         if attaches {

@@ -62,7 +62,12 @@ pub(crate) enum Step {
     /// "Lifecycle").
     Hooks { container: Subject, poststop: Vec<Hook> },
     /// Redirects between the links of a network namespace and a VM's taps: removed.
-    Network { claim: Claim },
+    Network {
+        claim: Claim,
+        /// The VM, as its taps name it.
+        #[serde(default)]
+        owner: String,
+    },
     /// Ports of the host were leased. Undo releases them.
     Ports {
         ports: Vec<HostPort>,
@@ -80,7 +85,7 @@ impl fmt::Display for Step {
             Step::Dir { path } | Step::Tree { path } | Step::File { path } => write!(f, "remove {}", path.display()),
             Step::Cgroup { path } | Step::CgroupParent { path } => write!(f, "remove cgroup {}", path.display()),
             Step::Cid { cid, .. } => write!(f, "release vsock CID {cid}"),
-            Step::Network { claim } => write!(f, "disconnect the network namespace {}", claim.netns.display()),
+            Step::Network { claim, .. } => write!(f, "disconnect the network namespace {}", claim.netns.display()),
             Step::Ports { ports, .. } => {
                 let plural = if ports.len() == 1 { "" } else { "s" };
                 let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
@@ -112,7 +117,7 @@ impl Step {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty || is_busy(&e) => Ok(()),
                 other => ignore_missing(other),
             },
-            Step::Network { claim } => network::disconnect(claim, remaining()).map_err(io::Error::other),
+            Step::Network { claim, owner } => network::disconnect(claim, owner, remaining()).map_err(io::Error::other),
             Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
             Step::Ports { ports, leases, shim } => leases.release(ports, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {

@@ -60,12 +60,12 @@ impl Vm {
         let NewLink { link, mut ready, machine_end: vsock } = link::create(plan.carrier, journal).await?;
         let identity = identity(journal, link.cid())?;
         metadata::provide(&link, identity, &plan.tokens, plan.workspace.as_ref(), journal.dir())?;
-        let mut network = network::connect(plan, journal).await?;
+        let mut network = network::connect(vmm, plan, journal).await?;
         let (console, console_end) = attach_console(logs)?;
         let cgroups = open_cgroups(plan, journal)?;
         let (share_listener, share) = virtiofsd::socket(journal.dir())?;
         let log = journal.dir().join(format!("{}.log", vmm.id()));
-        let (nics, connections) = (std::mem::take(&mut network.nics), network.connections.take());
+        let nics = std::mem::take(&mut network.nics);
         let sockets = Sockets { vsock, share: Some(share), nics, console: console_end, log: open_log(&log)? };
 
         let spec = linked(&plan.spec, &link, &ready);
@@ -97,12 +97,12 @@ impl Vm {
         let health = Arc::new(GuestHealth::new(spec.guest.heartbeat));
         let guest = Arc::new(Guest::connect(link, &hello, plan.call_timeout).await?);
         reached.reached(HostMilestone::GuestConnected);
-        network.configure(&guest).await?;
+        let (death, dead) = watch::channel(None);
+        let network = network.follow(&guest, dead.clone()).await?;
 
         kill_machine.succeeded();
         kill_share.succeeded();
         let Processes { machine, share, console, .. } = processes;
-        let (death, dead) = watch::channel(None);
         let (failure, failed) = watch::channel(None);
         let sinks =
             ReportSinks { level: spec.guest.log_level, file: logs.init.clone(), recent: journal.recent().clone() };
@@ -114,12 +114,12 @@ impl Vm {
             guest,
             hello,
             debug: spec.guest.debug,
-            connections,
             machine: machine.clone(),
             share: share.clone(),
             share_workers,
             console: console.clone(),
             health,
+            network,
             shutdown_timeout: shutdown_timeout(plan),
             stopping: AtomicBool::new(false),
             failure,

@@ -28,6 +28,8 @@ pub struct BootPlan {
     pub cgroup: Option<String>,
     /// The host's network namespace that the VM is connected to.
     pub(crate) network: Option<Claim>,
+    /// NICs for links that appear in the namespace after the boot.
+    pub(crate) spare_nics: u32,
     /// How the metadata service signs its tokens.
     pub tokens: TokenSettings,
     /// The workspace that the metadata service returns.

@@ -122,6 +122,9 @@ pub trait Vmm: Send + Sync {
     /// The board's name in the state.
     fn board(&self) -> &'static str;
 
+    /// The most network cards that a machine with this spec can have, each with `queues` pairs of queues.
+    fn most_nics(&self, spec: &Spec, queues: u16) -> usize;
+
     /// Starts a machine. Returns when its process runs; the guest reports its own readiness.
     ///
     /// # Errors

@@ -32,6 +32,8 @@ pub(crate) struct Context<'a> {
     pub(crate) host_is_unified: bool,
     /// Looks up a path on the host and resolves symbolic links.
     pub(crate) inspect: &'a dyn Fn(&Path) -> io::Result<HostFile>,
+    /// Whether this is the sandbox's first container, for which the VM is booted.
+    pub(crate) first: bool,
     /// Whether a PID of the guest is the init of one of the sandbox's containers.
     pub(crate) is_init: &'a dyn Fn(u32) -> bool,
 }

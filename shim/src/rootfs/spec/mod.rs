@@ -29,7 +29,7 @@ mod rewrite;
 pub(crate) use context::{Context, FileKind, HostFile};
 pub(crate) use limits::SpecLimits;
 pub(crate) use mounts::Bind;
-pub(crate) use rewrite::{HostNetwork, Rewritten, rewrite};
+pub(crate) use rewrite::{HostNetwork, NetworkRequest, Rewritten, rewrite};
 
 #[cfg(test)]
 mod tests;

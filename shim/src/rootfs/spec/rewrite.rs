@@ -22,6 +22,27 @@ pub(crate) struct HostNetwork {
     pub(crate) path: PathBuf,
 }
 
+/// The network that a spec asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum NetworkRequest {
+    /// No namespace of its own: with runc, the container would use the host's network. It uses the VM's.
+    Shared,
+    /// A new network namespace.
+    New,
+    /// A network namespace of the host. The container uses the VM's own instead.
+    OfHost(HostNetwork),
+}
+
+impl NetworkRequest {
+    /// The network namespace of the host.
+    pub(crate) fn of_host(&self) -> Option<&HostNetwork> {
+        match self {
+            Self::OfHost(network) => Some(network),
+            Self::Shared | Self::New => None,
+        }
+    }
+}
+
 /// A spec for the guest, and what the host does for the container.
 #[derive(Clone, Debug)]
 pub struct Rewritten {
@@ -34,8 +55,8 @@ pub struct Rewritten {
     /// The cgroup that the spec names on the host.
     pub(crate) cgroups_path: Option<String>,
     pub(crate) limits: SpecLimits,
-    /// The network namespace of the host that the spec names. The container uses the VM's own instead.
-    pub(crate) network: Option<HostNetwork>,
+    /// The network that the spec asks for.
+    pub(crate) network: NetworkRequest,
     /// The hooks that the host runs.
     pub(crate) hooks: Hooks,
     /// What was changed or removed, for the log.
@@ -143,7 +164,7 @@ fn rewrite_root(spec: &mut Spec, context: &Context<'_>, findings: &mut Findings)
 struct LinuxOfHost {
     cgroups_path: Option<String>,
     limits: SpecLimits,
-    network: Option<HostNetwork>,
+    network: NetworkRequest,
 }
 
 /// Rewrites the part `linux`.
@@ -175,13 +196,13 @@ fn rewrite_linux(
     Some(LinuxOfHost { cgroups_path, limits, network })
 }
 
-/// Rewrites the namespaces, and returns the network namespace of the host.
+/// Rewrites the namespaces, and returns the network that they ask for.
 fn rewrite_namespaces(
     linux: &mut Linux,
     context: &Context<'_>,
     has_cgroup_mount: bool,
     findings: &mut Findings,
-) -> Option<HostNetwork> {
+) -> NetworkRequest {
     let mut namespaces = linux.namespaces_mut().take().unwrap_or_default();
     for namespace in &mut namespaces {
         // Some clients write an empty path for a new namespace.
@@ -195,24 +216,7 @@ fn rewrite_namespaces(
             findings.reject_path(format!("linux.namespaces[{index}].path"), path, why);
         }
     }
-    let of_host = |namespace: &LinuxNamespace| {
-        let path = namespace.path().as_ref().filter(|path| namespaces::is_network_of_host(namespace.typ(), path));
-        path.cloned()
-    };
-    let mut networks = namespaces.iter().enumerate().filter_map(|(index, namespace)| {
-        of_host(namespace).map(|path| HostNetwork { field: format!("linux.namespaces[{index}].path"), path })
-    });
-    let network = networks.next();
-    if let Some(second) = networks.next() {
-        findings.reject_path(second.field, &second.path, "the spec names another network namespace already");
-    }
-    // Its owner would be the VM's first user namespace: sysfs, raw sockets and low ports would fail in odd ways.
-    let has_user_namespace = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User);
-    if let (Some(network), true) = (&network, has_user_namespace) {
-        let why = "a container with a user namespace cannot use a network namespace of the host yet";
-        findings.reject_path(&network.field, &network.path, why);
-    }
-    namespaces.retain(|namespace| of_host(namespace).is_none());
+    let network = take_network(&mut namespaces, context, findings);
     // On cgroup v1, a container without a cgroup namespace sees only its own part of each hierarchy. The guest has v2,
     // where only the namespace has this effect: without it, the mount would show the cgroups of the whole guest.
     let has_cgroup_namespace = namespaces.iter().any(|ns| ns.typ() == LinuxNamespaceType::Cgroup);
@@ -226,4 +230,44 @@ fn rewrite_namespaces(
     }
     linux.set_namespaces(Some(namespaces));
     network
+}
+
+/// Removes the network namespaces that the VM's own stands for: one of the host, and a new one of the sandbox's first
+/// container, so that links that later appear in the sandbox's namespace on the host reach that container. Returns the
+/// network that the spec asks for.
+fn take_network(
+    namespaces: &mut Vec<LinuxNamespace>,
+    context: &Context<'_>,
+    findings: &mut Findings,
+) -> NetworkRequest {
+    let of_host = |namespace: &LinuxNamespace| {
+        let path = namespace.path().as_ref().filter(|path| namespaces::is_network_of_host(namespace.typ(), path));
+        path.cloned()
+    };
+    let is_new =
+        |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none();
+    let mut networks = namespaces.iter().enumerate().filter_map(|(index, namespace)| {
+        of_host(namespace).map(|path| HostNetwork { field: format!("linux.namespaces[{index}].path"), path })
+    });
+    let network = networks.next();
+    if let Some(second) = networks.next() {
+        findings.reject_path(second.field, &second.path, "the spec names another network namespace already");
+    }
+    // The VM's network namespace belongs to the VM's first user namespace: sysfs, raw sockets and low ports would fail
+    // in odd ways.
+    let has_user_namespace = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    if let (Some(network), true) = (&network, has_user_namespace) {
+        let why = "a container with a user namespace cannot use a network namespace of the host yet";
+        findings.reject_path(&network.field, &network.path, why);
+    }
+    let asks_for_new = namespaces.iter().any(is_new);
+    let stays = |namespace: &LinuxNamespace| {
+        of_host(namespace).is_none() && !(is_new(namespace) && context.first && !has_user_namespace)
+    };
+    namespaces.retain(stays);
+    match network {
+        Some(network) => NetworkRequest::OfHost(network),
+        None if asks_for_new => NetworkRequest::New,
+        None => NetworkRequest::Shared,
+    }
 }

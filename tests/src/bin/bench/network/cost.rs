@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use husk_protos::system::BootStep;
 use husk_tests::containerd::Containerd;
-use husk_tests::guest::{Guest, config, unconnected_nic};
+use husk_tests::guest::{Guest, MAC, config};
 use husk_tests::pods::Bridge;
 use husk_tests::vm::VmConfig;
 
@@ -67,8 +67,8 @@ pub(super) async fn in_the_guest(report: &mut Report) -> Result<()> {
 }
 
 async fn boot(nic: bool) -> Result<Boot> {
-    let qemu_arguments = if nic { unconnected_nic() } else { Vec::new() };
-    let guest = Guest::boot_with(VmConfig { instruction_clock: true, qemu_arguments, ..config()? }).await?;
+    let nics = if nic { vec![MAC] } else { Vec::new() };
+    let guest = Guest::boot_with(VmConfig { instruction_clock: true, nics, ..config()? }).await?;
     let at = |step: BootStep| {
         let milestone = guest.hello.timeline.iter().find(|milestone| milestone.step == step.into());
         // With the instruction clock, one instruction takes a nanosecond.
