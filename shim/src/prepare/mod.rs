@@ -33,7 +33,7 @@ use crate::network::user::UserNetwork;
 use crate::network::{Claim, claim};
 use crate::prepare::host::{Host, Places};
 pub(crate) use crate::prepare::network::RequestedNetwork;
-use crate::rootfs::spec::parse::parse;
+use crate::rootfs::spec::parse::{Parsed, parse};
 use crate::rootfs::spec::{Context, HostNetwork, Rewritten, Sibling, rewrite};
 use crate::vm::BootPlan;
 use crate::vm::cgroup::{Hierarchies, HostCgroup};
@@ -60,6 +60,8 @@ impl PrepareError {
 pub struct Prepared {
     /// The spec for the guest, and what the host does for the container.
     pub rewritten: Rewritten,
+    /// What the spec contains, but husk does not know, for the log.
+    pub(crate) ignored: Vec<String>,
     /// The machine, if it has to be booted for this container.
     machine: vmm::Spec,
     /// The host's network namespace that the spec names.
@@ -87,7 +89,7 @@ impl Prepared {
     /// What this container requests and the sandbox's VM lacks.
     pub(crate) fn beyond(&self, booted: &BootedWith) -> Vec<Problem> {
         let mut problems = self.extras.beyond(&booted.extras);
-        if self.rewritten.network.is_none() {
+        if self.rewritten.network.of_host().is_none() {
             problems.extend(self.requested.beyond(booted.user.as_ref()));
         }
         problems
@@ -109,7 +111,7 @@ pub struct BootedWith {
 ///
 /// When the bundle cannot be read.
 pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError> {
-    let spec = read_spec(bundle)?;
+    let spec = read_spec(bundle)?.spec;
     let pod = spec.annotations().as_ref().and_then(|annotations| annotations.get(SANDBOX_ID));
     Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
 }
@@ -148,7 +150,7 @@ fn prepare_with(
     siblings: Siblings<'_>,
 ) -> Result<Prepared, PrepareError> {
     let bundle = Path::new(&request.bundle);
-    let mut spec = read_spec(bundle)?;
+    let Parsed { mut spec, ignored } = read_spec(bundle)?;
     let mut problems = Vec::new();
     let annotations = collect(read_annotations(&spec, &config), &mut problems);
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
@@ -206,6 +208,7 @@ fn prepare_with(
     }
     Ok(Prepared {
         rewritten,
+        ignored,
         machine,
         network,
         user,
@@ -245,7 +248,7 @@ fn collect<T, P: ToString>(checked: Result<T, Vec<P>>, problems: &mut Vec<String
 }
 
 /// Reads a bundle's `config.json`.
-fn read_spec(bundle: &Path) -> Result<Spec, PrepareError> {
+fn read_spec(bundle: &Path) -> Result<Parsed, PrepareError> {
     let path = bundle.join("config.json");
     let bytes =
         std::fs::read(&path).map_err(|error| PrepareError(vec![format!("read {}: {error}", path.display())]))?;

@@ -124,6 +124,9 @@ impl Sandbox {
         };
         let siblings = Siblings { first, find: &find, booted_with: booted_with.as_ref() };
         let prepared = prepare::prepare(request, &self.id, siblings)?;
+        for part in &prepared.ignored {
+            tracing::warn!(container = request.id, part, "ignored part of the spec");
+        }
         for note in &prepared.rewritten.notes {
             tracing::info!(container = request.id, note, "spec changed for the guest");
         }

@@ -6,6 +6,7 @@ use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest
 use husk_protos::chain::Chain;
 use protobuf::well_known_types::timestamp::Timestamp;
 
+use crate::rootfs::spec::parse::parse_exec;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::{Exit, Process};
 use crate::sandbox::error::SandboxError;
@@ -72,7 +73,8 @@ impl Sandbox {
         if !container.add(Arc::new(Process::new(&request.exec_id, stdio, container.subject.pid))) {
             return Err(SandboxError::AlreadyExists { what: "process", id: request.exec_id });
         }
-        let guest_request = ExecProcessRequest { stdin, stdout, stderr, ..request.clone() };
+        let mut guest_request = ExecProcessRequest { stdin, stdout, stderr, ..request.clone() };
+        leave_out_unknown(&mut guest_request);
         if let Err(error) = vm.guest.task.exec(vm.guest.context(), &guest_request).await {
             if let Some(process) = container.remove(&request.exec_id) {
                 process.discard();
@@ -80,6 +82,18 @@ impl Sandbox {
             return Err(error.into());
         }
         Ok(())
+    }
+}
+
+/// Leaves out the capabilities that the guest does not know. The guest ignores unknown fields, and reports a process
+/// that is not valid.
+fn leave_out_unknown(request: &mut ExecProcessRequest) {
+    let Some(spec) = request.spec.as_mut() else { return };
+    if let Ok(Some((process, ignored))) = parse_exec(&spec.value) {
+        for part in ignored {
+            tracing::warn!(container = request.id, exec = request.exec_id, part, "ignored part of the process");
+        }
+        spec.value = process;
     }
 }
 

@@ -25,6 +25,7 @@ use super::running::Vm;
 use super::virtiofsd;
 use crate::console::{Attached, GuestLogs};
 use crate::guest::client::Guest;
+use crate::guest::clock;
 use crate::guest::link::{self, Link, NewLink, Ready};
 use crate::guest::report::{self, GuestHealth, ReportSinks};
 use crate::host::child::Child;
@@ -98,6 +99,7 @@ impl Vm {
         reached.reached(HostMilestone::GuestConnected);
         let (death, dead) = watch::channel(None);
         let network = network.follow(&guest, dead.clone()).await?;
+        clock::set(&guest).await?;
 
         kill_machine.succeeded();
         kill_share.succeeded();
@@ -125,7 +127,16 @@ impl Vm {
             dead,
         });
         tokio::spawn(watch_death(machine, share, console, lost, failed, death));
+        tokio::spawn(keep_clock(vm.guest.clone(), vm.health.clone(), vm.dead.clone()));
         Ok(vm)
+    }
+}
+
+/// Keeps the guest's clock correct until the VM is dead.
+async fn keep_clock(guest: Arc<Guest>, health: Arc<GuestHealth>, mut dead: watch::Receiver<Option<String>>) {
+    tokio::select! {
+        _ = dead.wait_for(Option::is_some) => {}
+        () = clock::keep(&guest, health.clock(), health.snapshot().interval) => {}
     }
 }
 

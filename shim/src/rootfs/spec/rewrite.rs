@@ -12,6 +12,7 @@ use super::host_hooks::take_host_hooks;
 use super::limits::{SpecLimits, limits};
 use super::mounts::{Bind, guest_bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
 use super::namespaces::{self, Target};
+use super::size::check_size;
 use crate::host::hooks::Hooks;
 
 /// A network namespace of the host that a spec names.
@@ -115,6 +116,7 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     spec.set_mounts(Some(mounts));
     let rootfs = rewrite_root(&mut spec, context, &mut findings);
     let linux = rewrite_linux(&mut spec, context, has_cgroup_mount, &mut findings);
+    check_size(&spec, &mut findings);
     match (rootfs, linux) {
         (Some(rootfs), Some(LinuxOfHost { cgroups_path, limits, network })) if findings.problems.is_empty() => {
             Ok(Rewritten { spec, binds, rootfs, cgroups_path, limits, network, hooks, notes: findings.notes })
