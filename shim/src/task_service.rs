@@ -78,12 +78,20 @@ fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         }
         Error::NotFound { .. } => Code::NOT_FOUND,
         Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-        Error::Stopping | Error::NotStopped { .. } | Error::InitExited { .. } => Code::FAILED_PRECONDITION,
+        Error::Stopping | Error::NotStopped { .. } | Error::InitExited { .. } | Error::GuestNetwork(_) => {
+            Code::FAILED_PRECONDITION
+        }
         Error::Stdio(StdioError::Logger { .. }) => Code::INTERNAL,
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Boot(_) | Error::Guest(_) | Error::VmDead { .. } => Code::UNAVAILABLE,
-        Error::State(_) | Error::Share(_) | Error::Hook(_) | Error::Internal(_) => Code::INTERNAL,
+        Error::State(_)
+        | Error::Share(_)
+        | Error::Namespace(_)
+        | Error::Cgroup(_)
+        | Error::Holder(_)
+        | Error::Hook(_)
+        | Error::Internal(_) => Code::INTERNAL,
     };
     status(code, Chain(&error).to_string())
 }

@@ -10,7 +10,8 @@
 pub mod agent;
 pub mod artifacts;
 pub mod bundle;
-mod cgroup;
+pub mod cgroup;
+pub mod cni;
 pub mod command;
 pub mod compare;
 pub mod containerd;
@@ -21,6 +22,7 @@ pub mod guest;
 pub mod leftovers;
 pub mod operator;
 pub mod pattern;
+pub mod pods;
 pub mod process;
 pub mod pty;
 pub mod shim;

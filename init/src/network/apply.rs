@@ -3,23 +3,45 @@
 use husk_protos::network::ConfigureNetworkRequest;
 
 use super::error::{NetlinkError, NetworkError};
-use super::message::{decode_device, encode, list_links};
+use super::message::encode;
 use super::model::Applied;
 use super::netlink::Netlink;
 use super::plan::{Change, plan};
 use super::resolve::resolve;
+use super::spare::{Spares, devices, put_away};
 
 /// Makes the network match `request`. `last` is what the requests before it left, and becomes what this one leaves.
+/// `spares` holds the NICs that no link has.
 ///
 /// # Errors
 /// The first object of the request that is invalid, in which case nothing has changed, or the first change that the
 /// kernel rejected. The changes before it remain, and the next request starts from them.
-pub(super) fn configure(request: &ConfigureNetworkRequest, last: &mut Applied) -> Result<(), NetworkError> {
+pub(super) fn configure(
+    request: &ConfigureNetworkRequest,
+    last: &mut Applied,
+    spares: &mut Option<Spares>,
+) -> Result<(), NetworkError> {
     let mut netlink = Netlink::open()?;
-    let links = netlink.dump(&list_links()).map_err(NetworkError::List)?;
-    let devices: Vec<_> = links.into_iter().filter_map(decode_device).collect();
-    let next = resolve(request, &devices)?;
-    let result = plan(&devices, last, &next).iter().try_for_each(|change| make(&mut netlink, change));
+    let mut present = devices(&mut netlink)?;
+    let mut next = None;
+    if let Some(spares) = spares {
+        let spare = spares.devices()?;
+        // An invalid request must not move a NIC.
+        let valid = resolve(request, &[&present[..], &spare[..]].concat())?;
+        if spares.give(&spare, &valid)? {
+            present = devices(&mut netlink)?;
+        } else {
+            next = Some(valid);
+        }
+    }
+    // A NIC that has moved may have another index.
+    let next = match next {
+        Some(next) => next,
+        None => resolve(request, &present)?,
+    };
+    let changes = plan(&present, last, &next);
+    let made = changes.iter().try_for_each(|change| make(&mut netlink, change));
+    let result = made.and_then(|()| put_away(&mut netlink, &present, request, spares));
     *last = match result {
         Ok(()) => Applied::complete(next),
         Err(_) => std::mem::take(last).incomplete(next),
@@ -48,7 +70,11 @@ fn is_done(change: &Change, error: &NetlinkError) -> bool {
         }
         // The kernel has no IPv6, or not on a link with such a small MTU.
         Change::NoLinkLocal(_) => errno == libc::EAFNOSUPPORT,
-        Change::Rename { .. } | Change::SetMtu { .. } | Change::Up(_) => false,
+        Change::Rename { .. }
+        | Change::SetMac { .. }
+        | Change::SetMtu { .. }
+        | Change::Up(_)
+        | Change::ReportCarrier(_) => false,
     }
 }
 

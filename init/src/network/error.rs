@@ -11,6 +11,8 @@ pub(super) enum NetworkError {
     Invalid { object: String, problem: String },
     #[error("link {link}: the guest has no network device with the MAC address {mac}")]
     NoDevice { link: String, mac: String },
+    #[error("create the network namespace of the spare NICs")]
+    Spares(#[source] io::Error),
     #[error("list the links")]
     List(#[source] NetlinkError),
     #[error("{change}")]

@@ -136,7 +136,7 @@ fn difference(before: &[String], after: &[String]) -> String {
 /// Applies a request, and checks that repeating it changes nothing.
 fn apply(request: &ConfigureNetworkRequest, last: &mut Applied) {
     let configure = |last: &mut Applied| {
-        if let Err(error) = configure(request, last) {
+        if let Err(error) = configure(request, last, &mut None) {
             panic!("{}", Chain(&error));
         }
         everything()
@@ -147,7 +147,7 @@ fn apply(request: &ConfigureNetworkRequest, last: &mut Applied) {
 }
 
 fn error(request: &ConfigureNetworkRequest, last: &mut Applied) -> String {
-    Chain(&configure(request, last).unwrap_err()).to_string()
+    Chain(&configure(request, last, &mut None).unwrap_err()).to_string()
 }
 
 /// What the CNI bridge plugin configures for a network with IPv4 and IPv6.
@@ -508,6 +508,44 @@ fn a_link_is_not_confused_with_others_that_have_its_mac_address() {
         apply(&request(&[link("net1", 1, &[])], &[]), &mut last);
         let net1 = &json("link show dev net1")[0];
         assert_eq!((&net1["ifindex"], &net1["master"]), (&last.network.links[0].id.index.into(), &"br0".into()));
+    });
+}
+
+#[test]
+fn a_spare_nic_is_out_of_sight_until_a_link_needs_it_and_again_afterwards() {
+    in_namespace(&["eth0", "eth1"], || {
+        let (mut last, mut spares) = (Applied::default(), None);
+        let mac = |number| vec![2, 0, 0, 0, 0, number];
+        let names = || {
+            let links = json("link").into_iter().map(|link| link["ifname"].as_str().unwrap().to_owned());
+            links.filter(|name| !name.starts_with("peer")).collect::<Vec<_>>()
+        };
+        let mut configure = |request: &ConfigureNetworkRequest| {
+            for _ in 0..2 {
+                configure(request, &mut last, &mut spares).map_err(|error| Chain(&error).to_string())?;
+            }
+            Ok::<_, String>(())
+        };
+        let mut one = request(&[link("net0", 1, &[address("10.0.0.2/24", 0)])], &[]);
+        one.spare_nics = vec![mac(2)];
+        configure(&one).unwrap();
+        assert_eq!(names(), ["lo", "net0"]);
+
+        // Another device has taken the name and the number of the one that was put away.
+        ip("link add eth1 index 77 type veth peer name peer9");
+        let net1 = NetworkLink { nic: mac(2), ..link("net1", 2, &[address("10.1.0.2/24", 0)]) };
+        let mut two = request(&[one.links[0].clone(), net1.clone()], &[route("0.0.0.0/0", "10.1.0.1", "net1")]);
+        two.links[1].mac.clear();
+        assert_eq!(configure(&two).unwrap_err(), r#"link "net1": the MAC address has not 6 bytes"#);
+        assert_eq!(names(), ["lo", "net0", "eth1"], "an invalid request has moved a NIC");
+        two.links[1] = net1;
+        configure(&two).unwrap();
+        assert_eq!(lines("route show default"), ["default via 10.1.0.1 dev net1"]);
+
+        configure(&one).unwrap();
+        assert_eq!(names(), ["lo", "net0", "eth1"]);
+        one.spare_nics.push(vec![1]);
+        assert_eq!(configure(&one).unwrap_err(), "spare NIC 01: the MAC address has not 6 bytes");
     });
 }
 

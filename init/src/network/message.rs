@@ -13,18 +13,21 @@ use netlink_packet_route::rule::{RuleAttribute, RuleFlags, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::model::{Address, Device, Mac, Neighbour, Object, Route, Rule};
-use super::plan::Change;
+use super::plan::{Change, temporary_name};
 
 /// Encodes a change, and returns the flags that its message needs.
 pub(super) fn encode(change: &Change) -> (RouteNetlinkMessage, u16) {
     match change {
         Change::Rename { index, to, .. } => (set_link(*index, [LinkAttribute::IfName(to.clone())]), 0),
+        Change::SetMac { link, mac } => (set_link(link.index, [LinkAttribute::Address(mac.to_vec())]), 0),
         Change::SetMtu { link, mtu } => (set_link(link.index, [LinkAttribute::Mtu(*mtu)]), 0),
         Change::NoLinkLocal(link) => {
             let mode = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
             (set_link(link.index, [LinkAttribute::AfSpecUnspec(vec![mode])]), 0)
         }
         Change::Up(link) => (set_state(link.index, LinkFlags::Up), 0),
+        // The answer of the kernel (rtnl_getlink() in net/core/rtnetlink.c) includes what is pending about the carrier.
+        Change::ReportCarrier(link) => (get_link(link.index), 0),
         Change::Down(link) => (set_state(link.index, LinkFlags::empty()), 0),
         Change::Add(object) => match object {
             Object::Address(address) => {
@@ -68,6 +71,12 @@ pub(super) fn list_addresses() -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetAddress(AddressMessage::default())
 }
 
+/// Moves a link to another network namespace. The name, which is free in every namespace of the init, replaces one that
+/// may be taken there.
+pub(super) fn move_link(device: &Device, namespace: i32) -> RouteNetlinkMessage {
+    set_link(device.index, [LinkAttribute::NetNsFd(namespace), LinkAttribute::IfName(temporary_name(device.index))])
+}
+
 /// Decodes an element of the list of links.
 pub(super) fn decode_device(message: RouteNetlinkMessage) -> Option<Device> {
     let RouteNetlinkMessage::NewLink(message) = message else { return None };
@@ -88,6 +97,13 @@ pub(super) fn decode_device(message: RouteNetlinkMessage) -> Option<Device> {
         }
     }
     Some(device)
+}
+
+fn get_link(index: u32) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    RouteNetlinkMessage::GetLink(message)
 }
 
 fn set_link(index: u32, attributes: impl Into<Vec<LinkAttribute>>) -> RouteNetlinkMessage {

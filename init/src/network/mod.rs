@@ -7,7 +7,8 @@
 //!    one finds what it depends on;
 //! 3. `apply` makes them, over rtnetlink(7) (`netlink`, `message`).
 //!
-//! `model` has the types that the steps share. Bringing up the loopback is a step of the boot.
+//! NICs without a link are kept out of the containers' sight (`spare`). `model` has the types that the steps share.
+//! Bringing up the loopback is a step of the boot.
 
 mod apply;
 mod error;
@@ -17,6 +18,7 @@ mod netlink;
 mod plan;
 mod resolve;
 mod service;
+mod spare;
 mod status;
 
 #[cfg(test)]

@@ -71,6 +71,7 @@ impl Applied {
 pub(super) struct Link {
     /// With the name that the link gets.
     pub(super) id: LinkId,
+    pub(super) mac: Mac,
     /// Bytes; 0 leaves it as it is.
     pub(super) mtu: u32,
     pub(super) up: bool,

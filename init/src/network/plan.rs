@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use super::model::{Applied, Device, Link, LinkId, Network, Object, UNICAST};
+use super::model::{Applied, Device, Link, LinkId, Mac, Network, Object, UNICAST, mac_text};
 
 /// A link with a smaller MTU has no IPv6 (RFC 8200, section 5).
 const IPV6_MIN_MTU: u32 = 1280;
@@ -15,6 +15,10 @@ pub(super) enum Change {
         from: String,
         to: String,
     },
+    SetMac {
+        link: LinkId,
+        mac: Mac,
+    },
     SetMtu {
         link: LinkId,
         mtu: u32,
@@ -22,6 +26,9 @@ pub(super) enum Change {
     /// Keeps the kernel from adding a link-local address when the link comes up: the request contains the host's.
     NoLinkLocal(LinkId),
     Up(LinkId),
+    /// Makes the kernel report the carrier of a link that has come up. By itself, the kernel does so up to a second
+    /// later, and programs ignore a link without IFF_RUNNING meanwhile.
+    ReportCarrier(LinkId),
     Down(LinkId),
     Add(Object),
     Remove(Object),
@@ -31,9 +38,11 @@ impl Display for Change {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
             Self::Rename { from, to, .. } => write!(f, "rename link {from} to {to}"),
+            Self::SetMac { link, mac } => write!(f, "set the MAC address of link {} to {}", link.name, mac_text(mac)),
             Self::SetMtu { link, mtu } => write!(f, "set the MTU of link {} to {mtu}", link.name),
             Self::NoLinkLocal(link) => write!(f, "set the address generation mode of link {}", link.name),
             Self::Up(link) => write!(f, "bring up link {}", link.name),
+            Self::ReportCarrier(link) => write!(f, "read the carrier of link {}", link.name),
             Self::Down(link) => write!(f, "take down link {}", link.name),
             Self::Add(object) => write!(f, "add {object}"),
             Self::Remove(object) => write!(f, "remove {object}"),
@@ -54,6 +63,9 @@ pub(super) fn plan(devices: &[Device], last: &Applied, next: &Network) -> Vec<Ch
             .filter_map(|link| devices.iter().find(|device| device.index == link.id.index).map(|device| (link, device)))
     };
     for (link, device) in with_device() {
+        if device.mac != Some(link.mac) && !has_had(last, link) {
+            changes.push(Change::SetMac { link: link.id.clone(), mac: link.mac });
+        }
         if link.mtu != 0 && link.mtu != device.mtu {
             changes.push(Change::SetMtu { link: link.id.clone(), mtu: link.mtu });
         }
@@ -72,13 +84,21 @@ pub(super) fn plan(devices: &[Device], last: &Applied, next: &Network) -> Vec<Ch
     changes.extend(objects[..first_route].iter().map(|object| Change::Add((*object).clone())));
     for (link, device) in with_device() {
         match (link.up, device.up) {
-            (true, false) => changes.push(Change::Up(link.id.clone())),
+            (true, false) => {
+                changes.extend([Change::Up(link.id.clone()), Change::ReportCarrier(link.id.clone())]);
+            }
             (false, true) => changes.push(Change::Down(link.id.clone())),
             _ => {}
         }
     }
     changes.extend(objects[first_route..].iter().map(|object| Change::Add((*object).clone())));
     changes
+}
+
+/// Whether the link got its MAC address from an earlier request. A container may have set another one since, which
+/// stays until the host's changes.
+fn has_had(last: &Applied, link: &Link) -> bool {
+    last.complete && last.network.links.iter().any(|other| other.id == link.id && other.mac == link.mac)
 }
 
 /// Removes what `next` does not list any more, and takes down its links.
@@ -127,10 +147,15 @@ fn rank(object: &Object) -> Rank {
     }
 }
 
+/// A name that no other link has.
+pub(super) fn temporary_name(index: u32) -> String {
+    format!("husk{index}")
+}
+
 /// Renames the links. A link that has the name of another one gets a temporary name first, which it keeps if it has no
 /// other.
 fn renames(devices: &[Device], links: &[Link]) -> Vec<Change> {
-    let temporary = |device: &Device| format!("husk{}", device.index);
+    let temporary = |device: &Device| temporary_name(device.index);
     let rename = |device: &Device, from: &str, to: &str| Change::Rename {
         index: device.index,
         from: from.to_owned(),
@@ -161,12 +186,14 @@ mod tests {
     use super::super::model::{Address, Neighbour, Route, Rule, TABLE_MAIN};
     use super::*;
 
+    const MAC: Mac = [2, 0, 0, 0, 0, 1];
+
     fn device(index: u32, name: &str) -> Device {
-        Device { index, name: name.into(), mtu: 1500, ..Default::default() }
+        Device { index, name: name.into(), mac: Some(MAC), mtu: 1500, ..Default::default() }
     }
 
     fn link(index: u32, name: &str) -> Link {
-        Link { id: LinkId { index, name: name.into() }, mtu: 1500, up: true }
+        Link { id: LinkId { index, name: name.into() }, mac: MAC, mtu: 1500, up: true }
     }
 
     fn address(index: u32, local: &str) -> Object {
@@ -286,6 +313,7 @@ mod tests {
             "add address 10.0.0.2/24 on eth0",
             "add address 10.0.0.3/24 on eth0",
             "bring up link eth0",
+            "read the carrier of link eth0",
             "add route 10.0.0.0/24 on eth0",
             "add route 10.9.0.0/24",
             "add route 0.0.0.0/0 via 10.0.0.1 on eth0",
@@ -358,9 +386,36 @@ mod tests {
     }
 
     #[test]
+    fn a_mac_that_a_container_has_set_stays_until_the_hosts_changes() {
+        let link = |last: u8| Link { mac: [2, 0, 0, 0, 0, last], ..link(2, "eth0") };
+        let network = |last| Network { links: vec![link(last)], objects: vec![] };
+        let device = |last| Device { up: true, mac: Some([2, 0, 0, 0, 0, last]), ..device(2, "eth0") };
+        let set = |last| format!("set the MAC address of link eth0 to 02:00:00:00:00:0{last}");
+        let table = [
+            (Applied::default(), 1, 1, None),
+            (Applied::default(), 7, 1, Some(set(1))),
+            (Applied::complete(network(1)), 7, 1, None),
+            (Applied::complete(network(1)), 7, 3, Some(set(3))),
+            (Applied::default().incomplete(network(1)), 7, 1, Some(set(1))),
+        ];
+        for (last, current, wanted, expected) in table {
+            let changes = text(&plan(&[device(current)], &last, &network(wanted)));
+            assert_eq!(changes, expected.into_iter().collect::<Vec<_>>(), "{last:?} {current} {wanted}");
+        }
+    }
+
+    #[test]
     fn links_change_their_state_only_when_it_differs() {
         let table = [
-            (true, false, vec!["set the address generation mode of link eth0", "bring up link eth0"]),
+            (
+                true,
+                false,
+                vec![
+                    "set the address generation mode of link eth0",
+                    "bring up link eth0",
+                    "read the carrier of link eth0",
+                ],
+            ),
             (true, true, vec![]),
             (false, true, vec!["take down link eth0"]),
             (false, false, vec![]),

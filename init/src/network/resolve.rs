@@ -56,22 +56,26 @@ fn resolve_link(link: &NetworkLink, devices: &[Device], others: &[Link]) -> Resu
         return Err(invalid(object(), "the name is not that of a network device"));
     }
     let mac = Mac::try_from(link.mac.as_slice()).map_err(|_| invalid(object(), "the MAC address has not 6 bytes"))?;
-    let device = find_device(devices, mac)
-        .ok_or_else(|| NetworkError::NoDevice { link: link.name.clone(), mac: mac_text(&mac) })?;
+    let nic = match link.nic.as_slice() {
+        [] => mac,
+        nic => Mac::try_from(nic).map_err(|_| invalid(object(), "the NIC's MAC address has not 6 bytes"))?,
+    };
+    let device = find_device(devices, nic)
+        .ok_or_else(|| NetworkError::NoDevice { link: link.name.clone(), mac: mac_text(&nic) })?;
     for other in others {
         if other.id.name == link.name {
             return Err(invalid(object(), "another link has the same name"));
         }
         if other.id.index == device.index {
-            return Err(invalid(object(), format_args!("{} has the same MAC address", other.id.name)));
+            return Err(invalid(object(), format_args!("{} has the same NIC", other.id.name)));
         }
     }
-    Ok(Link { id: LinkId { index: device.index, name: link.name.clone() }, mtu: link.mtu, up: link.up })
+    Ok(Link { id: LinkId { index: device.index, name: link.name.clone() }, mac, mtu: link.mtu, up: link.up })
 }
 
 /// Finds a NIC by its MAC address. Without a permanent address that matches, the first link is meant: bridges, VLANs
 /// and others that copy a NIC's address were created after the NIC.
-fn find_device(devices: &[Device], mac: Mac) -> Option<&Device> {
+pub(super) fn find_device(devices: &[Device], mac: Mac) -> Option<&Device> {
     let candidates = || devices.iter().filter(|device| !device.loopback);
     candidates().find(|device| device.permanent_mac == Some(mac)).or_else(|| {
         candidates()
@@ -313,7 +317,7 @@ mod tests {
     #[test]
     fn an_invalid_object_is_named_with_its_problem() {
         type Change = fn(&mut ConfigureNetworkRequest);
-        let table: [(Change, &str); 21] = [
+        let table: [(Change, &str); 22] = [
             (|r| r.links[0].name.clear(), r#"link "": the name is not that of a network device"#),
             (|r| r.links[0].name = "a".repeat(16), r#"link "aaaaaaaaaaaaaaaa": the name is not that"#),
             (|r| r.links[0].name = "lo".into(), r#"link "lo": the name is not that of a network device"#),
@@ -323,7 +327,8 @@ mod tests {
                 "link eth0: the guest has no network device with the MAC address 02:00:00:00:00:af",
             ),
             (|r| r.links.push(link("eth0", &[2, 0, 0, 0, 0, 2])), r#"link "eth0": another link has the same name"#),
-            (|r| r.links.push(link("eth1", &ETH0)), r#"link "eth1": eth0 has the same MAC address"#),
+            (|r| r.links.push(link("eth1", &ETH0)), r#"link "eth1": eth0 has the same NIC"#),
+            (|r| r.links[0].nic = vec![1], r#"link "eth0": the NIC's MAC address has not 6 bytes"#),
             (|r| r.links[0].addresses[0].local = vec![1, 2], "address [1, 2]/16 on eth0: is not an IP address"),
             (
                 |r| r.links[0].addresses[0].prefix_length = 33,
@@ -361,7 +366,7 @@ mod tests {
     #[test]
     fn names_are_those_that_the_links_get() {
         let devices = [device(2, "eth1", ETH0, None), device(3, "eth0", [2, 0, 0, 0, 0, 2], None)];
-        let links = [Link { id: LinkId { index: 2, name: "eth0".into() }, mtu: 0, up: true }];
+        let links = [Link { id: LinkId { index: 2, name: "eth0".into() }, mac: ETH0, mtu: 0, up: true }];
         let names = Names { links: &links, devices: &devices };
         let find = |name: &str| names.find(name, String::new).ok().map(|link| link.index);
         assert_eq!([find("eth0"), find("eth1"), find("eth2")], [Some(2), None, None]);

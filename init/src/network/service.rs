@@ -14,13 +14,14 @@ use ttrpc::r#async::TtrpcContext;
 use super::apply::configure;
 use super::error::NetworkError;
 use super::model::Applied;
+use super::spare::Spares;
 use super::status::status;
 use crate::error::{CallError, FailureKind};
 use crate::rpc::{handle, handle_uninterrupted};
 
 #[derive(Default)]
 pub(crate) struct NetworkService {
-    last: Arc<Mutex<Applied>>,
+    state: Arc<Mutex<(Applied, Option<Spares>)>>,
 }
 
 #[async_trait]
@@ -30,8 +31,11 @@ impl NetworkApi for NetworkService {
         _: &TtrpcContext,
         request: ConfigureNetworkRequest,
     ) -> ttrpc::Result<ConfigureNetworkResponse> {
-        let last = self.last.clone();
-        let configure = move || configure(&request, &mut lock(&last));
+        let state = self.state.clone();
+        let configure = move || {
+            let (last, spares) = &mut *lock(&state);
+            configure(&request, last, spares)
+        };
         handle_uninterrupted(on_a_thread("configure the network", configure)).await?;
         Ok(ConfigureNetworkResponse::default())
     }
@@ -58,7 +62,9 @@ fn call_error(operation: &str, error: &NetworkError) -> CallError {
     let kind = match error {
         NetworkError::Invalid { .. } => FailureKind::InvalidArgument,
         NetworkError::NoDevice { .. } => FailureKind::NotFound,
-        NetworkError::List(_) | NetworkError::Change { .. } | NetworkError::Netlink(_) => FailureKind::Internal,
+        NetworkError::Spares(_) | NetworkError::List(_) | NetworkError::Change { .. } | NetworkError::Netlink(_) => {
+            FailureKind::Internal
+        }
     };
     CallError::new(kind, format!("{operation}: {}", Chain(error)))
 }

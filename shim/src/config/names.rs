@@ -13,6 +13,8 @@ pub(crate) const VCPUS: &str = "io.husk.vcpus";
 pub(crate) const PROFILE: &str = "io.husk.profile";
 /// The guest's memory, MiB.
 pub(crate) const MEMORY_MIB: &str = "io.husk.memory_mib";
+/// Number of network cards for links that appear after the boot.
+pub(crate) const SPARE_NICS: &str = "io.husk.network_spare_nics";
 /// Debug mode: a shell on the console, and processes in the VM itself. Allowed by default: only the host's root can
 /// connect to either, so the annotation gives its author no access, and the guest that it exposes is the sandbox's own.
 pub(crate) const DEBUG: &str = "io.husk.debug";
@@ -25,8 +27,14 @@ pub(crate) const SUPERVISOR: &str = "io.husk.supervisor";
 /// The workspace configuration, or a file that contains it. It may hold secrets, so only the metadata service gets it.
 pub(crate) const WORKSPACE: &str = "io.husk.workspace";
 
+/// `none` or `user`: the network of a sandbox whose spec names no network namespace.
+pub(crate) const NETWORK: &str = "io.husk.network";
+/// Ports of the host that lead to the guest, with user-mode networking.
+pub(crate) const PORTS: &str = "io.husk.ports";
+
 /// All annotations.
-pub(crate) const NAMES: [&str; 8] = [VCPUS, PROFILE, MEMORY_MIB, DEBUG, VSOCK, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
+pub(crate) const NAMES: [&str; 11] =
+    [VCPUS, PROFILE, MEMORY_MIB, SPARE_NICS, DEBUG, VSOCK, NETWORK, PORTS, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
 /// The annotations that an operator must allow by name. With this one, everyone who may start a container can read any
 /// file of the host as root.
 pub(crate) const DENIED_BY_DEFAULT: [&str; 1] = [EXTRAS_FILES];

@@ -1,5 +1,6 @@
 //! Checks of single values, shared by keys and annotations. An error says what is allowed.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,6 +9,8 @@ use toml::Value;
 use super::names::NAMES;
 use super::settings::{MAX_VCPUS, MIN_MEMORY_MIB};
 
+/// Upper limit of `network_spare_nics`. Each takes a slot of the machine and memory of the guest.
+const MAX_SPARE_NICS: u32 = 8;
 /// Upper limit of `extras_max_mib`: extras stay in the guest's memory, and take as much of the host's memory while the
 /// VM boots.
 const MAX_EXTRAS_MIB: u64 = 4096;
@@ -28,6 +31,12 @@ pub(crate) fn memory_mib(size: i64) -> Result<u64, String> {
         Ok(size) if size >= MIN_MEMORY_MIB => Ok(size),
         Ok(_) => Err(format!("a guest needs at least {MIN_MEMORY_MIB} MiB")),
     }
+}
+
+/// Checks a number of spare network cards.
+pub(crate) fn spare_nics(count: i64) -> Result<u32, String> {
+    let count = u32::try_from(count).ok().filter(|count| *count <= MAX_SPARE_NICS);
+    count.ok_or_else(|| format!("must be a number from 0 to {MAX_SPARE_NICS}"))
 }
 
 /// Checks the size limit of extras.
@@ -85,6 +94,12 @@ pub(crate) fn annotations(value: &Value) -> Result<Vec<String>, String> {
         Some(name) => Err(format!("{name:?} is not one of {}", NAMES.join(", "))),
         None => Ok(names.into_iter().map(str::to_owned).collect()),
     }
+}
+
+/// A list of IPv4 addresses.
+pub(crate) fn addresses(value: &Value) -> Result<Vec<Ipv4Addr>, String> {
+    let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is not an IPv4 address"));
+    list(value)?.into_iter().map(parse).collect()
 }
 
 /// A user and group ID.

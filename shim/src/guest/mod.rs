@@ -4,4 +4,5 @@
 pub(crate) mod client;
 pub(crate) mod clock;
 pub(crate) mod link;
+pub(crate) mod network;
 pub(crate) mod report;

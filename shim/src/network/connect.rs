@@ -3,101 +3,146 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
-
-use husk_protos::chain::Chain;
-use husk_protos::network::ConfigureNetworkRequest;
-use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use super::error::{NetworkError, ObjectError};
-use super::link::{Link, is_tap, tap_name};
+use super::follow::{Follower, NicState, Settled};
+use super::link::{self, AnyLink, alias, alias_prefix, is_tap, spare_name, tap_name};
 use super::netlink::Netlink;
 use super::netns::Claim;
-use super::redirect::{Classifier, Device, redirect, remove};
+use super::redirect::{Classifier, Device, has_ingress, remove};
 use super::scan::scan;
-use super::tap::{bring_up, create};
+use super::subscription::{News, Subscription};
+use super::tap::{create, reserve};
 
-/// What a VM needs to take over a namespace's links.
-#[derive(Debug)]
-pub struct Connected {
-    /// One NIC for each link.
-    pub nics: Vec<Nic>,
-    /// The guest's configuration.
-    pub config: ConfigureNetworkRequest,
+/// The NICs that a VM is to have.
+#[derive(Clone, Debug)]
+pub struct NicPlan {
+    /// Names the VM; without spaces.
+    pub owner: String,
+    /// Queue pairs of each NIC.
+    pub queues: u16,
+    /// NICs for links that appear later.
+    pub spare: usize,
+    /// Most NICs that the machine can have. There are fewer spare NICs if they do not fit.
+    pub most: usize,
 }
 
-/// A NIC of the VM, connected to a link of the namespace.
+/// What a VM needs to take over a namespace's links.
+pub struct Connected {
+    /// The NICs, in the follower's order.
+    pub nics: Vec<Nic>,
+    /// Keeps the NICs connected.
+    pub follower: Follower,
+    /// The guest's configuration; without problems.
+    pub settled: Settled,
+}
+
+/// A NIC of the VM.
 pub struct Nic {
     /// The tap's descriptors, one for each queue pair. The tap vanishes with the last of them.
     pub taps: Vec<OwnedFd>,
-    /// The link's MAC.
+    /// The NIC's MAC at boot.
     pub mac: [u8; 6],
-    /// The link's MTU, bytes.
-    pub mtu: u32,
-    /// The link's name, which is also its name in the guest.
-    pub link: String,
-    /// The tap's name.
-    pub tap: String,
 }
 
-impl fmt::Debug for Nic {
+impl fmt::Debug for Connected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.mac;
-        let queues = self.taps.len();
-        write!(f, "{} (MAC {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}, ", self.link)?;
-        write!(f, "MTU {}, tap {}, {queues} queues)", self.mtu, self.tap)
+        self.follower.status().fmt(f)
     }
 }
 
-/// Connects every link of the namespace except `lo` to a tap with `queues` queue pairs. From then on, what arrives at a
-/// link reaches the VM, and not the namespace's own stack. Blocks.
+/// Connects every link of the namespace except `lo` to a tap, and makes taps for spare NICs. From then on, what arrives
+/// at a link reaches the VM, and not the namespace's own stack. Blocks.
 ///
 /// # Errors
 ///
 /// The namespace is gone, or holds something that a VM cannot be given: the error names the link, route or rule.
-/// Nothing stays in the namespace, except after [`NetworkError::Deadline`]: then call [`disconnect`].
-pub fn connect(claim: &Claim, queues: u16, limit: Duration) -> Result<Connected, NetworkError> {
-    claim.run(limit, move |deadline| {
-        let mut netlink = Netlink::open(deadline).map_err(|error| error.at("rtnetlink", "connect"))?;
-        let scan = scan(&mut netlink)?;
-        let mut classifier = Classifier::MatchAll;
-        let mut nics = Vec::new();
-        for (done, link) in scan.links.iter().enumerate() {
-            match connect_link(&mut netlink, &mut classifier, link, queues) {
-                Ok(nic) => nics.push(nic),
-                Err(error) => {
-                    // The taps vanish with `nics`.
-                    undo(&mut netlink, &scan.links[..done]);
-                    return Err(error);
-                }
-            }
-        }
-        Ok(Connected { nics, config: scan.config })
-    })
+/// Nothing stays in the namespace, not even after [`NetworkError::Deadline`]: the work is then undone as soon as the
+/// kernel has finished it.
+pub fn connect(claim: &Claim, plan: NicPlan, limit: Duration) -> Result<Connected, NetworkError> {
+    let netns = claim.netns.clone();
+    let work = move |deadline| connect_inside(deadline, plan, netns);
+    // The taps vanish with their descriptors.
+    claim.run_or_undo(limit, work, |mut connected: Connected| connected.follower.release_links())
 }
 
-/// Removes what [`connect`] left at the links of the namespace: redirects and ingress qdiscs. Leaves a link alone whose
-/// tap still exists: another VM uses it. Does nothing if the namespace is gone. Blocks.
+fn connect_inside(deadline: Instant, plan: NicPlan, netns: PathBuf) -> Result<Connected, ObjectError> {
+    let mut netlink = Netlink::open(deadline).map_err(|error| error.at("rtnetlink", "connect"))?;
+    // Before the scan: a change after it would be missed.
+    let subscription = Subscription::open().map_err(|error| error.at("rtnetlink", "connect"))?;
+    if let Some(other) = link::all(&mut netlink)?.into_iter().find(|link| is_tap(&link.name)) {
+        return Err(ObjectError::unsupported(
+            format!("tap {}", other.name),
+            format!(
+                "the namespace is in use ({})",
+                if other.alias.is_empty() { "by another VM" } else { &other.alias }
+            ),
+        ));
+    }
+    let scan = scan(&mut netlink)?;
+    if let Some(link) = scan.links.get(plan.most) {
+        let reason = format!("the machine can have {} network cards only", plan.most);
+        return Err(ObjectError::unsupported(format!("link {}", link.name), reason));
+    }
+    let (mut nics, mut states) = (Vec::<Nic>::new(), Vec::new());
+    for number in 0..plan.most.min(scan.links.len() + plan.spare) {
+        let (tap, taps) = create(&mut netlink, &spare_name(number), alias(&plan.owner, None), plan.queues)?;
+        // The guest need not change it then. Links can have the same one: ipvlan's do.
+        let mac = scan.links.get(number).map(|link| link.mac).filter(|mac| nics.iter().all(|nic| nic.mac != *mac));
+        let mac = match mac {
+            Some(mac) => mac,
+            None => random_mac()?,
+        };
+        nics.push(Nic { taps, mac });
+        states.push(NicState { mac, tap, link: None });
+    }
+    let classifier = Classifier::MatchAll;
+    let mut follower =
+        Follower { netns, owner: plan.owner, netlink, subscription, classifier, nics: states, news: News::default() };
+    let mut settled = follower.apply(scan, |_| false);
+    if settled.problems.is_empty() {
+        return Ok(Connected { nics, follower, settled });
+    }
+    follower.release_links();
+    Err(settled.problems.swap_remove(0))
+}
+
+/// A MAC for a NIC without a link: random, locally administered, and of a single station (IEEE 802).
+fn random_mac() -> Result<[u8; 6], ObjectError> {
+    let mut mac = [0; 6];
+    let failed = |error| ObjectError::system("spare network card", "choose its MAC")(std::io::Error::other(error));
+    getrandom::fill(&mut mac).map_err(failed)?;
+    mac[0] = mac[0] & 0xfc | 0x02;
+    Ok(mac)
+}
+
+/// Removes what a VM's connection left at the links of the namespace: redirects and ingress qdiscs. Leaves a link alone
+/// that another VM uses. Does nothing if the namespace is gone. Blocks.
 ///
 /// # Errors
 ///
-/// A qdisc cannot be removed.
-pub fn disconnect(claim: &Claim, limit: Duration) -> Result<(), NetworkError> {
+/// A tap of the VM still exists, so the VM may still run, or a qdisc cannot be removed.
+pub fn disconnect(claim: &Claim, owner: &str, limit: Duration) -> Result<(), NetworkError> {
     if claim.is_gone()? {
         return Ok(());
     }
-    let removed = claim.run(limit, |deadline| {
+    let owner = owner.to_owned();
+    let removed = claim.run(limit, move |deadline| {
         let mut netlink = Netlink::open(deadline).map_err(|error| error.at("rtnetlink", "connect"))?;
-        let links = names(&mut netlink)?;
-        let taken: HashSet<&str> = links.iter().map(|(_, name)| name.as_str()).collect();
+        let links = link::all(&mut netlink)?;
+        let is_own = |link: &&AnyLink| is_tap(&link.name) && link.alias.starts_with(&alias_prefix(&owner));
+        if let Some(tap) = links.iter().find(is_own) {
+            return Err(ObjectError::unsupported(format!("tap {}", tap.name), "still exists: the VM may still run"));
+        }
+        let taken: HashSet<&str> = links.iter().map(|link| link.name.as_str()).collect();
         let mut result = Ok(());
-        for (index, name) in &links {
-            if is_tap(name) || taken.contains(tap_name(*index).as_str()) {
-                continue;
+        for link in &links {
+            if !is_tap(&link.name) && !taken.contains(tap_name(link.index).as_str()) {
+                // The other links are cleaned up even if one fails.
+                result = result.and(clean(&mut netlink, link));
             }
-            // The other links are cleaned up even if one fails.
-            result = result.and(remove(&mut netlink, Device { index: *index, name }));
         }
         result
     });
@@ -108,51 +153,14 @@ pub fn disconnect(claim: &Claim, limit: Duration) -> Result<(), NetworkError> {
     }
 }
 
-fn connect_link(
-    netlink: &mut Netlink,
-    classifier: &mut Classifier,
-    link: &Link,
-    queues: u16,
-) -> Result<Nic, ObjectError> {
-    // Fails if another VM uses the link: its redirect must stay.
-    let tap = create(netlink, link, queues)?;
-    let (outer, inner) = (device(link), Device { index: tap.index, name: &tap.name });
-    redirect(netlink, classifier, inner, outer)?;
-    // A redirect to a device that is down drops the frames and logs each, so the link's redirect comes last.
-    bring_up(netlink, &tap)?;
-    if let Err(error) = redirect(netlink, classifier, outer, inner) {
-        // It may have added the qdisc.
-        undo(netlink, std::slice::from_ref(link));
-        return Err(error);
+/// Removes the redirect of a link, unless another VM takes the link at this moment.
+fn clean(netlink: &mut Netlink, link: &AnyLink) -> Result<(), ObjectError> {
+    let device = Device { index: link.index, name: &link.name };
+    if !has_ingress(netlink, device)? {
+        return Ok(());
     }
-    Ok(Nic { taps: tap.queues, mac: link.mac, mtu: link.mtu, link: link.name.clone(), tap: tap.name })
-}
-
-fn undo(netlink: &mut Netlink, links: &[Link]) {
-    netlink.grant_grace();
-    for link in links {
-        if let Err(error) = remove(netlink, device(link)) {
-            tracing::warn!(link = %link.name, error = %Chain(&error), "failed to undo the redirect of a link");
-        }
+    match reserve(&tap_name(link.index))? {
+        Some(_reserved) => remove(netlink, device),
+        None => Ok(()),
     }
-}
-
-fn device(link: &Link) -> Device<'_> {
-    Device { index: link.index, name: &link.name }
-}
-
-/// Index and name of every link.
-fn names(netlink: &mut Netlink) -> Result<Vec<(u32, String)>, ObjectError> {
-    let messages = netlink
-        .dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))
-        .map_err(|error| error.at("links", "list them"))?;
-    let name = |message| {
-        let RouteNetlinkMessage::NewLink(link) = message else { return None };
-        let index = link.header.index;
-        link.attributes.into_iter().find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some((index, name)),
-            _ => None,
-        })
-    };
-    Ok(messages.into_iter().filter_map(name).collect())
 }

@@ -17,6 +17,12 @@ pub enum NetworkError {
         /// The system's error.
         source: io::Error,
     },
+    /// A namespace cannot be created.
+    #[error("create a network namespace")]
+    Create {
+        /// The system's error.
+        source: io::Error,
+    },
     /// The path names something else.
     #[error("{} is not a network namespace", path.display())]
     NotANamespace {

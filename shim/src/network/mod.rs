@@ -5,38 +5,58 @@
 //! arrives at one leaves through the other, before the namespace's own stack sees it. QEMU inherits the tap's
 //! descriptors, and the guest takes over the link's MAC, MTU, addresses, routes, rules and neighbours.
 //!
+//! A machine's number of NICs is fixed when it boots, so a VM has spare NICs with taps of their own, which have no
+//! carrier. A link that appears later gets a spare NIC, and a NIC whose link disappears becomes spare again.
+//!
 //! The caller does, in this order:
 //!
-//! 1. [`claim`] checks the namespace. The caller records the claim before anything changes in the namespace.
+//! 1. [`claim`] checks the namespace, or [`create`] makes one. The caller records the claim before anything changes in
+//!    the namespace.
 //! 2. [`connect`] makes the taps and the redirects, and returns the descriptors and the guest's configuration.
-//! 3. [`disconnect`] removes what outlives QEMU. A tap and its qdisc vanish with the tap's last descriptor.
+//! 3. [`Follower::settle`] follows the namespace's changes as long as the VM runs.
+//! 4. [`disconnect`] removes what outlives QEMU. A tap and its qdisc vanish with the tap's last descriptor.
 //!
-//! | file          | content                                                                   |
-//! |---------------|---------------------------------------------------------------------------|
-//! | `link.rs`     | a pod's link, and the name of its tap                                     |
-//! | `netns.rs`    | runs a closure on a thread of its own inside a network namespace          |
-//! | `netlink.rs`  | rtnetlink requests and dumps with a deadline                              |
-//! | `reply.rs`    | the kernel's replies: acknowledgements, errors and their texts            |
-//! | `scan/`       | reads a namespace's configuration and converts it to husk's protocol      |
-//! | `tap.rs`      | tap devices                                                               |
-//! | `redirect.rs` | ingress qdiscs and filters                                                |
-//! | `connect.rs`  | the three functions above                                                 |
-//! | `error.rs`    | errors                                                                    |
+//! | file              | content                                                                 |
+//! |-------------------|-------------------------------------------------------------------------|
+//! | `link.rs`         | a pod's link, and the names of taps                                     |
+//! | `netns.rs`        | runs a closure on a thread of its own inside a network namespace        |
+//! | `private.rs`      | creates a namespace for a sandbox whose spec names none                 |
+//! | `netlink.rs`      | rtnetlink requests and dumps with a deadline                            |
+//! | `reply.rs`        | the kernel's replies: acknowledgements, errors and their texts          |
+//! | `subscription.rs` | the kernel's notifications about changes                                |
+//! | `scan/`           | reads a namespace's configuration and converts it to husk's protocol    |
+//! | `tap.rs`          | tap devices                                                             |
+//! | `redirect.rs`     | ingress qdiscs and filters                                              |
+//! | `diff.rs`         | which NICs change their links (pure)                                    |
+//! | `follow.rs`       | keeps the NICs connected                                                |
+//! | `connect.rs`      | the beginning and the end                                               |
+//! | `status.rs`       | what operators see                                                      |
+//! | `error.rs`        | errors                                                                  |
+//! | `user/`           | user-mode networking, which needs no namespace                          |
 
 mod connect;
+mod diff;
 mod error;
+mod follow;
 mod link;
 mod netlink;
 mod netns;
+mod private;
 mod redirect;
 mod reply;
 mod scan;
+mod status;
+mod subscription;
 mod tap;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
+pub mod user;
 
-pub use connect::{Connected, connect, disconnect};
-pub use error::NetworkError;
+pub use connect::{Connected, NicPlan, connect, disconnect};
+pub use error::{NetworkError, ObjectError};
+pub use follow::{Follower, Settled};
 pub use netns::{Claim, claim};
+pub use private::{PrivateNamespace, create};
+pub use status::{LinkStatus, NetworkStatus, NicStatus};

@@ -50,6 +50,11 @@ impl Netlink {
         self.deadline
     }
 
+    /// Sets the deadline of the following requests.
+    pub(super) fn set_deadline(&mut self, deadline: Instant) {
+        self.deadline = deadline;
+    }
+
     /// Extends the deadline so that there is time to undo changes.
     pub(super) fn grant_grace(&mut self) {
         self.deadline = self.deadline.max(Instant::now() + GRACE);

@@ -8,17 +8,20 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use husk_protos::lock::lock;
 use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
 
 use super::error::{NetworkError, ObjectError};
 
-/// The network namespace of the shim, which is the node's.
+/// The network namespace of the shim, which is the node's unless containerd runs in another one.
 const OWN: &str = "/proc/self/ns/net";
+/// The network namespace of the node.
+const NODE: &str = "/proc/1/ns/net";
 
 /// Beyond the work's own deadline: how long the caller waits for the thread to report. The work stops at its deadline,
 /// except while a system call blocks.
@@ -46,18 +49,20 @@ pub struct Claim {
 ///
 /// # Errors
 ///
-/// The path cannot be opened, is not a network namespace, or is the shim's own namespace.
+/// The path cannot be opened, is not a network namespace, or is the namespace of the shim or of the node.
 pub fn claim(netns: &Path) -> Result<Claim, NetworkError> {
     let (_, claim) = open(netns)?;
+    let is_claimed = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == (claim.device, claim.inode);
     let own = fs::metadata(OWN).map_err(|source| NetworkError::Open { path: OWN.into(), source })?;
-    if (own.dev(), own.ino()) == (claim.device, claim.inode) {
+    // A shim in a container may not be allowed to look at process 1, whose namespace is then not the claimed one.
+    if is_claimed(own) || fs::metadata(NODE).is_ok_and(is_claimed) {
         return Err(NetworkError::NodeNetwork { path: netns.to_owned() });
     }
     Ok(claim)
 }
 
 /// Opens a namespace and identifies it.
-fn open(netns: &Path) -> Result<(File, Claim), NetworkError> {
+pub(super) fn open(netns: &Path) -> Result<(File, Claim), NetworkError> {
     let failed = |source| NetworkError::Open { path: netns.to_owned(), source };
     // O_NONBLOCK: opening a FIFO by mistake must not block.
     let file = OpenOptions::new()
@@ -80,6 +85,16 @@ impl Claim {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
+    /// Opens the namespace.
+    ///
+    /// # Errors
+    ///
+    /// It is gone, or another one has its path.
+    pub(crate) fn open(&self) -> Result<File, NetworkError> {
+        let (file, now) = open(&self.netns)?;
+        if now == *self { Ok(file) } else { Err(NetworkError::Replaced { path: self.netns.clone() }) }
+    }
+
     /// Whether the namespace no longer exists under its path.
     pub(super) fn is_gone(&self) -> Result<bool, NetworkError> {
         match open(&self.netns) {
@@ -98,29 +113,97 @@ impl Claim {
         limit: Duration,
         work: impl FnOnce(Instant) -> Result<T, ObjectError> + Send + 'static,
     ) -> Result<T, NetworkError> {
+        self.run_or_undo(limit, work, drop)
+    }
+
+    /// Like [`Self::run`]. If the caller has given up before `work` is done, the thread undoes it.
+    pub(super) fn run_or_undo<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        work: impl FnOnce(Instant) -> Result<T, ObjectError> + Send + 'static,
+        undo: impl FnOnce(T) + Send + 'static,
+    ) -> Result<T, NetworkError> {
         let path = self.netns.clone();
-        let (file, now) = open(&path)?;
-        if now != *self {
-            return Err(NetworkError::Replaced { path });
-        }
+        let file = self.open()?;
         let deadline = Instant::now() + limit;
-        let (sender, receiver) = mpsc::channel();
-        let entered = path.clone();
+        let outcome = Arc::new(Outcome::default());
+        let (entered, report) = (path.clone(), outcome.clone());
         thread::Builder::new()
             .name("netns".into())
             .spawn(move || {
+                let ending = Ending(&report);
                 let result = match setns(&file, CloneFlags::CLONE_NEWNET) {
                     Ok(()) => work(deadline).map_err(|source| NetworkError::Inside { path: entered, source }),
                     Err(errno) => Err(NetworkError::Enter { path: entered, source: errno.into() }),
                 };
-                // The caller may have given up; what the work made is dropped then.
-                drop(sender.send(result));
+                if let Err(Ok(unwanted)) = ending.0.report(result) {
+                    undo(unwanted);
+                }
             })
             .map_err(|source| NetworkError::Enter { path: path.clone(), source })?;
-        match receiver.recv_timeout(limit + REPORT) {
-            Ok(result) => result,
-            Err(RecvTimeoutError::Timeout) => Err(NetworkError::Deadline { path, limit }),
-            Err(RecvTimeoutError::Disconnected) => Err(NetworkError::Panicked { path }),
+        match outcome.wait(limit + REPORT) {
+            Some(Some(result)) => result,
+            Some(None) => Err(NetworkError::Panicked { path }),
+            None => Err(NetworkError::Deadline { path, limit }),
+        }
+    }
+}
+
+/// What a thread reports to its caller, unless the caller has given up.
+struct Outcome<T> {
+    state: Mutex<OutcomeState<T>>,
+    changed: Condvar,
+}
+
+enum OutcomeState<T> {
+    Waiting,
+    Reported(T),
+    /// The thread has ended without a report.
+    Ended,
+    /// The caller has given up, or has the result.
+    Closed,
+}
+
+impl<T> Default for Outcome<T> {
+    fn default() -> Self {
+        Self { state: Mutex::new(OutcomeState::Waiting), changed: Condvar::new() }
+    }
+}
+
+impl<T> Outcome<T> {
+    /// Reports a result. Returns it if the caller has given up.
+    fn report(&self, result: T) -> Result<(), T> {
+        let mut state = lock(&self.state);
+        if !matches!(*state, OutcomeState::Waiting) {
+            return Err(result);
+        }
+        *state = OutcomeState::Reported(result);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits for the report; the inner option is none if there will be none, the outer one after `limit`.
+    fn wait(&self, limit: Duration) -> Option<Option<T>> {
+        let state = lock(&self.state);
+        let waited = self.changed.wait_timeout_while(state, limit, |state| matches!(state, OutcomeState::Waiting));
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *state, OutcomeState::Closed) {
+            OutcomeState::Reported(result) => Some(Some(result)),
+            OutcomeState::Ended => Some(None),
+            OutcomeState::Waiting | OutcomeState::Closed => None,
+        }
+    }
+}
+
+/// Notices the end of a thread that panics.
+struct Ending<'a, T>(&'a Outcome<T>);
+
+impl<T> Drop for Ending<'_, T> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        if matches!(*state, OutcomeState::Waiting) {
+            *state = OutcomeState::Ended;
+            self.0.changed.notify_all();
         }
     }
 }
@@ -154,12 +237,6 @@ mod tests {
     }
 
     #[test]
-    fn the_nodes_own_network_is_rejected() {
-        let error = claim(Path::new(OWN)).unwrap_err();
-        assert!(error.to_string().contains("the pod asks for the node's own network"), "{error}");
-    }
-
-    #[test]
     fn other_files_are_rejected_by_path() {
         let file = tempfile::NamedTempFile::new().unwrap();
         for path in [file.path(), Path::new("/proc/self/ns/mnt"), Path::new("/dev/null")] {
@@ -184,14 +261,38 @@ mod tests {
     }
 
     #[test]
-    fn the_caller_does_not_wait_past_the_deadline() {
+    fn the_nodes_own_network_is_rejected_by_any_path() {
+        // A container's security policy may hide the namespaces of process 1.
+        let visible = |path: &&str| fs::metadata(path).is_ok();
+        for path in [OWN].into_iter().chain([NODE].into_iter().filter(visible)) {
+            assert!(matches!(claim(Path::new(path)), Err(NetworkError::NodeNetwork { .. })), "{path}");
+        }
+    }
+
+    #[test]
+    fn the_caller_does_not_wait_past_the_deadline_and_the_thread_undoes_its_work() {
         let namespace = Namespace::new();
         let start = Instant::now();
-        let result = claim(&namespace.path()).unwrap().run(Duration::from_millis(10), |_| {
-            thread::sleep(5 * SECOND);
-            Ok(())
-        });
+        let (resume, paused) = std::sync::mpsc::channel::<()>();
+        let (undone, undo) = std::sync::mpsc::channel();
+        let result = claim(&namespace.path()).unwrap().run_or_undo(
+            Duration::from_millis(10),
+            move |_| {
+                // Returns when the test lets go, or has failed.
+                let _ = paused.recv();
+                Ok(7)
+            },
+            move |work| undone.send(work).unwrap(),
+        );
         assert!(matches!(result, Err(NetworkError::Deadline { .. })));
-        assert!(start.elapsed() < 3 * SECOND);
+        assert!(start.elapsed() < 10 * SECOND);
+        drop(resume);
+        assert_eq!(undo.recv_timeout(10 * SECOND).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_panic_inside_is_an_error() {
+        let result = claim(&Namespace::new().path()).unwrap().run::<()>(SECOND, |_| panic!("a test"));
+        assert!(matches!(result, Err(NetworkError::Panicked { .. })), "{result:?}");
     }
 }

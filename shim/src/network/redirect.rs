@@ -79,10 +79,15 @@ pub(super) fn redirect(
     .map_err(|error| error.at(object(), "add a filter that redirects to the tap (u32 or matchall with mirred)"))
 }
 
+/// Whether a device has an ingress qdisc, and so perhaps a redirect.
+pub(super) fn has_ingress(netlink: &mut Netlink, from: Device<'_>) -> Result<bool, ObjectError> {
+    Ok(ingress_kind(netlink, from)?.as_deref() == Some(INGRESS))
+}
+
 /// Removes husk's redirect, and the ingress qdisc unless it has other filters. Does nothing if they are gone.
 pub(super) fn remove(netlink: &mut Netlink, from: Device<'_>) -> Result<(), ObjectError> {
     let object = || format!("link {}", from.name);
-    if ingress_kind(netlink, from)?.as_deref() != Some(INGRESS) {
+    if !has_ingress(netlink, from)? {
         return Ok(());
     }
     remove_filter(netlink, from)?;

@@ -9,7 +9,6 @@ use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use nix::net::if_::if_nametoindex;
 
 use super::error::ObjectError;
-use super::link::{Link, tap_name};
 use super::netlink::Netlink;
 
 const CLONE_DEVICE: &str = "/dev/net/tun";
@@ -28,43 +27,77 @@ mod ioctl {
 }
 
 /// A tap device. It vanishes with the last of its descriptors.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Tap {
     pub(super) name: String,
     pub(super) index: u32,
-    /// One descriptor for each queue pair.
-    pub(super) queues: Vec<OwnedFd>,
 }
 
-/// Creates a tap for a link in the thread's network namespace: with the link's MTU, without IPv6, and down.
-pub(super) fn create(netlink: &mut Netlink, link: &Link, queues: u16) -> Result<Tap, ObjectError> {
-    let name = tap_name(link.index);
-    let object = format!("tap {name} of link {}", link.name);
-    let queues = (0..queues.max(1))
-        .map(|queue| open_queue(&object, &name, queue == 0, queues > 1).map(OwnedFd::from))
+/// Creates a tap in the thread's network namespace: without IPv6, and down, so that it has no carrier. Returns a
+/// descriptor for each queue pair as well.
+pub(super) fn create(
+    netlink: &mut Netlink,
+    name: &str,
+    alias: String,
+    queues: u16,
+) -> Result<(Tap, Vec<OwnedFd>), ObjectError> {
+    let object = format!("tap {name}");
+    let descriptors = (0..queues.max(1))
+        .map(|queue| open_queue(&object, name, queue == 0, queues > 1).map(OwnedFd::from))
         .collect::<Result<Vec<_>, _>>()?;
-    let index =
-        if_nametoindex(name.as_str()).map_err(|errno| ObjectError::system(&object, "find its index")(errno.into()))?;
-
-    let mut message = LinkMessage::default();
-    message.header.index = index;
-    message.attributes.push(LinkAttribute::Mtu(link.mtu));
-    // Shown by `ip link`.
-    message.attributes.push(LinkAttribute::IfAlias(format!("{} of a husk VM", link.name)));
-    netlink.change(RouteNetlinkMessage::SetLink(message), 0).map_err(|error| error.at(&object, "set its MTU"))?;
-    disable_ipv6(&name).map_err(ObjectError::system(&object, "disable IPv6"))?;
-    Ok(Tap { name, index, queues })
+    let index = if_nametoindex(name).map_err(|errno| ObjectError::system(&object, "find its index")(errno.into()))?;
+    disable_ipv6(name).map_err(ObjectError::system(&object, "disable IPv6"))?;
+    let tap = Tap { name: name.to_owned(), index };
+    set(netlink, &tap, "set its alias", |message| message.attributes.push(LinkAttribute::IfAlias(alias)))?;
+    Ok((tap, descriptors))
 }
 
-/// Brings a tap up.
-pub(super) fn bring_up(netlink: &mut Netlink, tap: &Tap) -> Result<(), ObjectError> {
+/// Creates a tap that only reserves a name for a moment: no VM can take the link whose tap has it. None if a VM has it.
+pub(super) fn reserve(name: &str) -> Result<Option<OwnedFd>, ObjectError> {
+    match open_queue(&format!("tap {name}"), name, true, false) {
+        Ok(file) => Ok(Some(file.into())),
+        Err(ObjectError::System { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives a tap that is down another name. Fails if a device of the namespace has the name.
+pub(super) fn rename(netlink: &mut Netlink, tap: &mut Tap, name: String) -> Result<(), ObjectError> {
+    let action = "rename it (its new name exists if another VM uses the link)";
+    set(netlink, tap, action, |message| message.attributes.push(LinkAttribute::IfName(name.clone())))?;
+    tap.name = name;
+    Ok(())
+}
+
+/// Gives a tap its link's MTU, and the alias that `ip link` shows.
+pub(super) fn describe(netlink: &mut Netlink, tap: &Tap, alias: String, mtu: Option<u32>) -> Result<(), ObjectError> {
+    set(netlink, tap, "set its MTU", |message| {
+        message.attributes.extend(mtu.map(LinkAttribute::Mtu));
+        message.attributes.push(LinkAttribute::IfAlias(alias));
+    })
+}
+
+/// Brings a tap up or takes it down.
+pub(super) fn set_up(netlink: &mut Netlink, tap: &Tap, up: bool) -> Result<(), ObjectError> {
+    let action = if up { "bring it up" } else { "take it down" };
+    set(netlink, tap, action, |message| {
+        message.header.flags = if up { LinkFlags::Up } else { LinkFlags::empty() };
+        message.header.change_mask = LinkFlags::Up;
+    })
+}
+
+fn set(
+    netlink: &mut Netlink,
+    tap: &Tap,
+    action: &'static str,
+    change: impl FnOnce(&mut LinkMessage),
+) -> Result<(), ObjectError> {
     let mut message = LinkMessage::default();
     message.header.index = tap.index;
-    message.header.flags = LinkFlags::Up;
-    message.header.change_mask = LinkFlags::Up;
+    change(&mut message);
     netlink
         .change(RouteNetlinkMessage::SetLink(message), 0)
-        .map_err(|error| error.at(format!("tap {}", tap.name), "bring it up"))
+        .map_err(|error| error.at(format!("tap {}", tap.name), action))
 }
 
 fn open_queue(object: &str, name: &str, first: bool, several: bool) -> Result<File, ObjectError> {
@@ -89,7 +122,11 @@ fn open_queue(object: &str, name: &str, first: bool, several: bool) -> Result<Fi
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     let descriptor = file.as_raw_fd();
     let create = || {
-        failed(if first { "create it (busy if another VM uses the link)".into() } else { "add a queue to it".into() })
+        failed(if first {
+            "create it (busy if another VM uses the namespace)".into()
+        } else {
+            "add a queue to it".into()
+        })
     };
     // SAFETY: the descriptor is open and the request is an ifreq.
     unsafe { ioctl::set_interface(descriptor, &request) }.map_err(|errno| create()(errno.into()))?;
@@ -123,13 +160,14 @@ mod tests {
     use crate::network::testing::Namespace;
     use husk_protos::chain::Chain;
 
-    fn make(namespace: &Namespace, mtu: u32, queues: u16) -> Result<Tap, NetworkError> {
-        let link = Link { index: 12, name: "eth0".into(), mac: [2, 0, 0, 0, 0, 1], mtu, up: true };
+    fn make(namespace: &Namespace, mtu: u32, queues: u16) -> Result<(Tap, Vec<OwnedFd>), NetworkError> {
         claim(&namespace.path()).unwrap().run(Duration::from_secs(5), move |deadline| {
             let mut netlink = Netlink::open(deadline).unwrap();
-            let tap = create(&mut netlink, &link, queues)?;
-            bring_up(&mut netlink, &tap)?;
-            Ok(tap)
+            let (mut tap, queues) = create(&mut netlink, "husk-s0", "husk VM a/b: spare".into(), queues)?;
+            rename(&mut netlink, &mut tap, "husk-12".into())?;
+            describe(&mut netlink, &tap, "husk VM a/b: eth0".into(), Some(mtu))?;
+            set_up(&mut netlink, &tap, true)?;
+            Ok((tap, queues))
         })
     }
 
@@ -137,10 +175,10 @@ mod tests {
     fn a_tap_has_the_links_mtu_and_no_ipv6_and_vanishes_with_its_descriptors() {
         let namespace = Namespace::new();
         for queues in [1, 3] {
-            let tap = make(&namespace, 1400, queues).unwrap();
-            assert_eq!(tap.queues.len(), usize::from(queues));
+            let (tap, descriptors) = make(&namespace, 1400, queues).unwrap();
+            assert_eq!(descriptors.len(), usize::from(queues));
             let shown = &namespace.ip_json("addr show dev husk-12")[0];
-            assert_eq!(shown["mtu"], 1400);
+            assert_eq!((&shown["mtu"], &shown["ifalias"]), (&1400.into(), &"husk VM a/b: eth0".into()));
             assert_eq!(shown["ifindex"], tap.index);
             assert_eq!(shown["addr_info"].as_array().unwrap().len(), 0, "{shown}");
             assert!(shown["flags"].as_array().unwrap().contains(&"UP".into()), "{shown}");
@@ -151,27 +189,40 @@ mod tests {
                 "{shown}"
             );
             assert_eq!(data["multi_queue"], queues > 1, "{shown}");
-            drop(tap);
+            drop(descriptors);
             namespace.wait_until_taps_are_gone();
         }
     }
 
     #[test]
     fn a_tap_of_another_vm_is_not_joined() {
+        type Work = fn(&mut Netlink) -> Result<(Tap, Vec<OwnedFd>), ObjectError>;
         let namespace = Namespace::new();
-        let _first = make(&namespace, 1500, 2).unwrap();
-        let error = make(&namespace, 1500, 2).unwrap_err();
-        let expected = format!(
-            "network namespace {}: tap husk-12 of link eth0: create it (busy if another VM uses the link): Device or resource busy (os error 16)",
-            namespace.path().display()
-        );
-        assert_eq!(Chain(&error).to_string(), expected);
+        let run = |work: Work| {
+            let claim = claim(&namespace.path()).unwrap();
+            claim.run(Duration::from_secs(5), move |deadline| work(&mut Netlink::open(deadline).unwrap()))
+        };
+        let _first = run(|netlink| create(netlink, "husk-s0", String::new(), 2)).unwrap();
+        let error = run(|netlink| create(netlink, "husk-s0", String::new(), 2)).unwrap_err();
+        let expected = "tap husk-s0: create it (busy if another VM uses the namespace): Device or resource busy";
+        assert!(Chain(&error).to_string().contains(expected), "{}", Chain(&error));
+        let _second = make(&Namespace::new(), 1500, 1).unwrap();
+        let taken = run(|netlink| {
+            assert!(reserve("husk-s0")?.is_none());
+            let reserved = reserve("husk-12")?;
+            let (mut tap, _queues) = create(netlink, "husk-s1", String::new(), 1)?;
+            assert!(rename(netlink, &mut tap, "husk-12".into()).is_err());
+            drop(reserved);
+            rename(netlink, &mut tap, "husk-12".into())?;
+            Ok((tap, Vec::new()))
+        });
+        taken.unwrap();
     }
 
     #[test]
     fn an_mtu_that_a_tap_cannot_have_is_an_error() {
         let error = make(&Namespace::new(), 65535, 1).unwrap_err();
         let text = Chain(&error).to_string();
-        assert!(text.contains("tap husk-12 of link eth0: set its MTU: "), "{text}");
+        assert!(text.contains("tap husk-12: set its MTU: "), "{text}");
     }
 }

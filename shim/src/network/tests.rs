@@ -13,7 +13,7 @@ use husk_protos::chain::Chain;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::testing::Namespace;
-use super::{Claim, Connected, NetworkError, claim, connect, disconnect};
+use super::{Claim, Connected, NetworkError, NicPlan, Settled, claim, connect, disconnect};
 
 const LIMIT: Duration = Duration::from_secs(10);
 const POD: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
@@ -29,6 +29,12 @@ fn pod() -> (Namespace, Namespace, Claim) {
     peer.ip(&format!("addr add {PEER}/24 dev peer"));
     let claim = claim(&pod.path()).unwrap();
     (pod, peer, claim)
+}
+
+const OWNER: &str = "ns/pod";
+
+fn plan(queues: u16, spare: usize) -> NicPlan {
+    NicPlan { owner: OWNER.into(), queues, spare, most: 5 }
 }
 
 fn qdiscs(namespace: &Namespace) -> String {
@@ -96,10 +102,13 @@ fn expect_echo(peer: &Namespace, count: u8) {
 #[test]
 fn a_guest_takes_over_the_pods_link() {
     let (pod, peer, claim) = pod();
-    let Connected { mut nics, config } = connect(&claim, 1, LIMIT).unwrap();
+    let Connected { mut nics, follower, settled: Settled { config, problems } } =
+        connect(&claim, plan(1, 0), LIMIT).unwrap();
     let nic = nics.remove(0);
-    assert_eq!(format!("{nic:?}"), "eth0 (MAC 02:00:00:00:00:01, MTU 1400, tap husk-2, 1 queues)");
-    assert_eq!(config.links.len(), 1);
+    let status = &follower.status().nics[0];
+    assert_eq!((status.nic.as_str(), status.tap.as_str()), ("02:00:00:00:00:01", "husk-2"));
+    assert_eq!(status.link.as_ref().map(|link| (link.name.as_str(), link.mtu)), Some(("eth0", 1400)));
+    assert_eq!((config.links.len(), config.spare_nics.len(), problems.len()), (1, 0, 0));
     assert_eq!(config.links[0].addresses[0].local, POD.octets());
 
     let [tap] = <[_; 1]>::try_from(nic.taps).unwrap();
@@ -111,7 +120,7 @@ fn a_guest_takes_over_the_pods_link() {
     pod.wait_until_taps_are_gone();
     assert!(qdiscs(&pod).contains("ingress"));
     for _ in 0..2 {
-        disconnect(&claim, LIMIT).unwrap();
+        disconnect(&claim, OWNER, LIMIT).unwrap();
         assert!(!qdiscs(&pod).contains("ingress"), "{}", qdiscs(&pod));
     }
     // The pod's own stack is back.
@@ -135,7 +144,7 @@ fn a_guest_takes_over_the_pods_link() {
 #[test]
 fn a_guest_with_several_queues_takes_over_too() {
     let (_pod, peer, claim) = pod();
-    let mut nics = connect(&claim, 2, LIMIT).unwrap().nics;
+    let mut nics = connect(&claim, plan(2, 0), LIMIT).unwrap().nics;
     let nic = nics.remove(0);
     let [first, second] = <[_; 2]>::try_from(nic.taps).unwrap();
     // The kernel chooses the queue of a flow, and the guest of this test serves one.
@@ -150,7 +159,7 @@ fn a_namespace_is_connected_again_after_a_vm_was_killed() {
     let (pod, peer, claim) = pod();
     // Nothing disconnects after the first VM.
     for _ in 0..2 {
-        let nic = connect(&claim, 1, LIMIT).unwrap().nics.remove(0);
+        let nic = connect(&claim, plan(1, 0), LIMIT).unwrap().nics.remove(0);
         let [tap] = <[_; 1]>::try_from(nic.taps).unwrap();
         let guest = thread::spawn(move || play_guest(tap.into(), nic.mac, 1));
         expect_echo(&peer, 1);
@@ -162,10 +171,13 @@ fn a_namespace_is_connected_again_after_a_vm_was_killed() {
 #[test]
 fn a_link_that_another_vm_uses_stays_its() {
     let (pod, peer, claim) = pod();
-    let nic = connect(&claim, 1, LIMIT).unwrap().nics.remove(0);
-    let text = Chain(&connect(&claim, 1, LIMIT).unwrap_err()).to_string();
-    assert!(text.contains("tap husk-2 of link eth0: create it (busy if another VM uses the link): Device"), "{text}");
-    disconnect(&claim, LIMIT).unwrap();
+    let nic = connect(&claim, plan(1, 0), LIMIT).unwrap().nics.remove(0);
+    let other = NicPlan { owner: "ns/po".into(), ..plan(1, 0) };
+    let text = Chain(&connect(&claim, other, LIMIT).unwrap_err()).to_string();
+    assert!(text.ends_with("tap husk-2: the namespace is in use (husk VM ns/pod: eth0)"), "{text}");
+    disconnect(&claim, "ns/po", LIMIT).unwrap();
+    let text = Chain(&disconnect(&claim, OWNER, LIMIT).unwrap_err()).to_string();
+    assert!(text.ends_with("tap husk-2: still exists: the VM may still run"), "{text}");
     assert_eq!(qdiscs(&pod).matches("ingress").count(), 2);
     let [tap] = <[_; 1]>::try_from(nic.taps).unwrap();
     let guest = thread::spawn(move || play_guest(tap.into(), nic.mac, 1));
@@ -177,34 +189,143 @@ fn a_link_that_another_vm_uses_stays_its() {
 fn several_links_are_connected_and_a_failure_leaves_nothing() {
     let (pod, _peer, claim) = pod();
     pod.ip("link add eth1 type veth peer name eth2");
-    let connected = connect(&claim, 1, LIMIT).unwrap();
-    let names: Vec<_> = connected.nics.iter().map(|nic| nic.link.as_str()).collect();
-    assert_eq!(names, ["eth0", "eth2", "eth1"]);
+    let connected = connect(&claim, plan(1, 0), LIMIT).unwrap();
+    assert_eq!(links(&connected), ["eth0", "eth2", "eth1"]);
     assert_eq!(qdiscs(&pod).matches("ingress").count(), 6);
     drop(connected);
     pod.wait_until_taps_are_gone();
-    disconnect(&claim, LIMIT).unwrap();
+    disconnect(&claim, OWNER, LIMIT).unwrap();
 
     // The last link cannot be connected.
     pod.tc("qdisc add dev eth1 clsact");
-    let text = Chain(&connect(&claim, 1, LIMIT).unwrap_err()).to_string();
+    let text = Chain(&connect(&claim, plan(1, 1), LIMIT).unwrap_err()).to_string();
     pod.wait_until_taps_are_gone();
     let expected = "link eth1: its ingress has a qdisc of kind clsact, which husk cannot share";
     assert!(text.ends_with(expected), "{text}");
     assert_eq!(qdiscs(&pod).matches("ingress").count(), 0, "{}", qdiscs(&pod));
     assert_eq!(qdiscs(&pod).matches("clsact").count(), 1);
+
+    let few = NicPlan { most: 2, ..plan(1, 1) };
+    let text = Chain(&connect(&claim, few, LIMIT).unwrap_err()).to_string();
+    assert!(text.ends_with("link eth1: the machine can have 2 network cards only"), "{text}");
+}
+
+fn links(connected: &Connected) -> Vec<String> {
+    let links = connected.follower.status().nics.into_iter();
+    links.map(|nic| nic.link.map(|link| link.name).unwrap_or_else(|| nic.tap)).collect()
+}
+
+/// Brings the follower up to date, and returns the new configuration.
+fn settle(connected: &mut Connected) -> Settled {
+    connected.follower.settle(LIMIT).unwrap().expect("something has changed")
+}
+
+#[test]
+fn a_link_that_appears_later_gets_a_spare_nic_and_gives_it_back() {
+    let (pod, peer, claim) = pod();
+    let mut connected = connect(&claim, plan(1, 1), LIMIT).unwrap();
+    assert_eq!(links(&connected), ["eth0", "husk-s1"]);
+    assert_eq!(connected.settled.config.spare_nics, [connected.nics[1].mac.to_vec()]);
+    assert_eq!(connected.nics[1].mac[0] & 3, 2, "locally administered, of one station");
+    assert!(connected.follower.settle(LIMIT).unwrap().is_none(), "its own changes are news");
+
+    // The peer's end stays outside.
+    let appear = |name: &str, mac: &str| {
+        peer.ip(&format!("link add {name} address {mac} mtu 1300 type veth peer name out-{name}"));
+        peer.ip(&format!("link set {name} netns {}", pod.path().display()));
+        pod.ip(&format!("link set {name} up"));
+    };
+    appear("net1", "02:00:00:00:00:07");
+    let settled = settle(&mut connected);
+    assert!(settled.problems.is_empty());
+    assert_eq!(links(&connected), ["eth0", "net1"]);
+    let link = &settled.config.links[1];
+    assert_eq!((link.mac.as_slice(), link.mtu), (&[2, 0, 0, 0, 0, 7][..], 1300));
+    assert_eq!(link.nic, connected.nics[1].mac);
+    let net1 = connected.follower.status().nics[1].link.as_ref().unwrap().index;
+    let shown = &pod.ip_json(&format!("link show dev husk-{net1}"))[0];
+    assert_eq!((&shown["mtu"], &shown["ifalias"]), (&1300.into(), &"husk VM ns/pod: net1".into()));
+    assert_eq!(qdiscs(&pod).matches("ingress").count(), 4);
+
+    // Beyond the spare NICs: the others keep working, and each further attempt names the link.
+    appear("net2", "02:00:00:00:00:08");
+    for _ in 0..2 {
+        let Settled { config, problems } = settle(&mut connected);
+        assert!(problems[0].to_string().starts_with("link net2: the VM has no network card left"), "{problems:?}");
+        assert_eq!(config.links.len(), 2);
+    }
+    peer.ip("link del out-net1");
+    let settled = settle(&mut connected);
+    assert!(settled.problems.is_empty());
+    assert_eq!(links(&connected), ["eth0", "net2"]);
+
+    // A link that has left and returned has lost its qdisc.
+    for name in ["eth0", "net2"] {
+        pod.ip(&format!("link set {name} netns {}", peer.path().display()));
+        peer.ip(&format!("link set {name} netns {}", pod.path().display()));
+        pod.ip(&format!("link set {name} up"));
+    }
+    settle(&mut connected);
+    assert_eq!(links(&connected), ["eth0", "net2"]);
+    assert_eq!(qdiscs(&pod).matches("ingress").count(), 4, "{}", qdiscs(&pod));
+
+    for name in ["eth0", "net2"] {
+        pod.ip(&format!("link del {name}"));
+    }
+    let Settled { config, problems } = settle(&mut connected);
+    assert_eq!((config.links.len(), config.spare_nics.len(), problems.len()), (0, 2, 0));
+    assert_eq!(links(&connected), ["husk-s0", "husk-s1"]);
+    assert!(!qdiscs(&pod).contains("ingress"), "{}", qdiscs(&pod));
+    let Connected { nics, .. } = connected;
+    drop(nics);
+    pod.wait_until_taps_are_gone();
+}
+
+#[test]
+fn changes_of_a_link_are_followed() {
+    let (pod, _peer, claim) = pod();
+    let mut connected = connect(&claim, plan(1, 0), LIMIT).unwrap();
+    pod.ip("link set eth0 mtu 1280");
+    pod.ip("link set eth0 address 02:00:00:00:00:09");
+    pod.ip("addr add 10.9.0.2/24 dev eth0");
+    pod.ip("route add default via 10.9.0.1");
+    pod.ip("neigh add 10.9.0.9 lladdr 02:00:00:00:00:05 dev eth0");
+    let Settled { config, problems } = settle(&mut connected);
+    assert!(problems.is_empty(), "{problems:?}");
+    let link = &config.links[0];
+    assert_eq!(
+        (link.mtu, link.mac.as_slice(), link.nic.as_slice()),
+        (1280, &[2, 0, 0, 0, 0, 9][..], &[2, 0, 0, 0, 0, 1][..])
+    );
+    assert_eq!((link.addresses.iter().filter(|a| a.local.len() == 4).count(), config.neighbours.len()), (2, 1));
+    assert!(config.routes.iter().any(|route| route.gateway == [10, 9, 0, 1]));
+    assert_eq!(pod.ip_json("link show dev husk-2")[0]["mtu"], 1280);
+    pod.ip("link set eth0 down");
+    pod.ip("link set eth0 name net0");
+    let config = settle(&mut connected).config;
+    assert_eq!((config.links[0].name.as_str(), config.links[0].up), ("net0", false));
+    // A route that a guest cannot have: the configuration stays, until it is gone.
+    pod.ip("link set net0 up");
+    pod.ip("route add 10.8.0.0/24 nexthop via 10.0.0.1 dev net0 nexthop via 10.0.0.3 dev net0");
+    for _ in 0..2 {
+        if let Err(error) = connected.follower.settle(LIMIT) {
+            assert!(Chain(&error).to_string().contains("10.8.0.0/24"), "{}", Chain(&error));
+        }
+    }
+    pod.ip("route del 10.8.0.0/24");
+    assert!(settle(&mut connected).problems.is_empty());
 }
 
 #[test]
 fn disconnecting_a_namespace_that_is_gone_is_fine() {
     let (pod, peer, claim) = pod();
     drop((pod, peer));
-    disconnect(&claim, LIMIT).unwrap();
-    let error = connect(&claim, 1, LIMIT).unwrap_err();
+    disconnect(&claim, OWNER, LIMIT).unwrap();
+    let error = connect(&claim, plan(1, 0), LIMIT).unwrap_err();
     let replaced = matches!(error, NetworkError::Replaced { .. } | NetworkError::NotANamespace { .. });
     assert!(replaced || error_kind(&error) == Some(ErrorKind::NotFound), "{error:?}");
     let claim = Claim { netns: PathBuf::from("/proc/self/ns/mnt"), device: 1, inode: 1 };
-    disconnect(&claim, LIMIT).unwrap();
+    disconnect(&claim, OWNER, LIMIT).unwrap();
 }
 
 fn error_kind(error: &NetworkError) -> Option<ErrorKind> {

@@ -1,12 +1,14 @@
 //! Prepares a container: reads and checks the request, the spec, the annotations, the configuration and the host, and
 //! reports all problems at once, before anything is created.
 //!
-//! | file      | contents                                                                |
-//! |-----------|-------------------------------------------------------------------------|
-//! | `host.rs` | what the host provides: the guest's files, programs, the accelerator    |
-//! | `size.rs` | the size of the VM (pure)                                               |
+//! | file         | contents                                                             |
+//! |--------------|----------------------------------------------------------------------|
+//! | `host.rs`    | what the host provides: the guest's files, programs, the accelerator |
+//! | `network.rs` | whether the container is in user mode, and with which ports          |
+//! | `size.rs`    | the size of the VM (pure)                                            |
 
 pub mod host;
+mod network;
 mod size;
 
 use std::collections::HashMap;
@@ -27,12 +29,14 @@ use crate::config::problem::Problem;
 use crate::config::settings::Config;
 use crate::config::workspace::Workspace;
 use crate::extras::files::{self, OpenedFile};
-use crate::network::{self, Claim};
+use crate::network::user::UserNetwork;
+use crate::network::{Claim, claim};
 use crate::prepare::host::{Host, Places};
+pub(crate) use crate::prepare::network::RequestedNetwork;
 use crate::rootfs::spec::parse::{Parsed, parse};
-use crate::rootfs::spec::{Context, HostNetwork, Rewritten, rewrite};
+use crate::rootfs::spec::{Context, HostNetwork, Rewritten, Sibling, rewrite};
 use crate::vm::BootPlan;
-use crate::vm::cgroup::Hierarchies;
+use crate::vm::cgroup::{Hierarchies, HostCgroup};
 use crate::vmm::{self, Accel, Disk, GuestParams, Vmm};
 
 /// The annotation with which the CRI plugin tells a pod's sandbox container from the others.
@@ -62,6 +66,10 @@ pub struct Prepared {
     machine: vmm::Spec,
     /// The host's network namespace that the spec names.
     pub(crate) network: Option<Claim>,
+    /// The sandbox's network, if it is in user mode.
+    pub(crate) user: Option<UserNetwork>,
+    /// What the annotations request. A VM that is already booted must have it.
+    pub(crate) requested: RequestedNetwork,
     /// Files for the guest itself. A VM that is already booted must have them.
     pub(crate) extras: Extras,
     /// The opened files of the extras, for a VM that has to be booted.
@@ -70,6 +78,31 @@ pub struct Prepared {
     host: Host,
     /// The configuration with the annotations applied.
     config: Config,
+}
+
+impl Prepared {
+    /// What the VM has if it is booted for this container.
+    pub(crate) fn booting_with(&self) -> BootedWith {
+        BootedWith { extras: self.extras.clone(), user: self.user.clone() }
+    }
+
+    /// What this container requests and the sandbox's VM lacks.
+    pub(crate) fn beyond(&self, booted: &BootedWith) -> Vec<Problem> {
+        let mut problems = self.extras.beyond(&booted.extras);
+        if self.rewritten.network.of_host().is_none() {
+            problems.extend(self.requested.beyond(booted.user.as_ref()));
+        }
+        problems
+    }
+}
+
+/// What the sandbox's VM was booted with and later containers cannot change.
+#[derive(Debug, Clone, Default)]
+pub struct BootedWith {
+    /// The files for the guest itself.
+    pub(crate) extras: Extras,
+    /// Its network, if it is in user mode.
+    pub(crate) user: Option<UserNetwork>,
 }
 
 /// The sandbox of a bundle's container: its pod, or a sandbox of its own.
@@ -83,20 +116,30 @@ pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError
     Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
 }
 
-/// Reads and checks everything that a container needs. `is_init` recognizes the PIDs of the sandbox's containers;
-/// `booted_with` holds the extras of the sandbox's VM, if it is booted.
+/// What a container's preparation needs to know about its sandbox.
+#[derive(Clone, Copy)]
+pub struct Siblings<'a> {
+    /// The container is the sandbox's first.
+    pub first: bool,
+    /// Finds a running container of the sandbox by the PID of its holder.
+    pub find: &'a dyn Fn(u32) -> Option<Sibling>,
+    /// The sandbox's VM, if it is booted.
+    pub booted_with: Option<&'a BootedWith>,
+}
+
+impl Siblings<'_> {
+    /// Those of the first container.
+    pub const NONE: Siblings<'static> = Siblings { first: true, find: &|_| None, booted_with: None };
+}
+
+/// Reads and checks everything that a container needs.
 ///
 /// # Errors
 ///
 /// All problems at once.
-pub fn prepare(
-    request: &CreateTaskRequest,
-    sandbox: &str,
-    is_init: &dyn Fn(u32) -> bool,
-    booted_with: Option<&Extras>,
-) -> Result<Prepared, PrepareError> {
+pub fn prepare(request: &CreateTaskRequest, sandbox: &str, siblings: Siblings<'_>) -> Result<Prepared, PrepareError> {
     let config = load::load().map_err(|error| PrepareError::one(&error))?;
-    prepare_with(config, &Places::of_process(), request, sandbox, is_init, booted_with)
+    prepare_with(config, &Places::of_process(), request, sandbox, siblings)
 }
 
 fn prepare_with(
@@ -104,15 +147,15 @@ fn prepare_with(
     places: &Places,
     request: &CreateTaskRequest,
     sandbox: &str,
-    is_init: &dyn Fn(u32) -> bool,
-    booted_with: Option<&Extras>,
+    siblings: Siblings<'_>,
 ) -> Result<Prepared, PrepareError> {
     let bundle = Path::new(&request.bundle);
     let Parsed { mut spec, ignored } = read_spec(bundle)?;
     let mut problems = Vec::new();
     let annotations = collect(read_annotations(&spec, &config), &mut problems);
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
-    let sources = collect(open_extras(&extras, booted_with, &config), &mut problems);
+    let sources =
+        collect(open_extras(&extras, siblings.booted_with.map(|booted| &booted.extras), &config), &mut problems);
     // A workspace may hold secrets: neither the guest's spec, nor hooks, nor the state may contain it.
     if let Some(annotations) = spec.annotations_mut() {
         annotations.remove(names::WORKSPACE);
@@ -123,15 +166,28 @@ fn prepare_with(
         bundle,
         host_is_unified: Hierarchies::of_host().map_err(|error| PrepareError::one(&error))?.unified(),
         inspect: &crate::rootfs::share::inspect,
-        is_init,
+        first: siblings.first,
+        sibling: siblings.find,
     };
     let rewritten = collect(rewrite(spec, &context).map_err(|problems| problems.0), &mut problems);
-    let network = rewritten.as_ref().and_then(|rewritten| rewritten.network.as_ref());
-    let network = collect(network.map(claim_network).transpose(), &mut problems);
+    let named = rewritten.as_ref().and_then(|rewritten| rewritten.network.of_host());
+    let network = collect(named.map(claim_network).transpose(), &mut problems);
+    let requested = annotations.as_ref().map(requested_network).unwrap_or_default();
+    let user = rewritten.as_ref().map(|rewritten| {
+        let booted = siblings.booted_with.map(|booted| booted.user.as_ref());
+        let user = network::user_network(&requested, &config, rewritten, booted)?;
+        match &user {
+            Some(user) if booted.is_none() => {
+                network::check_ports(user, &places.state, sandbox).map(|()| Some(user.clone()))
+            }
+            _ => Ok(user),
+        }
+    });
+    let user = collect(user.transpose(), &mut problems).flatten().flatten();
     let debug = annotations.as_ref().and_then(|annotations| annotations.debug).unwrap_or(config.debug);
     let host = collect(host::find(&config, places, debug), &mut problems);
 
-    let (Some(annotations), Some(sources), Some(rewritten), Some(network), Some(host)) =
+    let (Some(annotations), Some(sources), Some(mut rewritten), Some(network), Some(host)) =
         (annotations, sources, rewritten, network, host)
     else {
         return Err(PrepareError(problems));
@@ -140,16 +196,23 @@ fn prepare_with(
         return Err(PrepareError(problems));
     }
     config.debug = debug;
+    config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics);
     if debug {
         config.log_level = config.log_level.max(Level::DEBUG);
     }
     let size = size::size(&config, &annotations, rewritten.limits);
-    let machine = machine(sandbox, &config, &host, size, &extras);
+    let mut machine = machine(sandbox, &config, &host, size, &extras);
+    if user.is_some() {
+        rewritten.use_network_of_vm();
+        machine.user_network.clone_from(&user);
+    }
     Ok(Prepared {
         rewritten,
         ignored,
         machine,
         network,
+        user,
+        requested,
         extras,
         sources,
         workspace: annotations.workspace,
@@ -172,7 +235,11 @@ fn shares_nodes_network(spec: &Spec) -> Option<String> {
 
 /// Checks a network namespace that the spec names.
 fn claim_network(network: &HostNetwork) -> Result<Claim, Vec<String>> {
-    network::claim(&network.path).map_err(|error| vec![format!("{}: {}", network.field, Chain(&error))])
+    claim(&network.path).map_err(|error| vec![format!("{}: {}", network.field, Chain(&error))])
+}
+
+fn requested_network(annotations: &Annotations) -> RequestedNetwork {
+    RequestedNetwork { mode: annotations.network, ports: annotations.ports.clone() }
 }
 
 /// Adds the problems of a failed check to `problems`.
@@ -232,6 +299,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
         initrd: host.artifacts.initrd.clone(),
         kernel_cid: None,
         disks: Vec::new(),
+        user_network: None,
         guest,
         user: Some(user(config, host.accel)),
     }
@@ -249,8 +317,29 @@ fn user(config: &Config, accel: Accel) -> (u32, u32) {
     }
 }
 
-/// The VMM and the plan that boot the machine of `prepared`, with the folder `share` and the disk of its extras.
-pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<Disk>) -> (Box<dyn Vmm>, BootPlan) {
+/// What a machine is connected to on the host.
+#[derive(Debug)]
+pub struct Attachments {
+    /// The folder that the guest mounts.
+    pub share: PathBuf,
+    /// The disk of the extras.
+    pub extras: Option<Disk>,
+    /// The sandbox's network namespace.
+    pub(crate) network: Option<Claim>,
+    /// The cgroup of the VM's processes; if none, they stay in the shim's.
+    pub(crate) cgroup: Option<HostCgroup>,
+}
+
+impl Attachments {
+    /// Only the folder.
+    pub fn new(share: PathBuf) -> Self {
+        Self { share, extras: None, network: None, cgroup: None }
+    }
+}
+
+/// The VMM and the plan that boot the machine of `prepared`.
+pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, BootPlan) {
+    let Attachments { share, extras, network, cgroup } = attachments;
     let mut spec = prepared.machine.clone();
     spec.disks.extend(extras);
     // The guest has no clock of its own. It starts with the host's time, read as late as possible.
@@ -264,8 +353,9 @@ pub fn plan(prepared: &Prepared, share: PathBuf, extras: Option<Disk>) -> (Box<d
         share,
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,
-        cgroup: prepared.rewritten.cgroups_path.clone(),
-        network: prepared.network.clone(),
+        cgroup,
+        network,
+        spare_nics: prepared.config.spare_nics,
         tokens: prepared.config.tokens.clone(),
         workspace: prepared.workspace.clone(),
     };

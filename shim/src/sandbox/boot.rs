@@ -1,6 +1,5 @@
 //! Boots the sandbox's VM for its first container. Containers that arrive during the boot wait for it.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use husk_protos::chain::Chain;
@@ -13,8 +12,7 @@ use crate::extras::files::OpenedFile;
 use crate::guest::client::Metering;
 use crate::network::Claim;
 use crate::prepare;
-use crate::prepare::{PrepareError, Prepared};
-use crate::rootfs::share::Share;
+use crate::prepare::{Attachments, PrepareError, Prepared};
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::{Booting, Sandbox, Slots, VmSlot, alive};
 use crate::state::facts::HostMilestone;
@@ -28,14 +26,14 @@ impl Sandbox {
     pub(super) async fn ensure_vm(
         self: &Arc<Self>,
         prepared: &Prepared,
-        share: &Share,
+        attachments: Attachments,
     ) -> Result<Arc<Vm>, SandboxError> {
         let mut booting = {
             let mut slots = self.lock();
             if let VmSlot::Up(_) | VmSlot::Booting(_) = slots.vm {
                 // Check again: another container may have started the VM while this one was prepared.
                 let mut problems: Vec<String> =
-                    prepared.extras.beyond(&slots.extras).iter().map(ToString::to_string).collect();
+                    prepared.beyond(&slots.booted_with).iter().map(ToString::to_string).collect();
                 problems.extend(other_network(prepared.network.as_ref(), slots.network.as_ref()));
                 if !problems.is_empty() {
                     return Err(PrepareError(problems).into());
@@ -45,7 +43,7 @@ impl Sandbox {
                 VmSlot::Up(vm) => return alive(vm),
                 VmSlot::Stopping => return Err(SandboxError::Stopping),
                 VmSlot::Booting(booting) => booting.clone(),
-                VmSlot::Empty => self.start_boot(&mut slots, prepared, share),
+                VmSlot::Empty => self.start_boot(&mut slots, prepared, attachments),
             }
         };
         let ended_early = || SandboxError::Internal("the boot ended without a result".to_owned());
@@ -54,14 +52,14 @@ impl Sandbox {
     }
 
     /// Starts the boot in a task of its own: it continues if the container that requested it is gone.
-    fn start_boot(self: &Arc<Self>, slots: &mut Slots, prepared: &Prepared, share: &Share) -> Booting {
-        slots.extras = prepared.extras.clone();
-        slots.network = prepared.network.clone();
+    fn start_boot(self: &Arc<Self>, slots: &mut Slots, prepared: &Prepared, attachments: Attachments) -> Booting {
+        slots.booted_with = prepared.booting_with();
+        slots.network = attachments.network.clone();
         let (done, booting) = watch::channel(None);
         slots.vm = VmSlot::Booting(booting.clone());
-        let (sandbox, prepared, share) = (self.clone(), prepared.clone(), share.path().to_owned());
+        let (sandbox, prepared) = (self.clone(), prepared.clone());
         tokio::spawn(async move {
-            let booted = sandbox.boot(&prepared, share).await.map_err(Arc::new);
+            let booted = sandbox.boot(&prepared, attachments).await.map_err(Arc::new);
             let mut slots = sandbox.lock();
             // If the sandbox is being torn down, the slot is `Stopping` and the teardown waits for `done`. After a
             // failed boot the next container may retry.
@@ -73,10 +71,10 @@ impl Sandbox {
         booting
     }
 
-    async fn boot(self: &Arc<Self>, prepared: &Prepared, share: PathBuf) -> Result<Arc<Vm>, BootError> {
+    async fn boot(self: &Arc<Self>, prepared: &Prepared, attachments: Attachments) -> Result<Arc<Vm>, BootError> {
         let started = std::time::Instant::now();
         let mut reached = Boot::begin();
-        let booted = self.boot_and_subscribe(prepared, share, &mut reached).await;
+        let booted = self.boot_and_subscribe(prepared, attachments, &mut reached).await;
         let (vm, events) = match booted {
             Ok(booted) => booted,
             Err(error) => {
@@ -102,11 +100,11 @@ impl Sandbox {
     async fn boot_and_subscribe(
         &self,
         prepared: &Prepared,
-        share: PathBuf,
+        attachments: Attachments,
         reached: &mut Boot,
     ) -> Result<(Arc<Vm>, Metering<Event>), BootError> {
         let extras = extras_disk(prepared.sources.clone()).await?;
-        let (vmm, plan) = prepare::plan(prepared, share, extras.clone());
+        let (vmm, plan) = prepare::plan(prepared, Attachments { extras: extras.clone(), ..attachments });
         let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached).await?;
         // The guest has copied the disk's contents before its hello.
         if let Some(disk) = extras

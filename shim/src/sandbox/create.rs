@@ -1,27 +1,36 @@
 //! Creates a container: its files in the share, its bundle and its process in the guest. The first container boots the
 //! VM.
 
+use std::fs::{OpenOptions, Permissions};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use husk_protos::chain::Chain;
 
+use crate::network::user::resolv_conf;
 use crate::prepare;
-use crate::prepare::Prepared;
+use crate::prepare::{Attachments, Prepared, Siblings};
 use crate::rootfs::share::Share;
+use crate::rootfs::spec::Rewritten;
 use crate::sandbox::container::Container;
 use crate::sandbox::error::SandboxError;
+use crate::sandbox::holder::{join_cgroup, watch_holder};
 use crate::sandbox::hooks;
 use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
 use crate::sandbox::start::STREAM;
-use crate::state::{Owner, check_identifier};
+use crate::state::{Owner, Step, check_identifier};
 use crate::stdio::Stdio;
 use crate::vm::Vm;
 
+/// Where a container's resolver looks for its configuration.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
 impl Sandbox {
-    /// Creates a container, and the VM if it is the first. Returns the PID of its init process in the guest. If it
-    /// fails, everything is undone.
+    /// Creates a container, and the VM if it is the first. Returns the PID of its holder. If it fails, everything is undone.
     pub(crate) async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, SandboxError> {
         let id = request.id.clone();
         check_identifier("container id", &id)?;
@@ -45,6 +54,7 @@ impl Sandbox {
             return Err(SandboxError::AlreadyExists { what: "task", id: id.to_owned() });
         }
         slots.containers.insert(id.to_owned(), ContainerSlot::Creating);
+        slots.first.get_or_insert_with(|| id.to_owned());
         Ok(())
     }
 
@@ -58,20 +68,31 @@ impl Sandbox {
                 request.checkpoint
             )));
         }
-        let prepared = self.prepare(&request)?;
+        let mut prepared = self.prepare(&request)?;
         let facts = serde_json::json!({"bundle": request.bundle});
         self.journal.with(|state| state.set_container(&id, facts))?;
+        if prepared.user.is_some() {
+            self.add_resolv_conf(&id, &mut prepared.rewritten)?;
+        }
         let share = self.share()?;
-        let subject = hooks::subject(&request, &prepared);
+        let network = self.network_namespace(&prepared).await?;
+        let cgroup = self.host_cgroup(&prepared)?;
+        let holder = self.start_holder(&id, network.as_ref())?;
+        let subject = hooks::subject(&request, &prepared, holder.process().pid);
+        let attachments = Attachments { network, cgroup: cgroup.clone(), ..Attachments::new(share.path().to_owned()) };
+        // The hooks see the holder in its cgroup.
+        let hooked = async {
+            join_cgroup(cgroup, holder.process()).await?;
+            self.run_create_hooks(&prepared.rewritten.hooks, &subject).await
+        };
         // Mount the root filesystem while the VM boots: later mounts propagate into the share.
-        let (vm, mounted, hooked) = tokio::join!(
-            self.ensure_vm(&prepared, &share),
-            self.mount(&share, &request, &prepared),
-            self.run_create_hooks(&prepared.rewritten.hooks, &subject)
-        );
+        let (vm, mounted, hooked) =
+            tokio::join!(self.ensure_vm(&prepared, attachments), self.mount(&share, &request, &prepared), hooked);
         let vm = vm?;
         mounted?;
         hooked?;
+        // The hooks may have added links after the boot has looked for some.
+        vm.settle_network().await?;
 
         let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let guest_request = CreateTaskRequest {
@@ -84,26 +105,25 @@ impl Sandbox {
             ..Default::default()
         };
         let poststart = prepared.rewritten.hooks.poststart.clone();
-        let container = Container::new(request, subject, poststart, self.publisher.clone());
+        let in_vms_network = prepared.rewritten.in_vms_network();
+        let container = Container::new(request, subject, in_vms_network, poststart, self.publisher.clone());
         // Register the container before the guest creates it: its first events may arrive before the response.
-        self.lock().containers.insert(id, ContainerSlot::Ready(container));
-        self.create_in_guest(&vm, &guest_request).await
+        self.lock().containers.insert(id, ContainerSlot::Ready(container.clone()));
+        let pid = self.create_in_guest(&vm, &guest_request).await?;
+        watch_holder(&vm, &container, holder);
+        Ok(pid)
     }
 
     /// Prepares the spec for the guest.
     fn prepare(&self, request: &CreateTaskRequest) -> Result<Prepared, SandboxError> {
-        // Running init processes only: the PID of one that has exited may belong to another process by now.
-        let init_pids: Vec<u32> = self
-            .containers()
-            .iter()
-            .filter_map(|container| container.process("").filter(|init| init.exit().is_none()))
-            .map(|init| init.pid())
-            .collect();
-        let vm_extras = {
+        let find = |pid| self.containers().iter().find(|container| container.subject.pid == pid)?.as_sibling();
+        let (first, booted_with) = {
             let slots = self.lock();
-            matches!(slots.vm, VmSlot::Up(_)).then(|| slots.extras.clone())
+            let first = slots.first.as_ref() == Some(&request.id);
+            (first, matches!(slots.vm, VmSlot::Up(_)).then(|| slots.booted_with.clone()))
         };
-        let prepared = prepare::prepare(request, &self.id, &|pid| init_pids.contains(&pid), vm_extras.as_ref())?;
+        let siblings = Siblings { first, find: &find, booted_with: booted_with.as_ref() };
+        let prepared = prepare::prepare(request, &self.id, siblings)?;
         for part in &prepared.ignored {
             tracing::warn!(container = request.id, part, "ignored part of the spec");
         }
@@ -111,6 +131,24 @@ impl Sandbox {
             tracing::info!(container = request.id, note, "spec changed for the guest");
         }
         Ok(prepared)
+    }
+
+    /// Gives a container in user mode a `resolv.conf`, unless its spec mounts one.
+    fn add_resolv_conf(&self, id: &str, rewritten: &mut Rewritten) -> Result<(), SandboxError> {
+        if rewritten.mounts_any(&["/etc", RESOLV_CONF]) {
+            return Ok(());
+        }
+        let path = self.journal.dir().join(format!("{id}.resolv.conf"));
+        self.journal.record(&Owner::Container(id.to_owned()), [Step::File { path: path.clone() }])?;
+        let written = resolv_conf().and_then(|text| {
+            let mut file = OpenOptions::new().write(true).create_new(true).open(&path)?;
+            // Every user in the container reads the file. On the host, the sandbox's folder protects it.
+            file.set_permissions(Permissions::from_mode(0o644))?;
+            file.write_all(text.as_bytes())
+        });
+        written.map_err(|error| SandboxError::Internal(format!("write the container's {RESOLV_CONF}: {error}")))?;
+        rewritten.add_file(id, path, Path::new(RESOLV_CONF));
+        Ok(())
     }
 
     /// The sandbox's share, created by its first container.
@@ -152,9 +190,10 @@ impl Sandbox {
         };
         match created.await {
             Ok(response) => {
-                init.set_pid(response.pid);
-                tracing::info!(container = id, pid = response.pid, "container created");
-                Ok(response.pid)
+                init.set_guest_pid(response.pid);
+                let pid = init.pid();
+                tracing::info!(container = id, pid, guest_pid = response.pid, "container created");
+                Ok(pid)
             }
             Err(error) => {
                 init.discard();

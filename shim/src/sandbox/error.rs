@@ -3,12 +3,15 @@
 use std::sync::Arc;
 
 use crate::guest::client::GuestError;
+use crate::host::child::LaunchError;
 use crate::host::hooks::HookError;
+use crate::network::NetworkError;
 use crate::prepare::PrepareError;
 use crate::rootfs::share::ShareError;
 use crate::state::StateError;
 use crate::stdio::StdioError;
-use crate::vm::BootError;
+use crate::vm::cgroup::CgroupError;
+use crate::vm::{BootError, FollowError};
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -52,11 +55,23 @@ pub(crate) enum SandboxError {
     /// The guest returned an error or cannot be reached.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// The guest cannot have the network of the sandbox's namespace.
+    #[error("the container's network")]
+    GuestNetwork(#[source] FollowError),
     #[error(transparent)]
     State(#[from] StateError),
     /// The root filesystem or a bind mount.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// The sandbox's network namespace.
+    #[error(transparent)]
+    Namespace(#[from] NetworkError),
+    /// The sandbox's cgroup on the host.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The process that represents the container on the host does not start.
+    #[error("start the holder")]
+    Holder(#[from] LaunchError),
     /// A hook on the host failed.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -68,6 +83,16 @@ pub(crate) enum SandboxError {
 impl From<ttrpc::Error> for SandboxError {
     fn from(error: ttrpc::Error) -> Self {
         Self::Guest(GuestError::Call(error))
+    }
+}
+
+impl From<FollowError> for SandboxError {
+    fn from(error: FollowError) -> Self {
+        match error {
+            // The VM may have died.
+            FollowError::Guest(error) => Self::Guest(error),
+            other => Self::GuestNetwork(other),
+        }
     }
 }
 

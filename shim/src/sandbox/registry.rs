@@ -8,17 +8,18 @@ use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
 use tokio::sync::watch;
 
-use crate::config::extras::Extras;
 use crate::console::GuestLogs;
 use crate::containerd::publisher::Publisher;
 use crate::guest::client::GuestError;
-use crate::network::Claim;
+use crate::network::{Claim, PrivateNamespace};
+use crate::prepare::BootedWith;
 use crate::rootfs::share::Share;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
+use crate::vm::cgroup::HostCgroup;
 use crate::vm::{BootError, Vm};
 
 /// How long to wait for containerd's Shutdown after everything has been cleaned up.
@@ -48,10 +49,16 @@ pub(super) enum ContainerSlot {
 
 pub(super) struct Slots {
     pub(super) vm: VmSlot,
-    /// The extras that the VM was or is being booted with.
-    pub(super) extras: Extras,
+    /// What the VM was or is being booted with.
+    pub(super) booted_with: BootedWith,
     /// The host's network namespace that the VM is connected to.
     pub(super) network: Option<Claim>,
+    /// The network namespace that the shim has created.
+    pub(super) private_network: Option<PrivateNamespace>,
+    /// The cgroup of the sandbox's processes on the host.
+    pub(super) cgroup: Option<HostCgroup>,
+    /// The container that uses the VM's network namespace if its spec asks for a new one.
+    pub(super) first: Option<String>,
     pub(super) share: Option<Share>,
     pub(super) containers: HashMap<String, ContainerSlot>,
 }
@@ -81,8 +88,11 @@ impl Sandbox {
             publisher,
             slots: Mutex::new(Slots {
                 vm: VmSlot::Empty,
-                extras: Extras::default(),
+                booted_with: BootedWith::default(),
                 network: None,
+                private_network: None,
+                cgroup: None,
+                first: None,
                 share: None,
                 containers: HashMap::new(),
             }),
@@ -108,7 +118,7 @@ impl Sandbox {
         }
     }
 
-    /// The PID of a container's init process in the guest.
+    /// The PID of a container's holder; 0 while the container is being created.
     pub(crate) fn pid(&self, id: &str) -> Result<u32, SandboxError> {
         Ok(self.process(id, "")?.1.pid())
     }

@@ -19,7 +19,7 @@ use crate::vm::Vm;
 pub(super) const STREAM: &str = "stream";
 
 impl Sandbox {
-    /// Starts a container's init process or an exec, and returns its PID in the guest.
+    /// Starts a container's init process or an exec, and returns the PID of the container's holder.
     pub(crate) async fn start(&self, id: &str, exec_id: &str) -> Result<u32, SandboxError> {
         let init = self.process(id, "")?.1;
         if !exec_id.is_empty() && init.exit().is_some() {
@@ -27,6 +27,10 @@ impl Sandbox {
         }
         let (container, process) = self.process(id, exec_id)?;
         let vm = self.live_vm()?;
+        if exec_id.is_empty() {
+            // What CNI and hooks have configured since Create has to be there before the first instruction.
+            vm.settle_network().await?;
+        }
         // The streams belong to the first start. The guest rejects a second one.
         let attaches = !exec_id.is_empty() && process.claim_start();
         if attaches {
@@ -39,11 +43,11 @@ impl Sandbox {
         let request = StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
         match vm.guest.task.start(vm.guest.context(), &request).await {
             Ok(response) => {
-                process.set_pid(response.pid);
+                process.set_guest_pid(response.pid);
                 if exec_id.is_empty() {
                     self.run_poststart_hooks(&vm, &container).await?;
                 }
-                Ok(response.pid)
+                Ok(process.pid())
             }
             Err(error) => {
                 if attaches {
@@ -66,7 +70,7 @@ impl Sandbox {
         let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let container = self.container(&request.id)?;
         let vm = self.live_vm()?;
-        if !container.add(Arc::new(Process::new(&request.exec_id, stdio))) {
+        if !container.add(Arc::new(Process::new(&request.exec_id, stdio, container.subject.pid))) {
             return Err(SandboxError::AlreadyExists { what: "process", id: request.exec_id });
         }
         let mut guest_request = ExecProcessRequest { stdin, stdout, stderr, ..request.clone() };

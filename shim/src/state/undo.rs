@@ -11,10 +11,12 @@ use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
 use super::cid::Leases;
+use super::ports::PortLeases;
 use super::tree::{self, is_gone};
 use crate::host::hooks;
 use crate::host::hooks::{Hook, Subject};
 use crate::host::process::ProcessId;
+use crate::network::user::HostPort;
 use crate::network::{self, Claim};
 
 /// Shortest wait, even after the deadline: a process that receives SIGKILL is normally dead by then.
@@ -60,7 +62,19 @@ pub(crate) enum Step {
     /// "Lifecycle").
     Hooks { container: Subject, poststop: Vec<Hook> },
     /// Redirects between the links of a network namespace and a VM's taps: removed.
-    Network { claim: Claim },
+    Network {
+        claim: Claim,
+        /// The VM, as its taps name it.
+        #[serde(default)]
+        owner: String,
+    },
+    /// Ports of the host were leased. Undo releases them.
+    Ports {
+        ports: Vec<HostPort>,
+        leases: PortLeases,
+        /// The shim that leased them: undo does not release another shim's lease.
+        shim: ProcessId,
+    },
 }
 
 impl fmt::Display for Step {
@@ -71,7 +85,12 @@ impl fmt::Display for Step {
             Step::Dir { path } | Step::Tree { path } | Step::File { path } => write!(f, "remove {}", path.display()),
             Step::Cgroup { path } | Step::CgroupParent { path } => write!(f, "remove cgroup {}", path.display()),
             Step::Cid { cid, .. } => write!(f, "release vsock CID {cid}"),
-            Step::Network { claim } => write!(f, "disconnect the network namespace {}", claim.netns.display()),
+            Step::Network { claim, .. } => write!(f, "disconnect the network namespace {}", claim.netns.display()),
+            Step::Ports { ports, .. } => {
+                let plural = if ports.len() == 1 { "" } else { "s" };
+                let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
+                write!(f, "release the host's port{plural} {}", ports.join(", "))
+            }
             Step::Hooks { container, .. } => write!(f, "run the poststop hooks of {}", container.id),
         }
     }
@@ -98,8 +117,9 @@ impl Step {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty || is_busy(&e) => Ok(()),
                 other => ignore_missing(other),
             },
-            Step::Network { claim } => network::disconnect(claim, remaining()).map_err(io::Error::other),
+            Step::Network { claim, owner } => network::disconnect(claim, owner, remaining()).map_err(io::Error::other),
             Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
+            Step::Ports { ports, leases, shim } => leases.release(ports, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {
                 hooks::run_to_the_end(poststop, container, remaining());
                 Ok(())

@@ -11,7 +11,9 @@ use crate::guest::link::LinkError;
 use crate::metadata::MetadataError;
 use crate::network::NetworkError;
 use crate::state::StateError;
+use crate::state::ports::PortError;
 use crate::vm::cgroup::CgroupError;
+use crate::vm::follow::FollowError;
 use crate::vm::virtiofsd::VirtiofsdError;
 use crate::vmm::VmmError;
 
@@ -33,6 +35,12 @@ pub enum BootError {
     /// The sandbox's network namespace.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// The sandbox's network in the guest.
+    #[error(transparent)]
+    Follow(#[from] FollowError),
+    /// The host's ports.
+    #[error(transparent)]
+    Ports(#[from] PortError),
     /// The metadata service.
     #[error(transparent)]
     Metadata(#[from] MetadataError),

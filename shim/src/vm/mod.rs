@@ -9,14 +9,18 @@
 //! | `death.rs`      | when and why a VM is dead                                                  |
 //! | `virtiofsd.rs`  | the process that serves the share                                          |
 //! | `network.rs`    | connects the VM to its sandbox's network namespace                         |
+//! | `follow.rs`     | passes the namespace's changes on to the guest                             |
+//! | `connections.rs` | the status of its network                                                  |
 //! | `cgroup.rs`     | the host cgroup of the VM's processes                                      |
 //! | `error.rs`      | why a VM did not boot                                                      |
 //! | `on_failure.rs` | undoing a step unless the boot succeeds                                    |
 
 mod boot;
 pub(crate) mod cgroup;
+mod connections;
 mod death;
 mod error;
+mod follow;
 mod hello;
 mod network;
 mod on_failure;
@@ -25,6 +29,7 @@ mod running;
 pub(crate) mod virtiofsd;
 
 pub use error::BootError;
+pub use follow::FollowError;
 pub use plan::BootPlan;
 pub(crate) use running::DELIVERY;
 pub use running::{StillRunning, Vm};

@@ -1,48 +1,87 @@
-//! Connects a VM to the network namespace of its sandbox: before the boot on the host, after it in the guest.
+//! Connects a VM to the network of its sandbox: before the boot on the host, after it in the guest. The network is a
+//! namespace of the host, or the VMM's own in user mode.
 
-use std::time::Duration;
+use std::sync::Arc;
 
 use husk_protos::network::ConfigureNetworkRequest;
+use tokio::sync::watch;
 
 use super::error::{BootError, io};
+use super::follow::{DEADLINE, Following};
 use super::plan::BootPlan;
 use crate::guest::client::{Guest, GuestError};
-use crate::network::{self, Connected, NetworkError};
+use crate::network::user::{HostPort, UserNetwork};
+use crate::network::{self, Connected, Follower, NetworkError, NicPlan, Settled};
 use crate::state::journal::Journal;
-use crate::state::{Owner, Step};
-use crate::vmm::NicEnd;
-
-/// Deadline for all changes in the namespace.
-const DEADLINE: Duration = Duration::from_secs(10);
+use crate::state::lease::Holder;
+use crate::state::ports::PortError;
+use crate::state::{Owner, StateError, Step};
+use crate::vmm::{NicEnd, Vmm};
 
 /// More queue pairs gain little, and each takes up to two of the descriptors that a machine's process can inherit.
 const MAX_QUEUES: u16 = 4;
 
-/// The VM's network cards, and the guest's configuration.
-#[derive(Debug, Default)]
+/// The VM's network cards, and what configures the guest.
+#[derive(Default)]
 pub(super) struct Network {
     pub(super) nics: Vec<NicEnd>,
-    config: Option<ConfigureNetworkRequest>,
+    connected: Option<(Follower, Settled)>,
+    /// The guest's configuration in user mode.
+    user: Option<ConfigureNetworkRequest>,
 }
 
-/// Connects the links of the plan's namespace, if it names one.
-pub(super) async fn connect(plan: &BootPlan, journal: &Journal) -> Result<Network, BootError> {
+/// Connects the links of the plan's namespace, if it names one, or leases the ports of a VM in user mode.
+pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -> Result<Network, BootError> {
+    if let Some(user) = &plan.spec.user_network {
+        lease_ports(user, journal).await?;
+        return Ok(Network { user: Some(UserNetwork::configuration()), ..Network::default() });
+    }
     let Some(claim) = plan.network.clone() else { return Ok(Network::default()) };
-    journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone() }])?;
+    let owner = journal.with(|state| Ok(format!("{}/{}", state.namespace(), state.sandbox())))?;
+    journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone(), owner: owner.clone() }])?;
     let queues = u16::try_from(plan.spec.vcpus).map_or(MAX_QUEUES, |vcpus| vcpus.min(MAX_QUEUES));
-    let Connected { nics, config } = in_namespace(move || network::connect(&claim, queues, DEADLINE)).await?;
-    tracing::info!(?nics, "connected the VM to its network namespace");
+    let nics = NicPlan { owner, queues, spare: plan.spare_nics as usize, most: vmm.most_nics(&plan.spec, queues) };
+    let connected = in_namespace(move || network::connect(&claim, nics, DEADLINE)).await?;
+    tracing::info!(network = ?connected, "connected the VM to its network namespace");
+    let Connected { nics, follower, settled } = connected;
     let nics = nics.into_iter().map(|nic| NicEnd { mac: nic.mac, taps: nic.taps }).collect();
-    Ok(Network { nics, config: Some(config) })
+    Ok(Network { nics, connected: Some((follower, settled)), user: None })
 }
 
 impl Network {
-    /// Configures the guest, before it runs anything.
-    pub(super) async fn configure(self, guest: &Guest) -> Result<(), BootError> {
-        let Some(config) = self.config else { return Ok(()) };
-        guest.network.configure(guest.context(), &config).await.map_err(GuestError::from)?;
-        Ok(())
+    /// Configures the guest, before it runs anything, and follows the namespace until `dead` has a value.
+    pub(super) async fn follow(
+        self,
+        guest: &Arc<Guest>,
+        dead: watch::Receiver<Option<String>>,
+    ) -> Result<Option<Following>, BootError> {
+        if let Some(config) = self.user {
+            guest.network.configure(guest.context(), &config).await.map_err(GuestError::from)?;
+        }
+        let Some((follower, settled)) = self.connected else { return Ok(None) };
+        Ok(Some(Following::start(follower, settled, guest.clone(), dead).await?))
     }
+}
+
+/// Leases the ports of a VM in user mode, on a separate thread because waiting for the lock may block.
+async fn lease_ports(user: &UserNetwork, journal: &Journal) -> Result<(), BootError> {
+    if user.ports.is_empty() {
+        return Ok(());
+    }
+    let ports: Vec<HostPort> = user.ports.iter().map(|mapping| mapping.host).collect();
+    let journal = journal.clone();
+    let leased = tokio::task::spawn_blocking(move || {
+        let (leases, holder) = journal.with(|state| {
+            let shim = state.shim().ok_or_else(|| StateError::NotFound(state.dir().to_owned()))?;
+            let holder = Holder { namespace: state.namespace().to_owned(), sandbox: state.sandbox().to_owned(), shim };
+            Ok((state.port_leases(), holder))
+        })?;
+        let step = Step::Ports { ports: ports.clone(), leases: leases.clone(), shim: holder.shim };
+        leases.lease(&ports, &holder, || journal.record(&Owner::Sandbox, [step]))
+    });
+    let leased: Result<(), PortError> =
+        leased.await.map_err(|error| io("run a thread for the ports")(std::io::Error::other(error)))?;
+    Ok(leased?)
 }
 
 async fn in_namespace<T: Send + 'static>(

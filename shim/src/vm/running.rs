@@ -10,12 +10,15 @@ use husk_protos::system::Hello;
 use tokio::sync::watch;
 use ttrpc::context::with_duration;
 
+use super::connections;
 use super::death::CONSOLE_LINES;
+use super::follow::{FollowError, Following};
 use crate::console::Attached;
 use crate::guest::client::Guest;
 use crate::guest::report::GuestHealth;
 use crate::host::child::Child;
 use crate::host::process::ProcessId;
+use crate::state::links::NetworkStatus;
 use crate::vmm::Machine;
 
 /// How long the machine may take to exit when the guest does not answer, and after it was killed.
@@ -44,6 +47,8 @@ pub struct Vm {
     pub(super) share_workers: Vec<ProcessId>,
     pub(super) console: Attached,
     pub(super) health: Arc<GuestHealth>,
+    /// The VM's connection to a network namespace, if it has one.
+    pub(super) network: Option<Following>,
     pub(super) shutdown_timeout: Duration,
     pub(super) stopping: AtomicBool,
     /// Why the VM has to be killed.
@@ -86,6 +91,21 @@ impl Vm {
         &self.health
     }
 
+    /// Returns when the guest has the network that the sandbox's namespace has now.
+    pub(crate) async fn settle_network(&self) -> Result<(), FollowError> {
+        match &self.network {
+            Some(network) => network.settle().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Its network, within a few seconds.
+    pub(crate) async fn network_status(&self) -> NetworkStatus {
+        let guest = self.cause_of_death().is_none().then_some(&*self.guest);
+        let connections = self.network.as_ref().map(Following::status);
+        connections::status(connections.as_ref(), guest).await
+    }
+
     /// The console's last lines.
     pub(crate) fn console_tail(&self) -> String {
         self.console.tail(CONSOLE_LINES)
@@ -102,6 +122,9 @@ impl Vm {
         self.stopping.store(true, Ordering::Relaxed);
         if self.cause_of_death().is_none() {
             self.shut_guest_down(delivered).await;
+        }
+        if let Some(network) = &self.network {
+            network.stop().await;
         }
         self.machine.kill();
         // virtiofsd would exit some time after the machine has closed its socket. Killing its worker ends it at once.

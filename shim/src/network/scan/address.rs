@@ -51,8 +51,9 @@ pub(super) fn address(message: &AddressMessage, link: &Link, routes: &[NetworkRo
     address.broadcast = broadcast.map(|address| address.octets().to_vec()).unwrap_or_default();
     address.scope = u8::from(message.header.scope).into();
     let mut settable = flags & SETTABLE;
-    // The host's kernel has found no duplicate, so the guest need not wait a second to find out again.
-    if ipv6 && !flags.intersects(AddressFlags::Tentative | AddressFlags::Dadfailed) {
+    // The guest need not wait a second to find out what the host's kernel has found out, or will: it reports a duplicate
+    // as another change.
+    if ipv6 && !flags.contains(AddressFlags::Dadfailed) {
         settable |= AddressFlags::Nodad;
     }
     // A plugin such as ptp has removed the route to the prefix; the guest's kernel must not add it.
@@ -132,7 +133,8 @@ mod tests {
             (six(PERMANENT), true, vec![route("fd00::", 64)], NODAD),
             (six(PERMANENT), true, vec![], NODAD | NO_ROUTE),
             (message("fe80::7", 64, PERMANENT), true, vec![], NODAD),
-            (six(tentative), true, vec![route("fd00::", 64)], 0),
+            (six(tentative), true, vec![route("fd00::", 64)], NODAD),
+            (six(PERMANENT | AddressFlags::Dadfailed), true, vec![route("fd00::", 64)], 0),
             (six(PERMANENT | AddressFlags::Noprefixroute), true, vec![route("fd00::", 64)], NODAD | NO_ROUTE),
         ];
         for (message, up, routes, expected) in table {

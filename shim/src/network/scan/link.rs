@@ -13,19 +13,16 @@ pub(super) fn name(message: &LinkMessage) -> Option<&str> {
     })
 }
 
-/// Chooses the links to connect.
-pub(super) fn links(messages: &[LinkMessage], has_addresses: impl Fn(u32) -> bool) -> Result<Vec<Link>, ObjectError> {
-    let mut links: Vec<Link> = Vec::new();
+/// Chooses the links to connect. Returns why others cannot be connected as well.
+pub(super) fn links(messages: &[LinkMessage], has_addresses: impl Fn(u32) -> bool) -> (Vec<Link>, Vec<ObjectError>) {
+    let (mut links, mut rejected) = (Vec::new(), Vec::new());
     for message in messages {
-        let Some(link) = link(message, has_addresses(message.header.index))? else { continue };
-        // The guest finds its NICs by MAC.
-        if let Some(other) = links.iter().find(|other| other.mac == link.mac) {
-            let reason = format!("has the same MAC as link {}, so the guest cannot tell them apart", other.name);
-            return Err(ObjectError::unsupported(format!("link {}", link.name), reason));
+        match link(message, has_addresses(message.header.index)) {
+            Ok(link) => links.extend(link),
+            Err(error) => rejected.push(error),
         }
-        links.push(link);
     }
-    Ok(links)
+    (links, rejected)
 }
 
 /// Converts a link; none if it is not to be connected.
@@ -148,12 +145,5 @@ mod tests {
             let error = link(&message, has_addresses).unwrap_err().to_string();
             assert!(error.starts_with(expected), "{error}");
         }
-    }
-
-    #[test]
-    fn links_with_one_mac_are_rejected() {
-        let twins = [message("a", None, UP, &[2; 6]), message("b", None, UP, &[2; 6])];
-        let error = links(&twins, |_| false).unwrap_err().to_string();
-        assert_eq!(error, "link b: has the same MAC as link a, so the guest cannot tell them apart");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The conversions from the kernel's messages to husk's protocol are pure functions, one file for each kind of object.
 //! What the guest's kernel makes by itself is left out. What husk cannot express is an error that names the object: a
-//! guest with half of its network would be harder to debug.
+//! guest with half of its network would be harder to debug. Links that a VM cannot be connected to are listed.
 
 mod address;
 mod link;
@@ -31,6 +31,8 @@ use super::netlink::Netlink;
 pub(super) struct Scan {
     /// The links to connect, in the kernel's order.
     pub(super) links: Vec<Link>,
+    /// Links that a VM cannot be connected to. The configuration contains their routes, but nothing else of them.
+    pub(super) rejected: Vec<ObjectError>,
     /// The guest's configuration.
     pub(super) config: ConfigureNetworkRequest,
 }
@@ -108,8 +110,8 @@ fn assemble(
     rule_messages: &[RuleMessage],
     neighbour_messages: &[NeighbourMessage],
 ) -> Result<Scan, ObjectError> {
-    let links =
-        link::links(link_messages, |index| address_messages.iter().any(|address| address.header.index == index))?;
+    let (links, rejected) =
+        link::links(link_messages, |index| address_messages.iter().any(|address| address.header.index == index));
     // Routes may lead to lo, which every guest has.
     let names: HashMap<u32, &str> =
         link_messages.iter().filter_map(|message| Some((message.header.index, link::name(message)?))).collect();
@@ -139,7 +141,7 @@ fn assemble(
             neighbour::neighbour(message, &link.name)
         })
         .collect();
-    Ok(Scan { links, config })
+    Ok(Scan { links, rejected, config })
 }
 
 fn list<T>(

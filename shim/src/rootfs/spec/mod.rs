@@ -30,10 +30,11 @@ pub(crate) mod parse;
 mod rewrite;
 mod size;
 
+pub use context::Sibling;
 pub(crate) use context::{Context, FileKind, HostFile};
 pub(crate) use limits::SpecLimits;
 pub(crate) use mounts::Bind;
-pub(crate) use rewrite::{HostNetwork, Rewritten, rewrite};
+pub(crate) use rewrite::{HostNetwork, NetworkRequest, Rewritten, rewrite};
 
 #[cfg(test)]
 mod tests;

@@ -1,17 +1,17 @@
 //! Rewrites a spec for the guest.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use husk_protos::CONTAINERS_CGROUP;
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 
 use super::context::Context;
 use super::devices::rewrite_devices;
 use super::findings::{Findings, SpecProblems};
 use super::host_hooks::take_host_hooks;
 use super::limits::{SpecLimits, limits};
-use super::mounts::{Bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
-use super::namespaces;
+use super::mounts::{Bind, guest_bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
+use super::namespaces::{self, Target};
 use super::size::check_size;
 use crate::host::hooks::Hooks;
 
@@ -21,6 +21,27 @@ pub(crate) struct HostNetwork {
     /// The spec's field, for messages.
     pub(crate) field: String,
     pub(crate) path: PathBuf,
+}
+
+/// The network that a spec asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum NetworkRequest {
+    /// No namespace of its own: with runc, the container would use the host's network. It uses the VM's.
+    Shared,
+    /// A new network namespace.
+    New,
+    /// A network namespace of the host. The container uses the VM's own instead.
+    OfHost(HostNetwork),
+}
+
+impl NetworkRequest {
+    /// The network namespace of the host.
+    pub(crate) fn of_host(&self) -> Option<&HostNetwork> {
+        match self {
+            Self::OfHost(network) => Some(network),
+            Self::Shared | Self::New => None,
+        }
+    }
 }
 
 /// A spec for the guest, and what the host does for the container.
@@ -35,12 +56,49 @@ pub struct Rewritten {
     /// The cgroup that the spec names on the host.
     pub(crate) cgroups_path: Option<String>,
     pub(crate) limits: SpecLimits,
-    /// The network namespace of the host that the spec names. The container uses the VM's own instead.
-    pub(crate) network: Option<HostNetwork>,
+    /// The network that the spec asks for.
+    pub(crate) network: NetworkRequest,
     /// The hooks that the host runs.
     pub(crate) hooks: Hooks,
     /// What was changed or removed, for the log.
     pub(crate) notes: Vec<String>,
+}
+
+impl Rewritten {
+    /// Whether the container uses the VM's network namespace, and not one of its own in the guest.
+    pub(crate) fn in_vms_network(&self) -> bool {
+        let mut namespaces = self.spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
+        !namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Network)
+    }
+
+    /// Puts the container into the VM's own network namespace, instead of an empty one.
+    pub(crate) fn use_network_of_vm(&mut self) {
+        let Some(linux) = self.spec.linux_mut() else { return };
+        let namespaces = linux.namespaces_mut().take().unwrap_or_default();
+        let is_new =
+            |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none();
+        linux.set_namespaces(Some(namespaces.into_iter().filter(|namespace| !is_new(namespace)).collect()));
+    }
+
+    /// Mounts a file of the host in the container `id`, read-only.
+    pub(crate) fn add_file(&mut self, id: &str, source: PathBuf, destination: &Path) {
+        let mut mounts = self.spec.mounts_mut().take().unwrap_or_default();
+        let index = mounts.len();
+        let mut mount = Mount::default();
+        mount.set_destination(destination.to_owned());
+        mount.set_typ(Some("bind".to_owned()));
+        mount.set_source(Some(guest_bind(id, index)));
+        mount.set_options(Some(["rbind", "rprivate", "ro"].map(str::to_owned).to_vec()));
+        mounts.push(mount);
+        self.spec.set_mounts(Some(mounts));
+        self.binds.push(Bind { index, source, is_dir: false, read_only: true, recursive: false, follows_host: false });
+    }
+
+    /// Whether the spec mounts something at one of these paths.
+    pub(crate) fn mounts_any(&self, paths: &[&str]) -> bool {
+        let mut mounts = self.spec.mounts().iter().flatten();
+        mounts.any(|mount| paths.iter().any(|path| mount.destination() == Path::new(path)))
+    }
 }
 
 /// Rewrites `spec` for the guest.
@@ -114,7 +172,7 @@ fn rewrite_root(spec: &mut Spec, context: &Context<'_>, findings: &mut Findings)
 struct LinuxOfHost {
     cgroups_path: Option<String>,
     limits: SpecLimits,
-    network: Option<HostNetwork>,
+    network: NetworkRequest,
 }
 
 /// Rewrites the part `linux`.
@@ -146,13 +204,13 @@ fn rewrite_linux(
     Some(LinuxOfHost { cgroups_path, limits, network })
 }
 
-/// Rewrites the namespaces, and returns the network namespace of the host.
+/// Rewrites the namespaces, and returns the network that they ask for.
 fn rewrite_namespaces(
     linux: &mut Linux,
     context: &Context<'_>,
     has_cgroup_mount: bool,
     findings: &mut Findings,
-) -> Option<HostNetwork> {
+) -> NetworkRequest {
     let mut namespaces = linux.namespaces_mut().take().unwrap_or_default();
     for namespace in &mut namespaces {
         // Some clients write an empty path for a new namespace.
@@ -160,30 +218,7 @@ fn rewrite_namespaces(
             namespace.set_path(None);
         }
     }
-    for (index, namespace) in namespaces.iter().enumerate() {
-        let Some(path) = namespace.path() else { continue };
-        if let Some(why) = namespaces::problem(namespace.typ(), path, context.is_init) {
-            findings.reject_path(format!("linux.namespaces[{index}].path"), path, why);
-        }
-    }
-    let of_host = |namespace: &LinuxNamespace| {
-        let path = namespace.path().as_ref().filter(|path| namespaces::is_network_of_host(namespace.typ(), path));
-        path.cloned()
-    };
-    let mut networks = namespaces.iter().enumerate().filter_map(|(index, namespace)| {
-        of_host(namespace).map(|path| HostNetwork { field: format!("linux.namespaces[{index}].path"), path })
-    });
-    let network = networks.next();
-    if let Some(second) = networks.next() {
-        findings.reject_path(second.field, &second.path, "the spec names another network namespace already");
-    }
-    // Its owner would be the VM's first user namespace: sysfs, raw sockets and low ports would fail in odd ways.
-    let has_user_namespace = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User);
-    if let (Some(network), true) = (&network, has_user_namespace) {
-        let why = "a container with a user namespace cannot use a network namespace of the host yet";
-        findings.reject_path(&network.field, &network.path, why);
-    }
-    namespaces.retain(|namespace| of_host(namespace).is_none());
+    let network = resolve_namespaces(&mut namespaces, context, findings);
     // On cgroup v1, a container without a cgroup namespace sees only its own part of each hierarchy. The guest has v2,
     // where only the namespace has this effect: without it, the mount would show the cgroups of the whole guest.
     let has_cgroup_namespace = namespaces.iter().any(|ns| ns.typ() == LinuxNamespaceType::Cgroup);
@@ -196,5 +231,52 @@ fn rewrite_namespaces(
         );
     }
     linux.set_namespaces(Some(namespaces));
+    network
+}
+
+/// Removes the network namespaces that the VM's own stands for: one of the host, that of a container which uses the VM's,
+/// and a new one of the sandbox's first container, so that links that later appear in the sandbox's namespace on the
+/// host reach that container. Other namespaces of containers get their paths in the guest. Returns the network that the
+/// spec asks for.
+fn resolve_namespaces(
+    namespaces: &mut Vec<LinuxNamespace>,
+    context: &Context<'_>,
+    findings: &mut Findings,
+) -> NetworkRequest {
+    let has_user_namespace = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    let mut network = NetworkRequest::Shared;
+    let mut kept = Vec::new();
+    for (index, mut namespace) in namespaces.drain(..).enumerate() {
+        let field = format!("linux.namespaces[{index}].path");
+        let Some(path) = namespace.path().clone() else {
+            let is_network = namespace.typ() == LinuxNamespaceType::Network;
+            if is_network && network == NetworkRequest::Shared {
+                network = NetworkRequest::New;
+            }
+            // The VM's network namespace belongs to the VM's first user namespace.
+            if !(is_network && context.first && !has_user_namespace) {
+                kept.push(namespace);
+            }
+            continue;
+        };
+        match namespaces::resolve(namespace.typ(), &path, context.sibling) {
+            Ok(Target::VmNetwork) => {}
+            Ok(Target::Guest(path)) => {
+                namespace.set_path(Some(path));
+                kept.push(namespace);
+            }
+            Ok(Target::HostNetwork) if matches!(network, NetworkRequest::OfHost(_)) => {
+                findings.reject_path(field, &path, "the spec names another network namespace already");
+            }
+            // Sysfs, raw sockets and low ports would fail in odd ways: see above.
+            Ok(Target::HostNetwork) if has_user_namespace => {
+                let why = "a container with a user namespace cannot use a network namespace of the host yet";
+                findings.reject_path(field, &path, why);
+            }
+            Ok(Target::HostNetwork) => network = NetworkRequest::OfHost(HostNetwork { field, path }),
+            Err(why) => findings.reject_path(field, &path, why),
+        }
+    }
+    *namespaces = kept;
     network
 }

@@ -30,13 +30,24 @@ fn host(path: &Path) -> io::Result<HostFile> {
     }
 }
 
+/// Rewrites a spec of a container that is not the sandbox's first.
 fn run(spec: &Value, host_is_unified: bool) -> Result<Rewritten, SpecProblems> {
+    run_as(spec, host_is_unified, false)
+}
+
+fn run_as(spec: &Value, host_is_unified: bool, first: bool) -> Result<Rewritten, SpecProblems> {
     let spec = parse::parse(&serde_json::to_vec(spec).unwrap())?.spec;
-    let is_init = |pid| pid == 40;
+    let sibling = |pid| (pid == 4001).then_some(Sibling { guest_pid: 40, in_vms_network: false });
     rewrite(
         spec,
-        &Context { id: "c1", bundle: Path::new("/bundle"), host_is_unified, inspect: &host, is_init: &is_init },
+        &Context { id: "c1", bundle: Path::new("/bundle"), host_is_unified, inspect: &host, first, sibling: &sibling },
     )
+}
+
+/// Whether the container has a network namespace of its own in the guest.
+fn has_network(rewritten: &Rewritten) -> bool {
+    let namespaces = rewritten.spec.linux().as_ref().unwrap().namespaces().iter().flatten();
+    namespaces.into_iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Network)
 }
 
 fn plain() -> Value {
@@ -248,7 +259,7 @@ fn namespaces_devices_and_resources_of_the_host_are_rejected() {
         ),
         (
             with("/linux/namespaces/-", json!({"type": "ipc", "path": "/proc/7/ns/ipc"})),
-            r#"linux.namespaces[5].path "/proc/7/ns/ipc": process 7 is not the init of a container of this sandbox"#,
+            r#"linux.namespaces[5].path "/proc/7/ns/ipc": process 7 does not represent a running container of this sandbox"#,
         ),
         (
             with("/linux/devices", json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}])),
@@ -281,13 +292,27 @@ fn a_network_namespace_of_the_host_comes_alone_and_without_a_user_namespace() {
 #[test]
 fn a_container_in_a_network_namespace_of_the_host_uses_the_vms() {
     let mut spec = with("/linux/namespaces", json!([{"type": "pid"}]));
-    assert_eq!(run(&spec, true).unwrap().network, None);
+    assert_eq!(run(&spec, true).unwrap().network, NetworkRequest::Shared);
     spec["linux"]["namespaces"] = json!([{"type": "network", "path": "/run/netns/x"}, {"type": "pid"}]);
     let rewritten = run(&spec, true).unwrap();
-    let network = rewritten.network.unwrap();
-    assert_eq!((network.field.as_str(), network.path.to_str()), ("linux.namespaces[0].path", Some("/run/netns/x")));
-    let namespaces = rewritten.spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
-    assert!(namespaces.iter().all(|namespace| namespace.typ() != LinuxNamespaceType::Network), "{namespaces:?}");
+    assert!(!has_network(&rewritten));
+    let field = "linux.namespaces[0].path".to_owned();
+    assert_eq!(rewritten.network, NetworkRequest::OfHost(HostNetwork { field, path: "/run/netns/x".into() }));
+}
+
+#[test]
+fn a_new_network_namespace_of_the_first_container_is_the_vms() {
+    let table = [
+        (json!([{"type": "network"}]), true, false),
+        (json!([{"type": "network", "path": ""}]), true, false),
+        (json!([{"type": "network"}]), false, true),
+        // The VM's network namespace belongs to another user namespace.
+        (json!([{"type": "network"}, {"type": "user"}]), true, true),
+    ];
+    for (namespaces, first, own) in table {
+        let rewritten = run_as(&with("/linux/namespaces", namespaces.clone()), true, first).unwrap();
+        assert_eq!((&rewritten.network, has_network(&rewritten)), (&NetworkRequest::New, own), "{namespaces} {first}");
+    }
 }
 
 #[test]

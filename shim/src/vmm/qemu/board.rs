@@ -44,6 +44,16 @@ impl Board {
         }
     }
 
+    /// Slots for virtio devices.
+    pub(super) fn slots(self) -> usize {
+        match self {
+            // Without ACPI, and so without a second I/O APIC: hw/i386/microvm.c.
+            Self::Microvm => 8,
+            // Numbers 1 to 30 of the bus. The host bridge has 0 and the chipset 31: hw/i386/pc_q35.c.
+            Self::Q35 => 30,
+        }
+    }
+
     /// What the guest's kernel has to know.
     pub(super) fn platform(self) -> Platform {
         Platform { acpi_and_pci: self == Self::Q35, apic_timer_khz: APIC_TIMER_KHZ }

@@ -18,7 +18,7 @@ use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
 use tokio::net::UnixStream;
 
-use crate::host::child::{Child, FIRST_FD, Launch};
+use crate::host::child::{Child, FIRST_FD, LAST_FD, Launch};
 use crate::host::process::ProcessId;
 use crate::vmm::error::VmmError;
 use crate::vmm::hugepages;
@@ -34,6 +34,10 @@ pub(super) const NAME: &str = "QEMU";
 pub(super) const INSTALL_HINT: &str = "Debian: apt-get install qemu-system-x86";
 /// The kernel's device that moves packets between a tap and a guest without QEMU.
 const VHOST_NET: &str = "/dev/vhost-net";
+/// The vsock device and the share.
+const OTHER_DEVICES: usize = 2;
+/// Kernel, initramfs, console, QMP, vsock and share.
+const OTHER_FDS: usize = 6;
 /// Deadline for the greeting and for each command.
 const QMP_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -58,6 +62,15 @@ impl Vmm for Qemu {
 
     fn board(&self) -> &'static str {
         self.board.name()
+    }
+
+    fn most_nics(&self, spec: &Spec, queues: u16) -> usize {
+        // Each queue pair takes a descriptor of its tap, and with KVM one of vhost-net.
+        let descriptors = usize::from(queues.max(1)) * if spec.accel == Accel::Kvm { 2 } else { 1 };
+        let others = OTHER_FDS + spec.disks.len();
+        let inheritable = (LAST_FD - FIRST_FD + 1) as usize;
+        let by_descriptors = inheritable.saturating_sub(others) / descriptors;
+        self.board.slots().saturating_sub(OTHER_DEVICES + spec.disks.len()).min(by_descriptors)
     }
 
     async fn start(&self, spec: &Spec, sockets: Sockets) -> Result<Box<dyn Machine>, VmmError> {

@@ -10,8 +10,7 @@ use husk_protos::PORT_READY;
 use husk_protos::bundle::PutBundleRequest;
 use husk_protos::system::{BootStep, Hello, InfoRequest, InfoResponse};
 use husk_shim::console::{Console, GuestLogs};
-use husk_shim::prepare;
-use husk_shim::prepare::Prepared;
+use husk_shim::prepare::{self, Attachments, Prepared, Siblings};
 use husk_shim::state::journal::Journal;
 use husk_shim::state::{Boot, State};
 use husk_shim::vm::{BootPlan, Vm};
@@ -75,16 +74,15 @@ impl Kit {
         std::fs::write(bundle.join("config.json"), bundle::spec(CONTAINER, &["true"]).to_string())?;
         let request =
             api::CreateTaskRequest { id: CONTAINER.into(), bundle: bundle.display().to_string(), ..Default::default() };
-        let prepared = prepare::prepare(&request, CONTAINER, &|_| false, None)?;
+        let prepared = prepare::prepare(&request, CONTAINER, Siblings::NONE)?;
         Ok(Self { folder, prepared })
     }
 
     fn plan(&self, accel: Accel) -> (Box<dyn Vmm>, BootPlan) {
-        let (vmm, mut plan) = prepare::plan(&self.prepared, self.folder.path().join("share"), None);
+        let attachments = Attachments::new(self.folder.path().join("share"));
+        let (vmm, mut plan) = prepare::plan(&self.prepared, attachments);
         plan.spec.accel = accel;
         plan.boot_timeout = BOOT;
-        // The VM stays in the benchmark's own cgroup.
-        plan.cgroup = None;
         (vmm, plan)
     }
 

@@ -1,0 +1,250 @@
+//! Keeps the NICs of a VM connected to the links of its namespace, while links come, go and change.
+//!
+//! All sockets are opened inside the namespace and stay there, so that the work needs no thread in the namespace. They
+//! keep the namespace as long as the VM, whose taps do the same.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use husk_protos::chain::Chain;
+use husk_protos::network::ConfigureNetworkRequest;
+
+use super::diff::{Diff, NicChange, NicLink, diff};
+use super::error::{NetworkError, ObjectError};
+use super::link::{Link, alias, spare_name, tap_name};
+use super::netlink::Netlink;
+use super::redirect::{Classifier, Device, redirect, remove};
+use super::scan::{Scan, scan};
+use super::status::{LinkStatus, NetworkStatus, NicStatus};
+use super::subscription::{News, Subscription};
+use super::tap::{Tap, describe, rename, set_up};
+
+/// The name of the loopback, which every guest has.
+const LOOPBACK: &str = "lo";
+
+/// A NIC of the VM, its tap, and the link that it is connected to.
+#[derive(Debug)]
+pub(super) struct NicState {
+    /// The MAC that the machine gave to the NIC, which identifies it.
+    pub(super) mac: [u8; 6],
+    pub(super) tap: Tap,
+    pub(super) link: Option<Link>,
+}
+
+/// What the guest has to know after the namespace has changed.
+#[derive(Debug)]
+pub struct Settled {
+    /// The guest's configuration.
+    pub config: ConfigureNetworkRequest,
+    /// What the guest cannot be given.
+    pub problems: Vec<ObjectError>,
+}
+
+/// A VM's NICs, and the namespace that they follow.
+pub struct Follower {
+    pub(super) netns: PathBuf,
+    /// The VM, as the aliases of its taps name it.
+    pub(super) owner: String,
+    pub(super) netlink: Netlink,
+    pub(super) subscription: Subscription,
+    pub(super) classifier: Classifier,
+    pub(super) nics: Vec<NicState>,
+    /// What has happened since the NICs were last connected completely.
+    pub(super) news: News,
+}
+
+impl Follower {
+    /// A descriptor that is readable when the namespace has changed.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor is left.
+    pub fn changes(&self) -> Result<OwnedFd, NetworkError> {
+        let failed = ObjectError::system("rtnetlink", "duplicate the descriptor of the subscription");
+        self.subscription.readable().map_err(|error| self.inside(failed(error)))
+    }
+
+    /// Connects the NICs to the links that the namespace has now. Returns what the guest has to know, or `None` if
+    /// nothing has changed since the last call, which costs one system call. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// The namespace cannot be read, or contains a route or rule that a guest cannot be given. The next call tries
+    /// again.
+    pub fn settle(&mut self, limit: Duration) -> Result<Option<Settled>, NetworkError> {
+        self.netlink.set_deadline(Instant::now() + limit);
+        self.settle_inside().map_err(|error| self.inside(error))
+    }
+
+    fn settle_inside(&mut self) -> Result<Option<Settled>, ObjectError> {
+        let nics = &self.nics;
+        self.subscription
+            .drain(
+                &mut self.news,
+                |index| nics.iter().any(|nic| nic.tap.index == index),
+                |index| nics.iter().any(|nic| nic.link.as_ref().is_some_and(|link| link.index == index)),
+            )
+            .map_err(|error| error.at("rtnetlink", "follow the namespace"))?;
+        if self.news == News::default() {
+            return Ok(None);
+        }
+        let scan = scan(&mut self.netlink)?;
+        let News { lost, left, .. } = self.news.clone();
+        let settled = self.apply(scan, |link| lost || left.contains(&link.index));
+        // After a problem, the next call tries again.
+        if settled.problems.is_empty() {
+            self.news = News::default();
+        }
+        Ok(Some(settled))
+    }
+
+    /// Connects the NICs to the links of a scan. `lost` recognizes links whose redirects may be lost.
+    pub(super) fn apply(&mut self, scan: Scan, lost: impl Fn(&Link) -> bool) -> Settled {
+        let Scan { links, rejected: mut problems, config } = scan;
+        let nics: Vec<_> = self.nics.iter().map(|nic| NicLink { mac: nic.mac, link: nic.link.as_ref() }).collect();
+        let Diff { changes, unconnected } = diff(&nics, &links, lost);
+        for change in changes {
+            // The other NICs are connected even if one is not.
+            problems.extend(self.make(change, &links).err());
+        }
+        problems.extend(unconnected.into_iter().map(|link| {
+            let reason = format!(
+                "the VM has no network card left for it: it has {}, all of which have links (see network_spare_nics)",
+                self.nics.len()
+            );
+            ObjectError::unsupported(format!("link {}", links[link].name), reason)
+        }));
+        Settled { config: self.config(config), problems }
+    }
+
+    fn make(&mut self, change: NicChange, links: &[Link]) -> Result<(), ObjectError> {
+        match change {
+            NicChange::Disconnect { nic } => self.disconnect(nic),
+            NicChange::Connect { nic, link } => self.connect(nic, &links[link]),
+            NicChange::Reconnect { nic, link } => {
+                self.update(nic, &links[link])?;
+                self.redirect(nic, &links[link])
+            }
+            NicChange::Update { nic, link } => self.update(nic, &links[link]),
+        }
+    }
+
+    /// Connects a spare NIC. If it fails, the NIC is spare again.
+    fn connect(&mut self, nic: usize, link: &Link) -> Result<(), ObjectError> {
+        let netlink = &mut self.netlink;
+        let tap = &mut self.nics[nic].tap;
+        // Fails if another VM uses the link: its redirect must stay.
+        rename(netlink, tap, tap_name(link.index))?;
+        let connected = describe(netlink, tap, alias(&self.owner, Some(&link.name)), Some(link.mtu))
+            .and_then(|()| self.redirect(nic, link));
+        match connected {
+            Ok(()) => {
+                self.nics[nic].link = Some(link.clone());
+                Ok(())
+            }
+            Err(error) => {
+                self.netlink.grant_grace();
+                if let Err(error) = self.release(nic, device(link)) {
+                    tracing::warn!(link = %link.name, error = %Chain(&error), "failed to undo the connection of a link");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Redirects all traffic between a link and its tap.
+    fn redirect(&mut self, nic: usize, link: &Link) -> Result<(), ObjectError> {
+        let tap = &self.nics[nic].tap;
+        let (outer, inner) = (device(link), Device { index: tap.index, name: &tap.name });
+        redirect(&mut self.netlink, &mut self.classifier, inner, outer)?;
+        // A redirect to a device that is down drops the frames and logs each, so the link's redirect comes last.
+        set_up(&mut self.netlink, tap, true)?;
+        redirect(&mut self.netlink, &mut self.classifier, outer, inner)
+    }
+
+    /// Follows a link's name and MTU. Everything else is the guest's affair.
+    fn update(&mut self, nic: usize, link: &Link) -> Result<(), ObjectError> {
+        let state = &mut self.nics[nic];
+        let old = state.link.as_ref();
+        if old.is_none_or(|old| old.mtu != link.mtu || old.name != link.name) {
+            describe(&mut self.netlink, &state.tap, alias(&self.owner, Some(&link.name)), Some(link.mtu))?;
+        }
+        state.link = Some(link.clone());
+        Ok(())
+    }
+
+    /// Makes a NIC spare whose link has left.
+    fn disconnect(&mut self, nic: usize) -> Result<(), ObjectError> {
+        let Some(link) = self.nics[nic].link.clone() else { return Ok(()) };
+        self.release(nic, device(&link))?;
+        self.nics[nic].link = None;
+        Ok(())
+    }
+
+    /// Removes both redirects and makes the tap spare. What is gone already is no error.
+    fn release(&mut self, nic: usize, link: Device<'_>) -> Result<(), ObjectError> {
+        let netlink = &mut self.netlink;
+        let tap = &mut self.nics[nic].tap;
+        remove(netlink, link)?;
+        set_up(netlink, tap, false)?;
+        remove(netlink, Device { index: tap.index, name: &tap.name })?;
+        rename(netlink, tap, spare_name(nic))?;
+        describe(netlink, tap, alias(&self.owner, None), None)
+    }
+
+    /// Removes the redirects of all links: the VM does not start. The taps vanish with their descriptors.
+    pub(super) fn release_links(&mut self) {
+        self.netlink.grant_grace();
+        for link in self.nics.iter().filter_map(|nic| nic.link.as_ref()) {
+            if let Err(error) = remove(&mut self.netlink, device(link)) {
+                tracing::warn!(link = %link.name, error = %Chain(&error), "failed to undo the redirect of a link");
+            }
+        }
+    }
+
+    /// The part of a namespace's configuration that the NICs' links have.
+    fn config(&self, mut config: ConfigureNetworkRequest) -> ConfigureNetworkRequest {
+        let nic_of = |name: &str| self.nics.iter().find(|nic| nic.link.as_ref().is_some_and(|link| link.name == name));
+        config.links.retain_mut(|link| {
+            let Some(nic) = nic_of(&link.name) else { return false };
+            if link.mac != nic.mac {
+                link.nic = nic.mac.to_vec();
+            }
+            true
+        });
+        config.routes.retain(|route| ["", LOOPBACK].contains(&route.link.as_str()) || nic_of(&route.link).is_some());
+        config.neighbours.retain(|neighbour| nic_of(&neighbour.link).is_some());
+        config.spare_nics = self.nics.iter().filter(|nic| nic.link.is_none()).map(|nic| nic.mac.to_vec()).collect();
+        config
+    }
+
+    /// What the NICs are connected to.
+    pub fn status(&self) -> NetworkStatus {
+        let link = |link: &Link| LinkStatus {
+            name: link.name.clone(),
+            index: link.index,
+            mac: mac_text(link.mac),
+            mtu: link.mtu,
+            up: link.up,
+        };
+        let nic = |nic: &NicState| NicStatus {
+            nic: mac_text(nic.mac),
+            tap: nic.tap.name.clone(),
+            link: nic.link.as_ref().map(link),
+        };
+        NetworkStatus { netns: self.netns.clone(), nics: self.nics.iter().map(nic).collect(), problems: Vec::new() }
+    }
+
+    fn inside(&self, source: ObjectError) -> NetworkError {
+        NetworkError::Inside { path: self.netns.clone(), source }
+    }
+}
+
+fn device(link: &Link) -> Device<'_> {
+    Device { index: link.index, name: &link.name }
+}
+
+fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
