@@ -180,7 +180,7 @@ fn a_hook_configures_the_containers_network_by_its_pid() -> Result<()> {
     let script = "state=$(cat); echo \"$state\" > state.json
         pid=$(echo \"$state\" | sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/')
         readlink /proc/$pid/ns/net > netns; cat /proc/$pid/cgroup > cgroup
-        nsenter -t $pid -n ip link add made type veth peer name peer";
+        ip link add out$pid type veth peer name made netns $pid";
     spec["hooks"] = json!({"createRuntime": [
         {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "timeout": 20}
     ]});
@@ -192,7 +192,7 @@ fn a_hook_configures_the_containers_network_by_its_pid() -> Result<()> {
     ensure!(read("cgroup")?.contains(&format!("/husk-test/{id}\n")), "{}", read("cgroup")?);
     let links =
         containerd.sh(&format!("readlink /proc/{pid}/ns/net; nsenter -t {pid} -n ip -o link show made"))?.text();
-    ensure!(links.starts_with(read("netns")?.trim()) && links.contains(" made@peer"), "{links}");
+    ensure!(links.starts_with(read("netns")?.trim()) && links.contains(" made@"), "{links}");
     ensure!(containerd.sh("ip link show made").is_err(), "the hook acted on the host's own links");
     Ok(())
 }

@@ -228,6 +228,17 @@ fn a_mount_point_in_a_tree_is_not_entered_and_stays_in_the_journal() {
 }
 
 #[test]
+fn a_recorded_network_can_be_read_back() {
+    let base = tempfile::tempdir().unwrap();
+    let mut state = State::create(base.path(), "ns", "s1").unwrap();
+    let claim = crate::network::Claim { netns: "/run/netns/x".into(), device: 4, inode: 7 };
+    let step = Step::Network { claim, vm: "ns/s1".into() };
+    state.record(&Owner::Sandbox, [step.clone()]).unwrap();
+    let read = State::load(base.path(), "ns", "s1").unwrap();
+    assert_eq!(read.steps(&Owner::Sandbox).collect::<Vec<_>>(), [&step]);
+}
+
+#[test]
 fn recording_a_step_is_fast() {
     let base = tempfile::tempdir_in("/dev/shm").unwrap();
     let mut state = State::create(base.path(), "ns", "s1").unwrap();

@@ -64,9 +64,9 @@ pub(crate) enum Step {
     /// Redirects between the links of a network namespace and a VM's taps: removed.
     Network {
         claim: Claim,
-        /// The VM, as its taps name it.
+        /// The VM, as its taps name it. Not `owner`: an entry of the journal has a field of that name.
         #[serde(default)]
-        owner: String,
+        vm: String,
     },
     /// Ports of the host were leased. Undo releases them.
     Ports {
@@ -117,7 +117,7 @@ impl Step {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty || is_busy(&e) => Ok(()),
                 other => ignore_missing(other),
             },
-            Step::Network { claim, owner } => network::disconnect(claim, owner, remaining()).map_err(io::Error::other),
+            Step::Network { claim, vm } => network::disconnect(claim, vm, remaining()).map_err(io::Error::other),
             Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
             Step::Ports { ports, leases, shim } => leases.release(ports, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {

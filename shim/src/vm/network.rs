@@ -38,7 +38,7 @@ pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -
     }
     let Some(claim) = plan.network.clone() else { return Ok(Network::default()) };
     let owner = journal.with(|state| Ok(format!("{}/{}", state.namespace(), state.sandbox())))?;
-    journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone(), owner: owner.clone() }])?;
+    journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone(), vm: owner.clone() }])?;
     let queues = u16::try_from(plan.spec.vcpus).map_or(MAX_QUEUES, |vcpus| vcpus.min(MAX_QUEUES));
     let nics = NicPlan { owner, queues, spare: plan.spare_nics as usize, most: vmm.most_nics(&plan.spec, queues) };
     let connected = in_namespace(move || network::connect(&claim, nics, DEADLINE)).await?;
