@@ -42,3 +42,5 @@ mod stdio;
 mod task_service;
 pub mod vm;
 pub mod vmm;
+
+pub use network::copied_sysctls;

@@ -2,11 +2,14 @@
 //! one after the other, and report what they see.
 #![cfg(not(target_env = "musl"))]
 
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use husk_shim::copied_sysctls;
 use husk_tests::artifacts::Runtime;
 use husk_tests::cni::{NODE, Network, Node, OUTSIDE, Plugins, Pod, host_local};
 use husk_tests::command::wait_for;
@@ -76,7 +79,8 @@ fn cases() -> Vec<Case> {
         bridge("cni0", 1480, &["10.77.0.0/24", "fd00:77::/64"]),
         json!({"type": "portmap", "capabilities": {"portMappings": true}}),
         json!({"type": "firewall"}),
-        json!({"type": "tuning", "mac": "02:00:00:77:00:09", "mtu": 1480, "sysctl": {"net.core.somaxconn": "500"}}),
+        json!({"type": "tuning", "mac": "02:00:00:77:00:09", "mtu": 1480, "sysctl": {
+            "net.core.somaxconn": "500", "net.ipv4.conf.eth0.arp_notify": "1", "net.ipv4.tcp_keepalive_time": "600"}}),
         json!({"type": "bandwidth", "ingressRate": 800_000_000, "ingressBurst": 80_000_000,
             "egressRate": 800_000_000, "egressBurst": 80_000_000}),
     ];
@@ -88,7 +92,7 @@ fn cases() -> Vec<Case> {
                 ..network("all", everything)
             }],
             peer: peer("$node", &["10.77.0.1", "[fd00:77::1]"]),
-            expected: &["02:00:00:77:00:09", "\"mtu\":1480", "10.77.0.2", "fd00:77::2"],
+            expected: &["02:00:00:77:00:09", "\"mtu\":1480", "10.77.0.2", "fd00:77::2", "somaxconn 500"],
         },
         Case {
             name: "two networks, MTU 9000",
@@ -159,9 +163,10 @@ fn report(node: &Node, pod: &Pod, case: &Case, runtime: Runtime) -> Result<Vec<S
     }
     script += "echo '# others'; /traffic serve 7000; cat /etc/resolv.conf
         machine ss -H -ltun | awk '{print $1, $2, $5}' | sort
-        cd /proc/sys/net
-        grep . core/somaxconn ipv4/ip_forward ipv4/ip_unprivileged_port_start ipv4/ping_group_range
-        grep . ipv4/conf/*/rp_filter ipv6/conf/*/disable_ipv6\n";
+        cd /proc/sys/net\n";
+    for path in copied_sysctls("eth0") {
+        script += &format!("echo {path} $(cat {path} 2>&1)\n");
+    }
     for address in &case.peer.addresses {
         let plain = address.trim_matches(['[', ']']);
         script += &format!("ping -c 2 -w 30 {plain} | grep -o '. packets received'\n");
@@ -460,4 +465,26 @@ fn ping_needs_the_capability_that_it_needs_under_runc() -> Result<()> {
     ensure!(found[0].starts_with("0\n0\n1"), "{found:#?}");
     ensure!(found[..2] == found[2..] && found[0] != found[1], "{found:#?}");
     Ok(())
+}
+
+#[test]
+fn groups_that_a_container_joins_reach_it_on_a_macvlan() -> Result<()> {
+    husk_only!();
+    let containerd = Containerd::shared()?;
+    let node = Node::new(containerd, &Plugins::newest()?, "groups")?;
+    let ipam = json!({"type": "host-local", "ranges": [[{"subnet": "192.0.2.0/24", "rangeStart": "192.0.2.50"}]],
+        "routes": [{"dst": "0.0.0.0/0"}]});
+    let macvlan = json!({"type": "macvlan", "master": "uplink", "mode": "bridge", "ipam": ipam});
+    let pod = node.pod(&[network("macvlan", vec![macvlan])])?;
+    let before = pod.devices_and_qdiscs()?;
+    let container = container(containerd, Runtime::Husk, &pod, &[])?;
+    let mut join = container.exec(&["/traffic", "join", "239.7.7.7:7200"]).command();
+    let join = join.stdout(Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(join.stdout.context("no stdout")?).lines();
+    ensure!(lines.next().context("no output")?? == "joined");
+    node.sh(&format!("ip netns exec $outside {} cast 239.7.7.7:7200 {OUTSIDE} hello", traffic_program()?))?;
+    ensure!(lines.next().context("nothing was received")?? == "hello");
+    container.kill_and_wait()?;
+    container.delete_task()?;
+    wait_until_clean(&pod, &before)
 }

@@ -1,10 +1,14 @@
 //! Applies a request to the network namespace of the calling thread.
 
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::path::Path;
+
 use husk_protos::network::ConfigureNetworkRequest;
 
 use super::error::{NetlinkError, NetworkError};
 use super::message::encode;
-use super::model::Applied;
+use super::model::{Applied, Sysctl};
 use super::netlink::Netlink;
 use super::plan::{Change, plan};
 use super::resolve::resolve;
@@ -50,13 +54,24 @@ pub(super) fn configure(
 }
 
 fn make(netlink: &mut Netlink, change: &Change) -> Result<(), NetworkError> {
-    let (message, flags) = encode(change);
+    if let Change::SetSysctl(sysctl) = change {
+        return write(sysctl).map_err(|source| NetworkError::Sysctl { change: change.to_string(), source });
+    }
+    let Some((message, flags)) = encode(change) else { return Ok(()) };
     match netlink.change(message, flags) {
         Err(error) if !is_done(change, &error) => {
             Err(NetworkError::Change { change: change.to_string(), source: error })
         }
         _ => Ok(()),
     }
+}
+
+/// Sets a sysctl. /proc/sys shows those of the calling thread's network namespace.
+fn write(sysctl: &Sysctl) -> io::Result<()> {
+    // Without `create`: /proc/sys would reply EACCES for a file that does not exist.
+    let mut file = OpenOptions::new().write(true).open(Path::new("/proc/sys/net").join(&sysctl.path))?;
+    // In one call: the kernel takes each write for a whole value.
+    file.write_all(sysctl.value.as_bytes())
 }
 
 /// Whether the error means that there is nothing to do.
@@ -73,6 +88,7 @@ fn is_done(change: &Change, error: &NetlinkError) -> bool {
         Change::Rename { .. }
         | Change::SetMac { .. }
         | Change::SetMtu { .. }
+        | Change::SetSysctl(_)
         | Change::Up(_)
         | Change::ReportCarrier(_) => false,
     }

@@ -17,6 +17,8 @@ pub(super) enum NetworkError {
     List(#[source] NetlinkError),
     #[error("{change}")]
     Change { change: String, source: NetlinkError },
+    #[error("{change}")]
+    Sysctl { change: String, source: io::Error },
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use husk_protos::chain::Chain;
 use husk_protos::network::{
-    ConfigureNetworkRequest, NetworkAddress, NetworkLink, NetworkNeighbour, NetworkRoute, NetworkRule,
+    ConfigureNetworkRequest, NetworkAddress, NetworkLink, NetworkNeighbour, NetworkRoute, NetworkRule, NetworkSysctl,
 };
 use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
@@ -167,6 +167,33 @@ fn dual_stack() -> ConfigureNetworkRequest {
         connected6,
     ];
     request(&[NetworkLink { mtu: 1400, ..link("eth0", 1, &addresses) }], &routes)
+}
+
+#[test]
+fn sysctls_are_set_once_before_the_addresses() {
+    in_namespace(&["nic"], || {
+        let sysctl =
+            |name: &str, value: &str| NetworkSysctl { name: name.into(), value: value.into(), ..Default::default() };
+        let mut eth0 = link("eth0", 1, &[address("10.0.0.2/24", 0)]);
+        eth0.sysctls = vec![sysctl("ipv6/disable_ipv6", "1")];
+        let sysctls = vec![sysctl("core/somaxconn", "77")];
+        let mut request = ConfigureNetworkRequest { links: vec![eth0], sysctls, ..Default::default() };
+        let mut last = Applied::default();
+        configure(&request, &mut last, &mut None).unwrap();
+        let read = |path: &str| std::fs::read_to_string(format!("/proc/sys/net/{path}")).unwrap();
+        assert_eq!([read("core/somaxconn"), read("ipv6/conf/eth0/disable_ipv6")], ["77\n", "1\n"]);
+        // A container changes it.
+        std::fs::write("/proc/sys/net/core/somaxconn", "99").unwrap();
+        configure(&request, &mut last, &mut None).unwrap();
+        assert_eq!(read("core/somaxconn"), "99\n");
+
+        request.sysctls = vec![sysctl("core/none", "1")];
+        let error = configure(&request, &mut last, &mut None).unwrap_err();
+        assert_eq!(
+            Chain(&error).to_string(),
+            "set the sysctl net/core/none to \"1\": No such file or directory (os error 2)"
+        );
+    });
 }
 
 #[test]

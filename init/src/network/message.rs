@@ -15,9 +15,10 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::model::{Address, Device, Mac, Neighbour, Object, Route, Rule};
 use super::plan::{Change, temporary_name};
 
-/// Encodes a change, and returns the flags that its message needs.
-pub(super) fn encode(change: &Change) -> (RouteNetlinkMessage, u16) {
-    match change {
+/// Encodes a change, and returns the flags that its message needs; none for a sysctl, which is a file.
+pub(super) fn encode(change: &Change) -> Option<(RouteNetlinkMessage, u16)> {
+    let message = match change {
+        Change::SetSysctl(_) => return None,
         Change::Rename { index, to, .. } => (set_link(*index, [LinkAttribute::IfName(to.clone())]), 0),
         Change::SetMac { link, mac } => (set_link(link.index, [LinkAttribute::Address(mac.to_vec())]), 0),
         Change::SetMtu { link, mtu } => (set_link(link.index, [LinkAttribute::Mtu(*mtu)]), 0),
@@ -51,7 +52,8 @@ pub(super) fn encode(change: &Change) -> (RouteNetlinkMessage, u16) {
             };
             (message, 0)
         }
-    }
+    };
+    Some(message)
 }
 
 /// The message that lists the links, without their counters.

@@ -41,6 +41,17 @@ pub(super) struct Network {
     pub(super) links: Vec<Link>,
     /// In the order of the request.
     pub(super) objects: Vec<Object>,
+    pub(super) sysctls: Vec<Sysctl>,
+}
+
+/// A sysctl and its value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Sysctl {
+    /// The link that it belongs to.
+    pub(super) link: Option<LinkId>,
+    /// Below /proc/sys/net.
+    pub(super) path: String,
+    pub(super) value: String,
 }
 
 /// What earlier requests left.
@@ -63,6 +74,7 @@ impl Applied {
         network.links.extend(next.links);
         network.objects.retain(|object| !next.objects.contains(object));
         network.objects.extend(next.objects);
+        network.sysctls = next.sysctls;
         Self { network, complete: false }
     }
 }

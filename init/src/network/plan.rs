@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use super::model::{Applied, Device, Link, LinkId, Mac, Network, Object, UNICAST, mac_text};
+use super::model::{Applied, Device, Link, LinkId, Mac, Network, Object, Sysctl, UNICAST, mac_text};
 
 /// A link with a smaller MTU has no IPv6 (RFC 8200, section 5).
 const IPV6_MIN_MTU: u32 = 1280;
@@ -25,6 +25,7 @@ pub(super) enum Change {
     },
     /// Keeps the kernel from adding a link-local address when the link comes up: the request contains the host's.
     NoLinkLocal(LinkId),
+    SetSysctl(Sysctl),
     Up(LinkId),
     /// Makes the kernel report the carrier of a link that has come up. By itself, the kernel does so up to a second
     /// later, and programs ignore a link without IFF_RUNNING meanwhile.
@@ -41,6 +42,7 @@ impl Display for Change {
             Self::SetMac { link, mac } => write!(f, "set the MAC address of link {} to {}", link.name, mac_text(mac)),
             Self::SetMtu { link, mtu } => write!(f, "set the MTU of link {} to {mtu}", link.name),
             Self::NoLinkLocal(link) => write!(f, "set the address generation mode of link {}", link.name),
+            Self::SetSysctl(sysctl) => write!(f, "set the sysctl net/{} to {:?}", sysctl.path, sysctl.value),
             Self::Up(link) => write!(f, "bring up link {}", link.name),
             Self::ReportCarrier(link) => write!(f, "read the carrier of link {}", link.name),
             Self::Down(link) => write!(f, "take down link {}", link.name),
@@ -73,6 +75,9 @@ pub(super) fn plan(devices: &[Device], last: &Applied, next: &Network) -> Vec<Ch
             changes.push(Change::NoLinkLocal(link.id.clone()));
         }
     }
+    // disable_ipv6 and others decide about the addresses.
+    let is_set = |sysctl: &&Sysctl| last.complete && last.network.sysctls.contains(sysctl);
+    changes.extend(next.sysctls.iter().filter(|sysctl| !is_set(sysctl)).cloned().map(Change::SetSysctl));
     let emptied = emptied(&changes, with_device());
     let exists = |object: &Object| {
         let lost = object.link().is_some_and(|link| emptied.contains(link));
@@ -304,6 +309,7 @@ mod tests {
                 address(2, "10.0.0.2"),
                 address(2, "10.0.0.3"),
             ],
+            ..Default::default()
         };
         let added = text(&plan(&[device(2, "eth5")], &Applied::default(), &next));
         let expected = [
@@ -340,7 +346,11 @@ mod tests {
     #[test]
     fn only_what_differs_between_two_requests_is_changed() {
         let device = || Device { up: true, ..device(2, "eth0") };
-        let network = |objects: &[Object]| Network { links: vec![link(2, "eth0")], objects: objects.to_vec() };
+        let network = |objects: &[Object]| Network {
+            links: vec![link(2, "eth0")],
+            objects: objects.to_vec(),
+            ..Default::default()
+        };
         let base = [address(2, "10.0.0.2"), route("10.0.0.0", None)];
         let via = |gateway| [base[0].clone(), base[1].clone(), route("0.0.0.0", Some(gateway))];
         let last = || Applied::complete(network(&via("10.0.0.1")));
@@ -371,7 +381,7 @@ mod tests {
     #[test]
     fn what_the_kernel_may_have_removed_is_added_again() {
         let objects = vec![address(2, "10.0.0.2"), route("10.0.0.0", None), rule(5), unreachable("10.9.0.0")];
-        let next = || Network { links: vec![link(2, "eth0")], objects: objects.clone() };
+        let next = || Network { links: vec![link(2, "eth0")], objects: objects.clone(), ..Default::default() };
         let up = Device { up: true, ..device(2, "eth0") };
         let added = |device: &Device, last: &Applied| -> Vec<String> {
             let changes = text(&plan(std::slice::from_ref(device), last, &next()));
@@ -388,7 +398,7 @@ mod tests {
     #[test]
     fn a_mac_that_a_container_has_set_stays_until_the_hosts_changes() {
         let link = |last: u8| Link { mac: [2, 0, 0, 0, 0, last], ..link(2, "eth0") };
-        let network = |last| Network { links: vec![link(last)], objects: vec![] };
+        let network = |last| Network { links: vec![link(last)], objects: vec![], ..Default::default() };
         let device = |last| Device { up: true, mac: Some([2, 0, 0, 0, 0, last]), ..device(2, "eth0") };
         let set = |last| format!("set the MAC address of link eth0 to 02:00:00:00:00:0{last}");
         let table = [
@@ -421,11 +431,12 @@ mod tests {
             (false, false, vec![]),
         ];
         for (wanted, current, expected) in table {
-            let next = Network { links: vec![Link { up: wanted, ..link(2, "eth0") }], objects: vec![] };
+            let next =
+                Network { links: vec![Link { up: wanted, ..link(2, "eth0") }], objects: vec![], ..Default::default() };
             let device = Device { up: current, ..device(2, "eth0") };
             assert_eq!(text(&plan(&[device], &Applied::default(), &next)), expected, "{wanted} {current}");
         }
-        let gone = Applied::complete(Network { links: vec![link(9, "eth9")], objects: vec![] });
+        let gone = Applied::complete(Network { links: vec![link(9, "eth9")], objects: vec![], ..Default::default() });
         assert_eq!(plan(&[device(2, "eth0")], &gone, &Network::default()), [], "a removed device");
     }
 
@@ -434,10 +445,12 @@ mod tests {
         let last = Applied::complete(Network {
             links: vec![link(2, "eth0")],
             objects: vec![address(2, "10.0.0.2"), address(2, "10.0.0.3")],
+            ..Default::default()
         });
         let next = Network {
             links: vec![link(2, "net1"), link(3, "eth1")],
             objects: vec![address(2, "10.0.0.3"), address(3, "10.1.0.2")],
+            ..Default::default()
         };
         let merged = last.incomplete(next.clone());
         assert!(!merged.complete);

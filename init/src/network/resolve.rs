@@ -3,12 +3,12 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use husk_protos::network::{
-    ConfigureNetworkRequest, NetworkAddress, NetworkLink, NetworkNeighbour, NetworkRoute, NetworkRule,
+    ConfigureNetworkRequest, NetworkAddress, NetworkLink, NetworkNeighbour, NetworkRoute, NetworkRule, NetworkSysctl,
 };
 
 use super::error::NetworkError;
 use super::model::{
-    Address, Device, Link, LinkId, Mac, Neighbour, Network, Object, Route, Rule, TABLE_MAIN, UNICAST, mac_text,
+    Address, Device, Link, LinkId, Mac, Neighbour, Network, Object, Route, Rule, Sysctl, TABLE_MAIN, UNICAST, mac_text,
 };
 
 /// Longest name of a link in bytes (IFNAMSIZ without the NUL).
@@ -33,6 +33,14 @@ pub(super) fn resolve(request: &ConfigureNetworkRequest, devices: &[Device]) -> 
     for (link, resolved) in request.links.iter().zip(&network.links) {
         for address in &link.addresses {
             network.objects.push(Object::Address(resolve_address(address, &resolved.id)?));
+        }
+    }
+    for sysctl in &request.sysctls {
+        network.sysctls.push(resolve_sysctl(sysctl, None)?);
+    }
+    for (link, resolved) in request.links.iter().zip(&network.links) {
+        for sysctl in &link.sysctls {
+            network.sysctls.push(resolve_sysctl(sysctl, Some(&resolved.id))?);
         }
     }
     let names = Names { links: &network.links, devices };
@@ -101,6 +109,22 @@ impl Names<'_> {
             None => Err(invalid(object(), format_args!("there is no link {name:?}"))),
         }
     }
+}
+
+fn resolve_sysctl(sysctl: &NetworkSysctl, link: Option<&LinkId>) -> Result<Sysctl, NetworkError> {
+    let object = || match link {
+        Some(link) => format!("sysctl {} of link {}", sysctl.name, link.name),
+        None => format!("sysctl {}", sysctl.name),
+    };
+    let valid = sysctl.name.contains('/') && sysctl.name.split('/').all(|part| !matches!(part, "" | "." | ".."));
+    let Some((family, name)) = sysctl.name.split_once('/').filter(|_| valid) else {
+        return Err(invalid(object(), "is not a path below /proc/sys/net"));
+    };
+    let path = match link {
+        Some(link) => format!("{family}/conf/{}/{name}", link.name),
+        None => sysctl.name.clone(),
+    };
+    Ok(Sysctl { link: link.cloned(), path, value: sysctl.value.clone() })
 }
 
 fn resolve_address(address: &NetworkAddress, link: &LinkId) -> Result<Address, NetworkError> {
@@ -284,6 +308,10 @@ mod tests {
         }
     }
 
+    fn sysctl(name: &str) -> NetworkSysctl {
+        NetworkSysctl { name: name.into(), value: "1".into(), ..Default::default() }
+    }
+
     /// A valid request with an object of each kind.
     fn request() -> ConfigureNetworkRequest {
         ConfigureNetworkRequest {
@@ -317,7 +345,9 @@ mod tests {
     #[test]
     fn an_invalid_object_is_named_with_its_problem() {
         type Change = fn(&mut ConfigureNetworkRequest);
-        let table: [(Change, &str); 22] = [
+        let table: [(Change, &str); 24] = [
+            (|r| r.sysctls.push(sysctl("../kernel/x")), "sysctl ../kernel/x: is not a path below /proc/sys/net"),
+            (|r| r.links[0].sysctls.push(sysctl("x")), "sysctl x of link eth0: is not a path below /proc/sys/net"),
             (|r| r.links[0].name.clear(), r#"link "": the name is not that of a network device"#),
             (|r| r.links[0].name = "a".repeat(16), r#"link "aaaaaaaaaaaaaaaa": the name is not that"#),
             (|r| r.links[0].name = "lo".into(), r#"link "lo": the name is not that of a network device"#),

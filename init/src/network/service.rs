@@ -62,9 +62,11 @@ fn call_error(operation: &str, error: &NetworkError) -> CallError {
     let kind = match error {
         NetworkError::Invalid { .. } => FailureKind::InvalidArgument,
         NetworkError::NoDevice { .. } => FailureKind::NotFound,
-        NetworkError::Spares(_) | NetworkError::List(_) | NetworkError::Change { .. } | NetworkError::Netlink(_) => {
-            FailureKind::Internal
-        }
+        NetworkError::Spares(_)
+        | NetworkError::List(_)
+        | NetworkError::Change { .. }
+        | NetworkError::Sysctl { .. }
+        | NetworkError::Netlink(_) => FailureKind::Internal,
     };
     CallError::new(kind, format!("{operation}: {}", Chain(error)))
 }

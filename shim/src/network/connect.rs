@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use super::error::{NetworkError, ObjectError};
 use super::follow::{Follower, NicState, Settled};
 use super::link::{self, AnyLink, alias, alias_prefix, is_tap, spare_name, tap_name};
+use super::multicast;
 use super::netlink::Netlink;
 use super::netns::Claim;
-use super::redirect::{Classifier, Device, has_ingress, remove};
+use super::redirect::{Classifier, Device, has_ingress};
 use super::scan::scan;
 use super::subscription::{News, Subscription};
 use super::tap::{create, reserve};
@@ -160,7 +161,7 @@ fn clean(netlink: &mut Netlink, link: &AnyLink) -> Result<(), ObjectError> {
         return Ok(());
     }
     match reserve(&tap_name(link.index))? {
-        Some(_reserved) => remove(netlink, device),
+        Some(_reserved) => multicast::release(netlink, device),
         None => Ok(()),
     }
 }

@@ -13,6 +13,7 @@ use husk_protos::network::ConfigureNetworkRequest;
 use super::diff::{Diff, NicChange, NicLink, diff};
 use super::error::{NetworkError, ObjectError};
 use super::link::{Link, alias, spare_name, tap_name};
+use super::multicast;
 use super::netlink::Netlink;
 use super::redirect::{Classifier, Device, redirect, remove};
 use super::scan::{Scan, scan};
@@ -160,7 +161,8 @@ impl Follower {
         redirect(&mut self.netlink, &mut self.classifier, inner, outer)?;
         // A redirect to a device that is down drops the frames and logs each, so the link's redirect comes last.
         set_up(&mut self.netlink, tap, true)?;
-        redirect(&mut self.netlink, &mut self.classifier, outer, inner)
+        redirect(&mut self.netlink, &mut self.classifier, outer, inner)?;
+        multicast::receive_all(&mut self.netlink, self.classifier, outer, inner)
     }
 
     /// Follows a link's name and MTU. Everything else is the guest's affair.
@@ -186,7 +188,7 @@ impl Follower {
     fn release(&mut self, nic: usize, link: Device<'_>) -> Result<(), ObjectError> {
         let netlink = &mut self.netlink;
         let tap = &mut self.nics[nic].tap;
-        remove(netlink, link)?;
+        multicast::release(netlink, link)?;
         set_up(netlink, tap, false)?;
         remove(netlink, Device { index: tap.index, name: &tap.name })?;
         rename(netlink, tap, spare_name(nic))?;
@@ -197,7 +199,7 @@ impl Follower {
     pub(super) fn release_links(&mut self) {
         self.netlink.grant_grace();
         for link in self.nics.iter().filter_map(|nic| nic.link.as_ref()) {
-            if let Err(error) = remove(&mut self.netlink, device(link)) {
+            if let Err(error) = multicast::release(&mut self.netlink, device(link)) {
                 tracing::warn!(link = %link.name, error = %Chain(&error), "failed to undo the redirect of a link");
             }
         }

@@ -21,6 +21,7 @@
 //! | `link.rs`         | a pod's link, and the names of taps                                     |
 //! | `netns.rs`        | runs a closure on a thread of its own inside a network namespace        |
 //! | `private.rs`      | creates a namespace for a sandbox whose spec names none                 |
+//! | `multicast.rs`    | multicast groups that the guest joins                                   |
 //! | `netlink.rs`      | rtnetlink requests and dumps with a deadline                            |
 //! | `reply.rs`        | the kernel's replies: acknowledgements, errors and their texts          |
 //! | `subscription.rs` | the kernel's notifications about changes                                |
@@ -39,6 +40,7 @@ mod diff;
 mod error;
 mod follow;
 mod link;
+mod multicast;
 mod netlink;
 mod netns;
 mod private;
@@ -59,4 +61,5 @@ pub use error::{NetworkError, ObjectError};
 pub use follow::{Follower, Settled};
 pub use netns::{Claim, claim};
 pub use private::{PrivateNamespace, create};
+pub use scan::copied_sysctls;
 pub use status::{LinkStatus, NetworkStatus, NicStatus};

@@ -45,6 +45,12 @@ impl Netlink {
         Ok(Self { socket, sequence: 0, deadline, buffer: vec![0; BUFFER] })
     }
 
+    /// The socket, which belongs to the namespace.
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        // SAFETY: the socket is open as long as this borrow.
+        unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) }
+    }
+
     /// Until when requests are answered.
     pub(super) fn deadline(&self) -> Instant {
         self.deadline
@@ -86,7 +92,8 @@ impl Netlink {
         self.list(message, |_| Ok(())).map(|objects| objects.len())
     }
 
-    fn list<T>(
+    /// Lists objects, each read by `read` from its bytes, which start with `struct nlmsghdr`.
+    pub(super) fn list<T>(
         &mut self,
         message: &RouteNetlinkMessage,
         read: impl Fn(&[u8]) -> Result<T, NetlinkError>,
@@ -151,11 +158,9 @@ impl Netlink {
             if left.is_zero() {
                 return Err(NetlinkError::Deadline);
             }
-            // SAFETY: the socket outlives this borrow.
-            let descriptor = unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) };
             // Rounded up: a timeout of 0 ms would spin.
             let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
-            match poll(&mut [PollFd::new(descriptor, PollFlags::POLLIN)], timeout) {
+            match poll(&mut [PollFd::new(self.socket(), PollFlags::POLLIN)], timeout) {
                 Ok(0) | Err(Errno::EINTR) => continue,
                 Ok(_) => {}
                 Err(errno) => return Err(failed(errno.into())),

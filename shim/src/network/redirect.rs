@@ -21,6 +21,10 @@ const HANDLE: TcHandle = TcHandle { major: u16::MAX, minor: 0 };
 /// Preference of husk's filters, which identifies them. Nobody else is likely to have it: where the user of `tc` gives
 /// none, the kernel chooses 49152, 49151 and so on.
 const PREFERENCE: u16 = 0x6875;
+/// Preference of a mark: a second redirect, which no frame reaches.
+const MARK: u16 = PREFERENCE + 1;
+/// Where `tcm_info` is in a message: after `struct nlmsghdr` and the other fields of `struct tcmsg`.
+const INFO: std::ops::Range<usize> = 32..36;
 /// Pause before an EBUSY is retried: the kernel is changing the same device.
 const BUSY_PAUSE: Duration = Duration::from_millis(5);
 /// How often an EBUSY is retried.
@@ -55,7 +59,7 @@ pub(super) fn redirect(
     match retry_busy(netlink, |netlink| netlink.change(qdisc.clone(), NLM_F_CREATE | NLM_F_EXCL)) {
         Err(error) if error.errno() == Some(libc::EEXIST) => match ingress_kind(netlink, from)?.as_deref() {
             // The redirect of an earlier VM leads to a tap that is gone.
-            Some(INGRESS) => remove_filter(netlink, from)?,
+            Some(INGRESS) => remove_filter(netlink, from, PREFERENCE)?,
             kind => {
                 let kind = kind.unwrap_or("unknown");
                 let reason = format!("its ingress has a qdisc of kind {kind}, which husk cannot share");
@@ -65,7 +69,7 @@ pub(super) fn redirect(
         other => other.map_err(|error| error.at(object(), "add an ingress qdisc"))?,
     }
     let mut add = |classifier| {
-        let message = RouteNetlinkMessage::NewTrafficFilter(filter(from.index, to.index, classifier));
+        let message = RouteNetlinkMessage::NewTrafficFilter(filter(from.index, to.index, classifier, PREFERENCE));
         retry_busy(netlink, |netlink| netlink.change(message.clone(), NLM_F_CREATE | NLM_F_EXCL))
     };
     match add(*classifier) {
@@ -79,6 +83,42 @@ pub(super) fn redirect(
     .map_err(|error| error.at(object(), "add a filter that redirects to the tap (u32 or matchall with mirred)"))
 }
 
+/// Marks a device whose redirect exists. It may be marked already.
+pub(super) fn mark(
+    netlink: &mut Netlink,
+    classifier: Classifier,
+    from: Device<'_>,
+    to: Device<'_>,
+) -> Result<(), ObjectError> {
+    let message = RouteNetlinkMessage::NewTrafficFilter(filter(from.index, to.index, classifier, MARK));
+    match retry_busy(netlink, |netlink| netlink.change(message.clone(), NLM_F_CREATE | NLM_F_EXCL)) {
+        Err(error) if error.errno() == Some(libc::EEXIST) => Ok(()),
+        other => other.map_err(|error| error.at(format!("link {}", from.name), "add husk's mark")),
+    }
+}
+
+/// Whether [`mark`] has marked a device.
+pub(super) fn is_marked(netlink: &mut Netlink, from: Device<'_>) -> Result<bool, ObjectError> {
+    if !has_ingress(netlink, from)? {
+        return Ok(false);
+    }
+    // Filters of other programs may be of kinds that the decoder does not know.
+    let preference = |bytes: &[u8]| {
+        let info = bytes.get(INFO).and_then(|info| info.try_into().ok()).map(u32::from_ne_bytes);
+        Ok(info.map(|info| info >> 16))
+    };
+    netlink
+        .list(&filters(from.index), preference)
+        .map(|found| found.contains(&Some(MARK.into())))
+        .or_else(|error| if is_gone(&error) { Ok(false) } else { Err(error) })
+        .map_err(|error| error.at(format!("link {}", from.name), "list its filters"))
+}
+
+/// Removes the mark of a device.
+pub(super) fn unmark(netlink: &mut Netlink, from: Device<'_>) -> Result<(), ObjectError> {
+    remove_filter(netlink, from, MARK)
+}
+
 /// Whether a device has an ingress qdisc, and so perhaps a redirect.
 pub(super) fn has_ingress(netlink: &mut Netlink, from: Device<'_>) -> Result<bool, ObjectError> {
     Ok(ingress_kind(netlink, from)?.as_deref() == Some(INGRESS))
@@ -90,11 +130,9 @@ pub(super) fn remove(netlink: &mut Netlink, from: Device<'_>) -> Result<(), Obje
     if !has_ingress(netlink, from)? {
         return Ok(());
     }
-    remove_filter(netlink, from)?;
-    let mut filters = TcMessage::with_index(index(from.index));
-    filters.header.parent = HANDLE;
+    remove_filter(netlink, from, PREFERENCE)?;
     let others = netlink
-        .count(&RouteNetlinkMessage::GetTrafficFilter(filters))
+        .count(&filters(from.index))
         .or_else(|error| if is_gone(&error) { Ok(0) } else { Err(error) })
         .map_err(|error| error.at(object(), "list its filters"))?;
     if others > 0 {
@@ -105,9 +143,9 @@ pub(super) fn remove(netlink: &mut Netlink, from: Device<'_>) -> Result<(), Obje
         .map_err(|error| error.at(object(), "remove its ingress qdisc"))
 }
 
-fn remove_filter(netlink: &mut Netlink, from: Device<'_>) -> Result<(), ObjectError> {
+fn remove_filter(netlink: &mut Netlink, from: Device<'_>, preference: u16) -> Result<(), ObjectError> {
     // Without a handle: every filter of the preference.
-    let message = RouteNetlinkMessage::DelTrafficFilter(filter_header(from.index));
+    let message = RouteNetlinkMessage::DelTrafficFilter(filter_header(from.index, preference));
     ignore_gone(retry_busy(netlink, |netlink| netlink.change(message.clone(), 0)))
         .map_err(|error| error.at(format!("link {}", from.name), "remove husk's filter"))
 }
@@ -161,18 +199,25 @@ fn ingress(device: u32) -> TcMessage {
     message
 }
 
-/// Identifies husk's filter of a device.
-fn filter_header(device: u32) -> TcMessage {
+/// Lists the filters of a device.
+fn filters(device: u32) -> RouteNetlinkMessage {
+    let mut message = TcMessage::with_index(index(device));
+    message.header.parent = HANDLE;
+    RouteNetlinkMessage::GetTrafficFilter(message)
+}
+
+/// Identifies husk's filter of a device with this preference.
+fn filter_header(device: u32, preference: u16) -> TcMessage {
     let mut message = TcMessage::with_index(index(device));
     message.header.parent = HANDLE;
     // The protocol is in network byte order.
     let protocol = (libc::ETH_P_ALL as u16).to_be();
-    message.header.info = u32::from(PREFERENCE) << 16 | u32::from(protocol);
+    message.header.info = u32::from(preference) << 16 | u32::from(protocol);
     message
 }
 
 /// The filter that redirects everything from one device to another.
-fn filter(from: u32, to: u32, classifier: Classifier) -> TcMessage {
+fn filter(from: u32, to: u32, classifier: Classifier, preference: u16) -> TcMessage {
     let mut mirror = TcMirror::default();
     mirror.generic.action = TcActionType::Stolen;
     mirror.eaction = TcMirrorActionType::EgressRedir;
@@ -184,7 +229,7 @@ fn filter(from: u32, to: u32, classifier: Classifier) -> TcMessage {
         .push(TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror))]));
     let actions = vec![action];
 
-    let mut message = filter_header(from);
+    let mut message = filter_header(from, preference);
     let (kind, options) = match classifier {
         Classifier::MatchAll => {
             (TcFilterMatchAll::KIND, vec![TcOption::MatchAll(TcFilterMatchAllOption::Action(actions))])
@@ -315,7 +360,7 @@ mod tests {
     #[test]
     fn a_filter_is_encoded_as_tc_does() {
         // `tc filter add dev 2 parent ffff: pref 26741 protocol all matchall action mirred egress redirect dev 3`
-        let message = filter(2, 3, Classifier::MatchAll);
+        let message = filter(2, 3, Classifier::MatchAll, PREFERENCE);
         let mut bytes = vec![0; message.buffer_len()];
         message.emit(&mut bytes);
         let mut expected = vec![0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 3, 0x75, 0x68];

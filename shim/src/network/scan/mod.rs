@@ -9,6 +9,7 @@ mod link;
 mod neighbour;
 mod route;
 mod rule;
+mod sysctl;
 #[cfg(test)]
 mod tests;
 
@@ -25,6 +26,8 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::error::{NetlinkError, ObjectError};
 use super::link::Link;
 use super::netlink::Netlink;
+
+pub use sysctl::copied_sysctls;
 
 /// A namespace's configuration.
 #[derive(Debug)]
@@ -99,7 +102,13 @@ pub(super) fn scan(netlink: &mut Netlink) -> Result<Scan, ObjectError> {
             _ => None,
         },
     )?;
-    assemble(&link_messages, &address_messages, &route_messages, &rule_messages, &neighbour_messages)
+    let mut scan = assemble(&link_messages, &address_messages, &route_messages, &rule_messages, &neighbour_messages)?;
+    let sysctls = sysctl::read(netlink.socket(), &scan.links)?;
+    scan.config.sysctls = sysctls.global;
+    for (link, sysctls) in scan.config.links.iter_mut().zip(sysctls.links) {
+        link.sysctls = sysctls;
+    }
+    Ok(scan)
 }
 
 /// Converts the kernel's messages. Pure.
