@@ -64,7 +64,7 @@ pub(crate) enum Step {
         claim: Claim,
         /// The VM, as its taps name it.
         #[serde(default)]
-        owner: String,
+        vm: String,
     },
 }
 
@@ -103,7 +103,7 @@ impl Step {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty || is_busy(&e) => Ok(()),
                 other => ignore_missing(other),
             },
-            Step::Network { claim, owner } => network::disconnect(claim, owner, remaining()).map_err(io::Error::other),
+            Step::Network { claim, vm } => network::disconnect(claim, vm, remaining()).map_err(io::Error::other),
             Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {
                 hooks::run_to_the_end(poststop, container, remaining());
