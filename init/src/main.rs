@@ -41,6 +41,7 @@ mod fd;
 mod io;
 mod launch;
 mod log;
+mod loopback;
 mod network;
 mod paths;
 mod reaper;

@@ -1,14 +1,14 @@
 //! A private containerd: its `/run`, mounts and processes live in namespaces that end with it.
 //!
-//! The daemon runs in its own PID namespace, and in a mount namespace whose `/run` is an empty tmpfs. Its paths are
-//! therefore the usual ones but private, and a test sees the processes and mounts that a shim leaves behind, and no
-//! others. However the test ends, the kernel then kills the daemon, its shims and their VMs, and drops their mounts.
+//! The daemon runs in its own PID and network namespaces, and in a mount namespace whose `/run` is an empty tmpfs. Its
+//! paths are therefore the usual ones but private, bridges and firewall rules do not reach the machine, and a test sees
+//! the processes, mounts and network devices that a shim leaves behind, and no others. However the test ends, the kernel
+//! then kills the daemon, its shims and their VMs, and drops their mounts and network devices.
 
 use std::collections::VecDeque;
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -56,9 +56,12 @@ const RESTART_FIFO: &str = "/run/again";
 const ENTRYPOINT: &str = r#"set -e
 mount --make-rshared /
 mount -t tmpfs -o mode=755 tmpfs /run
+ip link set lo up
+touch /run/ready
+mount --bind "$HUSK_TEST_READY" /run/ready
 mkdir -p /run/containerd /run/lock
 printf %s "$HUSK_TEST_CONFIG" > /run/containerd/config.toml
-unset HUSK_TEST_CONFIG
+unset HUSK_TEST_CONFIG HUSK_TEST_READY
 while :; do
   env --default-signal=INT,QUIT "$0" --log-level "${HUSK_TEST_LOG:-info}" -c /run/containerd/config.toml &
   wait $! || [ -p /run/again ] || exit 1
@@ -143,15 +146,18 @@ impl Containerd {
             built(runtime.shim())?;
         }
 
-        let name = format!("husk-tests-{token}");
-        let address = SocketAddr::from_abstract_name(&name).context("name the readiness socket")?;
-        let ready = UnixDatagram::bind_addr(&address).context("bind the readiness socket")?;
+        // An abstract address would be unknown in the daemon's network namespace.
+        let folder = tempfile::tempdir().context("create the folder of the readiness socket")?;
+        let address = folder.path().join("ready");
+        let ready = UnixDatagram::bind(&address).context("bind the readiness socket")?;
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--pid", "--fork", "--kill-child=KILL", "--propagation", "slave", "--mount-proc"]);
+        command.args(["--mount", "--pid", "--net", "--fork", "--kill-child=KILL", "--propagation", "slave"]);
+        command.arg("--mount-proc");
         command.args(["sh", "-c", ENTRYPOINT]).arg(bin.join("containerd"));
         command
             .env("PATH", search_path(&bin))
-            .env("NOTIFY_SOCKET", format!("@{name}"))
+            .env("NOTIFY_SOCKET", "/run/ready")
+            .env("HUSK_TEST_READY", &address)
             .env("HUSK_TEST_CONFIG", format!("{CONFIG}{}", setup.config));
         command.envs(setup.env.clone());
 
@@ -316,10 +322,10 @@ impl Containerd {
         Path::new("/proc").join(self.pid.to_string()).join("root").join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// A command that runs in the daemon's mount and PID namespaces.
+    /// A command that runs in the daemon's mount, PID and network namespaces.
     pub fn enter(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("nsenter");
-        command.args(["--target", &self.pid.to_string(), "--mount", "--pid", "--"]).arg(program.as_ref());
+        command.args(["--target", &self.pid.to_string(), "--mount", "--pid", "--net", "--"]).arg(program.as_ref());
         command
     }
 

@@ -42,8 +42,10 @@ impl Leftovers {
         for cgroup in cgroup::find(containerd.token()) {
             found.insert(format!("cgroup {}", cgroup.display()));
         }
-        for device in fs::read_dir("/sys/class/net").into_iter().flatten().flatten() {
-            found.insert(format!("network device {}", device.file_name().display()));
+        let devices = fs::read_to_string(format!("/proc/{}/net/dev", containerd.pid())).unwrap_or_default();
+        // Two lines of headers: proc_pid_net(5).
+        for (device, _) in devices.lines().skip(2).filter_map(|line| line.split_once(':')) {
+            found.insert(format!("network device {}", device.trim()));
         }
         Self(found)
     }

@@ -9,7 +9,6 @@ mod error;
 mod extras;
 mod limits;
 mod mounts;
-mod network;
 mod root;
 mod timeline;
 mod wall_clock;
@@ -23,7 +22,7 @@ pub(crate) use limits::randomize_addresses;
 pub(crate) use timeline::Timeline;
 
 use crate::report::Reports;
-use crate::{cgroup, console, log};
+use crate::{cgroup, console, log, loopback};
 use error::{BootError, NameStep};
 
 /// Logs panics to the host as well: a panic in a handler fails only that call, but is a bug that the host must learn
@@ -70,7 +69,7 @@ pub(crate) fn boot(timeline: &mut Timeline, reports: &Reports) -> Result<Cmdline
     cgroup::set_up().step(|| "set up the cgroups".into())?;
     timeline.mark(BootStep::CGROUPS);
 
-    network::loopback_up()?;
+    loopback::up().step(|| "bring up lo".into())?;
     limits::set_hostname(&cmdline.hostname)?;
     limits::raise()?;
     limits::protect_from_oom()?;

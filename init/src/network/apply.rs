@@ -70,7 +70,11 @@ fn is_done(change: &Change, error: &NetlinkError) -> bool {
         }
         // The kernel has no IPv6, or not on a link with such a small MTU.
         Change::NoLinkLocal(_) => errno == libc::EAFNOSUPPORT,
-        Change::Rename { .. } | Change::SetMac { .. } | Change::SetMtu { .. } | Change::Up(_) => false,
+        Change::Rename { .. }
+        | Change::SetMac { .. }
+        | Change::SetMtu { .. }
+        | Change::Up(_)
+        | Change::ReportCarrier(_) => false,
     }
 }
 

@@ -26,6 +26,8 @@ pub(super) fn encode(change: &Change) -> (RouteNetlinkMessage, u16) {
             (set_link(link.index, [LinkAttribute::AfSpecUnspec(vec![mode])]), 0)
         }
         Change::Up(link) => (set_state(link.index, LinkFlags::Up), 0),
+        // The answer of the kernel (rtnl_getlink() in net/core/rtnetlink.c) includes what is pending about the carrier.
+        Change::ReportCarrier(link) => (get_link(link.index), 0),
         Change::Down(link) => (set_state(link.index, LinkFlags::empty()), 0),
         Change::Add(object) => match object {
             Object::Address(address) => {
@@ -95,6 +97,13 @@ pub(super) fn decode_device(message: RouteNetlinkMessage) -> Option<Device> {
         }
     }
     Some(device)
+}
+
+fn get_link(index: u32) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    RouteNetlinkMessage::GetLink(message)
 }
 
 fn set_link(index: u32, attributes: impl Into<Vec<LinkAttribute>>) -> RouteNetlinkMessage {

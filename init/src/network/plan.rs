@@ -26,6 +26,9 @@ pub(super) enum Change {
     /// Keeps the kernel from adding a link-local address when the link comes up: the request contains the host's.
     NoLinkLocal(LinkId),
     Up(LinkId),
+    /// Makes the kernel report the carrier of a link that has come up. By itself, the kernel does so up to a second
+    /// later, and programs ignore a link without IFF_RUNNING meanwhile.
+    ReportCarrier(LinkId),
     Down(LinkId),
     Add(Object),
     Remove(Object),
@@ -39,6 +42,7 @@ impl Display for Change {
             Self::SetMtu { link, mtu } => write!(f, "set the MTU of link {} to {mtu}", link.name),
             Self::NoLinkLocal(link) => write!(f, "set the address generation mode of link {}", link.name),
             Self::Up(link) => write!(f, "bring up link {}", link.name),
+            Self::ReportCarrier(link) => write!(f, "read the carrier of link {}", link.name),
             Self::Down(link) => write!(f, "take down link {}", link.name),
             Self::Add(object) => write!(f, "add {object}"),
             Self::Remove(object) => write!(f, "remove {object}"),
@@ -80,7 +84,9 @@ pub(super) fn plan(devices: &[Device], last: &Applied, next: &Network) -> Vec<Ch
     changes.extend(objects[..first_route].iter().map(|object| Change::Add((*object).clone())));
     for (link, device) in with_device() {
         match (link.up, device.up) {
-            (true, false) => changes.push(Change::Up(link.id.clone())),
+            (true, false) => {
+                changes.extend([Change::Up(link.id.clone()), Change::ReportCarrier(link.id.clone())]);
+            }
             (false, true) => changes.push(Change::Down(link.id.clone())),
             _ => {}
         }
@@ -307,6 +313,7 @@ mod tests {
             "add address 10.0.0.2/24 on eth0",
             "add address 10.0.0.3/24 on eth0",
             "bring up link eth0",
+            "read the carrier of link eth0",
             "add route 10.0.0.0/24 on eth0",
             "add route 10.9.0.0/24",
             "add route 0.0.0.0/0 via 10.0.0.1 on eth0",
@@ -400,7 +407,15 @@ mod tests {
     #[test]
     fn links_change_their_state_only_when_it_differs() {
         let table = [
-            (true, false, vec!["set the address generation mode of link eth0", "bring up link eth0"]),
+            (
+                true,
+                false,
+                vec![
+                    "set the address generation mode of link eth0",
+                    "bring up link eth0",
+                    "read the carrier of link eth0",
+                ],
+            ),
             (true, true, vec![]),
             (false, true, vec!["take down link eth0"]),
             (false, false, vec![]),

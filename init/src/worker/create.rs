@@ -16,7 +16,7 @@ use super::devices::DeviceRulesError;
 use super::executor::{StartFailure, Workload};
 use super::hooks::StartHooks;
 use super::libcontainer::{call_error, start_error};
-use super::{Created, devices, guard, spec, sysctls};
+use super::{Created, devices, guard, namespaces, spec, streams, sysctls};
 use crate::error::{CallError, FailureKind};
 use crate::{cgroup, paths};
 
@@ -42,6 +42,9 @@ pub(super) fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<
         CallError::new(FailureKind::Internal, what)
     })?;
     create_cgroup(id, &spec)?;
+    let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
+    streams::give_to(&spec, uid)
+        .map_err(|e| CallError::internal(format_args!("change the owner of {id}'s pipes"), &e))?;
     guard::load_unless_vsock_allowed(&spec)?;
 
     let failure = StartFailure::new().map_err(|e| CallError::internal("create a memory file", &e))?;
@@ -51,7 +54,9 @@ pub(super) fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<
         .with_root_path(paths::STATE)
         .and_then(|builder| builder.as_init(bundle).as_sibling(true).with_systemd(false).with_detach(true).build())
         .map_err(|e| start_error("create", id, &failure, &e))?;
-    record(container, &spec, start_hooks, ignored)
+    let created = record(container, &spec, start_hooks, ignored)?;
+    namespaces::complete(&spec, id, created.pid)?;
+    Ok(created)
 }
 
 /// Checks that the root filesystem exists, and like runc creates the process's working directory in it.

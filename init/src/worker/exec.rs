@@ -17,7 +17,7 @@ use pathrs::Root;
 use super::executor::StartFailure;
 use super::identity::Identity;
 use super::libcontainer::{decode, load, start_error};
-use super::{Executed, guard, spec};
+use super::{Executed, guard, spec, streams};
 use crate::error::{CallError, FailureKind};
 use crate::{cgroup, paths};
 
@@ -32,6 +32,8 @@ pub(super) fn exec(id: &str, path: &Path, console: Option<&Path>) -> Result<Exec
     let mut ignored = Vec::new();
     let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
     let (mut changed, workload) = spec::adapt_exec(&mut process, seccomp, &mut ignored);
+    streams::give_to(&spec, process.user().uid())
+        .map_err(|e| CallError::internal(format_args!("change the owner of an exec's pipes in {id}"), &e))?;
     // As in runc's shim, the request overrides the spec.
     if process.terminal().unwrap_or(false) != console.is_some() {
         process.set_terminal(Some(console.is_some()));

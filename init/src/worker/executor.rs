@@ -39,6 +39,9 @@ pub(super) struct Workload {
     identity: Option<Identity>,
     /// The hooks to run at the start, before the program.
     hooks: Option<StartHooks>,
+    /// The names of the environment's variables in the order of the spec, from [`Executor::validate`] to
+    /// [`Executor::setup_envs`].
+    names: RefCell<Vec<String>>,
     /// The environment as completed by libcontainer, from [`Executor::setup_envs`] to [`Executor::exec`].
     environment: RefCell<Vec<CString>>,
 }
@@ -100,6 +103,8 @@ const REASON_MAX: usize = 8192;
 
 impl Executor for Workload {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let name = |entry: &String| entry.split('=').next().unwrap_or_default().to_owned();
+        *self.names.borrow_mut() = environment(spec).iter().map(name).collect();
         let ready = match &self.identity {
             Some(identity) => identity.assume().inspect_err(|reason| self.failure.report(reason)),
             None => Ok(()),
@@ -112,8 +117,12 @@ impl Executor for Workload {
         if let Some(identity) = &self.identity {
             identity.correct_home(&mut environment);
         }
+        // libcontainer has set HOME if passwd(5) contains the user.
+        if environment.get("HOME").is_none_or(String::is_empty) {
+            environment.insert("HOME".into(), "/".into());
+        }
         // Stored here rather than in this process's environment: set_var panics on names that execve(2) accepts.
-        *self.environment.borrow_mut() = environment
+        *self.environment.borrow_mut() = in_order(&self.names.borrow(), environment)
             .into_iter()
             .map(|(name, value)| CString::new(format!("{name}={value}")))
             .collect::<Result<_, _>>()
@@ -165,6 +174,20 @@ fn arguments(spec: &Spec) -> &[String] {
     spec.process().as_ref().and_then(|process| process.args().as_deref()).unwrap_or_default()
 }
 
+fn environment(spec: &Spec) -> &[String] {
+    spec.process().as_ref().and_then(|process| process.env().as_deref()).unwrap_or_default()
+}
+
+/// Sorts the variables in the order of `names`, where a repeated name counts once, at its first place. The variables
+/// that libcontainer has added come last.
+fn in_order(names: &[String], mut environment: HashMap<String, String>) -> Vec<(String, String)> {
+    let mut ordered: Vec<_> = names.iter().filter_map(|name| environment.remove_entry(name)).collect();
+    let known = ordered.len();
+    ordered.extend(environment);
+    ordered[known..].sort();
+    ordered
+}
+
 /// Finds the process's program like execvp(3) and runc, in the PATH of the process's environment.
 fn find(spec: &Spec) -> Result<PathBuf, String> {
     let name = arguments(spec).first().filter(|name| !name.is_empty()).ok_or("process.args is empty")?;
@@ -175,8 +198,7 @@ fn find(spec: &Spec) -> Result<PathBuf, String> {
             Err(error) => Err(format!("exec: {name:?}: {}", error.desc().to_lowercase())),
         };
     }
-    let environment = spec.process().as_ref().and_then(|process| process.env().as_deref()).unwrap_or_default();
-    let path = environment.iter().rev().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or_default();
+    let path = environment(spec).iter().rev().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or_default();
     let mut denied = false;
     for directory in path.split(':') {
         let candidate = Path::new(if directory.is_empty() { "." } else { directory }).join(name);
@@ -213,6 +235,15 @@ mod tests {
         let args: Vec<String> = args.iter().map(|arg| arg.to_string()).collect();
         let process = ProcessBuilder::default().args(args).env(env.to_vec()).build().unwrap();
         SpecBuilder::default().process(process).build().unwrap()
+    }
+
+    #[test]
+    fn the_environment_keeps_its_order() {
+        let names = ["Z", "A", "HOME", "A", "B"].map(str::to_owned);
+        let pairs = |all: &[(&str, &str)]| all.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect::<Vec<_>>();
+        let given = pairs(&[("A", "2"), ("B", ""), ("LISTEN_PID", "1"), ("LISTEN_FDS", "3"), ("Z", "x=y")]);
+        let expected = pairs(&[("Z", "x=y"), ("A", "2"), ("B", ""), ("LISTEN_FDS", "3"), ("LISTEN_PID", "1")]);
+        assert_eq!(in_order(&names, given.into_iter().collect()), expected);
     }
 
     #[test]

@@ -16,11 +16,14 @@ mod guard;
 mod hooks;
 mod identity;
 mod libcontainer;
+mod namespaces;
 pub(crate) mod serve;
 mod spec;
 pub(crate) mod start;
+mod streams;
 mod sysctls;
 mod update;
+mod user_namespace;
 
 use std::path::PathBuf;
 

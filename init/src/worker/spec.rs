@@ -71,6 +71,14 @@ pub(super) fn check_process(process: &Process) -> Vec<String> {
     if process.args().as_ref().is_none_or(|args| args.is_empty()) {
         problems.push("process.args: is empty".into());
     }
+    for (index, entry) in process.env().iter().flatten().enumerate() {
+        // The entry itself may be a secret.
+        match entry.find('=') {
+            None => problems.push(format!("process.env[{index}]: has no '='")),
+            Some(0) => problems.push(format!("process.env[{index}]: has no name before the '='")),
+            Some(_) => {}
+        }
+    }
     if !process.cwd().is_absolute() {
         problems.push(format!("process.cwd: {:?} is not absolute", process.cwd().display().to_string()));
     }

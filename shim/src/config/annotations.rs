@@ -4,13 +4,15 @@ use std::collections::HashMap;
 
 use super::extras::{self, Extras};
 use super::names::{
-    DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, PATH, PREFIX, PROFILE, SPARE_NICS, SUPERVISOR, VCPUS,
-    VSOCK, WORKSPACE,
+    DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, NETWORK, PATH, PORTS, PREFIX, PROFILE, SPARE_NICS,
+    SUPERVISOR, VCPUS, VSOCK, WORKSPACE,
 };
+use super::ports;
 use super::problem::Problem;
-use super::settings::{Config, Profile};
+use super::settings::{Config, NetworkMode, Profile};
 use super::values::{memory_mib, one_of, spare_nics, vcpus};
 use super::workspace::{self, Workspace};
+use crate::network::user::PortMapping;
 
 /// An error shows at most this much of a value, bytes.
 const SHOWN: usize = 200;
@@ -28,6 +30,10 @@ pub(crate) struct Annotations {
     pub(crate) debug: Option<bool>,
     /// Containers may use AF_VSOCK.
     pub(crate) vsock: bool,
+    /// The network of a sandbox whose spec names no network namespace; without it, the configuration decides.
+    pub(crate) network: Option<NetworkMode>,
+    /// Ports of the host that lead to the guest.
+    pub(crate) ports: Vec<PortMapping>,
     /// Files for the guest itself, and whether the agent among them runs.
     pub(crate) extras: Extras,
     /// The workspace configuration that the metadata service returns, if this container boots the VM.
@@ -79,6 +85,8 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Resu
         MEMORY_MIB => read.memory_mib = Some(memory_mib(number()?)?),
         SPARE_NICS => read.spare_nics = Some(spare_nics(number()?)?),
         DEBUG => read.debug = Some(boolean(value)?),
+        NETWORK => read.network = Some(one_of(Some(value), &NetworkMode::NAMES)?),
+        PORTS => read.ports = ports::parse(value, config)?,
         VSOCK => read.vsock = boolean(value)?,
         WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref())?),
         SUPERVISOR => read.extras.supervisor = Some(boolean(value)?),
@@ -111,6 +119,8 @@ mod tests {
             ("io.husk.network_spare_nics", "3"),
             ("io.husk.debug", "false"),
             ("io.husk.vsock", "true"),
+            ("io.husk.network", "user"),
+            ("io.husk.ports", "tcp:18080:80"),
             ("io.husk.extras.files", r#"{"/run/husk/supervisor": {"source": "/agent", "mode": "0755"}}"#),
             ("io.husk.supervisor", "false"),
             ("io.husk.workspace", "{}"),
@@ -127,6 +137,8 @@ mod tests {
             spare_nics: Some(3),
             debug: Some(false),
             vsock: true,
+            network: Some(NetworkMode::User),
+            ports: ports::parse("tcp:18080:80", &Config::default()).unwrap(),
             extras,
             workspace,
         };
@@ -137,9 +149,19 @@ mod tests {
     #[test]
     fn every_problem_is_reported_with_name_and_value() {
         let config = Config {
-            allowed_annotations: [VCPUS, PROFILE, MEMORY_MIB, DEBUG, WORKSPACE, EXTRAS_FILES, SUPERVISOR]
-                .map(str::to_owned)
-                .to_vec(),
+            allowed_annotations: [
+                VCPUS,
+                PROFILE,
+                MEMORY_MIB,
+                DEBUG,
+                NETWORK,
+                PORTS,
+                WORKSPACE,
+                EXTRAS_FILES,
+                SUPERVISOR,
+            ]
+            .map(str::to_owned)
+            .to_vec(),
             ..Config::default()
         };
         let extras = r#"{"/dev/x": {"source": "x", "mode": "8"}}"#;
@@ -151,18 +173,22 @@ mod tests {
             ("io.husk.memory_mib", "lots"),
             ("io.husk.debug", "1"),
             ("io.husk.vsock", "true"),
+            ("io.husk.network", "host"),
+            ("io.husk.ports", "tcp:80"),
             ("io.husk.workspace", "{\"password\": hunter2}"),
             ("io.husk.cpus", "1"),
         ];
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
                 "annotation io.husk.debug = \"1\": must be true or false",
                 "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which belongs to the kernel",
                 "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path on the host",
                 "annotation io.husk.extras.files[\"/dev/x\"].mode = \"8\": must be permission bits as a string of octal digits, at most \"0777\"",
                 "annotation io.husk.memory_mib = \"lots\": must be an integer",
+                "annotation io.husk.network = \"host\": must be one of \"none\", \"user\"",
+                "annotation io.husk.ports = \"tcp:80\": \"tcp:80\": must be PROTOCOL:[ADDRESS:]HOST_PORT:GUEST_PORT",
                 "annotation io.husk.profile = \"fast\": must be one of \"latency\", \"low-latency\", \"throughput\"",
                 "annotation io.husk.supervisor = \"yes\": must be true or false",
                 "annotation io.husk.vcpus = \"0\": vCPU count must be greater than zero",

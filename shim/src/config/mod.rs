@@ -12,6 +12,7 @@
 //! | `artifacts.rs`     | finds the guest's kernel and initramfs                                   |
 //! | `annotations.rs`   | reads the annotations                                                    |
 //! | `extras/`          | the annotations about extras                                             |
+//! | `ports.rs`         | the annotation with port mappings                                        |
 //! | `workspace.rs`     | the annotation with the workspace configuration                          |
 //! | `names.rs`         | paths, and the names of the annotations                                  |
 //! | `problem.rs`       | a problem with a key or an annotation                                    |
@@ -25,6 +26,7 @@ pub(crate) mod kernel_params;
 pub(crate) mod keys;
 pub mod load;
 pub(crate) mod names;
+pub(crate) mod ports;
 pub mod problem;
 pub mod settings;
 pub(crate) mod values;

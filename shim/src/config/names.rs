@@ -27,9 +27,14 @@ pub(crate) const SUPERVISOR: &str = "io.husk.supervisor";
 /// The workspace configuration, or a file that contains it. It may hold secrets, so only the metadata service gets it.
 pub(crate) const WORKSPACE: &str = "io.husk.workspace";
 
+/// `none` or `user`: the network of a sandbox whose spec names no network namespace.
+pub(crate) const NETWORK: &str = "io.husk.network";
+/// Ports of the host that lead to the guest, with user-mode networking.
+pub(crate) const PORTS: &str = "io.husk.ports";
+
 /// All annotations.
-pub(crate) const NAMES: [&str; 9] =
-    [VCPUS, PROFILE, MEMORY_MIB, SPARE_NICS, DEBUG, VSOCK, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
+pub(crate) const NAMES: [&str; 11] =
+    [VCPUS, PROFILE, MEMORY_MIB, SPARE_NICS, DEBUG, VSOCK, NETWORK, PORTS, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
 /// The annotations that an operator must allow by name. With this one, everyone who may start a container can read any
 /// file of the host as root.
 pub(crate) const DENIED_BY_DEFAULT: [&str; 1] = [EXTRAS_FILES];

@@ -1,5 +1,6 @@
 //! The configuration as values, with their defaults.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -41,6 +42,28 @@ pub enum VsockMode {
     VhostUser,
     /// The kernel's device; an error without it.
     Vhost,
+}
+
+/// The network of a sandbox whose spec names no network namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NetworkMode {
+    /// Loopback only.
+    None,
+    /// User-mode networking.
+    User,
+}
+
+impl NetworkMode {
+    /// The values of the key and the annotation.
+    pub(crate) const NAMES: [(&str, Self); 2] = [("none", Self::None), ("user", Self::User)];
+
+    /// The name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::User => "user",
+        }
+    }
 }
 
 /// A number of virtual CPUs by purpose.
@@ -96,6 +119,12 @@ pub struct Config {
     pub virtiofsd: Option<PathBuf>,
     /// Network cards for links that appear in a VM's network namespace after its boot.
     pub spare_nics: u32,
+    /// The network of sandboxes that nothing else connects.
+    pub network: NetworkMode,
+    /// The host's addresses whose ports may be mapped to a guest, in addition to loopback addresses.
+    pub port_addresses: Vec<Ipv4Addr>,
+    /// A mapping may name a range of ports.
+    pub port_ranges: bool,
     /// Parameters of the guest's kernel in addition to husk's own.
     pub kernel_params: Vec<String>,
     /// Guests boot in debug mode: a shell on the console, processes in the VM itself, verbose logs.
@@ -136,6 +165,9 @@ impl Default for Config {
             qemu_user: (65534, 65534),
             virtiofsd: None,
             spare_nics: 1,
+            network: NetworkMode::None,
+            port_addresses: Vec::new(),
+            port_ranges: false,
             kernel_params: Vec::new(),
             debug: false,
             log_level: tracing::Level::WARN,

@@ -1,5 +1,6 @@
 //! Checks of single values, shared by keys and annotations. An error says what is allowed.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -93,6 +94,12 @@ pub(crate) fn annotations(value: &Value) -> Result<Vec<String>, String> {
         Some(name) => Err(format!("{name:?} is not one of {}", NAMES.join(", "))),
         None => Ok(names.into_iter().map(str::to_owned).collect()),
     }
+}
+
+/// A list of IPv4 addresses.
+pub(crate) fn addresses(value: &Value) -> Result<Vec<Ipv4Addr>, String> {
+    let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is not an IPv4 address"));
+    list(value)?.into_iter().map(parse).collect()
 }
 
 /// A user and group ID.

@@ -19,10 +19,10 @@ pub(crate) static METHODS: &[Method<Arc<Sandbox>>] = &[
     Method {
         name: "compute.vm.status",
         summary: "Returns everything that is known about this sandbox: its VM with state changes and boot timeline, \
-            its health, supervisor and containers",
+            its health, supervisor, network and containers",
         params: &[],
         result: "an object; unknown values are null",
-        kind: Kind::Unary(|sandbox, _| Box::pin(async move { answer(sandbox.status()) })),
+        kind: Kind::Unary(|sandbox, _| Box::pin(async move { answer(sandbox.status().await) })),
     },
     Method {
         name: "compute.vm.list",

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use husk_protos::PORT_READY;
 
-use crate::state::cid::{CIDS, CidError, Holder};
+use crate::state::cid::{CIDS, CidError};
 use crate::state::journal::Journal;
+use crate::state::lease::Holder;
 use crate::state::{Owner, StateError, Step};
 use husk_vsock::{Device, Listener, Stream, kernel};
 

@@ -2,4 +2,5 @@
 
 pub(crate) mod client;
 pub(crate) mod link;
+pub(crate) mod network;
 pub(crate) mod report;

@@ -100,7 +100,7 @@ pub async fn serve_all(base: PathBuf, settings: TokenSettings) -> Result<(), hus
 mod tests {
     use super::*;
     use crate::host::process::ProcessId;
-    use crate::state::cid::Holder;
+    use crate::state::lease::Holder;
     use crate::state::{MachineRecord, Owner, Step};
     use std::process::Command;
 
@@ -115,6 +115,8 @@ mod tests {
             kernel_file: String::new(),
             initrd_file: String::new(),
             debug: false,
+            user_mode: false,
+            ports: Vec::new(),
             kernel: None,
             init: None,
         }

@@ -32,6 +32,7 @@
 //! | `connect.rs`      | the beginning and the end                                               |
 //! | `status.rs`       | what operators see                                                      |
 //! | `error.rs`        | errors                                                                  |
+//! | `user/`           | user-mode networking, which needs no namespace                          |
 
 mod connect;
 mod diff;
@@ -51,10 +52,11 @@ mod tap;
 mod testing;
 #[cfg(test)]
 mod tests;
+pub mod user;
 
 pub use connect::{Connected, NicPlan, connect, disconnect};
 pub use error::{NetworkError, ObjectError};
 pub use follow::{Follower, Settled};
 pub use netns::{Claim, claim};
 pub use private::{PrivateNamespace, create};
-pub use status::NetworkStatus;
+pub use status::{LinkStatus, NetworkStatus, NicStatus};

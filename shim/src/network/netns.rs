@@ -255,11 +255,11 @@ mod tests {
 
     #[test]
     fn the_nodes_own_network_is_rejected_by_any_path() {
-        let error = claim(Path::new(OWN)).unwrap_err();
-        assert!(error.to_string().contains("the pod asks for the node's own network"), "{error}");
-        // Inside a container, process 1 may not allow a look.
-        let error = claim(Path::new(NODE)).unwrap_err();
-        assert!(matches!(error, NetworkError::NodeNetwork { .. } | NetworkError::Open { .. }), "{error}");
+        // A container's security policy may hide the namespaces of process 1.
+        let visible = |path: &&str| fs::metadata(path).is_ok();
+        for path in [OWN].into_iter().chain([NODE].into_iter().filter(visible)) {
+            assert!(matches!(claim(Path::new(path)), Err(NetworkError::NodeNetwork { .. })), "{path}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::config::names::PATH;
 use crate::config::problem::Problem;
 use crate::config::settings::{AccelMode, Config, VsockMode};
 use crate::guest::link::Carrier;
+use crate::state;
 use crate::vm::virtiofsd;
 use crate::vmm::{self, factory};
 
@@ -48,6 +49,8 @@ pub struct Places {
     pub kvm: bool,
     /// The kernel has a vsock device for guests.
     pub vhost_vsock: bool,
+    /// The folder with the state of all sandboxes, and their leases.
+    pub state: PathBuf,
 }
 
 impl Places {
@@ -59,6 +62,7 @@ impl Places {
             path: std::env::var_os("PATH"),
             kvm: KVM_MODULES.iter().any(|module| Path::new(module).exists()) && Path::new("/dev/kvm").exists(),
             vhost_vsock: Path::new(kernel::DEVICE).exists(),
+            state: state::base(),
         }
     }
 }
@@ -162,7 +166,13 @@ mod tests {
     fn problems(text: &str) -> Vec<String> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&file, text).unwrap();
-        let places = Places { beside: None, path: Some("/no/such/folder".into()), kvm: false, vhost_vsock: false };
+        let places = Places {
+            beside: None,
+            path: Some("/no/such/folder".into()),
+            kvm: false,
+            vhost_vsock: false,
+            state: PathBuf::new(),
+        };
         match check(Some(file.path()), &places) {
             Err(ConfigError::Invalid { problems, .. }) => problems.iter().map(ToString::to_string).collect(),
             other => panic!("{other:?}"),
@@ -227,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_named_configuration_file_must_exist() {
-        let places = Places { beside: None, path: None, kvm: false, vhost_vsock: false };
+        let places = Places { beside: None, path: None, kvm: false, vhost_vsock: false, state: PathBuf::new() };
         let error = Chain(&check(Some(Path::new("/no/such/config.toml")), &places).unwrap_err()).to_string();
         assert!(error.starts_with("read /no/such/config.toml: No such file"), "{error}");
     }

@@ -1,12 +1,14 @@
 //! Prepares a container: reads and checks the request, the spec, the annotations, the configuration and the host, and
 //! reports all problems at once, before anything is created.
 //!
-//! | file      | contents                                                                |
-//! |-----------|-------------------------------------------------------------------------|
-//! | `host.rs` | what the host provides: the guest's files, programs, the accelerator    |
-//! | `size.rs` | the size of the VM (pure)                                               |
+//! | file         | contents                                                             |
+//! |--------------|----------------------------------------------------------------------|
+//! | `host.rs`    | what the host provides: the guest's files, programs, the accelerator |
+//! | `network.rs` | whether the container is in user mode, and with which ports          |
+//! | `size.rs`    | the size of the VM (pure)                                            |
 
 pub mod host;
+mod network;
 mod size;
 
 use std::collections::HashMap;
@@ -27,10 +29,12 @@ use crate::config::problem::Problem;
 use crate::config::settings::Config;
 use crate::config::workspace::Workspace;
 use crate::extras::files::{self, OpenedFile};
-use crate::network::{self, Claim};
+use crate::network::user::UserNetwork;
+use crate::network::{Claim, claim};
 use crate::prepare::host::{Host, Places};
+pub(crate) use crate::prepare::network::RequestedNetwork;
 use crate::rootfs::spec::parse::parse;
-use crate::rootfs::spec::{Context, HostNetwork, NetworkRequest, Rewritten, rewrite};
+use crate::rootfs::spec::{Context, HostNetwork, Rewritten, rewrite};
 use crate::vm::BootPlan;
 use crate::vm::cgroup::Hierarchies;
 use crate::vmm::{self, Accel, Disk, GuestParams, Vmm};
@@ -60,6 +64,10 @@ pub struct Prepared {
     machine: vmm::Spec,
     /// The host's network namespace that the spec names.
     pub(crate) network: Option<Claim>,
+    /// The sandbox's network, if it is in user mode.
+    pub(crate) user: Option<UserNetwork>,
+    /// What the annotations request. A VM that is already booted must have it.
+    pub(crate) requested: RequestedNetwork,
     /// Files for the guest itself. A VM that is already booted must have them.
     pub(crate) extras: Extras,
     /// The opened files of the extras, for a VM that has to be booted.
@@ -68,6 +76,31 @@ pub struct Prepared {
     host: Host,
     /// The configuration with the annotations applied.
     config: Config,
+}
+
+impl Prepared {
+    /// What the VM has if it is booted for this container.
+    pub(crate) fn booting_with(&self) -> BootedWith {
+        BootedWith { extras: self.extras.clone(), user: self.user.clone() }
+    }
+
+    /// What this container requests and the sandbox's VM lacks.
+    pub(crate) fn beyond(&self, booted: &BootedWith) -> Vec<Problem> {
+        let mut problems = self.extras.beyond(&booted.extras);
+        if self.network.is_none() {
+            problems.extend(self.requested.beyond(booted.user.as_ref()));
+        }
+        problems
+    }
+}
+
+/// What the sandbox's VM was booted with and later containers cannot change.
+#[derive(Debug, Clone, Default)]
+pub struct BootedWith {
+    /// The files for the guest itself.
+    pub(crate) extras: Extras,
+    /// Its network, if it is in user mode.
+    pub(crate) user: Option<UserNetwork>,
 }
 
 /// The sandbox of a bundle's container: its pod, or a sandbox of its own.
@@ -88,8 +121,8 @@ pub struct Siblings<'a> {
     pub first: bool,
     /// Recognizes the PIDs of the sandbox's containers.
     pub is_init: &'a dyn Fn(u32) -> bool,
-    /// The extras of the sandbox's VM, if it is booted.
-    pub booted_with: Option<&'a Extras>,
+    /// The sandbox's VM, if it is booted.
+    pub booted_with: Option<&'a BootedWith>,
 }
 
 impl Siblings<'_> {
@@ -119,7 +152,8 @@ fn prepare_with(
     let mut problems = Vec::new();
     let annotations = collect(read_annotations(&spec, &config), &mut problems);
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
-    let sources = collect(open_extras(&extras, siblings.booted_with, &config), &mut problems);
+    let sources =
+        collect(open_extras(&extras, siblings.booted_with.map(|booted| &booted.extras), &config), &mut problems);
     // A workspace may hold secrets: neither the guest's spec, nor hooks, nor the state may contain it.
     if let Some(annotations) = spec.annotations_mut() {
         annotations.remove(names::WORKSPACE);
@@ -134,14 +168,22 @@ fn prepare_with(
         is_init: siblings.is_init,
     };
     let rewritten = collect(rewrite(spec, &context).map_err(|problems| problems.0), &mut problems);
-    let network = match rewritten.as_ref().map(|rewritten| &rewritten.network) {
-        Some(NetworkRequest::OfHost(network)) => collect(claim_network(network).map(Some), &mut problems),
-        Some(NetworkRequest::New | NetworkRequest::Shared) | None => Some(None),
-    };
+    let named = rewritten.as_ref().and_then(|rewritten| rewritten.network.of_host());
+    let network = collect(named.map(claim_network).transpose(), &mut problems);
+    let requested = annotations.as_ref().map(requested_network).unwrap_or_default();
+    let user = rewritten.as_ref().map(|rewritten| {
+        let booted = siblings.booted_with.map(|booted| booted.user.as_ref());
+        let user = network::user_network(&requested, &config, rewritten, booted)?;
+        match &user {
+            Some(user) if booted.is_none() => network::check_ports(user, &places.state).map(|()| Some(user.clone())),
+            _ => Ok(user),
+        }
+    });
+    let user = collect(user.transpose(), &mut problems).flatten().flatten();
     let debug = annotations.as_ref().and_then(|annotations| annotations.debug).unwrap_or(config.debug);
     let host = collect(host::find(&config, places, debug), &mut problems);
 
-    let (Some(annotations), Some(sources), Some(rewritten), Some(network), Some(host)) =
+    let (Some(annotations), Some(sources), Some(mut rewritten), Some(network), Some(host)) =
         (annotations, sources, rewritten, network, host)
     else {
         return Err(PrepareError(problems));
@@ -155,8 +197,23 @@ fn prepare_with(
         config.log_level = config.log_level.max(Level::DEBUG);
     }
     let size = size::size(&config, &annotations, rewritten.limits);
-    let machine = machine(sandbox, &config, &host, size, &extras);
-    Ok(Prepared { rewritten, machine, network, extras, sources, workspace: annotations.workspace, host, config })
+    let mut machine = machine(sandbox, &config, &host, size, &extras);
+    if user.is_some() {
+        rewritten.use_network_of_vm();
+        machine.user_network.clone_from(&user);
+    }
+    Ok(Prepared {
+        rewritten,
+        machine,
+        network,
+        user,
+        requested,
+        extras,
+        sources,
+        workspace: annotations.workspace,
+        host,
+        config,
+    })
 }
 
 /// A problem if the spec is that of a pod that uses the node's network: the CRI plugin gives it no network namespace.
@@ -173,7 +230,11 @@ fn shares_nodes_network(spec: &Spec) -> Option<String> {
 
 /// Checks a network namespace that the spec names.
 fn claim_network(network: &HostNetwork) -> Result<Claim, Vec<String>> {
-    network::claim(&network.path).map_err(|error| vec![format!("{}: {}", network.field, Chain(&error))])
+    claim(&network.path).map_err(|error| vec![format!("{}: {}", network.field, Chain(&error))])
+}
+
+fn requested_network(annotations: &Annotations) -> RequestedNetwork {
+    RequestedNetwork { mode: annotations.network, ports: annotations.ports.clone() }
 }
 
 /// Adds the problems of a failed check to `problems`.
@@ -233,6 +294,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
         initrd: host.artifacts.initrd.clone(),
         kernel_cid: None,
         disks: Vec::new(),
+        user_network: None,
         guest,
         user: Some(user(config, host.accel)),
     }

@@ -40,7 +40,13 @@ impl TestHost {
         }
         std::fs::write(folder.path().join("other/workspace"), "a secret").unwrap();
         let beside = folder.path().join("beside");
-        let places = Places { path: Some(beside.clone().into()), beside: Some(beside), kvm: false, vhost_vsock: true };
+        let places = Places {
+            path: Some(beside.clone().into()),
+            beside: Some(beside),
+            kvm: false,
+            vhost_vsock: true,
+            state: folder.path().join("state"),
+        };
         Self { folder, places }
     }
 
@@ -60,11 +66,16 @@ impl TestHost {
     fn outcome_of(&self, config: &str, annotations: serde_json::Value, booted_with: Option<&Extras>) -> Outcome {
         let mut spec: serde_json::Value = serde_json::from_str(SPEC).unwrap();
         spec["annotations"] = annotations;
+        let booted_with = booted_with.map(|extras| BootedWith { extras: extras.clone(), user: None });
+        self.outcome_of_spec(config, &spec, booted_with.as_ref())
+    }
+
+    fn outcome_of_spec(&self, config: &str, spec: &serde_json::Value, booted_with: Option<&BootedWith>) -> Outcome {
         std::fs::write(self.folder.path().join("config.json"), spec.to_string()).unwrap();
         let config = parse(config, Path::new("/c.toml")).unwrap();
         let bundle = self.folder.path().display().to_string();
         let request = CreateTaskRequest { id: "c1".into(), bundle, ..Default::default() };
-        let siblings = Siblings { booted_with, ..Siblings::NONE };
+        let siblings = Siblings { first: booted_with.is_none(), booted_with, ..Siblings::NONE };
         let prepared = prepare_with(config, &self.places, &request, "c1", siblings).map_err(|e| e.to_string())?;
         let (_, plan) = plan(&prepared, Attachments::new("/share".into()));
         let Board::Qemu(board) = prepared.config.board;
@@ -132,6 +143,20 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |b| b.plan.virtiofsd.display().to_string()),
         "{host}/other/virtiofsd",
     ),
+    ("network", "\"user\"", |o| value(o, "-netdev"), "user,id=user,"),
+    // Addresses of no host (RFC 5737): the check that follows finds out.
+    (
+        "port_addresses",
+        "[\"192.0.2.1\"]\nnetwork = \"user\"",
+        |o| booted(o, |_| "a VM".to_owned()),
+        "annotation io.husk.ports: the host's port 192.0.2.1:8000/tcp: 192.0.2.1 is not an address of this host",
+    ),
+    (
+        "port_ranges",
+        "true\nport_addresses = [\"192.0.2.1\"]\nnetwork = \"user\"",
+        |o| booted(o, |_| "a VM".to_owned()),
+        "annotation io.husk.ports: the host's port 192.0.2.1:8000/tcp: 192.0.2.1 is not an address of this host",
+    ),
     ("kernel_params", "[\"nosmt\"]", |o| word(o, "nosmt"), "nosmt"),
     (
         "debug",
@@ -173,6 +198,8 @@ const PROOFS: &[Proof] = &[
 
 /// The annotation that a key needs to have an effect.
 const WITH: &[(&str, (&str, &str))] = &[
+    ("port_addresses", ("io.husk.ports", "tcp:192.0.2.1:8000:80")),
+    ("port_ranges", ("io.husk.ports", "tcp:192.0.2.1:8000-8001:80-81")),
     ("workspace_dir", ("io.husk.workspace", "{host}/other/workspace")),
     ("extras_max_mib", ("io.husk.extras.files", r#"{"/x": {"source": "{host}/other/workspace", "mode": "0644"}}"#)),
 ];
@@ -280,4 +307,115 @@ fn only_the_metadata_service_gets_the_workspace() {
         refused,
         "annotation io.husk.workspace = (22 bytes): must be JSON, or the absolute path of a file: EOF while parsing an object at line 1 column 22"
     );
+}
+
+/// A container's network, as the guest's namespaces and the machine's arguments show it.
+fn network(outcome: &Outcome) -> String {
+    booted(outcome, |booted| {
+        let linux = booted.spec.linux().as_ref().unwrap();
+        let mut namespaces = linux.namespaces().iter().flatten();
+        let own = namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+        let user = booted.args.iter().any(|arg| arg.starts_with("user,id=user"));
+        format!("{} namespace, {} card", if own { "a new" } else { "the VM's" }, if user { "a" } else { "no" })
+    })
+}
+
+#[test]
+fn user_mode_is_for_containers_that_nothing_else_connects() {
+    type Change = fn(&mut serde_json::Value);
+    const USER: &str = "network = \"user\"";
+    const CONNECTED: &str = "the VM's namespace, a card";
+    const LONELY: &str = "the VM's namespace, no card";
+    let host = TestHost::new();
+    let hook: Change = |spec| spec["hooks"] = serde_json::json!({"createRuntime": [{"path": "/bin/true"}]});
+    let cni: Change = |spec| {
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        let network = namespaces.iter_mut().find(|namespace| namespace["type"] == "network").unwrap();
+        network["path"] = "/nonexistent/netns".into();
+    };
+    let userns: Change = |spec| {
+        spec["linux"]["namespaces"].as_array_mut().unwrap().push(serde_json::json!({"type": "user"}));
+    };
+    let conflict = "annotation io.husk.network = \"user\": the spec names the network namespace /nonexistent/netns (linux.namespaces[";
+    let no_namespace = "linux.namespaces[4].path: open the network namespace /nonexistent/netns";
+    let table: [(&str, serde_json::Value, Change, &str); 11] = [
+        ("", serde_json::json!({}), |_| (), LONELY),
+        (USER, serde_json::json!({}), |_| (), CONNECTED),
+        ("", serde_json::json!({"io.husk.network": "user"}), |_| (), CONNECTED),
+        (USER, serde_json::json!({"io.husk.network": "none"}), |_| (), LONELY),
+        // What connects a network in a hook keeps its network, unless the annotation asks for another one.
+        (USER, serde_json::json!({}), hook, LONELY),
+        ("", serde_json::json!({"io.husk.network": "user"}), hook, CONNECTED),
+        // The configuration's default does not conflict with a namespace.
+        (USER, serde_json::json!({}), cni, no_namespace),
+        ("", serde_json::json!({"io.husk.network": "user"}), cni, conflict),
+        (
+            "",
+            serde_json::json!({"io.husk.network": "none"}),
+            cni,
+            "annotation io.husk.network = \"none\": the spec names",
+        ),
+        (
+            "",
+            serde_json::json!({"io.husk.ports": "tcp:18080:80"}),
+            |_| (),
+            "annotation io.husk.ports = 127.0.0.1:18080/tcp -> 80: ports need user-mode networking",
+        ),
+        (
+            USER,
+            serde_json::json!({}),
+            userns,
+            "config.json: linux.namespaces: a container with a user namespace cannot use user-mode networking yet",
+        ),
+    ];
+    for (config, annotations, change, expected) in table {
+        let mut spec: serde_json::Value = serde_json::from_str(SPEC).unwrap();
+        spec["annotations"] = annotations.clone();
+        change(&mut spec);
+        let shown = network(&host.outcome_of_spec(config, &spec, None));
+        assert!(shown.contains(expected), "{config} {annotations}: {shown}");
+    }
+}
+
+#[test]
+fn a_later_container_has_the_network_of_its_vm() {
+    let host = TestHost::new();
+    let outcome = |annotations: serde_json::Value, user: Option<UserNetwork>| {
+        let mut spec: serde_json::Value = serde_json::from_str(SPEC).unwrap();
+        spec["annotations"] = annotations;
+        host.outcome_of_spec("", &spec, Some(&BootedWith { user, ..BootedWith::default() }))
+    };
+    // A port in use: that of the sandbox itself.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mapping = serde_json::json!({"io.husk.network": "user", "io.husk.ports": format!("tcp:{port}:80")});
+    let refused = booted(&host.outcome_of("", mapping.clone(), None), |_| "a VM".to_owned());
+    let expected = format!("annotation io.husk.ports: the host's port 127.0.0.1:{port}/tcp is in use by ");
+    assert!(refused.starts_with(&expected) && refused.contains("PID"), "{refused}");
+
+    let user = || {
+        let host = crate::network::user::HostPort {
+            protocol: crate::network::user::Protocol::Tcp,
+            address: std::net::Ipv4Addr::LOCALHOST,
+            port,
+        };
+        Some(UserNetwork { ports: vec![crate::network::user::PortMapping { host, guest: 80 }] })
+    };
+    let table = [
+        (serde_json::json!({}), user(), "the VM's namespace"),
+        (mapping.clone(), user(), "the VM's namespace"),
+        (serde_json::json!({}), None, "a new namespace"),
+        (serde_json::json!({"io.husk.network": "none"}), user(), "booted with user-mode networking"),
+        (serde_json::json!({"io.husk.network": "user"}), None, "booted without user-mode networking"),
+        (mapping, None, "io.husk.network = \"user\": the sandbox's VM was booted without"),
+        (
+            serde_json::json!({"io.husk.ports": format!("udp:{port}:80")}),
+            user(),
+            "/udp -> 80: the sandbox's VM was booted without it, and ports cannot be added later",
+        ),
+    ];
+    for (annotations, user, expected) in table {
+        let shown = network(&outcome(annotations.clone(), user));
+        assert!(shown.contains(expected), "{annotations}: {shown}");
+    }
 }

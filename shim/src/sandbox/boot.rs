@@ -35,7 +35,7 @@ impl Sandbox {
             if let VmSlot::Up(_) | VmSlot::Booting(_) = slots.vm {
                 // Check again: another container may have started the VM while this one was prepared.
                 let mut problems: Vec<String> =
-                    prepared.extras.beyond(&slots.extras).iter().map(ToString::to_string).collect();
+                    prepared.beyond(&slots.booted_with).iter().map(ToString::to_string).collect();
                 problems.extend(other_network(prepared.network.as_ref(), slots.network.as_ref()));
                 if !problems.is_empty() {
                     return Err(PrepareError(problems).into());
@@ -61,7 +61,7 @@ impl Sandbox {
         share: &Share,
         network: Option<&Claim>,
     ) -> Booting {
-        slots.extras = prepared.extras.clone();
+        slots.booted_with = prepared.booting_with();
         slots.network = network.cloned();
         let (done, booting) = watch::channel(None);
         slots.vm = VmSlot::Booting(booting.clone());

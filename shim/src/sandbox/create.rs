@@ -1,23 +1,32 @@
 //! Creates a container: its files in the share, its bundle and its process in the guest. The first container boots the
 //! VM.
 
+use std::fs::{OpenOptions, Permissions};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use husk_protos::chain::Chain;
 
+use crate::network::user::resolv_conf;
 use crate::prepare;
 use crate::prepare::{Prepared, Siblings};
 use crate::rootfs::share::Share;
+use crate::rootfs::spec::Rewritten;
 use crate::sandbox::container::Container;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::hooks;
 use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
 use crate::sandbox::start::STREAM;
-use crate::state::{Owner, check_identifier};
+use crate::state::{Owner, Step, check_identifier};
 use crate::stdio::Stdio;
 use crate::vm::Vm;
+
+/// Where a container's resolver looks for its configuration.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 impl Sandbox {
     /// Creates a container, and the VM if it is the first. Returns the PID of its init process in the guest. If it
@@ -59,9 +68,12 @@ impl Sandbox {
                 request.checkpoint
             )));
         }
-        let prepared = self.prepare(&request)?;
+        let mut prepared = self.prepare(&request)?;
         let facts = serde_json::json!({"bundle": request.bundle});
         self.journal.with(|state| state.set_container(&id, facts))?;
+        if prepared.user.is_some() {
+            self.add_resolv_conf(&id, &mut prepared.rewritten)?;
+        }
         let share = self.share()?;
         let network = self.network_namespace(&prepared).await?;
         let subject = hooks::subject(&request, &prepared);
@@ -103,17 +115,36 @@ impl Sandbox {
             .filter_map(|container| container.process("").filter(|init| init.exit().is_none()))
             .map(|init| init.pid())
             .collect();
-        let (first, vm_extras) = {
+        let (first, booted_with) = {
             let slots = self.lock();
             let first = slots.first.as_ref() == Some(&request.id);
-            (first, matches!(slots.vm, VmSlot::Up(_)).then(|| slots.extras.clone()))
+            (first, matches!(slots.vm, VmSlot::Up(_)).then(|| slots.booted_with.clone()))
         };
-        let siblings = Siblings { first, is_init: &|pid| init_pids.contains(&pid), booted_with: vm_extras.as_ref() };
+        let is_init = |pid| init_pids.contains(&pid);
+        let siblings = Siblings { first, is_init: &is_init, booted_with: booted_with.as_ref() };
         let prepared = prepare::prepare(request, &self.id, siblings)?;
         for note in &prepared.rewritten.notes {
             tracing::info!(container = request.id, note, "spec changed for the guest");
         }
         Ok(prepared)
+    }
+
+    /// Gives a container in user mode a `resolv.conf`, unless its spec mounts one.
+    fn add_resolv_conf(&self, id: &str, rewritten: &mut Rewritten) -> Result<(), SandboxError> {
+        if rewritten.mounts_any(&["/etc", RESOLV_CONF]) {
+            return Ok(());
+        }
+        let path = self.journal.dir().join(format!("{id}.resolv.conf"));
+        self.journal.record(&Owner::Container(id.to_owned()), [Step::File { path: path.clone() }])?;
+        let written = resolv_conf().and_then(|text| {
+            let mut file = OpenOptions::new().write(true).create_new(true).open(&path)?;
+            // Every user in the container reads the file. On the host, the sandbox's folder protects it.
+            file.set_permissions(Permissions::from_mode(0o644))?;
+            file.write_all(text.as_bytes())
+        });
+        written.map_err(|error| SandboxError::Internal(format!("write the container's {RESOLV_CONF}: {error}")))?;
+        rewritten.add_file(id, path, Path::new(RESOLV_CONF));
+        Ok(())
     }
 
     /// The sandbox's share, created by its first container.

@@ -63,7 +63,7 @@ pub(crate) enum SandboxError {
     Share(#[from] ShareError),
     /// The sandbox's network namespace.
     #[error(transparent)]
-    Network(#[from] NetworkError),
+    Namespace(#[from] NetworkError),
     /// A hook on the host failed.
     #[error(transparent)]
     Hook(#[from] HookError),

@@ -8,11 +8,11 @@ use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
 use tokio::sync::watch;
 
-use crate::config::extras::Extras;
 use crate::console::GuestLogs;
 use crate::containerd::publisher::Publisher;
 use crate::guest::client::GuestError;
 use crate::network::{Claim, PrivateNamespace};
+use crate::prepare::BootedWith;
 use crate::rootfs::share::Share;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
@@ -48,8 +48,8 @@ pub(super) enum ContainerSlot {
 
 pub(super) struct Slots {
     pub(super) vm: VmSlot,
-    /// The extras that the VM was or is being booted with.
-    pub(super) extras: Extras,
+    /// What the VM was or is being booted with.
+    pub(super) booted_with: BootedWith,
     /// The host's network namespace that the VM is connected to.
     pub(super) network: Option<Claim>,
     /// The network namespace that the shim has created.
@@ -85,7 +85,7 @@ impl Sandbox {
             publisher,
             slots: Mutex::new(Slots {
                 vm: VmSlot::Empty,
-                extras: Extras::default(),
+                booted_with: BootedWith::default(),
                 network: None,
                 private_network: None,
                 first: None,

@@ -44,10 +44,12 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`StatusError::Removed`].
-    pub(crate) fn status(&self) -> Result<Status, StatusError> {
+    pub(crate) async fn status(&self) -> Result<Status, StatusError> {
+        // First, because it may take seconds: the rest is as it is afterwards.
+        let live = self.live().await;
         let mut status = self.on_disk(status::of)?;
         status.summary.containers = self.container_statuses();
-        status.live = Some(self.live());
+        status.live = Some(live);
         Ok(status)
     }
 
@@ -86,19 +88,19 @@ impl Sandbox {
         containers
     }
 
-    fn live(&self) -> Live {
-        match &self.lock().vm {
-            VmSlot::Up(vm) => {
-                let cause_of_death = vm.cause_of_death();
-                let health = HealthStatus {
-                    heartbeats: report::heartbeats(vm.health().snapshot()),
-                    alive: cause_of_death.is_none(),
-                    cause_of_death,
-                };
-                let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_status);
-                Live { health: Some(health), supervisor, network: vm.network_status() }
-            }
-            VmSlot::Empty | VmSlot::Booting(_) | VmSlot::Stopping => Live::default(),
-        }
+    async fn live(&self) -> Live {
+        let vm = match &self.lock().vm {
+            VmSlot::Up(vm) => vm.clone(),
+            VmSlot::Empty | VmSlot::Booting(_) | VmSlot::Stopping => return Live::default(),
+        };
+        let network = Some(vm.network_status().await);
+        let cause_of_death = vm.cause_of_death();
+        let health = HealthStatus {
+            heartbeats: report::heartbeats(vm.health().snapshot()),
+            alive: cause_of_death.is_none(),
+            cause_of_death,
+        };
+        let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_status);
+        Live { health: Some(health), supervisor, network }
     }
 }

@@ -1,54 +1,27 @@
 //! Leases of CIDs, the guests' addresses on the kernel's vsock device. CIDs are unique per host, so each sandbox leases
-//! one. A lease is a file that names its holder, `<state>/.cids/<cid>`, created and removed under a lock. No
-//! namespace's name begins with a dot.
+//! one: the file `<state>/.cids/<cid>`.
 
 use std::collections::HashSet;
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::ops::RangeInclusive;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::Path;
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::error::StateError;
+use super::lease::{Holder, LeaseDir, LeaseError};
 use crate::host::process::ProcessId;
 
 /// The kernel reserves 0 to 2 (vsock(7)). The shim's own vsock device gives 3 to each of its guests.
 pub(crate) const CIDS: RangeInclusive<u32> = 4..=65535;
 const DIR: &str = ".cids";
-const LOCK: &str = "lock";
-/// How long to wait for the lock: a holder only lists a directory.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two attempts to lock: flock(2) has no deadline.
-const LOCK_PAUSE: Duration = Duration::from_millis(2);
-
-/// The holder of a CID.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Holder {
-    /// containerd's namespace.
-    pub(crate) namespace: String,
-    pub(crate) sandbox: String,
-    /// The sandbox's shim. After its death another sandbox may take the lease over.
-    pub(crate) shim: ProcessId,
-}
 
 /// Why a lease cannot be made, read or released.
 #[derive(Debug, thiserror::Error)]
 pub enum CidError {
     /// A file operation failed.
-    #[error("{what} {}", path.display())]
-    Io {
-        /// The operation.
-        what: &'static str,
-        /// Its file.
-        path: PathBuf,
-        /// The system's error.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
     /// The kernel's vsock device rejected the CID.
     #[error("claim vsock CID {cid}")]
     Claim {
@@ -69,13 +42,13 @@ pub enum CidError {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(crate) struct Leases {
-    dir: PathBuf,
+    dir: LeaseDir,
 }
 
 impl Leases {
     /// The leases that are kept beside the sandboxes under `base`.
     pub(crate) fn under(base: &Path) -> Self {
-        Self { dir: base.join(DIR) }
+        Self { dir: LeaseDir::under(base, DIR) }
     }
 
     /// Leases a CID of `among`: the first without a lease, or else the first whose holder is dead. `claim` reserves the
@@ -91,7 +64,7 @@ impl Leases {
         record: &mut dyn FnMut(u32) -> Result<(), StateError>,
         claim: &mut dyn FnMut(u32) -> io::Result<bool>,
     ) -> Result<u32, CidError> {
-        let _lock = self.lock()?;
+        let locked = self.dir.lock()?;
         // Try unleased CIDs first: checking whether a holder is alive is the slowest part, and other shims wait for the
         // lock.
         let leased = self.leased()?;
@@ -103,7 +76,7 @@ impl Leases {
                 continue;
             }
             record(cid)?;
-            self.write(cid, holder)?;
+            self.dir.write(&locked, &cid.to_string(), holder)?;
             return Ok(cid);
         }
         Err(CidError::Exhausted)
@@ -114,13 +87,7 @@ impl Leases {
     /// # Errors
     /// The lease's file cannot be read.
     pub(crate) fn holder(&self, cid: u32) -> Result<Option<Holder>, CidError> {
-        let path = self.path(cid);
-        match fs::read(&path) {
-            // A damaged lease counts as free: the kernel still protects a running guest's CID.
-            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(CidError::Io { what: "read", path, source }),
-        }
+        Ok(self.dir.holder(&cid.to_string())?)
     }
 
     /// Releases a CID, unless another shim holds it by now.
@@ -128,71 +95,25 @@ impl Leases {
     /// # Errors
     /// A file operation failed.
     pub(crate) fn release(&self, cid: u32, shim: ProcessId) -> Result<(), CidError> {
-        if !self.dir.exists() {
-            return Ok(());
-        }
-        let _lock = self.lock()?;
-        if self.holder(cid)?.is_none_or(|holder| holder.shim != shim) {
-            return Ok(());
-        }
-        let path = self.path(cid);
-        fs::remove_file(&path).map_err(|source| CidError::Io { what: "remove", path, source })
+        Ok(self.dir.release([cid.to_string()], shim)?)
     }
 
     fn leased(&self) -> Result<HashSet<u32>, CidError> {
-        let failed = |source| CidError::Io { what: "list", path: self.dir.clone(), source };
-        let listing =
-            fs::read_dir(&self.dir).and_then(|entries| entries.collect::<io::Result<Vec<_>>>()).map_err(failed)?;
-        Ok(listing.iter().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+        Ok(self.dir.names()?.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
     fn is_held(&self, cid: u32) -> Result<bool, CidError> {
-        let Some(holder) = self.holder(cid)? else { return Ok(false) };
-        holder.shim.runs().map_err(|source| CidError::Io {
-            what: "look for the holder of",
-            path: self.path(cid),
-            source,
-        })
-    }
-
-    /// Writes a lease by rename: readers do not take the lock and must never see a part of it.
-    fn write(&self, cid: u32, holder: &Holder) -> Result<(), CidError> {
-        let (path, new) = (self.path(cid), self.dir.join("new"));
-        let write = || -> io::Result<()> {
-            let bytes = serde_json::to_vec(holder)?;
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?.write_all(&bytes)?;
-            fs::rename(&new, &path)
-        };
-        write().map_err(|source| CidError::Io { what: "write", path, source })
-    }
-
-    fn path(&self, cid: u32) -> PathBuf {
-        self.dir.join(cid.to_string())
-    }
-
-    fn lock(&self) -> Result<Flock<File>, CidError> {
-        let path = self.dir.join(LOCK);
-        let failed = |source| CidError::Io { what: "lock", path: path.clone(), source };
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(failed)?;
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let mut file = file.map_err(failed)?;
-        let deadline = Instant::now() + LOCK_TIMEOUT;
-        loop {
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(lock),
-                Err((unlocked, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => file = unlocked,
-                Err((_, error)) => return Err(failed(error.into())),
-            }
-            std::thread::sleep(LOCK_PAUSE);
-        }
+        Ok(self.dir.living_holder(&cid.to_string())?.is_some())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::fs;
     use std::process::{Child, Command};
     use std::sync::Mutex;
+    use std::time::Duration;
 
     use husk_protos::chain::Chain;
 
@@ -296,7 +217,7 @@ mod tests {
     fn a_lock_that_is_never_released_is_an_error_after_a_while() {
         let base = tempfile::tempdir().unwrap();
         let leases = Leases::under(base.path());
-        let _held = leases.lock().unwrap();
+        let _held = leases.dir.lock().unwrap();
         let error = Chain(&lease(&leases, CIDS, &own()).unwrap_err()).to_string();
         assert!(error.starts_with("lock ") && error.contains(".cids/lock: "), "{error}");
     }

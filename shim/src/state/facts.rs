@@ -38,6 +38,12 @@ pub struct MachineRecord {
     /// The guest is in debug mode.
     #[serde(default)]
     pub debug: bool,
+    /// The network is in user mode.
+    #[serde(default)]
+    pub user_mode: bool,
+    /// The ports of the host that lead to the guest.
+    #[serde(default)]
+    pub ports: Vec<String>,
     /// The kernel's version, once the guest has reported it.
     pub kernel: Option<String>,
     /// The init's version, once the guest has reported it.

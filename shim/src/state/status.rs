@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::network::NetworkStatus;
 use crate::state::facts::{Boot, MachineRecord, Milestone};
 use crate::state::life;
 use crate::state::life::{Life, VmState};
+use crate::state::links::NetworkStatus;
 use crate::state::store::State;
 
 /// A name that this version knows, or one that only another version knows.
@@ -92,8 +92,7 @@ pub struct Live {
     pub health: Option<HealthStatus>,
     /// `None` without a supervisor, as far as is known.
     pub supervisor: Option<SupervisorStatus>,
-    /// `None` without a network namespace. Absent from the JSON then.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// `None` without a VM.
     pub network: Option<NetworkStatus>,
 }
 
@@ -135,6 +134,12 @@ pub struct MachineStatus {
     pub initrd_file: String,
     /// The guest is in debug mode.
     pub debug: bool,
+    /// The network is in user mode.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub user_mode: bool,
+    /// The ports of the host that lead to the guest.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<String>,
 }
 
 /// A container of a sandbox.
@@ -286,6 +291,8 @@ impl From<&MachineRecord> for MachineStatus {
             kernel_file,
             initrd_file,
             debug,
+            user_mode,
+            ports,
             kernel,
             init,
         } = machine.clone();
@@ -302,6 +309,8 @@ impl From<&MachineRecord> for MachineStatus {
             kernel_file,
             initrd_file,
             debug,
+            user_mode,
+            ports,
         }
     }
 }
@@ -434,17 +443,26 @@ mod tests {
                 {"exec": "sh", "pid": 0, "exit_status": 137}]},
         ]);
         let table = [
-            (json!(null), json!(null)),
+            (json!(null), json!(null), json!(null)),
             (
                 json!({"heartbeat_interval_ms": 10000, "since_heartbeat_ms": 12000, "missed": 1, "alive": true,
                     "cause_of_death": null}),
                 json!({"state": "waiting", "pid": null, "restarts": 3, "last_end": "exited with status 1",
                     "wait_ms": 4000}),
+                json!({"netns": "/run/netns/pod", "problems": [], "links": [{"mac": "02:00:00:00:00:01",
+                    "guest": {"name": "eth0", "mtu": 1500, "up": true, "carrier": true,
+                        "addresses": ["10.88.0.7/16"],
+                        "counters": {"received_bytes": 1, "received_packets": 2, "received_errors": 3,
+                            "received_dropped": 4, "sent_bytes": 5, "sent_packets": 6, "sent_errors": 7,
+                            "sent_dropped": 8}},
+                    "host": {"nic": "02:00:00:00:00:01", "tap": "husk-2", "link": {"name": "eth0", "index": 2,
+                        "mac": "02:00:00:00:00:01", "mtu": 1500, "up": true}}}]}),
             ),
         ];
-        for (health, supervisor) in table {
+        for (health, supervisor, network) in table {
             json["health"] = health;
             json["supervisor"] = supervisor;
+            json["network"] = network;
             let status: Status = serde_json::from_value(json.clone()).unwrap();
             assert_eq!(serde_json::to_value(&status).unwrap(), json);
         }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::error::{StateError, UndoFailure, check_identifier, io_error};
 use super::facts::{Boot, MachineRecord};
 use super::life::{Life, VmState};
+use super::ports::PortLeases;
 use super::undo::Step;
 use super::{cid, life, tree};
 use crate::host::hooks::{Hook, Subject};
@@ -171,6 +172,11 @@ impl State {
     pub(crate) fn leases(&self) -> cid::Leases {
         // The directory is <base>/<namespace>/<sandbox>.
         cid::Leases::under(self.dir.ancestors().nth(2).unwrap_or(Path::new("/")))
+    }
+
+    /// The leases of the host's ports.
+    pub(crate) fn port_leases(&self) -> PortLeases {
+        PortLeases::under(self.dir.ancestors().nth(2).unwrap_or(Path::new("/")))
     }
 
     /// containerd's namespace.

@@ -11,10 +11,12 @@ use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
 use super::cid::Leases;
+use super::ports::PortLeases;
 use super::tree::{self, is_gone};
 use crate::host::hooks;
 use crate::host::hooks::{Hook, Subject};
 use crate::host::process::ProcessId;
+use crate::network::user::HostPort;
 use crate::network::{self, Claim};
 
 /// Shortest wait, even after the deadline: a process that receives SIGKILL is normally dead by then.
@@ -66,6 +68,13 @@ pub(crate) enum Step {
         #[serde(default)]
         vm: String,
     },
+    /// Ports of the host were leased. Undo releases them.
+    Ports {
+        ports: Vec<HostPort>,
+        leases: PortLeases,
+        /// The shim that leased them: undo does not release another shim's lease.
+        shim: ProcessId,
+    },
 }
 
 impl fmt::Display for Step {
@@ -77,6 +86,11 @@ impl fmt::Display for Step {
             Step::Cgroup { path } | Step::CgroupParent { path } => write!(f, "remove cgroup {}", path.display()),
             Step::Cid { cid, .. } => write!(f, "release vsock CID {cid}"),
             Step::Network { claim, .. } => write!(f, "disconnect the network namespace {}", claim.netns.display()),
+            Step::Ports { ports, .. } => {
+                let plural = if ports.len() == 1 { "" } else { "s" };
+                let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
+                write!(f, "release the host's port{plural} {}", ports.join(", "))
+            }
             Step::Hooks { container, .. } => write!(f, "run the poststop hooks of {}", container.id),
         }
     }
@@ -105,6 +119,7 @@ impl Step {
             },
             Step::Network { claim, vm } => network::disconnect(claim, vm, remaining()).map_err(io::Error::other),
             Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
+            Step::Ports { ports, leases, shim } => leases.release(ports, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {
                 hooks::run_to_the_end(poststop, container, remaining());
                 Ok(())

@@ -202,6 +202,8 @@ fn record_machine(
         kernel_file: spec.kernel.display().to_string(),
         initrd_file: spec.initrd.display().to_string(),
         debug: spec.guest.debug,
+        user_mode: spec.user_network.is_some(),
+        ports: spec.user_network.iter().flat_map(|user| &user.ports).map(ToString::to_string).collect(),
         kernel: None,
         init: None,
     };

@@ -11,6 +11,7 @@ use crate::guest::link::LinkError;
 use crate::metadata::MetadataError;
 use crate::network::NetworkError;
 use crate::state::StateError;
+use crate::state::ports::PortError;
 use crate::vm::cgroup::CgroupError;
 use crate::vm::follow::FollowError;
 use crate::vm::virtiofsd::VirtiofsdError;
@@ -37,6 +38,9 @@ pub enum BootError {
     /// The sandbox's network in the guest.
     #[error(transparent)]
     Follow(#[from] FollowError),
+    /// The host's ports.
+    #[error(transparent)]
+    Ports(#[from] PortError),
     /// The metadata service.
     #[error(transparent)]
     Metadata(#[from] MetadataError),

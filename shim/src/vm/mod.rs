@@ -10,12 +10,14 @@
 //! | `virtiofsd.rs`  | the process that serves the share                                          |
 //! | `network.rs`    | connects the VM to its sandbox's network namespace                         |
 //! | `follow.rs`     | passes the namespace's changes on to the guest                             |
+//! | `connections.rs` | the status of its network                                                  |
 //! | `cgroup.rs`     | the host cgroup of the VM's processes                                      |
 //! | `error.rs`      | why a VM did not boot                                                      |
 //! | `on_failure.rs` | undoing a step unless the boot succeeds                                    |
 
 mod boot;
 pub(crate) mod cgroup;
+mod connections;
 mod death;
 mod error;
 mod follow;

@@ -1,21 +1,22 @@
-//! Connects a VM to the network namespace of its sandbox: before the boot on the host, after it in the guest.
+//! Connects a VM to the network of its sandbox: before the boot on the host, after it in the guest. The network is a
+//! namespace of the host, or the VMM's own in user mode.
 
 use std::sync::Arc;
-use std::time::Duration;
 
+use husk_protos::network::ConfigureNetworkRequest;
 use tokio::sync::watch;
 
 use super::error::{BootError, io};
-use super::follow::Following;
+use super::follow::{DEADLINE, Following};
 use super::plan::BootPlan;
-use crate::guest::client::Guest;
+use crate::guest::client::{Guest, GuestError};
+use crate::network::user::{HostPort, UserNetwork};
 use crate::network::{self, Connected, Follower, NetworkError, NicPlan, Settled};
 use crate::state::journal::Journal;
-use crate::state::{Owner, Step};
+use crate::state::lease::Holder;
+use crate::state::ports::PortError;
+use crate::state::{Owner, StateError, Step};
 use crate::vmm::{NicEnd, Vmm};
-
-/// Deadline for all changes in the namespace.
-pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// More queue pairs gain little, and each takes up to two of the descriptors that a machine's process can inherit.
 const MAX_QUEUES: u16 = 4;
@@ -25,10 +26,16 @@ const MAX_QUEUES: u16 = 4;
 pub(super) struct Network {
     pub(super) nics: Vec<NicEnd>,
     connected: Option<(Follower, Settled)>,
+    /// The guest's configuration in user mode.
+    user: Option<ConfigureNetworkRequest>,
 }
 
-/// Connects the links of the plan's namespace, if it names one.
+/// Connects the links of the plan's namespace, if it names one, or leases the ports of a VM in user mode.
 pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -> Result<Network, BootError> {
+    if let Some(user) = &plan.spec.user_network {
+        lease_ports(user, journal).await?;
+        return Ok(Network { user: Some(UserNetwork::configuration()), ..Network::default() });
+    }
     let Some(claim) = plan.network.clone() else { return Ok(Network::default()) };
     let name = journal.with(|state| Ok(format!("{}/{}", state.namespace(), state.sandbox())))?;
     journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone(), vm: name.clone() }])?;
@@ -38,7 +45,7 @@ pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -
     tracing::info!(network = ?connected, "connected the VM to its network namespace");
     let Connected { nics, follower, settled } = connected;
     let nics = nics.into_iter().map(|nic| NicEnd { mac: nic.mac, taps: nic.taps }).collect();
-    Ok(Network { nics, connected: Some((follower, settled)) })
+    Ok(Network { nics, connected: Some((follower, settled)), user: None })
 }
 
 impl Network {
@@ -48,9 +55,33 @@ impl Network {
         guest: &Arc<Guest>,
         dead: watch::Receiver<Option<String>>,
     ) -> Result<Option<Following>, BootError> {
+        if let Some(config) = self.user {
+            guest.network.configure(guest.context(), &config).await.map_err(GuestError::from)?;
+        }
         let Some((follower, settled)) = self.connected else { return Ok(None) };
         Ok(Some(Following::start(follower, settled, guest.clone(), dead).await?))
     }
+}
+
+/// Leases the ports of a VM in user mode, on a separate thread because waiting for the lock may block.
+async fn lease_ports(user: &UserNetwork, journal: &Journal) -> Result<(), BootError> {
+    if user.ports.is_empty() {
+        return Ok(());
+    }
+    let ports: Vec<HostPort> = user.ports.iter().map(|mapping| mapping.host).collect();
+    let journal = journal.clone();
+    let leased = tokio::task::spawn_blocking(move || {
+        let (leases, holder) = journal.with(|state| {
+            let shim = state.shim().ok_or_else(|| StateError::NotFound(state.dir().to_owned()))?;
+            let holder = Holder { namespace: state.namespace().to_owned(), sandbox: state.sandbox().to_owned(), shim };
+            Ok((state.port_leases(), holder))
+        })?;
+        let step = Step::Ports { ports: ports.clone(), leases: leases.clone(), shim: holder.shim };
+        leases.lease(&ports, &holder, || journal.record(&Owner::Sandbox, [step]))
+    });
+    let leased: Result<(), PortError> =
+        leased.await.map_err(|error| io("run a thread for the ports")(std::io::Error::other(error)))?;
+    Ok(leased?)
 }
 
 async fn in_namespace<T: Send + 'static>(

@@ -10,6 +10,7 @@ use husk_protos::system::Hello;
 use tokio::sync::watch;
 use ttrpc::context::with_duration;
 
+use super::connections;
 use super::death::CONSOLE_LINES;
 use super::follow::{FollowError, Following};
 use crate::console::Attached;
@@ -17,7 +18,7 @@ use crate::guest::client::Guest;
 use crate::guest::report::GuestHealth;
 use crate::host::child::Child;
 use crate::host::process::ProcessId;
-use crate::network::NetworkStatus;
+use crate::state::links::NetworkStatus;
 use crate::vmm::Machine;
 
 /// How long the machine may take to exit when the guest does not answer, and after it was killed.
@@ -98,9 +99,11 @@ impl Vm {
         }
     }
 
-    /// What the VM's NICs are connected to, if it has a network namespace.
-    pub(crate) fn network_status(&self) -> Option<NetworkStatus> {
-        self.network.as_ref().map(Following::status)
+    /// Its network, within a few seconds.
+    pub(crate) async fn network_status(&self) -> NetworkStatus {
+        let guest = self.cause_of_death().is_none().then_some(&*self.guest);
+        let connections = self.network.as_ref().map(Following::status);
+        connections::status(connections.as_ref(), guest).await
     }
 
     /// The console's last lines.

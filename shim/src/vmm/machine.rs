@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use tracing::Level;
 
 use crate::host::process::ProcessId;
+use crate::network::user::UserNetwork;
 use crate::vmm::error::VmmError;
 
 /// How guest instructions are executed.
@@ -86,6 +87,8 @@ pub struct Spec {
     pub kernel_cid: Option<u32>,
     /// Block devices.
     pub disks: Vec<Disk>,
+    /// A network card that the VMM connects by itself, without privileges.
+    pub user_network: Option<UserNetwork>,
     /// What the shim passes to the guest on the kernel command line.
     pub guest: GuestParams,
     /// User and group of the machine's process (uid, gid); root if none.

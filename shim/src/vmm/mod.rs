@@ -11,7 +11,7 @@
 //! | `tsc.rs`            | the frequency of the host's time stamp counter                                       |
 //!
 //! A new VMM is one folder here, its boards and one arm of each `match` in the factory, and its configuration keys.
-//! Nothing here imports the other folders except `host`. Calls to the guest are in `guest`; the life of a VM is in
+//! Nothing here imports the other folders except `host` and `network`. Calls to the guest are in `guest`; the life of a VM is in
 //! `vm`.
 
 mod error;

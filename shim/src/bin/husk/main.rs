@@ -19,6 +19,7 @@ mod find;
 mod list;
 mod logs;
 mod metadata;
+mod network;
 mod print;
 mod status;
 mod term;

@@ -11,6 +11,7 @@ use husk_shim::state::status::{
 
 use crate::boot_profile::{bars, steps};
 use crate::find::{self, Known};
+use crate::network;
 use crate::print::{self, duration, or_dash, shown};
 
 pub(crate) fn run(id: &str, as_json: bool) -> Result<()> {
@@ -53,6 +54,8 @@ fn page(known: &Known<Status>, now_ms: u64) -> String {
     line("folder", shown(&status.dir.to_string_lossy()));
     page.push_str("\ncontainers\n");
     page.push_str(&indented(&containers(&summary.containers)));
+    page.push_str("\nnetwork\n");
+    page.push_str(&indented(&network::page(live.and_then(|live| live.network.as_ref()))));
     page.push_str("\ntransitions\n");
     page.push_str(&indented(&transitions(&status.transitions)));
     let steps = steps(status.boot.as_ref().map_or(&[], |boot| &boot.milestones));
@@ -79,6 +82,10 @@ fn machine_lines(machine: &MachineStatus, line: &mut impl FnMut(&str, String)) {
     let version = |version: &Option<String>, file: &str| format!("{} from {}", or_dash(version.as_ref()), shown(file));
     line("kernel", version(&machine.kernel, &machine.kernel_file));
     line("init", version(&machine.init, &machine.initrd_file));
+    if machine.user_mode {
+        let ports = machine.ports.iter().map(|port| shown(port)).collect::<Vec<_>>().join(", ");
+        line("network", if ports.is_empty() { "user mode".to_owned() } else { format!("user mode, ports {ports}") });
+    }
     if machine.debug {
         line("debug", "on: a shell on the console, and husk exec".to_owned());
     }
@@ -167,6 +174,8 @@ mod tests {
                 "cause_of_death": null},
             "supervisor": {"state": "waiting", "pid": null, "restarts": 3, "last_end": "exited with\u{7} status 1",
                 "wait_ms": 4000},
+            "network": {"netns": "/run/netns/web", "links": [{"mac": "02:00:00:00:00:01",
+                "guest": {"name": "eth0", "mtu": 1500, "up": true, "carrier": true}}]},
             "containers": [{"id": "web", "processes": [
                 {"exec": "", "pid": 20, "exit_status": null},
                 {"exec": "sh\u{1b}", "pid": 21, "exit_status": 137},
@@ -194,6 +203,8 @@ mod tests {
             "  web        sh^[     21            exited with 137",
             "  web        later    -             not started",
             "  new        -        -             being created",
+            "  connected to the namespace /run/netns/web",
+            "  eth0  02:00:00:00:00:01  1500  up     -            0 B in 0 packets  0 B in 0 packets  -",
             "  2026-01-01T00:00:00Z  Running -> Failed  QEMU was killed^Jby signal 9",
         ] {
             assert!(lines.contains(&expected), "no {expected:?} in\n{page}");
@@ -227,6 +238,8 @@ mod tests {
             "machine     none has been started",
             "health      not known",
             "supervisor  none",
+            "network",
+            "  not known",
         ] {
             assert!(page.lines().any(|line| line == expected), "no {expected:?} in\n{page}");
         }

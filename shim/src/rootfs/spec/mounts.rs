@@ -52,7 +52,7 @@ pub(super) fn guest_rootfs(id: &str) -> PathBuf {
 }
 
 /// Where the guest finds the source of the spec's mount `index`.
-fn guest_bind(id: &str, index: usize) -> PathBuf {
+pub(super) fn guest_bind(id: &str, index: usize) -> PathBuf {
     [SHARE_PATH, id, "mounts", &index.to_string()].iter().collect()
 }
 

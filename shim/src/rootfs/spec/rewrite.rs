@@ -1,16 +1,16 @@
 //! Rewrites a spec for the guest.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use husk_protos::CONTAINERS_CGROUP;
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 
 use super::context::Context;
 use super::devices::rewrite_devices;
 use super::findings::{Findings, SpecProblems};
 use super::host_hooks::take_host_hooks;
 use super::limits::{SpecLimits, limits};
-use super::mounts::{Bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
+use super::mounts::{Bind, guest_bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
 use super::namespaces;
 use crate::host::hooks::Hooks;
 
@@ -33,6 +33,16 @@ pub(crate) enum NetworkRequest {
     OfHost(HostNetwork),
 }
 
+impl NetworkRequest {
+    /// The network namespace of the host.
+    pub(crate) fn of_host(&self) -> Option<&HostNetwork> {
+        match self {
+            Self::OfHost(network) => Some(network),
+            Self::Shared | Self::New => None,
+        }
+    }
+}
+
 /// A spec for the guest, and what the host does for the container.
 #[derive(Clone, Debug)]
 pub struct Rewritten {
@@ -51,6 +61,37 @@ pub struct Rewritten {
     pub(crate) hooks: Hooks,
     /// What was changed or removed, for the log.
     pub(crate) notes: Vec<String>,
+}
+
+impl Rewritten {
+    /// Puts the container into the VM's own network namespace, instead of an empty one.
+    pub(crate) fn use_network_of_vm(&mut self) {
+        let Some(linux) = self.spec.linux_mut() else { return };
+        let namespaces = linux.namespaces_mut().take().unwrap_or_default();
+        let is_new =
+            |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none();
+        linux.set_namespaces(Some(namespaces.into_iter().filter(|namespace| !is_new(namespace)).collect()));
+    }
+
+    /// Mounts a file of the host in the container `id`, read-only.
+    pub(crate) fn add_file(&mut self, id: &str, source: PathBuf, destination: &Path) {
+        let mut mounts = self.spec.mounts_mut().take().unwrap_or_default();
+        let index = mounts.len();
+        let mut mount = Mount::default();
+        mount.set_destination(destination.to_owned());
+        mount.set_typ(Some("bind".to_owned()));
+        mount.set_source(Some(guest_bind(id, index)));
+        mount.set_options(Some(["rbind", "rprivate", "ro"].map(str::to_owned).to_vec()));
+        mounts.push(mount);
+        self.spec.set_mounts(Some(mounts));
+        self.binds.push(Bind { index, source, is_dir: false, read_only: true, recursive: false, follows_host: false });
+    }
+
+    /// Whether the spec mounts something at one of these paths.
+    pub(crate) fn mounts_any(&self, paths: &[&str]) -> bool {
+        let mut mounts = self.spec.mounts().iter().flatten();
+        mounts.any(|mount| paths.iter().any(|path| mount.destination() == Path::new(path)))
+    }
 }
 
 /// Rewrites `spec` for the guest.

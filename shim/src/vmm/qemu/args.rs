@@ -1,6 +1,7 @@
 //! QEMU's arguments, as a pure function of the machine's spec.
 
 use super::board::Board;
+use crate::network::user::{self, UserNetwork};
 use crate::vmm::kernel_cmdline::kernel_cmdline;
 use crate::vmm::machine::{Accel, Spec};
 
@@ -82,7 +83,12 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
     }
     for (number, nic) in fds.nics.iter().enumerate() {
         push(&["-netdev", &netdev(number, nic)]);
-        push(&["-device", &nic_device(number, nic, board)]);
+        let queues = if nic.taps.len() > 1 { ",mq=on" } else { "" };
+        push(&["-device", &nic_device(&format!("net{number}"), nic.mac, queues, board)]);
+    }
+    if let Some(network) = &spec.user_network {
+        push(&["-netdev", &user_netdev(network)]);
+        push(&["-device", &nic_device("user", user::MAC, "", board)]);
     }
     args
 }
@@ -96,13 +102,31 @@ fn netdev(number: usize, nic: &NicFds) -> String {
     format!("tap,id=net{number},fds={},{vhost}", list(&nic.taps))
 }
 
-fn nic_device(number: usize, nic: &NicFds, board: Board) -> String {
-    let [a, b, c, d, e, f] = nic.mac;
+/// QEMU's own TCP/IP stack (libslirp). It offers neither files nor programs of the host: those need options of their
+/// own.
+fn user_netdev(network: &UserNetwork) -> String {
+    use user::{DNS, DNS6, GATEWAY, GATEWAY6, GUEST, GUEST6, PREFIX, PREFIX6};
+    let mask = |address: std::net::Ipv4Addr| std::net::Ipv4Addr::from(u32::from(address) & !(u32::MAX >> PREFIX));
+    let mask6 = |address: std::net::Ipv6Addr| std::net::Ipv6Addr::from(u128::from(address) & !(u128::MAX >> PREFIX6));
+    let mut netdev = format!(
+        "user,id=user,ipv4=on,net={}/{PREFIX},host={GATEWAY},dns={DNS},dhcpstart={GUEST},\
+         ipv6=on,ipv6-prefix={},ipv6-prefixlen={PREFIX6},ipv6-host={GATEWAY6},ipv6-dns={DNS6}",
+        mask(GUEST),
+        mask6(GUEST6),
+    );
+    for mapping in &network.ports {
+        let user::HostPort { protocol, address, port } = mapping.host;
+        netdev.push_str(&format!(",hostfwd={}:{address}:{port}-{GUEST}:{}", protocol.name(), mapping.guest));
+    }
+    netdev
+}
+
+fn nic_device(netdev: &str, mac: [u8; 6], queues: &str, board: Board) -> String {
+    let [a, b, c, d, e, f] = mac;
     let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
-    let queues = if nic.taps.len() > 1 { ",mq=on" } else { "" };
     // Without an option ROM, which would only serve to boot over the network.
     let rom = if board == Board::Q35 { ",romfile=" } else { "" };
-    format!("virtio-net-{},netdev=net{number},mac={mac}{queues}{rom}", board.bus())
+    format!("virtio-net-{},netdev={netdev},mac={mac}{queues}{rom}", board.bus())
 }
 
 fn accel(accel: Accel) -> &'static str {
@@ -140,6 +164,7 @@ pub(crate) mod tests {
             initrd: "/i".into(),
             kernel_cid: None,
             disks: Vec::new(),
+            user_network: None,
             guest: guest(),
             user: None,
         }
@@ -289,6 +314,25 @@ pub(crate) mod tests {
             assert!(of("-netdev").contains(&expected[0]), "{args:?}");
             assert!(of("-device").contains(&expected[1]), "{args:?}");
         }
+    }
+
+    #[test]
+    fn user_mode_has_a_card_and_its_ports() {
+        let port = |protocol, address: &str, port, guest| user::PortMapping {
+            host: user::HostPort { protocol, address: address.parse().unwrap(), port },
+            guest,
+        };
+        let ports =
+            vec![port(user::Protocol::Tcp, "127.0.0.1", 18080, 80), port(user::Protocol::Udp, "0.0.0.0", 5353, 53)];
+        let spec = Spec { user_network: Some(UserNetwork { ports }), ..spec() };
+        let args = arguments(&spec, Board::Q35, &FDS);
+        let network = "user,id=user,ipv4=on,net=10.0.2.0/24,host=10.0.2.2,dns=10.0.2.3,dhcpstart=10.0.2.15,\
+                       ipv6=on,ipv6-prefix=fec0::,ipv6-prefixlen=64,ipv6-host=fec0::2,ipv6-dns=fec0::3,\
+                       hostfwd=tcp:127.0.0.1:18080-10.0.2.15:80,hostfwd=udp:0.0.0.0:5353-10.0.2.15:53";
+        assert_eq!(values(&args, "-netdev"), [network]);
+        let card = "virtio-net-pci,netdev=user,mac=02:68:75:73:6b:01,romfile=";
+        assert_eq!(values(&args, "-device").last(), Some(&card));
+        assert_eq!(values(&arguments(&self::spec(), Board::Q35, &FDS), "-netdev"), [""; 0]);
     }
 
     #[test]

@@ -1,0 +1,138 @@
+//! Leases of what a host has only once. A lease is a file that names its holder, created and removed under a lock in a
+//! directory beside the sandboxes. No namespace's name begins with a dot, and neither does a lease's.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use crate::host::process::ProcessId;
+
+const LOCK: &str = "lock";
+const NEW: &str = "new";
+/// How long to wait for the lock: a holder only lists a directory.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between two attempts to lock: flock(2) has no deadline.
+const LOCK_PAUSE: Duration = Duration::from_millis(2);
+
+/// The holder of a lease.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Holder {
+    /// containerd's namespace.
+    pub(crate) namespace: String,
+    pub(crate) sandbox: String,
+    /// The sandbox's shim. After its death another sandbox may take the lease over.
+    pub(crate) shim: ProcessId,
+}
+
+/// A file operation on a lease failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} {}", path.display())]
+pub struct LeaseError {
+    what: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// A directory of leases.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(super) struct LeaseDir {
+    dir: PathBuf,
+}
+
+/// The lock of a directory, until it is dropped.
+pub(super) struct Locked {
+    _lock: Flock<File>,
+}
+
+impl LeaseDir {
+    /// The directory `name` beside the sandboxes under `base`.
+    pub(super) fn under(base: &Path, name: &str) -> Self {
+        Self { dir: base.join(name) }
+    }
+
+    /// The names of all leases.
+    pub(super) fn names(&self) -> Result<Vec<String>, LeaseError> {
+        let failed = |source| LeaseError { what: "list", path: self.dir.clone(), source };
+        let listing = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries.collect::<io::Result<Vec<_>>>().map_err(failed)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(failed(error)),
+        };
+        let names = listing.iter().filter_map(|entry| entry.file_name().into_string().ok());
+        Ok(names.filter(|name| name != LOCK && name != NEW).collect())
+    }
+
+    /// Returns the holder of a lease, `None` if there is none or if the lease cannot be decoded.
+    pub(super) fn holder(&self, name: &str) -> Result<Option<Holder>, LeaseError> {
+        let path = self.path(name);
+        match fs::read(&path) {
+            // A damaged lease counts as free: what it is about is still protected by the kernel while it is in use.
+            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(LeaseError { what: "read", path, source }),
+        }
+    }
+
+    /// Returns the holder of a lease if it is alive.
+    pub(super) fn living_holder(&self, name: &str) -> Result<Option<Holder>, LeaseError> {
+        let Some(holder) = self.holder(name)? else { return Ok(None) };
+        let runs = holder.shim.runs();
+        let runs =
+            runs.map_err(|source| LeaseError { what: "look for the holder of", path: self.path(name), source })?;
+        Ok(runs.then_some(holder))
+    }
+
+    /// Writes a lease by rename: readers do not take the lock and must never see a part of it.
+    pub(super) fn write(&self, _locked: &Locked, name: &str, holder: &Holder) -> Result<(), LeaseError> {
+        let (path, new) = (self.path(name), self.path(NEW));
+        let write = || -> io::Result<()> {
+            let bytes = serde_json::to_vec(holder)?;
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?.write_all(&bytes)?;
+            fs::rename(&new, &path)
+        };
+        write().map_err(|source| LeaseError { what: "write", path, source })
+    }
+
+    /// Releases leases, except those that another shim holds by now.
+    pub(super) fn release(&self, names: impl IntoIterator<Item = String>, shim: ProcessId) -> Result<(), LeaseError> {
+        if !self.dir.exists() {
+            return Ok(());
+        }
+        let _locked = self.lock()?;
+        for name in names {
+            if self.holder(&name)?.is_some_and(|holder| holder.shim == shim) {
+                let path = self.path(&name);
+                fs::remove_file(&path).map_err(|source| LeaseError { what: "remove", path, source })?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn lock(&self) -> Result<Locked, LeaseError> {
+        let path = self.path(LOCK);
+        let failed = |source| LeaseError { what: "lock", path: path.clone(), source };
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(failed)?;
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let mut file = file.map_err(failed)?;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
+        loop {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(Locked { _lock: lock }),
+                Err((unlocked, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => file = unlocked,
+                Err((_, error)) => return Err(failed(error.into())),
+            }
+            std::thread::sleep(LOCK_PAUSE);
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+}
