@@ -15,7 +15,7 @@ use tokio::io::AsyncWrite;
 use tokio::sync::Notify;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use crate::clock::boottime_ns;
+use crate::clock::{boottime_ns, realtime_ns};
 
 /// Limit of the queued lines, bytes, measured by [`weight`].
 const QUEUE_MAX: usize = 64 * 1024;
@@ -113,7 +113,7 @@ impl Reports {
                 // Stores a permit, so that a report queued after the loop above is not missed.
                 () = self.0.queued.notified() => {}
                 () = tick(&mut heartbeat) => {
-                    let beat = Heartbeat { uptime_ns: boottime_ns(), ..Default::default() };
+                    let beat = Heartbeat { uptime_ns: boottime_ns(), realtime_ns: realtime_ns(), ..Default::default() };
                     if let Err(error) = send(host, What::Heartbeat(beat)).await {
                         return error;
                     }

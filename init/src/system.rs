@@ -1,4 +1,4 @@
-//! The System service: the guest's version and resource use.
+//! The System service: the guest's version and resource use, and its clock.
 //!
 //! The process list comes from the `procfs` crate, whose parser libcontainer links anyway (6 KiB more). Its parsers of
 //! /proc/meminfo and /proc/PID/status would add 57 KiB to every guest for four numbers, so [`field`] reads those.
@@ -8,16 +8,16 @@ use std::io;
 
 use async_trait::async_trait;
 use husk_protos::PROTOCOL;
-use husk_protos::system::{Hello, InfoRequest, InfoResponse};
+use husk_protos::system::{ClockAdjustment, Hello, InfoRequest, InfoResponse};
 use husk_protos::system_ttrpc::System;
 use procfs::process::all_processes;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::boot::Timeline;
-use crate::cgroup;
 use crate::clock::boottime_ns;
 use crate::error::CallError;
 use crate::rpc::handle;
+use crate::{cgroup, clock};
 
 pub(crate) struct SystemService {
     /// The message that this guest sent when it became ready.
@@ -42,6 +42,15 @@ impl System for SystemService {
         let mut info = handle(async { measure().map_err(|e| CallError::internal("measure the guest", &e)) }).await?;
         info.hello = Some(self.hello.clone()).into();
         Ok(info)
+    }
+
+    async fn adjust_clock(&self, _: &TtrpcContext, mut clock: ClockAdjustment) -> ttrpc::Result<ClockAdjustment> {
+        if clock.by_ns != 0 {
+            let failed = |e| CallError::internal(format_args!("adjust the clock by {} ns", clock.by_ns), &e);
+            handle(async { clock::adjust(clock.by_ns, clock.gradually).map_err(failed) }).await?;
+        }
+        clock.realtime_ns = clock::realtime_ns();
+        Ok(clock)
     }
 }
 

@@ -85,7 +85,13 @@ fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Boot(_) | Error::Guest(_) | Error::VmDead { .. } => Code::UNAVAILABLE,
-        Error::State(_) | Error::Share(_) | Error::Namespace(_) | Error::Hook(_) | Error::Internal(_) => Code::INTERNAL,
+        Error::State(_)
+        | Error::Share(_)
+        | Error::Namespace(_)
+        | Error::Cgroup(_)
+        | Error::Holder(_)
+        | Error::Hook(_)
+        | Error::Internal(_) => Code::INTERNAL,
     };
     status(code, Chain(&error).to_string())
 }

@@ -1,5 +1,6 @@
 //! A VM with the real init and busybox, driven over vsock without a shim, for tests of the guest alone.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use husk_protos::bundle_ttrpc::BundleClient;
 use husk_protos::debug::{Process, StartProcessRequest};
 use husk_protos::debug_ttrpc::DebugClient;
 use husk_protos::frame;
+use husk_protos::network::{ConfigureNetworkRequest, NetworkAddress, NetworkLink, NetworkRoute};
 use husk_protos::network_ttrpc::NetworkClient;
 use husk_protos::stdio::{InputChunk, OutputRequest, StreamKind};
 use husk_protos::stdio_ttrpc::StdioClient;
@@ -93,6 +95,31 @@ pub fn debug_config() -> Result<VmConfig> {
     config.files.extend(debug_files);
     config.kernel_parameters = "husk.debug=1 husk.log=debug".into();
     Ok(config)
+}
+
+/// The MAC of the network card in [`Guest::cost_of_configuring`].
+pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
+
+/// The network of a usual pod: one link with an IPv4 and an IPv6 address and their default routes.
+pub fn pod_network(mac: &[u8], own: Ipv4Addr, gateway: Ipv4Addr) -> ConfigureNetworkRequest {
+    const AF_INET: u32 = libc::AF_INET as u32;
+    const AF_INET6: u32 = libc::AF_INET6 as u32;
+    /// IFA_F_NODAD of linux/if_addr.h.
+    const NODAD: u32 = 2;
+    let v6 = |last: u16| Ipv6Addr::new(0xfd00, 0x88, 0, 0, 0, 0, 0, last).octets().to_vec();
+    let address =
+        |local: Vec<u8>, prefix_length, flags| NetworkAddress { local, prefix_length, flags, ..Default::default() };
+    let route = |family, gateway| NetworkRoute { family, link: "eth0".into(), gateway, ..Default::default() };
+    let link = NetworkLink {
+        name: "eth0".into(),
+        mac: mac.to_vec(),
+        mtu: 1500,
+        up: true,
+        addresses: vec![address(own.octets().to_vec(), 16, 0), address(v6(7), 64, NODAD)],
+        ..Default::default()
+    };
+    let routes = vec![route(AF_INET, gateway.octets().to_vec()), route(AF_INET6, v6(1))];
+    ConfigureNetworkRequest { links: vec![link], routes, ..Default::default() }
 }
 
 /// A spec for these arguments, as `ctr run` writes it.
@@ -295,6 +322,19 @@ impl Guest {
     /// Calls the guest's `Info`.
     pub async fn info(&self) -> Result<InfoResponse> {
         Ok(self.system.info(call(), &InfoRequest::new()).await?)
+    }
+
+    /// Configures the network of a usual pod on the NIC [`MAC`] and returns the instructions that PID 1 executes for it.
+    /// The guest needs an instruction clock.
+    pub async fn cost_of_configuring(&self) -> Result<u64> {
+        let request = pod_network(&MAC, Ipv4Addr::new(10, 88, 0, 7), Ipv4Addr::new(10, 88, 0, 1));
+        // Two reports in a row show the cost of a report.
+        let (before, from) = (self.info().await?, self.info().await?);
+        self.network.configure(call(), &request).await.context("configure the network")?;
+        let to = self.info().await?;
+        let report = from.init_cpu_usec - before.init_cpu_usec;
+        // A microsecond is a thousand instructions.
+        Ok((to.init_cpu_usec - from.init_cpu_usec).saturating_sub(report) * 1000)
     }
 
     /// Shuts the guest down and waits until QEMU has exited.

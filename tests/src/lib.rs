@@ -10,7 +10,7 @@
 pub mod agent;
 pub mod artifacts;
 pub mod bundle;
-mod cgroup;
+pub mod cgroup;
 pub mod cni;
 pub mod command;
 pub mod compare;

@@ -1,6 +1,7 @@
 //! A bare VM for tests below the shim: husk's kernel, one static program as `/init`, a vsock device, and nothing else.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use husk_shim::vmm::kernel_cmdline::COMMON;
+use nix::sched::{CloneFlags, setns};
 
 use crate::artifacts::repository;
 
@@ -49,6 +51,10 @@ pub struct VmConfig {
     /// Makes the guest's clock count instructions, one per nanosecond, instead of time: measurements do not depend on
     /// the machine's load.
     pub instruction_clock: bool,
+    /// Further arguments of QEMU, such as a network card.
+    pub qemu_arguments: Vec<String>,
+    /// The network namespace that QEMU runs in.
+    pub network_namespace: Option<PathBuf>,
 }
 
 /// A block device.
@@ -83,6 +89,8 @@ impl VmConfig {
             disks: Vec::new(),
             nics: Vec::new(),
             instruction_clock: false,
+            qemu_arguments: Vec::new(),
+            network_namespace: None,
         }
     }
 }
@@ -148,9 +156,15 @@ impl Vm {
             let device = format!("virtio-net-{bus},netdev=net{number},mac={mac}");
             command.args(["-netdev", &format!("hubport,id=net{number},hubid={number}"), "-device", &device]);
         }
-        // SAFETY: fcntl and prctl are async-signal-safe, and the closure touches nothing else.
+        command.args(&config.qemu_arguments);
+        let open = |path: &PathBuf| File::open(path).with_context(|| format!("open {}", path.display()));
+        let namespace = config.network_namespace.as_ref().map(open).transpose()?;
+        // SAFETY: setns, fcntl and prctl are async-signal-safe, and the closure touches nothing else.
         unsafe {
             command.pre_exec(move || {
+                if let Some(namespace) = &namespace {
+                    setns(namespace, CloneFlags::CLONE_NEWNET)?;
+                }
                 if libc::fcntl(fd, libc::F_SETFD, 0) < 0 || libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
                     return Err(io::Error::last_os_error());
                 }

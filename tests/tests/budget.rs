@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use husk_protos::network::ConfigureNetworkRequest;
 use husk_protos::system::BootStep;
 use husk_tests::artifacts::repository;
-use husk_tests::guest::{Guest, config, spec};
+use husk_tests::guest::{Guest, MAC, config, spec};
 use husk_tests::vm::VmConfig;
 
 const MIB: u64 = 1 << 20;
@@ -14,6 +14,12 @@ const MIB: u64 = 1 << 20;
 /// Boots a guest whose clock counts instructions, one per nanosecond.
 async fn boot_counted() -> Result<Guest> {
     Guest::boot_with(VmConfig { instruction_clock: true, ..config()? }).await
+}
+
+/// Instructions from the kernel's start to a step of the boot.
+fn at(guest: &Guest, step: BootStep) -> Result<u64> {
+    let milestone = guest.hello.timeline.iter().find(|milestone| milestone.step == step.into());
+    Ok(milestone.with_context(|| format!("no milestone {step:?}"))?.boottime_ns)
 }
 
 #[test]
@@ -33,11 +39,7 @@ async fn the_init_is_ready_within_8_million_instructions() -> Result<()> {
         eprintln!("{:>12?} {:>12} +{step}", milestone.step.enum_value_or_default(), milestone.boottime_ns);
         last = Some(milestone.boottime_ns);
     }
-    let at = |step: BootStep| -> Result<u64> {
-        let milestone = guest.hello.timeline.iter().find(|milestone| milestone.step == step.into());
-        Ok(milestone.with_context(|| format!("no milestone {step:?}"))?.boottime_ns)
-    };
-    let cost = at(BootStep::READY)? - at(BootStep::INIT)?;
+    let cost = at(&guest, BootStep::READY)? - at(&guest, BootStep::INIT)?;
     ensure!(cost <= 8_000_000, "{cost} instructions");
     guest.shut_down().await?;
     Ok(())
@@ -69,6 +71,25 @@ async fn a_spare_network_card_costs_at_most_300_000_instructions_until_the_init_
     }
     let cost = costs[1].saturating_sub(costs[0]);
     ensure!(cost <= 300_000, "{cost} instructions");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_network_costs_the_init_at_most_500_thousand_instructions_before_it_is_ready() -> Result<()> {
+    let boot = async |nics| {
+        let config = VmConfig { instruction_clock: true, nics, ..config()? };
+        let guest = Guest::boot_with(config).await?;
+        let ready = at(&guest, BootStep::READY)? - at(&guest, BootStep::INIT)?;
+        anyhow::Ok((guest, ready))
+    };
+    let (guest, without) = boot(Vec::new()).await?;
+    guest.shut_down().await?;
+    let (guest, with) = boot(vec![MAC]).await?;
+    let configured = guest.cost_of_configuring().await?;
+    eprintln!("{without} instructions to ready, {with} with a NIC, and {configured} for its configuration");
+    ensure!(with <= without + 500_000, "{without} instructions without a NIC, {with} with one");
+    ensure!(configured <= 2_000_000, "{configured} instructions");
+    guest.shut_down().await?;
     Ok(())
 }
 

@@ -290,7 +290,7 @@ fn a_gibibyte_passes_intact_in_both_directions() -> Result<()> {
         let transfer = container.exec(&["/traffic", direction, &format!("{GATEWAY}:7100"), &GIB.to_string(), "1"]);
         let output = transfer.deadline(TRANSFER).ok()?;
         ensure!(output.text() == format!("1 connections, {GIB} bytes each"), "{output}");
-        println!("{}", output.errors().trim());
+        eprintln!("{}", output.errors().trim());
     }
     Ok(())
 }
@@ -377,7 +377,7 @@ fn bandwidth_limits_hold_for_a_vm() -> Result<()> {
         for direction in ["get", "put"] {
             let request = ["/traffic", direction, &format!("{GATEWAY}:7100"), "4000000", "1"];
             let output = container.exec(&request).deadline(TRANSFER).ok()?;
-            println!("{}, limited to 80 Mbit/s: {}", runtime.name(), output.errors().trim());
+            eprintln!("{}, limited to 80 Mbit/s: {}", runtime.name(), output.errors().trim());
         }
         // Both directions went through the limiters, which are the same ones as before.
         let after = limits(&node.sh(counters)?.text());

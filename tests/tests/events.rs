@@ -21,15 +21,16 @@ use serde_json::json;
 /// Replaces values that differ from run to run by placeholders.
 #[derive(Default)]
 struct Names {
-    pids: HashMap<u32, usize>,
+    pids: HashMap<(String, u32), usize>,
 }
 
 impl Names {
-    /// Replaces PIDs by the order of their first appearance, starting with 1; 0 stays 0.
-    fn pid(&mut self, pid: &mut u32) {
+    /// Replaces PIDs by the order of their first appearance, starting with 1; 0 stays 0. Under husk, all processes of a
+    /// container have the PID of its holder, so the process, by its exec id, belongs to the key.
+    fn pid(&mut self, process: &str, pid: &mut u32) {
         let next = self.pids.len() + 1;
         if *pid != 0 {
-            *pid = *self.pids.entry(*pid).or_insert(next) as u32;
+            *pid = *self.pids.entry((process.to_owned(), *pid)).or_insert(next) as u32;
         }
     }
 
@@ -50,19 +51,19 @@ fn describe<M: MessageFull + Debug>(event: &Published, change: impl FnOnce(&mut 
 /// An event as text that is the same in every run.
 fn normalised(event: &Published, id: &str, names: &mut Names) -> Result<String> {
     let text = match event.topic.as_str() {
-        "/tasks/create" => describe::<TaskCreate>(event, |event| names.pid(&mut event.pid)),
-        "/tasks/start" => describe::<TaskStart>(event, |event| names.pid(&mut event.pid)),
+        "/tasks/create" => describe::<TaskCreate>(event, |event| names.pid(id, &mut event.pid)),
+        "/tasks/start" => describe::<TaskStart>(event, |event| names.pid(id, &mut event.pid)),
         "/tasks/exec-added" => describe::<TaskExecAdded>(event, |_| {}),
-        "/tasks/exec-started" => describe::<TaskExecStarted>(event, |event| names.pid(&mut event.pid)),
+        "/tasks/exec-started" => describe::<TaskExecStarted>(event, |event| names.pid(&event.exec_id, &mut event.pid)),
         "/tasks/paused" => describe::<TaskPaused>(event, |_| {}),
         "/tasks/resumed" => describe::<TaskResumed>(event, |_| {}),
         "/tasks/oom" => describe::<TaskOOM>(event, |_| {}),
         "/tasks/exit" => describe::<TaskExit>(event, |event| {
-            names.pid(&mut event.pid);
+            names.pid(&event.id, &mut event.pid);
             Names::time(event.exited_at.as_mut());
         }),
         "/tasks/delete" => describe::<TaskDelete>(event, |event| {
-            names.pid(&mut event.pid);
+            names.pid(id, &mut event.pid);
             Names::time(event.exited_at.as_mut());
         }),
         other => bail!("an unknown event {other}: {event:?}"),

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::command::{self, wait_for};
+use husk_tests::compare::{same, tested};
 use husk_tests::containerd::Containerd;
 use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams};
@@ -226,7 +227,7 @@ fn host_devices_are_rejected_with_path_and_numbers() -> Result<()> {
     let disk = format!("/run/{}", containerd.id("disk"));
     containerd.sh(&format!("mknod {disk} b 7 77"))?;
     let message = run_error(&["--device", &disk, "--device", "/dev/kmsg"])?;
-    let why = format!(".path \"{disk}\": device b 7:77 of the host cannot be used in a VM");
+    let why = format!("linux.devices: devices of the host cannot be used in a VM: {disk} (b 7:77)");
     ensure!(message.contains(&why) && !message.contains("kmsg"), "guests have /dev/kmsg: {message}");
     let zero = format!("/run/{}", containerd.id("zero"));
     containerd.sh(&format!("mknod {zero} c 1 5"))?;
@@ -238,6 +239,51 @@ fn host_devices_are_rejected_with_path_and_numbers() -> Result<()> {
         "stat -c '%F %t:%T' /dev/kmsg; dd if=/dev/kmsg count=0 2>/dev/null && echo opened",
     )?;
     ensure!(output == "character special file 1:b\nopened", "{output}");
+    Ok(())
+}
+
+#[test]
+fn devices_of_the_guest_work_alone_and_in_a_privileged_container() -> Result<()> {
+    husk_only!();
+    let device = |path: &str, kind: &str, major: i64, minor: i64| json!({"path": path, "type": kind, "major": major, "minor": minor, "fileMode": 0o600});
+    let rule =
+        |major: i64, minor: i64| json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rwm"});
+    let added = [("/dev/fuse", 10, 229), ("/dev/net/tun", 10, 200), ("/dev/kmsg", 1, 11)];
+    // As `ctr run --privileged --device ...` writes it: all devices of the host, then again those that the user names.
+    let host = [device("/dev/null", "c", 1, 3), device("/dev/fuse", "c", 10, 229), device("/dev/sda", "b", 8, 0)];
+    let script = "cd /dev; stat -c '%n %F %t:%T %a' fuse net/tun kmsg null";
+    for privileged in [false, true] {
+        let observe = |containerd: &'static Containerd, script: &str| {
+            let id = containerd.id("devices");
+            let mut spec = bundle::spec(&id, &["sh", "-c", &format!("exec 2>&1; {script}")]);
+            spec["linux"]["devices"] = json!([]);
+            if privileged {
+                spec["linux"]["resources"]["devices"] =
+                    json!([{"allow": false, "access": "rwm"}, {"allow": true, "access": "rwm"}]);
+                bundle::append(&mut spec, "/linux/devices", host.iter().cloned());
+            }
+            bundle::append(
+                &mut spec,
+                "/linux/devices",
+                added.map(|(path, major, minor)| device(path, "c", major, minor)),
+            );
+            bundle::append(&mut spec, "/linux/resources/devices", added.map(|(_, major, minor)| rule(major, minor)));
+            let (status, out, err) = Shim::start(containerd, &id, &spec)?.run()?;
+            ensure!(status == 0, "privileged {privileged}: {status}: {out}\n{err}");
+            Ok(out)
+        };
+        let found = same(|containerd| observe(containerd, script))?;
+        ensure!(found.starts_with("fuse character special file a:e5 600\nnet/tun character"), "{found}");
+        let opened =
+            observe(tested()?, "for d in fuse net/tun kmsg; do dd if=/dev/$d count=0 2>&1 && echo opened; done")?;
+        ensure!(opened.matches("opened").count() == 3, "privileged {privileged}: {opened}");
+    }
+    // A hundred devices of the host make one line, which names some of them.
+    let message = create_error("many-devices", |spec| {
+        spec["linux"]["devices"] = (0..100).map(|n| device(&format!("/dev/sd{n}"), "b", 8, n)).collect();
+    })?;
+    let line = "linux.devices: devices of the host cannot be used in a VM: /dev/sd0 (b 8:0), ";
+    ensure!(message.contains(line) && message.contains(" and 95 more") && message.len() < 400, "{message}");
     Ok(())
 }
 

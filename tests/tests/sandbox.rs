@@ -68,11 +68,13 @@ fn a_sandbox_lives_until_its_last_container_is_deleted() -> Result<()> {
     let first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
     let second = Shim::running(containerd, &other, &spec(&pod, &other, &SLEEP))?;
     let (process, below) = containerd.shim_of(&pod)?;
+    // Each container's own process on the host ends with it.
+    let vm: Vec<_> = below.iter().filter(|process| process.name != "husk-holder").collect();
 
     // The first container, for which the VM was booted, is deleted before the others.
     ensure!(remove(&first)? == 137);
     ensure!(
-        process.is_alive() && below.iter().all(|process| process.is_alive()),
+        process.is_alive() && vm.iter().all(|process| process.is_alive()),
         "the sandbox ended with its first container"
     );
     ensure!(second.exec("there", &["echo", "there"])? == (0, "there".to_owned()));

@@ -113,14 +113,17 @@ fn a_running_container_cannot_be_deleted() -> Result<()> {
 }
 
 #[test]
-fn connect_returns_the_pids_and_pids_lists_them() -> Result<()> {
+fn connect_returns_the_pids_of_the_shim_and_of_the_container() -> Result<()> {
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "connect")?;
     let connected: api::ConnectResponse =
         shim.task.call("Connect", &api::ConnectRequest { id: id.clone(), ..Default::default() })?;
     ensure!(connected.shim_pid > 0 && connected.task_pid > 0, "{connected:?}");
+    ensure!(connected.task_pid == shim.task.state(&id, "")?.pid, "{connected:?}");
     let pids: api::PidsResponse = shim.task.call("Pids", &api::PidsRequest { id: id.clone(), ..Default::default() })?;
-    ensure!(pids.processes.iter().any(|process| process.pid == connected.task_pid), "{pids:?}");
+    // Under husk, Pids lists the processes in the guest: it contains the PID only by chance.
+    let listed = pids.processes.iter().any(|process| process.pid == connected.task_pid);
+    ensure!(!pids.processes.is_empty() && (listed || Runtime::under_test() == Runtime::Husk), "{pids:?}");
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::ttrpc::Code;
-use husk_tests::artifacts::Version;
+use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
 use husk_tests::husk_only;
@@ -82,7 +82,11 @@ fn pids_are_listed_with_their_exec_ids() -> Result<()> {
     let id = containerd.id("pids");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
     let init = shim.create(&Streams::default())?;
-    ensure!(shim.task.pids(&id)?.iter().map(|process| process.pid).eq([init]), "Pids before Start");
+    // Under husk, Pids lists the processes in the guest, and the other calls return the PID of a process on the host:
+    // they are equal only by chance.
+    let in_guest = shim.containerd().runtime() == Runtime::Husk;
+    let before = shim.task.pids(&id)?;
+    ensure!(before.len() == 1 && (before[0].pid == init || in_guest), "Pids before Start: {before:?} {init}");
     shim.task.start(&id, "")?;
     shim.task.exec(&id, "one", &bundle::process(&["sh", "-c", "sleep 1000; true"]), &Streams::default())?;
     let one = shim.task.start(&id, "one")?;
@@ -97,9 +101,9 @@ fn pids_are_listed_with_their_exec_ids() -> Result<()> {
                     info.type_url == "containerd.runc.v1.ProcessDetails" && info.value == b"\x0a\x03one",
                     "{info:?}"
                 );
-                ensure!(process.pid == one, "{process:?}");
+                ensure!(process.pid == one || in_guest, "{process:?}");
             }
-            None => ensure!(process.pid != one, "{process:?} has no exec id"),
+            None => ensure!(process.pid != one || in_guest, "{process:?} has no exec id"),
         }
     }
     Ok(())

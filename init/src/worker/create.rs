@@ -12,11 +12,12 @@ use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use pathrs::Root;
 
+use super::copy_up::Filler;
 use super::devices::DeviceRulesError;
 use super::executor::{StartFailure, Workload};
 use super::hooks::StartHooks;
 use super::libcontainer::{call_error, start_error};
-use super::{Created, devices, guard, namespaces, spec, streams, sysctls};
+use super::{Created, devices, guard, mounts, namespaces, spec, streams, sysctls};
 use crate::error::{CallError, FailureKind};
 use crate::{cgroup, paths};
 
@@ -32,16 +33,16 @@ pub(super) fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<
     let hooks = StartHooks::take(&mut spec, id, bundle)
         .map_err(|e| CallError::internal(format_args!("prepare the startContainer hooks of {id}"), &e))?;
     let start_hooks = hooks.is_some();
-    if changed || start_hooks || !network_sysctls.is_empty() {
+    prepare_root(&spec, bundle)?;
+    create_cgroup(id, &spec)?;
+    let mounts_changed = adapt_mounts(&mut spec, id, bundle)?;
+    if changed || start_hooks || !network_sysctls.is_empty() || mounts_changed {
         spec.save(&config).map_err(|e| CallError::internal(format_args!("write {}", config.display()), &e))?;
     }
-
-    prepare_root(&spec, bundle)?;
     sysctls::write(&network_sysctls).map_err(|e| {
         let what = format!("create {id}: unable to start container process: error during container init: {e}");
         CallError::new(FailureKind::Internal, what)
     })?;
-    create_cgroup(id, &spec)?;
     let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
     streams::give_to(&spec, uid)
         .map_err(|e| CallError::internal(format_args!("change the owner of {id}'s pipes"), &e))?;
@@ -57,6 +58,14 @@ pub(super) fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<
     let created = record(container, &spec, start_hooks, ignored)?;
     namespaces::complete(&spec, id, created.pid)?;
     Ok(created)
+}
+
+/// Adapts the mounts, and fills those that begin with a copy. Returns whether anything has changed.
+fn adapt_mounts(spec: &mut Spec, id: &str, bundle: &Path) -> Result<bool, CallError> {
+    let Some(root) = spec.root().as_ref().map(|root| bundle.join(root.path())) else { return Ok(false) };
+    let mut filler = Filler::new(id, spec).map_err(|e| CallError::internal(format_args!("read {id}'s mapping"), &e))?;
+    let mounts = spec.mounts_mut().as_deref_mut().unwrap_or_default();
+    mounts::adapt(mounts, &root, |copy| filler.fill(copy))
 }
 
 /// Checks that the root filesystem exists, and like runc creates the process's working directory in it.

@@ -8,6 +8,7 @@
 
 pub(crate) mod client;
 pub(crate) mod console;
+mod copy_up;
 mod create;
 mod devices;
 mod exec;
@@ -16,6 +17,7 @@ mod guard;
 mod hooks;
 mod identity;
 mod libcontainer;
+mod mounts;
 mod namespaces;
 pub(crate) mod serve;
 mod spec;

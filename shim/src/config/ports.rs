@@ -26,10 +26,11 @@ pub(super) fn parse(text: &str, config: &Config) -> Result<Vec<PortMapping>, Str
                 return Err(format!("a sandbox can map at most {MAX} ports"));
             }
             let twice = mappings.iter().find(|new| ports.iter().any(|old| old.host.overlaps(&new.host)));
-            match twice {
-                Some(twice) => Err(format!("maps the host's port {} again", twice.host)),
-                None => Ok(ports.extend(mappings)),
+            if let Some(twice) = twice {
+                return Err(format!("maps the host's port {} again", twice.host));
             }
+            ports.extend(mappings);
+            Ok(())
         });
         problems.extend(added.err().map(|why| format!("{entry:?}: {why}")));
     }

@@ -16,10 +16,11 @@ use husk_protos::report::supervisor_status::State;
 use husk_protos::report::{LogLevel, LogLine, Report, SupervisorStatus};
 use serde_json::json;
 use tokio::io::AsyncRead;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Level;
 
+use super::clock;
 use crate::console::Record;
 use crate::containerd::log as logging;
 use crate::state::recent::{EventKind, Recent};
@@ -62,13 +63,14 @@ pub(crate) struct HealthSnapshot {
 pub(crate) struct GuestHealth {
     interval: Duration,
     last: Mutex<Instant>,
+    clock: Notify,
     supervisor: watch::Sender<Option<SupervisorStatus>>,
 }
 
 impl GuestHealth {
     /// The health of a guest that has just sent its hello.
     pub(crate) fn new(interval: Duration) -> Self {
-        Self { interval, last: Mutex::new(Instant::now()), supervisor: watch::channel(None).0 }
+        Self { interval, last: Mutex::new(Instant::now()), clock: Notify::new(), supervisor: watch::channel(None).0 }
     }
 
     /// The heartbeats so far.
@@ -76,6 +78,11 @@ impl GuestHealth {
         let since_heartbeat = lock(&self.last).elapsed();
         let missed = since_heartbeat.as_nanos() / self.interval.as_nanos().max(1);
         HealthSnapshot { interval: self.interval, since_heartbeat, missed: missed.try_into().unwrap_or(u32::MAX) }
+    }
+
+    /// Notified when a heartbeat shows that the guest's clock differs from the host's.
+    pub(crate) fn clock(&self) -> &Notify {
+        &self.clock
     }
 
     /// The status of the guest's supervisor, and its changes; none before the first report.
@@ -111,7 +118,7 @@ pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks
             }
         };
         match read.map(|report| report.what) {
-            Ok(Some(What::Heartbeat(_))) => {
+            Ok(Some(What::Heartbeat(heartbeat))) => {
                 if std::mem::take(&mut late) {
                     sinks.recent.note(
                         EventKind::Health,
@@ -120,6 +127,9 @@ pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks
                     );
                 }
                 *lock(&health.last) = Instant::now();
+                if clock::differs(heartbeat.realtime_ns) {
+                    health.clock.notify_one();
+                }
             }
             Ok(Some(What::Log(line))) => log.line(line, &sinks.file),
             Ok(Some(What::Supervisor(status))) => log.supervisor(status, health, &sinks.recent),

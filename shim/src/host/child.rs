@@ -55,7 +55,7 @@ pub struct LaunchError {
     source: io::Error,
 }
 
-fn failed(action: &'static str) -> impl Fn(io::Error) -> LaunchError {
+pub(super) fn failed(action: &'static str) -> impl Fn(io::Error) -> LaunchError {
     move |source| LaunchError { action, source }
 }
 
@@ -125,16 +125,22 @@ impl Launch {
                 place(&fds)
             })
         };
-        let jobs = SPAWNER.as_ref().map_err(|error| failed("start the spawner thread")(clone_error(error)))?;
-        let (done, result) = mpsc::sync_channel(1);
-        let gone = || failed("start")(io::Error::other("the spawner thread has ended"));
-        jobs.send((command, done)).map_err(|_| gone())?;
-        let pid = result.recv().map_err(|_| gone())?.map_err(failed("start"))?;
-        Child::adopt(pid, leads)
+        spawn(command, leads)
     }
 }
 
-fn clone_error(error: &io::Error) -> io::Error {
+/// Starts a command on the thread that lives as long as the process. Descriptors that its `pre_exec` uses must stay
+/// open until this returns.
+pub(super) fn spawn(command: Command, leads: bool) -> Result<Child, LaunchError> {
+    let jobs = SPAWNER.as_ref().map_err(|error| failed("start the spawner thread")(clone_error(error)))?;
+    let (done, result) = mpsc::sync_channel(1);
+    let gone = || failed("start")(io::Error::other("the spawner thread has ended"));
+    jobs.send((command, done)).map_err(|_| gone())?;
+    let pid = result.recv().map_err(|_| gone())?.map_err(failed("start"))?;
+    Child::adopt(pid, leads)
+}
+
+pub(super) fn clone_error(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), error.to_string())
 }
 
@@ -160,7 +166,7 @@ fn become_user(uid: u32, gid: u32) -> io::Result<()> {
 
 /// In the child: requests SIGKILL for the end of the parent. Call it after a change of user, which resets the request
 /// (prctl(2)).
-fn die_with(parent: u32) -> io::Result<()> {
+pub(super) fn die_with(parent: u32) -> io::Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     // If the parent ended before the call, the signal would never be sent.
     if nix::unistd::getppid().as_raw() as u32 != parent {
@@ -169,13 +175,19 @@ fn die_with(parent: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// In the child: closes all descriptors but the standard streams at the exec. Those that this process inherited without
+/// close-on-exec must not reach the child.
+pub(super) fn close_at_exec() -> io::Result<()> {
+    // SAFETY: the call changes flags of descriptors and touches no memory.
+    let result = unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// In the child: moves each descriptor to its number, without close-on-exec. The moves go through temporary numbers,
 /// because one descriptor's target may be another's source.
 fn place(fds: &[(i32, i32)]) -> io::Result<()> {
     let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    // Descriptors that this process inherited without close-on-exec must not reach the child.
-    // SAFETY: the call changes flags of descriptors and touches no memory.
-    check(unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) })?;
+    close_at_exec()?;
     for (index, (fd, _)) in fds.iter().enumerate() {
         // SAFETY: dup3 on numbers touches no memory.
         check(unsafe { libc::dup3(*fd, PARKING + index as i32, libc::O_CLOEXEC) })?;

@@ -1,8 +1,8 @@
 //! Runs a spec's hooks on the host (runtime spec, config.md, "POSIX-platform Hooks"): `prestart`, `createRuntime`,
 //! `poststart` and `poststop` run in the runtime's own namespaces. nerdctl sets two in every container.
 //!
-//! A hook receives the container's state on stdin, as the runtime spec requires, but without a PID: the container has
-//! no process on the host. A hook that relies on the PID therefore fails, instead of acting on the host's namespaces.
+//! A hook receives the container's state on stdin, as the runtime spec requires. The PID in it is that of the container's
+//! holder (`holder.rs`), which is in the sandbox's network namespace; its other namespaces are the host's.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -76,6 +76,9 @@ pub(crate) struct Subject {
     pub bundle: PathBuf,
     /// The spec's annotations.
     pub annotations: BTreeMap<String, String>,
+    /// The container's holder; 0 in the state of a shim that had none.
+    #[serde(default)]
+    pub pid: u32,
 }
 
 /// The container's status in the state that hooks receive.
@@ -91,18 +94,22 @@ pub(crate) enum ContainerStatus {
 
 impl Subject {
     fn state(&self, status: ContainerStatus) -> Vec<u8> {
-        let status = match status {
+        let name = match status {
             ContainerStatus::Creating => "creating",
             ContainerStatus::Running => "running",
             ContainerStatus::Stopped => "stopped",
         };
-        let state = serde_json::json!({
+        let mut state = serde_json::json!({
             "ociVersion": OCI_VERSION,
             "id": self.id,
-            "status": status,
+            "status": name,
             "bundle": self.bundle,
             "annotations": self.annotations,
         });
+        // Like runc: a stopped container has no process.
+        if status != ContainerStatus::Stopped {
+            state["pid"] = self.pid.into();
+        }
         state.to_string().into_bytes()
     }
 }
@@ -281,7 +288,7 @@ mod tests {
 
     fn subject(bundle: &Path) -> Subject {
         let annotations = [("a/b".to_owned(), "x".repeat(200_000))].into();
-        Subject { id: "c1".into(), bundle: bundle.into(), annotations }
+        Subject { id: "c1".into(), bundle: bundle.into(), annotations, pid: 77 }
     }
 
     #[test]
@@ -294,7 +301,10 @@ mod tests {
         assert_eq!((&state["id"], &state["status"]), (&"c1".into(), &"creating".into()));
         assert_eq!(state["bundle"], folder.path().to_str().unwrap());
         assert_eq!(state["annotations"]["a/b"].as_str().unwrap().len(), 200_000);
-        assert_eq!(state.get("pid"), None);
+        assert_eq!(state["pid"], 77);
+        let stopped = subject(folder.path()).state(ContainerStatus::Stopped);
+        let stopped: serde_json::Value = serde_json::from_slice(&stopped).unwrap();
+        assert_eq!((&stopped["status"], stopped.get("pid")), (&"stopped".into(), None));
         let env = read("env");
         assert!(env.contains("A=1\n") && !env.contains("PATH=") && !env.contains("HOME="), "{env}");
         assert_eq!(read("name"), "hook\n");

@@ -4,10 +4,12 @@
 //! |--------------|-------------------------------------------------------------|
 //! | `process.rs` | identifies processes reliably, and kills them               |
 //! | `child.rs`   | starts programs that must not outlive the shim              |
+//! | `holder.rs`  | the process that represents a container on the host         |
 //! | `hooks.rs`   | runs OCI hooks                                              |
 //! | `socket.rs`  | unix sockets in the sandbox's directory                     |
 
 pub(crate) mod child;
+pub(crate) mod holder;
 pub(crate) mod hooks;
 pub mod process;
 pub mod socket;

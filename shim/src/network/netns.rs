@@ -85,6 +85,16 @@ impl Claim {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
+    /// Opens the namespace.
+    ///
+    /// # Errors
+    ///
+    /// It is gone, or another one has its path.
+    pub(crate) fn open(&self) -> Result<File, NetworkError> {
+        let (file, now) = open(&self.netns)?;
+        if now == *self { Ok(file) } else { Err(NetworkError::Replaced { path: self.netns.clone() }) }
+    }
+
     /// Whether the namespace no longer exists under its path.
     pub(super) fn is_gone(&self) -> Result<bool, NetworkError> {
         match open(&self.netns) {
@@ -114,10 +124,7 @@ impl Claim {
         undo: impl FnOnce(T) + Send + 'static,
     ) -> Result<T, NetworkError> {
         let path = self.netns.clone();
-        let (file, now) = open(&path)?;
-        if now != *self {
-            return Err(NetworkError::Replaced { path });
-        }
+        let file = self.open()?;
         let deadline = Instant::now() + limit;
         let outcome = Arc::new(Outcome::default());
         let (entered, report) = (path.clone(), outcome.clone());

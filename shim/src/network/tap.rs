@@ -196,8 +196,9 @@ mod tests {
 
     #[test]
     fn a_tap_of_another_vm_is_not_joined() {
+        type Work = fn(&mut Netlink) -> Result<(Tap, Vec<OwnedFd>), ObjectError>;
         let namespace = Namespace::new();
-        let run = |work: fn(&mut Netlink) -> Result<(Tap, Vec<OwnedFd>), ObjectError>| {
+        let run = |work: Work| {
             let claim = claim(&namespace.path()).unwrap();
             claim.run(Duration::from_secs(5), move |deadline| work(&mut Netlink::open(deadline).unwrap()))
         };

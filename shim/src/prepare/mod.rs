@@ -33,10 +33,10 @@ use crate::network::user::UserNetwork;
 use crate::network::{Claim, claim};
 use crate::prepare::host::{Host, Places};
 pub(crate) use crate::prepare::network::RequestedNetwork;
-use crate::rootfs::spec::parse::parse;
-use crate::rootfs::spec::{Context, HostNetwork, Rewritten, rewrite};
+use crate::rootfs::spec::parse::{Parsed, parse};
+use crate::rootfs::spec::{Context, HostNetwork, Rewritten, Sibling, rewrite};
 use crate::vm::BootPlan;
-use crate::vm::cgroup::Hierarchies;
+use crate::vm::cgroup::{Hierarchies, HostCgroup};
 use crate::vmm::{self, Accel, Disk, GuestParams, Vmm};
 
 /// The annotation with which the CRI plugin tells a pod's sandbox container from the others.
@@ -60,6 +60,8 @@ impl PrepareError {
 pub struct Prepared {
     /// The spec for the guest, and what the host does for the container.
     pub rewritten: Rewritten,
+    /// What the spec contains, but husk does not know, for the log.
+    pub(crate) ignored: Vec<String>,
     /// The machine, if it has to be booted for this container.
     machine: vmm::Spec,
     /// The host's network namespace that the spec names.
@@ -87,7 +89,7 @@ impl Prepared {
     /// What this container requests and the sandbox's VM lacks.
     pub(crate) fn beyond(&self, booted: &BootedWith) -> Vec<Problem> {
         let mut problems = self.extras.beyond(&booted.extras);
-        if self.network.is_none() {
+        if self.rewritten.network.of_host().is_none() {
             problems.extend(self.requested.beyond(booted.user.as_ref()));
         }
         problems
@@ -109,7 +111,7 @@ pub struct BootedWith {
 ///
 /// When the bundle cannot be read.
 pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError> {
-    let spec = read_spec(bundle)?;
+    let spec = read_spec(bundle)?.spec;
     let pod = spec.annotations().as_ref().and_then(|annotations| annotations.get(SANDBOX_ID));
     Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
 }
@@ -119,15 +121,15 @@ pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError
 pub struct Siblings<'a> {
     /// The container is the sandbox's first.
     pub first: bool,
-    /// Recognizes the PIDs of the sandbox's containers.
-    pub is_init: &'a dyn Fn(u32) -> bool,
+    /// Finds a running container of the sandbox by the PID of its holder.
+    pub find: &'a dyn Fn(u32) -> Option<Sibling>,
     /// The sandbox's VM, if it is booted.
     pub booted_with: Option<&'a BootedWith>,
 }
 
 impl Siblings<'_> {
     /// Those of the first container.
-    pub const NONE: Siblings<'static> = Siblings { first: true, is_init: &|_| false, booted_with: None };
+    pub const NONE: Siblings<'static> = Siblings { first: true, find: &|_| None, booted_with: None };
 }
 
 /// Reads and checks everything that a container needs.
@@ -148,7 +150,7 @@ fn prepare_with(
     siblings: Siblings<'_>,
 ) -> Result<Prepared, PrepareError> {
     let bundle = Path::new(&request.bundle);
-    let mut spec = read_spec(bundle)?;
+    let Parsed { mut spec, ignored } = read_spec(bundle)?;
     let mut problems = Vec::new();
     let annotations = collect(read_annotations(&spec, &config), &mut problems);
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
@@ -165,7 +167,7 @@ fn prepare_with(
         host_is_unified: Hierarchies::of_host().map_err(|error| PrepareError::one(&error))?.unified(),
         inspect: &crate::rootfs::share::inspect,
         first: siblings.first,
-        is_init: siblings.is_init,
+        sibling: siblings.find,
     };
     let rewritten = collect(rewrite(spec, &context).map_err(|problems| problems.0), &mut problems);
     let named = rewritten.as_ref().and_then(|rewritten| rewritten.network.of_host());
@@ -175,7 +177,9 @@ fn prepare_with(
         let booted = siblings.booted_with.map(|booted| booted.user.as_ref());
         let user = network::user_network(&requested, &config, rewritten, booted)?;
         match &user {
-            Some(user) if booted.is_none() => network::check_ports(user, &places.state).map(|()| Some(user.clone())),
+            Some(user) if booted.is_none() => {
+                network::check_ports(user, &places.state, sandbox).map(|()| Some(user.clone()))
+            }
             _ => Ok(user),
         }
     });
@@ -204,6 +208,7 @@ fn prepare_with(
     }
     Ok(Prepared {
         rewritten,
+        ignored,
         machine,
         network,
         user,
@@ -243,7 +248,7 @@ fn collect<T, P: ToString>(checked: Result<T, Vec<P>>, problems: &mut Vec<String
 }
 
 /// Reads a bundle's `config.json`.
-fn read_spec(bundle: &Path) -> Result<Spec, PrepareError> {
+fn read_spec(bundle: &Path) -> Result<Parsed, PrepareError> {
     let path = bundle.join("config.json");
     let bytes =
         std::fs::read(&path).map_err(|error| PrepareError(vec![format!("read {}: {error}", path.display())]))?;
@@ -321,18 +326,20 @@ pub struct Attachments {
     pub extras: Option<Disk>,
     /// The sandbox's network namespace.
     pub(crate) network: Option<Claim>,
+    /// The cgroup of the VM's processes; if none, they stay in the shim's.
+    pub(crate) cgroup: Option<HostCgroup>,
 }
 
 impl Attachments {
     /// Only the folder.
     pub fn new(share: PathBuf) -> Self {
-        Self { share, extras: None, network: None }
+        Self { share, extras: None, network: None, cgroup: None }
     }
 }
 
 /// The VMM and the plan that boot the machine of `prepared`.
 pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, BootPlan) {
-    let Attachments { share, extras, network } = attachments;
+    let Attachments { share, extras, network, cgroup } = attachments;
     let mut spec = prepared.machine.clone();
     spec.disks.extend(extras);
     // The guest has no clock of its own. It starts with the host's time, read as late as possible.
@@ -346,7 +353,7 @@ pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, Boo
         share,
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,
-        cgroup: prepared.rewritten.cgroups_path.clone(),
+        cgroup,
         network,
         spare_nics: prepared.config.spare_nics,
         tokens: prepared.config.tokens.clone(),

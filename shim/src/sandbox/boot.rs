@@ -13,7 +13,6 @@ use crate::guest::client::Metering;
 use crate::network::Claim;
 use crate::prepare;
 use crate::prepare::{Attachments, PrepareError, Prepared};
-use crate::rootfs::share::Share;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::{Booting, Sandbox, Slots, VmSlot, alive};
 use crate::state::facts::HostMilestone;
@@ -27,8 +26,7 @@ impl Sandbox {
     pub(super) async fn ensure_vm(
         self: &Arc<Self>,
         prepared: &Prepared,
-        share: &Share,
-        network: Option<&Claim>,
+        attachments: Attachments,
     ) -> Result<Arc<Vm>, SandboxError> {
         let mut booting = {
             let mut slots = self.lock();
@@ -45,7 +43,7 @@ impl Sandbox {
                 VmSlot::Up(vm) => return alive(vm),
                 VmSlot::Stopping => return Err(SandboxError::Stopping),
                 VmSlot::Booting(booting) => booting.clone(),
-                VmSlot::Empty => self.start_boot(&mut slots, prepared, share, network),
+                VmSlot::Empty => self.start_boot(&mut slots, prepared, attachments),
             }
         };
         let ended_early = || SandboxError::Internal("the boot ended without a result".to_owned());
@@ -54,19 +52,12 @@ impl Sandbox {
     }
 
     /// Starts the boot in a task of its own: it continues if the container that requested it is gone.
-    fn start_boot(
-        self: &Arc<Self>,
-        slots: &mut Slots,
-        prepared: &Prepared,
-        share: &Share,
-        network: Option<&Claim>,
-    ) -> Booting {
+    fn start_boot(self: &Arc<Self>, slots: &mut Slots, prepared: &Prepared, attachments: Attachments) -> Booting {
         slots.booted_with = prepared.booting_with();
-        slots.network = network.cloned();
+        slots.network = attachments.network.clone();
         let (done, booting) = watch::channel(None);
         slots.vm = VmSlot::Booting(booting.clone());
         let (sandbox, prepared) = (self.clone(), prepared.clone());
-        let attachments = Attachments { network: network.cloned(), ..Attachments::new(share.path().to_owned()) };
         tokio::spawn(async move {
             let booted = sandbox.boot(&prepared, attachments).await.map_err(Arc::new);
             let mut slots = sandbox.lock();

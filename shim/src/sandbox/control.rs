@@ -21,6 +21,7 @@ impl Sandbox {
     pub(crate) async fn state(&self, id: &str, exec_id: &str) -> Result<StateResponse, SandboxError> {
         let (container, process) = self.process(id, exec_id)?;
         let mut state = self.guest_state(id, &process).await?;
+        state.pid = process.pid_for(state.pid);
         // As in runc's shim, `id` is the exec's id for an exec, and `exec_id` stays empty.
         state.id = if exec_id.is_empty() { id.to_owned() } else { exec_id.to_owned() };
         state.exec_id.clear();

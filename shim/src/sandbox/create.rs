@@ -13,11 +13,12 @@ use husk_protos::chain::Chain;
 
 use crate::network::user::resolv_conf;
 use crate::prepare;
-use crate::prepare::{Prepared, Siblings};
+use crate::prepare::{Attachments, Prepared, Siblings};
 use crate::rootfs::share::Share;
 use crate::rootfs::spec::Rewritten;
 use crate::sandbox::container::Container;
 use crate::sandbox::error::SandboxError;
+use crate::sandbox::holder::{join_cgroup, watch_holder};
 use crate::sandbox::hooks;
 use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
 use crate::sandbox::start::STREAM;
@@ -29,8 +30,7 @@ use crate::vm::Vm;
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 impl Sandbox {
-    /// Creates a container, and the VM if it is the first. Returns the PID of its init process in the guest. If it
-    /// fails, everything is undone.
+    /// Creates a container, and the VM if it is the first. Returns the PID of its holder. If it fails, everything is undone.
     pub(crate) async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, SandboxError> {
         let id = request.id.clone();
         check_identifier("container id", &id)?;
@@ -76,13 +76,18 @@ impl Sandbox {
         }
         let share = self.share()?;
         let network = self.network_namespace(&prepared).await?;
-        let subject = hooks::subject(&request, &prepared);
+        let cgroup = self.host_cgroup(&prepared)?;
+        let holder = self.start_holder(&id, network.as_ref())?;
+        let subject = hooks::subject(&request, &prepared, holder.process().pid);
+        let attachments = Attachments { network, cgroup: cgroup.clone(), ..Attachments::new(share.path().to_owned()) };
+        // The hooks see the holder in its cgroup.
+        let hooked = async {
+            join_cgroup(cgroup, holder.process()).await?;
+            self.run_create_hooks(&prepared.rewritten.hooks, &subject).await
+        };
         // Mount the root filesystem while the VM boots: later mounts propagate into the share.
-        let (vm, mounted, hooked) = tokio::join!(
-            self.ensure_vm(&prepared, &share, network.as_ref()),
-            self.mount(&share, &request, &prepared),
-            self.run_create_hooks(&prepared.rewritten.hooks, &subject)
-        );
+        let (vm, mounted, hooked) =
+            tokio::join!(self.ensure_vm(&prepared, attachments), self.mount(&share, &request, &prepared), hooked);
         let vm = vm?;
         mounted?;
         hooked?;
@@ -100,29 +105,28 @@ impl Sandbox {
             ..Default::default()
         };
         let poststart = prepared.rewritten.hooks.poststart.clone();
-        let container = Container::new(request, subject, poststart, self.publisher.clone());
+        let in_vms_network = prepared.rewritten.in_vms_network();
+        let container = Container::new(request, subject, in_vms_network, poststart, self.publisher.clone());
         // Register the container before the guest creates it: its first events may arrive before the response.
-        self.lock().containers.insert(id, ContainerSlot::Ready(container));
-        self.create_in_guest(&vm, &guest_request).await
+        self.lock().containers.insert(id, ContainerSlot::Ready(container.clone()));
+        let pid = self.create_in_guest(&vm, &guest_request).await?;
+        watch_holder(&vm, &container, holder);
+        Ok(pid)
     }
 
     /// Prepares the spec for the guest.
     fn prepare(&self, request: &CreateTaskRequest) -> Result<Prepared, SandboxError> {
-        // Running init processes only: the PID of one that has exited may belong to another process by now.
-        let init_pids: Vec<u32> = self
-            .containers()
-            .iter()
-            .filter_map(|container| container.process("").filter(|init| init.exit().is_none()))
-            .map(|init| init.pid())
-            .collect();
+        let find = |pid| self.containers().iter().find(|container| container.subject.pid == pid)?.as_sibling();
         let (first, booted_with) = {
             let slots = self.lock();
             let first = slots.first.as_ref() == Some(&request.id);
             (first, matches!(slots.vm, VmSlot::Up(_)).then(|| slots.booted_with.clone()))
         };
-        let is_init = |pid| init_pids.contains(&pid);
-        let siblings = Siblings { first, is_init: &is_init, booted_with: booted_with.as_ref() };
+        let siblings = Siblings { first, find: &find, booted_with: booted_with.as_ref() };
         let prepared = prepare::prepare(request, &self.id, siblings)?;
+        for part in &prepared.ignored {
+            tracing::warn!(container = request.id, part, "ignored part of the spec");
+        }
         for note in &prepared.rewritten.notes {
             tracing::info!(container = request.id, note, "spec changed for the guest");
         }
@@ -186,9 +190,10 @@ impl Sandbox {
         };
         match created.await {
             Ok(response) => {
-                init.set_pid(response.pid);
-                tracing::info!(container = id, pid = response.pid, "container created");
-                Ok(response.pid)
+                init.set_guest_pid(response.pid);
+                let pid = init.pid();
+                tracing::info!(container = id, pid, guest_pid = response.pid, "container created");
+                Ok(pid)
             }
             Err(error) => {
                 init.discard();

@@ -28,11 +28,12 @@ impl Sandbox {
     /// Deletes an exec or a container that has exited. The last container's deletion also ends the sandbox.
     pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<DeleteResponse, SandboxError> {
         let (container, process) = self.process(id, exec_id)?;
-        let response = match self.live_vm() {
+        let mut response = match self.live_vm() {
             Ok(vm) => delete_in_guest(&vm, &container, &process).await?,
             Err(SandboxError::VmDead { .. }) => without_guest::delete(&container, &process).await?,
             Err(error) => return Err(error),
         };
+        response.pid = process.pid_for(response.pid);
         if !exec_id.is_empty() {
             // Wait for the guest's exit event: after the removal the process would be unknown and its exit lost.
             if response.pid != 0 && tokio::time::timeout(EXIT_RECORDED, process.exited()).await.is_err() {

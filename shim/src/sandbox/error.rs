@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use crate::guest::client::GuestError;
+use crate::host::child::LaunchError;
 use crate::host::hooks::HookError;
 use crate::network::NetworkError;
 use crate::prepare::PrepareError;
 use crate::rootfs::share::ShareError;
 use crate::state::StateError;
 use crate::stdio::StdioError;
+use crate::vm::cgroup::CgroupError;
 use crate::vm::{BootError, FollowError};
 
 /// Why a call failed.
@@ -64,6 +66,12 @@ pub(crate) enum SandboxError {
     /// The sandbox's network namespace.
     #[error(transparent)]
     Namespace(#[from] NetworkError),
+    /// The sandbox's cgroup on the host.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The process that represents the container on the host does not start.
+    #[error("start the holder")]
+    Holder(#[from] LaunchError),
     /// A hook on the host failed.
     #[error(transparent)]
     Hook(#[from] HookError),

@@ -13,12 +13,13 @@ use crate::state::{Owner, Step};
 use crate::vm::Vm;
 
 /// The description of a container that its hooks receive.
-pub(super) fn subject(request: &CreateTaskRequest, prepared: &Prepared) -> Subject {
+pub(super) fn subject(request: &CreateTaskRequest, prepared: &Prepared, holder: u32) -> Subject {
     let annotations = prepared.rewritten.spec.annotations().clone().unwrap_or_default();
     Subject {
         id: request.id.clone(),
         bundle: request.bundle.clone().into(),
         annotations: annotations.into_iter().collect(),
+        pid: holder,
     }
 }
 

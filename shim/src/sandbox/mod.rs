@@ -7,6 +7,7 @@ mod create;
 mod end;
 mod error;
 mod events;
+mod holder;
 mod hooks;
 mod network;
 mod registry;

@@ -19,6 +19,7 @@ use crate::sandbox::container::process::Process;
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
+use crate::vm::cgroup::HostCgroup;
 use crate::vm::{BootError, Vm};
 
 /// How long to wait for containerd's Shutdown after everything has been cleaned up.
@@ -54,6 +55,8 @@ pub(super) struct Slots {
     pub(super) network: Option<Claim>,
     /// The network namespace that the shim has created.
     pub(super) private_network: Option<PrivateNamespace>,
+    /// The cgroup of the sandbox's processes on the host.
+    pub(super) cgroup: Option<HostCgroup>,
     /// The container that uses the VM's network namespace if its spec asks for a new one.
     pub(super) first: Option<String>,
     pub(super) share: Option<Share>,
@@ -88,6 +91,7 @@ impl Sandbox {
                 booted_with: BootedWith::default(),
                 network: None,
                 private_network: None,
+                cgroup: None,
                 first: None,
                 share: None,
                 containers: HashMap::new(),
@@ -114,7 +118,7 @@ impl Sandbox {
         }
     }
 
-    /// The PID of a container's init process in the guest.
+    /// The PID of a container's holder; 0 while the container is being created.
     pub(crate) fn pid(&self, id: &str) -> Result<u32, SandboxError> {
         Ok(self.process(id, "")?.1.pid())
     }

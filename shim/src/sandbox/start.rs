@@ -6,6 +6,7 @@ use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest
 use husk_protos::chain::Chain;
 use protobuf::well_known_types::timestamp::Timestamp;
 
+use crate::rootfs::spec::parse::parse_exec;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::{Exit, Process};
 use crate::sandbox::error::SandboxError;
@@ -18,7 +19,7 @@ use crate::vm::Vm;
 pub(super) const STREAM: &str = "stream";
 
 impl Sandbox {
-    /// Starts a container's init process or an exec, and returns its PID in the guest.
+    /// Starts a container's init process or an exec, and returns the PID of the container's holder.
     pub(crate) async fn start(&self, id: &str, exec_id: &str) -> Result<u32, SandboxError> {
         let init = self.process(id, "")?.1;
         if !exec_id.is_empty() && init.exit().is_some() {
@@ -42,11 +43,11 @@ impl Sandbox {
         let request = StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
         match vm.guest.task.start(vm.guest.context(), &request).await {
             Ok(response) => {
-                process.set_pid(response.pid);
+                process.set_guest_pid(response.pid);
                 if exec_id.is_empty() {
                     self.run_poststart_hooks(&vm, &container).await?;
                 }
-                Ok(response.pid)
+                Ok(process.pid())
             }
             Err(error) => {
                 if attaches {
@@ -69,10 +70,11 @@ impl Sandbox {
         let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let container = self.container(&request.id)?;
         let vm = self.live_vm()?;
-        if !container.add(Arc::new(Process::new(&request.exec_id, stdio))) {
+        if !container.add(Arc::new(Process::new(&request.exec_id, stdio, container.subject.pid))) {
             return Err(SandboxError::AlreadyExists { what: "process", id: request.exec_id });
         }
-        let guest_request = ExecProcessRequest { stdin, stdout, stderr, ..request.clone() };
+        let mut guest_request = ExecProcessRequest { stdin, stdout, stderr, ..request.clone() };
+        leave_out_unknown(&mut guest_request);
         if let Err(error) = vm.guest.task.exec(vm.guest.context(), &guest_request).await {
             if let Some(process) = container.remove(&request.exec_id) {
                 process.discard();
@@ -80,6 +82,18 @@ impl Sandbox {
             return Err(error.into());
         }
         Ok(())
+    }
+}
+
+/// Leaves out the capabilities that the guest does not know. The guest ignores unknown fields, and reports a process
+/// that is not valid.
+fn leave_out_unknown(request: &mut ExecProcessRequest) {
+    let Some(spec) = request.spec.as_mut() else { return };
+    if let Ok(Some((process, ignored))) = parse_exec(&spec.value) {
+        for part in ignored {
+            tracing::warn!(container = request.id, exec = request.exec_id, part, "ignored part of the process");
+        }
+        spec.value = process;
     }
 }
 

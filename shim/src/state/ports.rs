@@ -74,7 +74,7 @@ impl PortLeases {
             return Ok(());
         }
         let locked = self.dir.lock()?;
-        let taken = self.taken(ports)?;
+        let taken = self.taken(ports, &holder.sandbox)?;
         if !taken.is_empty() {
             return Err(PortError::Taken(taken));
         }
@@ -85,11 +85,11 @@ impl PortLeases {
         Ok(())
     }
 
-    /// Those of the ports that cannot be leased now, and why. Changes nothing.
+    /// Those of the ports that `sandbox`, served by this process, cannot lease now, and why. Changes nothing.
     ///
     /// # Errors
     /// A failed file operation.
-    pub(crate) fn taken(&self, ports: &[HostPort]) -> Result<Vec<TakenPort>, LeaseError> {
+    pub(crate) fn taken(&self, ports: &[HostPort], sandbox: &str) -> Result<Vec<TakenPort>, LeaseError> {
         if ports.is_empty() {
             return Ok(Vec::new());
         }
@@ -97,7 +97,7 @@ impl PortLeases {
         let leased: Vec<HostPort> = names.iter().filter_map(|name| HostPort::from_file_name(name)).collect();
         let mut taken = Vec::new();
         for port in ports {
-            match self.leased_by(port, &leased)? {
+            match self.leased_by(port, &leased, sandbox)? {
                 Some(leased) => taken.push(leased),
                 None => taken.extend(port.check().err().map(TakenPort::from)),
             }
@@ -105,9 +105,13 @@ impl PortLeases {
         Ok(taken)
     }
 
-    fn leased_by(&self, port: &HostPort, leased: &[HostPort]) -> Result<Option<TakenPort>, LeaseError> {
+    /// The other sandbox that has leased the port. A failed boot leaves its own lease to the sandbox's next boot.
+    fn leased_by(&self, port: &HostPort, leased: &[HostPort], own: &str) -> Result<Option<TakenPort>, LeaseError> {
         for other in leased.iter().filter(|other| other.overlaps(port)) {
-            if let Some(Holder { namespace, sandbox, .. }) = self.dir.living_holder(&other.file_name())? {
+            let Some(Holder { namespace, sandbox, shim }) = self.dir.living_holder(&other.file_name())? else {
+                continue;
+            };
+            if shim.pid != std::process::id() || sandbox != own {
                 return Ok(Some(TakenPort::Leased { port: *port, leased: *other, namespace, sandbox }));
             }
         }
@@ -151,7 +155,7 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let leases = PortLeases::under(base.path());
         let (first, second) = (free(), free());
-        assert!(leases.taken(&[first]).unwrap().is_empty());
+        assert!(leases.taken(&[first], "db").unwrap().is_empty());
         assert!(!base.path().join(DIR).exists(), "a check changed something");
         leases.lease(&[first], &own("web"), || Ok(())).unwrap();
         let all = HostPort { address: Ipv4Addr::UNSPECIFIED, ..first };
@@ -161,7 +165,9 @@ mod tests {
             let expected = format!("the host's port {port} is in use by sandbox web in namespace ns (as {first})");
             assert_eq!(error, expected);
         }
-        assert!(leases.taken(&[second]).unwrap().is_empty());
+        assert!(leases.taken(&[second], "db").unwrap().is_empty());
+        // The sandbox itself may boot again.
+        leases.lease(&[first], &own("web"), || Ok(())).unwrap();
         leases.release(&[first, second], own("web").shim).unwrap();
         leases.lease(&[all], &own("db"), || Ok(())).unwrap();
     }
@@ -184,12 +190,12 @@ mod tests {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let dead = ProcessId::of(child.id()).unwrap().unwrap();
         leases.lease(&[port], &holder("old", dead), || Ok(())).unwrap();
-        assert_eq!(leases.taken(&[port]).unwrap().len(), 1);
+        assert_eq!(leases.taken(&[port], "other").unwrap().len(), 1);
         child.kill().unwrap();
         child.wait().unwrap();
         leases.lease(&[port], &own("new"), || Ok(())).unwrap();
         leases.release(&[port], dead).unwrap();
-        assert_eq!(leases.taken(&[port]).unwrap().len(), 1, "the new holder's lease was removed");
+        assert_eq!(leases.taken(&[port], "other").unwrap().len(), 1, "the new holder's lease was removed");
     }
 
     #[test]
@@ -203,6 +209,6 @@ mod tests {
         assert_eq!(step.to_string(), format!("release the host's port {}", ports[0]));
         drop(state);
         State::load(base.path(), "ns", "s1").unwrap().undo_all(Duration::from_secs(1)).unwrap();
-        assert!(leases.taken(&ports).unwrap().is_empty());
+        assert!(leases.taken(&ports, "other").unwrap().is_empty());
     }
 }

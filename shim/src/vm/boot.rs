@@ -2,11 +2,10 @@
 //! journal records.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -15,7 +14,7 @@ use husk_protos::extras::SUPERVISOR_GRACE;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use super::cgroup::Hierarchies;
+use super::cgroup::{self, HostCgroup};
 use super::death::watch_death;
 use super::error::{BootError, io};
 use super::hello::Processes;
@@ -26,6 +25,7 @@ use super::running::Vm;
 use super::virtiofsd;
 use crate::console::{Attached, GuestLogs};
 use crate::guest::client::Guest;
+use crate::guest::clock;
 use crate::guest::link::{self, Link, NewLink, Ready};
 use crate::guest::report::{self, GuestHealth, ReportSinks};
 use crate::host::child::Child;
@@ -62,7 +62,7 @@ impl Vm {
         metadata::provide(&link, identity, &plan.tokens, plan.workspace.as_ref(), journal.dir())?;
         let mut network = network::connect(vmm, plan, journal).await?;
         let (console, console_end) = attach_console(logs)?;
-        let cgroups = open_cgroups(plan, journal)?;
+        let cgroups = open_cgroups(plan)?;
         let (share_listener, share) = virtiofsd::socket(journal.dir())?;
         let log = journal.dir().join(format!("{}.log", vmm.id()));
         let nics = std::mem::take(&mut network.nics);
@@ -99,6 +99,7 @@ impl Vm {
         reached.reached(HostMilestone::GuestConnected);
         let (death, dead) = watch::channel(None);
         let network = network.follow(&guest, dead.clone()).await?;
+        clock::set(&guest).await?;
 
         kill_machine.succeeded();
         kill_share.succeeded();
@@ -126,7 +127,16 @@ impl Vm {
             dead,
         });
         tokio::spawn(watch_death(machine, share, console, lost, failed, death));
+        tokio::spawn(keep_clock(vm.guest.clone(), vm.health.clone(), vm.dead.clone()));
         Ok(vm)
+    }
+}
+
+/// Keeps the guest's clock correct until the VM is dead.
+async fn keep_clock(guest: Arc<Guest>, health: Arc<GuestHealth>, mut dead: watch::Receiver<Option<String>>) {
+    tokio::select! {
+        _ = dead.wait_for(Option::is_some) => {}
+        () = clock::keep(&guest, health.clock(), health.snapshot().interval) => {}
     }
 }
 
@@ -160,13 +170,10 @@ fn open_log(path: &Path) -> Result<File, BootError> {
     opened.map_err(io(format!("open {}", path.display())))
 }
 
-/// Creates the VM's cgroup, if there is to be one, and opens the files through which processes join it.
-fn open_cgroups(plan: &BootPlan, journal: &Journal) -> Result<Vec<File>, BootError> {
-    let Some(path) = &plan.cgroup else { return Ok(Vec::new()) };
-    let cgroup = Hierarchies::of_host()?.create(&mut |steps| journal.record(&Owner::Sandbox, steps), path)?;
-    let open = |path: &PathBuf| OpenOptions::new().write(true).open(path);
-    let opened = cgroup.procs_files().iter().map(open).collect::<std::io::Result<_>>();
-    opened.map_err(io("open cgroup.procs of the VM's cgroup"))
+/// Opens the files through which processes join the VM's cgroup, if there is one.
+fn open_cgroups(plan: &BootPlan) -> Result<Vec<File>, BootError> {
+    let opened = plan.cgroup.as_ref().map(HostCgroup::open).transpose();
+    Ok(opened.map_err(io("open cgroup.procs of the VM's cgroup"))?.unwrap_or_default())
 }
 
 async fn start_machine(
@@ -229,14 +236,8 @@ fn start_share(
 
 /// Moves the machine's process to the VM's cgroup.
 fn join_cgroups(vmm: &dyn Vmm, machine: ProcessId, cgroups: Vec<File>) -> Result<(), BootError> {
-    for mut procs in cgroups {
-        match procs.write_all(machine.pid.to_string().as_bytes()) {
-            // The process has exited. The wait for the hello reports why.
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
-            moved => moved.map_err(io(format!("move {} to the VM's cgroup", vmm.name())))?,
-        }
-    }
-    Ok(())
+    // If the process has exited, the wait for the hello reports why.
+    cgroup::join(&cgroups, machine).map_err(io(format!("move {} to the VM's cgroup", vmm.name())))
 }
 
 /// Records virtiofsd's children. virtiofsd serves from a child that is the first process of its own PID namespace and

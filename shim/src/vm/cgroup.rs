@@ -15,14 +15,15 @@
 //! - It depends on `zbus`, a D-Bus client that brings some forty crates.
 
 use std::ffi::{CStr, CString};
-use std::fs;
-use std::io;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use procfs::process::MountInfo;
 
+use crate::host::process::ProcessId;
 use crate::state::{Recorder, StateError, Step};
 
 /// Attempts to create a cgroup. One fails if another shim removes an empty parent at the same time.
@@ -66,10 +67,33 @@ pub(crate) struct HostCgroup {
 }
 
 impl HostCgroup {
-    /// The `cgroup.procs` files. A process joins by writing its PID, or 0 for itself, to each.
+    /// Opens the `cgroup.procs` files. A process joins by writing its PID, or 0 for itself, to each.
+    ///
+    /// # Errors
+    /// A file cannot be opened.
+    pub(crate) fn open(&self) -> io::Result<Vec<File>> {
+        self.procs.iter().map(|path| OpenOptions::new().write(true).open(path)).collect()
+    }
+
+    #[cfg(test)]
     pub(crate) fn procs_files(&self) -> &[PathBuf] {
         &self.procs
     }
+}
+
+/// Moves a process to a cgroup, through the files of [`HostCgroup::open`]. Does nothing if the process has exited. Blocks:
+/// the kernel waits for a grace period, some milliseconds.
+///
+/// # Errors
+/// A file cannot be written.
+pub(crate) fn join(cgroups: &[File], process: ProcessId) -> io::Result<()> {
+    for mut procs in cgroups {
+        match procs.write_all(process.pid.to_string().as_bytes()) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            moved => moved?,
+        }
+    }
+    Ok(())
 }
 
 /// Converts the spec's `linux.cgroupsPath` to a path below the hierarchies. It is that path, or `slice:prefix:name` for

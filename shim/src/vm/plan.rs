@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::cgroup::HostCgroup;
 use crate::config::settings::TokenSettings;
 use crate::config::workspace::Workspace;
 use crate::guest::link::Carrier;
@@ -24,8 +25,8 @@ pub struct BootPlan {
     pub boot_timeout: Duration,
     /// For one call to the guest.
     pub call_timeout: Duration,
-    /// The cgroup of the VM's processes, in the notation of the OCI runtime spec; if none, they stay in the shim's.
-    pub cgroup: Option<String>,
+    /// The cgroup of the VM's processes; if none, they stay in the shim's.
+    pub(crate) cgroup: Option<HostCgroup>,
     /// The host's network namespace that the VM is connected to.
     pub(crate) network: Option<Claim>,
     /// NICs for links that appear in the namespace after the boot.

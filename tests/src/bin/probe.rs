@@ -3,11 +3,16 @@
 //! `probe socket FAMILY` opens a stream socket of an address family (a number of linux/socket.h).
 //! `probe ask CID PORT HEX` sends these bytes to a vsock port, shuts down sending, and prints what the peer sends until
 //! it closes the connection, in hexadecimal.
+//! `probe echo ADDRESS` listens on a TCP address and returns what each client sends, one client at a time.
+//! `probe ping ADDRESS COUNT` sends a byte to such a server and waits for its return, and prints how long each took, in
+//! microseconds.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
@@ -15,7 +20,9 @@ fn main() -> ExitCode {
     let response = match request.as_slice() {
         ["socket", family] => family.parse().map_err(io::Error::other).and_then(socket).map(|_| "granted".to_owned()),
         ["ask", cid, port, bytes] => ask(cid, port, bytes),
-        _ => Err(io::Error::other("usage: probe socket FAMILY | ask CID PORT HEX")),
+        ["echo", address] => echo(address),
+        ["ping", address, count] => ping(address, count),
+        _ => Err(io::Error::other("usage: probe socket FAMILY | ask CID PORT HEX | echo ADDRESS | ping ADDRESS COUNT")),
     };
     let (line, code) = match response {
         Ok(response) => (response, ExitCode::SUCCESS),
@@ -56,4 +63,30 @@ fn ask(cid: &str, port: &str, bytes: &str) -> io::Result<String> {
     let mut response = Vec::new();
     stream.read_to_end(&mut response)?;
     Ok(response.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn echo(address: &str) -> io::Result<String> {
+    let listener = TcpListener::bind(address)?;
+    writeln!(io::stdout(), "listening")?;
+    loop {
+        let (mut client, _) = listener.accept()?;
+        client.set_nodelay(true)?;
+        let mut byte = [0];
+        // A client that breaks off is not the server's failure.
+        while client.read(&mut byte).is_ok_and(|read| read > 0) && client.write_all(&byte).is_ok() {}
+    }
+}
+
+fn ping(address: &str, count: &str) -> io::Result<String> {
+    let count: usize = count.parse().map_err(io::Error::other)?;
+    let mut server = TcpStream::connect(address)?;
+    server.set_nodelay(true)?;
+    server.set_read_timeout(Some(Duration::from_secs(30)))?;
+    let mut once = || {
+        let started = Instant::now();
+        server.write_all(&[1])?;
+        server.read_exact(&mut [0])?;
+        Ok(started.elapsed().as_micros().to_string())
+    };
+    Ok((0..count).map(|_| once()).collect::<io::Result<Vec<_>>>()?.join("\n"))
 }

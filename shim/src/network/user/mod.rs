@@ -22,22 +22,18 @@ use netlink_packet_route::route::{RouteProtocol, RouteScope, RouteType};
 
 pub use bind::BindError;
 pub use port::{HostPort, PortMapping, Protocol};
-pub(crate) use resolv::resolv_conf;
+pub(crate) use resolv::{DNS, DNS6, resolv_conf};
 
 /// The guest's address. Its prefix has [`PREFIX`] bits.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 /// The gateway, which is also the host: the VMM connects to the host's loopback instead.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
-/// The VMM's relay to the host's resolver.
-pub const DNS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 /// Length of the IPv4 prefix, bits.
 pub const PREFIX: u32 = 24;
 /// As [`GUEST`], for IPv6. Its prefix has [`PREFIX6`] bits.
 pub const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 0x15);
 /// As [`GATEWAY`], for IPv6.
 pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 2);
-/// As [`DNS`], for IPv6.
-pub const DNS6: Ipv6Addr = Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 3);
 /// Length of the IPv6 prefix, bits.
 pub const PREFIX6: u32 = 64;
 /// The guest's link-local address, with which its kernel looks for neighbours.

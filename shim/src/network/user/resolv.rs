@@ -3,11 +3,13 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-use super::{DNS, DNS6};
-
+/// The VMM's relay to the host's resolver.
+pub(crate) const DNS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+/// As [`DNS`], for IPv6.
+pub(crate) const DNS6: Ipv6Addr = Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 3);
 /// The host's file. The VMM reads it too, to find the resolver.
 const HOST: &str = "/etc/resolv.conf";
 /// Longest file that is read, bytes. resolv.conf(5) has a few lines.

@@ -22,6 +22,15 @@ pub(crate) struct HostFile {
     pub(crate) kind: FileKind,
 }
 
+/// A running container of the same sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sibling {
+    /// PID of its init in the guest.
+    pub(crate) guest_pid: u32,
+    /// Whether it uses the VM's network namespace, and not one of its own in the guest.
+    pub(crate) in_vms_network: bool,
+}
+
 /// What the rewriting needs to know besides the spec.
 pub(crate) struct Context<'a> {
     /// The container's ID, already validated.
@@ -34,6 +43,6 @@ pub(crate) struct Context<'a> {
     pub(crate) inspect: &'a dyn Fn(&Path) -> io::Result<HostFile>,
     /// Whether this is the sandbox's first container, for which the VM is booted.
     pub(crate) first: bool,
-    /// Whether a PID of the guest is the init of one of the sandbox's containers.
-    pub(crate) is_init: &'a dyn Fn(u32) -> bool,
+    /// Finds a running container of the sandbox by the PID of its holder.
+    pub(crate) sibling: &'a dyn Fn(u32) -> Option<Sibling>,
 }

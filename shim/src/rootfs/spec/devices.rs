@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType};
+use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::findings::Findings;
 
@@ -27,34 +27,57 @@ pub(super) fn guest_path(major: i64, minor: i64) -> Option<&'static Path> {
     GUEST_DEVICES.iter().find(|(a, b, _)| (*a, *b) == (major, minor)).map(|(_, _, path)| Path::new(*path))
 }
 
-/// Removes the host's devices from a privileged container, and rejects them in other containers.
+/// How many of the host's devices a message names.
+const NAMED_MAX: usize = 5;
+
+/// Removes the host's devices from a privileged container, and rejects them in other containers. Of devices with one
+/// path, keeps the last: clients list all devices of a privileged container, and again those that the user names.
 pub(super) fn rewrite_devices(linux: &mut Linux, findings: &mut Findings) {
-    let privileged = is_privileged(linux);
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
+    let privileged = allow_everything(rules.unwrap_or_default());
     let Some(devices) = linux.devices_mut().take() else { return };
-    let (kept, others): (Vec<_>, Vec<_>) = devices.into_iter().enumerate().partition(|(_, d)| is_in_guest(d));
+    let (kept, others): (Vec<_>, Vec<_>) = devices.into_iter().partition(is_in_guest);
     if privileged && !others.is_empty() {
         findings.note(format!("linux.devices: removed {} host devices, which the VM does not have", others.len()));
-    } else {
-        for (index, device) in &others {
-            let why = format!(
-                "device {} {}:{} of the host cannot be used in a VM",
-                device.typ().as_str(),
-                device.major(),
-                device.minor()
-            );
-            findings.reject_path(format!("linux.devices[{index}].path"), device.path(), why);
+    } else if !others.is_empty() {
+        findings.reject(
+            "linux.devices",
+            None,
+            format!("devices of the host cannot be used in a VM: {}", list(&others)),
+        );
+    }
+    let mut unique: Vec<LinuxDevice> = Vec::new();
+    for device in kept {
+        match unique.iter_mut().find(|other| other.path() == device.path()) {
+            Some(other) => *other = device,
+            None => unique.push(device),
         }
     }
-    linux.set_devices(Some(kept.into_iter().map(|(_, device)| device).collect()));
+    linux.set_devices(Some(unique));
 }
 
-/// Whether the device rules allow every device. Clients then list all devices of the host in the spec.
-fn is_privileged(linux: &Linux) -> bool {
-    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_ref());
-    rules.and_then(|rules| rules.last()).is_some_and(|rule| {
+/// Names the first devices, and counts the others.
+fn list(devices: &[LinuxDevice]) -> String {
+    let name = |device: &LinuxDevice| {
+        format!("{} ({} {}:{})", device.path().display(), device.typ().as_str(), device.major(), device.minor())
+    };
+    let named = devices.iter().take(NAMED_MAX).map(name).collect::<Vec<_>>().join(", ");
+    match devices.len().saturating_sub(NAMED_MAX) {
+        0 => named,
+        more => format!("{named} and {more} more"),
+    }
+}
+
+/// Whether the rules allow every device, apart from rules for single devices. Clients then list all devices of the host
+/// in the spec. The last rule that covers every device decides, as on cgroup v1.
+fn allow_everything(rules: &[LinuxDeviceCgroup]) -> bool {
+    let covers_all = |rule: &&LinuxDeviceCgroup| {
         let any_type = matches!(rule.typ(), None | Some(LinuxDeviceType::A));
-        rule.allow() && any_type && rule.major().is_none_or(|n| n < 0) && rule.minor().is_none_or(|n| n < 0)
-    })
+        let any_access =
+            rule.access().as_deref().is_none_or(|access| ['r', 'w', 'm'].iter().all(|&kind| access.contains(kind)));
+        any_type && any_access && rule.major().is_none_or(|n| n < 0) && rule.minor().is_none_or(|n| n < 0)
+    };
+    rules.iter().rfind(covers_all).is_some_and(|rule| rule.allow())
 }
 
 /// Whether the guest has the device. A fifo is created in the container, so it is never the host's.

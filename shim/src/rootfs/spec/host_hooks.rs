@@ -6,7 +6,7 @@ use super::findings::Findings;
 use crate::host::hooks::{Hook, Hooks};
 
 /// containerd's hook program (`containerd oci-hook`, which `ctr run --gpus` uses) replaces these by the container's PID
-/// and root folder.
+/// and root folder. The programs that it runs enter the mount namespace of that PID, which is the host's.
 const CONTAINER_PLACEHOLDERS: [&str; 2] = ["{{pid}}", "{{rootfs}}"];
 /// The annotation with which nerdctl lists, as JSON, the networks that its hooks attach a container to.
 const NERDCTL_NETWORKS: &str = "nerdctl/networks";

@@ -4,28 +4,33 @@
 //! Fields that a guest cannot honour are rejected, all of them at once. Fields that only protect a host are removed,
 //! with a note for the log.
 //!
-//! | file            | content                                                      |
-//! |-----------------|--------------------------------------------------------------|
-//! | `parse.rs`      | reads `config.json` and rejects unknown fields               |
-//! | `rewrite.rs`    | rewrites the spec, field by field                            |
-//! | `mounts.rs`     | mounts: bind mounts move to the share                        |
-//! | `devices.rs`    | devices: those that every guest has                          |
-//! | `namespaces.rs` | which namespaces can be joined by path                       |
-//! | `host_hooks.rs` | which hooks the host runs                                    |
-//! | `limits.rs`     | the limits that size a VM                                    |
-//! | `context.rs`    | what the rewriting needs to know                             |
-//! | `findings.rs`   | problems and notes                                           |
+//! | file               | content                                            |
+//! |--------------------|----------------------------------------------------|
+//! | `parse.rs`         | reads `config.json` and leaves out what is unknown |
+//! | `rewrite.rs`       | rewrites the spec, field by field                  |
+//! | `mounts.rs`        | mounts: bind mounts move to the share              |
+//! | `mount_options.rs` | what becomes of each option of a mount             |
+//! | `devices.rs`       | devices: those that every guest has                |
+//! | `namespaces.rs`    | which namespaces can be joined by path             |
+//! | `host_hooks.rs`    | which hooks the host runs                          |
+//! | `limits.rs`        | the limits that size a VM                          |
+//! | `size.rs`          | the size of the spec itself                        |
+//! | `context.rs`       | what the rewriting needs to know                   |
+//! | `findings.rs`      | problems and notes                                 |
 
 mod context;
 mod devices;
 mod findings;
 mod host_hooks;
 mod limits;
+mod mount_options;
 mod mounts;
 mod namespaces;
 pub(crate) mod parse;
 mod rewrite;
+mod size;
 
+pub use context::Sibling;
 pub(crate) use context::{Context, FileKind, HostFile};
 pub(crate) use limits::SpecLimits;
 pub(crate) use mounts::Bind;

@@ -9,6 +9,7 @@ use oci_spec::runtime::Mount;
 use super::context::{Context, FileKind, HostFile};
 use super::devices::guest_path;
 use super::findings::Findings;
+use super::mount_options::rewrite_options;
 
 /// Filesystems that the guest's kernel can mount without the host.
 const KERNEL_FILESYSTEMS: [&str; 15] = [
@@ -60,7 +61,9 @@ pub(super) fn guest_bind(id: &str, index: usize) -> PathBuf {
 pub(super) fn rewrite_mounts(mounts: &mut [Mount], context: &Context<'_>, findings: &mut Findings) -> Vec<Bind> {
     let mut binds = Vec::new();
     for (index, mount) in mounts.iter_mut().enumerate() {
-        if is_bind(mount) {
+        let bind = is_bind(mount);
+        rewrite_options(index, mount, bind, findings);
+        if bind {
             binds.extend(rewrite_bind(index, mount, context, findings));
         } else {
             check_filesystem(index, mount, findings);
@@ -75,10 +78,16 @@ fn is_bind(mount: &Mount) -> bool {
         || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
 }
 
-fn check_filesystem(index: usize, mount: &Mount, findings: &mut Findings) {
+fn check_filesystem(index: usize, mount: &mut Mount, findings: &mut Findings) {
     let field = format!("mounts[{index}].type");
     match mount.typ().as_deref() {
-        Some(kind) if KERNEL_FILESYSTEMS.contains(&kind) => {}
+        Some(kind) if KERNEL_FILESYSTEMS.contains(&kind) => {
+            // Such a mount needs no source, but libcontainer does, and mountinfo shows it.
+            if mount.source().as_ref().is_none_or(|source| source.as_os_str().is_empty()) {
+                let source = Some(PathBuf::from(kind));
+                mount.set_source(source);
+            }
+        }
         Some(kind) => {
             let known = KERNEL_FILESYSTEMS.join(", ");
             findings.reject(field, Some(kind), format!("in a VM, a mount must be a bind mount or one of {known}"));

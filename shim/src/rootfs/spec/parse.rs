@@ -1,27 +1,64 @@
-//! Reads a bundle's `config.json`. A field that this version of the spec's types does not know would be ignored
-//! silently, so it is reported as a problem.
+//! Reads a bundle's `config.json`. As the runtime spec demands, unknown fields and capabilities cause no error: they are
+//! left out, and named for the log.
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Capability, Spec};
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::findings::{SpecProblem, SpecProblems};
 
+/// A spec, and what was left out of it.
+#[derive(Debug)]
+pub(crate) struct Parsed {
+    pub(crate) spec: Spec,
+    pub(crate) ignored: Vec<String>,
+}
+
 /// Reads a spec.
 ///
 /// # Errors
-/// When the text is not a spec, or has non-empty fields that husk does not know.
-pub(crate) fn parse(json: &[u8]) -> Result<Spec, SpecProblems> {
+/// When the text is not a spec.
+pub(crate) fn parse(json: &[u8]) -> Result<Parsed, SpecProblems> {
     let not_a_spec = |e: serde_json::Error| {
         SpecProblems(vec![SpecProblem { field: "spec".into(), value: None, why: e.to_string() }])
     };
     // Must be an object: serde would also accept a list of the fields in their order.
-    let given = Value::Object(serde_json::from_slice(json).map_err(not_a_spec)?);
-    // Parsed from the bytes again, because only then does an error contain the position.
-    let spec: Spec = serde_json::from_slice(json).map_err(not_a_spec)?;
+    let mut given = Value::Object(serde_json::from_slice(json).map_err(not_a_spec)?);
+    let mut ignored = given.get_mut("process").map(remove_unknown_capabilities).unwrap_or_default();
+    // If nothing was removed, from the bytes again: only then does an error contain the position.
+    let spec: Spec = if ignored.is_empty() { serde_json::from_slice(json) } else { Spec::deserialize(&given) }
+        .map_err(not_a_spec)?;
     let understood = serde_json::to_value(&spec).map_err(not_a_spec)?;
-    let mut problems = Vec::new();
-    compare("", &given, &understood, &mut problems);
-    if problems.is_empty() { Ok(spec) } else { Err(SpecProblems(problems)) }
+    compare("", &given, &understood, &mut ignored);
+    Ok(Parsed { spec, ignored })
+}
+
+/// Reads the process of an exec. Returns its JSON without unknown capabilities if it has any, and their names.
+///
+/// # Errors
+/// When the text is not JSON.
+pub(crate) fn parse_exec(json: &[u8]) -> serde_json::Result<Option<(Vec<u8>, Vec<String>)>> {
+    let mut process: Value = serde_json::from_slice(json)?;
+    let ignored = remove_unknown_capabilities(&mut process);
+    if ignored.is_empty() { Ok(None) } else { Ok(Some((serde_json::to_vec(&process)?, ignored))) }
+}
+
+/// Removes the capabilities that husk's guest does not have, such as those of a newer kernel. Returns their names.
+fn remove_unknown_capabilities(process: &mut Value) -> Vec<String> {
+    let mut removed = Vec::new();
+    let sets = process.get_mut("capabilities").and_then(Value::as_object_mut);
+    for (set, names) in sets.into_iter().flatten() {
+        let Value::Array(names) = names else { continue };
+        names.retain(|name| {
+            // Anything but a name is an error.
+            let unknown = name.is_string() && Capability::deserialize(name).is_err();
+            if unknown {
+                removed.push(format!("process.capabilities.{set}: unknown capability {name}"));
+            }
+            !unknown
+        });
+    }
+    removed
 }
 
 fn is_empty(value: &Value) -> bool {
@@ -35,24 +72,22 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-fn compare(path: &str, given: &Value, understood: &Value, problems: &mut Vec<SpecProblem>) {
+/// Collects the fields that are given, but not understood.
+fn compare(path: &str, given: &Value, understood: &Value, unknown: &mut Vec<String>) {
     match (given, understood) {
         (Value::Object(given), Value::Object(understood)) => {
             for (name, value) in given.iter().filter(|(_, value)| !is_empty(value)) {
                 let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
                 match understood.get(name) {
-                    Some(understood) => compare(&path, value, understood, problems),
-                    None => {
-                        let why = "unknown field, which this version of husk cannot apply".into();
-                        problems.push(SpecProblem { field: path, value: None, why });
-                    }
+                    Some(understood) => compare(&path, value, understood, unknown),
+                    None => unknown.push(format!("{path}: unknown field")),
                 }
             }
         }
         // Sets of names may change their order, but their items have no fields that could be lost.
         (Value::Array(given), Value::Array(understood)) => {
             for (index, (given, understood)) in given.iter().zip(understood).enumerate() {
-                compare(&format!("{path}[{index}]"), given, understood, problems);
+                compare(&format!("{path}[{index}]"), given, understood, unknown);
             }
         }
         _ => {}
@@ -61,34 +96,56 @@ fn compare(path: &str, given: &Value, understood: &Value, problems: &mut Vec<Spe
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
     fn every_field_that_ctr_writes_is_known() {
         for json in [include_str!("../testdata/ctr-1.6.json"), include_str!("../testdata/ctr-1.6-privileged.json")] {
-            parse(json.as_bytes()).unwrap();
+            assert_eq!(parse(json.as_bytes()).unwrap().ignored, Vec::<String>::new());
         }
     }
 
     #[test]
-    fn unknown_fields_are_reported_unless_they_are_empty() {
+    fn unknown_fields_are_named_unless_they_are_empty() {
         let table = [
             (r#"{"ociVersion":"1.0.2","quirks":{"a":[0,false,""]},"hostname":""}"#, ""),
-            (r#"{"ociVersion":"1.0.2","quirks":{"a":1}}"#, "quirks"),
+            (r#"{"ociVersion":"1.0.2","quirks":{"a":1}}"#, "quirks: unknown field"),
             (
                 r#"{"ociVersion":"1.0.2","mounts":[{"destination":"/a"},{"destination":"/b","speed":9}],"linux":{"x":"y"}}"#,
-                "linux.x mounts[1].speed",
+                "linux.x: unknown field, mounts[1].speed: unknown field",
             ),
         ];
         for (json, expected) in table {
-            let fields = parse(json.as_bytes()).err().map_or(Vec::new(), |SpecProblems(list)| {
-                list.into_iter().map(|problem| problem.field).collect::<Vec<_>>()
-            });
-            assert_eq!(fields.join(" "), expected, "{json}");
+            assert_eq!(parse(json.as_bytes()).unwrap().ignored.join(", "), expected, "{json}");
         }
         for broken in ["", "{", "[]", r#"{"mounts":7}"#] {
             let error = parse(broken.as_bytes()).unwrap_err().to_string();
             assert!(error.starts_with("config.json: spec: "), "{error}");
         }
+    }
+
+    #[test]
+    fn unknown_capabilities_are_left_out_and_named() {
+        let process = json!({
+            "user": {"uid": 0, "gid": 0}, "cwd": "/",
+            "capabilities": {"bounding": ["CAP_KILL", "CAP_FUTURE"], "effective": ["CAP_KILL"], "ambient": ["CAP_LATER"]}
+        });
+        let parsed = parse(&serde_json::to_vec(&json!({"ociVersion": "1.2.0", "process": process})).unwrap()).unwrap();
+        let capabilities = serde_json::to_value(parsed.spec.process().as_ref().unwrap().capabilities()).unwrap();
+        assert_eq!((&capabilities["bounding"], &capabilities["ambient"]), (&json!(["CAP_KILL"]), &json!([])));
+        let mut expected = [
+            r#"process.capabilities.ambient: unknown capability "CAP_LATER""#,
+            r#"process.capabilities.bounding: unknown capability "CAP_FUTURE""#,
+        ];
+        expected.sort_unstable();
+        assert_eq!(parsed.ignored, expected);
+
+        let (exec, ignored) = parse_exec(&serde_json::to_vec(&process).unwrap()).unwrap().unwrap();
+        let exec: Value = serde_json::from_slice(&exec).unwrap();
+        assert_eq!((&exec["capabilities"], ignored), (&capabilities, parsed.ignored));
+        assert!(parse_exec(br#"{"capabilities": {"bounding": ["CAP_KILL"]}}"#).unwrap().is_none());
+        assert!(parse_exec(br#"{"capabilities"#).is_err());
     }
 }

@@ -11,7 +11,8 @@ use super::findings::{Findings, SpecProblems};
 use super::host_hooks::take_host_hooks;
 use super::limits::{SpecLimits, limits};
 use super::mounts::{Bind, guest_bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
-use super::namespaces;
+use super::namespaces::{self, Target};
+use super::size::check_size;
 use crate::host::hooks::Hooks;
 
 /// A network namespace of the host that a spec names.
@@ -64,6 +65,12 @@ pub struct Rewritten {
 }
 
 impl Rewritten {
+    /// Whether the container uses the VM's network namespace, and not one of its own in the guest.
+    pub(crate) fn in_vms_network(&self) -> bool {
+        let mut namespaces = self.spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
+        !namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Network)
+    }
+
     /// Puts the container into the VM's own network namespace, instead of an empty one.
     pub(crate) fn use_network_of_vm(&mut self) {
         let Some(linux) = self.spec.linux_mut() else { return };
@@ -109,6 +116,7 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     spec.set_mounts(Some(mounts));
     let rootfs = rewrite_root(&mut spec, context, &mut findings);
     let linux = rewrite_linux(&mut spec, context, has_cgroup_mount, &mut findings);
+    check_size(&spec, &mut findings);
     match (rootfs, linux) {
         (Some(rootfs), Some(LinuxOfHost { cgroups_path, limits, network })) if findings.problems.is_empty() => {
             Ok(Rewritten { spec, binds, rootfs, cgroups_path, limits, network, hooks, notes: findings.notes })
@@ -210,13 +218,7 @@ fn rewrite_namespaces(
             namespace.set_path(None);
         }
     }
-    for (index, namespace) in namespaces.iter().enumerate() {
-        let Some(path) = namespace.path() else { continue };
-        if let Some(why) = namespaces::problem(namespace.typ(), path, context.is_init) {
-            findings.reject_path(format!("linux.namespaces[{index}].path"), path, why);
-        }
-    }
-    let network = take_network(&mut namespaces, context, findings);
+    let network = resolve_namespaces(&mut namespaces, context, findings);
     // On cgroup v1, a container without a cgroup namespace sees only its own part of each hierarchy. The guest has v2,
     // where only the namespace has this effect: without it, the mount would show the cgroups of the whole guest.
     let has_cgroup_namespace = namespaces.iter().any(|ns| ns.typ() == LinuxNamespaceType::Cgroup);
@@ -232,42 +234,49 @@ fn rewrite_namespaces(
     network
 }
 
-/// Removes the network namespaces that the VM's own stands for: one of the host, and a new one of the sandbox's first
-/// container, so that links that later appear in the sandbox's namespace on the host reach that container. Returns the
-/// network that the spec asks for.
-fn take_network(
+/// Removes the network namespaces that the VM's own stands for: one of the host, that of a container which uses the VM's,
+/// and a new one of the sandbox's first container, so that links that later appear in the sandbox's namespace on the
+/// host reach that container. Other namespaces of containers get their paths in the guest. Returns the network that the
+/// spec asks for.
+fn resolve_namespaces(
     namespaces: &mut Vec<LinuxNamespace>,
     context: &Context<'_>,
     findings: &mut Findings,
 ) -> NetworkRequest {
-    let of_host = |namespace: &LinuxNamespace| {
-        let path = namespace.path().as_ref().filter(|path| namespaces::is_network_of_host(namespace.typ(), path));
-        path.cloned()
-    };
-    let is_new =
-        |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none();
-    let mut networks = namespaces.iter().enumerate().filter_map(|(index, namespace)| {
-        of_host(namespace).map(|path| HostNetwork { field: format!("linux.namespaces[{index}].path"), path })
-    });
-    let network = networks.next();
-    if let Some(second) = networks.next() {
-        findings.reject_path(second.field, &second.path, "the spec names another network namespace already");
-    }
-    // The VM's network namespace belongs to the VM's first user namespace: sysfs, raw sockets and low ports would fail
-    // in odd ways.
     let has_user_namespace = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User);
-    if let (Some(network), true) = (&network, has_user_namespace) {
-        let why = "a container with a user namespace cannot use a network namespace of the host yet";
-        findings.reject_path(&network.field, &network.path, why);
+    let mut network = NetworkRequest::Shared;
+    let mut kept = Vec::new();
+    for (index, mut namespace) in namespaces.drain(..).enumerate() {
+        let field = format!("linux.namespaces[{index}].path");
+        let Some(path) = namespace.path().clone() else {
+            let is_network = namespace.typ() == LinuxNamespaceType::Network;
+            if is_network && network == NetworkRequest::Shared {
+                network = NetworkRequest::New;
+            }
+            // The VM's network namespace belongs to the VM's first user namespace.
+            if !(is_network && context.first && !has_user_namespace) {
+                kept.push(namespace);
+            }
+            continue;
+        };
+        match namespaces::resolve(namespace.typ(), &path, context.sibling) {
+            Ok(Target::VmNetwork) => {}
+            Ok(Target::Guest(path)) => {
+                namespace.set_path(Some(path));
+                kept.push(namespace);
+            }
+            Ok(Target::HostNetwork) if matches!(network, NetworkRequest::OfHost(_)) => {
+                findings.reject_path(field, &path, "the spec names another network namespace already");
+            }
+            // Sysfs, raw sockets and low ports would fail in odd ways: see above.
+            Ok(Target::HostNetwork) if has_user_namespace => {
+                let why = "a container with a user namespace cannot use a network namespace of the host yet";
+                findings.reject_path(field, &path, why);
+            }
+            Ok(Target::HostNetwork) => network = NetworkRequest::OfHost(HostNetwork { field, path }),
+            Err(why) => findings.reject_path(field, &path, why),
+        }
     }
-    let asks_for_new = namespaces.iter().any(is_new);
-    let stays = |namespace: &LinuxNamespace| {
-        of_host(namespace).is_none() && !(is_new(namespace) && context.first && !has_user_namespace)
-    };
-    namespaces.retain(stays);
-    match network {
-        Some(network) => NetworkRequest::OfHost(network),
-        None if asks_for_new => NetworkRequest::New,
-        None => NetworkRequest::Shared,
-    }
+    *namespaces = kept;
+    network
 }

@@ -36,11 +36,11 @@ fn run(spec: &Value, host_is_unified: bool) -> Result<Rewritten, SpecProblems> {
 }
 
 fn run_as(spec: &Value, host_is_unified: bool, first: bool) -> Result<Rewritten, SpecProblems> {
-    let spec = parse::parse(&serde_json::to_vec(spec).unwrap())?;
-    let is_init = |pid| pid == 40;
+    let spec = parse::parse(&serde_json::to_vec(spec).unwrap())?.spec;
+    let sibling = |pid| (pid == 4001).then_some(Sibling { guest_pid: 40, in_vms_network: false });
     rewrite(
         spec,
-        &Context { id: "c1", bundle: Path::new("/bundle"), host_is_unified, inspect: &host, first, is_init: &is_init },
+        &Context { id: "c1", bundle: Path::new("/bundle"), host_is_unified, inspect: &host, first, sibling: &sibling },
     )
 }
 
@@ -95,6 +95,39 @@ fn a_privileged_container_gets_the_guests_devices() {
         rewritten.spec.mounts().as_ref().unwrap()[7].source().as_deref(),
         Some(Path::new("/run/husk/share/c1/mounts/7"))
     );
+}
+
+#[test]
+fn a_device_of_the_guest_can_be_added_to_a_privileged_container() {
+    let mut spec: Value = serde_json::from_str(PRIVILEGED).unwrap();
+    // As `ctr run --privileged --device /dev/fuse` does.
+    let fuse = json!({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o600});
+    spec["linux"]["devices"].as_array_mut().unwrap().push(fuse);
+    let rule = json!({"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm"});
+    spec["linux"]["resources"]["devices"].as_array_mut().unwrap().push(rule);
+    let rewritten = run(&spec, true).unwrap();
+    let devices = rewritten.spec.linux().as_ref().unwrap().devices().as_ref().unwrap();
+    let found = devices.iter().map(|d| (d.path().to_str().unwrap(), d.file_mode())).collect::<Vec<_>>();
+    assert_eq!((found[0], found[1].0, found.len()), (("/dev/fuse", Some(0o600)), "/dev/null", 2));
+
+    // A later rule denies what the earlier one has allowed, and the message remains short.
+    let disks: Vec<_> =
+        (0..100).map(|n| json!({"path": format!("/dev/d{n}"), "type": "b", "major": 8, "minor": n})).collect();
+    spec["linux"]["devices"] = json!(disks);
+    spec["linux"]["resources"]["devices"].as_array_mut().unwrap().push(json!({"allow": false, "access": "rwm"}));
+    let problems = run(&spec, true).unwrap_err().to_string();
+    assert!(problems.ends_with("/dev/d3 (b 8:3), /dev/d4 (b 8:4) and 95 more"), "{problems}");
+}
+
+#[test]
+fn a_filesystem_of_the_kernel_needs_no_source() {
+    for source in [Value::Null, json!("")] {
+        let mut mount = json!({"destination": "/in", "type": "tmpfs"});
+        mount["source"] = source;
+        let rewritten = run(&with("/mounts/-", mount), true).unwrap();
+        let mounts = rewritten.spec.mounts().as_ref().unwrap();
+        assert_eq!(mounts.last().unwrap().source().as_deref(), Some(Path::new("tmpfs")));
+    }
 }
 
 #[test]
@@ -226,11 +259,11 @@ fn namespaces_devices_and_resources_of_the_host_are_rejected() {
         ),
         (
             with("/linux/namespaces/-", json!({"type": "ipc", "path": "/proc/7/ns/ipc"})),
-            r#"linux.namespaces[5].path "/proc/7/ns/ipc": process 7 is not the init of a container of this sandbox"#,
+            r#"linux.namespaces[5].path "/proc/7/ns/ipc": process 7 does not represent a running container of this sandbox"#,
         ),
         (
             with("/linux/devices", json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}])),
-            r#"linux.devices[0].path "/dev/sda": device b 8:0 of the host"#,
+            "linux.devices: devices of the host cannot be used in a VM: /dev/sda (b 8:0)",
         ),
         (with("/linux/intelRdt", json!({"closID": "a"})), "linux.intelRdt: "),
         (with("/linux/netDevices", json!({"eth1": {"name": "x"}})), r#"linux.netDevices "eth1": "#),

@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 
 use crate::containerd::publisher::Publisher;
 use crate::host::hooks::{Hook, Subject};
+use crate::rootfs::spec::Sibling;
 use crate::state::status::ProcessStatus;
 use crate::stdio::Stdio;
 
@@ -43,6 +44,8 @@ pub(crate) struct Container {
     pub(super) id: String,
     /// The description that its host hooks receive, which includes the bundle.
     pub(super) subject: Subject,
+    /// Whether it uses the VM's network namespace, and not one of its own in the guest.
+    pub(super) in_vms_network: bool,
     /// The hooks that follow its start.
     pub(super) poststart: Vec<Hook>,
     /// containerd's request.
@@ -62,13 +65,15 @@ impl Container {
     pub(super) fn new(
         request: CreateTaskRequest,
         subject: Subject,
+        in_vms_network: bool,
         poststart: Vec<Hook>,
         publisher: Publisher,
     ) -> Arc<Self> {
-        let init = Arc::new(Process::new("", Stdio::from(&request)));
+        let init = Arc::new(Process::new("", Stdio::from(&request), subject.pid));
         Arc::new(Self {
             id: request.id.clone(),
             subject,
+            in_vms_network,
             poststart,
             request,
             publisher,
@@ -82,6 +87,13 @@ impl Container {
     /// The process with this exec id; the init process for an empty id.
     pub(super) fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
         self.processes().get(exec_id).cloned()
+    }
+
+    /// The container as one whose namespaces another container may join, if its init process runs: the guest PID of one
+    /// that has exited may belong to another process by now.
+    pub(super) fn as_sibling(&self) -> Option<Sibling> {
+        let init = self.process("").filter(|init| init.exit().is_none() && init.guest_pid() != 0)?;
+        Some(Sibling { guest_pid: init.guest_pid(), in_vms_network: self.in_vms_network })
     }
 
     /// Finishes the output of all processes; see [`Process::finish_output`].
@@ -107,7 +119,7 @@ impl Container {
         processes.sort_by(|a, b| a.exec_id.cmp(&b.exec_id));
         let status = |process: &Arc<Process>| ProcessStatus {
             exec: process.exec_id.clone(),
-            pid: process.pid(),
+            pid: process.guest_pid(),
             exit_status: process.exit().map(|exit| exit.status),
         };
         processes.iter().map(status).collect()
@@ -143,7 +155,7 @@ impl Container {
         | TaskChange::ExecStarted { pid, .. }
         | TaskChange::Exited { pid, .. } = change
         {
-            process.set_pid(pid);
+            process.set_guest_pid(pid);
         }
         let (pid, exec_id) = (process.pid(), process.exec_id.clone());
         match change {

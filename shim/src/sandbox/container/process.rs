@@ -46,7 +46,9 @@ pub(crate) struct Process {
     pub(crate) exec_id: String,
     /// The streams that containerd requested.
     pub(crate) stdio: Stdio,
-    pid: AtomicU32,
+    /// The PID of the container's holder.
+    holder: u32,
+    guest_pid: AtomicU32,
     starting: AtomicBool,
     /// The exit has been reported and will be recorded.
     exiting: AtomicBool,
@@ -67,11 +69,12 @@ struct Streams {
 
 impl Process {
     /// A process that has not started.
-    pub(crate) fn new(exec_id: &str, stdio: Stdio) -> Self {
+    pub(crate) fn new(exec_id: &str, stdio: Stdio, holder: u32) -> Self {
         Self {
             exec_id: exec_id.to_owned(),
             stdio,
-            pid: AtomicU32::new(0),
+            holder,
+            guest_pid: AtomicU32::new(0),
             starting: AtomicBool::new(false),
             exiting: AtomicBool::new(false),
             announced: watch::channel(false).0,
@@ -80,15 +83,25 @@ impl Process {
         }
     }
 
-    /// The PID in the guest; 0 while it is not known.
+    /// The PID that containerd gets: that of the container's holder, or 0 while the process does not run.
     pub(crate) fn pid(&self) -> u32 {
-        self.pid.load(Ordering::Relaxed)
+        self.pid_for(self.guest_pid())
     }
 
-    /// Sets the PID. Only the first call has an effect: the PID never changes.
-    pub(crate) fn set_pid(&self, pid: u32) {
+    /// The PID that containerd gets in place of one that the guest reports.
+    pub(crate) fn pid_for(&self, guest_pid: u32) -> u32 {
+        if guest_pid == 0 { 0 } else { self.holder }
+    }
+
+    /// The PID in the guest; 0 while it is not known.
+    pub(crate) fn guest_pid(&self) -> u32 {
+        self.guest_pid.load(Ordering::Relaxed)
+    }
+
+    /// Sets the PID in the guest. Only the first call has an effect: the PID never changes.
+    pub(crate) fn set_guest_pid(&self, pid: u32) {
         // Fails if the PID is set already.
-        let _ = self.pid.compare_exchange(0, pid, Ordering::Relaxed, Ordering::Relaxed);
+        let _ = self.guest_pid.compare_exchange(0, pid, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Claims the start for the caller, who then opens the streams. Returns false if another call has claimed it.

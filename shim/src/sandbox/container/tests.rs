@@ -10,19 +10,22 @@ use super::*;
 use crate::containerd::publisher::Kept;
 use crate::stdio::Output;
 
+/// PID of the container's holder.
+const HOLDER: u32 = 4242;
+
 fn container() -> (Arc<Container>, Kept) {
     let (publisher, kept) = Publisher::kept();
-    let subject = Subject { id: "c".into(), bundle: "/bundle".into(), annotations: Default::default() };
+    let subject = Subject { id: "c".into(), bundle: "/bundle".into(), annotations: Default::default(), pid: HOLDER };
     let request = CreateTaskRequest { id: "c".into(), ..Default::default() };
-    let container = Container::new(request, subject, Vec::new(), publisher);
-    container.process("").unwrap().set_pid(1);
+    let container = Container::new(request, subject, true, Vec::new(), publisher);
+    container.process("").unwrap().set_guest_pid(1);
     (container, kept)
 }
 
 /// Adds a running exec with a stdout. The returned function reports progress of its reader.
 fn exec(container: &Container, id: &str, pid: u32) -> impl Fn(bool) + Send + 'static + use<> {
-    let process = Arc::new(Process::new(id, Stdio::default()));
-    process.set_pid(pid);
+    let process = Arc::new(Process::new(id, Stdio::default(), HOLDER));
+    process.set_guest_pid(pid);
     let (output, progress) = Output::pretended();
     process.attach_fake(output);
     assert!(container.add(process));
@@ -60,11 +63,11 @@ async fn published(kept: &mut Kept) -> Vec<String> {
 #[tokio::test(start_paused = true)]
 async fn events_are_published_as_the_shims_own_messages() {
     let (container, mut kept) = container();
-    let process = Arc::new(Process::new("e", Stdio::default()));
+    let process = Arc::new(Process::new("e", Stdio::default(), HOLDER));
     assert!(container.add(process.clone()));
     container.apply(TaskChange::ExecAdded { exec: "e".into() }, at(1)).await;
     container.apply(TaskChange::ExecStarted { exec: "e".into(), pid: 7 }, at(2)).await;
-    assert_eq!(process.pid(), 7);
+    assert_eq!((process.pid(), process.guest_pid()), (HOLDER, 7));
     container.apply(TaskChange::Deleted { pid: 5, status: 6, at: None }, at(3)).await;
     tokio::time::sleep(Duration::from_millis(1)).await;
     let added = kept.take().unwrap();
@@ -72,9 +75,9 @@ async fn events_are_published_as_the_shims_own_messages() {
     let expected = TaskExecAdded { container_id: "c".into(), exec_id: "e".into(), ..Default::default() };
     assert_eq!(TaskExecAdded::parse_from_bytes(&added.event.value).unwrap(), expected);
     let started = TaskExecStarted::parse_from_bytes(&kept.take().unwrap().event.value).unwrap();
-    assert_eq!((started.container_id.as_str(), started.exec_id.as_str(), started.pid), ("c", "e", 7));
+    assert_eq!((started.container_id.as_str(), started.exec_id.as_str(), started.pid), ("c", "e", HOLDER));
     let deleted = TaskDelete::parse_from_bytes(&kept.take().unwrap().event.value).unwrap();
-    assert_eq!((deleted.container_id.as_str(), deleted.pid, deleted.exit_status), ("c", 1, 6));
+    assert_eq!((deleted.container_id.as_str(), deleted.pid, deleted.exit_status), ("c", HOLDER, 6));
     // Events of unknown processes are dropped.
     container.apply(TaskChange::ExecStarted { exec: "x".into(), pid: 7 }, at(4)).await;
     assert_eq!(published(&mut kept).await, [""; 0]);
@@ -149,7 +152,7 @@ async fn processes_that_die_with_their_vm_share_one_wait_and_exit_in_order() {
 #[tokio::test(start_paused = true)]
 async fn an_exec_that_never_ran_ends_with_its_vm_without_an_event() {
     let (container, mut kept) = container();
-    let process = Arc::new(Process::new("never", Stdio::default()));
+    let process = Arc::new(Process::new("never", Stdio::default(), HOLDER));
     assert!(container.add(process.clone()));
     container.vm_died(at(2));
     assert_eq!(process.exit(), Some(Exit { status: 137, at: at(2) }));

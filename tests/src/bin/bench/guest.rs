@@ -83,8 +83,6 @@ impl Kit {
         let (vmm, mut plan) = prepare::plan(&self.prepared, attachments);
         plan.spec.accel = accel;
         plan.boot_timeout = BOOT;
-        // The VM stays in the benchmark's own cgroup.
-        plan.cgroup = None;
         (vmm, plan)
     }
 

@@ -14,6 +14,8 @@ mod guest;
 #[cfg(not(target_env = "musl"))]
 mod host;
 #[cfg(not(target_env = "musl"))]
+mod network;
+#[cfg(not(target_env = "musl"))]
 mod report;
 #[cfg(not(target_env = "musl"))]
 mod steps;
@@ -37,7 +39,7 @@ mod run {
     use nix::sched::{CloneFlags, unshare};
 
     use crate::report::Report;
-    use crate::{boots, ctr, guest, host, steps};
+    use crate::{boots, ctr, guest, host, network, steps};
 
     /// The command line.
     struct Arguments {
@@ -56,17 +58,19 @@ mod run {
         Boot,
         Footprint,
         Host,
+        Network,
         Boots,
     }
 
     /// Name on the command line and title in the table. By default, all parts but the last run.
-    const PARTS: [(Part, &str, &str); 7] = [
+    const PARTS: [(Part, &str, &str); 8] = [
         (Part::Ctr, "ctr", "ctr, wall clock"),
         (Part::Steps, "steps", "the calls of a `ctr run`, wall clock"),
         (Part::Guest, "guest", "guest, instructions (QEMU -icount shift=0)"),
         (Part::Boot, "boot", "boot, wall clock"),
         (Part::Footprint, "footprint", "the init"),
         (Part::Host, "host", "the host, one idle VM"),
+        (Part::Network, "network", "network"),
         (Part::Boots, "boots", "boots in a row"),
     ];
 
@@ -87,6 +91,7 @@ mod run {
                 Part::Boot => runtime.block_on(boots::compare_with_floor(arguments.rounds, &mut report)),
                 Part::Footprint => runtime.block_on(guest::footprint(&mut report)),
                 Part::Host => host::run(&mut report),
+                Part::Network => network::run(arguments.rounds, &runtime, &mut report),
                 Part::Boots => runtime.block_on(boots::run(arguments.boots, &mut report)),
             };
             // The results of the other parts are still useful.

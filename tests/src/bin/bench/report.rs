@@ -14,11 +14,21 @@ pub(crate) enum Column {
     Runc,
     /// The baseline: the same kernel with a stub that only listens.
     Floor,
+    /// The same QEMU, kernel and initramfs with a network card connected by hand.
+    Manual,
+    /// husk with user-mode networking.
+    User,
 }
 
-const COLUMNS: [(Column, &str); 3] = [(Column::Husk, "husk"), (Column::Runc, "runc"), (Column::Floor, "floor")];
+const COLUMNS: [(Column, &str); 5] = [
+    (Column::Husk, "husk"),
+    (Column::Runc, "runc"),
+    (Column::Floor, "floor"),
+    (Column::Manual, "by hand"),
+    (Column::User, "user mode"),
+];
 
-/// The upper limit of a value.
+/// The limit of a value.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Target {
     /// No limit.
@@ -27,6 +37,24 @@ pub(crate) enum Target {
     AtMost(f64),
     /// A multiple of runc's value.
     TimesRunc(f64),
+    /// A lower limit: a multiple of the value of the connection made by hand.
+    AtLeastTimesManual(f64),
+}
+
+/// A limit in the row's unit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Limit {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+impl Limit {
+    fn is_met_by(self, value: f64) -> bool {
+        match self {
+            Self::AtMost(most) => value <= most,
+            Self::AtLeast(least) => value >= least,
+        }
+    }
 }
 
 enum Line {
@@ -87,6 +115,17 @@ impl Report {
             let values: Vec<_> = samples.iter().map(|(column, all)| (*column, percentile(all, percent))).collect();
             self.row(&format!("{name}, p{percent}"), unit, &values, target);
         }
+        self.keep(name, samples);
+    }
+
+    /// Adds a row for the median of samples. The JSON contains the samples themselves.
+    pub(crate) fn median(&mut self, name: &str, unit: &'static str, samples: &[(Column, Vec<f64>)], target: Target) {
+        let values: Vec<_> = samples.iter().map(|(column, all)| (*column, percentile(all, 50))).collect();
+        self.row(&format!("{name}, p50"), unit, &values, target);
+        self.keep(name, samples);
+    }
+
+    fn keep(&mut self, name: &str, samples: &[(Column, Vec<f64>)]) {
         let all = samples.iter().map(|(column, all)| (title(*column).to_owned(), json!(all))).collect();
         self.samples.insert(name.into(), Value::Object(all));
     }
@@ -103,8 +142,11 @@ impl Report {
                     for (column, value) in values {
                         row[title(*column)] = json!(value);
                     }
-                    if let Some((most, met)) = verdict(values, *target) {
-                        row["wanted_at_most"] = json!(most);
+                    if let Some((limit, met)) = verdict(values, *target) {
+                        match limit {
+                            Limit::AtMost(most) => row["wanted_at_most"] = json!(most),
+                            Limit::AtLeast(least) => row["wanted_at_least"] = json!(least),
+                        }
                         row["met"] = json!(met);
                     }
                     rows.push(row);
@@ -126,14 +168,28 @@ fn value(values: &[(Column, f64)], target: Column) -> Option<f64> {
 }
 
 /// The limit of husk's value, and whether the value meets it.
-fn verdict(values: &[(Column, f64)], target: Target) -> Option<(f64, bool)> {
+fn verdict(values: &[(Column, f64)], target: Target) -> Option<(Limit, bool)> {
     let husk = value(values, Column::Husk)?;
-    let most = match target {
+    let limit = match target {
         Target::Any => return None,
-        Target::AtMost(most) => most,
-        Target::TimesRunc(times) => times * value(values, Column::Runc)?,
+        Target::AtMost(most) => Limit::AtMost(most),
+        Target::TimesRunc(times) => Limit::AtMost(times * value(values, Column::Runc)?),
+        Target::AtLeastTimesManual(times) => Limit::AtLeast(times * value(values, Column::Manual)?),
     };
-    Some((most, husk <= most))
+    Some((limit, limit.is_met_by(husk)))
+}
+
+/// The columns that the section at the beginning of `lines` has values for.
+fn used(lines: &[Line]) -> Vec<Column> {
+    let section = lines.iter().take_while(|line| !matches!(line, Line::Section(_)));
+    let used: Vec<Column> = section
+        .filter_map(|line| match line {
+            Line::Row { values, .. } => Some(values.iter().map(|(column, _)| *column)),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    COLUMNS.iter().map(|(column, _)| *column).filter(|column| used.contains(column)).collect()
 }
 
 /// Percentile of at least one sample, by nearest rank.
@@ -159,19 +215,25 @@ impl fmt::Display for Report {
         for (what, value) in &self.machine {
             writeln!(f, "{what}: {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned))?;
         }
-        for line in &self.lines {
+        let mut columns = Vec::new();
+        for (number, line) in self.lines.iter().enumerate() {
             match line {
                 Line::Section(name) => {
-                    let titles: String = COLUMNS.iter().map(|(_, title)| format!("{title:>11}")).collect();
+                    columns = used(&self.lines[number + 1..]);
+                    let titles: String = columns.iter().map(|column| format!("{:>11}", title(*column))).collect();
                     writeln!(f, "\n{name:<46}{titles}  {:<14}target", "unit")?;
                 }
                 Line::Row { name, unit, values, target } => {
                     write!(f, "  {name:<44}")?;
-                    for (column, _) in COLUMNS {
-                        write!(f, "{:>11}", value(values, column).map(short).unwrap_or_default())?;
+                    for column in &columns {
+                        write!(f, "{:>11}", value(values, *column).map(short).unwrap_or_default())?;
                     }
-                    let verdict = verdict(values, *target)
-                        .map(|(most, met)| format!("<= {} {}", short(most), if met { "PASS" } else { "OVER" }));
+                    let verdict = verdict(values, *target).map(|(limit, met)| match (limit, met) {
+                        (Limit::AtMost(most), true) => format!("<= {} PASS", short(most)),
+                        (Limit::AtMost(most), false) => format!("<= {} OVER", short(most)),
+                        (Limit::AtLeast(least), true) => format!(">= {} PASS", short(least)),
+                        (Limit::AtLeast(least), false) => format!(">= {} UNDER", short(least)),
+                    });
                     writeln!(f, "  {unit:<14}{}", verdict.unwrap_or_default())?;
                 }
                 Line::Note(text) => writeln!(f, "  {text}")?,
@@ -195,8 +257,14 @@ mod tests {
 
     #[test]
     fn verdicts_compare_with_the_target() {
-        let values = [(Column::Husk, 8.0), (Column::Runc, 2.0)];
-        let table = [(Target::AtMost(8.0), true), (Target::AtMost(7.9), false), (Target::TimesRunc(4.0), true)];
+        let values = [(Column::Husk, 8.0), (Column::Runc, 2.0), (Column::Manual, 10.0)];
+        let table = [
+            (Target::AtMost(8.0), true),
+            (Target::AtMost(7.9), false),
+            (Target::TimesRunc(4.0), true),
+            (Target::AtLeastTimesManual(0.8), true),
+            (Target::AtLeastTimesManual(0.9), false),
+        ];
         for (target, met) in table {
             assert_eq!(verdict(&values, target).map(|(_, met)| met), Some(met), "{target:?}");
         }

@@ -1,0 +1,264 @@
+//! Adapts a spec's mounts to libcontainer, so that they end up where runc would mount them.
+//!
+//! - Destinations may contain `..` and links whose targets do not exist; libcontainer rejects both.
+//! - A tmpfs keeps the mode of the folder that it covers, unless the spec sets one.
+//! - A tmpfs with `tmpcopyup` is filled by [`super::copy_up`] and then bound.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Component, Path, PathBuf};
+
+use oci_spec::runtime::Mount;
+
+use crate::error::CallError;
+
+/// As many links as the kernel follows in one path (path_resolution(7)).
+const LINKS_MAX: usize = 40;
+const COPY_UP: &str = "tmpcopyup";
+
+/// A tmpfs that begins with the contents of the folder that it covers.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct CopyUp {
+    /// Index in the spec's mounts.
+    pub(super) index: usize,
+    /// Where the container sees it.
+    pub(super) destination: PathBuf,
+    /// The folder in the guest, if there is anything to copy.
+    pub(super) from: Option<PathBuf>,
+    /// The options of the filesystem.
+    pub(super) data: Vec<String>,
+}
+
+/// Adapts the mounts of a container with the root folder `root`. `fill` makes and fills a tmpfs, and returns its path.
+/// Returns whether anything has changed.
+pub(super) fn adapt(
+    mounts: &mut [Mount],
+    root: &Path,
+    mut fill: impl FnMut(&CopyUp) -> Result<PathBuf, CallError>,
+) -> Result<bool, CallError> {
+    let mut changed = false;
+    let mut view = View { root, mounts: Vec::new() };
+    for (index, mount) in mounts.iter_mut().enumerate() {
+        // libcontainer insists that these two are mounted on folders that no link leads to (CVE-2019-19921).
+        if !matches!(mount.typ().as_deref(), Some("proc" | "sysfs")) {
+            let destination = view.resolve(mount.destination());
+            changed |= destination.as_os_str() != mount.destination().as_os_str();
+            mount.set_destination(destination);
+        }
+        if mount.typ().as_deref() == Some("tmpfs") && !is_bind(mount) {
+            changed |= adapt_tmpfs(index, mount, &view, &mut fill)?;
+        }
+        let shown = if is_bind(mount) { mount.source().clone() } else { None };
+        view.mounts.push((mount.destination().clone(), shown));
+    }
+    Ok(changed)
+}
+
+fn adapt_tmpfs(
+    index: usize,
+    mount: &mut Mount,
+    view: &View<'_>,
+    fill: &mut impl FnMut(&CopyUp) -> Result<PathBuf, CallError>,
+) -> Result<bool, CallError> {
+    let mut options = mount.options().clone().unwrap_or_default();
+    let mut changed = false;
+    let covered = view.locate(mount.destination());
+    let folder = covered.and_then(|path| Some((fs::metadata(&path).ok().filter(|found| found.is_dir())?, path)));
+    if let Some((found, _)) = &folder
+        && !options.iter().any(|option| option.starts_with("mode="))
+    {
+        options.push(format!("mode={:o}", found.permissions().mode() & 0o7777));
+        changed = true;
+    }
+    if options.iter().any(|option| option == COPY_UP) {
+        options.retain(|option| option != COPY_UP);
+        let data: Vec<String> = options.iter().filter(|option| is_data(option)).cloned().collect();
+        let (destination, from) = (mount.destination().clone(), folder.map(|(_, path)| path));
+        let source = fill(&CopyUp { index, destination, from, data: data.clone() })?;
+        options.retain(|option| !data.contains(option));
+        options.push("bind".into());
+        mount.set_typ(Some("bind".into())).set_source(Some(source));
+        changed = true;
+    }
+    mount.set_options(Some(options));
+    Ok(changed)
+}
+
+/// Whether libcontainer would pass an option to the filesystem.
+fn is_data(option: &str) -> bool {
+    let mut probe = Mount::default();
+    probe.set_options(Some(vec![option.to_owned()]));
+    libcontainer::rootfs::utils::parse_mount(&probe).is_ok_and(|parsed| !parsed.data.is_empty())
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    libcontainer::rootfs::utils::is_bind(mount)
+}
+
+/// What the container will see.
+struct View<'a> {
+    root: &'a Path,
+    /// The mounts so far: where, and which file or folder of the guest. None for a filesystem of the kernel.
+    mounts: Vec<(PathBuf, Option<PathBuf>)>,
+}
+
+impl View<'_> {
+    /// Where the guest finds a file of the container, unless it is in a filesystem that is not mounted yet. `path`
+    /// contains no links.
+    fn locate(&self, path: &Path) -> Option<PathBuf> {
+        let join = |folder: &Path, rest: &Path| {
+            // Without the slash that a join with an empty path would add.
+            if rest.as_os_str().is_empty() { folder.to_owned() } else { folder.join(rest) }
+        };
+        // A later mount covers earlier ones.
+        for (destination, shown) in self.mounts.iter().rev() {
+            if let Ok(rest) = path.strip_prefix(destination) {
+                return shown.as_ref().map(|folder| join(folder, rest));
+            }
+        }
+        Some(join(self.root, path.strip_prefix("/").unwrap_or(path)))
+    }
+
+    /// Follows the links of a path inside the container, whether their targets exist or not. `..` does not lead out of
+    /// the root.
+    fn resolve(&self, path: &Path) -> PathBuf {
+        let mut rest: VecDeque<OsString> = parts(path);
+        let (mut resolved, mut links) = (PathBuf::from("/"), 0);
+        while let Some(part) = rest.pop_front() {
+            if part == ".." {
+                resolved.pop();
+                continue;
+            }
+            let next = resolved.join(part);
+            match self.locate(&next).and_then(|path| fs::read_link(path).ok()) {
+                Some(target) if links < LINKS_MAX => {
+                    links += 1;
+                    if target.is_absolute() {
+                        resolved = PathBuf::from("/");
+                    }
+                    for part in parts(&target).into_iter().rev() {
+                        rest.push_front(part);
+                    }
+                }
+                // With too many links, libcontainer reports the kernel's error.
+                _ => resolved = next,
+            }
+        }
+        resolved
+    }
+}
+
+/// The names in a path, including `..`.
+fn parts(path: &Path) -> VecDeque<OsString> {
+    let part = |component: Component<'_>| match component {
+        Component::Normal(_) | Component::ParentDir => Some(component.as_os_str().to_owned()),
+        Component::Prefix(_) | Component::RootDir | Component::CurDir => None,
+    };
+    path.components().filter_map(part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::symlink;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn mount(value: Value) -> Mount {
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn no_copy(copy: &CopyUp) -> Result<PathBuf, CallError> {
+        panic!("{copy:?}")
+    }
+
+    #[test]
+    fn destinations_are_resolved_inside_the_container() {
+        let root = tempfile::tempdir().unwrap();
+        let volume = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("etc")).unwrap();
+        for (link, target) in [
+            ("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf"),
+            ("up", "../../../../outside"),
+            ("var-run", "/run"),
+            ("loop", "loop"),
+            ("proc", "etc"),
+            ("data-link", "/data/inner/file"),
+        ] {
+            symlink(target, root.path().join(link)).unwrap();
+        }
+        symlink("/elsewhere", volume.path().join("inner")).unwrap();
+        let mut mounts = vec![
+            mount(json!({"destination": "/run", "type": "tmpfs", "source": "tmpfs"})),
+            mount(json!({"destination": "/data", "type": "bind", "source": volume.path()})),
+        ];
+        let table = [
+            ("/etc/resolv.conf", "/run/systemd/resolve/stub-resolv.conf"),
+            ("/up/x", "/outside/x"),
+            ("/var-run/x", "/run/x"),
+            ("/etc/../a/./b/../c", "/a/c"),
+            ("relative/../../x", "/x"),
+            ("/new/file", "/new/file"),
+            ("/loop/x", "/loop/x"),
+            // A mount of the container hides the root's files, and shows its own.
+            ("/data-link", "/elsewhere/file"),
+            ("/", "/"),
+        ];
+        mounts.extend(table.map(|(given, _)| mount(json!({"destination": given, "type": "bind", "source": "/x"}))));
+        assert!(adapt(&mut mounts, root.path(), no_copy).unwrap());
+        for ((given, expected), mount) in table.iter().zip(&mounts[2..]) {
+            assert_eq!(mount.destination(), Path::new(expected), "{given}");
+        }
+        // libcontainer has to see the link.
+        let mut proc = vec![mount(json!({"destination": "/proc", "type": "proc", "source": "proc"}))];
+        assert!(!adapt(&mut proc, root.path(), no_copy).unwrap());
+    }
+
+    #[test]
+    fn a_tmpfs_keeps_the_mode_of_an_existing_folder() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("cache");
+        fs::create_dir(&folder).unwrap();
+        fs::set_permissions(&folder, Permissions::from_mode(0o2750)).unwrap();
+        let table = [
+            ("/cache", json!(null), json!(["mode=2750"])),
+            ("/cache", json!(["ro", "mode=700"]), json!(["ro", "mode=700"])),
+            ("/absent", json!(["ro"]), json!(["ro"])),
+        ];
+        for (destination, options, expected) in table {
+            let mut mounts =
+                [mount(json!({"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": options}))];
+            adapt(&mut mounts, root.path(), no_copy).unwrap();
+            assert_eq!(serde_json::to_value(mounts[0].options()).unwrap(), expected, "{destination} {options}");
+        }
+    }
+
+    #[test]
+    fn a_tmpfs_that_copies_is_filled_first_and_then_bound() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("etc")).unwrap();
+        fs::set_permissions(root.path().join("etc"), Permissions::from_mode(0o755)).unwrap();
+        let options = json!(["tmpcopyup", "ro", "size=1m", "sync=1", "rprivate", "rnosymfollow"]);
+        let mut mounts = vec![
+            mount(json!({"destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": options})),
+            mount(json!({"destination": "/no", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"]})),
+        ];
+        let mut copies = Vec::new();
+        let fill = |copy: &CopyUp| {
+            copies.push((copy.from.clone(), copy.data.clone()));
+            Ok(PathBuf::from(format!("/filled/{}", copy.index)))
+        };
+        assert!(adapt(&mut mounts, root.path(), fill).unwrap());
+        let data = ["size=1m", "sync=1", "mode=755"].map(str::to_owned).to_vec();
+        assert_eq!(copies, [(Some(root.path().join("etc")), data), (None, vec![])]);
+        let expected = json!({
+            "destination": "/etc", "type": "bind", "source": "/filled/0",
+            "options": ["ro", "rprivate", "rnosymfollow", "bind"]
+        });
+        assert_eq!(serde_json::to_value(&mounts[0]).unwrap(), expected);
+    }
+}
