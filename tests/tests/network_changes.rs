@@ -47,7 +47,9 @@ impl<'a> Pod<'a> {
 
     fn container(&self, runtime: Runtime, name: &str) -> Result<Container<'a>> {
         let namespace = format!("network:/run/netns/pod-{}", self.name);
-        self.containerd.detached_with(runtime, &["--with-ns", &namespace], name, &SLEEP)
+        // With two virtual CPUs, each card has two pairs of queues.
+        let flags = ["--with-ns", &namespace, "--annotation", "io.husk.vcpus=2"];
+        self.containerd.detached_with(runtime, &flags, name, &SLEEP)
     }
 
     /// A shim with a container that is not created yet.
@@ -87,7 +89,7 @@ const CONFIGURATION: &str = "for link in $(ls /sys/class/net | grep -v ^husk); d
     ip -o -4 addr | awk '{print $2, $3, $4, $5, $6}'
     ip -o -6 addr | awk '/scope global/ {print $2, $3, $4}'
     ip -4 route; ip -6 route | grep -v '^fe80\\|^ff00\\|multicast' | awk '{print $1, $2, $3, $4, $5}'
-    ip rule | sed 's/\\t/ /g'; ip neigh | grep PERMANENT | sort; true";
+    ip rule | sed 's/\\t/ /g'; ip neigh | grep PERMANENT | sed 's, used .*,,' | sort; true";
 
 /// Waits until a container in a VM shows what a container of runc in the same namespace shows.
 fn wait_until_same(husk: &Container<'_>, runc: &Container<'_>) -> Result<String> {

@@ -21,7 +21,7 @@ use super::tap::{create, reserve};
 #[derive(Clone, Debug)]
 pub struct NicPlan {
     /// Names the VM; without spaces.
-    pub owner: String,
+    pub vm: String,
     /// Queue pairs of each NIC.
     pub queues: u16,
     /// NICs for links that appear later.
@@ -89,7 +89,7 @@ fn connect_inside(deadline: Instant, plan: NicPlan, netns: PathBuf) -> Result<Co
     }
     let (mut nics, mut states) = (Vec::<Nic>::new(), Vec::new());
     for number in 0..plan.most.min(scan.links.len() + plan.spare) {
-        let (tap, taps) = create(&mut netlink, &spare_name(number), alias(&plan.owner, None), plan.queues)?;
+        let (tap, taps) = create(&mut netlink, &spare_name(number), alias(&plan.vm, None), plan.queues)?;
         // The guest need not change it then. Links can have the same one: ipvlan's do.
         let mac = scan.links.get(number).map(|link| link.mac).filter(|mac| nics.iter().all(|nic| nic.mac != *mac));
         let mac = match mac {
@@ -101,7 +101,7 @@ fn connect_inside(deadline: Instant, plan: NicPlan, netns: PathBuf) -> Result<Co
     }
     let classifier = Classifier::MatchAll;
     let mut follower =
-        Follower { netns, owner: plan.owner, netlink, subscription, classifier, nics: states, news: News::default() };
+        Follower { netns, vm: plan.vm, netlink, subscription, classifier, nics: states, news: News::default() };
     let mut settled = follower.apply(scan, |_| false);
     if settled.problems.is_empty() {
         return Ok(Connected { nics, follower, settled });
@@ -125,15 +125,15 @@ fn random_mac() -> Result<[u8; 6], ObjectError> {
 /// # Errors
 ///
 /// A tap of the VM still exists, so the VM may still run, or a qdisc cannot be removed.
-pub fn disconnect(claim: &Claim, owner: &str, limit: Duration) -> Result<(), NetworkError> {
+pub fn disconnect(claim: &Claim, vm: &str, limit: Duration) -> Result<(), NetworkError> {
     if claim.is_gone()? {
         return Ok(());
     }
-    let owner = owner.to_owned();
+    let vm = vm.to_owned();
     let removed = claim.run(limit, move |deadline| {
         let mut netlink = Netlink::open(deadline).map_err(|error| error.at("rtnetlink", "connect"))?;
         let links = link::all(&mut netlink)?;
-        let is_own = |link: &&AnyLink| is_tap(&link.name) && link.alias.starts_with(&alias_prefix(&owner));
+        let is_own = |link: &&AnyLink| is_tap(&link.name) && link.alias.starts_with(&alias_prefix(&vm));
         if let Some(tap) = links.iter().find(is_own) {
             return Err(ObjectError::unsupported(format!("tap {}", tap.name), "still exists: the VM may still run"));
         }

@@ -46,7 +46,7 @@ pub struct Settled {
 pub struct Follower {
     pub(super) netns: PathBuf,
     /// The VM, as the aliases of its taps name it.
-    pub(super) owner: String,
+    pub(super) vm: String,
     pub(super) netlink: Netlink,
     pub(super) subscription: Subscription,
     pub(super) classifier: Classifier,
@@ -137,7 +137,7 @@ impl Follower {
         let tap = &mut self.nics[nic].tap;
         // Fails if another VM uses the link: its redirect must stay.
         rename(netlink, tap, tap_name(link.index))?;
-        let connected = describe(netlink, tap, alias(&self.owner, Some(&link.name)), Some(link.mtu))
+        let connected = describe(netlink, tap, alias(&self.vm, Some(&link.name)), Some(link.mtu))
             .and_then(|()| self.redirect(nic, link));
         match connected {
             Ok(()) => {
@@ -170,7 +170,7 @@ impl Follower {
         let state = &mut self.nics[nic];
         let old = state.link.as_ref();
         if old.is_none_or(|old| old.mtu != link.mtu || old.name != link.name) {
-            describe(&mut self.netlink, &state.tap, alias(&self.owner, Some(&link.name)), Some(link.mtu))?;
+            describe(&mut self.netlink, &state.tap, alias(&self.vm, Some(&link.name)), Some(link.mtu))?;
         }
         state.link = Some(link.clone());
         Ok(())
@@ -192,7 +192,7 @@ impl Follower {
         set_up(netlink, tap, false)?;
         remove(netlink, Device { index: tap.index, name: &tap.name })?;
         rename(netlink, tap, spare_name(nic))?;
-        describe(netlink, tap, alias(&self.owner, None), None)
+        describe(netlink, tap, alias(&self.vm, None), None)
     }
 
     /// Removes the redirects of all links: the VM does not start. The taps vanish with their descriptors.

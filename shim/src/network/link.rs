@@ -48,14 +48,14 @@ pub(super) fn is_tap(name: &str) -> bool {
     !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// The alias of a tap of the VM `owner`. It is at most 255 bytes long: identifiers are short.
-pub(super) fn alias(owner: &str, link: Option<&str>) -> String {
-    format!("{}{}", alias_prefix(owner), link.unwrap_or("spare"))
+/// The alias of a tap of the VM `vm`. It is at most 255 bytes long: identifiers are short.
+pub(super) fn alias(vm: &str, link: Option<&str>) -> String {
+    format!("{}{}", alias_prefix(vm), link.unwrap_or("spare"))
 }
 
 /// How the aliases of the VM's taps begin. No identifier contains a space.
-pub(super) fn alias_prefix(owner: &str) -> String {
-    format!("husk VM {owner}: ")
+pub(super) fn alias_prefix(vm: &str) -> String {
+    format!("husk VM {vm}: ")
 }
 
 /// Lists the links of the thread's namespace.

@@ -31,10 +31,10 @@ fn pod() -> (Namespace, Namespace, Claim) {
     (pod, peer, claim)
 }
 
-const OWNER: &str = "ns/pod";
+const VM: &str = "ns/pod";
 
 fn plan(queues: u16, spare: usize) -> NicPlan {
-    NicPlan { owner: OWNER.into(), queues, spare, most: 5 }
+    NicPlan { vm: VM.into(), queues, spare, most: 5 }
 }
 
 fn qdiscs(namespace: &Namespace) -> String {
@@ -120,7 +120,7 @@ fn a_guest_takes_over_the_pods_link() {
     pod.wait_until_taps_are_gone();
     assert!(qdiscs(&pod).contains("ingress"));
     for _ in 0..2 {
-        disconnect(&claim, OWNER, LIMIT).unwrap();
+        disconnect(&claim, VM, LIMIT).unwrap();
         assert!(!qdiscs(&pod).contains("ingress"), "{}", qdiscs(&pod));
     }
     // The pod's own stack is back.
@@ -172,11 +172,11 @@ fn a_namespace_is_connected_again_after_a_vm_was_killed() {
 fn a_link_that_another_vm_uses_stays_its() {
     let (pod, peer, claim) = pod();
     let nic = connect(&claim, plan(1, 0), LIMIT).unwrap().nics.remove(0);
-    let other = NicPlan { owner: "ns/po".into(), ..plan(1, 0) };
+    let other = NicPlan { vm: "ns/po".into(), ..plan(1, 0) };
     let text = Chain(&connect(&claim, other, LIMIT).unwrap_err()).to_string();
     assert!(text.ends_with("tap husk-2: the namespace is in use (husk VM ns/pod: eth0)"), "{text}");
     disconnect(&claim, "ns/po", LIMIT).unwrap();
-    let text = Chain(&disconnect(&claim, OWNER, LIMIT).unwrap_err()).to_string();
+    let text = Chain(&disconnect(&claim, VM, LIMIT).unwrap_err()).to_string();
     assert!(text.ends_with("tap husk-2: still exists: the VM may still run"), "{text}");
     assert_eq!(qdiscs(&pod).matches("ingress").count(), 2);
     let [tap] = <[_; 1]>::try_from(nic.taps).unwrap();
@@ -194,7 +194,7 @@ fn several_links_are_connected_and_a_failure_leaves_nothing() {
     assert_eq!(qdiscs(&pod).matches("ingress").count(), 6);
     drop(connected);
     pod.wait_until_taps_are_gone();
-    disconnect(&claim, OWNER, LIMIT).unwrap();
+    disconnect(&claim, VM, LIMIT).unwrap();
 
     // The last link cannot be connected.
     pod.tc("qdisc add dev eth1 clsact");
@@ -320,12 +320,12 @@ fn changes_of_a_link_are_followed() {
 fn disconnecting_a_namespace_that_is_gone_is_fine() {
     let (pod, peer, claim) = pod();
     drop((pod, peer));
-    disconnect(&claim, OWNER, LIMIT).unwrap();
+    disconnect(&claim, VM, LIMIT).unwrap();
     let error = connect(&claim, plan(1, 0), LIMIT).unwrap_err();
     let replaced = matches!(error, NetworkError::Replaced { .. } | NetworkError::NotANamespace { .. });
     assert!(replaced || error_kind(&error) == Some(ErrorKind::NotFound), "{error:?}");
     let claim = Claim { netns: PathBuf::from("/proc/self/ns/mnt"), device: 1, inode: 1 };
-    disconnect(&claim, OWNER, LIMIT).unwrap();
+    disconnect(&claim, VM, LIMIT).unwrap();
 }
 
 fn error_kind(error: &NetworkError) -> Option<ErrorKind> {

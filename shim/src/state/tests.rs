@@ -14,6 +14,7 @@ use super::life::{Life, VmState};
 use super::store::{FILE, Owner, State};
 use super::undo::Step;
 use crate::host::process::ProcessId;
+use crate::network::Claim;
 use crate::vm::cgroup::Hierarchies;
 
 const WITHIN: Duration = Duration::from_secs(5);
@@ -130,6 +131,8 @@ fn a_later_process_undoes_everything_and_touches_nothing_else() {
                 Step::Mount { path: dir.join("never") },
                 Step::Dir { path: dir.join("never") },
                 Step::File { path: file.join("never") },
+                // A network namespace that is gone.
+                Step::Network { claim: Claim { netns: dir.join("never"), device: 1, inode: 2 }, vm: "ns/s1".into() },
             ],
         )
         .unwrap();

@@ -18,14 +18,14 @@ use tokio::time::{Instant, sleep_until};
 use crate::guest::client::{Guest, GuestError};
 use crate::network::{Follower, NetworkError, NetworkStatus, ObjectError, Settled};
 
+/// Deadline for all changes in the namespace.
+pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 /// How long to wait for more after the first notification: a plugin makes several changes in a row.
 const BURST: Duration = Duration::from_millis(5);
 /// Shortest time between two looks at a namespace that keeps changing.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Callers that may wait for their turn.
 const CALLERS: usize = 16;
-/// Deadline for all changes in the namespace.
-pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why the guest's network differs from the namespace's.
 #[derive(Debug, thiserror::Error)]
@@ -213,4 +213,28 @@ async fn burst(changes: &AsyncFd<OwnedFd>, earliest: Instant) -> std::io::Result
     changes.readable().await?.clear_ready();
     sleep_until(earliest.max(Instant::now() + BURST)).await;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn changes_are_gathered_and_a_namespace_that_never_rests_is_read_ten_times_a_second() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        // SAFETY: the descriptor stays the same and open.
+        let changes = unsafe { AsyncFd::register_with_interest(ours.into(), Interest::READABLE) }.unwrap();
+        for (earliest, expected) in [(Duration::ZERO, BURST), (PAUSE, PAUSE)] {
+            theirs.write_all(b"x").unwrap();
+            let start = Instant::now();
+            burst(&changes, start + earliest).await.unwrap();
+            assert_eq!(start.elapsed(), expected);
+        }
+        // The same notifications do not wake the reader twice.
+        assert!(tokio::time::timeout(PAUSE, burst(&changes, Instant::now())).await.is_err());
+    }
 }

@@ -37,10 +37,10 @@ pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -
         return Ok(Network { user: Some(UserNetwork::configuration()), ..Network::default() });
     }
     let Some(claim) = plan.network.clone() else { return Ok(Network::default()) };
-    let owner = journal.with(|state| Ok(format!("{}/{}", state.namespace(), state.sandbox())))?;
-    journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone(), vm: owner.clone() }])?;
+    let name = journal.with(|state| Ok(format!("{}/{}", state.namespace(), state.sandbox())))?;
+    journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone(), vm: name.clone() }])?;
     let queues = u16::try_from(plan.spec.vcpus).map_or(MAX_QUEUES, |vcpus| vcpus.min(MAX_QUEUES));
-    let nics = NicPlan { owner, queues, spare: plan.spare_nics as usize, most: vmm.most_nics(&plan.spec, queues) };
+    let nics = NicPlan { vm: name, queues, spare: plan.spare_nics as usize, most: vmm.most_nics(&plan.spec, queues) };
     let connected = in_namespace(move || network::connect(&claim, nics, DEADLINE)).await?;
     tracing::info!(network = ?connected, "connected the VM to its network namespace");
     let Connected { nics, follower, settled } = connected;
