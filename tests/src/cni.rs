@@ -28,7 +28,8 @@ pub const OUTSIDE: &str = "192.0.2.2";
 pub struct Plugins {
     /// Where they come from: `debian` or `module`.
     pub origin: &'static str,
-    folder: PathBuf,
+    /// Their directory.
+    pub folder: PathBuf,
 }
 
 impl Plugins {

@@ -121,12 +121,11 @@ fn poststop_hooks_run_after_the_shim_was_killed() -> Result<()> {
 }
 
 #[test]
-fn hooks_that_need_the_containers_process_and_nerdctl_networks_are_rejected_by_name() -> Result<()> {
+fn hooks_that_need_the_containers_process_are_rejected_by_name() -> Result<()> {
     husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("refused");
     let mut spec = bundle::spec(&id, &["true"]);
-    spec["annotations"] = json!({"nerdctl/networks": "[\"bridge\"]"});
     spec["hooks"] = json!({
         "createRuntime": [{"path": "/bin/containerd", "args": ["containerd", "oci-hook", "--pid={{pid}}"]}],
         "createContainer": [{"path": "/bin/inside"}],
@@ -138,7 +137,6 @@ fn hooks_that_need_the_containers_process_and_nerdctl_networks_are_rejected_by_n
         "hooks.createContainer[0].path \"/bin/inside\": a program of the host cannot run",
         "hooks.poststop[0].path \"relative\": must be an absolute path",
         "hooks.poststop[0].timeout \"-1\": must be a number of seconds",
-        "networks of the host (CNI) are not supported yet: use --network none",
     ] {
         ensure!(error.contains(expected), "{expected}: {error}");
     }

@@ -2,80 +2,27 @@
 //!
 //! nerdctl needs host hooks, `binary://` outputs and a stdin that can be closed once.
 
-use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
-use husk_tests::artifacts::{current_test, repository};
-use husk_tests::command::{self, Output, wait_for};
-use husk_tests::containerd::{Containerd, NAMESPACE};
+use anyhow::{Result, ensure};
+use husk_tests::command::wait_for;
+use husk_tests::containerd::Containerd;
+use husk_tests::nerdctl::Nerdctl;
 use husk_tests::pty::Pty;
 
 const DEADLINE: Duration = Duration::from_secs(60);
-/// nerdctl's data directory, in the daemon's own /run.
-const DATA: &str = "/run/nerdctl";
 
-/// nerdctl for one containerd.
-struct Nerdctl {
-    containerd: &'static Containerd,
-    program: PathBuf,
-}
-
-impl Nerdctl {
-    /// `None`, with a message, if the setup of the tests found nerdctl unavailable.
-    fn or_report_skip() -> Result<Option<Self>> {
-        let folder = repository().join(".cache/nerdctl");
-        if let Ok(why) = std::fs::read_to_string(folder.join("missing")) {
-            eprintln!("{}: skipped, nerdctl is unavailable: {}", current_test(), why.trim());
-            return Ok(None);
-        }
-        let program = folder.join("nerdctl");
-        if !program.exists() {
-            bail!("{} is missing: run `./task test-tools` first", program.display());
-        }
-        Ok(Some(Self { containerd: Containerd::shared()?, program }))
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = self.containerd.enter(&self.program);
-        command.args(["--address", "/run/containerd/containerd.sock", "--namespace", NAMESPACE, "--data-root", DATA]);
-        command.args(["--cni-netconfpath", "/run/cni/net.d", "--cni-path", "/run/cni/bin"]).args(args);
-        command.env("PATH", self.containerd.search_path());
-        command
-    }
-
-    fn run(&self, args: &[&str], stdin: Option<&str>) -> Result<Output> {
-        command::run(self.command(args), stdin.map(|text| text.as_bytes().to_vec()), DEADLINE)
-    }
-
-    /// Runs nerdctl, which must succeed, and returns its output.
-    fn ok(&self, args: &[&str]) -> Result<String> {
-        Ok(self.run(args, None)?.ok()?.text())
-    }
-
-    /// The arguments of `run` without a network.
-    fn run_args<'a>(&'a self, flags: &[&'a str], process: &[&'a str]) -> Vec<&'a str> {
-        let mut args = vec!["run", "--runtime", self.containerd.runtime().name(), "--network", "none"];
-        args.extend(flags);
-        args.push(self.containerd.image());
-        args.extend(process);
-        args
-    }
-
-    /// The directories that nerdctl keeps for its containers.
-    fn folders(&self) -> Result<String> {
-        let found = self.containerd.sh(&format!("find {DATA} -path '*/containers/*/*' -prune -print"))?.text();
-        Ok(found)
-    }
+fn nerdctl_or_report_skip() -> Result<Option<Nerdctl<'static>>> {
+    let Some(program) = Nerdctl::program_or_report_skip()? else { return Ok(None) };
+    Ok(Some(Nerdctl::new(Containerd::shared()?, program)))
 }
 
 #[test]
 fn nerdctl_run_supports_input_limits_and_exit_status() -> Result<()> {
-    let Some(nerdctl) = Nerdctl::or_report_skip()? else { return Ok(()) };
-    let through = nerdctl.run(&nerdctl.run_args(&["--rm", "-i"], &["cat"]), Some("through stdin"))?.ok()?;
+    let Some(nerdctl) = nerdctl_or_report_skip()? else { return Ok(()) };
+    let through = nerdctl.run(&nerdctl.run_args("none", &["--rm", "-i"], &["cat"]), Some("through stdin"))?.ok()?;
     ensure!(through.text() == "through stdin", "{through}");
-    nerdctl.run(&nerdctl.run_args(&["--rm"], &["sh", "-c", "exit 7"]), None)?.expect_code(7)?;
+    nerdctl.run(&nerdctl.run_args("none", &["--rm"], &["sh", "-c", "exit 7"]), None)?.expect_code(7)?;
 
     let folder = tempfile::tempdir()?;
     std::fs::write(folder.path().join("file"), "of the host")?;
@@ -84,13 +31,13 @@ fn nerdctl_run_supports_input_limits_and_exit_status() -> Result<()> {
     let more = ["--hostname", "inside", "--read-only", "--tmpfs", "/scratch", "--cap-drop", "ALL", "-v", &volume];
     let script = "id -u; pwd; echo $A; hostname; cat /volume/file; echo; cd /sys/fs/cgroup; cat memory.max cpu.max pids.max; \
         grep CapEff /proc/self/status; touch /scratch/a && ! touch /a 2>/dev/null && echo read-only";
-    let output = nerdctl.ok(&nerdctl.run_args(&[&flags[..], &more[..]].concat(), &["sh", "-c", script]))?;
+    let output = nerdctl.ok(&nerdctl.run_args("none", &[&flags[..], &more[..]].concat(), &["sh", "-c", script]))?;
     let lines: Vec<&str> = output.lines().collect();
     let expected = ["1000", "/tmp", "b", "inside", "of the host", "104857600", "150000 100000", "50"];
     ensure!(lines.len() == 10 && lines[..8] == expected, "{output}");
     ensure!(lines[8].ends_with("0000000000000000") && lines[9] == "read-only", "{output}");
 
-    let mut shell = Pty::spawn(nerdctl.command(&nerdctl.run_args(&["--rm", "-it"], &["sh"])), 24, 80)?;
+    let mut shell = Pty::spawn(nerdctl.command(&nerdctl.run_args("none", &["--rm", "-it"], &["sh"]))?, 24, 80)?;
     shell.send("tty; exit 3\r")?;
     let (shown, status) = shell.finish(DEADLINE)?;
     ensure!(status == 3 && shown.contains("/dev/pts/0"), "{status}: {shown}");
@@ -99,10 +46,10 @@ fn nerdctl_run_supports_input_limits_and_exit_status() -> Result<()> {
 
 #[test]
 fn nerdctl_can_exec_pause_update_stop_restart_and_remove_a_container() -> Result<()> {
-    let Some(nerdctl) = Nerdctl::or_report_skip()? else { return Ok(()) };
-    let id = nerdctl.containerd.id("nerdctl");
+    let Some(nerdctl) = nerdctl_or_report_skip()? else { return Ok(()) };
+    let id = nerdctl.containerd().id("nerdctl");
     let script = "echo out; echo err >&2; trap 'echo bye; exit 5' TERM; while :; do sleep 0.1; done";
-    nerdctl.ok(&nerdctl.run_args(&["-d", "--name", &id], &["sh", "-c", script]))?;
+    nerdctl.ok(&nerdctl.run_args("none", &["-d", "--name", &id], &["sh", "-c", script]))?;
     let logged = |expected: &[&str]| {
         wait_for(DEADLINE, "the output is in nerdctl's log", || {
             let logs = nerdctl.run(&["logs", &id], None).ok()?;

@@ -10,7 +10,7 @@ use super::names::NAMES;
 use super::settings::{MAX_VCPUS, MIN_MEMORY_MIB};
 
 /// Upper limit of `network_spare_nics`. Each takes a slot of the machine and memory of the guest.
-const MAX_SPARE_NICS: u32 = 8;
+pub(crate) const MAX_SPARE_NICS: u32 = 8;
 /// Upper limit of `extras_max_mib`: extras stay in the guest's memory, and take as much of the host's memory while the
 /// VM boots.
 const MAX_EXTRAS_MIB: u64 = 4096;

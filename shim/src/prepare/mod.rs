@@ -27,6 +27,7 @@ use crate::config::load;
 use crate::config::names;
 use crate::config::problem::Problem;
 use crate::config::settings::Config;
+use crate::config::values::MAX_SPARE_NICS;
 use crate::config::workspace::Workspace;
 use crate::extras::files::{self, OpenedFile};
 use crate::network::user::UserNetwork;
@@ -196,7 +197,8 @@ fn prepare_with(
         return Err(PrepareError(problems));
     }
     config.debug = debug;
-    config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics);
+    let announced = rewritten.announced_links.try_into().map_or(MAX_SPARE_NICS, |links: u32| links.min(MAX_SPARE_NICS));
+    config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics.max(announced));
     if debug {
         config.log_level = config.log_level.max(Level::DEBUG);
     }

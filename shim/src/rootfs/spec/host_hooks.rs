@@ -10,8 +10,10 @@ use crate::host::hooks::{Hook, Hooks};
 const CONTAINER_PLACEHOLDERS: [&str; 2] = ["{{pid}}", "{{rootfs}}"];
 /// The annotation with which nerdctl lists, as JSON, the networks that its hooks attach a container to.
 const NERDCTL_NETWORKS: &str = "nerdctl/networks";
-/// Networks that need nothing from the host. `host` is the VM's network.
-const NETWORKS_WITHOUT_CNI: [&str; 2] = ["none", "host"];
+/// Networks for which nerdctl's hooks add no link. `host` is the VM's network.
+const NETWORKS_WITHOUT_LINK: [&str; 2] = ["none", "host"];
+/// Prefix of another container's network.
+const NETWORK_OF_CONTAINER: &str = "container:";
 
 /// Removes the host's hooks from the spec and returns them. `startContainer` hooks are programs in the container's
 /// root, so they stay.
@@ -31,9 +33,6 @@ pub(super) fn take_host_hooks(spec: &mut Spec, findings: &mut Findings) -> Hooks
         poststop: host_hooks("poststop", hooks.poststop_mut().take(), findings),
     };
     spec.set_hooks(hooks.start_container().is_some().then_some(hooks));
-    if !taken.is_empty() {
-        check_nerdctl_networks(spec, findings);
-    }
     taken
 }
 
@@ -60,12 +59,12 @@ fn host_hook(field: String, hook: &SpecHook, findings: &mut Findings) -> Hook {
     Hook { path: hook.path().clone(), args, env, timeout: timeout.flatten(), field }
 }
 
-/// Rejects nerdctl's networks. Without a network namespace, nerdctl's hook would fail with a less helpful message.
-fn check_nerdctl_networks(spec: &Spec, findings: &mut Findings) {
-    let Some(value) = spec.annotations().as_ref().and_then(|all| all.get(NERDCTL_NETWORKS)) else { return };
-    let networks: Vec<String> = serde_json::from_str(value).unwrap_or_default();
-    if networks.iter().any(|network| !NETWORKS_WITHOUT_CNI.contains(&network.as_str())) {
-        let why = "networks of the host (CNI) are not supported yet: use --network none";
-        findings.reject(format!("annotations {NERDCTL_NETWORKS}"), Some(value), why);
-    }
+/// The number of links that nerdctl's hooks add to the container's network namespace.
+pub(super) fn announced_links(spec: &Spec) -> usize {
+    let value = spec.annotations().as_ref().and_then(|all| all.get(NERDCTL_NETWORKS));
+    // In another format, it announces nothing. The spare network cards suffice for most networks anyway.
+    let networks: Vec<String> = value.and_then(|value| serde_json::from_str(value).ok()).unwrap_or_default();
+    let has_link =
+        |name: &&String| !NETWORKS_WITHOUT_LINK.contains(&name.as_str()) && !name.starts_with(NETWORK_OF_CONTAINER);
+    networks.iter().filter(has_link).count()
 }

@@ -8,7 +8,7 @@ use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 use super::context::Context;
 use super::devices::rewrite_devices;
 use super::findings::{Findings, SpecProblems};
-use super::host_hooks::take_host_hooks;
+use super::host_hooks::{announced_links, take_host_hooks};
 use super::limits::{SpecLimits, limits};
 use super::mounts::{Bind, guest_bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
 use super::namespaces::{self, Target};
@@ -58,6 +58,8 @@ pub struct Rewritten {
     pub(crate) limits: SpecLimits,
     /// The network that the spec asks for.
     pub(crate) network: NetworkRequest,
+    /// The links that hooks will add to the network namespace, as far as the spec says so.
+    pub(crate) announced_links: usize,
     /// The hooks that the host runs.
     pub(crate) hooks: Hooks,
     /// What was changed or removed, for the log.
@@ -65,12 +67,6 @@ pub struct Rewritten {
 }
 
 impl Rewritten {
-    /// Whether the container uses the VM's network namespace, and not one of its own in the guest.
-    pub(crate) fn in_vms_network(&self) -> bool {
-        let mut namespaces = self.spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
-        !namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Network)
-    }
-
     /// Puts the container into the VM's own network namespace, instead of an empty one.
     pub(crate) fn use_network_of_vm(&mut self) {
         let Some(linux) = self.spec.linux_mut() else { return };
@@ -99,6 +95,12 @@ impl Rewritten {
         let mut mounts = self.spec.mounts().iter().flatten();
         mounts.any(|mount| paths.iter().any(|path| mount.destination() == Path::new(path)))
     }
+
+    /// Whether the container uses the VM's network namespace, and not one of its own in the guest.
+    pub(crate) fn in_vms_network(&self) -> bool {
+        let mut namespaces = self.spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
+        !namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Network)
+    }
 }
 
 /// Rewrites `spec` for the guest.
@@ -117,9 +119,11 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     let rootfs = rewrite_root(&mut spec, context, &mut findings);
     let linux = rewrite_linux(&mut spec, context, has_cgroup_mount, &mut findings);
     check_size(&spec, &mut findings);
+    let announced_links = announced_links(&spec);
     match (rootfs, linux) {
         (Some(rootfs), Some(LinuxOfHost { cgroups_path, limits, network })) if findings.problems.is_empty() => {
-            Ok(Rewritten { spec, binds, rootfs, cgroups_path, limits, network, hooks, notes: findings.notes })
+            let notes = findings.notes;
+            Ok(Rewritten { spec, binds, rootfs, cgroups_path, limits, network, announced_links, hooks, notes })
         }
         _ => Err(SpecProblems(findings.problems)),
     }

@@ -319,11 +319,6 @@ fn a_new_network_namespace_of_the_first_container_is_the_vms() {
 fn hooks_that_act_inside_the_container_are_rejected() {
     let hook = json!([{"path": "/usr/bin/hook"}]);
     let inward = |arg: &str| json!([{"path": "/usr/bin/containerd", "args": ["containerd", "oci-hook", arg]}]);
-    let nerdctl = |networks: &str| {
-        let mut spec = with("/hooks", json!({"poststop": hook}));
-        spec["annotations"] = json!({"nerdctl/networks": networks});
-        spec
-    };
     assert_rejected([
         (
             with("/hooks", json!({"createContainer": hook})),
@@ -342,9 +337,24 @@ fn hooks_that_act_inside_the_container_are_rejected() {
             with("/hooks", json!({"poststart": [{"path": "/hook", "timeout": 0}]})),
             r#"hooks.poststart[0].timeout "0": must be a number of seconds"#,
         ),
-        (nerdctl(r#"["bridge"]"#), r#"annotations nerdctl/networks "[\"bridge\"]": networks of the host (CNI)"#),
     ]);
-    run(&nerdctl(r#"["none"]"#), true).unwrap();
+}
+
+#[test]
+fn nerdctl_announces_the_links_that_its_hooks_add() {
+    let table = [
+        (r#"["bridge"]"#, 1),
+        (r#"["front","back"]"#, 2),
+        (r#"["none"]"#, 0),
+        (r#"["host"]"#, 0),
+        (r#"["container:0f"]"#, 0),
+        ("front", 0),
+    ];
+    for (networks, links) in table {
+        let spec = with("/annotations", json!({"nerdctl/networks": networks}));
+        assert_eq!(run(&spec, true).unwrap().announced_links, links, "{networks}");
+    }
+    assert_eq!(run(&with("/hostname", json!("x")), true).unwrap().announced_links, 0);
 }
 
 #[test]
