@@ -11,6 +11,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use husk_protos::extras::SUPERVISOR_GRACE;
+use husk_vsock::Stream;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
@@ -107,10 +108,7 @@ impl Vm {
         let (failure, failed) = watch::channel(None);
         let sinks =
             ReportSinks { level: spec.guest.log_level, file: logs.init.clone(), recent: journal.recent().clone() };
-        let lost = {
-            let health = health.clone();
-            async move { report::receive(reports, sinks, &health).await }
-        };
+        let lost = lost(reports, sinks, health.clone());
         let vm = Arc::new(Self {
             guest,
             hello,
@@ -130,6 +128,11 @@ impl Vm {
         tokio::spawn(keep_clock(vm.guest.clone(), vm.health.clone(), vm.dead.clone()));
         Ok(vm)
     }
+}
+
+/// Receives the guest's reports until it is lost, and returns the reason.
+async fn lost(reports: Stream, sinks: ReportSinks, health: Arc<GuestHealth>) -> String {
+    report::receive(reports, sinks, &health).await
 }
 
 /// Keeps the guest's clock correct until the VM is dead.
