@@ -30,7 +30,7 @@ const SURROUNDINGS: &str = "set -e
 
 /// What remains of containers on the machine: devices, namespaces, firewall rules, leases.
 const REST: &str =
-    "ip -br link | cut -d' ' -f1; ip netns; tc qdisc | grep -c ingress || true; iptables-save | grep -v '^[:#]'
+    "ip -br link | cut -d' ' -f1; ip netns; tc qdisc | grep -c ingress || true; iptables-save | grep -v '^[:#]' | sort
     find /var/lib/cni /run/nerdctl /run/cni -type f 2>/dev/null | sort";
 
 const FETCH: &str = "import sys, urllib.request as u
