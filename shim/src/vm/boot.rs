@@ -27,7 +27,7 @@ use super::virtiofsd;
 use crate::console::{Attached, GuestLogs};
 use crate::guest::client::Guest;
 use crate::guest::clock;
-use crate::guest::link::{self, Link, NewLink, Ready};
+use crate::guest::link::{self, HostPort, Link, NewLink};
 use crate::guest::report::{self, GuestHealth, ReportSinks};
 use crate::host::child::Child;
 use crate::host::process::ProcessId;
@@ -151,7 +151,7 @@ fn identity(journal: &Journal, cid: u32) -> Result<Identity, StateError> {
 }
 
 /// Adds what depends on the link to the spec of the machine.
-fn linked(spec: &Spec, link: &Link, ready: &Ready) -> Spec {
+fn linked(spec: &Spec, link: &Link, ready: &HostPort) -> Spec {
     let mut spec = spec.clone();
     if let Link::Kernel(cid) = link {
         spec.kernel_cid = Some(*cid);
