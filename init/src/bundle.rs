@@ -15,18 +15,20 @@ use nix::mount::{MsFlags, mount};
 use ttrpc::r#async::TtrpcContext;
 
 use crate::error::{CallError, FailureKind};
+use crate::forward::socket::Sockets;
 use crate::paths;
 use crate::rpc::handle;
 use crate::task::Tasks;
 
 pub(crate) struct BundleService {
     tasks: Arc<Tasks>,
+    sockets: Arc<Sockets>,
     share_mounted: Mutex<bool>,
 }
 
 impl BundleService {
-    pub(crate) fn new(tasks: Arc<Tasks>) -> Self {
-        Self { tasks, share_mounted: Mutex::new(false) }
+    pub(crate) fn new(tasks: Arc<Tasks>, sockets: Arc<Sockets>) -> Self {
+        Self { tasks, sockets, share_mounted: Mutex::new(false) }
     }
 
     /// Mounts the share for the first bundle whose spec refers to it. A guest that only boots does not wait for
@@ -58,6 +60,12 @@ impl BundleService {
         }
         let bundle = paths::bundle(&request.id);
         write_bundle(&bundle, request)?;
+        self.sockets.add(&request.id, &request.sockets, request.relay_port).map_err(|e| {
+            if let Err(error) = self.remove(&request.id) {
+                tracing::error!(container = request.id, %error, "failed to remove an incomplete bundle");
+            }
+            CallError::internal(format_args!("create the sockets of {}", request.id), &e)
+        })?;
         Ok(bundle.to_string_lossy().into_owned())
     }
 
@@ -68,6 +76,7 @@ impl BundleService {
             return Err(CallError::new(FailureKind::FailedPrecondition, what));
         }
         paths::allow_missing(fs::remove_dir_all(paths::bundle(id)))
+            .and_then(|()| self.sockets.remove(id))
             .map_err(|e| CallError::internal(format_args!("remove the bundle of {id}"), &e))
     }
 }

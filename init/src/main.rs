@@ -19,6 +19,7 @@
 //! | `launch` | starts programs that run outside of containers |
 //! | `boot` | boot steps, kernel parameters, timeline |
 //! | `events` | containerd's events, and the Events service |
+//! | `forward` | relays TCP connections from the host, and connections to the host's Unix sockets |
 //! | `io` | the standard streams of processes, and the Stdio service |
 //! | `cgroup` | cgroups: setup, limits, metrics, freezer, OOM kills |
 //! | `report` | heartbeats, log lines and supervisor status for the host |
@@ -38,6 +39,7 @@ mod debug;
 mod error;
 mod events;
 mod fd;
+mod forward;
 mod io;
 mod launch;
 mod log;
@@ -129,7 +131,8 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let workers = worker::client::Workers::new(reaper.clone(), cmdline.log);
     let debug =
         if cmdline.debug { Some(debug::Debug::start(&reaper, &streams).context("start debug mode")?) } else { None };
-    let tasks = task::Tasks::new(reaper, workers, events.clone(), streams.clone());
+    let sockets = Arc::new(forward::socket::Sockets::default());
+    let tasks = task::Tasks::new(reaper, workers, events.clone(), streams.clone(), sockets.clone());
     std::fs::create_dir_all(paths::STATE).with_context(|| format!("create {}", paths::STATE))?;
 
     timeline.mark(BootStep::READY);
@@ -138,7 +141,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let supervisor = supervisor.map(Arc::new);
     let task = task::service::TaskService { tasks: tasks.clone(), supervisor, reports: reports.clone(), end };
     let mut calls = containerd_shim_protos::shim_async::create_task(Arc::new(task));
-    calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::BundleService::new(tasks))));
+    calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::BundleService::new(tasks, sockets))));
     calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::SystemService { hello: hello.clone() })));
     calls.extend(husk_protos::network_ttrpc::create_network(Arc::new(network::NetworkService::default())));
     if let Some(debug) = &debug {

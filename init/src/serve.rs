@@ -1,4 +1,4 @@
-//! The guest's vsock ports: accepts connections from the host and serves the TTRPC services.
+//! The guest's vsock ports: accepts connections from the host, and serves the TTRPC services or relays them.
 
 use std::collections::HashMap;
 use std::io;
@@ -8,15 +8,17 @@ use std::time::Duration;
 use futures::stream;
 use husk_protos::chain::Chain;
 use husk_protos::metered::Metered;
-use husk_protos::{HOST_CID, PORT_EVENTS, PORT_STDIO, PORT_TASK, RECEIVE_WINDOW};
+use husk_protos::{HOST_CID, PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_TASK, RECEIVE_WINDOW};
 use nix::sys::socket::{Backlog, listen};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Semaphore;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 use ttrpc::r#async::transport::Listener;
 use ttrpc::r#async::{Server, Service};
 
 use crate::connection::{Disconnect, WatchedConnection};
 use crate::events::{Events, service::EventsService};
+use crate::forward::{self, address};
 use crate::io::{Streams, service::StdioService};
 
 /// Pause after a failed accept, which means a lack of descriptors or memory. Without it the loop would spin.
@@ -36,6 +38,7 @@ pub(crate) struct Ports {
     task: VsockListener,
     stdio: VsockListener,
     events: VsockListener,
+    relay: VsockListener,
 }
 
 impl Ports {
@@ -43,7 +46,12 @@ impl Ports {
     /// The first port that cannot be bound.
     pub(crate) fn bind() -> Result<Self, ServeError> {
         let bind = |port| bind(port).map_err(|source| ServeError::Listen { port, source });
-        Ok(Self { task: bind(PORT_TASK)?, stdio: bind(PORT_STDIO)?, events: bind(PORT_EVENTS)? })
+        Ok(Self {
+            task: bind(PORT_TASK)?,
+            stdio: bind(PORT_STDIO)?,
+            events: bind(PORT_EVENTS)?,
+            relay: bind(PORT_RELAY)?,
+        })
     }
 
     /// Serves the ports on the current runtime. `calls` are the services of the Task port. Dropping the returned server
@@ -77,6 +85,7 @@ impl Ports {
                 serve_one(socket, disconnect, husk_protos::events_ttrpc::create_events(Arc::new(service)));
             }
         });
+        tokio::spawn(relay(self.relay));
         Ok(server)
     }
 }
@@ -102,6 +111,19 @@ async fn accept(listener: &VsockListener) -> VsockStream {
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+/// Relays the host's connections to addresses of the VM, a limited number at a time.
+async fn relay(listener: VsockListener) {
+    let slots = Arc::new(Semaphore::new(forward::CONNECTIONS_MAX));
+    // The semaphore is never closed.
+    while let Ok(slot) = slots.clone().acquire_owned().await {
+        let host = accept(&listener).await;
+        tokio::spawn(async move {
+            address::forward(host).await;
+            drop(slot);
+        });
     }
 }
 

@@ -6,6 +6,7 @@
 //! | `lib.rs`     | ports, limits and names that both sides use                          |
 //! | `frame.rs`   | length-prefixed messages on connections without TTRPC                |
 //! | `metered.rs` | backpressure for TTRPC streams                                       |
+//! | `relay.rs`   | byte streams between host and guest                                  |
 //! | `extras.rs`  | the format of the extras disk                                        |
 //! | `param.rs`   | names of kernel parameters                                           |
 //! | `chain.rs`   | prints an error with its causes                                      |
@@ -17,6 +18,7 @@ pub mod frame;
 pub mod lock;
 pub mod metered;
 pub mod param;
+pub mod relay;
 
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::too_many_lines)]
 mod generated {
@@ -30,7 +32,7 @@ pub use generated::{
 pub use {protobuf, ttrpc};
 
 /// Version of the protocol. The host rejects a guest whose `Hello` has another one.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// The host's CID as seen from a guest (`VMADDR_CID_HOST`, vsock(7)).
 pub const HOST_CID: u32 = 2;
@@ -45,6 +47,10 @@ pub const PORT_READY: u32 = 1026;
 pub const PORT_EVENTS: u32 = 1027;
 /// Host port: the Metadata service.
 pub const PORT_METADATA: u32 = 1027;
+/// Guest port: connects to addresses of the VM, one per connection: see [`relay`]. Host port: connects to the host's
+/// Unix sockets that are mounted into containers, unless [`PutBundleRequest.relay_port`](bundle::PutBundleRequest) names
+/// another one.
+pub const PORT_RELAY: u32 = 1028;
 
 /// Largest chunk of a stdio stream, bytes. The guest's allocator (musl's mallocng) maps each block of 26 KiB or more
 /// and unmaps it when freed: with chunks of 32 KiB that took longer than everything else done with them.
@@ -61,6 +67,8 @@ pub const PROCESS_DETAILS: &str = "containerd.runc.v1.ProcessDetails";
 pub const SHARE_TAG: &str = "husk";
 /// Where the guest mounts the share.
 pub const SHARE_PATH: &str = "/run/husk/share";
+/// Folder of the guest's relayed Unix sockets: `<container>/<number of the mount in the spec>`.
+pub const SOCKETS_PATH: &str = "/run/husk/sockets";
 
 /// The sandbox annotation that allows containers to use AF_VSOCK: `true` or `false`.
 pub const ANNOTATION_VSOCK: &str = "io.husk.vsock";

@@ -10,6 +10,7 @@
 //! | `vm`              | the running VM: its boot, virtiofsd, host cgroup                            |
 //! | `vmm`             | the programs that run virtual machines                                      |
 //! | `guest`           | connections to the guest, and its reports                                   |
+//! | `forward`         | connections between the host's programs and the VM                          |
 //! | `metadata`        | the metadata service for guests                                             |
 //! | `extras`          | the disk with the operator's files and the supervisor agent                 |
 //! | `rootfs`          | the share with the containers' root filesystems, and the guest's spec       |
@@ -29,6 +30,7 @@ pub mod console;
 pub mod containerd;
 pub mod ctl;
 pub mod extras;
+mod forward;
 mod guest;
 pub mod host;
 pub mod metadata;

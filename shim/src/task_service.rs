@@ -84,7 +84,7 @@ fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         Error::Stdio(StdioError::Logger { .. }) => Code::INTERNAL,
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
-        Error::Boot(_) | Error::Guest(_) | Error::VmDead { .. } => Code::UNAVAILABLE,
+        Error::Boot(_) | Error::Guest(_) | Error::Sockets(_) | Error::VmDead { .. } => Code::UNAVAILABLE,
         Error::State(_)
         | Error::Share(_)
         | Error::Namespace(_)

@@ -88,6 +88,7 @@ impl Tasks {
         }
         paths::allow_missing(fs::remove_dir_all(paths::state(id))).map_err(|e| failed("state", e))?;
         paths::allow_missing(fs::remove_dir_all(container.bundle())).map_err(|e| failed("bundle", e))?;
+        self.sockets.remove(id).map_err(|e| failed("sockets", e))?;
         for exec in container.all_execs() {
             container.remove_exec(&exec.exec);
             self.streams.remove(id, &exec.exec);

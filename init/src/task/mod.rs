@@ -21,6 +21,7 @@ use husk_protos::lock::lock;
 
 use crate::error::{CallError, FailureKind};
 use crate::events::Events;
+use crate::forward::socket::Sockets;
 use crate::io::Streams;
 use crate::reaper::Reaper;
 use crate::worker::client::Workers;
@@ -34,13 +35,20 @@ pub(crate) struct Tasks {
     workers: Workers,
     events: Arc<Events>,
     streams: Arc<Streams>,
+    sockets: Arc<Sockets>,
     /// By ID. `None` reserves the ID of a container that is being created.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
 }
 
 impl Tasks {
-    pub(crate) fn new(reaper: Arc<Reaper>, workers: Workers, events: Arc<Events>, streams: Arc<Streams>) -> Arc<Self> {
-        Arc::new(Self { reaper, workers, events, streams, containers: Mutex::default() })
+    pub(crate) fn new(
+        reaper: Arc<Reaper>,
+        workers: Workers,
+        events: Arc<Events>,
+        streams: Arc<Streams>,
+        sockets: Arc<Sockets>,
+    ) -> Arc<Self> {
+        Arc::new(Self { reaper, workers, events, streams, sockets, containers: Mutex::default() })
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, CallError> {

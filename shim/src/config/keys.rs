@@ -10,7 +10,7 @@ use super::kernel_params;
 use super::settings::{AccelMode, Config, NetworkMode, Profile, VsockMode};
 use super::values::{
     absolute, addresses, annotations, boolean, choice, extras_max_mib, integer, list, memory_mib, milliseconds,
-    spare_nics, text, user, vcpus,
+    sockets, spare_nics, text, user, vcpus,
 };
 use crate::vmm::factory::boards;
 
@@ -27,7 +27,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 28] = [
+pub(crate) const KEYS: [ConfigKey; 29] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
@@ -73,6 +73,7 @@ pub(crate) const KEYS: [ConfigKey; 28] = [
     key("metadata_key", |config, value| put(&mut config.tokens.key, absolute(value))),
     key("token_lifetime_ms", |config, value| put(&mut config.tokens.lifetime, milliseconds(value))),
     key("workspace_dir", |config, value| put(&mut config.workspace_dir, absolute(value).map(Some))),
+    key("sockets", |config, value| put(&mut config.sockets, sockets(value))),
 ];
 
 fn put<T>(field: &mut T, checked: Result<T, String>) -> Result<(), String> {

@@ -145,6 +145,8 @@ pub struct Config {
     pub tokens: TokenSettings,
     /// The folder that may contain workspace files; without it, files are not allowed.
     pub workspace_dir: Option<PathBuf>,
+    /// The Unix sockets of the host that containers may mount.
+    pub sockets: Vec<AllowedSocket>,
 }
 
 impl Default for Config {
@@ -182,8 +184,18 @@ impl Default for Config {
                 .collect(),
             tokens: TokenSettings { key: METADATA_KEY.into(), lifetime: TOKEN_LIFETIME },
             workspace_dir: None,
+            sockets: Vec::new(),
         }
     }
+}
+
+/// An entry of the key `sockets`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AllowedSocket {
+    /// This socket.
+    File(PathBuf),
+    /// Every socket below this folder.
+    Below(PathBuf),
 }
 
 /// Settings of the metadata service's tokens.

@@ -1,13 +1,13 @@
 //! Checks of single values, shared by keys and annotations. An error says what is allowed.
 
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use toml::Value;
 
 use super::names::NAMES;
-use super::settings::{MAX_VCPUS, MIN_MEMORY_MIB};
+use super::settings::{AllowedSocket, MAX_VCPUS, MIN_MEMORY_MIB};
 
 /// Upper limit of `network_spare_nics`. Each takes a slot of the machine and memory of the guest.
 pub(crate) const MAX_SPARE_NICS: u32 = 8;
@@ -100,6 +100,19 @@ pub(crate) fn annotations(value: &Value) -> Result<Vec<String>, String> {
 pub(crate) fn addresses(value: &Value) -> Result<Vec<Ipv4Addr>, String> {
     let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is not an IPv4 address"));
     list(value)?.into_iter().map(parse).collect()
+}
+
+/// A list of sockets, and of folders of sockets, which end with a slash.
+pub(crate) fn sockets(value: &Value) -> Result<Vec<AllowedSocket>, String> {
+    let socket = |text: &str| {
+        let path = Path::new(text);
+        if !path.is_absolute() || path.components().any(|part| part == Component::ParentDir) {
+            return Err(format!("{text:?} is not an absolute path without \"..\""));
+        }
+        let path = path.to_owned();
+        Ok(if text.ends_with('/') { AllowedSocket::Below(path) } else { AllowedSocket::File(path) })
+    };
+    list(value)?.into_iter().map(socket).collect()
 }
 
 /// A user and group ID.

@@ -2,16 +2,19 @@
 //!
 //! The guest's replies are untrusted: they are bounded before they are kept, and never used as a path on the host.
 
+use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use containerd_shim_protos::shim_async::TaskClient;
 use husk_protos::debug_ttrpc::DebugClient;
 use husk_protos::events::{Event, SubscribeRequest};
 use husk_protos::metered::{Meter, Metered};
+use husk_protos::relay::{read_status, write_target};
 use husk_protos::stdio::{InputChunk, InputResponse, OutputChunk, OutputRequest, StreamKind};
 use husk_protos::system::Hello;
 use husk_protos::{
-    PORT_EVENTS, PORT_STDIO, PORT_TASK, PROTOCOL, RECEIVE_WINDOW, bundle_ttrpc::BundleClient,
+    PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_TASK, PROTOCOL, RECEIVE_WINDOW, bundle_ttrpc::BundleClient,
     events_ttrpc::EventsClient, network_ttrpc::NetworkClient, stdio_ttrpc::StdioClient, system_ttrpc::SystemClient,
 };
 use protobuf::Message;
@@ -19,8 +22,8 @@ use ttrpc::r#async::transport::Socket;
 use ttrpc::r#async::{Client, ClientStreamReceiver, ClientStreamSender};
 use ttrpc::context::{Context, with_duration};
 
-use crate::guest::link::Link;
-use husk_vsock::Stream;
+use crate::guest::link::{HostPort, Link};
+use husk_vsock::{Stream, VsockError};
 
 // A receive window holds the largest streamed message, a stdio chunk, with its envelope.
 const _: () = assert!(RECEIVE_WINDOW >= 2 * husk_protos::STDIO_CHUNK);
@@ -63,6 +66,20 @@ fn message(error: &ttrpc::Error) -> String {
         ttrpc::Error::RpcStatus(status) => format!("{} ({:?})", status.message, status.code()),
         other => other.to_string(),
     }
+}
+
+/// Why the guest did not connect to one of its addresses.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The guest cannot be reached.
+    #[error("connect to the guest's relay")]
+    Relay(#[from] VsockError),
+    /// The guest's error, or that of the connection with it.
+    #[error("connect in the guest")]
+    Guest(#[from] io::Error),
+    /// The guest did not answer.
+    #[error("the guest did not answer within {} ms", .0.as_millis())]
+    Deadline(Duration),
 }
 
 /// A stream on its own connection, and the meter that throttles its sender.
@@ -156,6 +173,22 @@ impl Guest {
         let first = InputChunk { container_id: container.to_owned(), exec_id: exec.to_owned(), ..Default::default() };
         stream.send(&first).await?;
         Ok(stream)
+    }
+
+    /// Connects to an address of the VM. What follows on the stream is that of [`husk_protos::relay`].
+    pub(crate) async fn dial(&self, target: SocketAddr, limit: Duration) -> Result<Stream, DialError> {
+        let dial = async {
+            let mut stream = self.link.connect(PORT_RELAY, limit).await?;
+            write_target(&mut stream, target).await?;
+            read_status(&mut stream).await?;
+            Ok(stream)
+        };
+        tokio::time::timeout(limit, dial).await.unwrap_or(Err(DialError::Deadline(limit)))
+    }
+
+    /// Listens for the guest's connections to Unix sockets of the host.
+    pub(crate) fn listen_for_relays(&self) -> Result<HostPort, VsockError> {
+        self.link.listen_for_relays()
     }
 
     async fn stream_client(&self, port: u32) -> Result<(Client, Meter), GuestError> {

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use husk_protos::PORT_READY;
+use husk_protos::{PORT_READY, PORT_RELAY};
 
 use crate::state::cid::{CIDS, CidError};
 use crate::state::journal::Journal;
@@ -17,6 +17,9 @@ use husk_vsock::{Device, Listener, Stream, kernel};
 const OWN_CID: u32 = 3;
 /// On the kernel's device, the guest with CID n connects to port 65536 + n, above all other ports of husk.
 const READY_PORTS: u32 = 1 << 16;
+/// For the host's Unix sockets, the guest with CID n connects to port 131072 + n, above those of all hellos.
+const RELAY_PORTS: u32 = 1 << 17;
+const _: () = assert!(*CIDS.end() < RELAY_PORTS - READY_PORTS);
 
 /// The device that carries the connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,34 +78,61 @@ impl Link {
             Self::Kernel(cid) => kernel::connect(*cid, port, deadline).await.map(Stream::Kernel),
         }
     }
-}
 
-/// The port that expects the guest's hello.
-pub(crate) enum Ready {
-    /// A port of the guest's own device.
-    Own(Listener),
-    /// A port of the kernel's device that accepts connections from one CID only.
-    Kernel { listener: kernel::KernelListener, cid: u32 },
-}
-
-impl Ready {
-    /// The port's number, if it is not the usual one.
-    pub(crate) fn port(&self) -> Option<u32> {
+    /// Listens for the guest's connections to the host's Unix sockets.
+    ///
+    /// # Errors
+    ///
+    /// When the port is in use.
+    pub(super) fn listen_for_relays(&self) -> Result<HostPort, husk_vsock::VsockError> {
         match self {
-            Self::Own(_) => None,
-            Self::Kernel { cid, .. } => Some(READY_PORTS + cid),
+            Self::Own(device) => HostPort::own(device, PORT_RELAY),
+            Self::Kernel(cid) => HostPort::kernel(RELAY_PORTS + cid, *cid),
+        }
+    }
+}
+
+/// A port of the host that accepts connections of one guest.
+pub(crate) enum HostPort {
+    /// A port of the guest's own device.
+    Own { listener: Listener, port: u32 },
+    /// A port of the kernel's device that accepts connections from one CID only.
+    Kernel { listener: kernel::KernelListener, port: u32, cid: u32 },
+}
+
+impl HostPort {
+    fn own(device: &Device, port: u32) -> Result<Self, husk_vsock::VsockError> {
+        Ok(Self::Own { listener: device.listen(port)?, port })
+    }
+
+    fn kernel(port: u32, cid: u32) -> Result<Self, husk_vsock::VsockError> {
+        Ok(Self::Kernel { listener: kernel::KernelListener::bind(port)?, port, cid })
+    }
+
+    /// The port's number.
+    pub(crate) fn number(&self) -> u32 {
+        match self {
+            Self::Own { port, .. } | Self::Kernel { port, .. } => *port,
         }
     }
 
-    /// The guest's first connection.
+    /// The port's number, if it depends on the guest.
+    pub(crate) fn port(&self) -> Option<u32> {
+        match self {
+            Self::Own { .. } => None,
+            Self::Kernel { port, .. } => Some(*port),
+        }
+    }
+
+    /// The guest's next connection.
     ///
     /// # Errors
     ///
     /// When the device has ended.
     pub(crate) async fn accept(&mut self) -> Result<Stream, husk_vsock::VsockError> {
         match self {
-            Self::Own(listener) => listener.accept().await.map(Stream::VhostUser),
-            Self::Kernel { listener, cid } => Ok(Stream::Kernel(listener.accept_from(*cid).await)),
+            Self::Own { listener, .. } => listener.accept().await.map(Stream::VhostUser),
+            Self::Kernel { listener, cid, .. } => Ok(Stream::Kernel(listener.accept_from(*cid).await)),
         }
     }
 }
@@ -111,7 +141,7 @@ impl Ready {
 pub(crate) struct NewLink {
     pub(crate) link: Link,
     /// Listens before the machine starts: the guest's connection would fail otherwise.
-    pub(crate) ready: Ready,
+    pub(crate) ready: HostPort,
     /// The machine's end: the vhost-user socket, or the kernel's device with the CID set.
     pub(crate) machine_end: OwnedFd,
 }
@@ -125,14 +155,14 @@ pub(crate) async fn create(carrier: Carrier, journal: &Journal) -> Result<NewLin
     match carrier {
         Carrier::Own => {
             let (device, machine_end) = Device::start(OWN_CID.into())?;
-            let ready = Ready::Own(device.listen(PORT_READY)?);
+            let ready = HostPort::own(&device, PORT_READY)?;
             Ok(NewLink { link: Link::Own(device), ready, machine_end })
         }
         Carrier::Kernel => {
             let journal = journal.clone();
             let (cid, device) = tokio::task::spawn_blocking(move || lease(&journal)).await??;
-            let listener = kernel::KernelListener::bind(READY_PORTS + cid)?;
-            Ok(NewLink { link: Link::Kernel(cid), ready: Ready::Kernel { listener, cid }, machine_end: device })
+            let ready = HostPort::kernel(READY_PORTS + cid, cid)?;
+            Ok(NewLink { link: Link::Kernel(cid), ready, machine_end: device })
         }
     }
 }

@@ -7,9 +7,11 @@
 //! | `holder.rs`  | the process that represents a container on the host         |
 //! | `hooks.rs`   | runs OCI hooks                                              |
 //! | `socket.rs`  | unix sockets in the sandbox's directory                     |
+//! | `unix.rs`    | unix sockets of other programs                              |
 
 pub(crate) mod child;
 pub(crate) mod holder;
 pub(crate) mod hooks;
 pub mod process;
 pub mod socket;
+pub(crate) mod unix;

@@ -26,6 +26,7 @@
 //! | `reply.rs`        | the kernel's replies: acknowledgements, errors and their texts          |
 //! | `subscription.rs` | the kernel's notifications about changes                                |
 //! | `scan/`           | reads a namespace's configuration and converts it to husk's protocol    |
+//! | `loopback/`       | redirects the namespace's own connections to the shim, for forwarding   |
 //! | `tap.rs`          | tap devices                                                             |
 //! | `redirect.rs`     | ingress qdiscs and filters                                              |
 //! | `diff.rs`         | which NICs change their links (pure)                                    |
@@ -40,6 +41,7 @@ mod diff;
 mod error;
 mod follow;
 mod link;
+pub(crate) mod loopback;
 mod multicast;
 mod netlink;
 mod netns;

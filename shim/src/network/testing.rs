@@ -1,9 +1,10 @@
 //! Network namespaces for tests, which need root. `ip` and `tc` of iproute2 prepare and observe them.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -57,6 +58,26 @@ impl Namespace {
     /// Runs `tc` with these arguments, separated by spaces.
     pub(super) fn tc(&self, arguments: &str) -> String {
         self.command("tc", arguments)
+    }
+
+    /// Runs `nft` with these arguments, separated by spaces.
+    pub(super) fn nft(&self, arguments: &str) -> String {
+        self.command("nft", arguments)
+    }
+
+    /// An interactive `nft` that has carried out a command; it ends with its stdin.
+    pub(super) fn nft_session(&self, command: &str) -> Child {
+        let mut session = Command::new("nsenter")
+            .args([&format!("--net={}", self.path().display()), "nft", "--interactive"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the tests need nft");
+        session.stdin.as_mut().unwrap().write_all(command.as_bytes()).unwrap();
+        while !self.nft("list tables").contains("husk-") {
+            thread::sleep(Duration::from_millis(10));
+        }
+        session
     }
 
     /// Runs `ip` and parses its JSON.

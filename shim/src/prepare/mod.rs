@@ -34,6 +34,7 @@ use crate::network::user::UserNetwork;
 use crate::network::{Claim, claim};
 use crate::prepare::host::{Host, Places};
 pub(crate) use crate::prepare::network::RequestedNetwork;
+use crate::rootfs::socket;
 use crate::rootfs::spec::parse::{Parsed, parse};
 use crate::rootfs::spec::{Context, HostNetwork, Rewritten, Sibling, rewrite};
 use crate::vm::BootPlan;
@@ -167,6 +168,7 @@ fn prepare_with(
         bundle,
         host_is_unified: Hierarchies::of_host().map_err(|error| PrepareError::one(&error))?.unified(),
         inspect: &crate::rootfs::share::inspect,
+        check_socket: &|path| socket::check(&config.sockets, path),
         first: siblings.first,
         sibling: siblings.find,
     };

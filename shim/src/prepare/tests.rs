@@ -9,6 +9,9 @@ use crate::vmm::factory::qemu::args::tests::FDS;
 
 const SPEC: &str = include_str!("../rootfs/testdata/ctr-1.6.json");
 
+/// An annotation of these tests: adds a bind mount with this source.
+const MOUNTED: &str = "test.mounted";
+
 /// A host without KVM whose files are all empty: `{host}/beside` has the files that are found without a configuration,
 /// `{host}/other` the same files.
 struct TestHost {
@@ -39,6 +42,8 @@ impl TestHost {
             }
         }
         std::fs::write(folder.path().join("other/workspace"), "a secret").unwrap();
+        // The file stays when the listener is gone.
+        drop(std::os::unix::net::UnixListener::bind(folder.path().join("other/socket")).unwrap());
         let beside = folder.path().join("beside");
         let places = Places {
             path: Some(beside.clone().into()),
@@ -65,6 +70,10 @@ impl TestHost {
 
     fn outcome_of(&self, config: &str, annotations: serde_json::Value, booted_with: Option<&Extras>) -> Outcome {
         let mut spec: serde_json::Value = serde_json::from_str(SPEC).unwrap();
+        if let Some(source) = annotations.get(MOUNTED) {
+            let mount = serde_json::json!({"destination": "/in", "type": "bind", "source": source});
+            spec["mounts"].as_array_mut().unwrap().push(mount);
+        }
         spec["annotations"] = annotations;
         let booted_with = booted_with.map(|extras| BootedWith { extras: extras.clone(), user: None });
         self.outcome_of_spec(config, &spec, booted_with.as_ref())
@@ -194,6 +203,7 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |b| format!("{:?}", b.plan.workspace)),
         "Some(Workspace(8 bytes))",
     ),
+    ("sockets", "[\"{host}/other/\"]", |o| booted(o, |b| b.spec.mounts().iter().flatten().count().to_string()), "8"),
 ];
 
 /// The annotation that a key needs to have an effect.
@@ -201,6 +211,7 @@ const WITH: &[(&str, (&str, &str))] = &[
     ("port_addresses", ("io.husk.ports", "tcp:192.0.2.1:8000:80")),
     ("port_ranges", ("io.husk.ports", "tcp:192.0.2.1:8000-8001:80-81")),
     ("workspace_dir", ("io.husk.workspace", "{host}/other/workspace")),
+    ("sockets", (MOUNTED, "{host}/other/socket")),
     ("extras_max_mib", ("io.husk.extras.files", r#"{"/x": {"source": "{host}/other/workspace", "mode": "0644"}}"#)),
 ];
 

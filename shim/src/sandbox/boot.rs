@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use crate::extras::disk;
 use crate::extras::disk::DiskError;
 use crate::extras::files::OpenedFile;
+use crate::forward::address::{self, Intercepted};
 use crate::guest::client::Metering;
 use crate::network::Claim;
 use crate::prepare;
@@ -105,7 +106,13 @@ impl Sandbox {
     ) -> Result<(Arc<Vm>, Metering<Event>), BootError> {
         let extras = extras_disk(prepared.sources.clone()).await?;
         let (vmm, plan) = prepare::plan(prepared, Attachments { extras: extras.clone(), ..attachments });
-        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached).await?;
+        // The redirection takes a few milliseconds on a thread of its own, far less than the boot.
+        let (vm, redirected) = tokio::join!(
+            Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached),
+            self.redirect(prepared.network.as_ref())
+        );
+        let vm = vm?;
+        self.lock().forwarding = redirected.map(|redirected| address::serve(redirected, &vm.guest));
         // The guest has copied the disk's contents before its hello.
         if let Some(disk) = extras
             && let Err(error) = disk::give_back(&disk)
@@ -115,6 +122,11 @@ impl Sandbox {
         let events = vm.guest.events(0).await?;
         reached.reached(HostMilestone::EventsSubscribed);
         Ok((vm, events))
+    }
+
+    /// Redirects the connections of programs inside the network namespace, if there is one.
+    async fn redirect(&self, network: Option<&Claim>) -> Option<Intercepted> {
+        address::redirect(network?, &self.id, &self.journal).await
     }
 
     /// Records the milestones of a boot and the guest's versions. The next change of state writes them.

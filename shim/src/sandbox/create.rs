@@ -97,7 +97,7 @@ impl Sandbox {
         let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let guest_request = CreateTaskRequest {
             id: id.clone(),
-            bundle: put_bundle(&vm, &id, &prepared).await?,
+            bundle: self.put_bundle(&vm, &id, &prepared).await?,
             terminal: request.terminal,
             stdin,
             stdout,
@@ -177,6 +177,15 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Sends a container's spec to the guest and returns the path of the bundle there.
+    async fn put_bundle(&self, vm: &Vm, id: &str, prepared: &Prepared) -> Result<String, SandboxError> {
+        let spec = serde_json::to_vec(&prepared.rewritten.spec)
+            .map_err(|error| SandboxError::Internal(format!("encode the guest's spec: {error}")))?;
+        let (sockets, relay_port) = self.sockets.add(id, &prepared.rewritten.sockets, &vm.guest)?;
+        let request = PutBundleRequest { id: id.to_owned(), spec, sockets, relay_port, ..Default::default() };
+        Ok(vm.guest.bundle.put(vm.guest.context(), &request).await?.path)
+    }
+
     /// Opens the streams of the init process and creates the task in the guest. If it fails, the task and its bundle
     /// are removed from the guest.
     async fn create_in_guest(&self, vm: &Arc<Vm>, request: &CreateTaskRequest) -> Result<u32, SandboxError> {
@@ -202,14 +211,6 @@ impl Sandbox {
             }
         }
     }
-}
-
-/// Sends a container's spec to the guest and returns the path of the bundle there.
-async fn put_bundle(vm: &Vm, id: &str, prepared: &Prepared) -> Result<String, SandboxError> {
-    let spec = serde_json::to_vec(&prepared.rewritten.spec)
-        .map_err(|error| SandboxError::Internal(format!("encode the guest's spec: {error}")))?;
-    let request = PutBundleRequest { id: id.to_owned(), spec, ..Default::default() };
-    Ok(vm.guest.bundle.put(vm.guest.context(), &request).await?.path)
 }
 
 /// Removes the bundle and the task of a container whose creation failed.

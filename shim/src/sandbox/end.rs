@@ -63,6 +63,7 @@ impl Sandbox {
             if matches!(slots.vm, VmSlot::Empty) && slots.first.as_deref() == Some(id) {
                 slots.first = None;
             }
+            self.sockets.remove(id);
             let last = slots.containers.is_empty();
             last.then(|| std::mem::replace(&mut slots.vm, VmSlot::Stopping))
         };
@@ -101,6 +102,8 @@ impl Sandbox {
             container.vm_died(Timestamp::now());
         }
         futures::future::join_all(containers.iter().map(|container| container.finish_output())).await;
+        // Before its rule is removed.
+        self.lock().forwarding = None;
         self.undo_all().await;
         if !self.publisher.flush(FLUSH).await {
             tracing::warn!("containerd did not accept the last events");

@@ -12,6 +12,7 @@ use crate::state::StateError;
 use crate::stdio::StdioError;
 use crate::vm::cgroup::CgroupError;
 use crate::vm::{BootError, FollowError};
+use husk_vsock::VsockError;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +76,9 @@ pub(crate) enum SandboxError {
     /// A hook on the host failed.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// The guest's connections to Unix sockets of the host cannot be accepted.
+    #[error("listen for the guest's connections to sockets of the host")]
+    Sockets(#[from] VsockError),
     /// A part of the shim ended unexpectedly.
     #[error("{0}")]
     Internal(String),

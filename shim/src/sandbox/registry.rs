@@ -10,6 +10,8 @@ use tokio::sync::watch;
 
 use crate::console::GuestLogs;
 use crate::containerd::publisher::Publisher;
+use crate::forward::address::Forwarding;
+use crate::forward::socket::Sockets;
 use crate::guest::client::GuestError;
 use crate::network::{Claim, PrivateNamespace};
 use crate::prepare::BootedWith;
@@ -60,6 +62,8 @@ pub(super) struct Slots {
     /// The container that uses the VM's network namespace if its spec asks for a new one.
     pub(super) first: Option<String>,
     pub(super) share: Option<Share>,
+    /// Forwards connections inside the network namespace while the VM runs.
+    pub(super) forwarding: Option<Forwarding>,
     pub(super) containers: HashMap<String, ContainerSlot>,
 }
 
@@ -70,6 +74,8 @@ pub(crate) struct Sandbox {
     pub(super) journal: Journal,
     pub(super) publisher: Publisher,
     pub(super) guest_logs: GuestLogs,
+    /// The Unix sockets of the host that containers mount.
+    pub(super) sockets: Sockets,
     slots: Mutex<Slots>,
     /// True after everything has been cleaned up.
     pub(super) ended: watch::Sender<bool>,
@@ -86,6 +92,7 @@ impl Sandbox {
             guest_logs: GuestLogs::new(journal.dir()),
             journal,
             publisher,
+            sockets: Sockets::default(),
             slots: Mutex::new(Slots {
                 vm: VmSlot::Empty,
                 booted_with: BootedWith::default(),
@@ -94,6 +101,7 @@ impl Sandbox {
                 cgroup: None,
                 first: None,
                 share: None,
+                forwarding: None,
                 containers: HashMap::new(),
             }),
             ended: watch::channel(false).0,

@@ -17,7 +17,7 @@ use crate::host::hooks;
 use crate::host::hooks::{Hook, Subject};
 use crate::host::process::ProcessId;
 use crate::network::user::HostPort;
-use crate::network::{self, Claim};
+use crate::network::{self, Claim, loopback};
 
 /// Shortest wait, even after the deadline: a process that receives SIGKILL is normally dead by then.
 const MIN_WAIT: Duration = Duration::from_millis(100);
@@ -75,6 +75,8 @@ pub(crate) enum Step {
         /// The shim that leased them: undo does not release another shim's lease.
         shim: ProcessId,
     },
+    /// The rule that redirects a network namespace's own connections to the shim: removed.
+    Loopback { claim: Claim, sandbox: String },
 }
 
 impl fmt::Display for Step {
@@ -90,6 +92,9 @@ impl fmt::Display for Step {
                 let plural = if ports.len() == 1 { "" } else { "s" };
                 let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
                 write!(f, "release the host's port{plural} {}", ports.join(", "))
+            }
+            Step::Loopback { claim, .. } => {
+                write!(f, "remove the redirection of connections in the network namespace {}", claim.netns.display())
             }
             Step::Hooks { container, .. } => write!(f, "run the poststop hooks of {}", container.id),
         }
@@ -118,6 +123,9 @@ impl Step {
                 other => ignore_missing(other),
             },
             Step::Network { claim, vm } => network::disconnect(claim, vm, remaining()).map_err(io::Error::other),
+            Step::Loopback { claim, sandbox } => {
+                loopback::release(claim, sandbox, remaining()).map_err(io::Error::other)
+            }
             Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
             Step::Ports { ports, leases, shim } => leases.release(ports, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {

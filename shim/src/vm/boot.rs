@@ -11,6 +11,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use husk_protos::extras::SUPERVISOR_GRACE;
+use husk_vsock::Stream;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
@@ -26,7 +27,7 @@ use super::virtiofsd;
 use crate::console::{Attached, GuestLogs};
 use crate::guest::client::Guest;
 use crate::guest::clock;
-use crate::guest::link::{self, Link, NewLink, Ready};
+use crate::guest::link::{self, HostPort, Link, NewLink};
 use crate::guest::report::{self, GuestHealth, ReportSinks};
 use crate::host::child::Child;
 use crate::host::process::ProcessId;
@@ -107,10 +108,7 @@ impl Vm {
         let (failure, failed) = watch::channel(None);
         let sinks =
             ReportSinks { level: spec.guest.log_level, file: logs.init.clone(), recent: journal.recent().clone() };
-        let lost = {
-            let health = health.clone();
-            async move { report::receive(reports, sinks, &health).await }
-        };
+        let lost = lost(reports, sinks, health.clone());
         let vm = Arc::new(Self {
             guest,
             hello,
@@ -132,6 +130,11 @@ impl Vm {
     }
 }
 
+/// Receives the guest's reports until it is lost, and returns the reason.
+async fn lost(reports: Stream, sinks: ReportSinks, health: Arc<GuestHealth>) -> String {
+    report::receive(reports, sinks, &health).await
+}
+
 /// Keeps the guest's clock correct until the VM is dead.
 async fn keep_clock(guest: Arc<Guest>, health: Arc<GuestHealth>, mut dead: watch::Receiver<Option<String>>) {
     tokio::select! {
@@ -148,7 +151,7 @@ fn identity(journal: &Journal, cid: u32) -> Result<Identity, StateError> {
 }
 
 /// Adds what depends on the link to the spec of the machine.
-fn linked(spec: &Spec, link: &Link, ready: &Ready) -> Spec {
+fn linked(spec: &Spec, link: &Link, ready: &HostPort) -> Spec {
     let mut spec = spec.clone();
     if let Link::Kernel(cid) = link {
         spec.kernel_cid = Some(*cid);

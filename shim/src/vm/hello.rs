@@ -10,7 +10,7 @@ use husk_vsock::Stream;
 use super::death::{CONSOLE_DEADLINE, CONSOLE_LINES, MACHINE_DELAY};
 use super::error::BootError;
 use crate::console::Attached;
-use crate::guest::link::{LinkError, Ready};
+use crate::guest::link::{HostPort, LinkError};
 use crate::host::child::Child;
 use crate::vmm::Machine;
 
@@ -25,7 +25,7 @@ pub(super) struct Processes {
 
 impl Processes {
     /// The guest's hello, and the connection on which its reports follow.
-    pub(super) async fn hello(&self, ready: &mut Ready, deadline: Duration) -> Result<(Stream, Hello), BootError> {
+    pub(super) async fn hello(&self, ready: &mut HostPort, deadline: Duration) -> Result<(Stream, Hello), BootError> {
         tokio::select! {
             hello = receive(ready) => match hello {
                 Ok(hello) => Ok(hello),
@@ -70,7 +70,7 @@ impl Processes {
     }
 }
 
-async fn receive(ready: &mut Ready) -> Result<(Stream, Hello), BootError> {
+async fn receive(ready: &mut HostPort) -> Result<(Stream, Hello), BootError> {
     let mut stream = ready.accept().await.map_err(LinkError::from)?;
     let hello = husk_protos::frame::read(&mut stream).await?;
     Ok((stream, hello))

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::host::unix::Access;
+
 /// The type of a file on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileKind {
@@ -41,6 +43,9 @@ pub(crate) struct Context<'a> {
     pub(crate) host_is_unified: bool,
     /// Looks up a path on the host and resolves symbolic links.
     pub(crate) inspect: &'a dyn Fn(&Path) -> io::Result<HostFile>,
+    /// Checks a socket of the host, whose path contains no symbolic link. The error is the reason why a container may
+    /// not mount it.
+    pub(crate) check_socket: &'a dyn Fn(&Path) -> Result<Access, String>,
     /// Whether this is the sandbox's first container, for which the VM is booted.
     pub(crate) first: bool,
     /// Finds a running container of the sandbox by the PID of its holder.

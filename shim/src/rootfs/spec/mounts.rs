@@ -3,13 +3,14 @@
 
 use std::path::PathBuf;
 
-use husk_protos::SHARE_PATH;
+use husk_protos::{SHARE_PATH, SOCKETS_PATH};
 use oci_spec::runtime::Mount;
 
 use super::context::{Context, FileKind, HostFile};
 use super::devices::guest_path;
 use super::findings::Findings;
 use super::mount_options::rewrite_options;
+use crate::host::unix::Access;
 
 /// Filesystems that the guest's kernel can mount without the host.
 const KERNEL_FILESYSTEMS: [&str; 15] = [
@@ -47,6 +48,23 @@ pub(crate) struct Bind {
     pub(crate) follows_host: bool,
 }
 
+/// A Unix socket of the host that the guest relays.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SocketMount {
+    /// Index in the spec's `mounts`, and name of the guest's socket.
+    pub(crate) index: usize,
+    /// The socket on the host, with all symbolic links resolved.
+    pub(crate) path: PathBuf,
+    pub(crate) access: Access,
+}
+
+/// What the host does for the mounts.
+#[derive(Debug, Default)]
+pub(super) struct HostMounts {
+    pub(super) binds: Vec<Bind>,
+    pub(super) sockets: Vec<SocketMount>,
+}
+
 /// Where the guest finds the root of container `id`.
 pub(super) fn guest_rootfs(id: &str) -> PathBuf {
     [SHARE_PATH, id, "rootfs"].iter().collect()
@@ -57,19 +75,24 @@ pub(super) fn guest_bind(id: &str, index: usize) -> PathBuf {
     [SHARE_PATH, id, "mounts", &index.to_string()].iter().collect()
 }
 
-/// Rewrites the mounts, and returns what the share must contain for them.
-pub(super) fn rewrite_mounts(mounts: &mut [Mount], context: &Context<'_>, findings: &mut Findings) -> Vec<Bind> {
-    let mut binds = Vec::new();
+/// Where the guest has the socket of the spec's mount `index`.
+fn guest_socket(id: &str, index: usize) -> PathBuf {
+    [SOCKETS_PATH, id, &index.to_string()].iter().collect()
+}
+
+/// Rewrites the mounts, and returns what the host must do for them.
+pub(super) fn rewrite_mounts(mounts: &mut [Mount], context: &Context<'_>, findings: &mut Findings) -> HostMounts {
+    let mut host = HostMounts::default();
     for (index, mount) in mounts.iter_mut().enumerate() {
         let bind = is_bind(mount);
         rewrite_options(index, mount, bind, findings);
         if bind {
-            binds.extend(rewrite_bind(index, mount, context, findings));
+            rewrite_bind(index, mount, context, &mut host, findings);
         } else {
             check_filesystem(index, mount, findings);
         }
     }
-    binds
+    host
 }
 
 /// Recognizes a bind mount as runc and the guest's libcontainer do.
@@ -96,47 +119,52 @@ fn check_filesystem(index: usize, mount: &mut Mount, findings: &mut Findings) {
     }
 }
 
-fn rewrite_bind(index: usize, mount: &mut Mount, context: &Context<'_>, findings: &mut Findings) -> Option<Bind> {
+fn rewrite_bind(
+    index: usize,
+    mount: &mut Mount,
+    context: &Context<'_>,
+    host: &mut HostMounts,
+    findings: &mut Findings,
+) {
     let field = format!("mounts[{index}].source");
     let Some(source) = mount.source().clone() else {
         findings.reject(field, None, "is missing");
-        return None;
+        return;
     };
     let found = match (context.inspect)(&context.bundle.join(&source)) {
         Ok(found) => found,
         Err(error) => {
             findings.reject_path(field, &source, format!("on the host: {error}"));
-            return None;
+            return;
         }
     };
     match found.kind {
-        FileKind::Dir | FileKind::File => {}
-        FileKind::CharDevice { major, minor } => {
-            match guest_path(major, minor) {
-                Some(path) => {
-                    mount.set_source(Some(path.to_owned()));
-                }
-                None => findings.reject_path(field, &source, "a device of the host cannot be used in a VM"),
-            }
-            return None;
+        FileKind::Dir | FileKind::File => {
+            host.binds.push(bind(index, mount, found, findings));
+            mount.set_source(Some(guest_bind(context.id, index)));
         }
+        FileKind::CharDevice { major, minor } => match guest_path(major, minor) {
+            Some(path) => {
+                mount.set_source(Some(path.to_owned()));
+            }
+            None => findings.reject_path(field, &source, "a device of the host cannot be used in a VM"),
+        },
         FileKind::BlockDevice => {
             findings.reject_path(field, &source, "a device of the host cannot be used in a VM");
-            return None;
         }
-        FileKind::Socket | FileKind::Fifo => {
-            let what = if found.kind == FileKind::Socket { "socket" } else { "fifo" };
-            findings.reject_path(
-                field,
-                &source,
-                format!("a {what} of the host does not work in a VM: its other end is in the host's kernel"),
-            );
-            return None;
-        }
+        FileKind::Socket => match (context.check_socket)(&found.path) {
+            Ok(access) => {
+                host.sockets.push(SocketMount { index, path: found.path, access });
+                mount.set_source(Some(guest_socket(context.id, index)));
+            }
+            Err(why) => findings.reject_path(field, &source, why),
+        },
+        FileKind::Fifo => findings.reject_path(
+            field,
+            &source,
+            "a fifo of the host does not work in a VM: its other end is in the host's kernel",
+        ),
     }
-    let bind = bind(index, mount, found, findings);
-    mount.set_source(Some(guest_bind(context.id, index)));
-    Some(bind)
 }
 
 /// The bind mount of a folder or file, according to the mount's options.

@@ -10,7 +10,7 @@ use super::devices::rewrite_devices;
 use super::findings::{Findings, SpecProblems};
 use super::host_hooks::{announced_links, take_host_hooks};
 use super::limits::{SpecLimits, limits};
-use super::mounts::{Bind, guest_bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
+use super::mounts::{Bind, HostMounts, SocketMount, guest_bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
 use super::namespaces::{self, Target};
 use super::size::check_size;
 use crate::host::hooks::Hooks;
@@ -51,6 +51,8 @@ pub struct Rewritten {
     pub spec: Spec,
     /// The bind mounts, in the order of the spec's mounts.
     pub(crate) binds: Vec<Bind>,
+    /// The Unix sockets of the host that the guest relays.
+    pub(crate) sockets: Vec<SocketMount>,
     /// The root folder that the spec names on the host, used when containerd passes no mounts.
     pub(crate) rootfs: PathBuf,
     /// The cgroup that the spec names on the host.
@@ -113,7 +115,7 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     let hooks = take_host_hooks(&mut spec, &mut findings);
     rewrite_process(&mut spec, &mut findings);
     let mut mounts = spec.mounts_mut().take().unwrap_or_default();
-    let binds = rewrite_mounts(&mut mounts, context, &mut findings);
+    let HostMounts { binds, sockets } = rewrite_mounts(&mut mounts, context, &mut findings);
     let has_cgroup_mount = mounts.iter().any(is_cgroup_mount);
     spec.set_mounts(Some(mounts));
     let rootfs = rewrite_root(&mut spec, context, &mut findings);
@@ -123,7 +125,7 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     match (rootfs, linux) {
         (Some(rootfs), Some(LinuxOfHost { cgroups_path, limits, network })) if findings.problems.is_empty() => {
             let notes = findings.notes;
-            Ok(Rewritten { spec, binds, rootfs, cgroups_path, limits, network, announced_links, hooks, notes })
+            Ok(Rewritten { spec, binds, sockets, rootfs, cgroups_path, limits, network, announced_links, hooks, notes })
         }
         _ => Err(SpecProblems(findings.problems)),
     }

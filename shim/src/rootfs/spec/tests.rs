@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::findings::SpecProblems;
 use super::*;
+use crate::host::unix::Access;
 
 const PLAIN: &str = include_str!("../testdata/ctr-1.6.json");
 const PRIVILEGED: &str = include_str!("../testdata/ctr-1.6-privileged.json");
@@ -22,6 +23,7 @@ fn host(path: &Path) -> io::Result<HostFile> {
         ("/dev/mem", ("/dev/mem", FileKind::CharDevice { major: 1, minor: 1 })),
         ("/dev/sda", ("/dev/sda", FileKind::BlockDevice)),
         ("/run/x.sock", ("/run/x.sock", FileKind::Socket)),
+        ("/var/run/y.sock", ("/run/y.sock", FileKind::Socket)),
         ("/run/fifo", ("/run/fifo", FileKind::Fifo)),
     ]);
     match path.to_str().and_then(|path| files.get(path)) {
@@ -38,10 +40,21 @@ fn run(spec: &Value, host_is_unified: bool) -> Result<Rewritten, SpecProblems> {
 fn run_as(spec: &Value, host_is_unified: bool, first: bool) -> Result<Rewritten, SpecProblems> {
     let spec = parse::parse(&serde_json::to_vec(spec).unwrap())?.spec;
     let sibling = |pid| (pid == 4001).then_some(Sibling { guest_pid: 40, in_vms_network: false });
-    rewrite(
-        spec,
-        &Context { id: "c1", bundle: Path::new("/bundle"), host_is_unified, inspect: &host, first, sibling: &sibling },
-    )
+    let check_socket = |path: &Path| match path.to_str() {
+        Some("/run/x.sock") => Err("is not allowed".to_owned()),
+        _ => Ok(Access { mode: 0o660, uid: 0, gid: 7 }),
+    };
+    let bundle = Path::new("/bundle");
+    let context = Context {
+        id: "c1",
+        bundle,
+        host_is_unified,
+        inspect: &host,
+        check_socket: &check_socket,
+        first,
+        sibling: &sibling,
+    };
+    rewrite(spec, &context)
 }
 
 /// Whether the container has a network namespace of its own in the guest.
@@ -230,15 +243,23 @@ fn assert_rejected<const N: usize>(table: [(Value, &str); N]) {
 }
 
 #[test]
+fn a_socket_is_relayed_to_the_file_that_its_path_leads_to() {
+    let mount = json!({"destination": "/in", "type": "bind", "source": "/var/run/y.sock", "options": ["rbind", "ro"]});
+    let rewritten = run(&with("/mounts/-", mount), true).unwrap();
+    let access = Access { mode: 0o660, uid: 0, gid: 7 };
+    assert_eq!(rewritten.sockets, [SocketMount { index: 7, path: "/run/y.sock".into(), access }]);
+    assert_eq!(rewritten.binds, []);
+    let source = rewritten.spec.mounts().as_ref().unwrap()[7].source().clone();
+    assert_eq!(source.unwrap(), Path::new("/run/husk/sockets/c1/7"));
+}
+
+#[test]
 fn mounts_that_need_the_host_are_rejected() {
     let bind = |source: &str| json!({"destination": "/in", "type": "bind", "source": source});
     assert_rejected([
         (with("/mounts/-", bind("/nonexistent")), r#"mounts[7].source "/nonexistent": on the host: No such file"#),
         (with("/mounts/-", json!({"destination": "/in", "type": "bind"})), "mounts[7].source: is missing"),
-        (
-            with("/mounts/-", bind("/run/x.sock")),
-            r#"mounts[7].source "/run/x.sock": a socket of the host does not work"#,
-        ),
+        (with("/mounts/-", bind("/run/x.sock")), r#"mounts[7].source "/run/x.sock": is not allowed"#),
         (with("/mounts/-", bind("/run/fifo")), r#"mounts[7].source "/run/fifo": a fifo of the host"#),
         (with("/mounts/-", bind("/dev/mem")), r#"mounts[7].source "/dev/mem": a device of the host"#),
         (with("/mounts/-", bind("/dev/sda")), r#"mounts[7].source "/dev/sda": a device of the host"#),

@@ -1,0 +1,169 @@
+//! Unix sockets of the host that containers mount. Each has a socket of its own here, on which PID 1 listens.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use husk_protos::bundle::RelayedSocket;
+use husk_protos::chain::Chain;
+use husk_protos::lock::lock;
+use husk_protos::relay::{read_status, relay};
+use husk_protos::{HOST_CID, SOCKETS_PATH};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
+use tokio_vsock::{VsockAddr, VsockStream};
+
+use super::CONNECTIONS_MAX;
+use crate::paths;
+
+/// Time for the host to connect to its socket.
+const CONNECT: Duration = Duration::from_secs(20);
+/// Pause after a failed accept, which means a lack of descriptors or memory. Without it the loop would spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The sockets of all containers.
+#[derive(Debug)]
+pub(crate) struct Sockets {
+    folder: PathBuf,
+    slots: Arc<Semaphore>,
+    containers: Mutex<HashMap<String, Listeners>>,
+}
+
+/// The listeners of one container. Dropping them ends their connections.
+#[derive(Debug, Default)]
+struct Listeners(Vec<AbortHandle>);
+
+impl Drop for Listeners {
+    fn drop(&mut self) {
+        self.0.iter().for_each(AbortHandle::abort);
+    }
+}
+
+impl Default for Sockets {
+    fn default() -> Self {
+        Self::new(SOCKETS_PATH.into())
+    }
+}
+
+impl Sockets {
+    fn new(folder: PathBuf) -> Self {
+        Self { folder, slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)), containers: Mutex::default() }
+    }
+
+    /// Creates a container's sockets. `port` is the host's port that connects to the sockets of the host. The caller
+    /// calls [`Sockets::remove`] after an error as well.
+    ///
+    /// # Errors
+    /// A socket cannot be created.
+    pub(crate) fn add(&self, container: &str, sockets: &[RelayedSocket], port: u32) -> io::Result<()> {
+        if sockets.is_empty() {
+            return Ok(());
+        }
+        let folder = self.folder.join(container);
+        // Every user of a container must pass through the folders.
+        DirBuilder::new().recursive(true).mode(0o755).create(&folder)?;
+        let mut listeners = Listeners::default();
+        for socket in sockets {
+            let listener = listen(&folder.join(socket.mount.to_string()), socket)?;
+            let served = tokio::spawn(serve(listener, socket.number, port, self.slots.clone()));
+            listeners.0.push(served.abort_handle());
+        }
+        lock(&self.containers).insert(container.to_owned(), listeners);
+        Ok(())
+    }
+
+    /// Removes a container's sockets and ends their connections. Does nothing if there are none.
+    ///
+    /// # Errors
+    /// The folder cannot be removed.
+    pub(crate) fn remove(&self, container: &str) -> io::Result<()> {
+        lock(&self.containers).remove(container);
+        paths::allow_missing(fs::remove_dir_all(self.folder.join(container)))
+    }
+}
+
+fn listen(path: &Path, socket: &RelayedSocket) -> io::Result<UnixListener> {
+    let listener = UnixListener::bind(path)?;
+    chown(path, Some(socket.uid), Some(socket.gid))?;
+    fs::set_permissions(path, Permissions::from_mode(socket.mode & 0o7777))?;
+    Ok(listener)
+}
+
+async fn serve(listener: UnixListener, number: u32, port: u32, slots: Arc<Semaphore>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let client = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((client, _)) => client,
+                Err(error) => {
+                    tracing::error!(%error, "failed to accept a connection to a socket of the host");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            },
+            Some(_) = connections.join_next() => continue,
+        };
+        // After the accept: an idle socket must not occupy a slot. The semaphore is never closed.
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        connections.spawn(async move {
+            forward(client, number, port).await;
+            drop(slot);
+        });
+    }
+}
+
+/// Relays one connection of a container.
+async fn forward(mut client: UnixStream, number: u32, port: u32) {
+    let mut host = match timeout(CONNECT, connect(number, port)).await {
+        Ok(Ok(host)) => host,
+        Ok(Err(error)) => {
+            return tracing::warn!(error = %Chain(&error), "failed to connect to a socket of the host");
+        }
+        Err(_) => return tracing::warn!("the host did not connect to its socket in time"),
+    };
+    if let Err(error) = relay(&mut client, &mut host).await {
+        tracing::debug!(error = %Chain(&error), "a connection to a socket of the host ended early");
+    }
+}
+
+async fn connect(number: u32, port: u32) -> io::Result<VsockStream> {
+    let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, port)).await?;
+    host.write_u32(number).await?;
+    read_status(&mut host).await?;
+    Ok(host)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_containers_sockets_have_the_hosts_mode_and_vanish_with_the_container() {
+        let folder = tempfile::tempdir().unwrap();
+        let sockets = Sockets::new(folder.path().join("sockets"));
+        let socket = RelayedSocket { mount: 3, number: 1, mode: 0o620, ..Default::default() };
+        sockets.add("c", &[socket], 9).unwrap();
+        let path = folder.path().join("sockets/c/3");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o620);
+        let client = UnixStream::connect(&path).await.unwrap();
+        sockets.remove("c").unwrap();
+        assert!(!path.exists());
+        // The connection ends: at the latest when the refusal of the host's port is known.
+        let mut end = [0];
+        let read = timeout(CONNECT, async {
+            client.readable().await?;
+            client.try_read(&mut end)
+        });
+        assert!(!matches!(read.await.unwrap(), Ok(1)));
+        sockets.remove("c").unwrap();
+    }
+}

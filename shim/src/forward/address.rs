@@ -1,0 +1,133 @@
+//! Forwards TCP connections to the VM that programs open inside the sandbox's network namespace on the host.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_protos::chain::Chain;
+use husk_protos::relay::relay;
+use husk_vsock::Stream;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use super::{ACCEPT_PAUSE, CONNECTIONS_MAX, Running};
+use crate::guest::client::{DialError, Guest};
+use crate::network::loopback::{intercept, original_destination};
+use crate::network::{Claim, NetworkError};
+use crate::state::journal::Journal;
+use crate::state::{Owner, StateError, Step};
+
+/// Deadline for the listeners and the rule.
+const SET_UP: Duration = Duration::from_secs(10);
+/// Deadline for the guest to connect to its server: longer than the guest's own, whose error says more.
+const CONNECT: Duration = Duration::from_secs(15);
+
+/// Why connections cannot be forwarded.
+#[derive(Debug, thiserror::Error)]
+enum ForwardError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error("run a thread in the network namespace")]
+    Thread(#[from] tokio::task::JoinError),
+    #[error("register a listener")]
+    Listener(#[source] io::Error),
+}
+
+/// Why one connection cannot be forwarded.
+#[derive(Debug, thiserror::Error)]
+enum ConnectError {
+    #[error("find out which address was meant")]
+    Destination(#[source] io::Error),
+    #[error("connect to {target} in the VM")]
+    Dial { target: SocketAddr, source: DialError },
+    #[error("configure the client's socket")]
+    Client(#[source] io::Error),
+}
+
+/// Listeners to which the connections inside the namespace are redirected.
+#[derive(Debug)]
+pub(crate) struct Intercepted(Vec<TcpListener>);
+
+/// Redirects the namespace's connections, which wait until [`serve`] is called. Without the kernel's help, such as
+/// nf_tables, the sandbox works without forwarding: the failure is logged.
+pub(crate) async fn redirect(claim: &Claim, sandbox: &str, journal: &Journal) -> Option<Intercepted> {
+    match try_redirect(claim, sandbox, journal).await {
+        Ok(listeners) => Some(Intercepted(listeners)),
+        Err(error) => {
+            tracing::warn!(
+                error = %Chain(&error),
+                "connections inside the network namespace, such as those of kubectl port-forward, are not forwarded to the VM"
+            );
+            None
+        }
+    }
+}
+
+async fn try_redirect(claim: &Claim, sandbox: &str, journal: &Journal) -> Result<Vec<TcpListener>, ForwardError> {
+    let (claim, sandbox) = (claim.clone(), sandbox.to_owned());
+    journal.record(&Owner::Sandbox, [Step::Loopback { claim: claim.clone(), sandbox: sandbox.clone() }])?;
+    let listeners = tokio::task::spawn_blocking(move || intercept(&claim, &sandbox, SET_UP)).await??;
+    let register = |listener: StdListener| TcpListener::from_std(listener).map_err(ForwardError::Listener);
+    listeners.into_iter().map(register).collect()
+}
+
+/// Forwards connections until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Forwarding(#[expect(dead_code, reason = "dropping ends the tasks")] Vec<Running>);
+
+/// Forwards the connections to the guest.
+pub(crate) fn serve(intercepted: Intercepted, guest: &Arc<Guest>) -> Forwarding {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let serve = |listener| Running(tokio::spawn(accept(listener, guest.clone(), slots.clone())).abort_handle());
+    Forwarding(intercepted.0.into_iter().map(serve).collect())
+}
+
+async fn accept(listener: TcpListener, guest: Arc<Guest>, slots: Arc<Semaphore>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let client = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((client, _)) => client,
+                Err(error) => {
+                    tracing::warn!(%error, "failed to accept a connection for the VM");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            },
+            Some(_) = connections.join_next() => continue,
+        };
+        // The semaphore is never closed.
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        let guest = guest.clone();
+        connections.spawn(async move {
+            forward(client, &guest).await;
+            drop(slot);
+        });
+    }
+}
+
+/// Forwards one connection. A client whose connection the guest refuses, or whose stream is incomplete, gets a reset.
+async fn forward(mut client: TcpStream, guest: &Guest) {
+    let ended = match connect(&client, guest).await {
+        Ok(mut server) => relay(&mut client, &mut server).await.map_err(|error| Chain(&error).to_string()),
+        Err(error) => Err(Chain(&error).to_string()),
+    };
+    if let Err(error) = ended {
+        tracing::debug!(error, "a connection to the VM ended early");
+        if let Err(error) = client.set_zero_linger() {
+            tracing::warn!(%error, "failed to make the close of a connection a reset");
+        }
+    }
+}
+
+async fn connect(client: &TcpStream, guest: &Guest) -> Result<Stream, ConnectError> {
+    // The relay forwards bytes as they come. Small writes must not wait for acknowledgements.
+    client.set_nodelay(true).map_err(ConnectError::Client)?;
+    let local = client.local_addr().map_err(ConnectError::Client)?;
+    let target = original_destination(client, local).map_err(ConnectError::Destination)?;
+    guest.dial(target, CONNECT).await.map_err(|source| ConnectError::Dial { target, source })
+}
