@@ -21,6 +21,8 @@ const SURROUNDINGS: &str = "set -e
         mkdir -p /run/machine/$folder/upper /run/machine/$folder/work
         mount -t overlay -o lowerdir=/$folder,upperdir=/run/machine/$folder/upper,workdir=/run/machine/$folder/work machine /$folder
     done
+    # What the machine's own plugins have left there.
+    rm -rf /var/lib/cni /etc/cni /opt/cni
     ip netns add outside
     ip link add uplink type veth peer name eth0 netns outside
     ip addr add 192.0.2.1/24 dev uplink; ip link set uplink up

@@ -17,7 +17,7 @@ use husk_tests::machine::{Machine, WEB, normalized};
 const CONFIGURATION: &str = "for link in /sys/class/net/*; do
         echo ${link##*/} $(cat $link/mtu) $(cat $link/carrier)
     done
-    ip -o -4 addr | awk '{print $2, $3, $4, $5, $6}'; ip -4 route";
+    ip -o -4 addr | awk '{print $2, $3, $4, $5, $6}' | sort; ip -4 route";
 
 /// Network cards for two networks: docker does not announce how many a container will have.
 const TWO_NETWORKS: [&str; 2] = ["--annotation", "io.husk.network_spare_nics=2"];

@@ -19,7 +19,7 @@ use husk_tests::nerdctl::Nerdctl;
 /// Names, MTU, addresses and routes of a container, without MACs and link-local addresses, which are random.
 const CONFIGURATION: &str =
     "for link in /sys/class/net/*; do echo ${link##*/} $(cat $link/mtu) $(cat $link/carrier); done
-    ip -o -4 addr | awk '{print $2, $3, $4, $5, $6}'; ip -4 route";
+    ip -o -4 addr | awk '{print $2, $3, $4, $5, $6}' | sort; ip -4 route";
 /// What nerdctl mounts into a container.
 const FILES: &str = "hostname; cat /etc/resolv.conf; sort /etc/hosts";
 
@@ -159,6 +159,8 @@ fn nerdctl_compose_services_reach_each_other_by_name() -> Result<()> {
         let service = |name: &str| serde_json::json!({"image": image, "runtime": runtime, "command": ["sh", "-c", WEB.replace('$', "$$"), name]});
         let mut project = serde_json::json!({"services": {"web": service("web"), "client": service("client")}});
         project["services"]["web"]["ports"] = serde_json::json!(["18080:80"]);
+        // In parallel, either could get the first address.
+        project["services"]["client"]["depends_on"] = serde_json::json!(["web"]);
         let folder = tempfile::tempdir()?;
         let file = folder.path().join("compose.yaml");
         // JSON is YAML.
