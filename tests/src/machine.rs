@@ -32,7 +32,7 @@ const SURROUNDINGS: &str = "set -e
 
 /// What remains of containers on the machine: devices, namespaces, firewall rules, leases.
 const REST: &str =
-    "ip -br link | cut -d' ' -f1; ip netns; tc qdisc | grep -c ingress || true; iptables-save | grep -v '^[:#]' | sort
+    "ip -br link | cut -d' ' -f1; ip netns; tc qdisc | grep -c ingress || true; iptables-save | grep -v '^[:#]'
     find /var/lib/cni /run/nerdctl /run/cni -type f 2>/dev/null | sort";
 
 const FETCH: &str = "import sys, urllib.request as u
@@ -118,7 +118,11 @@ impl Machine {
     fn remains(&self) -> Result<String> {
         let mut processes: Vec<_> = process::descendants(self.0.pid()).into_iter().map(|p| p.name).collect();
         processes.sort();
-        Ok(format!("{processes:?}\n{}", normalized(&self.0.sh(REST)?.text())))
+        let rest = normalized(&self.0.sh(REST)?.text());
+        // The order of firewall rules follows from ids.
+        let mut lines: Vec<&str> = rest.lines().collect();
+        lines.sort();
+        Ok(format!("{processes:?}\n{}", lines.join("\n")))
     }
 
     /// What is left on the machine when its shims have ended.

@@ -141,7 +141,9 @@ fn docker_containers_of_a_network_reach_each_other_by_address() -> Result<()> {
         ])?;
         engine.ok(&["network", "connect", "back", "both"])?;
         engine.ok(&["start", "both"])?;
-        let mut seen = engine.ok(&["exec", "both", "sh", "-c", CONFIGURATION])?;
+        // docker decides anew each time which network gets eth0.
+        let addresses = "ip -o -4 addr | awk '{print $4}' | sort; ip -4 route | awk '/default/ {print $3}'";
+        let mut seen = engine.ok(&["exec", "both", "sh", "-c", addresses])?;
         for address in ["10.77.1.55", "10.77.2.2"] {
             seen +=
                 &engine.ok(&["exec", "both", "wget", "-T", "20", "-q", "-O", "-", &format!("http://{address}/")])?;

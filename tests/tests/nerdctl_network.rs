@@ -19,7 +19,7 @@ use husk_tests::nerdctl::Nerdctl;
 /// Names, MTU, addresses and routes of a container, without MACs and link-local addresses, which are random.
 const CONFIGURATION: &str =
     "for link in /sys/class/net/*; do echo ${link##*/} $(cat $link/mtu) $(cat $link/carrier); done
-    ip -o -4 addr | awk '{print $2, $3, $4, $5, $6}' | sort; ip -4 route";
+    ip -o -4 addr | awk '{print $2, $3, $4, $5, $6}' | sort; ip -4 route | sort";
 /// What nerdctl mounts into a container.
 const FILES: &str = "hostname; cat /etc/resolv.conf; sort /etc/hosts";
 
@@ -54,6 +54,20 @@ impl Stage {
             let hosts = self.exec(name, "sort /etc/hosts");
             hosts.map(|hosts| hosts.split_whitespace().any(|word| word == other).then_some(hosts)).transpose()
         })?
+    }
+
+    /// Fails unless the container's default routes are in the order of those in its namespace on the host, where nerdctl
+    /// adds them in any order: the first one counts.
+    fn expect_hosts_default_routes(&self, name: &str) -> Result<()> {
+        let gateways = "ip -4 route | awk '/default/ {print $3}'";
+        let pid = self.nerdctl().ok(&["inspect", "--format", "{{.State.Pid}}", name])?;
+        let on_host = self.machine.containerd().sh(&format!("nsenter -t {pid} -n {gateways}"))?.text();
+        let inside = self.nerdctl().ok(&["exec", name, "sh", "-c", gateways])?;
+        ensure!(
+            inside == on_host && inside.lines().count() == 2,
+            "in the container:\n{inside}\non the host:\n{on_host}"
+        );
+        Ok(())
     }
 
     fn remove(&self, names: &[&str]) -> Result<()> {
@@ -128,6 +142,7 @@ fn nerdctl_networks_have_static_addresses_names_and_a_second_link() -> Result<()
         stage.web("both", "front", &["--network", "back", "--hostname", "both"])?;
         stage.web("rear", "back", &[])?;
         seen += &stage.exec("both", &format!("{CONFIGURATION}; {FILES}"))?;
+        stage.expect_hosts_default_routes("both")?;
         // nerdctl has rewritten the hosts file of a running container.
         seen += &stage.hosts("fixed", "both")?;
         for (from, to) in [("both", "fixed"), ("both", "rear"), ("fixed", "both"), ("rear", "both")] {
@@ -138,6 +153,7 @@ fn nerdctl_networks_have_static_addresses_names_and_a_second_link() -> Result<()
 
         nerdctl.ok(&["restart", "both"])?;
         seen += &stage.exec("both", CONFIGURATION)?;
+        stage.expect_hosts_default_routes("both")?;
         seen += &stage.exec("fixed", "wget -T 20 -q -O - http://both/")?;
         nerdctl.ok(&["stop", "fixed"])?;
         seen += &stage.hosts("both", "fixed")?;
@@ -174,8 +190,7 @@ fn nerdctl_compose_services_reach_each_other_by_name() -> Result<()> {
         seen += &compose(&["exec", "web", "wget", "-T", "20", "-q", "-O", "-", "http://client/"])?;
         seen += &stage.machine.fetch("http://127.0.0.1:18080")?;
         seen += &stage.exec("shop-web-1", &format!("{CONFIGURATION}; {FILES}"))?;
-        let mut status: Vec<String> =
-            compose(&["ps"])?.replace(runtime, "RUNTIME").lines().map(str::to_owned).collect();
+        let mut status: Vec<String> = compose(&["ps"])?.lines().map(|line| line.trim_end().to_owned()).collect();
         status.sort();
         let logged = wait_for(Duration::from_secs(30), "both services have logged", || {
             let logs = compose(&["logs", "--no-color"]);

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use super::model::{Applied, Device, Link, LinkId, Mac, Network, Object, Sysctl, UNICAST, mac_text};
+use super::model::{Applied, Device, Link, LinkId, Mac, Network, Object, Route, Sysctl, UNICAST, mac_text};
 
 /// A link with a smaller MTU has no IPv6 (RFC 8200, section 5).
 const IPV6_MIN_MTU: u32 = 1280;
@@ -83,7 +83,9 @@ pub(super) fn plan(devices: &[Device], last: &Applied, next: &Network) -> Vec<Ch
         let lost = object.link().is_some_and(|link| emptied.contains(link));
         last.complete && !lost && last.network.objects.contains(object)
     };
-    let mut objects: Vec<_> = next.objects.iter().filter(|object| !exists(object)).collect();
+    let overtaken = overtaken(&last.network.objects, &next.objects);
+    let mut objects: Vec<_> =
+        next.objects.iter().filter(|object| !exists(object) || overtaken.contains(object)).collect();
     objects.sort_by_key(|object| rank(object));
     let first_route = objects.partition_point(|object| rank(object) == Rank::Address);
     changes.extend(objects[..first_route].iter().map(|object| Change::Add((*object).clone())));
@@ -96,8 +98,31 @@ pub(super) fn plan(devices: &[Device], last: &Applied, next: &Network) -> Vec<Ch
             _ => {}
         }
     }
-    changes.extend(objects[first_route..].iter().map(|object| Change::Add((*object).clone())));
+    for object in &objects[first_route..] {
+        if exists(object) {
+            changes.push(Change::Remove((*object).clone()));
+        }
+        changes.push(Change::Add((*object).clone()));
+    }
     changes
+}
+
+/// The routes of `last` that come after one that is new or was behind them. Of the IPv4 routes with the same destination
+/// and metric, the kernel uses the first, and a new one becomes the last. When a container joins a second network, the
+/// host has its default route before that of the first network.
+fn overtaken<'a>(last: &[Object], next: &'a [Object]) -> Vec<&'a Object> {
+    let is_behind = |index: usize, object: &Object| {
+        let Some(place) = last.iter().position(|other| other == object) else { return false };
+        let stays_ahead = |rival: &Object| last[..place].contains(rival);
+        next[..index].iter().any(|rival| compete(rival, object) && !stays_ahead(rival))
+    };
+    next.iter().enumerate().filter(|(index, object)| is_behind(*index, object)).map(|(_, object)| object).collect()
+}
+
+fn compete(one: &Object, other: &Object) -> bool {
+    let (Object::Route(one), Object::Route(other)) = (one, other) else { return false };
+    let key = |route: &Route| (route.destination, route.prefix_length, route.table, route.priority);
+    one.destination.is_ipv4() && key(one) == key(other)
 }
 
 /// Whether the link got its MAC address from an earlier request. A container may have set another one since, which
@@ -188,7 +213,7 @@ fn renames(devices: &[Device], links: &[Link]) -> Vec<Change> {
 mod tests {
     use std::net::IpAddr;
 
-    use super::super::model::{Address, Neighbour, Route, Rule, TABLE_MAIN};
+    use super::super::model::{Address, Neighbour, Rule, TABLE_MAIN};
     use super::*;
 
     const MAC: Mac = [2, 0, 0, 0, 0, 1];
@@ -376,6 +401,38 @@ mod tests {
                 "add route 0.0.0.0/0 via 10.0.0.1 on eth0"
             ]
         );
+    }
+
+    #[test]
+    fn routes_that_compete_keep_the_hosts_order() {
+        let device = || Device { up: true, ..device(2, "eth0") };
+        let network = |gateways: &[&str]| Network {
+            links: vec![link(2, "eth0")],
+            objects: gateways.iter().map(|gateway| route("0.0.0.0", Some(gateway))).collect(),
+            ..Default::default()
+        };
+        let (a, b, c) = ("10.0.0.1", "10.0.0.2", "10.0.0.3");
+        let table: [(&[&str], &[&str], &[&str]); 5] = [
+            (&[a], &[a, b], &["add b"]),
+            (&[a], &[b, a], &["add b", "remove a", "add a"]),
+            (&[a, b], &[b, a], &["remove a", "add a"]),
+            (&[a, b], &[a, c, b], &["add c", "remove b", "add b"]),
+            (&[a, b], &[b], &["remove a"]),
+        ];
+        for (last, next, expected) in table {
+            let changes = text(&plan(&[device()], &Applied::complete(network(last)), &network(next)));
+            let named = |name: &str| match name {
+                "a" => a,
+                "b" => b,
+                _ => c,
+            };
+            let expected: Vec<String> = expected
+                .iter()
+                .filter_map(|change| change.split_once(' '))
+                .map(|(verb, name)| format!("{verb} route 0.0.0.0/0 via {} on eth0", named(name)))
+                .collect();
+            assert_eq!(changes, expected, "{last:?} to {next:?}");
+        }
     }
 
     #[test]
