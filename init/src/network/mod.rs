@@ -23,5 +23,7 @@ mod status;
 
 #[cfg(test)]
 mod kernel_tests;
+#[cfg(test)]
+mod testing;
 
 pub(crate) use service::NetworkService;
