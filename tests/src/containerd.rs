@@ -26,6 +26,7 @@ use crate::artifacts::{Runtime, Version, built, repository};
 use crate::cgroup;
 use crate::command::{self, Output};
 use crate::fifo;
+use crate::netns;
 use crate::process::{self, Process};
 
 /// The containerd namespace of all tests.
@@ -327,6 +328,11 @@ impl Containerd {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.pid.to_string(), "--mount", "--pid", "--net", "--"]).arg(program.as_ref());
         command
+    }
+
+    /// Runs `work` in the daemon's network namespace, where the ports of host programs are.
+    pub fn in_network<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        netns::within(&PathBuf::from(format!("/proc/{}/ns/net", self.pid)), work)
     }
 
     /// Runs a shell command in the daemon's namespaces.

@@ -23,6 +23,7 @@ pub mod guest;
 pub mod leftovers;
 pub mod machine;
 pub mod nerdctl;
+pub mod netns;
 pub mod operator;
 pub mod pattern;
 pub mod pods;

@@ -92,7 +92,7 @@ fn cases() -> Vec<Case> {
                 ..network("all", everything)
             }],
             peer: peer("$node", &["10.77.0.1", "[fd00:77::1]"]),
-            expected: &["02:00:00:77:00:09", "\"mtu\":1480", "10.77.0.2", "fd00:77::2", "somaxconn 500"],
+            expected: &["02:00:00:77:00:09", "\"mtu\":1480", "10.77.0.2", "fd00:77::2", "somaxconn:500"],
         },
         Case {
             name: "two networks, MTU 9000",
@@ -164,9 +164,8 @@ fn report(node: &Node, pod: &Pod, case: &Case, runtime: Runtime) -> Result<Vec<S
     script += "echo '# others'; /traffic serve 7000; cat /etc/resolv.conf
         machine ss -H -ltun | awk '{print $1, $2, $5}' | sort
         cd /proc/sys/net\n";
-    for path in copied_sysctls("eth0") {
-        script += &format!("echo {path} $(cat {path} 2>&1)\n");
-    }
+    // One process: each takes long to start in an emulated VM.
+    script += &format!("grep . {} 2>&1 || true\n", copied_sysctls("eth0").join(" "));
     for address in &case.peer.addresses {
         let plain = address.trim_matches(['[', ']']);
         script += &format!("ping -c 2 -w 30 {plain} | grep -o '. packets received'\n");

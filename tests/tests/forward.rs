@@ -2,7 +2,7 @@
 //! network namespace on the host, and Unix sockets of the host that containers mount.
 #![cfg(not(target_env = "musl"))]
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -18,8 +18,8 @@ use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Container, Containerd};
 use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
+use husk_tests::netns;
 use husk_tests::vm::guest_program;
-use nix::sched::{CloneFlags, setns};
 
 /// Deadline for one step of a connection.
 const STEP: Duration = Duration::from_secs(60);
@@ -57,15 +57,12 @@ impl<'a> Pod<'a> {
     fn connect(&self, address: &str) -> Result<TcpStream> {
         let address: SocketAddr = address.parse()?;
         let path = self.containerd.path(Path::new("/run/netns").join(&self.name));
-        let netns = File::open(&path).with_context(|| path.display().to_string())?;
-        let connected = thread::spawn(move || -> io::Result<TcpStream> {
-            setns(netns, CloneFlags::CLONE_NEWNET)?;
+        netns::within(&path, || {
             let stream = TcpStream::connect_timeout(&address, STEP)?;
             stream.set_read_timeout(Some(STEP))?;
             stream.set_write_timeout(Some(STEP))?;
             Ok(stream)
-        });
-        Ok(connected.join().map_err(|_| anyhow!("the thread panicked"))??)
+        })
     }
 
     /// Sends bytes, ends this direction, and reads until the server ends its own.

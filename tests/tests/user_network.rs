@@ -46,8 +46,8 @@ impl Server {
     }
 
     /// Sends `text` to everyone who connects.
-    fn greeting(address: &str, text: &'static str) -> Result<Self> {
-        let listener = TcpListener::bind(address)?;
+    fn greeting(host: &Containerd, address: &str, text: &'static str) -> Result<Self> {
+        let listener = host.in_network(|| Ok(TcpListener::bind(address)?))?;
         let address = listener.local_addr()?;
         let poll = move || {
             let mut fds = [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&listener), nix::poll::PollFlags::POLLIN)];
@@ -62,8 +62,8 @@ impl Server {
     }
 
     /// Answers datagrams with what `reply` makes of them.
-    fn udp(address: &str, reply: fn(&[u8]) -> Vec<u8>) -> Result<Self> {
-        let socket = UdpSocket::bind(address)?;
+    fn udp(host: &Containerd, address: &str, reply: fn(&[u8]) -> Vec<u8>) -> Result<Self> {
+        let socket = host.in_network(|| Ok(UdpSocket::bind(address)?))?;
         socket.set_read_timeout(Some(Duration::from_millis(100)))?;
         let address = socket.local_addr()?;
         let answer = move || {
@@ -99,8 +99,8 @@ fn dns(query: &[u8]) -> Vec<u8> {
 }
 
 /// A port of the host that nothing uses at the moment.
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind((LOCALHOST, 0))?.local_addr()?.port())
+fn free_port(host: &Containerd) -> Result<u16> {
+    host.in_network(|| Ok(TcpListener::bind((LOCALHOST, 0))?.local_addr()?.port()))
 }
 
 fn ports(list: &str) -> String {
@@ -108,8 +108,8 @@ fn ports(list: &str) -> String {
 }
 
 /// Everything that a TCP server of the host sends.
-fn receive(port: u16, request: &str) -> Result<String> {
-    let mut stream = TcpStream::connect((LOCALHOST, port))?;
+fn receive(host: &Containerd, port: u16, request: &str) -> Result<String> {
+    let mut stream = host.in_network(|| Ok(TcpStream::connect((LOCALHOST, port))?))?;
     stream.set_read_timeout(Some(DEADLINE))?;
     stream.write_all(request.as_bytes())?;
     let mut text = String::new();
@@ -131,15 +131,14 @@ fn a_container_in_user_mode_reaches_the_host_and_resolves_names() -> Result<()> 
     husk_only!();
     let configured = Configured::start("network = \"user\"\nport_addresses = [\"0.0.0.0\"]\nport_ranges = true\n")?;
     let containerd = &configured.containerd;
-    // Nobody else listens there: one address of 127/8 for each test process.
-    let [_, _, high, low] = std::process::id().to_be_bytes();
-    let resolver = Server::udp(&format!("127.77.{high}.{low}:53"), dns)?;
+    let resolver = Server::udp(containerd, "127.77.0.1:53", dns)?;
     containerd.sh(&format!(
         "printf 'search husk.test\\nnameserver {}\\n' >/run/resolv.conf; mount --bind /run/resolv.conf /etc/resolv.conf",
         resolver.address.ip()
     ))?;
-    let (tcp, tcp6) = (Server::greeting("127.0.0.1:0", "over IPv4")?, Server::greeting("[::1]:0", "over IPv6")?);
-    let first = free_port()?;
+    let tcp = Server::greeting(containerd, "127.0.0.1:0", "over IPv4")?;
+    let tcp6 = Server::greeting(containerd, "[::1]:0", "over IPv6")?;
+    let first = free_port(containerd)?;
     let flags = ["--annotation", &ports(&format!("tcp:0.0.0.0:{first}-{first}:80-80"))];
     let container = containerd.detached(&[&flags[..], &HOST].concat(), "user", &SLEEP)?;
     let shown = container.script(
@@ -155,7 +154,7 @@ fn a_container_in_user_mode_reaches_the_host_and_resolves_names() -> Result<()> 
     // A name of the search list.
     let resolved = container.script("nslookup db.husk.test; ping -c 1 -w 1 db 2>&1 | head -1")?;
     ensure!(resolved.contains("Address: 192.0.2.77") && resolved.contains("PING db (192.0.2.77)"), "{resolved}");
-    let udp = Server::udp("127.0.0.1:0", <[u8]>::to_ascii_uppercase)?;
+    let udp = Server::udp(containerd, "127.0.0.1:0", <[u8]>::to_ascii_uppercase)?;
     let client = "import socket, sys
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(60)
 s.sendto(b'hello', ('10.0.2.2', int(sys.argv[1]))); print(s.recv(100).decode())";
@@ -188,19 +187,19 @@ fn mapped_ports_lead_to_the_container_and_are_released() -> Result<()> {
     let containerd = &Containerd::with(Setup::default())?;
     containerd.script(&USER, "first", "true")?;
     let before = Leftovers::now(containerd);
-    let (tcp, udp) = (free_port()?, free_port()?);
+    let (tcp, udp) = (free_port(containerd)?, free_port(containerd)?);
     let mapping = ports(&format!("tcp:{tcp}:80,udp:{udp}:5353"));
     let flags = [&USER[..], &["--annotation", &mapping], &HOST].concat();
     let container = containerd.detached(&flags, "mapped", &SLEEP)?;
     container.script("mkdir /www; echo it works >/www/index.html; httpd -p 80 -h /www")?;
-    let page = receive(tcp, "GET / HTTP/1.0\r\n\r\n")?;
+    let page = receive(containerd, tcp, "GET / HTTP/1.0\r\n\r\n")?;
     ensure!(page.ends_with("it works\n"), "{page}");
     let server = "import socket
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('0.0.0.0', 5353))
 while True: d, a = s.recvfrom(100); s.sendto(d.upper(), a)";
     let mut exec = container.exec(&["chroot", "/host", "python3", "-c", server]).command();
     let exec = Killed(exec.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
-    let socket = UdpSocket::bind((LOCALHOST, 0))?;
+    let socket = containerd.in_network(|| Ok(UdpSocket::bind((LOCALHOST, 0))?))?;
     socket.set_read_timeout(Some(Duration::from_millis(500)))?;
     // The server may not listen yet, and a datagram may be lost.
     let reply = wait_for(DEADLINE, "the container's UDP server replies", || {
@@ -228,7 +227,7 @@ while True: d, a = s.recvfrom(100); s.sendto(d.upper(), a)";
         container.id()
     );
     ensure!(refused.contains(&expected), "{refused}");
-    let page = receive(tcp, "GET / HTTP/1.0\r\n\r\n")?;
+    let page = receive(containerd, tcp, "GET / HTTP/1.0\r\n\r\n")?;
     ensure!(page.ends_with("it works\n"), "{page}");
     container.kill_and_wait()?;
     container.delete_task()?;
@@ -266,7 +265,7 @@ impl Drop for Killed {
 fn two_vms_talk_through_a_mapped_port() -> Result<()> {
     husk_only!();
     let containerd = Containerd::shared()?;
-    let port = free_port()?;
+    let port = free_port(containerd)?;
     let mapping = ports(&format!("tcp:{port}:80"));
     let server = [&USER[..], &["--annotation", &mapping]].concat();
     let server = containerd.detached(&server, "server", &SLEEP)?;
