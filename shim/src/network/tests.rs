@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::mpsc;
 use std::thread;
@@ -41,18 +41,22 @@ fn qdiscs(namespace: &Namespace) -> String {
     namespace.tc("qdisc show")
 }
 
-/// Answers ARP requests and echoes UDP datagrams until `count` datagrams are echoed.
-fn play_guest(mut tap: File, mac: [u8; 6], count: usize) {
+/// Answers ARP requests and echoes UDP datagrams until `count` datagrams are echoed. Serves all queues of a tap: the
+/// kernel chooses one for each flow.
+fn play_guest(queues: Vec<OwnedFd>, mac: [u8; 6], count: usize) {
+    let mut queues: Vec<File> = queues.into_iter().map(File::from).collect();
     let (mut echoed, deadline) = (0, Instant::now() + LIMIT);
     let mut buffer = [0; 2048];
     while echoed < count {
         let left = deadline.saturating_duration_since(Instant::now());
         assert!(!left.is_zero(), "{echoed} datagrams instead of {count}");
         let timeout = PollTimeout::try_from(left).unwrap();
-        if poll(&mut [PollFd::new(tap.as_fd(), PollFlags::POLLIN)], timeout).unwrap() == 0 {
+        let mut polled: Vec<_> = queues.iter().map(|queue| PollFd::new(queue.as_fd(), PollFlags::POLLIN)).collect();
+        if poll(&mut polled, timeout).unwrap() == 0 {
             continue;
         }
-        let length = tap.read(&mut buffer).unwrap();
+        let ready = polled.iter().position(|queue| queue.any().unwrap()).unwrap();
+        let length = queues[ready].read(&mut buffer).unwrap();
         let frame = &mut buffer[HEADER..length];
         let (ethernet, packet) = frame.split_at_mut(14);
         match (ethernet[12], ethernet[13]) {
@@ -78,7 +82,7 @@ fn play_guest(mut tap: File, mac: [u8; 6], count: usize) {
         destination.copy_from_slice(source);
         source.copy_from_slice(&mac);
         buffer[..HEADER].fill(0);
-        tap.write_all(&buffer[..length]).unwrap();
+        queues[ready].write_all(&buffer[..length]).unwrap();
     }
 }
 
@@ -112,7 +116,7 @@ fn a_guest_takes_over_the_pods_link() {
     assert_eq!(config.links[0].addresses[0].local, POD.octets());
 
     let [tap] = <[_; 1]>::try_from(nic.taps).unwrap();
-    let guest = thread::spawn(move || play_guest(tap.into(), nic.mac, 3));
+    let guest = thread::spawn(move || play_guest(vec![tap], nic.mac, 3));
     expect_echo(&peer, 3);
     guest.join().unwrap();
 
@@ -146,10 +150,8 @@ fn a_guest_with_several_queues_takes_over_too() {
     let (_pod, peer, claim) = pod();
     let mut nics = connect(&claim, plan(2, 0), LIMIT).unwrap().nics;
     let nic = nics.remove(0);
-    let [first, second] = <[_; 2]>::try_from(nic.taps).unwrap();
-    // The kernel chooses the queue of a flow, and the guest of this test serves one.
-    drop(second);
-    let guest = thread::spawn(move || play_guest(first.into(), nic.mac, 2));
+    assert_eq!(nic.taps.len(), 2);
+    let guest = thread::spawn(move || play_guest(nic.taps, nic.mac, 2));
     expect_echo(&peer, 2);
     guest.join().unwrap();
 }
@@ -161,7 +163,7 @@ fn a_namespace_is_connected_again_after_a_vm_was_killed() {
     for _ in 0..2 {
         let nic = connect(&claim, plan(1, 0), LIMIT).unwrap().nics.remove(0);
         let [tap] = <[_; 1]>::try_from(nic.taps).unwrap();
-        let guest = thread::spawn(move || play_guest(tap.into(), nic.mac, 1));
+        let guest = thread::spawn(move || play_guest(vec![tap], nic.mac, 1));
         expect_echo(&peer, 1);
         guest.join().unwrap();
         pod.wait_until_taps_are_gone();
@@ -180,7 +182,7 @@ fn a_link_that_another_vm_uses_stays_its() {
     assert!(text.ends_with("tap husk-2: still exists: the VM may still run"), "{text}");
     assert_eq!(qdiscs(&pod).matches("ingress").count(), 2);
     let [tap] = <[_; 1]>::try_from(nic.taps).unwrap();
-    let guest = thread::spawn(move || play_guest(tap.into(), nic.mac, 1));
+    let guest = thread::spawn(move || play_guest(vec![tap], nic.mac, 1));
     expect_echo(&peer, 1);
     guest.join().unwrap();
 }
