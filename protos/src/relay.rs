@@ -8,7 +8,9 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::pin::pin;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -17,6 +19,9 @@ pub const CONNECTED: u8 = 0;
 /// Most bytes of a frame that this side sends, and size of the two buffers of a relayed stream, bytes. Below the 26 KiB
 /// from which the guest's allocator maps each block: see [`crate::STDIO_CHUNK`].
 pub const CHUNK: usize = 16 * 1024;
+/// How long a stream may be silent after one of its directions has ended. A peer that is gone and one that only listens
+/// look the same.
+const HALF_CLOSED: Duration = Duration::from_secs(600);
 /// Length of a frame's header, bytes.
 const HEADER: usize = 2;
 /// EIO: the reply for failures without an errno(3) that fits into a byte.
@@ -34,6 +39,9 @@ pub enum RelayError {
     /// The local socket accepts no more bytes.
     #[error("write to the local socket")]
     Write(#[source] io::Error),
+    /// One direction has ended, and the other one has been silent since.
+    #[error("one direction has ended, and the other one was silent for {} s", HALF_CLOSED.as_secs())]
+    HalfClosed,
 }
 
 /// Sends the address that the guest connects to.
@@ -98,38 +106,63 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
 pub async fn relay(local: &mut dyn Duplex, peer: &mut dyn Duplex) -> Result<(), RelayError> {
     let (mut local_read, mut local_write) = tokio::io::split(local);
     let (mut peer_read, mut peer_write) = tokio::io::split(peer);
-    let mut sending = pin!(send(&mut local_read, &mut peer_write));
-    let mut receiving = pin!(receive(&mut peer_read, &mut local_write));
+    let moved = AtomicU64::new(0);
+    let mut sending = pin!(send(&mut local_read, &mut peer_write, &moved));
+    let mut receiving = pin!(receive(&mut peer_read, &mut local_write, &moved));
     tokio::select! {
         sent = &mut sending => {
             sent?;
-            receiving.await
+            unless_silent(receiving.as_mut(), &moved).await
         }
         received = &mut receiving => match received {
             // Whoever stops reading may still have something to say, such as the reason.
             Err(error @ RelayError::Write(_)) => {
-                sending.await?;
+                unless_silent(sending.as_mut(), &moved).await?;
                 Err(error)
             }
             Err(error) => Err(error),
-            Ok(()) => sending.await,
+            Ok(()) => unless_silent(sending.as_mut(), &moved).await,
         },
     }
 }
 
-async fn send(local: &mut (impl AsyncRead + Unpin), peer: &mut (impl AsyncWrite + Unpin)) -> Result<(), RelayError> {
+/// Waits for the remaining direction while it moves bytes.
+async fn unless_silent(
+    mut rest: Pin<&mut (dyn Future<Output = Result<(), RelayError>> + Send)>,
+    moved: &AtomicU64,
+) -> Result<(), RelayError> {
+    loop {
+        let before = moved.load(Ordering::Relaxed);
+        match tokio::time::timeout(HALF_CLOSED, rest.as_mut()).await {
+            Ok(ended) => return ended,
+            Err(_) if moved.load(Ordering::Relaxed) == before => return Err(RelayError::HalfClosed),
+            Err(_) => {}
+        }
+    }
+}
+
+async fn send(
+    local: &mut (impl AsyncRead + Unpin),
+    peer: &mut (impl AsyncWrite + Unpin),
+    moved: &AtomicU64,
+) -> Result<(), RelayError> {
     let mut frame = vec![0; HEADER + CHUNK];
     loop {
         let length = local.read(&mut frame[HEADER..]).await.map_err(RelayError::Read)?;
         frame[..HEADER].copy_from_slice(&(length as u16).to_be_bytes());
         peer.write_all(&frame[..HEADER + length]).await.map_err(RelayError::Peer)?;
+        moved.fetch_add(length as u64, Ordering::Relaxed);
         if length == 0 {
             return Ok(());
         }
     }
 }
 
-async fn receive(peer: &mut (impl AsyncRead + Unpin), local: &mut (impl AsyncWrite + Unpin)) -> Result<(), RelayError> {
+async fn receive(
+    peer: &mut (impl AsyncRead + Unpin),
+    local: &mut (impl AsyncWrite + Unpin),
+    moved: &AtomicU64,
+) -> Result<(), RelayError> {
     let mut buffer = vec![0; CHUNK];
     loop {
         let mut left = usize::from(peer.read_u16().await.map_err(RelayError::Peer)?);
@@ -143,6 +176,7 @@ async fn receive(peer: &mut (impl AsyncRead + Unpin), local: &mut (impl AsyncWri
                 return Err(RelayError::Peer(io::ErrorKind::UnexpectedEof.into()));
             }
             local.write_all(&buffer[..length]).await.map_err(RelayError::Write)?;
+            moved.fetch_add(length as u64, Ordering::Relaxed);
             left -= length;
         }
     }

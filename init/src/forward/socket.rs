@@ -124,9 +124,9 @@ async fn forward(mut client: UnixStream, number: u32, port: u32) {
     let mut host = match timeout(CONNECT, connect(number, port)).await {
         Ok(Ok(host)) => host,
         Ok(Err(error)) => {
-            return tracing::warn!(error = %Chain(&error), "failed to connect to a socket of the host");
+            return tracing::debug!(error = %Chain(&error), "failed to connect to a socket of the host");
         }
-        Err(_) => return tracing::warn!("the host did not connect to its socket in time"),
+        Err(_) => return tracing::debug!("the host did not connect to its socket in time"),
     };
     if let Err(error) = relay(&mut client, &mut host).await {
         tracing::debug!(error = %Chain(&error), "a connection to a socket of the host ended early");

@@ -28,6 +28,13 @@ fn sysctls_are_set_once_before_the_addresses() {
         configure(&request, &mut last, &mut None).unwrap();
         assert_eq!(read("core/somaxconn"), "99\n");
 
+        // The kernel applies the namespace's to every link, whose own value counts.
+        request.links[0].sysctls = vec![sysctl("ipv6/disable_ipv6", "0")];
+        configure(&request, &mut last, &mut None).unwrap();
+        request.sysctls = vec![sysctl("ipv6/conf/all/disable_ipv6", "1")];
+        configure(&request, &mut last, &mut None).unwrap();
+        assert_eq!([read("ipv6/conf/all/disable_ipv6"), read("ipv6/conf/eth0/disable_ipv6")], ["1\n", "0\n"]);
+
         request.sysctls = vec![sysctl("core/none", "1")];
         let error = configure(&request, &mut last, &mut None).unwrap_err();
         assert_eq!(

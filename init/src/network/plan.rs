@@ -77,7 +77,10 @@ pub(super) fn plan(devices: &[Device], last: &Applied, next: &Network) -> Vec<Ch
     }
     // disable_ipv6 and others decide about the addresses.
     let is_set = |sysctl: &&Sysctl| last.complete && last.network.sysctls.contains(sysctl);
-    changes.extend(next.sysctls.iter().filter(|sysctl| !is_set(sysctl)).cloned().map(Change::SetSysctl));
+    // The kernel applies some of the namespace's to every link. The links' own count, so they follow once more.
+    let namespace_changes = next.sysctls.iter().any(|sysctl| sysctl.link.is_none() && !is_set(&sysctl));
+    let has_to_be_set = |sysctl: &&Sysctl| !is_set(sysctl) || namespace_changes && sysctl.link.is_some();
+    changes.extend(next.sysctls.iter().filter(has_to_be_set).cloned().map(Change::SetSysctl));
     let emptied = emptied(&changes, with_device());
     let exists = |object: &Object| {
         let lost = object.link().is_some_and(|link| emptied.contains(link));

@@ -8,6 +8,7 @@ use std::time::Duration;
 use husk_protos::chain::Chain;
 use husk_protos::relay::relay;
 use husk_vsock::Stream;
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -110,17 +111,23 @@ async fn accept(listener: TcpListener, guest: Arc<Guest>, slots: Arc<Semaphore>)
     }
 }
 
-/// Forwards one connection. A client whose connection the guest refuses, or whose stream is incomplete, gets a reset.
+/// Forwards one connection. A client whose connection the guest refuses, or whose stream is incomplete, gets a reset,
+/// also when the shim ends meanwhile.
 async fn forward(mut client: TcpStream, guest: &Guest) {
+    if let Err(error) = client.set_zero_linger() {
+        return tracing::warn!(%error, "failed to make the close of a connection a reset");
+    }
     let ended = match connect(&client, guest).await {
         Ok(mut server) => relay(&mut client, &mut server).await.map_err(|error| Chain(&error).to_string()),
         Err(error) => Err(Chain(&error).to_string()),
     };
-    if let Err(error) = ended {
-        tracing::debug!(error, "a connection to the VM ended early");
-        if let Err(error) = client.set_zero_linger() {
-            tracing::warn!(%error, "failed to make the close of a connection a reset");
+    match ended {
+        Ok(()) => {
+            if let Err(error) = setsockopt(&client, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 }) {
+                tracing::warn!(%error, "a complete connection ends with a reset");
+            }
         }
+        Err(error) => tracing::debug!(error, "a connection to the VM ended early"),
     }
 }
 

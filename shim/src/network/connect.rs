@@ -13,7 +13,7 @@ use super::multicast;
 use super::netlink::Netlink;
 use super::netns::Claim;
 use super::redirect::{Classifier, Device, has_ingress};
-use super::scan::scan;
+use super::scan::{Sent, scan};
 use super::subscription::{News, Subscription};
 use super::tap::{create, reserve};
 
@@ -100,8 +100,16 @@ fn connect_inside(deadline: Instant, plan: NicPlan, netns: PathBuf) -> Result<Co
         states.push(NicState { mac, tap, link: None });
     }
     let classifier = Classifier::MatchAll;
-    let mut follower =
-        Follower { netns, vm: plan.vm, netlink, subscription, classifier, nics: states, news: News::default() };
+    let mut follower = Follower {
+        netns,
+        vm: plan.vm,
+        netlink,
+        subscription,
+        classifier,
+        nics: states,
+        news: News::default(),
+        sysctls: Sent::default(),
+    };
     let mut settled = follower.apply(scan, |_| false);
     if settled.problems.is_empty() {
         return Ok(Connected { nics, follower, settled });

@@ -16,7 +16,7 @@ use super::link::{Link, alias, spare_name, tap_name};
 use super::multicast;
 use super::netlink::Netlink;
 use super::redirect::{Classifier, Device, redirect, remove};
-use super::scan::{Scan, scan};
+use super::scan::{Scan, Sent, scan};
 use super::status::{LinkStatus, NetworkStatus, NicStatus};
 use super::subscription::{News, Subscription};
 use super::tap::{Tap, describe, rename, set_up};
@@ -53,6 +53,8 @@ pub struct Follower {
     pub(super) nics: Vec<NicState>,
     /// What has happened since the NICs were last connected completely.
     pub(super) news: News,
+    /// The sysctls that the guest has been told.
+    pub(super) sysctls: Sent,
 }
 
 impl Follower {
@@ -206,7 +208,7 @@ impl Follower {
     }
 
     /// The part of a namespace's configuration that the NICs' links have.
-    fn config(&self, mut config: ConfigureNetworkRequest) -> ConfigureNetworkRequest {
+    fn config(&mut self, mut config: ConfigureNetworkRequest) -> ConfigureNetworkRequest {
         let nic_of = |name: &str| self.nics.iter().find(|nic| nic.link.as_ref().is_some_and(|link| link.name == name));
         config.links.retain_mut(|link| {
             let Some(nic) = nic_of(&link.name) else { return false };
@@ -218,6 +220,7 @@ impl Follower {
         config.routes.retain(|route| ["", LOOPBACK].contains(&route.link.as_str()) || nic_of(&route.link).is_some());
         config.neighbours.retain(|neighbour| nic_of(&neighbour.link).is_some());
         config.spare_nics = self.nics.iter().filter(|nic| nic.link.is_none()).map(|nic| nic.mac.to_vec()).collect();
+        self.sysctls.complete(&mut config);
         config
     }
 

@@ -127,11 +127,14 @@ pub struct Siblings<'a> {
     pub find: &'a dyn Fn(u32) -> Option<Sibling>,
     /// The sandbox's VM, if it is booted.
     pub booted_with: Option<&'a BootedWith>,
+    /// The sandbox's VM, if it boots at the moment. The boot may still fail.
+    pub booting_with: Option<&'a BootedWith>,
 }
 
 impl Siblings<'_> {
     /// Those of the first container.
-    pub const NONE: Siblings<'static> = Siblings { first: true, find: &|_| None, booted_with: None };
+    pub const NONE: Siblings<'static> =
+        Siblings { first: true, find: &|_| None, booted_with: None, booting_with: None };
 }
 
 /// Reads and checks everything that a container needs.
@@ -177,7 +180,7 @@ fn prepare_with(
     let network = collect(named.map(claim_network).transpose(), &mut problems);
     let requested = annotations.as_ref().map(requested_network).unwrap_or_default();
     let user = rewritten.as_ref().map(|rewritten| {
-        let booted = siblings.booted_with.map(|booted| booted.user.as_ref());
+        let booted = siblings.booted_with.or(siblings.booting_with).map(|booted| booted.user.as_ref());
         let user = network::user_network(&requested, &config, rewritten, booted)?;
         match &user {
             Some(user) if booted.is_none() => {

@@ -106,12 +106,9 @@ impl Sandbox {
     ) -> Result<(Arc<Vm>, Metering<Event>), BootError> {
         let extras = extras_disk(prepared.sources.clone()).await?;
         let (vmm, plan) = prepare::plan(prepared, Attachments { extras: extras.clone(), ..attachments });
-        // The redirection takes a few milliseconds on a thread of its own, far less than the boot.
-        let (vm, redirected) = tokio::join!(
-            Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached),
-            self.redirect(prepared.network.as_ref())
-        );
-        let vm = vm?;
+        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached).await?;
+        // Only now is it certain that no other VM uses the namespace, whose connections this would take.
+        let redirected = self.redirect(prepared.network.as_ref()).await;
         self.lock().forwarding = redirected.map(|redirected| address::serve(redirected, &vm.guest));
         // The guest has copied the disk's contents before its hello.
         if let Some(disk) = extras

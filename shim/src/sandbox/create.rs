@@ -117,12 +117,14 @@ impl Sandbox {
     /// Prepares the spec for the guest.
     fn prepare(&self, request: &CreateTaskRequest) -> Result<Prepared, SandboxError> {
         let find = |pid| self.containers().iter().find(|container| container.subject.pid == pid)?.as_sibling();
-        let (first, booted_with) = {
+        let (first, booted_with, booting_with) = {
             let slots = self.lock();
             let first = slots.first.as_ref() == Some(&request.id);
-            (first, matches!(slots.vm, VmSlot::Up(_)).then(|| slots.booted_with.clone()))
+            let vm = || slots.booted_with.clone();
+            (first, matches!(slots.vm, VmSlot::Up(_)).then(vm), matches!(slots.vm, VmSlot::Booting(_)).then(vm))
         };
-        let siblings = Siblings { first, find: &find, booted_with: booted_with.as_ref() };
+        let siblings =
+            Siblings { first, find: &find, booted_with: booted_with.as_ref(), booting_with: booting_with.as_ref() };
         let prepared = prepare::prepare(request, &self.id, siblings)?;
         for part in &prepared.ignored {
             tracing::warn!(container = request.id, part, "ignored part of the spec");

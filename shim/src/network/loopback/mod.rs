@@ -14,7 +14,9 @@ mod listener;
 mod table;
 
 use std::net::TcpListener;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use husk_protos::chain::Chain;
 
 use super::error::NetworkError;
 use super::netns::Claim;
@@ -31,10 +33,16 @@ const TABLE: &str = "husk-";
 /// A socket cannot be created, or the kernel rejects the rule, such as one without nf_tables.
 pub(crate) fn intercept(claim: &Claim, sandbox: &str, limit: Duration) -> Result<Vec<TcpListener>, NetworkError> {
     let table = format!("{TABLE}{sandbox}");
-    claim.run(limit, move |deadline| {
+    let unwanted = table.clone();
+    let work = move |deadline| {
         let (listeners, port) = listener::listen()?;
         table::add(&table, port, deadline)?;
         Ok(listeners)
+    };
+    claim.run_or_undo(limit, work, move |_| {
+        if let Err(error) = table::remove(&unwanted, Instant::now() + limit) {
+            tracing::warn!(table = unwanted, error = %Chain(&error), "failed to remove a rule that came too late");
+        }
     })
 }
 

@@ -27,6 +27,7 @@ use super::error::{NetlinkError, ObjectError};
 use super::link::Link;
 use super::netlink::Netlink;
 
+pub(super) use sysctl::Sent;
 pub use sysctl::copied_sysctls;
 
 /// A namespace's configuration.

@@ -4,12 +4,13 @@
 //! Only the sysctls listed here are copied. The others are either sizes that the kernel derives from the machine's
 //! memory, or names of modules, or of no use in a container.
 
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::thread;
 
-use husk_protos::network::NetworkSysctl;
+use husk_protos::network::{ConfigureNetworkRequest, NetworkSysctl};
 use nix::sched::{CloneFlags, setns};
 
 use crate::network::error::ObjectError;
@@ -110,6 +111,10 @@ const LINK: [(&str, &str); 36] = [
     ("ipv6/use_tempaddr", "0"),
 ];
 
+/// Sysctls of a link that are copied even if they have their default: when the namespace's `all` changes, the kernel
+/// changes those of every link too, and the link's own value counts.
+const ALWAYS: [&str; 3] = ["ipv4/forwarding", "ipv6/disable_ipv6", "ipv6/forwarding"];
+
 /// The paths of all sysctls that are copied for a link with this name, below /proc/sys/net.
 pub fn copied_sysctls(link: &str) -> Vec<String> {
     let own = LINK.iter().map(|(name, _)| link_path(name, link));
@@ -167,14 +172,49 @@ fn different(list: &[(&str, &str)], path: impl Fn(&str) -> String) -> Result<Vec
             other => other.map_err(ObjectError::system(format!("sysctl net/{path}"), "read it"))?,
         };
         let current = current.split_whitespace().collect::<Vec<_>>().join(" ");
-        if current != *value {
-            let mut sysctl = NetworkSysctl::new();
-            sysctl.name = (*name).to_owned();
-            sysctl.value = current;
-            found.push(sysctl);
+        if current != *value || ALWAYS.contains(name) {
+            found.push(sysctl(name, current));
         }
     }
     Ok(found)
+}
+
+fn sysctl(name: &str, value: String) -> NetworkSysctl {
+    let mut sysctl = NetworkSysctl::new();
+    sysctl.name = name.to_owned();
+    sysctl.value = value;
+    sysctl
+}
+
+/// The sysctls that a guest has been told. Those that have their default again must be told too.
+#[derive(Debug, Default)]
+pub(in crate::network) struct Sent {
+    global: HashSet<String>,
+    /// Those of each NIC, by the MAC that identifies it.
+    nics: HashMap<Vec<u8>, HashSet<String>>,
+}
+
+impl Sent {
+    /// Adds to a request what an earlier request has set and the namespace has reset. A spare NIC has the defaults: its
+    /// device has changed its namespace in the guest.
+    pub(in crate::network) fn complete(&mut self, config: &mut ConfigureNetworkRequest) {
+        add_reset(&GLOBAL, &mut self.global, &mut config.sysctls);
+        for link in &mut config.links {
+            let nic = if link.nic.is_empty() { &link.mac } else { &link.nic };
+            add_reset(&LINK, self.nics.entry(nic.clone()).or_default(), &mut link.sysctls);
+        }
+        for spare in &config.spare_nics {
+            self.nics.remove(spare);
+        }
+    }
+}
+
+fn add_reset(defaults: &[(&str, &str)], sent: &mut HashSet<String>, sysctls: &mut Vec<NetworkSysctl>) {
+    let is_listed = |name: &str| sysctls.iter().any(|sysctl| sysctl.name == name);
+    let reset = defaults.iter().filter(|(name, _)| sent.contains(*name) && !is_listed(name));
+    let reset: Vec<_> = reset.map(|(name, value)| sysctl(name, (*value).to_owned())).collect();
+    sysctls.extend(reset);
+    sent.extend(sysctls.iter().map(|sysctl| sysctl.name.clone()));
 }
 
 fn link_path(name: &str, link: &str) -> String {
@@ -186,6 +226,8 @@ fn link_path(name: &str, link: &str) -> String {
 mod tests {
     use std::process::Command;
     use std::time::Duration;
+
+    use husk_protos::network::NetworkLink;
 
     use super::*;
     use crate::network::netlink::Netlink;
@@ -222,5 +264,33 @@ mod tests {
         after.links[0].retain(|line| !before.links[0].contains(line));
         assert_eq!(after.global, ["core/somaxconn=77", "ipv4/ip_local_port_range=2000 3000"]);
         assert_eq!(after.links, [["ipv4/arp_notify=1", "ipv6/disable_ipv6=1"]]);
+    }
+
+    #[test]
+    fn what_the_namespace_has_reset_is_sent_with_its_default_until_the_nic_is_spare() {
+        let names = |config: &ConfigureNetworkRequest| -> Vec<String> {
+            let of_links = config.links.iter().flat_map(|link| &link.sysctls);
+            config.sysctls.iter().chain(of_links).map(|found| format!("{}={}", found.name, found.value)).collect()
+        };
+        let request = |global: &[(&str, &str)], link: &[(&str, &str)]| {
+            let list =
+                |sysctls: &[(&str, &str)]| sysctls.iter().map(|(name, value)| sysctl(name, (*value).into())).collect();
+            let eth0 = NetworkLink { mac: vec![9; 6], nic: vec![2; 6], sysctls: list(link), ..Default::default() };
+            ConfigureNetworkRequest { links: vec![eth0], sysctls: list(global), ..Default::default() }
+        };
+        let mut sent = Sent::default();
+        let mut complete = |mut config: ConfigureNetworkRequest| {
+            sent.complete(&mut config);
+            names(&config)
+        };
+        assert_eq!(complete(request(&[], &[])), [""; 0]);
+        let set = request(&[("core/somaxconn", "77")], &[("ipv4/rp_filter", "2")]);
+        assert_eq!(complete(set), ["core/somaxconn=77", "ipv4/rp_filter=2"]);
+        for _ in 0..2 {
+            assert_eq!(complete(request(&[], &[])), ["core/somaxconn=4096", "ipv4/rp_filter=0"]);
+        }
+        let spare = ConfigureNetworkRequest { spare_nics: vec![vec![2; 6]], ..Default::default() };
+        assert_eq!(complete(spare), ["core/somaxconn=4096"]);
+        assert_eq!(complete(request(&[], &[])), ["core/somaxconn=4096"]);
     }
 }
