@@ -22,6 +22,7 @@ use ttrpc::{Code, get_status};
 use crate::guest::client::GuestError;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::stdio::StdioError;
+use crate::vm::FollowError;
 
 /// The service's name in containerd 1.x. Both versions have the same messages.
 const TASK_V2: &str = "containerd.task.v2.Task";
@@ -78,9 +79,12 @@ fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         }
         Error::NotFound { .. } => Code::NOT_FOUND,
         Error::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-        Error::Stopping | Error::NotStopped { .. } | Error::InitExited { .. } | Error::GuestNetwork(_) => {
-            Code::FAILED_PRECONDITION
-        }
+        Error::GuestNetwork(error) => match &**error {
+            FollowError::Guest(GuestError::Call(ttrpc::Error::RpcStatus(status))) => status.code(),
+            FollowError::Guest(_) | FollowError::Deadline(_) => Code::UNAVAILABLE,
+            _ => Code::FAILED_PRECONDITION,
+        },
+        Error::Stopping | Error::NotStopped { .. } | Error::InitExited { .. } => Code::FAILED_PRECONDITION,
         Error::Stdio(StdioError::Logger { .. }) => Code::INTERNAL,
         Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,

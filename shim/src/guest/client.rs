@@ -133,6 +133,11 @@ impl Guest {
         })
     }
 
+    /// How long a call may take.
+    pub(crate) fn call_timeout(&self) -> Duration {
+        self.call_timeout
+    }
+
     /// The context of a call, with its deadline.
     pub fn context(&self) -> Context {
         with_duration(self.call_timeout)

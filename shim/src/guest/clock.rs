@@ -11,7 +11,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use husk_protos::system::ClockAdjustment;
 use tokio::sync::Notify;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
+use ttrpc::context::{Context, with_duration};
 
 use super::client::{Guest, GuestError};
 
@@ -49,7 +50,7 @@ enum Correction {
 /// When the guest does not answer.
 pub(crate) async fn set(guest: &Guest) -> Result<(), GuestError> {
     let offset = measure(guest).await?;
-    adjust(guest, offset.ns, false).await?;
+    adjust(guest, guest.context(), offset.ns, false).await?;
     tracing::debug!(by_us = offset.ns / 1000, error_us = offset.error.as_micros() as u64, "set the guest's clock");
     Ok(())
 }
@@ -70,7 +71,7 @@ async fn correct(guest: &Guest) -> Result<(), GuestError> {
     let offset = measure(guest).await?;
     let correction = correction(offset);
     if correction != Correction::None {
-        adjust(guest, offset.ns, correction == Correction::Gradual).await?;
+        adjust(guest, guest.context(), offset.ns, correction == Correction::Gradual).await?;
         let (by_ms, at_once) = (offset.ns / 1_000_000, correction == Correction::Step);
         tracing::info!(by_ms, at_once, "corrected the guest's clock");
     }
@@ -96,11 +97,17 @@ fn differs_from(now_ns: u64, realtime_ns: u64) -> bool {
     late > LATENCY.as_nanos() as i128 || -late > TOLERANCE.as_nanos() as i128
 }
 
+/// Measures the difference, with at most [`ROUNDS`] calls that together take no longer than one may.
 async fn measure(guest: &Guest) -> Result<Offset, GuestError> {
+    let deadline = Instant::now() + guest.call_timeout();
     let mut best: Option<Offset> = None;
     for _ in 0..ROUNDS {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
         let before = now_ns();
-        let guests = adjust(guest, 0, false).await?;
+        let guests = adjust(guest, with_duration(left), 0, false).await?;
         // The host's clock may have been set back meanwhile.
         let Some(offset) = offset(before, guests, now_ns()) else { continue };
         if best.is_none_or(|best| offset.error < best.error) {
@@ -122,9 +129,9 @@ fn offset(before: u64, guest: u64, after: u64) -> Option<Offset> {
 }
 
 /// Adds to the guest's time, and returns the result.
-async fn adjust(guest: &Guest, by_ns: i64, gradually: bool) -> Result<u64, GuestError> {
+async fn adjust(guest: &Guest, context: Context, by_ns: i64, gradually: bool) -> Result<u64, GuestError> {
     let request = ClockAdjustment { by_ns, gradually, ..Default::default() };
-    Ok(guest.system.adjust_clock(guest.context(), &request).await?.realtime_ns)
+    Ok(guest.system.adjust_clock(context, &request).await?.realtime_ns)
 }
 
 /// The host's time. Zero before 1970, which no guest would accept anyway.

@@ -15,7 +15,7 @@ use super::error::{NetworkError, ObjectError};
 use super::link::{Link, alias, spare_name, tap_name};
 use super::multicast;
 use super::netlink::Netlink;
-use super::redirect::{Classifier, Device, redirect, remove};
+use super::redirect::{Classifier, Device, has_ingress, redirect, remove};
 use super::scan::{Scan, Sent, scan};
 use super::status::{LinkStatus, NetworkStatus, NicStatus};
 use super::subscription::{News, Subscription};
@@ -51,7 +51,7 @@ pub struct Follower {
     pub(super) subscription: Subscription,
     pub(super) classifier: Classifier,
     pub(super) nics: Vec<NicState>,
-    /// What has happened since the NICs were last connected completely.
+    /// What has happened since the NICs were last connected, and what could not be connected then.
     pub(super) news: News,
     /// The sysctls that the guest has been told.
     pub(super) sysctls: Sent,
@@ -93,13 +93,28 @@ impl Follower {
             return Ok(None);
         }
         let scan = scan(&mut self.netlink)?;
-        let News { lost, left, .. } = self.news.clone();
-        let settled = self.apply(scan, |link| lost || left.contains(&link.index));
+        let redirectless = self.redirectless();
+        // `apply` adds the links whose redirects it cannot make again.
+        self.news = News::default();
+        let settled = self.apply(scan, |link| redirectless.contains(&link.index));
         // After a problem, the next call tries again.
-        if settled.problems.is_empty() {
-            self.news = News::default();
-        }
+        self.news.changed |= !settled.problems.is_empty();
         Ok(Some(settled))
+    }
+
+    /// The links whose redirects are lost: they have left the namespace, and may have returned. If notifications are
+    /// lost, so is the news of that, but a link that has left has lost its ingress qdisc.
+    fn redirectless(&mut self) -> Vec<u32> {
+        let mut found = self.news.left.clone();
+        if self.news.lost {
+            let netlink = &mut self.netlink;
+            let links = self.nics.iter().filter_map(|nic| nic.link.as_ref());
+            // Whatever prevents the answer is reported when the redirect is made again.
+            found.extend(
+                links.filter(|link| !has_ingress(netlink, device(link)).unwrap_or(false)).map(|link| link.index),
+            );
+        }
+        found
     }
 
     /// Connects the NICs to the links of a scan. `lost` recognizes links whose redirects may be lost.
@@ -126,8 +141,12 @@ impl Follower {
             NicChange::Disconnect { nic } => self.disconnect(nic),
             NicChange::Connect { nic, link } => self.connect(nic, &links[link]),
             NicChange::Reconnect { nic, link } => {
-                self.update(nic, &links[link])?;
-                self.redirect(nic, &links[link])
+                let link = &links[link];
+                let reconnected = self.update(nic, link).and_then(|()| self.redirect(nic, link));
+                if reconnected.is_err() {
+                    self.news.left.push(link.index);
+                }
+                reconnected
             }
             NicChange::Update { nic, link } => self.update(nic, &links[link]),
         }

@@ -7,6 +7,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
+use nix::errno::Errno;
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{RcvBuf, RcvBufForce};
 
 use super::error::NetlinkError;
 use super::reply::{Content, replies};
@@ -26,6 +29,9 @@ const PERMANENT: u16 = 0x80;
 const HEADER: usize = 16;
 /// Length of the receive buffer. A notification is about one object.
 const BUFFER: usize = 64 * 1024;
+/// Length of the socket's queue, which the kernel doubles for its own records. A plugin that adds hundreds of routes
+/// fills the usual 208 KiB before they are read.
+const QUEUE: usize = 1024 * 1024;
 /// Notifications that are read at once. A namespace that never rests must not keep its reader.
 const AT_ONCE: usize = 4096;
 
@@ -53,6 +59,7 @@ impl Subscription {
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(failed)?;
         socket.bind(&SocketAddr::new(0, 0)).map_err(failed)?;
         socket.set_non_blocking(true).map_err(failed)?;
+        enlarge(&socket).map_err(failed)?;
         for group in GROUPS {
             socket.add_membership(group).map_err(failed)?;
         }
@@ -91,6 +98,18 @@ impl Subscription {
     }
 }
 
+/// Gives a socket room for [`QUEUE`] bytes of notifications, or for as many as the host's limit (net.core.rmem_max) allows
+/// to a process without CAP_NET_ADMIN in the initial user namespace.
+fn enlarge(socket: &Socket) -> io::Result<()> {
+    // SAFETY: the socket outlives this borrow.
+    let socket = unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) };
+    match setsockopt(&socket, RcvBufForce, &QUEUE) {
+        Err(Errno::EPERM) => setsockopt(&socket, RcvBuf, &QUEUE)?,
+        other => other?,
+    }
+    Ok(())
+}
+
 /// Adds what a datagram says.
 fn note(
     datagram: &[u8],
@@ -122,6 +141,7 @@ fn note(
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::time::Duration;
 
     use super::*;
@@ -189,6 +209,20 @@ mod tests {
         namespace.ip("link set husk-2 mtu 1400");
         namespace.ip("neigh add 10.0.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud stale");
         assert_eq!(drain(&mut subscription, tap), News::default());
+    }
+
+    #[test]
+    fn hundreds_of_changes_at_once_are_not_lost() {
+        let namespace = Namespace::new();
+        let mut subscription = subscribe(&namespace);
+        assert!(subscription.socket.get_rx_buf_sz().unwrap() >= QUEUE);
+        let mut changes = tempfile::NamedTempFile::new().unwrap();
+        for number in 0..500 {
+            writeln!(changes, "addr add 10.0.{}.{}/32 dev lo", number / 250, number % 250 + 1).unwrap();
+        }
+        namespace.ip(&format!("-batch {}", changes.path().display()));
+        let news = drain(&mut subscription, u32::MAX);
+        assert!(news.changed && !news.lost, "{news:?}");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use husk_protos::chain::Chain;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::subscription::News;
 use super::testing::Namespace;
 use super::{Claim, Connected, NetworkError, NicPlan, Settled, claim, connect, disconnect};
 
@@ -281,6 +282,39 @@ fn a_link_that_appears_later_gets_a_spare_nic_and_gives_it_back() {
     let Connected { nics, .. } = connected;
     drop(nics);
     pod.wait_until_taps_are_gone();
+}
+
+#[test]
+fn after_lost_notifications_only_links_without_a_redirect_are_redirected_again() {
+    let (pod, peer, claim) = pod();
+    let appear = |number| {
+        pod.ip(&format!("link add eth{number} type veth peer name peer{number} netns {}", peer.path().display()));
+    };
+    appear(1);
+    let mut connected = connect(&claim, plan(1, 0), LIMIT).unwrap();
+    let eth0 = connected.follower.status().nics[0].link.as_ref().unwrap().index;
+    let redirected = |name: &str| pod.tc(&format!("filter show dev {name} ingress")).contains("mirred");
+    assert!(redirected("eth0") && redirected("eth1"));
+
+    // Nothing else would bring eth1's filter back, and a problem stays: no NIC is left for eth2.
+    appear(2);
+    pod.tc("filter del dev eth1 ingress");
+    pod.tc("qdisc del dev eth0 ingress");
+    pod.tc("qdisc add dev eth0 clsact");
+    connected.follower.news.lost = true;
+    let texts: Vec<_> = settle(&mut connected).problems.iter().map(ToString::to_string).collect();
+    assert!(texts.len() == 2 && texts[0].contains("clsact") && texts[1].contains("no network card left"), "{texts:?}");
+    assert_eq!(connected.follower.news, News { changed: true, lost: false, left: vec![eth0] });
+    assert!(!redirected("eth1"), "a link with an ingress qdisc was redirected again");
+
+    // The link that could not be redirected is not forgotten.
+    pod.tc("qdisc del dev eth0 clsact");
+    assert_eq!(settle(&mut connected).problems.len(), 1);
+    assert!(redirected("eth0") && !redirected("eth1"));
+    assert_eq!(connected.follower.news, News { changed: true, ..News::default() });
+    pod.ip("link del eth2");
+    assert!(settle(&mut connected).problems.is_empty());
+    assert!(connected.follower.settle(LIMIT).unwrap().is_none());
 }
 
 #[test]

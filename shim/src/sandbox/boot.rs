@@ -16,7 +16,6 @@ use crate::prepare;
 use crate::prepare::{Attachments, PrepareError, Prepared};
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::{Booting, Sandbox, Slots, VmSlot, alive};
-use crate::state::facts::HostMilestone;
 use crate::state::life::VmState;
 use crate::state::{Boot, facts};
 use crate::vm::{BootError, Vm};
@@ -75,7 +74,7 @@ impl Sandbox {
     async fn boot(self: &Arc<Self>, prepared: &Prepared, attachments: Attachments) -> Result<Arc<Vm>, BootError> {
         let started = std::time::Instant::now();
         let mut reached = Boot::begin();
-        let booted = self.boot_and_subscribe(prepared, attachments, &mut reached).await;
+        let booted = self.boot_with_extras(prepared, attachments, &mut reached).await;
         let (vm, events) = match booted {
             Ok(booted) => booted,
             Err(error) => {
@@ -96,9 +95,8 @@ impl Sandbox {
         Ok(vm)
     }
 
-    /// Boots the VM and subscribes to its events: without them the guest is unusable, so a failed subscription is a
-    /// failed boot.
-    async fn boot_and_subscribe(
+    /// Boots the VM with the disk for extras, and redirects the connections that it serves.
+    async fn boot_with_extras(
         &self,
         prepared: &Prepared,
         attachments: Attachments,
@@ -106,7 +104,7 @@ impl Sandbox {
     ) -> Result<(Arc<Vm>, Metering<Event>), BootError> {
         let extras = extras_disk(prepared.sources.clone()).await?;
         let (vmm, plan) = prepare::plan(prepared, Attachments { extras: extras.clone(), ..attachments });
-        let vm = Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached).await?;
+        let (vm, events) = Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached).await?;
         // Only now is it certain that no other VM uses the namespace, whose connections this would take.
         let redirected = self.redirect(prepared.network.as_ref()).await;
         self.lock().forwarding = redirected.map(|redirected| address::serve(redirected, &vm.guest));
@@ -116,8 +114,6 @@ impl Sandbox {
         {
             tracing::warn!(error = %Chain(&error), "failed to free the memory of the disk for extras");
         }
-        let events = vm.guest.events(0).await?;
-        reached.reached(HostMilestone::EventsSubscribed);
         Ok((vm, events))
     }
 

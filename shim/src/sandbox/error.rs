@@ -58,7 +58,7 @@ pub(crate) enum SandboxError {
     Guest(#[from] GuestError),
     /// The guest cannot have the network of the sandbox's namespace.
     #[error("the container's network")]
-    GuestNetwork(#[source] FollowError),
+    GuestNetwork(#[from] Arc<FollowError>),
     #[error(transparent)]
     State(#[from] StateError),
     /// The root filesystem or a bind mount.
@@ -90,16 +90,52 @@ impl From<ttrpc::Error> for SandboxError {
     }
 }
 
-impl From<FollowError> for SandboxError {
-    fn from(error: FollowError) -> Self {
-        match error {
-            // The VM may have died.
-            FollowError::Guest(error) => Self::Guest(error),
-            other => Self::GuestNetwork(other),
-        }
+impl SandboxError {
+    /// Whether the VM's death may be the cause: a call was lost on its way to the guest, or the task that makes it has
+    /// ended.
+    pub(super) fn may_be_death(&self) -> bool {
+        let guest = match self {
+            Self::Guest(error) => error,
+            Self::GuestNetwork(error) => match &**error {
+                FollowError::Guest(error) => error,
+                FollowError::Ended => return true,
+                _ => return false,
+            },
+            _ => return false,
+        };
+        matches!(guest, GuestError::Call(call) if !matches!(call, ttrpc::Error::RpcStatus(_)))
     }
 }
 
 pub(super) fn not_found(what: &'static str, id: &str) -> SandboxError {
     SandboxError::NotFound { what, id: id.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use husk_protos::chain::Chain;
+    use ttrpc::{Code, Error, get_status};
+
+    use super::*;
+
+    #[test]
+    fn the_vms_death_explains_lost_calls_but_not_the_guests_own_errors() {
+        let lost = || GuestError::Call(Error::RemoteClosed);
+        let rejected = || GuestError::Call(Error::RpcStatus(get_status(Code::INVALID_ARGUMENT, "links[0]: no MAC")));
+        let network = |error: FollowError| SandboxError::from(Arc::new(error));
+        for (error, expected) in [
+            (SandboxError::Guest(lost()), true),
+            (SandboxError::Guest(rejected()), false),
+            (network(FollowError::Guest(lost())), true),
+            (network(FollowError::Guest(rejected())), false),
+            (network(FollowError::Ended), true),
+            (network(FollowError::Links(Vec::new())), false),
+            (SandboxError::Stopping, false),
+        ] {
+            assert_eq!(error.may_be_death(), expected, "{error:?}");
+        }
+        let text = Chain(&network(FollowError::Guest(rejected()))).to_string();
+        let expected = "the container's network: configure the guest's network: links[0]: no MAC (INVALID_ARGUMENT)";
+        assert_eq!(text, expected);
+    }
 }

@@ -12,7 +12,6 @@ use crate::console::GuestLogs;
 use crate::containerd::publisher::Publisher;
 use crate::forward::address::Forwarding;
 use crate::forward::socket::Sockets;
-use crate::guest::client::GuestError;
 use crate::network::{Claim, PrivateNamespace};
 use crate::prepare::BootedWith;
 use crate::rootfs::share::Share;
@@ -131,13 +130,11 @@ impl Sandbox {
         Ok(self.process(id, "")?.1.pid())
     }
 
-    /// Replaces the error of a call that was lost on its way to the guest with the VM's cause of death, if the VM died.
-    /// The shim may notice the death a moment after the lost call, so this waits for it.
+    /// Replaces an error that may have come from the VM's death, such as that of a call that was lost on its way to the
+    /// guest, with the cause of death, if the VM died. The shim may notice the death a moment after the lost call, so
+    /// this waits for it.
     pub(crate) async fn explain(&self, error: SandboxError) -> SandboxError {
-        let lost = matches!(
-            &error,
-            SandboxError::Guest(GuestError::Call(call)) if !matches!(call, ttrpc::Error::RpcStatus(_))
-        );
+        let lost = error.may_be_death();
         let vm = match &self.lock().vm {
             VmSlot::Up(vm) if lost => vm.clone(),
             _ => return error,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use husk_protos::events::Event;
 use husk_protos::extras::SUPERVISOR_GRACE;
 use husk_vsock::Stream;
 use tokio::net::UnixStream;
@@ -22,10 +23,11 @@ use super::hello::Processes;
 use super::network;
 use super::on_failure::OnFailure;
 use super::plan::BootPlan;
+use super::ready::{Ready, ready};
 use super::running::Vm;
 use super::virtiofsd;
 use crate::console::{Attached, GuestLogs};
-use crate::guest::client::Guest;
+use crate::guest::client::{Guest, Metering};
 use crate::guest::clock;
 use crate::guest::link::{self, HostPort, Link, NewLink};
 use crate::guest::report::{self, GuestHealth, ReportSinks};
@@ -43,7 +45,7 @@ use crate::vmm::{Machine, Sockets, Spec, Vmm};
 const VIRTIOFSD_LOG: &str = "virtiofsd.log";
 
 impl Vm {
-    /// Boots a VM and adds the milestones to `reached`. The caller records whether the VM is running, and undoes the
+    /// Boots a VM, adds the milestones to `reached`, and returns the VM with its events. The caller records whether the VM is running, and undoes the
     /// journal's steps on failure.
     ///
     /// # Errors
@@ -56,9 +58,9 @@ impl Vm {
         journal: &Journal,
         logs: &GuestLogs,
         reached: &mut Boot,
-    ) -> Result<Arc<Self>, BootError> {
+    ) -> Result<(Arc<Self>, Metering<Event>), BootError> {
         journal.set_vm_state_unsaved(VmState::Provisioning, "a container needs it")?;
-        let NewLink { link, mut ready, machine_end: vsock } = link::create(plan.carrier, journal).await?;
+        let NewLink { link, ready: mut ready_port, machine_end: vsock } = link::create(plan.carrier, journal).await?;
         let identity = identity(journal, link.cid())?;
         metadata::provide(&link, identity, &plan.tokens, plan.workspace.as_ref(), journal.dir())?;
         let mut network = network::connect(vmm, plan, journal).await?;
@@ -69,7 +71,7 @@ impl Vm {
         let nics = std::mem::take(&mut network.nics);
         let sockets = Sockets { vsock, share: Some(share), nics, console: console_end, log: open_log(&log)? };
 
-        let spec = linked(&plan.spec, &link, &ready);
+        let spec = linked(&plan.spec, &link, &ready_port);
         let machine = start_machine(vmm, &spec, sockets, journal, reached).await?;
         let kill_machine = OnFailure::new({
             let machine = machine.clone();
@@ -92,15 +94,13 @@ impl Vm {
 
         let logs_of_processes = [log, journal.dir().join(VIRTIOFSD_LOG)];
         let processes = Processes { machine, share, console, logs: logs_of_processes };
-        let (reports, hello) = processes.hello(&mut ready, plan.boot_timeout).await?;
+        let (reports, hello) = processes.hello(&mut ready_port, plan.boot_timeout).await?;
         reached.hello_received(&hello);
         let share_workers = record_share_workers(&processes.share, journal)?;
         let health = Arc::new(GuestHealth::new(spec.guest.heartbeat));
-        let guest = Arc::new(Guest::connect(link, &hello, plan.call_timeout).await?);
-        reached.reached(HostMilestone::GuestConnected);
         let (death, dead) = watch::channel(None);
-        let network = network.follow(&guest, dead.clone()).await?;
-        clock::set(&guest).await?;
+        let Ready { guest, network, events } =
+            ready(link, &hello, network, plan.call_timeout, dead.clone(), reached).await?;
 
         kill_machine.succeeded();
         kill_share.succeeded();
@@ -126,7 +126,7 @@ impl Vm {
         });
         tokio::spawn(watch_death(machine, share, console, lost, failed, death));
         tokio::spawn(keep_clock(vm.guest.clone(), vm.health.clone(), vm.dead.clone()));
-        Ok(vm)
+        Ok((vm, events))
     }
 }
 

@@ -74,6 +74,14 @@ pub enum BootError {
         /// The console's last lines.
         console: String,
     },
+    /// The guest sent its hello, but did not answer in time what follows.
+    #[error("the guest was not ready {} ms after its hello: {step}", limit.as_millis())]
+    Unanswered {
+        /// What the guest did not answer.
+        step: &'static str,
+        /// The time limit of all steps together.
+        limit: Duration,
+    },
     /// The guest's hello is malformed.
     #[error("read the guest's hello")]
     Hello(#[from] husk_protos::frame::FrameError),

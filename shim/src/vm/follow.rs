@@ -13,7 +13,8 @@ use husk_protos::network::ConfigureNetworkRequest;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::guest::client::{Guest, GuestError};
 use crate::network::{Follower, NetworkError, NetworkStatus, ObjectError, Settled};
@@ -24,8 +25,13 @@ pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 const BURST: Duration = Duration::from_millis(5);
 /// Shortest time between two looks at a namespace that keeps changing.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Callers that may wait for their turn.
+/// Callers that may wait for their turn. One look at the namespace answers all of them.
 const CALLERS: usize = 16;
+/// How much longer the thread that changes the namespace may take than its [`DEADLINE`]: the kernel does not interrupt a
+/// system call that waits for RTNL.
+const BLOCKED: Duration = Duration::from_secs(1);
+/// Pauses before further attempts after a failure: the first, and the longest.
+const RETRIES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// Why the guest's network differs from the namespace's.
 #[derive(Debug, thiserror::Error)]
@@ -42,18 +48,30 @@ pub enum FollowError {
     /// The task that follows the namespace has ended.
     #[error("the VM's network is no longer followed: the VM is stopping")]
     Ended,
+    /// The kernel does not finish a change of the namespace.
+    #[error("a change of the VM's network namespace is still running after {} ms", .0.as_millis())]
+    Blocked(Duration),
+    /// The guest, or the changes before this one, took too long.
+    #[error("the guest does not have its network's changes after {} ms", .0.as_millis())]
+    Deadline(Duration),
     /// A thread or a descriptor.
     #[error("follow the network namespace")]
     System(#[from] std::io::Error),
 }
 
-type Reply = oneshot::Sender<Result<(), FollowError>>;
+/// Shared by all callers that waited for it.
+type Outcome = Result<(), Arc<FollowError>>;
+type Reply = oneshot::Sender<Outcome>;
+/// A thread that changes the namespace: the NICs' new state, and what the guest has to know.
+type Change = JoinHandle<Result<(NetworkStatus, Result<Option<Settled>, NetworkError>), FollowError>>;
 
 /// A handle on the task. The task ends with it.
 pub(super) struct Following {
     calls: mpsc::Sender<Reply>,
     status: watch::Receiver<NetworkStatus>,
     follower: Arc<Mutex<Option<Follower>>>,
+    /// For a caller that waits.
+    limit: Duration,
 }
 
 impl Following {
@@ -71,18 +89,18 @@ impl Following {
         let follower = Arc::new(Mutex::new(Some(follower)));
         // A new guest has the empty configuration, and a call that changes nothing would only delay the boot.
         let applied = Some(ConfigureNetworkRequest::default());
-        let mut task = Task { follower: follower.clone(), guest, wanted: settled.config, applied, status };
+        let limit = DEADLINE + BLOCKED + guest.call_timeout();
+        let (wanted, running) = (settled.config, None);
+        let mut task = Task { follower: follower.clone(), guest, running, wanted, applied, status };
         task.configure_guest().await?;
         let (calls, called) = mpsc::channel(CALLERS);
         tokio::spawn(task.run(changes, called, dead));
-        Ok(Self { calls, status: published, follower })
+        Ok(Self { calls, status: published, follower, limit })
     }
 
     /// Returns when the guest has the network that the namespace has now.
-    pub(super) async fn settle(&self) -> Result<(), FollowError> {
-        let (reply, settled) = oneshot::channel();
-        self.calls.send(reply).await.map_err(|_| FollowError::Ended)?;
-        settled.await.map_err(|_| FollowError::Ended)?
+    pub(super) async fn settle(&self) -> Outcome {
+        ask(&self.calls, self.limit).await
     }
 
     /// What the VM's NICs are connected to.
@@ -90,11 +108,62 @@ impl Following {
         self.status.borrow().clone()
     }
 
-    /// Stops changing the namespace, so that everything in it can be undone. Waits for a change that has begun.
+    /// Stops changing the namespace, so that everything in it can be undone. Waits for a change that has begun, but not
+    /// forever: a change whose deadline has passed makes no further request.
     pub(super) async fn stop(&self) {
         let follower = self.follower.clone();
-        if let Err(error) = tokio::task::spawn_blocking(move || drop(lock(&follower).take())).await {
+        let mut stopping = tokio::task::spawn_blocking(move || drop(lock(&follower).take()));
+        if let Err(error) = within(DEADLINE + BLOCKED, &mut stopping).await {
             tracing::error!(error = %Chain(&error), "failed to stop following the network namespace");
+        }
+    }
+}
+
+/// Asks the task for the guest's network to be up to date.
+async fn ask(calls: &mpsc::Sender<Reply>, limit: Duration) -> Outcome {
+    let asked = async {
+        let (reply, settled) = oneshot::channel();
+        calls.send(reply).await.map_err(|_| FollowError::Ended)?;
+        settled.await.map_err(|_| FollowError::Ended)?
+    };
+    timeout(limit, asked).await.unwrap_or_else(|_| Err(FollowError::Deadline(limit).into()))
+}
+
+/// Waits for a thread.
+async fn within<T>(limit: Duration, thread: &mut JoinHandle<T>) -> Result<T, FollowError> {
+    let done = timeout(limit, thread).await.map_err(|_| FollowError::Blocked(limit))?;
+    Ok(done.map_err(std::io::Error::other)?)
+}
+
+/// The next callers that have not given up, at least one; none if all handles are gone. They are answered together, by a
+/// look at the namespace that begins later, so that it shows what a caller has changed before.
+async fn callers(calls: &mut mpsc::Receiver<Reply>) -> Option<Vec<Reply>> {
+    let mut waiting = Vec::new();
+    while waiting.is_empty() {
+        if calls.recv_many(&mut waiting, CALLERS).await == 0 {
+            return None;
+        }
+        waiting.retain(|reply| !reply.is_closed());
+    }
+    Some(waiting)
+}
+
+/// When to try again after a failure: the pauses double.
+#[derive(Default)]
+struct Retry(Option<(Instant, Duration)>);
+
+impl Retry {
+    fn note(&mut self, failed: bool) {
+        let (first, longest) = RETRIES;
+        let pause = self.0.map_or(first, |(_, last)| longest.min(2 * last));
+        self.0 = failed.then(|| (Instant::now() + pause, pause));
+    }
+
+    /// Resolves when it is time, and never after a success.
+    async fn due(&self) {
+        match self.0 {
+            Some((at, _)) => sleep_until(at).await,
+            None => std::future::pending().await,
         }
     }
 }
@@ -103,6 +172,8 @@ struct Task {
     /// None once the VM is being stopped. Locked only by blocking work.
     follower: Arc<Mutex<Option<Follower>>>,
     guest: Arc<Guest>,
+    /// A change that was not finished in time. No other one can begin.
+    running: Option<Change>,
     /// The configuration that the guest should have.
     wanted: ConfigureNetworkRequest,
     /// The one that it has.
@@ -117,29 +188,37 @@ impl Task {
         mut calls: mpsc::Receiver<Reply>,
         mut dead: watch::Receiver<Option<String>>,
     ) {
-        let mut earliest = Instant::now();
+        let (mut earliest, mut retry) = (Instant::now(), Retry::default());
         loop {
-            tokio::select! {
+            let waiting = tokio::select! {
                 () = died(&mut dead) => return,
-                call = calls.recv() => {
-                    let Some(reply) = call else { return };
-                    // Fails if the caller has given up.
-                    let _ = reply.send(self.settle().await);
-                }
+                waiting = callers(&mut calls) => match waiting {
+                    Some(waiting) => waiting,
+                    None => return,
+                },
                 noticed = burst(&changes, earliest) => {
-                    // An error is logged and published; the next change or call tries again.
-                    let ended = match noticed {
-                        Ok(()) => matches!(self.settle().await, Err(FollowError::Ended)),
-                        Err(error) => {
-                            tracing::error!(%error, "failed to wait for changes of the network namespace");
-                            true
-                        }
-                    };
-                    if ended {
+                    if let Err(error) = noticed {
+                        tracing::error!(%error, "failed to wait for changes of the network namespace");
                         return;
                     }
-                    earliest = Instant::now() + PAUSE;
+                    Vec::new()
                 }
+                () = retry.due() => Vec::new(),
+            };
+            // An error is logged and published.
+            let settled = self.settle().await.map_err(Arc::new);
+            let ended = settled.as_ref().is_err_and(|error| matches!(**error, FollowError::Ended));
+            retry.note(settled.is_err());
+            let asked = !waiting.is_empty();
+            for reply in waiting {
+                // Fails if the caller has given up.
+                let _ = reply.send(settled.clone());
+            }
+            if ended {
+                return;
+            }
+            if !asked {
+                earliest = Instant::now() + PAUSE;
             }
         }
     }
@@ -165,26 +244,29 @@ impl Task {
     }
 
     async fn settle_unpublished(&mut self) -> Result<(), FollowError> {
+        // What an unfinished change has read may be older than what is asked for. Its problems still exist for the next.
+        if let Some(running) = self.running.take() {
+            self.finish(running).await?;
+        }
         let follower = self.follower.clone();
-        let work = move || {
-            let mut follower = lock(&follower);
-            let follower = follower.as_mut().ok_or(FollowError::Ended)?;
-            let settled = follower.settle(DEADLINE);
-            Ok::<_, FollowError>((follower.status(), settled))
-        };
-        let (status, settled) = tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other)??;
+        let problems = self.finish(tokio::task::spawn_blocking(move || change(&follower))).await?;
+        self.configure_guest().await?;
+        if problems.is_empty() { Ok(()) } else { Err(FollowError::Links(problems)) }
+    }
+
+    /// Waits for a change of the namespace, and returns what the guest cannot have.
+    async fn finish(&mut self, mut change: Change) -> Result<Vec<ObjectError>, FollowError> {
+        let done = within(DEADLINE + BLOCKED, &mut change).await;
+        if let Err(FollowError::Blocked(_)) = done {
+            self.running = Some(change);
+        }
+        let (status, settled) = done??;
         self.status.send_modify(|published| {
             published.nics = status.nics;
         });
-        let problems = match settled? {
-            Some(settled) => {
-                self.wanted = settled.config;
-                settled.problems
-            }
-            None => Vec::new(),
-        };
-        self.configure_guest().await?;
-        if problems.is_empty() { Ok(()) } else { Err(FollowError::Links(problems)) }
+        let Some(settled) = settled? else { return Ok(Vec::new()) };
+        self.wanted = settled.config;
+        Ok(settled.problems)
     }
 
     async fn configure_guest(&mut self) -> Result<(), FollowError> {
@@ -199,6 +281,16 @@ impl Task {
         self.applied = Some(self.wanted.clone());
         Ok(())
     }
+}
+
+/// Gives the namespace's NICs what its links need. Blocks.
+fn change(
+    follower: &Mutex<Option<Follower>>,
+) -> Result<(NetworkStatus, Result<Option<Settled>, NetworkError>), FollowError> {
+    let mut follower = lock(follower);
+    let follower = follower.as_mut().ok_or(FollowError::Ended)?;
+    let settled = follower.settle(DEADLINE);
+    Ok((follower.status(), settled))
 }
 
 /// Resolves when the VM is dead, or its handle dropped.
@@ -235,6 +327,59 @@ mod tests {
             assert_eq!(start.elapsed(), expected);
         }
         // The same notifications do not wake the reader twice.
-        assert!(tokio::time::timeout(PAUSE, burst(&changes, Instant::now())).await.is_err());
+        assert!(timeout(PAUSE, burst(&changes, Instant::now())).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_are_retried_ever_less_often_until_one_attempt_succeeds() {
+        let mut retry = Retry::default();
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            retry.note(true);
+            let start = Instant::now();
+            retry.due().await;
+            pauses.push(start.elapsed().as_secs());
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60]);
+        retry.note(false);
+        assert!(timeout(Duration::from_secs(3600), retry.due()).await.is_err());
+        retry.note(true);
+        timeout(RETRIES.0, retry.due()).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn everyone_who_waits_is_answered_at_once_and_nobody_waits_for_a_silent_guest_forever() {
+        const LIMIT: Duration = Duration::from_secs(71);
+        let (calls, mut called) = mpsc::channel(CALLERS);
+        let start = Instant::now();
+        // The task is busy with a guest that does not answer.
+        for waited in futures::future::join_all((0..CALLERS + 1).map(|_| ask(&calls, LIMIT))).await {
+            assert!(matches!(*waited.unwrap_err(), FollowError::Deadline(LIMIT)));
+        }
+        assert_eq!(start.elapsed(), LIMIT);
+
+        let answer = async {
+            // Without those that have given up, whose replies are still queued.
+            let waiting = callers(&mut called).await.unwrap();
+            assert_eq!(waiting.len(), 3);
+            let outcome = Err(Arc::new(FollowError::Ended));
+            waiting.into_iter().for_each(|reply| reply.send(outcome.clone()).unwrap());
+        };
+        let asked = futures::future::join_all((0..3).map(|_| ask(&calls, LIMIT)));
+        let (answers, ()) = tokio::join!(asked, answer);
+        assert!(answers.iter().all(|answer| matches!(**answer.as_ref().unwrap_err(), FollowError::Ended)));
+        drop(calls);
+        assert!(callers(&mut called).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_the_kernel_blocks_is_not_awaited_forever() {
+        let (release, blocked) = std::sync::mpsc::channel::<()>();
+        let mut thread = tokio::task::spawn_blocking(move || blocked.recv().is_ok());
+        let limit = Duration::from_millis(1);
+        assert!(matches!(within(limit, &mut thread).await, Err(FollowError::Blocked(after)) if after == limit));
+        // It can be awaited again.
+        release.send(()).unwrap();
+        assert!(within(DEADLINE, &mut thread).await.unwrap());
     }
 }

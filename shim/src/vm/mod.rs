@@ -5,6 +5,7 @@
 //! | `plan.rs`       | everything that a boot needs                                               |
 //! | `boot.rs`       | the boot, step by step                                                     |
 //! | `hello.rs`      | the wait for the guest's hello, or for the end of one of the VM's processes |
+//! | `ready.rs`      | from the hello to a guest that is ready for containers                     |
 //! | `running.rs`    | a VM whose guest is ready: stopping it                                     |
 //! | `death.rs`      | when and why a VM is dead                                                  |
 //! | `virtiofsd.rs`  | the process that serves the share                                          |
@@ -25,6 +26,7 @@ mod hello;
 mod network;
 mod on_failure;
 mod plan;
+mod ready;
 mod running;
 pub(crate) mod virtiofsd;
 

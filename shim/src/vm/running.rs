@@ -92,7 +92,7 @@ impl Vm {
     }
 
     /// Returns when the guest has the network that the sandbox's namespace has now.
-    pub(crate) async fn settle_network(&self) -> Result<(), FollowError> {
+    pub(crate) async fn settle_network(&self) -> Result<(), Arc<FollowError>> {
         match &self.network {
             Some(network) => network.settle().await,
             None => Ok(()),
@@ -124,6 +124,7 @@ impl Vm {
             self.shut_guest_down(delivered).await;
         }
         if let Some(network) = &self.network {
+            // Returns even if a change of the namespace does not end.
             network.stop().await;
         }
         self.machine.kill();

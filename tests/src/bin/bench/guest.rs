@@ -93,7 +93,7 @@ impl Kit {
         let started = Instant::now();
         let logs = GuestLogs::new(journal.dir());
         match Vm::boot(vmm.as_ref(), &plan, &journal, &logs, &mut Boot::begin()).await {
-            Ok(vm) => Ok((Booted { vm, journal }, started.elapsed())),
+            Ok((vm, _events)) => Ok((Booted { vm, journal }, started.elapsed())),
             Err(error) => {
                 journal.undo_all().await?;
                 Err(error).context("boot husk's guest")
