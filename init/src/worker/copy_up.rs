@@ -87,7 +87,8 @@ impl<'a> Filler<'a> {
         if let Some(from) = &copy.from {
             // The container pays for the memory.
             std::fs::write(cgroup::of(self.id).join("cgroup.procs"), "0")?;
-            let copied = copy_contents(from, &path);
+            let copied =
+                File::open(&path).map_err(|error| failed(&path, error)).and_then(|to| copy_contents(from, &to.into()));
             std::fs::write(Path::new(cgroup::OWN).join("cgroup.procs"), "0")?;
             copied?;
         }
@@ -95,10 +96,11 @@ impl<'a> Filler<'a> {
     }
 }
 
-/// Copies the contents of a folder into an empty one.
-fn copy_contents(from: &Path, to: &Path) -> Result<(), CopyError> {
-    let open = |path: &Path| File::open(path).map(OwnedFd::from).map_err(|e| failed(path, e));
-    copy_folder(&open(from)?, &open(to)?, Path::new(""), DEPTH_MAX)
+/// Copies the contents of a folder, opened with `O_PATH`, into an empty one.
+fn copy_contents(from: &OwnedFd, to: &OwnedFd) -> Result<(), CopyError> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let from = openat(from, c".", flags, Mode::empty()).map_err(|e| failed(Path::new("."), e))?;
+    copy_folder(&from, to, Path::new(""), DEPTH_MAX)
 }
 
 /// Copies the contents of a folder. Follows no links: other containers may be able to change the folder. `path` is
@@ -179,6 +181,11 @@ mod tests {
 
     use super::*;
 
+    fn copy_between(from: &Path, to: &Path) -> Result<(), CopyError> {
+        let from = nix::fcntl::open(from, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).unwrap();
+        copy_contents(&from, &File::open(to).unwrap().into())
+    }
+
     #[test]
     fn a_copy_has_the_contents_the_modes_and_the_times() {
         let folder = tempfile::tempdir().unwrap();
@@ -191,7 +198,7 @@ mod tests {
         symlink("/nowhere", from.join("deep/link")).unwrap();
         nix::unistd::mkfifo(&from.join("fifo"), Mode::from_bits_truncate(0o640)).unwrap();
         let modified = fs::metadata(from.join("deep")).unwrap().mtime_nsec();
-        copy_contents(&from, &to).unwrap();
+        copy_between(&from, &to).unwrap();
         assert_eq!(fs::read_to_string(to.join("deep/er/file")).unwrap(), "text");
         let mode = |path: &str| fs::symlink_metadata(to.join(path)).unwrap().mode() & 0o7777;
         assert_eq!((mode("deep/er/file"), mode("deep"), mode("fifo")), (0o4751, 0o1705, 0o640));
@@ -207,13 +214,13 @@ mod tests {
         fs::create_dir_all(from.join("a")).unwrap();
         fs::write(from.join("a/file"), "").unwrap();
         fs::create_dir(&to).unwrap();
-        copy_contents(&from, &to).unwrap();
-        let error = copy_contents(&from, &to).unwrap_err();
+        copy_between(&from, &to).unwrap();
+        let error = copy_between(&from, &to).unwrap_err();
         assert!(Chain(&error).to_string().starts_with("copy a: File exists"), "{}", Chain(&error));
         let deep = folder.path().join("deep");
         fs::create_dir_all(deep.join("d/".repeat(DEPTH_MAX))).unwrap();
         fs::create_dir(folder.path().join("copy")).unwrap();
-        let error = copy_contents(&deep, &folder.path().join("copy")).unwrap_err();
+        let error = copy_between(&deep, &folder.path().join("copy")).unwrap_err();
         assert!(error.to_string().ends_with(&"/d".repeat(DEPTH_MAX - 1)), "{error}");
         assert_eq!(error.source.raw_os_error(), Some(libc::ELOOP));
     }

@@ -7,26 +7,31 @@
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
+use husk_protos::chain::Chain;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::sys::stat::{Mode, fstat};
 use oci_spec::runtime::Mount;
 
-use crate::error::CallError;
+use crate::error::{CallError, FailureKind};
 
 /// As many links as the kernel follows in one path (path_resolution(7)).
 const LINKS_MAX: usize = 40;
 const COPY_UP: &str = "tmpcopyup";
 
 /// A tmpfs that begins with the contents of the folder that it covers.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct CopyUp {
     /// Index in the spec's mounts.
     pub(super) index: usize,
     /// Where the container sees it.
     pub(super) destination: PathBuf,
-    /// The folder in the guest, if there is anything to copy.
-    pub(super) from: Option<PathBuf>,
+    /// The folder in the guest, opened with `O_PATH`, if there is anything to copy. Not its path: other containers may
+    /// be able to replace the folder by a link.
+    pub(super) from: Option<OwnedFd>,
     /// The options of the filesystem.
     pub(super) data: Vec<String>,
 }
@@ -64,19 +69,22 @@ fn adapt_tmpfs(
 ) -> Result<bool, CallError> {
     let mut options = mount.options().clone().unwrap_or_default();
     let mut changed = false;
-    let covered = view.locate(mount.destination());
-    let folder = covered.and_then(|path| Some((fs::metadata(&path).ok().filter(|found| found.is_dir())?, path)));
-    if let Some((found, _)) = &folder
+    let failed = |error: Errno| {
+        let what = format!("mounts[{index}] {}: open the folder: {}", mount.destination().display(), Chain(&error));
+        CallError::new(FailureKind::Internal, what)
+    };
+    let folder = view.open_folder(mount.destination()).map_err(failed)?;
+    if let Some(folder) = &folder
         && !options.iter().any(|option| option.starts_with("mode="))
     {
-        options.push(format!("mode={:o}", found.permissions().mode() & 0o7777));
+        options.push(format!("mode={:o}", fstat(folder).map_err(failed)?.st_mode & 0o7777));
         changed = true;
     }
     if options.iter().any(|option| option == COPY_UP) {
         options.retain(|option| option != COPY_UP);
         let data: Vec<String> = options.iter().filter(|option| is_data(option)).cloned().collect();
-        let (destination, from) = (mount.destination().clone(), folder.map(|(_, path)| path));
-        let source = fill(&CopyUp { index, destination, from, data: data.clone() })?;
+        let destination = mount.destination().clone();
+        let source = fill(&CopyUp { index, destination, from: folder, data: data.clone() })?;
         options.retain(|option| !data.contains(option));
         options.push("bind".into());
         mount.set_typ(Some("bind".into())).set_source(Some(source));
@@ -108,17 +116,36 @@ impl View<'_> {
     /// Where the guest finds a file of the container, unless it is in a filesystem that is not mounted yet. `path`
     /// contains no links.
     fn locate(&self, path: &Path) -> Option<PathBuf> {
-        let join = |folder: &Path, rest: &Path| {
-            // Without the slash that a join with an empty path would add.
-            if rest.as_os_str().is_empty() { folder.to_owned() } else { folder.join(rest) }
-        };
+        let (base, rest) = self.split(path)?;
+        // Without the slash that a join with an empty path would add.
+        Some(if rest.as_os_str().is_empty() { base.to_owned() } else { base.join(rest) })
+    }
+
+    /// Splits a path of the container into a folder of the guest, which no container can replace, and the path from
+    /// there.
+    fn split<'p>(&self, path: &'p Path) -> Option<(&Path, &'p Path)> {
         // A later mount covers earlier ones.
         for (destination, shown) in self.mounts.iter().rev() {
             if let Ok(rest) = path.strip_prefix(destination) {
-                return shown.as_ref().map(|folder| join(folder, rest));
+                return shown.as_ref().map(|folder| (folder.as_path(), rest));
             }
         }
-        Some(join(self.root, path.strip_prefix("/").unwrap_or(path)))
+        Some((self.root, path.strip_prefix("/").unwrap_or(path)))
+    }
+
+    /// Opens a folder of the container with `O_PATH`, if there is one. `path` contains no links. If another container
+    /// has put one there since, it is not followed: it could lead to any folder of the guest.
+    fn open_folder(&self, path: &Path) -> Result<Option<OwnedFd>, Errno> {
+        let Some((base, rest)) = self.split(path) else { return Ok(None) };
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let how = OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+        let rest = if rest.as_os_str().is_empty() { Path::new(".") } else { rest };
+        match open(base, flags, Mode::empty()).and_then(|base| openat2(base, rest, how)) {
+            Ok(folder) => Ok(Some(folder)),
+            // libcontainer reports what it cannot mount on.
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Follows the links of a path inside the container, whether their targets exist or not. `..` does not lead out of
@@ -162,7 +189,7 @@ fn parts(path: &Path) -> VecDeque<OsString> {
 #[cfg(test)]
 mod tests {
     use std::fs::Permissions;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
     use serde_json::{Value, json};
 
@@ -249,16 +276,40 @@ mod tests {
         ];
         let mut copies = Vec::new();
         let fill = |copy: &CopyUp| {
-            copies.push((copy.from.clone(), copy.data.clone()));
+            copies.push((copy.from.as_ref().map(|folder| fstat(folder).unwrap().st_ino), copy.data.clone()));
             Ok(PathBuf::from(format!("/filled/{}", copy.index)))
         };
         assert!(adapt(&mut mounts, root.path(), fill).unwrap());
         let data = ["size=1m", "sync=1", "mode=755"].map(str::to_owned).to_vec();
-        assert_eq!(copies, [(Some(root.path().join("etc")), data), (None, vec![])]);
+        let etc = fs::metadata(root.path().join("etc")).unwrap().ino();
+        assert_eq!(copies, [(Some(etc), data), (None, vec![])]);
         let expected = json!({
             "destination": "/etc", "type": "bind", "source": "/filled/0",
             "options": ["ro", "rprivate", "rnosymfollow", "bind"]
         });
         assert_eq!(serde_json::to_value(&mounts[0]).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_folder_that_another_container_replaces_by_a_link_is_not_opened() {
+        let (root, volume) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::create_dir_all(volume.path().join("sub/deep")).unwrap();
+        let view = View { root: root.path(), mounts: vec![("/data".into(), Some(volume.path().to_owned()))] };
+        // What `resolve` has returned for a folder that was still one.
+        let opened = |path: &str| view.open_folder(Path::new(path)).unwrap();
+        let inode = |folder: OwnedFd| fstat(folder).unwrap().st_ino;
+        let expected = |path: &str| Some(fs::metadata(volume.path().join(path)).unwrap().ino());
+        for (path, of) in [("/data", ""), ("/data/sub", "sub"), ("/data/sub/deep", "sub/deep")] {
+            assert_eq!(opened(path).map(inode), expected(of), "{path}");
+        }
+        fs::rename(volume.path().join("sub"), volume.path().join("aside")).unwrap();
+        for target in ["/", "..", "aside"] {
+            symlink(target, volume.path().join("sub")).unwrap();
+            assert!(opened("/data/sub").is_none(), "{target}");
+            assert!(opened("/data/sub/deep").is_none(), "{target}");
+            fs::remove_file(volume.path().join("sub")).unwrap();
+        }
+        fs::write(volume.path().join("sub"), "").unwrap();
+        assert!(opened("/data/sub").is_none());
     }
 }

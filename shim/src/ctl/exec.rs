@@ -33,8 +33,6 @@ use crate::vm::Vm;
 const CHUNKS: usize = 4;
 /// How long the rest of the output may take after the process has exited.
 const LAST_OUTPUT: Duration = Duration::from_secs(10);
-/// Most characters of a guest's error message that are passed on.
-const GUEST_MESSAGE: usize = 1000;
 
 /// What a client sends to a running process.
 #[derive(Debug, PartialEq, Eq)]
@@ -88,7 +86,7 @@ impl Drop for Running {
         tokio::spawn(async move {
             // Fails when the VM has died, and the process with it.
             if let Err(error) = guest.debug.end(guest.context(), &process).await {
-                tracing::debug!(process = process.id, %error, "failed to end a process in the VM");
+                tracing::debug!(process = process.id, error = %GuestError::from(error), "failed to end a process in the VM");
             }
         });
     }
@@ -200,7 +198,7 @@ impl<'a> Relay<'a> {
 /// The process may have exited meanwhile. Its exit, which comes next, is the better explanation.
 fn log_failure(action: &str, done: ttrpc::Result<Process>) {
     if let Err(error) = done {
-        tracing::debug!(action, %error, "failed to act on a process in the VM");
+        tracing::debug!(action, error = %GuestError::from(error), "failed to act on a process in the VM");
     }
 }
 
@@ -286,8 +284,9 @@ async fn copy_input(
 /// The error of a call to the guest: the guest's own message, or the VM's cause of death if the call was lost with the
 /// VM.
 async fn guest_error(vm: &Vm, error: ttrpc::Error) -> RpcError {
-    if let ttrpc::Error::RpcStatus(status) = &error {
-        let message: String = status.message.chars().take(GUEST_MESSAGE).collect();
+    let error = GuestError::from(error);
+    if let GuestError::Call(ttrpc::Error::RpcStatus(status)) = &error {
+        let message = status.message.clone();
         match status.code() {
             Code::NOT_FOUND => return RpcError::new(rpc::NO_SUCH_PROGRAM, message),
             Code::FAILED_PRECONDITION => return RpcError::new(rpc::NOT_EXECUTABLE, message),
@@ -298,7 +297,7 @@ async fn guest_error(vm: &Vm, error: ttrpc::Error) -> RpcError {
     }
     match vm.died_under_call().await {
         Some(cause) => RpcError::refused(format!("the VM has died: {cause}")),
-        None => RpcError::internal(Chain(&GuestError::Call(error)).to_string()),
+        None => RpcError::internal(Chain(&error).to_string()),
     }
 }
 

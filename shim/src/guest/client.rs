@@ -21,8 +21,10 @@ use protobuf::Message;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::r#async::{Client, ClientStreamReceiver, ClientStreamSender};
 use ttrpc::context::{Context, with_duration};
+use ttrpc::get_status;
 
 use crate::guest::link::{HostPort, Link};
+use crate::guest::text::sanitized;
 use husk_vsock::{Stream, VsockError};
 
 // A receive window holds the largest streamed message, a stdio chunk, with its envelope.
@@ -49,14 +51,20 @@ pub enum GuestError {
         /// The init's protocol version.
         theirs: u32,
     },
-    /// The guest returned an error, or the connection failed. Not a `source`: it would repeat the message.
+    /// The guest returned an error, or the connection failed. `From` makes it from the client's error: a status keeps
+    /// only its code and a bounded, printable message. Not a `source`: it would repeat the message.
     #[error("{}", message(.0))]
     Call(ttrpc::Error),
 }
 
 impl From<ttrpc::Error> for GuestError {
     fn from(error: ttrpc::Error) -> Self {
-        Self::Call(error)
+        Self::Call(match error {
+            ttrpc::Error::RpcStatus(status) => {
+                ttrpc::Error::RpcStatus(get_status(status.code(), sanitized(&status.message)))
+            }
+            other => other,
+        })
     }
 }
 
@@ -64,7 +72,7 @@ impl From<ttrpc::Error> for GuestError {
 fn message(error: &ttrpc::Error) -> String {
     match error {
         ttrpc::Error::RpcStatus(status) => format!("{} ({:?})", status.message, status.code()),
-        other => other.to_string(),
+        other => sanitized(&other.to_string()),
     }
 }
 
@@ -90,7 +98,7 @@ pub struct Metering<M> {
 
 impl<M: Message + ttrpc::proto::Codec<E = protobuf::Error>> Metering<M> {
     /// The next message; none at the end of the stream. There is no deadline: a stream lasts as long as its source.
-    pub async fn recv(&mut self) -> ttrpc::Result<Option<M>> {
+    pub async fn recv(&mut self) -> Result<Option<M>, GuestError> {
         let message = self.stream.recv().await?;
         if let Some(message) = &message {
             self.meter.consumed(message);
@@ -119,7 +127,7 @@ impl Guest {
     /// Connects to a guest that has sent its hello.
     pub async fn connect(link: Link, hello: &Hello, call_timeout: Duration) -> Result<Self, GuestError> {
         if hello.protocol != PROTOCOL {
-            return Err(GuestError::Protocol { version: hello.version.clone(), theirs: hello.protocol });
+            return Err(GuestError::Protocol { version: sanitized(&hello.version), theirs: hello.protocol });
         }
         let client = Client::new(Socket::new(connect(&link, PORT_TASK, call_timeout).await?));
         Ok(Self {
@@ -204,4 +212,24 @@ impl Guest {
 
 async fn connect(link: &Link, port: u32, deadline: Duration) -> Result<Stream, GuestError> {
     link.connect(port, deadline).await.map_err(|source| GuestError::Connect { port, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use ttrpc::Code;
+
+    use super::*;
+    use crate::guest::text::TEXT_MAX;
+
+    #[test]
+    fn an_error_of_the_guest_is_short_and_printable() {
+        let hostile = format!("a\x1b[2J\nlevel=error {}", "\u{e9}".repeat(1 << 20));
+        let error = GuestError::from(ttrpc::Error::RpcStatus(get_status(Code::NOT_FOUND, hostile.clone())));
+        assert!(error.to_string().starts_with("a [2J level=error \u{e9}"), "{error}");
+        assert!(error.to_string().ends_with("\u{e9} (NOT_FOUND)"), "{error}");
+        let GuestError::Call(ttrpc::Error::RpcStatus(status)) = &error else { panic!("{error}") };
+        assert!(status.message.len() <= TEXT_MAX && !status.message.contains(char::is_control));
+        let error = GuestError::from(ttrpc::Error::Others(hostile)).to_string();
+        assert!(error.len() <= TEXT_MAX && !error.contains(char::is_control), "{error}");
+    }
 }

@@ -9,6 +9,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use husk_protos::chain::Chain;
 use husk_protos::system::ClockAdjustment;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
@@ -26,6 +27,9 @@ const TOLERANCE: Duration = Duration::from_millis(5);
 const LATENCY: Duration = Duration::from_millis(20);
 /// A larger difference is corrected at once. The kernel corrects 0.5 ms per second gradually (adjtime(3)).
 const STEP: Duration = Duration::from_millis(200);
+
+/// Least time between two log lines about failed corrections, which a guest could cause all the time.
+const COMPLAINT: Duration = Duration::from_secs(60);
 
 /// What has to be added to the guest's time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,13 +62,25 @@ pub(crate) async fn set(guest: &Guest) -> Result<(), GuestError> {
 /// Corrects the clock whenever `differs` is notified, at most twice per `interval`: a guest can send any number of
 /// heartbeats.
 pub(crate) async fn keep(guest: &Guest, differs: &Notify, interval: Duration) {
+    let mut complained = None;
     loop {
         differs.notified().await;
-        if let Err(error) = correct(guest).await {
-            tracing::warn!(%error, "failed to correct the guest's clock");
+        if let Err(error) = correct(guest).await
+            && is_due(&mut complained, Instant::now())
+        {
+            tracing::warn!(error = %Chain(&error), "failed to correct the guest's clock");
         }
         sleep(interval / 2).await;
     }
+}
+
+/// Whether the log gets another line about a failure; if so, the time is noted.
+fn is_due(complained: &mut Option<Instant>, now: Instant) -> bool {
+    let due = complained.is_none_or(|last| now.saturating_duration_since(last) >= COMPLAINT);
+    if due {
+        *complained = Some(now);
+    }
+    due
 }
 
 async fn correct(guest: &Guest) -> Result<(), GuestError> {
@@ -174,6 +190,13 @@ mod tests {
         }
         let unknown = Offset { ns: i64::MIN, error: Duration::MAX };
         assert_eq!(correction(unknown), Correction::None);
+    }
+
+    #[test]
+    fn failures_are_logged_once_a_minute() {
+        let (mut complained, start) = (None, Instant::now());
+        let due = [0, 1, 59, 60, 61, 119, 120].map(|s| is_due(&mut complained, start + Duration::from_secs(s)));
+        assert_eq!(due, [true, false, false, true, false, false, true]);
     }
 
     #[test]

@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Level;
 
 use super::clock;
+use super::text::sanitized;
 use crate::console::Record;
 use crate::containerd::log as logging;
 use crate::state::recent::{EventKind, Recent};
@@ -29,8 +30,6 @@ use crate::state::status::Heartbeats;
 
 /// This many missing heartbeats in a row mean the death of the VM.
 const MISSED: u32 = 3;
-/// Longest text of the guest that is kept, bytes.
-const TEXT_MAX: usize = 2048;
 /// Log lines of a guest that go to the host's log in a burst. The guest's own file gets all lines.
 const BURST: f64 = 256.0;
 /// Log lines of a guest that go to the host's log in the long run, per second.
@@ -176,11 +175,6 @@ fn silence(health: HealthSnapshot) -> String {
     )
 }
 
-/// A text of the guest, truncated, with control characters replaced: a terminal would interpret them.
-fn sanitized(text: &str) -> String {
-    text[..text.floor_char_boundary(TEXT_MAX)].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
 /// The name of a field of the guest, restricted to the characters of the shim's own fields.
 fn sanitized_name(name: &str) -> String {
     let plain = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.');
@@ -298,6 +292,7 @@ mod tests {
     use tokio::io::AsyncWriteExt;
 
     use super::*;
+    use crate::guest::text::TEXT_MAX;
 
     const INTERVAL: Duration = Duration::from_secs(10);
 

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use husk_protos::lock::lock;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
 
 use super::error::{NetworkError, ObjectError};
@@ -64,12 +65,13 @@ pub fn claim(netns: &Path) -> Result<Claim, NetworkError> {
 /// Opens a namespace and identifies it.
 pub(super) fn open(netns: &Path) -> Result<(File, Claim), NetworkError> {
     let failed = |source| NetworkError::Open { path: netns.to_owned(), source };
-    // O_NONBLOCK: opening a FIFO by mistake must not block.
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(netns)
-        .map_err(failed)?;
+    // The path may name something else: /proc/<pid>/fd/<number> does once another process has the PID. O_PATH runs no
+    // code of a device, changes no FIFO, and does not fail for a socket.
+    let place = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(netns).map_err(failed)?;
+    if fstatfs(&place).map_err(|errno| failed(errno.into()))?.filesystem_type() != NSFS_MAGIC {
+        return Err(NetworkError::NotANamespace { path: netns.to_owned() });
+    }
+    let file = File::open(format!("/proc/self/fd/{}", place.as_raw_fd())).map_err(failed)?;
     // SAFETY: the request takes no argument and the descriptor is open.
     let kind = unsafe { ioctl::ns_get_nstype(file.as_raw_fd()) };
     if kind != Ok(libc::CLONE_NEWNET) {
@@ -258,6 +260,26 @@ mod tests {
         assert!(matches!(claim.run(SECOND, |_| Ok(())), Err(NetworkError::Replaced { .. })));
         claim.netns = "/nonexistent/netns".into();
         assert!(claim.is_gone().unwrap());
+    }
+
+    #[test]
+    fn a_namespace_whose_descriptor_now_belongs_to_something_else_is_gone_and_nothing_is_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        let open = |path: &Path| OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).unwrap();
+        let others: [std::os::fd::OwnedFd; 4] = [
+            std::os::unix::net::UnixDatagram::unbound().unwrap().into(),
+            open(&fifo).into(),
+            open(Path::new("/dev/null")).into(),
+            File::open("/proc/self/ns/mnt").unwrap().into(),
+        ];
+        let mut claim = claim(&Namespace::new().path()).unwrap();
+        for other in others {
+            claim.netns = format!("/proc/{}/fd/{}", std::process::id(), other.as_raw_fd()).into();
+            assert!(claim.is_gone().unwrap(), "{other:?}");
+            assert!(matches!(claim.open(), Err(NetworkError::NotANamespace { .. })), "{other:?}");
+        }
     }
 
     #[test]

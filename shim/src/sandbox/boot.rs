@@ -85,8 +85,8 @@ impl Sandbox {
         };
         tracing::info!(
             ms = started.elapsed().as_millis() as u64,
-            kernel = vm.hello.kernel,
-            init = vm.hello.version,
+            kernel = facts::printable(&vm.hello.kernel),
+            init = facts::printable(&vm.hello.version),
             "VM ready"
         );
         self.record_boot(reached, Some(&vm));

@@ -11,6 +11,7 @@ use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
 use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use husk_protos::chain::Chain;
 
+use crate::guest::client::GuestError;
 use crate::network::user::resolv_conf;
 use crate::prepare;
 use crate::prepare::{Attachments, Prepared, Siblings};
@@ -76,8 +77,8 @@ impl Sandbox {
         }
         let share = self.share()?;
         let network = self.network_namespace(&prepared).await?;
-        let cgroup = self.host_cgroup(&prepared)?;
-        let holder = self.start_holder(&id, network.as_ref())?;
+        let cgroup = self.host_cgroup(&prepared).await?;
+        let holder = self.start_holder(&id, network.clone()).await?;
         let subject = hooks::subject(&request, &prepared, holder.process().pid);
         let attachments = Attachments { network, cgroup: cgroup.clone(), ..Attachments::new(share.path().to_owned()) };
         // The hooks see the holder in its cgroup.
@@ -218,12 +219,12 @@ impl Sandbox {
 /// Removes the bundle and the task of a container whose creation failed.
 async fn remove_from_guest(vm: &Vm, id: &str) {
     let request = RemoveBundleRequest { id: id.to_owned(), ..Default::default() };
-    if let Err(error) = vm.guest.bundle.remove(vm.guest.context(), &request).await {
+    if let Err(error) = vm.guest.bundle.remove(vm.guest.context(), &request).await.map_err(GuestError::from) {
         tracing::warn!(container = id, error = %Chain(&error), "failed to remove the bundle from the guest");
     }
     // A guest that answered too late may have created the task after all.
     let request = DeleteRequest { id: id.to_owned(), ..Default::default() };
-    if let Err(error) = vm.guest.task.delete(vm.guest.context(), &request).await {
+    if let Err(error) = vm.guest.task.delete(vm.guest.context(), &request).await.map_err(GuestError::from) {
         tracing::debug!(container = id, error = %Chain(&error), "no task to delete in the guest");
     }
 }

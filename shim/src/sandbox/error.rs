@@ -86,7 +86,7 @@ pub(crate) enum SandboxError {
 
 impl From<ttrpc::Error> for SandboxError {
     fn from(error: ttrpc::Error) -> Self {
-        Self::Guest(GuestError::Call(error))
+        Self::Guest(error.into())
     }
 }
 

@@ -4,47 +4,72 @@
 //! kills it, the container is killed: on the host, the holder is the container.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::KillRequest;
 use husk_protos::chain::Chain;
 
+use crate::guest::client::GuestError;
 use crate::host::child::Child;
 use crate::host::holder;
 use crate::host::process::ProcessId;
 use crate::network::Claim;
 use crate::prepare::Prepared;
 use crate::sandbox::container::Container;
+use crate::sandbox::container::process::Process;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::{Sandbox, VmSlot};
 use crate::state::{Owner, Step};
 use crate::vm::Vm;
 use crate::vm::cgroup::{self, Hierarchies, HostCgroup};
 
+/// How long the guest may take to report the exit of a container that was killed.
+const EXIT: Duration = Duration::from_secs(10);
+
 impl Sandbox {
     /// The cgroup of the sandbox's processes on the host, created for the first container. `None` if that container's
     /// spec names none: the processes stay in the shim's.
-    pub(super) fn host_cgroup(&self, prepared: &Prepared) -> Result<Option<HostCgroup>, SandboxError> {
-        let mut slots = self.lock();
-        if let (VmSlot::Empty, None, Some(path)) = (&slots.vm, &slots.cgroup, &prepared.rewritten.cgroups_path) {
-            let record = &mut |steps| self.journal.record(&Owner::Sandbox, steps);
-            slots.cgroup = Some(Hierarchies::of_host()?.create(record, path)?);
+    pub(super) async fn host_cgroup(&self, prepared: &Prepared) -> Result<Option<HostCgroup>, SandboxError> {
+        let mut cgroup = self.cgroup.lock().await;
+        let no_vm = matches!(self.lock().vm, VmSlot::Empty);
+        if let (true, None, Some(path)) = (no_vm, &*cgroup, prepared.rewritten.cgroups_path.clone()) {
+            let journal = self.journal.clone();
+            let create = move || {
+                let record = &mut |steps| journal.record(&Owner::Sandbox, steps);
+                Ok(Hierarchies::of_host()?.create(record, &path)?)
+            };
+            *cgroup = Some(blocking("create the sandbox's cgroup", create).await?);
         }
-        Ok(slots.cgroup.clone())
+        Ok(cgroup.clone())
     }
 
     /// Starts a container's holder in a network namespace, or in the shim's own. The journal ends the holder with the
     /// container.
-    pub(super) fn start_holder(&self, id: &str, network: Option<&Claim>) -> Result<Child, SandboxError> {
+    pub(super) async fn start_holder(&self, id: &str, network: Option<Claim>) -> Result<Child, SandboxError> {
         let started = Instant::now();
-        let netns = network.map(Claim::open).transpose()?;
-        let holder = holder::start(&format!("{}/{id}", self.namespace), netns)?;
-        let step = Step::Process { id: holder.process(), name: "husk-holder".into() };
-        self.journal.record(&Owner::Container(id.to_owned()), [step]).inspect_err(|_| holder.kill())?;
+        let (journal, owner) = (self.journal.clone(), Owner::Container(id.to_owned()));
+        let name = format!("{}/{id}", self.namespace);
+        let start = move || {
+            let netns = network.as_ref().map(Claim::open).transpose()?;
+            let holder = holder::start(&name, netns)?;
+            let step = Step::Process { id: holder.process(), name: "husk-holder".into() };
+            journal.record(&owner, [step]).inspect_err(|_| holder.kill())?;
+            Ok(holder)
+        };
+        let holder = blocking("start the holder", start).await?;
         let us = started.elapsed().as_micros() as u64;
         tracing::debug!(container = id, pid = holder.process().pid, us, "started the holder");
         Ok(holder)
     }
+}
+
+/// Runs work that blocks on a thread for that.
+async fn blocking<T: Send + 'static>(
+    what: &str,
+    work: impl FnOnce() -> Result<T, SandboxError> + Send + 'static,
+) -> Result<T, SandboxError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(SandboxError::Internal(format!("{what}: {error}"))))
 }
 
 /// Moves a holder to the sandbox's cgroup, on a separate thread because the kernel waits for a grace period.
@@ -65,13 +90,23 @@ pub(super) fn watch_holder(vm: &Arc<Vm>, container: &Container, holder: Child) {
             _ = init.exited() => {}
             exit = holder.exited() => {
                 tracing::warn!(container = id, pid = holder.process().pid, %exit, "the holder has ended: killing its container");
-                let kill = KillRequest { id: id.clone(), signal: libc::SIGKILL as u32, ..Default::default() };
-                if let Err(error) = vm.guest.task.kill(vm.guest.context(), &kill).await {
-                    // It may have exited in the meantime.
-                    tracing::warn!(container = id, error = %Chain(&error), "failed to kill the container");
-                }
+                kill_with_holder(&vm, &id, &init).await;
             }
         }
         holder.kill();
     });
+}
+
+/// Kills a container whose holder has ended. A container must not run on without a holder: if the guest does not report
+/// its exit, the VM is killed.
+async fn kill_with_holder(vm: &Vm, id: &str, init: &Process) {
+    let kill = KillRequest { id: id.to_owned(), signal: libc::SIGKILL as u32, ..Default::default() };
+    if let Err(error) = vm.guest.task.kill(vm.guest.context(), &kill).await.map_err(GuestError::from) {
+        // It may have exited in the meantime.
+        tracing::warn!(container = id, error = %Chain(&error), "failed to kill the container");
+    }
+    if tokio::time::timeout(EXIT, init.exited()).await.is_err() {
+        let ms = EXIT.as_millis();
+        vm.fail(format!("container {id}: the guest reported no exit within {ms} ms after its holder was killed"));
+    }
 }

@@ -3,6 +3,7 @@
 use containerd_shim_protos::api::{CreateTaskRequest, KillRequest};
 use husk_protos::chain::Chain;
 
+use crate::guest::client::GuestError;
 use crate::host::hooks;
 use crate::host::hooks::{ContainerStatus, Hook, Hooks, Subject};
 use crate::prepare::Prepared;
@@ -49,7 +50,7 @@ impl Sandbox {
         let ran = run(container.poststart.clone(), container.subject.clone(), ContainerStatus::Running).await;
         if ran.is_err() {
             let kill = KillRequest { id: container.id.clone(), signal: libc::SIGKILL as u32, ..Default::default() };
-            if let Err(error) = vm.guest.task.kill(vm.guest.context(), &kill).await {
+            if let Err(error) = vm.guest.task.kill(vm.guest.context(), &kill).await.map_err(GuestError::from) {
                 tracing::warn!(
                     container = container.id,
                     error = %Chain(&error),

@@ -56,8 +56,6 @@ pub(super) struct Slots {
     pub(super) network: Option<Claim>,
     /// The network namespace that the shim has created.
     pub(super) private_network: Option<PrivateNamespace>,
-    /// The cgroup of the sandbox's processes on the host.
-    pub(super) cgroup: Option<HostCgroup>,
     /// The container that uses the VM's network namespace if its spec asks for a new one.
     pub(super) first: Option<String>,
     pub(super) share: Option<Share>,
@@ -75,6 +73,8 @@ pub(crate) struct Sandbox {
     pub(super) guest_logs: GuestLogs,
     /// The Unix sockets of the host that containers mount.
     pub(super) sockets: Sockets,
+    /// The cgroup of the sandbox's processes on the host. Locked while it is created, which blocks.
+    pub(super) cgroup: tokio::sync::Mutex<Option<HostCgroup>>,
     slots: Mutex<Slots>,
     /// True after everything has been cleaned up.
     pub(super) ended: watch::Sender<bool>,
@@ -92,12 +92,12 @@ impl Sandbox {
             journal,
             publisher,
             sockets: Sockets::default(),
+            cgroup: tokio::sync::Mutex::default(),
             slots: Mutex::new(Slots {
                 vm: VmSlot::Empty,
                 booted_with: BootedWith::default(),
                 network: None,
                 private_network: None,
-                cgroup: None,
                 first: None,
                 share: None,
                 forwarding: None,

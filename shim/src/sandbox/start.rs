@@ -6,6 +6,7 @@ use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest
 use husk_protos::chain::Chain;
 use protobuf::well_known_types::timestamp::Timestamp;
 
+use crate::guest::client::GuestError;
 use crate::rootfs::spec::parse::parse_exec;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::{Exit, Process};
@@ -111,7 +112,7 @@ async fn record_failed_start(vm: &Vm, container: &Container, process: &Process) 
         Err(error) => tracing::warn!(
             container = container.id,
             exec = process.exec_id,
-            error = %Chain(&error),
+            error = %Chain(&GuestError::from(error)),
             "failed to query the state of an exec that did not start"
         ),
     }

@@ -13,7 +13,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use ttrpc::r#async::ClientStreamSender;
 
-use crate::guest::client::Guest;
+use crate::guest::client::{Guest, GuestError};
 use crate::stdio::destination::input_fifo;
 use crate::stdio::error::StdioError;
 use crate::stdio::fifo;
@@ -100,9 +100,7 @@ impl Output {
 #[derive(Debug, thiserror::Error)]
 enum CopyError {
     #[error(transparent)]
-    Guest(#[from] crate::guest::client::GuestError),
-    #[error("guest stream")]
-    Stream(#[from] ttrpc::Error),
+    Guest(#[from] GuestError),
     #[error("read fifo")]
     Read(#[source] std::io::Error),
 }
@@ -188,10 +186,11 @@ async fn copy_input(
     while let Some(length) = fifo::read_now(&fifo, &mut buffer).map_err(CopyError::Read)? {
         send(&stream, &buffer[..length]).await?;
     }
-    stream.close_and_recv().await?;
+    stream.close_and_recv().await.map_err(GuestError::from)?;
     Ok(())
 }
 
 async fn send(stream: &ClientStreamSender<InputChunk, InputResponse>, data: &[u8]) -> Result<(), CopyError> {
-    Ok(stream.send(&InputChunk { data: data.to_vec(), ..Default::default() }).await?)
+    let sent = stream.send(&InputChunk { data: data.to_vec(), ..Default::default() }).await;
+    Ok(sent.map_err(GuestError::from)?)
 }

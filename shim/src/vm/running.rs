@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use containerd_shim_protos::api::ShutdownRequest;
-use husk_protos::chain::Chain;
 use husk_protos::system::Hello;
 use tokio::sync::watch;
 use ttrpc::context::with_duration;
@@ -14,7 +13,7 @@ use super::connections;
 use super::death::CONSOLE_LINES;
 use super::follow::{FollowError, Following};
 use crate::console::Attached;
-use crate::guest::client::Guest;
+use crate::guest::client::{Guest, GuestError};
 use crate::guest::report::GuestHealth;
 use crate::host::child::Child;
 use crate::host::process::ProcessId;
@@ -153,7 +152,8 @@ impl Vm {
                 _ = self.machine.exited() => {}
             },
             Err(error) => {
-                tracing::debug!(error = %Chain(&error), "the guest did not answer its shutdown");
+                let error = GuestError::from(error);
+                tracing::debug!(%error, "the guest did not answer its shutdown");
                 if tokio::time::timeout(EXIT, self.machine.exited()).await.is_err() {
                     tracing::warn!(deadline_ms = EXIT.as_millis() as u64, "the VM did not exit in time and is killed");
                 }
