@@ -105,7 +105,7 @@ async fn kill_with_holder(vm: &Vm, id: &str, init: &Process) {
         // It may have exited in the meantime.
         tracing::warn!(container = id, error = %Chain(&error), "failed to kill the container");
     }
-    if tokio::time::timeout(EXIT, init.exited()).await.is_err() {
+    if tokio::time::timeout(EXIT, init.exit_reported()).await.is_err() {
         let ms = EXIT.as_millis();
         vm.fail(format!("container {id}: the guest reported no exit within {ms} ms after its holder was killed"));
     }

@@ -51,7 +51,7 @@ pub(crate) struct Process {
     guest_pid: AtomicU32,
     starting: AtomicBool,
     /// The exit has been reported and will be recorded.
-    exiting: AtomicBool,
+    exiting: watch::Sender<bool>,
     /// Whether the ExecAdded event has been passed to the publisher.
     announced: watch::Sender<bool>,
     exit: watch::Sender<ExitState>,
@@ -76,7 +76,7 @@ impl Process {
             holder,
             guest_pid: AtomicU32::new(0),
             starting: AtomicBool::new(false),
-            exiting: AtomicBool::new(false),
+            exiting: watch::channel(false).0,
             announced: watch::channel(false).0,
             exit: watch::channel(ExitState::Pending).0,
             streams: Mutex::default(),
@@ -116,7 +116,18 @@ impl Process {
 
     /// Claims the exit for the caller, who then records it. Returns false if it was claimed before.
     pub(crate) fn claim_exit(&self) -> bool {
-        !self.exiting.swap(true, Ordering::Relaxed)
+        self.exiting.send_if_modified(|exiting| !std::mem::replace(exiting, true))
+    }
+
+    /// Waits until the exit has been reported, or the process is discarded. The record of the exit may follow much
+    /// later, after the last output.
+    pub(crate) async fn exit_reported(&self) {
+        let mut exiting = self.exiting.subscribe();
+        tokio::select! {
+            // Cannot fail: self holds the sender.
+            _ = exiting.wait_for(|exiting| *exiting) => {}
+            _ = self.exited() => {}
+        }
     }
 
     /// Marks the ExecAdded event as published.

@@ -123,6 +123,8 @@ async fn a_trickling_reader_delays_an_exit_for_a_limited_time() {
     });
     container.apply(exited("e", 4), at(1)).await;
     let started = Instant::now();
+    container.process("e").unwrap().exit_reported().await;
+    assert_eq!(started.elapsed(), Duration::ZERO, "the report does not wait for the reader");
     container.process("e").unwrap().exited().await;
     let took = started.elapsed();
     assert!(took > Duration::from_secs(8) && took < EXIT_RECORDED, "{took:?}");
