@@ -11,11 +11,13 @@
 //! | `param.rs`   | names of kernel parameters                                           |
 //! | `chain.rs`   | prints an error with its causes                                      |
 //! | `lock.rs`    | locking without poison                                               |
+//! | `mac.rs`     | formats MAC addresses                                                |
 
 pub mod chain;
 pub mod extras;
 pub mod frame;
 pub mod lock;
+pub mod mac;
 pub mod metered;
 pub mod param;
 pub mod relay;

@@ -9,10 +9,14 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 
 /// The reply of a side that has connected to the destination.
 pub const CONNECTED: u8 = 0;
@@ -22,6 +26,8 @@ pub const CHUNK: usize = 16 * 1024;
 /// How long a stream may be silent after one of its directions has ended. A peer that is gone and one that only listens
 /// look the same.
 const HALF_CLOSED: Duration = Duration::from_secs(600);
+/// Pause after a failed accept, which means a lack of descriptors or memory. Without it the loop would spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Length of a frame's header, bytes.
 const HEADER: usize = 2;
 /// EIO: the reply for failures without an errno(3) that fits into a byte.
@@ -90,6 +96,62 @@ pub async fn read_status(from: &mut (impl AsyncRead + Unpin)) -> io::Result<()> 
     match from.read_u8().await? {
         CONNECTED => Ok(()),
         errno => Err(io::Error::from_raw_os_error(errno.into())),
+    }
+}
+
+/// A socket that accepts connections.
+pub trait Listener: Send {
+    /// A connection.
+    type Client: Send + 'static;
+
+    /// Waits for the next connection.
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Client>> + Send;
+}
+
+impl Listener for TcpListener {
+    type Client = TcpStream;
+
+    async fn accept(&self) -> io::Result<TcpStream> {
+        TcpListener::accept(self).await.map(|(client, _)| client)
+    }
+}
+
+impl Listener for UnixListener {
+    type Client = UnixStream;
+
+    async fn accept(&self) -> io::Result<UnixStream> {
+        UnixListener::accept(self).await.map(|(client, _)| client)
+    }
+}
+
+/// Serves each connection of a listener in a task of its own, as many at a time as `slots` has permits. Reports accepts
+/// that failed to `failed`. Does not return; dropping it ends the connections.
+pub async fn serve<L: Listener, S: Future<Output = ()> + Send + 'static>(
+    listener: L,
+    slots: Arc<Semaphore>,
+    failed: fn(io::Error),
+    serve: impl Fn(L::Client) -> S,
+) {
+    let mut connections = JoinSet::new();
+    loop {
+        let client = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(client) => client,
+                Err(error) => {
+                    failed(error);
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            },
+            Some(_) = connections.join_next() => continue,
+        };
+        // After the accept: an idle socket must not occupy a slot. The semaphore is never closed.
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        let served = serve(client);
+        connections.spawn(async move {
+            served.await;
+            drop(slot);
+        });
     }
 }
 

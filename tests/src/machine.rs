@@ -70,6 +70,18 @@ impl Machine {
         self.ready(url, || self.fetch_from_outside_once(url))
     }
 
+    /// Downloads through the published ports 18080, which is public, and 127.0.0.1:18081, which must not be.
+    pub fn fetch_published(&self) -> Result<String> {
+        let mut seen = String::new();
+        for url in ["http://127.0.0.1:18080", "http://192.0.2.1:18080", "http://127.0.0.1:18081"] {
+            seen += &format!("{url} from the host: {}\n", self.fetch(url)?);
+        }
+        seen += &format!("from another machine: {}\n", self.fetch_from_outside("http://192.0.2.1:18080")?);
+        let outside = self.fetch_from_outside_once("http://192.0.2.1:18081")?;
+        ensure!(outside.code() != 0, "a port of 127.0.0.1 is public");
+        Ok(seen)
+    }
+
     /// One download from the machine itself.
     pub fn fetch_once(&self, url: &str) -> Result<Output> {
         self.python(&[], FETCH, url)

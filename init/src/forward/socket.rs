@@ -11,12 +11,12 @@ use std::time::Duration;
 use husk_protos::bundle::RelayedSocket;
 use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
-use husk_protos::relay::{read_status, relay};
+use husk_protos::relay::{read_status, relay, serve};
 use husk_protos::{HOST_CID, SOCKETS_PATH};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_vsock::{VsockAddr, VsockStream};
 
@@ -25,8 +25,6 @@ use crate::paths;
 
 /// Time for the host to connect to its socket.
 const CONNECT: Duration = Duration::from_secs(20);
-/// Pause after a failed accept, which means a lack of descriptors or memory. Without it the loop would spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The sockets of all containers.
 #[derive(Debug)]
@@ -72,7 +70,10 @@ impl Sockets {
         let mut listeners = Listeners::default();
         for socket in sockets {
             let listener = listen(&folder.join(socket.mount.to_string()), socket)?;
-            let served = tokio::spawn(serve(listener, socket.number, port, self.slots.clone()));
+            let number = socket.number;
+            let failed = |error| tracing::error!(%error, "failed to accept a connection to a socket of the host");
+            let served = serve(listener, self.slots.clone(), failed, move |client| forward(client, number, port));
+            let served = tokio::spawn(served);
             listeners.0.push(served.abort_handle());
         }
         lock(&self.containers).insert(container.to_owned(), listeners);
@@ -94,29 +95,6 @@ fn listen(path: &Path, socket: &RelayedSocket) -> io::Result<UnixListener> {
     chown(path, Some(socket.uid), Some(socket.gid))?;
     fs::set_permissions(path, Permissions::from_mode(socket.mode & 0o7777))?;
     Ok(listener)
-}
-
-async fn serve(listener: UnixListener, number: u32, port: u32, slots: Arc<Semaphore>) {
-    let mut connections = JoinSet::new();
-    loop {
-        let client = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((client, _)) => client,
-                Err(error) => {
-                    tracing::error!(%error, "failed to accept a connection to a socket of the host");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            },
-            Some(_) = connections.join_next() => continue,
-        };
-        // After the accept: an idle socket must not occupy a slot. The semaphore is never closed.
-        let Ok(slot) = slots.clone().acquire_owned().await else { return };
-        connections.spawn(async move {
-            forward(client, number, port).await;
-            drop(slot);
-        });
-    }
 }
 
 /// Relays one connection of a container.

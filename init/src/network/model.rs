@@ -3,6 +3,8 @@
 use std::fmt::{self, Display, Formatter};
 use std::net::{IpAddr, Ipv4Addr};
 
+use husk_protos::mac::mac_text;
+
 pub(super) type Mac = [u8; 6];
 
 /// RT_TABLE_MAIN and RTN_UNICAST of linux/rtnetlink.h.
@@ -165,12 +167,6 @@ pub(super) struct Neighbour {
     pub(super) link: LinkId,
     pub(super) address: IpAddr,
     pub(super) mac: Mac,
-}
-
-/// Formats a MAC address, or bytes that should be one.
-pub(super) fn mac_text(bytes: &[u8]) -> String {
-    let parts: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    parts.join(":")
 }
 
 impl Display for Object {

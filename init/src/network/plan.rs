@@ -2,7 +2,9 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use super::model::{Applied, Device, Link, LinkId, Mac, Network, Object, Route, Sysctl, UNICAST, mac_text};
+use husk_protos::mac::mac_text;
+
+use super::model::{Applied, Device, Link, LinkId, Mac, Network, Object, Route, Sysctl, UNICAST};
 
 /// A link with a smaller MTU has no IPv6 (RFC 8200, section 5).
 const IPV6_MIN_MTU: u32 = 1280;

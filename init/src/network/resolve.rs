@@ -2,13 +2,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use husk_protos::mac::mac_text;
 use husk_protos::network::{
     ConfigureNetworkRequest, NetworkAddress, NetworkLink, NetworkNeighbour, NetworkRoute, NetworkRule, NetworkSysctl,
 };
 
 use super::error::NetworkError;
 use super::model::{
-    Address, Device, Link, LinkId, Mac, Neighbour, Network, Object, Route, Rule, Sysctl, TABLE_MAIN, UNICAST, mac_text,
+    Address, Device, Link, LinkId, Mac, Neighbour, Network, Object, Route, Rule, Sysctl, TABLE_MAIN, UNICAST,
 };
 
 /// Longest name of a link in bytes (IFNAMSIZ without the NUL).

@@ -5,12 +5,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use husk_protos::mac::mac_text;
 use husk_protos::network::ConfigureNetworkRequest;
 use nix::sched::{CloneFlags, unshare};
 
 use super::error::NetworkError;
 use super::message::{decode_device, list_links, move_link};
-use super::model::{Device, Mac, Network, mac_text};
+use super::model::{Device, Mac, Network};
 use super::netlink::Netlink;
 use super::resolve::find_device;
 

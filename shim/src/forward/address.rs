@@ -6,14 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_protos::chain::Chain;
-use husk_protos::relay::relay;
+use husk_protos::relay::{relay, serve};
 use husk_vsock::Stream;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
 
-use super::{ACCEPT_PAUSE, CONNECTIONS_MAX, Running};
+use super::{CONNECTIONS_MAX, Running};
 use crate::guest::client::{DialError, Guest};
 use crate::network::loopback::{intercept, original_destination};
 use crate::network::{Claim, NetworkError};
@@ -49,15 +48,19 @@ enum ConnectError {
     Client(#[source] io::Error),
 }
 
-/// Listeners to which the connections inside the namespace are redirected.
+/// Forwards connections until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Intercepted(Vec<TcpListener>);
+pub(crate) struct Forwarding(#[expect(dead_code, reason = "dropping ends the tasks")] Vec<Running>);
 
-/// Redirects the namespace's connections, which wait until [`serve`] is called. Without the kernel's help, such as
-/// nf_tables, the sandbox works without forwarding: the failure is logged.
-pub(crate) async fn redirect(claim: &Claim, sandbox: &str, journal: &Journal) -> Option<Intercepted> {
-    match try_redirect(claim, sandbox, journal).await {
-        Ok(listeners) => Some(Intercepted(listeners)),
+/// Redirects the namespace's connections, and forwards them to the guest. Without the kernel's help, such as nf_tables,
+/// the sandbox works without forwarding: the failure is logged.
+pub(crate) async fn start(claim: &Claim, sandbox: &str, journal: &Journal, guest: &Arc<Guest>) -> Option<Forwarding> {
+    match redirect(claim, sandbox, journal).await {
+        Ok(listeners) => {
+            let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+            let serve = |listener| Running(tokio::spawn(forward_all(listener, guest, &slots)).abort_handle());
+            Some(Forwarding(listeners.into_iter().map(serve).collect()))
+        }
         Err(error) => {
             tracing::warn!(
                 error = %Chain(&error),
@@ -68,7 +71,7 @@ pub(crate) async fn redirect(claim: &Claim, sandbox: &str, journal: &Journal) ->
     }
 }
 
-async fn try_redirect(claim: &Claim, sandbox: &str, journal: &Journal) -> Result<Vec<TcpListener>, ForwardError> {
+async fn redirect(claim: &Claim, sandbox: &str, journal: &Journal) -> Result<Vec<TcpListener>, ForwardError> {
     let (claim, sandbox) = (claim.clone(), sandbox.to_owned());
     journal.record(&Owner::Sandbox, [Step::Loopback { claim: claim.clone(), sandbox: sandbox.clone() }])?;
     let listeners = tokio::task::spawn_blocking(move || intercept(&claim, &sandbox, SET_UP)).await??;
@@ -76,48 +79,19 @@ async fn try_redirect(claim: &Claim, sandbox: &str, journal: &Journal) -> Result
     listeners.into_iter().map(register).collect()
 }
 
-/// Forwards connections until it is dropped.
-#[derive(Debug)]
-pub(crate) struct Forwarding(#[expect(dead_code, reason = "dropping ends the tasks")] Vec<Running>);
-
-/// Forwards the connections to the guest.
-pub(crate) fn serve(intercepted: Intercepted, guest: &Arc<Guest>) -> Forwarding {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    let serve = |listener| Running(tokio::spawn(accept(listener, guest.clone(), slots.clone())).abort_handle());
-    Forwarding(intercepted.0.into_iter().map(serve).collect())
-}
-
-async fn accept(listener: TcpListener, guest: Arc<Guest>, slots: Arc<Semaphore>) {
-    let mut connections = JoinSet::new();
-    loop {
-        let client = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((client, _)) => client,
-                Err(error) => {
-                    tracing::warn!(%error, "failed to accept a connection for the VM");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            },
-            Some(_) = connections.join_next() => continue,
-        };
-        // The semaphore is never closed.
-        let Ok(slot) = slots.clone().acquire_owned().await else { return };
-        let guest = guest.clone();
-        connections.spawn(async move {
-            forward(client, &guest).await;
-            drop(slot);
-        });
-    }
+fn forward_all(listener: TcpListener, guest: &Arc<Guest>, slots: &Arc<Semaphore>) -> impl Future<Output = ()> + use<> {
+    let guest = guest.clone();
+    let failed = |error| tracing::warn!(%error, "failed to accept a connection for the VM");
+    serve(listener, slots.clone(), failed, move |client| forward(client, guest.clone()))
 }
 
 /// Forwards one connection. A client whose connection the guest refuses, or whose stream is incomplete, gets a reset,
 /// also when the shim ends meanwhile.
-async fn forward(mut client: TcpStream, guest: &Guest) {
+async fn forward(mut client: TcpStream, guest: Arc<Guest>) {
     if let Err(error) = client.set_zero_linger() {
         return tracing::warn!(%error, "failed to make the close of a connection a reset");
     }
-    let ended = match connect(&client, guest).await {
+    let ended = match connect(&client, &guest).await {
         Ok(mut server) => relay(&mut client, &mut server).await.map_err(|error| Chain(&error).to_string()),
         Err(error) => Err(Chain(&error).to_string()),
     };

@@ -8,16 +8,12 @@
 pub(crate) mod address;
 pub(crate) mod socket;
 
-use std::time::Duration;
-
 use tokio::task::AbortHandle;
 
 /// Most connections of a sandbox that are relayed at a time, for each of the two kinds. Further ones wait to be
 /// accepted. A connection takes three descriptors: all together stay below `host::child::FIRST_FD`, and below 1024, the
 /// usual limit.
 const CONNECTIONS_MAX: usize = 128;
-/// Pause after a failed accept, which means a lack of descriptors or memory. Without it the loop would spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A task that ends when this is dropped.
 #[derive(Debug)]

@@ -4,6 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
+use husk_protos::mac::mac_text;
 use husk_protos::network::{
     NetworkAddress, NetworkCounters, NetworkLinkStatus, NetworkStatusRequest, NetworkStatusResponse,
 };
@@ -63,7 +64,7 @@ fn read(response: NetworkStatusResponse) -> Report {
 
 fn link(status: &NetworkLinkStatus) -> (Option<String>, GuestLink) {
     let link = &status.link;
-    let mac = Some(&link.mac).filter(|mac| (1..=MAC_MAX).contains(&mac.len())).map(|mac| self::mac(mac));
+    let mac = Some(&link.mac).filter(|mac| (1..=MAC_MAX).contains(&mac.len())).map(|mac| mac_text(mac));
     let guest = GuestLink {
         name: name(&link.name),
         mtu: link.mtu,
@@ -73,10 +74,6 @@ fn link(status: &NetworkLinkStatus) -> (Option<String>, GuestLink) {
         counters: counters(&status.counters),
     };
     (mac, guest)
-}
-
-fn mac(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":")
 }
 
 fn name(name: &str) -> String {

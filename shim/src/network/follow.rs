@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use husk_protos::chain::Chain;
+use husk_protos::mac::mac_text;
 use husk_protos::network::ConfigureNetworkRequest;
 
 use super::diff::{Diff, NicChange, NicLink, diff};
@@ -248,12 +249,12 @@ impl Follower {
         let link = |link: &Link| LinkStatus {
             name: link.name.clone(),
             index: link.index,
-            mac: mac_text(link.mac),
+            mac: mac_text(&link.mac),
             mtu: link.mtu,
             up: link.up,
         };
         let nic = |nic: &NicState| NicStatus {
-            nic: mac_text(nic.mac),
+            nic: mac_text(&nic.mac),
             tap: nic.tap.name.clone(),
             link: nic.link.as_ref().map(link),
         };
@@ -267,8 +268,4 @@ impl Follower {
 
 fn device(link: &Link) -> Device<'_> {
     Device { index: link.index, name: &link.name }
-}
-
-fn mac_text(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
 }

@@ -12,6 +12,9 @@ const TAP_PREFIX: &str = "husk-";
 /// A spare tap has this and the NIC's number.
 const SPARE_PREFIX: &str = "husk-s";
 
+/// Index of `lo` in every namespace (LOOPBACK_IFINDEX of the kernel's include/net/flow.h).
+pub(super) const LOOPBACK_INDEX: u32 = 1;
+
 /// A link of the pod that the VM is connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Link {

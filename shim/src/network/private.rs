@@ -11,13 +11,12 @@ use netlink_packet_route::link::{LinkFlags, LinkMessage};
 use nix::sched::{CloneFlags, unshare};
 
 use super::error::{NetworkError, ObjectError};
+use super::link::LOOPBACK_INDEX;
 use super::netlink::Netlink;
 use super::netns::{Claim, open};
 
 /// The namespace of the calling thread.
 const CURRENT: &str = "/proc/thread-self/ns/net";
-/// Index of `lo` in every namespace (LOOPBACK_IFINDEX of the kernel's include/net/flow.h).
-const LOOPBACK: u32 = 1;
 
 /// A new network namespace. It exists until this value is dropped and no process, device or mount uses it any more: it
 /// ends with the shim, so its creation needs no undo step.
@@ -69,7 +68,7 @@ fn create_here(deadline: Instant) -> Result<PrivateNamespace, NetworkError> {
 fn bring_loopback_up(deadline: Instant) -> Result<(), ObjectError> {
     let mut netlink = Netlink::open(deadline).map_err(|error| error.at("rtnetlink", "connect"))?;
     let mut message = LinkMessage::default();
-    message.header.index = LOOPBACK;
+    message.header.index = LOOPBACK_INDEX;
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
     netlink.change(RouteNetlinkMessage::SetLink(message), 0).map_err(|error| error.at("lo", "bring it up"))

@@ -85,8 +85,8 @@ fn mode(requested: &RequestedNetwork, config: &Config, rewritten: &Rewritten) ->
     requested.mode.unwrap_or(default)
 }
 
-/// Checks that the ports of the VM that has to be booted for `sandbox` are free. Another process may still take one before the VM
-/// starts; another sandbox cannot, because the boot leases them.
+/// Checks that the ports of the VM that has to be booted for `sandbox` are free. Another process may still take one
+/// before the VM starts; another sandbox cannot, because the boot leases them.
 pub(super) fn check_ports(network: &UserNetwork, state: &Path, sandbox: &str) -> Result<(), Vec<Problem>> {
     let ports: Vec<HostPort> = network.ports.iter().map(|mapping| mapping.host).collect();
     let texts: Vec<String> = match PortLeases::under(state).taken(&ports, sandbox) {

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use crate::extras::disk;
 use crate::extras::disk::DiskError;
 use crate::extras::files::OpenedFile;
-use crate::forward::address::{self, Intercepted};
+use crate::forward::address;
 use crate::guest::client::Metering;
 use crate::network::Claim;
 use crate::prepare;
@@ -95,7 +95,7 @@ impl Sandbox {
         Ok(vm)
     }
 
-    /// Boots the VM with the disk for extras, and redirects the connections that it serves.
+    /// Boots the VM with the disk for extras, and forwards the connections of programs inside its network namespace.
     async fn boot_with_extras(
         &self,
         prepared: &Prepared,
@@ -106,8 +106,10 @@ impl Sandbox {
         let (vmm, plan) = prepare::plan(prepared, Attachments { extras: extras.clone(), ..attachments });
         let (vm, events) = Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached).await?;
         // Only now is it certain that no other VM uses the namespace, whose connections this would take.
-        let redirected = self.redirect(prepared.network.as_ref()).await;
-        self.lock().forwarding = redirected.map(|redirected| address::serve(redirected, &vm.guest));
+        if let Some(claim) = &prepared.network {
+            let forwarding = address::start(claim, &self.id, &self.journal, &vm.guest).await;
+            self.lock().forwarding = forwarding;
+        }
         // The guest has copied the disk's contents before its hello.
         if let Some(disk) = extras
             && let Err(error) = disk::give_back(&disk)
@@ -115,11 +117,6 @@ impl Sandbox {
             tracing::warn!(error = %Chain(&error), "failed to free the memory of the disk for extras");
         }
         Ok((vm, events))
-    }
-
-    /// Redirects the connections of programs inside the network namespace, if there is one.
-    async fn redirect(&self, network: Option<&Claim>) -> Option<Intercepted> {
-        address::redirect(network?, &self.id, &self.journal).await
     }
 
     /// Records the milestones of a boot and the guest's versions. The next change of state writes them.

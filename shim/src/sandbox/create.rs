@@ -31,7 +31,8 @@ use crate::vm::Vm;
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 impl Sandbox {
-    /// Creates a container, and the VM if it is the first. Returns the PID of its holder. If it fails, everything is undone.
+    /// Creates a container, and the VM if it is the first. Returns the PID of its holder. If it fails, everything is
+    /// undone.
     pub(crate) async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, SandboxError> {
         let id = request.id.clone();
         check_identifier("container id", &id)?;

@@ -45,8 +45,8 @@ use crate::vmm::{Machine, Sockets, Spec, Vmm};
 const VIRTIOFSD_LOG: &str = "virtiofsd.log";
 
 impl Vm {
-    /// Boots a VM, adds the milestones to `reached`, and returns the VM with its events. The caller records whether the VM is running, and undoes the
-    /// journal's steps on failure.
+    /// Boots a VM, adds the milestones to `reached`, and returns the VM with its events. The caller records whether the
+    /// VM is running, and undoes the journal's steps on failure.
     ///
     /// # Errors
     ///

@@ -25,6 +25,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::batch::{Attributes, Batch, Change};
 use crate::network::error::{NetlinkError, ObjectError};
+use crate::network::link::LOOPBACK_INDEX;
 use crate::network::reply::{Content, replies};
 
 // Attributes, from linux/netfilter/nf_tables.h.
@@ -49,8 +50,6 @@ const NFTA_IMMEDIATE_DATA: u16 = 2;
 const NFTA_REDIR_REG_PROTO_MIN: u16 = 1;
 
 const CHAIN: &str = "output";
-/// The index of `lo` in every namespace (LOOPBACK_IFINDEX in the kernel's net_namespace.h).
-const LOOPBACK: u32 = 1;
 /// NF_IP_PRI_NAT_DST: where destinations are translated.
 const PRIORITY: i32 = -100;
 /// Longest reply: that of a rejected message.
@@ -103,7 +102,7 @@ fn rule(table: &str, port: u16) -> Attributes {
     let port = Attributes::default().number(NFTA_IMMEDIATE_DREG, NFT_REG_1).nested(NFTA_IMMEDIATE_DATA, port);
     let expressions = Attributes::default()
         .expression("meta", load(NFT_META_OIF))
-        .expression("cmp", equals(&LOOPBACK.to_ne_bytes()))
+        .expression("cmp", equals(&LOOPBACK_INDEX.to_ne_bytes()))
         .expression("meta", load(NFT_META_L4PROTO))
         .expression("cmp", equals(&[libc::IPPROTO_TCP as u8]))
         .expression("immediate", port)

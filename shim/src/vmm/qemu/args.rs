@@ -1,5 +1,7 @@
 //! QEMU's arguments, as a pure function of the machine's spec.
 
+use husk_protos::mac::mac_text;
+
 use super::board::Board;
 use crate::network::user::{self, UserNetwork};
 use crate::vmm::kernel_cmdline::kernel_cmdline;
@@ -122,8 +124,7 @@ fn user_netdev(network: &UserNetwork) -> String {
 }
 
 fn nic_device(netdev: &str, mac: [u8; 6], queues: &str, board: Board) -> String {
-    let [a, b, c, d, e, f] = mac;
-    let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+    let mac = mac_text(&mac);
     // Without an option ROM, which would only serve to boot over the network.
     let rom = if board == Board::Q35 { ",romfile=" } else { "" };
     format!("virtio-net-{},netdev={netdev},mac={mac}{queues}{rom}", board.bus())
