@@ -5,10 +5,12 @@
 //! |--------------|----------------------------------------------------------------------|
 //! | `host.rs`    | what the host provides: the guest's files, programs, the accelerator |
 //! | `network.rs` | whether the container is in user mode, and with which ports          |
+//! | `pod.rs`     | what the CRI plugin says of a pod (pure)                             |
 //! | `size.rs`    | the size of the VM (pure)                                            |
 
 pub mod host;
 mod network;
+mod pod;
 mod size;
 
 use std::collections::HashMap;
@@ -18,7 +20,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use husk_protos::chain::Chain;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::Spec;
 use tracing::Level;
 
 use crate::config::annotations::{self, Annotations};
@@ -40,11 +42,6 @@ use crate::rootfs::spec::{Context, HostNetwork, Rewritten, Sibling, rewrite};
 use crate::vm::BootPlan;
 use crate::vm::cgroup::{Hierarchies, HostCgroup};
 use crate::vmm::{self, Accel, Disk, GuestParams, Vmm};
-
-/// The annotation with which the CRI plugin tells a pod's sandbox container from the others.
-const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-/// The annotation with which the CRI plugin names a container's pod.
-const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
 /// All problems of a request.
 #[derive(Debug, thiserror::Error)]
@@ -114,7 +111,7 @@ pub struct BootedWith {
 /// When the bundle cannot be read.
 pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError> {
     let spec = read_spec(bundle)?.spec;
-    let pod = spec.annotations().as_ref().and_then(|annotations| annotations.get(SANDBOX_ID));
+    let pod = spec.annotations().as_ref().and_then(|annotations| annotations.get(pod::SANDBOX_ID));
     Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
 }
 
@@ -165,7 +162,8 @@ fn prepare_with(
     if let Some(annotations) = spec.annotations_mut() {
         annotations.remove(names::WORKSPACE);
     }
-    problems.extend(shares_nodes_network(&spec));
+    problems.extend(pod::shares_node(&spec));
+    let pod = collect(pod::limits(&spec), &mut problems).unwrap_or_default();
     let context = Context {
         id: &request.id,
         bundle,
@@ -207,7 +205,7 @@ fn prepare_with(
     if debug {
         config.log_level = config.log_level.max(Level::DEBUG);
     }
-    let size = size::size(&config, &annotations, rewritten.limits);
+    let size = size::size(&config, &annotations, pod, rewritten.limits);
     let mut machine = machine(sandbox, &config, &host, size, &extras);
     if user.is_some() {
         rewritten.use_network_of_vm();
@@ -225,18 +223,6 @@ fn prepare_with(
         workspace: annotations.workspace,
         host,
         config,
-    })
-}
-
-/// A problem if the spec is that of a pod that uses the node's network: the CRI plugin gives it no network namespace.
-fn shares_nodes_network(spec: &Spec) -> Option<String> {
-    let kind = spec.annotations().as_ref()?.get(CONTAINER_TYPE)?;
-    let mut namespaces = spec.linux().as_ref()?.namespaces().iter().flatten();
-    let has_network = namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-    (kind == "sandbox" && !has_network).then(|| {
-        "linux.namespaces: the pod uses the node's network (hostNetwork), which a VM cannot share: set hostNetwork to \
-         false, or use another runtime class"
-            .to_owned()
     })
 }
 
