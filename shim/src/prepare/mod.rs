@@ -6,11 +6,13 @@
 //! | `host.rs`    | what the host provides: the guest's files, programs, the accelerator |
 //! | `network.rs` | whether the container is in user mode, and with which ports          |
 //! | `pod.rs`     | what the CRI plugin says of a pod (pure)                             |
+//! | `sandbox.rs` | what containerd's Sandbox API says of a sandbox (pure)               |
 //! | `size.rs`    | the size of the VM (pure)                                            |
 
 pub mod host;
 mod network;
 mod pod;
+mod sandbox;
 mod size;
 
 use std::collections::HashMap;
@@ -19,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use husk_protos::chain::Chain;
 use oci_spec::runtime::Spec;
 use tracing::Level;
@@ -36,6 +39,7 @@ use crate::network::user::UserNetwork;
 use crate::network::{Claim, claim};
 use crate::prepare::host::{Host, Places};
 pub(crate) use crate::prepare::network::RequestedNetwork;
+use crate::prepare::sandbox::SandboxRequest;
 use crate::rootfs::socket;
 use crate::rootfs::spec::parse::{Parsed, parse};
 use crate::rootfs::spec::{Context, HostNetwork, Rewritten, Sibling, rewrite};
@@ -144,15 +148,48 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str, siblings: Siblings<'_
     prepare_with(config, &Places::of_process(), request, sandbox, siblings)
 }
 
+/// Reads and checks everything that a sandbox needs without a container.
+///
+/// # Errors
+///
+/// All problems at once.
+pub(crate) fn prepare_sandbox(request: &CreateSandboxRequest) -> Result<(SandboxRequest, Prepared), PrepareError> {
+    let request = SandboxRequest::read(request)
+        .map_err(|problems| PrepareError(problems.iter().map(ToString::to_string).collect()))?;
+    let config = load::load().map_err(|error| PrepareError::one(&error))?;
+    let parsed = Parsed { spec: request.spec.clone(), ignored: Vec::new() };
+    let subject = Subject { id: &request.id, bundle: &request.bundle, parsed };
+    let mut prepared = prepare_spec(config, &Places::of_process(), subject, &request.id, Siblings::NONE)?;
+    prepared.machine.guest.hostname.clone_from(&request.hostname);
+    Ok((request, prepared))
+}
+
 fn prepare_with(
-    mut config: Config,
+    config: Config,
     places: &Places,
     request: &CreateTaskRequest,
     sandbox: &str,
     siblings: Siblings<'_>,
 ) -> Result<Prepared, PrepareError> {
     let bundle = Path::new(&request.bundle);
-    let Parsed { mut spec, ignored } = read_spec(bundle)?;
+    let subject = Subject { id: &request.id, bundle, parsed: read_spec(bundle)? };
+    prepare_spec(config, places, subject, sandbox, siblings)
+}
+
+/// What is prepared: a container, or a sandbox without one.
+struct Subject<'a> {
+    id: &'a str,
+    bundle: &'a Path,
+    parsed: Parsed,
+}
+
+fn prepare_spec(
+    mut config: Config,
+    places: &Places,
+    Subject { id, bundle, parsed: Parsed { mut spec, ignored } }: Subject<'_>,
+    sandbox: &str,
+    siblings: Siblings<'_>,
+) -> Result<Prepared, PrepareError> {
     let mut problems = Vec::new();
     let annotations = collect(read_annotations(&spec, &config), &mut problems);
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
@@ -165,7 +202,7 @@ fn prepare_with(
     problems.extend(pod::shares_node(&spec));
     let pod = collect(pod::limits(&spec), &mut problems).unwrap_or_default();
     let context = Context {
-        id: &request.id,
+        id,
         bundle,
         host_is_unified: Hierarchies::of_host().map_err(|error| PrepareError::one(&error))?.unified(),
         inspect: &crate::rootfs::share::inspect,
@@ -278,6 +315,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
         configured: config.kernel_params.clone(),
         extras: !extras.files.is_empty(),
         supervisor: extras.runs_supervisor(),
+        hostname: None,
         wall_clock: None,
         ready_port: None,
     };

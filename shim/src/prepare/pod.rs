@@ -61,6 +61,17 @@ pub(super) fn limits(spec: &Spec) -> Result<SpecLimits, Vec<Problem>> {
     Ok(SpecLimits { memory, cpus: quota.and_then(|quota| whole_cpus(quota, period)) })
 }
 
+/// The annotations that say these limits.
+pub(super) fn annotations_of(memory: i64, cpu_quota: i64, cpu_period: i64) -> [(String, String); 3] {
+    [(MEMORY, memory), (CPU_QUOTA, cpu_quota), (CPU_PERIOD, cpu_period)]
+        .map(|(name, value)| (name.to_owned(), value.to_string()))
+}
+
+/// The annotation of a pod's sandbox container.
+pub(super) fn annotation_of_sandbox() -> (String, String) {
+    (CONTAINER_TYPE.to_owned(), "sandbox".to_owned())
+}
+
 /// A problem per thing of the node that the pod or its container shares with it, which a VM cannot do.
 pub(super) fn shares_node(spec: &Spec) -> Vec<String> {
     match annotation(spec, CONTAINER_TYPE) {
@@ -89,8 +100,8 @@ fn namespaces_of_node(spec: &Spec) -> Vec<String> {
 fn mounts_for_node(spec: &Spec) -> Vec<String> {
     let mounts = spec.mounts().iter().flatten().enumerate();
     let shared = mounts.filter(|(_, mount)| {
-        let options = mount.options().iter().flatten();
-        let propagation = options.filter(|option| PROPAGATIONS.contains(&option.as_str())).last();
+        let mut options = mount.options().iter().flatten();
+        let propagation = options.rfind(|option| PROPAGATIONS.contains(&option.as_str()));
         propagation.is_some_and(|option| option.ends_with("shared"))
     });
     shared
