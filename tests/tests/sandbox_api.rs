@@ -102,6 +102,9 @@ fn a_sandbox_without_a_container_has_the_pods_network_name_and_size_until_it_is_
     create(&shim, &format!("/run/netns/{}", network.name), &pod())?;
     ensure!(code(&create(&shim, "", &pod())) == Some(Code::ALREADY_EXISTS));
     ensure!(status(&shim)?.state == "SANDBOX_NOTREADY");
+    let early = containerd.id("early");
+    let early = Shim::start(containerd, &early, &member(&id, &early, 1))?.create_error()?;
+    ensure!(early == "the sandbox has not been started", "{early}");
     let pid = start(&shim)?;
     let inode = format!("stat -Lc %i /proc/{pid}/ns/net /run/netns/{} | sort -u | wc -l", network.name);
     ensure!(containerd.sh(&inode)?.text().trim() == "1", "the sandbox's process is in another network namespace");

@@ -28,6 +28,9 @@ impl Sandbox {
     pub(crate) fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<(), SandboxError> {
         self.check_id(&request.sandbox_id)?;
         let (request, prepared) = prepare::prepare_sandbox(request)?;
+        // As a pod's sandbox container: `delete` of another container must not end the sandbox.
+        let facts = serde_json::json!({"bundle": request.bundle});
+        self.journal.with(|state| state.set_container(&self.id, facts))?;
         let mut slots = self.lock();
         if matches!(slots.vm, VmSlot::Stopping) {
             return Err(SandboxError::Stopping);
@@ -74,7 +77,7 @@ impl Sandbox {
         let started = Started { pid: holder.process().pid, at: Timestamp::now() };
         of(&mut self.lock(), id)?.started = Some(started.clone());
         tracing::info!(pid = started.pid, "sandbox started");
-        tokio::spawn(watch_sandbox(vm, holder, managed.exit));
+        tokio::spawn(watch_sandbox(vm, holder, managed));
         Ok(started)
     }
 
@@ -94,13 +97,7 @@ impl Sandbox {
             }
         };
         // Recorded first: the VM's death counts as requested.
-        managed.exit.send_if_modified(|exit| {
-            let ends = exit.is_none();
-            if ends {
-                *exit = Some(SandboxExit { status: STOPPED, at: Timestamp::now() });
-            }
-            ends
-        });
+        managed.record_exit(STOPPED);
         let Some(vm) = vm.filter(|vm| !vm.stopping()) else { return Ok(()) };
         let stop = self.stop(&vm, "StopSandbox", self.containers_ended());
         match timeout {
@@ -143,6 +140,24 @@ impl Sandbox {
         self.shutdown(true).await
     }
 
+    /// Whether the sandbox, if the Sandbox API manages it, accepts containers.
+    pub(super) fn check_ready(slots: &Slots) -> Result<(), SandboxError> {
+        match &slots.managed {
+            Some(managed) if !managed.is_ready() => {
+                let why = if managed.exit.borrow().is_some() { "has ended" } else { "has not been started" };
+                Err(SandboxError::NotReady(format!("the sandbox {why}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// WaitSandbox returns in any case.
+    pub(super) fn end_managed(&self) {
+        if let Some(managed) = &self.lock().managed {
+            managed.record_exit(KILLED);
+        }
+    }
+
     /// The sandbox itself, if `pid` is that of its holder: the namespaces of the VM's PID 1 are the sandbox's.
     pub(super) fn own_namespaces(&self, pid: u32) -> Option<Sibling> {
         let slots = self.lock();
@@ -161,7 +176,7 @@ fn of<'a>(slots: &'a mut Slots, id: &str) -> Result<&'a mut Managed, SandboxErro
 }
 
 /// Ends the holder with the VM, and the VM with its holder, and records the sandbox's exit.
-async fn watch_sandbox(vm: Arc<Vm>, holder: Child, exit: watch::Sender<Option<SandboxExit>>) {
+async fn watch_sandbox(vm: Arc<Vm>, holder: Child, managed: Managed) {
     tokio::select! {
         biased;
         _ = vm.died() => {}
@@ -171,12 +186,6 @@ async fn watch_sandbox(vm: Arc<Vm>, holder: Child, exit: watch::Sender<Option<Sa
         }
     }
     vm.died().await;
-    exit.send_if_modified(|exit| {
-        let unexpected = exit.is_none();
-        if unexpected {
-            *exit = Some(SandboxExit { status: KILLED, at: Timestamp::now() });
-        }
-        unexpected
-    });
+    managed.record_exit(KILLED);
     holder.kill();
 }

@@ -55,6 +55,7 @@ impl Sandbox {
         if slots.containers.contains_key(id) {
             return Err(SandboxError::AlreadyExists { what: "task", id: id.to_owned() });
         }
+        Self::check_ready(&slots)?;
         slots.containers.insert(id.to_owned(), ContainerSlot::Creating);
         slots.first.get_or_insert_with(|| id.to_owned());
         Ok(())

@@ -102,6 +102,7 @@ impl Sandbox {
             container.vm_died(Timestamp::now());
         }
         futures::future::join_all(containers.iter().map(|container| container.finish_output())).await;
+        self.end_managed();
         // Before its rule is removed.
         self.lock().forwarding = None;
         self.undo_all().await;

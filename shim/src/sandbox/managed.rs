@@ -46,4 +46,15 @@ impl Managed {
     pub(super) fn is_ready(&self) -> bool {
         self.started.is_some() && self.exit.borrow().is_none()
     }
+
+    /// Records the exit, unless one is recorded.
+    pub(super) fn record_exit(&self, status: u32) {
+        self.exit.send_if_modified(|exit| {
+            let is_first = exit.is_none();
+            if is_first {
+                *exit = Some(SandboxExit { status, at: Timestamp::now() });
+            }
+            is_first
+        });
+    }
 }
