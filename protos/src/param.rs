@@ -17,6 +17,8 @@ pub const HEARTBEAT_MS: &str = "husk.heartbeat_ms";
 pub const DEBUG: &str = "husk.debug";
 /// virtio serial of the extras disk.
 pub const EXTRAS: &str = "husk.extras";
+/// `1` makes the init create the namespaces of a sandbox without a pause container.
+pub const SANDBOX: &str = "husk.sandbox";
 /// `1` makes the init run the supervisor agent.
 pub const SUPERVISOR: &str = "husk.supervisor";
 

@@ -15,6 +15,7 @@ use containerd_shim_protos::sandbox_api::{
 use containerd_shim_protos::sandbox_async::{Sandbox as SandboxApi, create_sandbox};
 use containerd_shim_protos::types::platform::Platform;
 use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::sandbox::{Sandbox, SandboxError};
@@ -23,6 +24,8 @@ use crate::task_service::{Calls, to_ttrpc};
 /// States of a sandbox, by their names in Kubernetes' Container Runtime Interface.
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
+/// The type of a spec in JSON.
+const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 
 /// The service by its name.
 pub(crate) fn services(sandbox: Arc<Sandbox>) -> HashMap<String, Service> {
@@ -49,7 +52,13 @@ impl SandboxApi for SandboxService {
     ) -> ttrpc::Result<StartSandboxResponse> {
         let start = |sandbox: Arc<Sandbox>| async move { sandbox.start_sandbox(&request.sandbox_id).await };
         let started = self.0.detached(start).await?;
-        Ok(StartSandboxResponse { pid: started.pid, created_at: MessageField::some(started.at), ..Default::default() })
+        let spec = Any { type_url: SPEC.to_owned(), value: started.spec, ..Default::default() };
+        Ok(StartSandboxResponse {
+            pid: started.pid,
+            created_at: MessageField::some(started.at),
+            spec: MessageField::some(spec),
+            ..Default::default()
+        })
     }
 
     async fn platform(&self, _: &TtrpcContext, _: PlatformRequest) -> ttrpc::Result<PlatformResponse> {

@@ -25,6 +25,8 @@ pub(crate) struct Cmdline {
     pub(crate) extras: Option<String>,
     /// [`param::SUPERVISOR`]: runs the supervisor agent, which is one of the extras.
     pub(crate) supervisor: bool,
+    /// [`param::SANDBOX`]: creates the namespaces of a sandbox without a pause container.
+    pub(crate) sandbox: bool,
     /// Unknown parameters and invalid values. The caller logs them: the host has no other way to learn of them.
     pub(crate) problems: Vec<String>,
 }
@@ -40,6 +42,7 @@ impl Default for Cmdline {
             debug: false,
             extras: None,
             supervisor: false,
+            sandbox: false,
             problems: Vec::new(),
         }
     }
@@ -63,6 +66,7 @@ pub(super) fn parse(text: &str) -> Cmdline {
             param::DEBUG => set_flag(&mut cmdline.debug, value),
             param::EXTRAS => is_serial(value).then(|| cmdline.extras = Some(value.to_owned())).is_some(),
             param::SUPERVISOR => set_flag(&mut cmdline.supervisor, value),
+            param::SANDBOX => set_flag(&mut cmdline.sandbox, value),
             _ => {
                 cmdline.problems.push(format!("unknown kernel parameter {key}"));
                 continue;

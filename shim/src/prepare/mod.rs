@@ -160,6 +160,7 @@ pub(crate) fn prepare_sandbox(request: &CreateSandboxRequest) -> Result<(Sandbox
     let parsed = Parsed { spec: request.spec.clone(), ignored: Vec::new() };
     let subject = Subject { id: &request.id, bundle: &request.bundle, parsed };
     let mut prepared = prepare_spec(config, &Places::of_process(), subject, &request.id, Siblings::NONE)?;
+    prepared.machine.guest.sandbox = true;
     prepared.machine.guest.hostname.clone_from(&request.hostname);
     Ok((request, prepared))
 }
@@ -315,6 +316,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
         configured: config.kernel_params.clone(),
         extras: !extras.files.is_empty(),
         supervisor: extras.runs_supervisor(),
+        sandbox: false,
         hostname: None,
         wall_clock: None,
         ready_port: None,

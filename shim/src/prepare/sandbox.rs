@@ -27,7 +27,7 @@ pub(crate) struct SandboxRequest {
     pub(crate) id: String,
     pub(crate) bundle: PathBuf,
     /// What a container of the sandbox's own would have as its spec: no files, but namespaces and annotations.
-    pub(super) spec: Spec,
+    pub(crate) spec: Spec,
     /// The host name, if the pod has one.
     pub(super) hostname: Option<String>,
     /// The `resolv.conf` of the sandbox's containers, if the pod has DNS servers.

@@ -28,6 +28,8 @@ impl Sandbox {
     pub(crate) fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<(), SandboxError> {
         self.check_id(&request.sandbox_id)?;
         let (request, prepared) = prepare::prepare_sandbox(request)?;
+        let spec = serde_json::to_vec(&request.spec)
+            .map_err(|error| SandboxError::Internal(format!("encode the sandbox's spec: {error}")))?;
         // As a pod's sandbox container: `delete` of another container must not end the sandbox.
         let facts = serde_json::json!({"bundle": request.bundle});
         self.journal.with(|state| state.set_container(&self.id, facts))?;
@@ -42,6 +44,7 @@ impl Sandbox {
         slots.first = Some(self.id.clone());
         slots.managed = Some(Managed {
             prepared: Arc::new(prepared),
+            spec,
             resolv_conf: request.resolv_conf,
             starting: false,
             started: None,
@@ -74,7 +77,12 @@ impl Sandbox {
         let attachments = Attachments { network, cgroup, ..Attachments::new(share.path().to_owned()) };
         let vm = self.ensure_vm(prepared, attachments).await?;
         vm.settle_network().await?;
-        let started = Started { pid: holder.process().pid, at: Timestamp::now() };
+        let guest_pid = vm.hello.sandbox_pid;
+        if guest_pid == 0 {
+            return Err(SandboxError::Internal("the guest has not created the sandbox's namespaces".to_owned()));
+        }
+        let started =
+            Started { pid: holder.process().pid, guest_pid, at: Timestamp::now(), spec: managed.spec.clone() };
         of(&mut self.lock(), id)?.started = Some(started.clone());
         tracing::info!(pid = started.pid, "sandbox started");
         tokio::spawn(watch_sandbox(vm, holder, managed));
@@ -158,11 +166,12 @@ impl Sandbox {
         }
     }
 
-    /// The sandbox itself, if `pid` is that of its holder: the namespaces of the VM's PID 1 are the sandbox's.
+    /// The sandbox itself, if `pid` is that of its holder.
     pub(super) fn own_namespaces(&self, pid: u32) -> Option<Sibling> {
         let slots = self.lock();
         let managed = slots.managed.as_ref().filter(|managed| managed.is_ready())?;
-        managed.started.as_ref().filter(|started| started.pid == pid).map(|_| Sibling::VM)
+        let started = managed.started.as_ref().filter(|started| started.pid == pid)?;
+        Some(Sibling { guest_pid: started.guest_pid, in_vms_network: true })
     }
 
     /// A call for another sandbox is a mistake of the client: this shim serves one.

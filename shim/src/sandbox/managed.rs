@@ -19,7 +19,11 @@ pub(crate) struct SandboxExit {
 pub(crate) struct Started {
     /// PID of the process that represents the sandbox on the host.
     pub(crate) pid: u32,
+    /// PID of the process that holds the sandbox's namespaces in the guest.
+    pub(crate) guest_pid: u32,
     pub(crate) at: Timestamp,
+    /// The sandbox's spec, JSON.
+    pub(crate) spec: Vec<u8>,
 }
 
 /// What SandboxStatus reports.
@@ -33,6 +37,8 @@ pub(crate) struct SandboxState {
 #[derive(Clone)]
 pub(super) struct Managed {
     pub(super) prepared: Arc<Prepared>,
+    /// Its spec, JSON.
+    pub(super) spec: Vec<u8>,
     /// The `resolv.conf` of its containers.
     pub(super) resolv_conf: Option<String>,
     /// StartSandbox is running or has succeeded.

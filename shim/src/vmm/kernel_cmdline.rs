@@ -85,6 +85,9 @@ fn init(guest: &GuestParams) -> Vec<String> {
     if guest.supervisor {
         words.push(format!("{}=1", param::SUPERVISOR));
     }
+    if guest.sandbox {
+        words.push(format!("{}=1", param::SANDBOX));
+    }
     if let Some(hostname) = &guest.hostname {
         words.push(format!("{}={hostname}", param::HOSTNAME));
     }
@@ -117,6 +120,7 @@ pub(crate) mod tests {
             configured: Vec::new(),
             extras: false,
             supervisor: false,
+            sandbox: false,
             hostname: None,
             wall_clock: None,
             ready_port: None,

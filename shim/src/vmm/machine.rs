@@ -58,6 +58,8 @@ pub struct GuestParams {
     pub extras: bool,
     /// The extras contain a supervisor agent that is to run.
     pub supervisor: bool,
+    /// The guest holds the namespaces of a sandbox without a pause container.
+    pub sandbox: bool,
     /// The host name of the guest, if the sandbox has one.
     pub hostname: Option<String>,
     /// The host's wall clock, since 1970.
