@@ -5,13 +5,16 @@
 
 use std::convert::Infallible;
 use std::ffi::CString;
+use std::fs;
 use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_protos::SANDBOX_SHM;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
@@ -29,11 +32,14 @@ pub(crate) const NAME: &str = "husk-sandbox";
 /// Time until the namespaces exist.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Creates the namespaces. Returns the PID of the process that holds them.
+/// Creates the namespaces and the shared /dev/shm, with the size that containerd gives a pod's. Returns the PID of the process that holds them.
 ///
 /// # Errors
 /// Those of the kernel, and TimedOut.
 pub(crate) async fn start(reaper: &Arc<Reaper>) -> io::Result<u32> {
+    fs::create_dir_all(SANDBOX_SHM)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("shm"), SANDBOX_SHM, Some("tmpfs"), flags, Some("mode=1777,size=64m"))?;
     let (report, stdout) = pipe2(OFlag::O_CLOEXEC)?;
     let args = [CString::new(NAME)?];
     // The intermediate process is reaped like every child. Nobody waits for it.
@@ -93,7 +99,6 @@ fn hold() -> io::Result<Infallible> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::os::fd::AsRawFd;
 
     use super::*;

@@ -71,6 +71,8 @@ pub const SHARE_TAG: &str = "husk";
 pub const SHARE_PATH: &str = "/run/husk/share";
 /// Folder of the guest's relayed Unix sockets: `<container>/<number of the mount in the spec>`.
 pub const SOCKETS_PATH: &str = "/run/husk/sockets";
+/// The tmpfs in the guest that the containers of a sandbox without a pause container share at `/dev/shm`.
+pub const SANDBOX_SHM: &str = "/run/husk/shm";
 
 /// The sandbox annotation that allows containers to use AF_VSOCK: `true` or `false`.
 pub const ANNOTATION_VSOCK: &str = "io.husk.vsock";

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use containerd_shim_protos::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics};
 use containerd_shim_protos::sandbox_api::{
     CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest, PlatformResponse,
     SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest, SandboxStatusResponse, ShutdownSandboxRequest,
@@ -14,8 +15,10 @@ use containerd_shim_protos::sandbox_api::{
 };
 use containerd_shim_protos::sandbox_async::{Sandbox as SandboxApi, create_sandbox};
 use containerd_shim_protos::types::platform::Platform;
-use protobuf::MessageField;
+use husk_protos::METRICS;
 use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{Message, MessageField};
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::sandbox::{Sandbox, SandboxError};
@@ -127,9 +130,27 @@ impl SandboxApi for SandboxService {
     async fn sandbox_metrics(
         &self,
         _: &TtrpcContext,
-        _: SandboxMetricsRequest,
+        request: SandboxMetricsRequest,
     ) -> ttrpc::Result<SandboxMetricsResponse> {
-        let why = "SandboxMetrics is not supported: each container has statistics of its own";
-        Err(to_ttrpc(SandboxError::Unsupported(why.to_owned())))
+        let id = request.sandbox_id.clone();
+        let usage = self.0.detached(|sandbox| async move { sandbox.sandbox_usage(&id).await }).await?;
+        let cpu = CPUStat {
+            usage_usec: usage.user_usec + usage.system_usec,
+            user_usec: usage.user_usec,
+            system_usec: usage.system_usec,
+            ..Default::default()
+        };
+        // The guest's memory is anonymous memory of the VM's processes. None of it can be reclaimed as a file's could.
+        let memory = MemoryStat { usage: usage.memory, anon: usage.memory, ..Default::default() };
+        let metrics = Metrics { cpu: Some(cpu).into(), memory: Some(memory).into(), ..Default::default() };
+        let value = metrics
+            .write_to_bytes()
+            .map_err(|error| to_ttrpc(SandboxError::Internal(format!("encode the metrics: {error}"))))?;
+        let mut response = SandboxMetricsResponse::new();
+        let metric = response.metrics.mut_or_insert_default();
+        metric.timestamp = MessageField::some(Timestamp::now());
+        metric.id = request.sandbox_id;
+        metric.data = MessageField::some(Any { type_url: METRICS.to_owned(), value, ..Default::default() });
+        Ok(response)
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::sandbox_api as api;
@@ -114,9 +115,11 @@ fn a_sandbox_without_a_container_has_the_pods_network_name_and_size_until_it_is_
     ensure!(husk["sandbox"] == id, "{husk}");
     let platform: api::PlatformResponse = call(&shim, "Platform", &api::PlatformRequest::new())?;
     ensure!(platform.platform.os == "linux");
-    let metrics: ttrpc::Result<api::SandboxMetricsResponse> =
-        call(&shim, "SandboxMetrics", &api::SandboxMetricsRequest::new());
-    ensure!(code(&metrics) == Some(Code::UNIMPLEMENTED));
+    let request = api::SandboxMetricsRequest { sandbox_id: id.clone(), ..Default::default() };
+    let metrics: api::SandboxMetricsResponse = call(&shim, "SandboxMetrics", &request)?;
+    let metrics = Metrics::parse_from_bytes(&metrics.metrics.data.value)?;
+    // More than the init and QEMU themselves, less than the guest's memory and theirs.
+    ensure!((40 << 20..900 << 20).contains(&metrics.memory.usage) && metrics.cpu.usage_usec > 0, "{metrics}");
 
     let ids = ["one", "two", "three", "pids"].map(|name| containerd.id(name));
     let one = Shim::running(containerd, &ids[0], &member(&id, &ids[0], pid))?;
@@ -125,6 +128,8 @@ fn a_sandbox_without_a_container_has_the_pods_network_name_and_size_until_it_is_
                   ip -o -4 addr show eth0; cat /proc/sys/kernel/random/boot_id; awk '/MemTotal/ {print $2}' /proc/meminfo";
     let seen = one.script("seen", shared)?;
     ensure!(seen == two.script("seen", shared)?, "{seen}");
+    one.script("shm", "echo shared > /dev/shm/file")?;
+    ensure!(two.script("shm", "cat /dev/shm/file; df -k /dev/shm | awk 'NR == 2 {print $2}'")? == "shared\n65536");
     ensure!(seen.contains("\nweb-0\nnameserver 10.96.0.10\n") && seen.contains(&network.address), "{seen}");
     let memory: u64 = seen.lines().last().context("no memory")?.parse()?;
     ensure!((700 << 10..828 << 10).contains(&memory), "the VM does not have the pod's size: {memory} KiB");

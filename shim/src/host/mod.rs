@@ -8,6 +8,7 @@
 //! | `hooks.rs`   | runs OCI hooks                                              |
 //! | `socket.rs`  | unix sockets in the sandbox's directory                     |
 //! | `unix.rs`    | unix sockets of other programs                              |
+//! | `usage.rs`   | CPU time and memory of processes                            |
 
 pub(crate) mod child;
 pub(crate) mod holder;
@@ -15,3 +16,4 @@ pub(crate) mod hooks;
 pub mod process;
 pub mod socket;
 pub(crate) mod unix;
+pub(crate) mod usage;

@@ -9,6 +9,8 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
 use crate::host::child::Child;
+use crate::host::process::ProcessId;
+use crate::host::usage::{self, Usage};
 use crate::prepare::{self, Attachments};
 use crate::rootfs::spec::Sibling;
 use crate::sandbox::error::SandboxError;
@@ -134,6 +136,19 @@ impl Sandbox {
         let mut slots = self.lock();
         let managed = of(&mut slots, id)?;
         Ok(SandboxState { started: managed.started.clone(), exit: managed.exit.borrow().clone() })
+    }
+
+    /// SandboxMetrics: what the sandbox uses on the host. The VM's processes and the shim, with everything that runs in
+    /// the guest.
+    pub(crate) async fn sandbox_usage(&self, id: &str) -> Result<Usage, SandboxError> {
+        self.check_id(id)?;
+        let vm = self.live_vm()?;
+        let failed =
+            |error: std::io::Error| SandboxError::Internal(format!("measure the sandbox's processes: {error}"));
+        let mut processes = vm.processes();
+        processes.push(ProcessId::own().map_err(failed)?);
+        let measured = tokio::task::spawn_blocking(move || usage::of(&processes)).await;
+        measured.map_err(|error| failed(error.into()))?.map_err(|error| failed(std::io::Error::other(error)))
     }
 
     /// PingSandbox: whether the sandbox's VM, if it was started, is alive.

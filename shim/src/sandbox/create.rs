@@ -74,6 +74,9 @@ impl Sandbox {
         let mut prepared = self.prepare(&request)?;
         let facts = serde_json::json!({"bundle": request.bundle});
         self.journal.with(|state| state.set_container(&id, facts))?;
+        if self.lock().managed.is_some() {
+            prepared.rewritten.share_dev_shm();
+        }
         if let Some(text) = self.resolv_conf(&prepared) {
             self.add_resolv_conf(&id, &text?, &mut prepared.rewritten)?;
         }

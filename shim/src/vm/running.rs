@@ -85,6 +85,13 @@ impl Vm {
         self.stopping.load(Ordering::Relaxed)
     }
 
+    /// The VM's processes on the host.
+    pub(crate) fn processes(&self) -> Vec<ProcessId> {
+        let mut all = vec![self.machine.process(), self.share.process()];
+        all.extend(&self.share_workers);
+        all
+    }
+
     /// What the guest has reported: its heartbeats and its supervisor's status.
     pub(crate) fn health(&self) -> &GuestHealth {
         &self.health

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use husk_protos::CONTAINERS_CGROUP;
+use husk_protos::{CONTAINERS_CGROUP, SANDBOX_SHM};
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 
 use super::context::Context;
@@ -14,6 +14,9 @@ use super::mounts::{Bind, HostMounts, SocketMount, guest_bind, guest_rootfs, is_
 use super::namespaces::{self, Target};
 use super::size::check_size;
 use crate::host::hooks::Hooks;
+
+/// Where POSIX shared memory is (shm_overview(7)).
+const DEV_SHM: &str = "/dev/shm";
 
 /// A network namespace of the host that a spec names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +79,28 @@ impl Rewritten {
         let is_new =
             |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none();
         linux.set_namespaces(Some(namespaces.into_iter().filter(|namespace| !is_new(namespace)).collect()));
+    }
+
+    /// Mounts the folder that the sandbox's containers share at /dev/shm, where the spec has a tmpfs of the container's
+    /// own or nothing.
+    pub(crate) fn share_dev_shm(&mut self) {
+        let mut mounts = self.spec.mounts_mut().take().unwrap_or_default();
+        let at_dev_shm = |mount: &Mount| mount.destination() == Path::new(DEV_SHM);
+        let own = |mount: &Mount| at_dev_shm(mount) && mount.typ().as_deref() == Some("tmpfs");
+        if mounts.iter().any(|mount| at_dev_shm(mount) && !own(mount)) {
+            self.spec.set_mounts(Some(mounts));
+            return;
+        }
+        let mut shared = Mount::default();
+        shared.set_destination(DEV_SHM.into());
+        shared.set_typ(Some("bind".to_owned()));
+        shared.set_source(Some(SANDBOX_SHM.into()));
+        shared.set_options(Some(["rbind", "nosuid", "nodev", "noexec"].map(str::to_owned).to_vec()));
+        match mounts.iter_mut().find(|mount| own(mount)) {
+            Some(mount) => *mount = shared,
+            None => mounts.push(shared),
+        }
+        self.spec.set_mounts(Some(mounts));
     }
 
     /// Mounts a file of the host in the container `id`, read-only.
