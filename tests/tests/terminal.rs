@@ -1,12 +1,15 @@
 //! `ctr run -t` and `ctr task exec -t`, as a user at the terminal experiences them.
 
+use std::fs::OpenOptions;
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::ttrpc::Code;
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
+use husk_tests::command::wait_for;
 use husk_tests::containerd::{Container, Containerd};
 use husk_tests::pty::Pty;
 use husk_tests::shim::{Shim, code};
@@ -193,6 +196,36 @@ fn terminal_output_right_before_the_exit_is_complete() -> Result<()> {
         ensure!(received == expected, "round {round}: {} of {} bytes", received.len(), expected.len());
         ensure!(shim.task.wait(&id, &exec)? == 0);
         shim.task.delete(&id, &exec)?;
+    }
+    Ok(())
+}
+
+/// containerd's CRI plugin closes an exec's output as soon as it cannot write to its terminal, and loses what it has not
+/// read. A client that types while the process exits must therefore be able to write until the process is deleted.
+#[test]
+fn typing_into_a_terminal_whose_process_has_exited_is_no_error() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let shim = Shim::idle(containerd, "late")?;
+    let id = shim.bundle.id.clone();
+    let (io, input, mut output) = shim.terminal("quick")?;
+    shim.start_exec("quick", &process(&["echo", "quick"]), &io)?;
+    ensure!(shim.task.wait(&id, "quick")? == 0);
+    // The test's own end could be read from, too.
+    drop(input);
+    let fifo = shim.bundle.outside.join("quick.input");
+    let open = || OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&fifo);
+    // More than fits into the fifo.
+    let mut late = open().context("nobody reads the terminal's input any more")?;
+    let mut written = 0;
+    wait_for(DEADLINE, "the input is read", || {
+        written += late.write(&[b'x'; 4096]).unwrap_or(0);
+        (written > 256 * 1024).then_some(())
+    })?;
+    ensure!(output.read_to_end(DEADLINE)? == b"quick\r\n");
+    shim.task.delete(&id, "quick")?;
+    // runc's shim keeps it open.
+    if containerd.runtime() == Runtime::Husk {
+        ensure!(open().is_err_and(|error| error.raw_os_error() == Some(libc::ENXIO)), "still open after Delete");
     }
     Ok(())
 }

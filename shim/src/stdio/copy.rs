@@ -1,5 +1,6 @@
 //! The running copies: guest stream to sink for output, fifo to guest stream for input.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -129,6 +130,7 @@ async fn copy_output(
 #[derive(Debug)]
 pub(crate) struct Input {
     close: Arc<Notify>,
+    exited: Arc<Notify>,
     task: AbortHandle,
 }
 
@@ -145,13 +147,31 @@ impl Input {
             source,
         })?;
         let close = Arc::new(Notify::new());
-        let (guest, container, exec, closed) = (guest.clone(), container.to_owned(), exec.to_owned(), close.clone());
+        let exited = Arc::new(Notify::new());
+        let (guest, container, exec) = (guest.clone(), container.to_owned(), exec.to_owned());
+        let (closed, ended) = (close.clone(), exited.clone());
         let task = tokio::spawn(async move {
-            if let Err(error) = copy_input(&guest, &container, &exec, fifo, &closed).await {
-                tracing::warn!(container, exec, stream = "stdin", error = %Chain(&error), "input ended early");
+            let mut fifo = fifo;
+            let mut ended = pin!(ended.notified());
+            tokio::select! {
+                copied = copy_input(&guest, &container, &exec, &mut fifo, &closed) => {
+                    if let Err(error) = copied {
+                        tracing::warn!(container, exec, stream = "stdin", error = %Chain(&error), "input ended early");
+                    }
+                    ended.await;
+                }
+                () = &mut ended => {}
             }
+            fifo::discard(&mut fifo).await;
         });
-        Ok(Self { close, task: task.abort_handle() })
+        Ok(Self { close, exited, task: task.abort_handle() })
+    }
+
+    /// Stops the copy, but reads and discards until [`Self::abort`]: a client that writes to a terminal whose process has
+    /// just exited must not get EPIPE. containerd's CRI plugin closes the output too when that happens, and loses what it
+    /// has not read yet.
+    pub(crate) fn discard(&self) {
+        self.exited.notify_one();
     }
 
     /// Delivers the fifo's present content and then ends the process's input. Idempotent.
@@ -170,7 +190,7 @@ async fn copy_input(
     guest: &Guest,
     container: &str,
     exec: &str,
-    mut fifo: pipe::Receiver,
+    fifo: &mut pipe::Receiver,
     close: &Notify,
 ) -> Result<(), CopyError> {
     let mut stream = guest.input(container, exec).await?;
@@ -183,7 +203,7 @@ async fn copy_input(
         send(&stream, &buffer[..length]).await?;
     }
     // The client wrote everything before it asked to close, so the fifo's content completes the input.
-    while let Some(length) = fifo::read_now(&fifo, &mut buffer).map_err(CopyError::Read)? {
+    while let Some(length) = fifo::read_now(fifo, &mut buffer).map_err(CopyError::Read)? {
         send(&stream, &buffer[..length]).await?;
     }
     stream.close_and_recv().await.map_err(GuestError::from)?;

@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use nix::errno::Errno;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 
 /// Opens the fifo at `path` to read from it.
@@ -31,6 +31,14 @@ pub(super) fn read_now(fifo: &pipe::Receiver, buffer: &mut [u8]) -> io::Result<O
         Err(Errno::EAGAIN) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// Reads and discards until the caller drops the future.
+pub(super) async fn discard(fifo: &mut pipe::Receiver) {
+    let mut buffer = [0; 4096];
+    // The end or an error: nothing more can be read.
+    while fifo.read(&mut buffer).await.is_ok_and(|length| length > 0) {}
+    std::future::pending().await
 }
 
 /// Writes all of `data` and calls `progressed` after each part. Waits while the pipe is full.

@@ -235,11 +235,19 @@ impl Process {
         tokio::time::timeout(DELIVERY, drained).await.is_ok_and(|all| all.into_iter().all(|drained| drained))
     }
 
-    /// Records the exit and closes the input. Only the first call has an effect; later ones return false.
+    /// Records the exit and closes the input, a terminal's when the process is deleted. Only the first call has an effect;
+    /// later ones return false.
     pub(crate) fn record_exit(&self, exit: Exit) -> bool {
-        if let Some(input) = self.streams().input.take() {
-            input.abort();
+        let mut streams = self.streams();
+        match &streams.input {
+            Some(input) if self.stdio.terminal => input.discard(),
+            Some(input) => {
+                input.abort();
+                streams.input = None;
+            }
+            None => {}
         }
+        drop(streams);
         self.finish(ExitState::Exited(exit))
     }
 
