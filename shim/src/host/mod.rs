@@ -8,10 +8,12 @@
 //! | `hooks.rs`   | runs OCI hooks                                              |
 //! | `socket.rs`  | unix sockets in the sandbox's directory                     |
 //! | `unix.rs`    | unix sockets of other programs                              |
+//! | `open_files.rs` | limits and numbers of open files                         |
 
 pub(crate) mod child;
 pub(crate) mod holder;
 pub(crate) mod hooks;
+pub mod open_files;
 pub mod process;
 pub mod socket;
 pub(crate) mod unix;

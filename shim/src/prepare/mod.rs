@@ -292,6 +292,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
         configured: config.kernel_params.clone(),
         extras: !extras.files.is_empty(),
         supervisor: extras.runs_supervisor(),
+        max_inodes: Some(host.open_files.cached_inodes()),
         wall_clock: None,
         ready_port: None,
     };
@@ -357,6 +358,7 @@ pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, Boo
         spec,
         carrier: prepared.host.carrier,
         virtiofsd: prepared.host.virtiofsd.clone(),
+        open_files: prepared.host.open_files,
         share,
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,

@@ -1,6 +1,7 @@
 //! What a sandbox consists of: its VM and its containers, and how calls find them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -62,6 +63,8 @@ pub(super) struct Slots {
     /// Forwards connections inside the network namespace while the VM runs.
     pub(super) forwarding: Option<Forwarding>,
     pub(super) containers: HashMap<String, ContainerSlot>,
+    /// Volumes that another sandbox shares, of which the log has warned.
+    pub(super) warned_of: HashSet<PathBuf>,
 }
 
 /// The sandbox of one shim.
@@ -102,6 +105,7 @@ impl Sandbox {
                 share: None,
                 forwarding: None,
                 containers: HashMap::new(),
+                warned_of: HashSet::new(),
             }),
             ended: watch::channel(false).0,
             shutdown_requested: watch::channel(false).0,

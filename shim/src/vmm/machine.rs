@@ -58,6 +58,8 @@ pub struct GuestParams {
     pub extras: bool,
     /// The extras contain a supervisor agent that is to run.
     pub supervisor: bool,
+    /// How many inodes of the share the guest caches at most.
+    pub max_inodes: Option<u64>,
     /// The host's wall clock, since 1970.
     pub wall_clock: Option<Duration>,
     /// The host's vsock port that expects the guest's hello, if it is not the usual one.
