@@ -17,11 +17,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 const USER: usize = 1000;
+/// Its supplementary groups.
+const GROUPS: [u32; 3] = [5, 6, 8];
 /// Bytes of a block of every usual filesystem.
 const BLOCK: usize = 4096;
 /// Numbers of linux/capability.h.
 const CAP_DAC_OVERRIDE: &str = "1";
 const CAP_MKNOD: &str = "27";
+/// Not a capability.
+const NO_CAPABILITY: &str = "64";
 /// linux/fs.h.
 const FS_IOC_GETFLAGS: usize = 0x8008_6601;
 const FS_IOC_SETFLAGS: usize = 0x4008_6602;
@@ -33,6 +37,8 @@ type Check = (&'static str, fn(&Path) -> io::Result<()>);
 const CHECKS: &[Check] = &[
     ("access ACL", access_acl),
     ("default ACL", default_acl),
+    ("create through an ACL", create_through_acl),
+    ("create through a supplementary group", create_through_group),
     ("O_TMPFILE", tmpfile),
     ("O_DIRECT", direct),
     ("user attribute", |at| attribute(at, "user.husk")),
@@ -190,9 +196,9 @@ fn get(path: &Path, name: &str) -> io::Result<Vec<u8>> {
 fn access_acl(at: &Path) -> io::Result<()> {
     let path = make(at, "text")?;
     mode(&path, 0o600)?;
-    refused(as_child_of(at, "64", "read"), libc::EACCES)?;
+    refused(as_child_of(at, NO_CAPABILITY, "read"), libc::EACCES)?;
     set(&path, "system.posix_acl_access", &acl(4, 0, 0), libc::SYS_setxattr)?;
-    as_child_of(at, "64", "read")
+    as_child_of(at, NO_CAPABILITY, "read")
 }
 
 fn default_acl(at: &Path) -> io::Result<()> {
@@ -200,6 +206,19 @@ fn default_acl(at: &Path) -> io::Result<()> {
     let path = make(at, "")?;
     let (inherited, mode) = (get(&path, "system.posix_acl_access")?, path.metadata()?.mode() & 0o777);
     expect(inherited.len() == acl(0, 0, 0).len() && mode == 0o660, format!("mode {mode:o}"))
+}
+
+fn create_through_acl(at: &Path) -> io::Result<()> {
+    mode(at, 0o700)?;
+    refused(as_child_of(at, NO_CAPABILITY, "create"), libc::EACCES)?;
+    set(at, "system.posix_acl_access", &acl(7, 0, 0), libc::SYS_setxattr)?;
+    as_child_of(at, NO_CAPABILITY, "create")
+}
+
+fn create_through_group(at: &Path) -> io::Result<()> {
+    std::os::unix::fs::chown(at, None, Some(GROUPS[2]))?;
+    mode(at, 0o770)?;
+    as_child_of(at, NO_CAPABILITY, "create")
 }
 
 fn tmpfile(at: &Path) -> io::Result<()> {
@@ -350,7 +369,7 @@ fn as_user(at: &Path, capability: &str, what: &str) -> io::Result<()> {
 fn as_child(capability: &str, what: &str, at: &Path) -> io::Result<()> {
     let capability: u32 = capability.parse().map_err(io::Error::other)?;
     call(libc::SYS_prctl, [libc::PR_SET_KEEPCAPS as usize, 1, 0, 0, 0, 0])?;
-    call(libc::SYS_setgroups, [0; 6])?;
+    call(libc::SYS_setgroups, [GROUPS.len(), GROUPS.as_ptr() as usize, 0, 0, 0, 0])?;
     call(libc::SYS_setresgid, [USER, USER, USER, 0, 0, 0])?;
     call(libc::SYS_setresuid, [USER, USER, USER, 0, 0, 0])?;
     // Version 3 (linux/capability.h): effective, permitted and inheritable, the low words first.
@@ -483,7 +502,7 @@ fn append(at: &Path) -> io::Result<()> {
 fn clears_set_id(at: &Path) -> io::Result<()> {
     let path = make(at, "old")?;
     mode(&path, 0o4777)?;
-    as_child_of(at, "64", "write")?;
+    as_child_of(at, NO_CAPABILITY, "write")?;
     let mode = path.metadata()?.mode() & 0o7777;
     expect(mode == 0o777, format!("mode {mode:o}"))
 }
@@ -491,7 +510,7 @@ fn clears_set_id(at: &Path) -> io::Result<()> {
 fn set_group_id(at: &Path) -> io::Result<()> {
     std::os::unix::fs::chown(at, None, Some(7))?;
     mode(at, 0o2777)?;
-    as_child_of(at, "64", "mkdir")?;
+    as_child_of(at, NO_CAPABILITY, "mkdir")?;
     let made = at.join("new").metadata()?;
     expect(made.gid() == 7 && made.mode() & 0o2000 != 0, format!("group {}, mode {:o}", made.gid(), made.mode()))
 }
