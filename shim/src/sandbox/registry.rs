@@ -19,6 +19,7 @@ use crate::rootfs::share::Share;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
 use crate::sandbox::error::{SandboxError, not_found};
+use crate::sandbox::managed::Managed;
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
 use crate::vm::cgroup::HostCgroup;
@@ -65,6 +66,8 @@ pub(super) struct Slots {
     pub(super) containers: HashMap<String, ContainerSlot>,
     /// Volumes that another sandbox shares, of which the log has warned.
     pub(super) warned_of: HashSet<PathBuf>,
+    /// The sandbox itself, if the Sandbox API manages it.
+    pub(super) managed: Option<Managed>,
 }
 
 /// The sandbox of one shim.
@@ -106,6 +109,7 @@ impl Sandbox {
                 forwarding: None,
                 containers: HashMap::new(),
                 warned_of: HashSet::new(),
+                managed: None,
             }),
             ended: watch::channel(false).0,
             shutdown_requested: watch::channel(false).0,

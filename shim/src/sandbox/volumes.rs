@@ -15,6 +15,9 @@ use crate::state::recent::EventKind;
 use crate::state::volumes::{SharedVolume, Volume, VolumeError};
 use crate::state::{Owner, Step};
 
+/// How many volumes of one sandbox the log warns of. `husk status` shows all.
+const WARNINGS: usize = 64;
+
 impl Sandbox {
     /// Leases what a container can write to, and warns if another sandbox can write to it too. A failure is logged: the
     /// container works without the warning.
@@ -25,9 +28,7 @@ impl Sandbox {
             return;
         }
         let (journal, container) = (self.journal.clone(), id.to_owned());
-        let leased = tokio::task::spawn_blocking(move || lease(&journal, &container, &writable)).await;
-        let shared = leased.map_err(std::io::Error::other).and_then(|leased| leased.map_err(std::io::Error::other));
-        match shared {
+        match blocking(move || lease(&journal, &container, &writable)).await {
             Ok(shared) => shared.into_iter().for_each(|shared| self.warn_of_shared(id, shared)),
             Err(error) => {
                 tracing::warn!(container = id, error = %Chain(&error), "failed to look for sandboxes that share a volume");
@@ -38,19 +39,19 @@ impl Sandbox {
     /// What other running sandboxes can write to as well; empty if that cannot be determined.
     pub(super) async fn shared_volumes(&self) -> BTreeSet<SharedVolume> {
         let journal = self.journal.clone();
-        let shared = tokio::task::spawn_blocking(move || shared(&journal)).await;
-        shared.map_err(std::io::Error::other).and_then(|shared| shared.map_err(std::io::Error::other)).unwrap_or_else(
-            |error| {
-                tracing::warn!(error = %Chain(&error), "failed to look for sandboxes that share a volume");
-                BTreeSet::new()
-            },
-        )
+        blocking(move || shared(&journal)).await.unwrap_or_else(|error| {
+            tracing::warn!(error = %Chain(&error), "failed to look for sandboxes that share a volume");
+            BTreeSet::new()
+        })
     }
 
     /// Warns once for each volume.
     fn warn_of_shared(&self, id: &str, shared: SharedVolume) {
-        if !self.lock().warned_of.insert(shared.path.clone()) {
-            return;
+        {
+            let warned_of = &mut self.lock().warned_of;
+            if warned_of.len() >= WARNINGS || !warned_of.insert(shared.path.clone()) {
+                return;
+            }
         }
         let SharedVolume { path, namespace, sandbox } = shared;
         let what = "another sandbox can write to the same volume: file locks and inotify do not work between two VMs";
@@ -58,6 +59,14 @@ impl Sandbox {
         let fields = json!({"container": id, "volume": path, "sandbox": sandbox, "namespace": namespace});
         self.recent().note(EventKind::Sandbox, what, fields);
     }
+}
+
+/// Runs file operations on a separate thread.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, VolumeError> + Send + 'static,
+) -> Result<T, VolumeError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(VolumeError::Thread(std::io::Error::other(error))))
 }
 
 /// Leases a container's volumes, and returns those that the sandbox shares.

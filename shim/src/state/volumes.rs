@@ -27,6 +27,9 @@ pub(crate) enum VolumeError {
     /// This process's start time.
     #[error("read the start time of this process")]
     Shim(#[source] io::Error),
+    /// The thread of the file operations.
+    #[error("the thread of the file operations has ended early")]
+    Thread(#[source] io::Error),
 }
 
 /// A folder or file of the host.
