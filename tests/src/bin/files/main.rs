@@ -5,6 +5,7 @@
 //! linux/capability.h): the checks start it.
 
 mod random;
+mod system;
 
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File, OpenOptions};
@@ -16,11 +17,11 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
+use crate::system::{BLOCK, call, expect, number};
+
 const USER: usize = 1000;
 /// Its supplementary groups.
 const GROUPS: [u32; 3] = [5, 6, 8];
-/// Bytes of a block of every usual filesystem.
-const BLOCK: usize = 4096;
 /// Numbers of linux/capability.h.
 const CAP_DAC_OVERRIDE: &str = "1";
 const CAP_MKNOD: &str = "27";
@@ -126,22 +127,8 @@ fn describe(error: &io::Error) -> String {
     name.map_or_else(|| error.to_string(), |name| name.1.to_owned())
 }
 
-/// A system call. The arguments that are addresses must be those of live memory of the size that the call expects.
-fn call(number: libc::c_long, arguments: [usize; 6]) -> io::Result<usize> {
-    let [a, b, c, d, e, f] = arguments;
-    // SAFETY: this program passes addresses of values that outlive the call.
-    match unsafe { libc::syscall(number, a, b, c, d, e, f) } {
-        -1 => Err(io::Error::last_os_error()),
-        result => Ok(result as usize),
-    }
-}
-
 fn c(text: impl AsRef<OsStr>) -> io::Result<CString> {
     Ok(CString::new(text.as_ref().as_bytes())?)
-}
-
-fn number(file: &impl AsRawFd) -> usize {
-    file.as_raw_fd() as usize
 }
 
 fn make(at: &Path, contents: &str) -> io::Result<PathBuf> {
@@ -152,10 +139,6 @@ fn make(at: &Path, contents: &str) -> io::Result<PathBuf> {
 
 fn mode(path: &Path, mode: u32) -> io::Result<()> {
     fs::set_permissions(path, PermissionsExt::from_mode(mode))
-}
-
-fn expect(holds: bool, otherwise: impl Into<String>) -> io::Result<()> {
-    if holds { Ok(()) } else { Err(io::Error::other(otherwise.into())) }
 }
 
 /// Expects this error.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use crate::{BLOCK, call, expect, number};
+use crate::system::{BLOCK, call, expect, number};
 
 /// The file's largest size, in blocks.
 const BLOCKS: usize = 32;
