@@ -111,12 +111,15 @@ fn two_sandboxes_that_can_write_to_one_volume_are_named_once_in_the_log_and_in_t
     husk_tests::command::wait_for(Duration::from_secs(30), "the killed shim's lease ends", || {
         shares(&second).map(|shares| shares.is_empty().then_some(())).transpose()
     })??;
-    drop(first);
-    let leases = || {
-        fs::read_dir(containerd.path("/run/husk/.volumes")).map(|entries| {
-            entries.flatten().map(|entry| entry.file_name()).filter(|name| name != "lock").collect::<Vec<_>>()
-        })
+    let ids = [first.id().to_owned(), second.id().to_owned()];
+    // Other tests have leases of their own.
+    let leases = || -> Result<Vec<String>> {
+        let names = fs::read_dir(containerd.path("/run/husk/.volumes"))?.map(|entry| Ok(entry?.file_name()));
+        let names = names.collect::<std::io::Result<Vec<_>>>()?;
+        let names = names.iter().map(|name| name.to_string_lossy().into_owned());
+        Ok(names.filter(|name| ids.iter().any(|id| name.ends_with(id))).collect())
     };
+    drop(first);
     ensure!(leases()?.len() == 1, "{:?}", leases()?);
     drop(second);
     ensure!(leases()?.is_empty(), "{:?}", leases()?);
