@@ -120,5 +120,5 @@ fn compare(file: &File, path: &Path, mapping: &Mapping, model: &[u8], step: usiz
     Ok(file.metadata()?.len() == model.len() as u64
         && read == model
         && mapped() == model
-        && (step % 16 != 0 || fresh()? == model))
+        && (!step.is_multiple_of(16) || fresh()? == model))
 }
