@@ -10,7 +10,7 @@ use super::kernel_params;
 use super::settings::{AccelMode, Config, NetworkMode, Profile, VsockMode};
 use super::values::{
     absolute, addresses, annotations, boolean, choice, extras_max_mib, integer, list, memory_mib, milliseconds,
-    sockets, spare_nics, text, user, vcpus,
+    open_files, sockets, spare_nics, text, user, vcpus,
 };
 use crate::vmm::factory::boards;
 
@@ -27,7 +27,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 29] = [
+pub(crate) const KEYS: [ConfigKey; 30] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
@@ -47,6 +47,7 @@ pub(crate) const KEYS: [ConfigKey; 29] = [
     key("qemu", |config, value| put(&mut config.qemu, text(value).map(PathBuf::from))),
     key("qemu_user", |config, value| put(&mut config.qemu_user, user(value))),
     key("virtiofsd", |config, value| put(&mut config.virtiofsd, absolute(value).map(Some))),
+    key("virtiofsd_open_files", |config, value| put(&mut config.open_files, integer(value).and_then(open_files))),
     key("network_spare_nics", |config, value| put(&mut config.spare_nics, integer(value).and_then(spare_nics))),
     key("network", |config, value| put(&mut config.network, choice(value, &NetworkMode::NAMES))),
     key("port_addresses", |config, value| put(&mut config.port_addresses, addresses(value))),

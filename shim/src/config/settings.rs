@@ -21,6 +21,9 @@ pub(crate) const MIN_MEMORY_MIB: u64 = 64;
 /// QEMU's microvm supports 288.
 pub(crate) const MAX_VCPUS: u32 = 64;
 
+/// virtiofsd's limit of open files: about 200 MiB of the host's kernel memory if a guest fills it.
+const OPEN_FILES: u64 = 131_072;
+
 /// The key `accel`: how guest instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AccelMode {
@@ -117,6 +120,8 @@ pub struct Config {
     pub qemu_user: (u32, u32),
     /// virtiofsd's program, if not in a default place.
     pub virtiofsd: Option<PathBuf>,
+    /// How many files virtiofsd may have open.
+    pub open_files: u64,
     /// Network cards for links that appear in a VM's network namespace after its boot.
     pub spare_nics: u32,
     /// The network of sandboxes that nothing else connects.
@@ -166,6 +171,7 @@ impl Default for Config {
             // nobody and nogroup, which have these IDs on every Linux distribution.
             qemu_user: (65534, 65534),
             virtiofsd: None,
+            open_files: OPEN_FILES,
             spare_nics: 1,
             network: NetworkMode::None,
             port_addresses: Vec::new(),

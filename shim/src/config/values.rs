@@ -15,6 +15,16 @@ pub(crate) const MAX_SPARE_NICS: u32 = 8;
 /// VM boots.
 const MAX_EXTRAS_MIB: u64 = 4096;
 
+/// Limits of `virtiofsd_open_files`. Each open file takes about 1.5 KiB of the host's kernel memory, which a hostile
+/// guest can fill. virtiofsd needs some 600 for itself.
+const OPEN_FILES: std::ops::RangeInclusive<u64> = 2048..=1_048_576;
+
+/// Checks a limit of open files.
+pub(crate) fn open_files(limit: i64) -> Result<u64, String> {
+    let limit = u64::try_from(limit).ok().filter(|limit| OPEN_FILES.contains(limit));
+    limit.ok_or_else(|| format!("must be a number from {} to {}", OPEN_FILES.start(), OPEN_FILES.end()))
+}
+
 /// Checks a number of virtual CPUs.
 pub(crate) fn vcpus(count: i64) -> Result<u32, String> {
     match u32::try_from(count) {

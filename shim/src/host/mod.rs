@@ -9,10 +9,12 @@
 //! | `socket.rs`  | unix sockets in the sandbox's directory                     |
 //! | `unix.rs`    | unix sockets of other programs                              |
 //! | `usage.rs`   | CPU time and memory of processes                            |
+//! | `open_files.rs` | limits and numbers of open files                         |
 
 pub(crate) mod child;
 pub(crate) mod holder;
 pub(crate) mod hooks;
+pub mod open_files;
 pub mod process;
 pub mod socket;
 pub(crate) mod unix;

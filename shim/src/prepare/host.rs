@@ -14,7 +14,9 @@ use crate::config::names::PATH;
 use crate::config::problem::Problem;
 use crate::config::settings::{AccelMode, Config, VsockMode};
 use crate::guest::link::Carrier;
+use crate::host::open_files::FileLimits;
 use crate::state;
+use crate::vm::OpenFiles;
 use crate::vm::virtiofsd;
 use crate::vmm::{self, factory};
 
@@ -32,6 +34,8 @@ pub(crate) struct Host {
     pub(crate) vmm: PathBuf,
     /// virtiofsd's program.
     pub(crate) virtiofsd: PathBuf,
+    /// How many files virtiofsd may have open.
+    pub(crate) open_files: OpenFiles,
     /// How guest instructions are executed.
     pub(crate) accel: vmm::Accel,
     /// The vsock device.
@@ -51,6 +55,8 @@ pub struct Places {
     pub vhost_vsock: bool,
     /// The folder with the state of all sandboxes, and their leases.
     pub state: PathBuf,
+    /// How many files a process may have open.
+    pub files: FileLimits,
 }
 
 impl Places {
@@ -63,6 +69,7 @@ impl Places {
             kvm: KVM_MODULES.iter().any(|module| Path::new(module).exists()) && Path::new("/dev/kvm").exists(),
             vhost_vsock: Path::new(kernel::DEVICE).exists(),
             state: state::base(),
+            files: FileLimits::of_process(),
         }
     }
 }
@@ -82,11 +89,12 @@ pub(crate) fn find(config: &Config, places: &Places, debug: bool) -> Result<Host
         value: configured.map(|path| format!("{path:?}")),
         why: Chain(&error).to_string(),
     });
+    let open_files = OpenFiles { limit: places.files.grant(config.open_files), configured: config.open_files };
     let accel = accelerator(config.accel, places.kvm);
     let carrier = carrier(config.vsock, places.vhost_vsock);
     match (artifacts, vmm, virtiofsd, accel, carrier) {
         (Ok(artifacts), Ok(vmm), Ok(virtiofsd), Ok(accel), Ok(carrier)) => {
-            Ok(Host { artifacts, vmm, virtiofsd, accel, carrier })
+            Ok(Host { artifacts, vmm, virtiofsd, open_files, accel, carrier })
         }
         (artifacts, vmm, virtiofsd, accel, carrier) => {
             let mut missing = artifacts.err().unwrap_or_default();
@@ -163,6 +171,8 @@ fn carrier(configured: VsockMode, vhost_vsock: bool) -> Result<Carrier, Problem>
 mod tests {
     use super::*;
 
+    const FILES: FileLimits = FileLimits { hard: 20_000, max: 1_000_000, raisable: false };
+
     fn problems(text: &str) -> Vec<String> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&file, text).unwrap();
@@ -172,6 +182,7 @@ mod tests {
             kvm: false,
             vhost_vsock: false,
             state: PathBuf::new(),
+            files: FILES,
         };
         match check(Some(file.path()), &places) {
             Err(ConfigError::Invalid { problems, .. }) => problems.iter().map(ToString::to_string).collect(),
@@ -237,7 +248,8 @@ mod tests {
 
     #[test]
     fn a_named_configuration_file_must_exist() {
-        let places = Places { beside: None, path: None, kvm: false, vhost_vsock: false, state: PathBuf::new() };
+        let places =
+            Places { beside: None, path: None, kvm: false, vhost_vsock: false, state: PathBuf::new(), files: FILES };
         let error = Chain(&check(Some(Path::new("/no/such/config.toml")), &places).unwrap_err()).to_string();
         assert!(error.starts_with("read /no/such/config.toml: No such file"), "{error}");
     }

@@ -5,6 +5,7 @@ use oci_spec::runtime::LinuxNamespaceType;
 use super::*;
 use crate::config::keys::KEYS;
 use crate::config::load::parse;
+use crate::host::open_files::FileLimits;
 use crate::vmm::Board;
 use crate::vmm::factory::qemu::args::arguments;
 use crate::vmm::factory::qemu::args::tests::FDS;
@@ -53,6 +54,7 @@ impl TestHost {
             kvm: false,
             vhost_vsock: true,
             state: folder.path().join("state"),
+            files: FileLimits { hard: 20_000, max: 1_000_000, raisable: false },
         };
         Self { folder, places }
     }
@@ -154,6 +156,7 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |b| b.plan.virtiofsd.display().to_string()),
         "{host}/other/virtiofsd",
     ),
+    ("virtiofsd_open_files", "3000", |o| booted(o, |b| b.plan.open_files.limit.to_string()), "3000"),
     ("network", "\"user\"", |o| value(o, "-netdev"), "user,id=user,"),
     // Addresses of no host (RFC 5737): the check that follows finds out.
     (

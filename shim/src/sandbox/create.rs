@@ -96,6 +96,7 @@ impl Sandbox {
             tokio::join!(self.ensure_vm(&prepared, attachments), self.mount(&share, &request, &prepared), hooked);
         let vm = vm?;
         mounted?;
+        self.lease_volumes(&id, &prepared.rewritten.binds).await;
         hooked?;
         // The hooks may have added links after the boot has looked for some.
         vm.settle_network().await?;

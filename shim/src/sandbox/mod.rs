@@ -15,6 +15,7 @@ mod network;
 mod registry;
 mod start;
 mod status;
+mod volumes;
 mod without_guest;
 
 pub(crate) use error::SandboxError;

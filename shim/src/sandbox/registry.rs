@@ -1,6 +1,7 @@
 //! What a sandbox consists of: its VM and its containers, and how calls find them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -63,6 +64,8 @@ pub(super) struct Slots {
     /// Forwards connections inside the network namespace while the VM runs.
     pub(super) forwarding: Option<Forwarding>,
     pub(super) containers: HashMap<String, ContainerSlot>,
+    /// Volumes that another sandbox shares, of which the log has warned.
+    pub(super) warned_of: HashSet<PathBuf>,
     /// The sandbox itself, if the Sandbox API manages it.
     pub(super) managed: Option<Managed>,
 }
@@ -105,6 +108,7 @@ impl Sandbox {
                 share: None,
                 forwarding: None,
                 containers: HashMap::new(),
+                warned_of: HashSet::new(),
                 managed: None,
             }),
             ended: watch::channel(false).0,

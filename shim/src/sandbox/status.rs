@@ -101,6 +101,7 @@ impl Sandbox {
             cause_of_death,
         };
         let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_status);
-        Live { health: Some(health), supervisor, network }
+        let shared_volumes = self.shared_volumes().await;
+        Live { health: Some(health), supervisor, network, files: Some(vm.files_status()), shared_volumes }
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::host::process::ProcessId;
@@ -71,6 +72,11 @@ impl LeaseDir {
 
     /// Returns the holder of a lease, `None` if there is none or if the lease cannot be decoded.
     pub(super) fn holder(&self, name: &str) -> Result<Option<Holder>, LeaseError> {
+        self.read(name)
+    }
+
+    /// Reads a lease with more in it than its holder.
+    pub(super) fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, LeaseError> {
         let path = self.path(name);
         match fs::read(&path) {
             // A damaged lease counts as free: what it is about is still protected by the kernel while it is in use.
@@ -83,17 +89,20 @@ impl LeaseDir {
     /// Returns the holder of a lease if it is alive.
     pub(super) fn living_holder(&self, name: &str) -> Result<Option<Holder>, LeaseError> {
         let Some(holder) = self.holder(name)? else { return Ok(None) };
-        let runs = holder.shim.runs();
-        let runs =
-            runs.map_err(|source| LeaseError { what: "look for the holder of", path: self.path(name), source })?;
-        Ok(runs.then_some(holder))
+        Ok(self.lives(name, &holder)?.then_some(holder))
+    }
+
+    /// Whether the holder of a lease is alive.
+    pub(super) fn lives(&self, name: &str, holder: &Holder) -> Result<bool, LeaseError> {
+        let failed = |source| LeaseError { what: "look for the holder of", path: self.path(name), source };
+        holder.shim.runs().map_err(failed)
     }
 
     /// Writes a lease by rename: readers do not take the lock and must never see a part of it.
-    pub(super) fn write(&self, _locked: &Locked, name: &str, holder: &Holder) -> Result<(), LeaseError> {
+    pub(super) fn write(&self, _locked: &Locked, name: &str, lease: &impl Serialize) -> Result<(), LeaseError> {
         let (path, new) = (self.path(name), self.path(NEW));
         let write = || -> io::Result<()> {
-            let bytes = serde_json::to_vec(holder)?;
+            let bytes = serde_json::to_vec(lease)?;
             OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?.write_all(&bytes)?;
             fs::rename(&new, &path)
         };

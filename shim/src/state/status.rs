@@ -4,6 +4,7 @@
 //! Readers ignore unknown fields and give most missing ones a default, so that `husk` can show the sandbox of an older
 //! shim.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -16,6 +17,7 @@ use crate::state::life;
 use crate::state::life::{Life, VmState};
 use crate::state::links::NetworkStatus;
 use crate::state::store::State;
+use crate::state::volumes::SharedVolume;
 
 /// A name that this version knows, or one that only another version knows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,6 +96,24 @@ pub struct Live {
     pub supervisor: Option<SupervisorStatus>,
     /// `None` without a VM.
     pub network: Option<NetworkStatus>,
+    /// `None`, and absent from the JSON, without a VM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub files: Option<FilesStatus>,
+    /// Folders and files of the host that another running sandbox can write to as well. Absent from the JSON when empty.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub shared_volumes: BTreeSet<SharedVolume>,
+}
+
+/// The files that virtiofsd has open for the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FilesStatus {
+    /// How many; `None` if that cannot be determined.
+    pub open: Option<u64>,
+    /// How many there may be.
+    pub limit: u64,
+    /// The configured limit, which the host may not allow.
+    pub configured: u64,
 }
 
 /// A sandbox's shim.

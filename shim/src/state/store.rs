@@ -14,6 +14,7 @@ use super::facts::{Boot, MachineRecord};
 use super::life::{Life, VmState};
 use super::ports::PortLeases;
 use super::undo::Step;
+use super::volumes::VolumeLeases;
 use super::{cid, life, tree};
 use crate::host::hooks::{Hook, Subject};
 use crate::host::process::ProcessId;
@@ -172,6 +173,11 @@ impl State {
     pub(crate) fn leases(&self) -> cid::Leases {
         // The directory is <base>/<namespace>/<sandbox>.
         cid::Leases::under(self.dir.ancestors().nth(2).unwrap_or(Path::new("/")))
+    }
+
+    /// The leases of the host's folders and files.
+    pub(crate) fn volume_leases(&self) -> VolumeLeases {
+        VolumeLeases::under(self.dir.ancestors().nth(2).unwrap_or(Path::new("/")))
     }
 
     /// The leases of the host's ports.

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::cid::Leases;
 use super::ports::PortLeases;
 use super::tree::{self, is_gone};
+use super::volumes::VolumeLeases;
 use crate::host::hooks;
 use crate::host::hooks::{Hook, Subject};
 use crate::host::process::ProcessId;
@@ -75,6 +76,13 @@ pub(crate) enum Step {
         /// The shim that leased them: undo does not release another shim's lease.
         shim: ProcessId,
     },
+    /// Folders and files of the host were leased for a container that can write to them. Undo releases them.
+    Volumes {
+        container: String,
+        leases: VolumeLeases,
+        /// The shim that leased them: undo does not release another shim's lease.
+        shim: ProcessId,
+    },
     /// The rule that redirects a network namespace's own connections to the shim: removed.
     Loopback { claim: Claim, sandbox: String },
 }
@@ -93,6 +101,7 @@ impl fmt::Display for Step {
                 let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
                 write!(f, "release the host's port{plural} {}", ports.join(", "))
             }
+            Step::Volumes { container, .. } => write!(f, "release the volumes of {container}"),
             Step::Loopback { claim, .. } => {
                 write!(f, "remove the redirection of connections in the network namespace {}", claim.netns.display())
             }
@@ -128,6 +137,7 @@ impl Step {
             }
             Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
             Step::Ports { ports, leases, shim } => leases.release(ports, *shim).map_err(io::Error::other),
+            Step::Volumes { container, leases, shim } => leases.release(container, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {
                 hooks::run_to_the_end(poststop, container, remaining());
                 Ok(())

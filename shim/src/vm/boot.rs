@@ -116,6 +116,7 @@ impl Vm {
             machine: machine.clone(),
             share: share.clone(),
             share_workers,
+            open_files: plan.open_files,
             console: console.clone(),
             health,
             network,
@@ -231,10 +232,11 @@ fn start_share(
     cgroups: &[File],
     journal: &Journal,
 ) -> Result<Arc<Child>, BootError> {
+    plan.open_files.warn_if_low();
     let log = open_log(&journal.dir().join(VIRTIOFSD_LOG))?;
     let cgroups = cgroups.iter().map(File::try_clone).collect::<std::io::Result<_>>();
     let cgroups = cgroups.map_err(io("duplicate the descriptor of cgroup.procs"))?;
-    Ok(Arc::new(virtiofsd::start(&plan.virtiofsd, &plan.share, listener, log, cgroups)?))
+    Ok(Arc::new(virtiofsd::start(&plan.virtiofsd, &plan.share, plan.open_files, listener, log, cgroups)?))
 }
 
 /// Moves the machine's process to the VM's cgroup.

@@ -9,6 +9,7 @@
 //! | `running.rs`    | a VM whose guest is ready: stopping it                                     |
 //! | `death.rs`      | when and why a VM is dead                                                  |
 //! | `virtiofsd.rs`  | the process that serves the share                                          |
+//! | `open_files.rs` | its limit of open files                                                    |
 //! | `network.rs`    | connects the VM to its sandbox's network namespace                         |
 //! | `follow.rs`     | passes the namespace's changes on to the guest                             |
 //! | `connections.rs` | the status of its network                                                  |
@@ -25,6 +26,7 @@ mod follow;
 mod hello;
 mod network;
 mod on_failure;
+mod open_files;
 mod plan;
 mod ready;
 mod running;
@@ -32,6 +34,7 @@ pub(crate) mod virtiofsd;
 
 pub use error::BootError;
 pub use follow::FollowError;
+pub(crate) use open_files::OpenFiles;
 pub use plan::BootPlan;
 pub(crate) use running::DELIVERY;
 pub use running::{StillRunning, Vm};

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::cgroup::HostCgroup;
+use super::open_files::OpenFiles;
 use crate::config::settings::TokenSettings;
 use crate::config::workspace::Workspace;
 use crate::guest::link::Carrier;
@@ -19,6 +20,8 @@ pub struct BootPlan {
     pub carrier: Carrier,
     /// virtiofsd's program.
     pub virtiofsd: PathBuf,
+    /// How many files virtiofsd may have open.
+    pub(crate) open_files: OpenFiles,
     /// The folder that the guest mounts.
     pub share: PathBuf,
     /// From the start of the VMM to the guest's hello.

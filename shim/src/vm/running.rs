@@ -12,12 +12,14 @@ use ttrpc::context::with_duration;
 use super::connections;
 use super::death::CONSOLE_LINES;
 use super::follow::{FollowError, Following};
+use super::open_files::OpenFiles;
 use crate::console::Attached;
 use crate::guest::client::{Guest, GuestError};
 use crate::guest::report::GuestHealth;
 use crate::host::child::Child;
 use crate::host::process::ProcessId;
 use crate::state::links::NetworkStatus;
+use crate::state::status::FilesStatus;
 use crate::vmm::Machine;
 
 /// How long the machine may take to exit when the guest does not answer, and after it was killed.
@@ -44,6 +46,7 @@ pub struct Vm {
     pub(super) machine: Arc<dyn Machine>,
     pub(super) share: Arc<Child>,
     pub(super) share_workers: Vec<ProcessId>,
+    pub(super) open_files: OpenFiles,
     pub(super) console: Attached,
     pub(super) health: Arc<GuestHealth>,
     /// The VM's connection to a network namespace, if it has one.
@@ -110,6 +113,11 @@ impl Vm {
         let guest = self.cause_of_death().is_none().then_some(&*self.guest);
         let connections = self.network.as_ref().map(Following::status);
         connections::status(connections.as_ref(), guest).await
+    }
+
+    /// How many files virtiofsd has open, and how many it may have.
+    pub(crate) fn files_status(&self) -> FilesStatus {
+        self.open_files.status(&self.share_workers)
     }
 
     /// The console's last lines.

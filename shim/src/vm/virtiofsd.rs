@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use super::open_files::OpenFiles;
 use crate::host::child::{Child, FIRST_FD, Launch, LaunchError};
 
 /// The descriptor at which virtiofsd inherits its listening socket.
@@ -14,6 +15,19 @@ const LISTENER: i32 = FIRST_FD;
 /// Where distributions install it outside of PATH. /usr/lib/qemu/virtiofsd is left out: it is the old implementation in
 /// C, with other options.
 const PLACES: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/libexec/qemu/virtiofsd"];
+
+/// Which extended attributes the guest's root may set. `security.capability` is the host's. Those that would require
+/// CAP_SYS_ADMIN of virtiofsd have a prefix on the host, where they have no meaning; overlayfs in the guest needs them.
+/// The guest does not see those of the host. (Each rule is `:type:scope:name in the guest:name on the host:`.)
+const ATTRIBUTES: [&str; 7] = [
+    ":ok:all:security.capability:security.capability:",
+    ":prefix:all:trusted.:user.virtiofs.:",
+    ":prefix:all:security.:user.virtiofs.:",
+    ":bad:server::trusted.:",
+    ":bad:server::security.:",
+    ":bad:client:user.virtiofs.::",
+    ":ok:all:::",
+];
 
 /// Why virtiofsd does not start.
 #[derive(Debug, thiserror::Error)]
@@ -68,15 +82,17 @@ pub(crate) fn find(
     found.ok_or(VirtiofsdError::NotFound { looked: candidates })
 }
 
-fn arguments(share: &Path) -> Vec<OsString> {
+fn arguments(share: &Path, open_files: OpenFiles) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec![format!("--fd={LISTENER}").into(), "--shared-dir".into(), share.into()];
     // virtiofsd's mount namespace is a slave of the host's, so later mounts in the share propagate to it. Each submount
     // gets its own device number in the guest, so inode numbers of different containers do not collide.
     args.extend(["--sandbox=namespace", "--announce-submounts"].map(OsString::from));
-    // Extended attributes carry the file capabilities in images, such as ping's.
-    args.extend(["--xattr", "--cache=auto", "--log-level=warn"].map(OsString::from));
+    // Implies extended attributes. They carry the file capabilities in images, such as ping's.
+    args.extend(["--posix-acl", "--cache=auto", "--log-level=warn"].map(OsString::from));
+    args.push(format!("--xattrmap={}", ATTRIBUTES.join(" ")).into());
     // File handles would require the capability to open any file of the host by its handle.
     args.push("--inode-file-handles=never".into());
+    args.push(format!("--rlimit-nofile={}", open_files.limit).into());
     args
 }
 
@@ -107,13 +123,14 @@ pub(super) fn socket(private: &Path) -> Result<(UnixListener, OwnedFd), Virtiofs
 pub(super) fn start(
     program: &Path,
     share: &Path,
+    open_files: OpenFiles,
     listener: UnixListener,
     log: File,
     cgroups: Vec<File>,
 ) -> Result<Child, VirtiofsdError> {
     let launch = Launch {
         program: program.to_owned(),
-        args: arguments(share),
+        args: arguments(share, open_files),
         env: Vec::new(),
         fds: vec![(listener.into(), LISTENER)],
         // virtiofsd sets up namespaces and serves files of every owner. Its own sandbox drops everything else.
@@ -148,10 +165,16 @@ mod tests {
 
     #[test]
     fn the_share_is_sandboxed_and_mounts_are_announced() {
-        let args = arguments(Path::new("/run/husk/a/b/share"));
-        for expected in
-            ["--fd=900", "--shared-dir", "/run/husk/a/b/share", "--sandbox=namespace", "--announce-submounts"]
-        {
+        let limit = OpenFiles { limit: 3000, configured: 5000 };
+        let args = arguments(Path::new("/run/husk/a/b/share"), limit);
+        for expected in [
+            "--fd=900",
+            "--shared-dir",
+            "/run/husk/a/b/share",
+            "--sandbox=namespace",
+            "--announce-submounts",
+            "--rlimit-nofile=3000",
+        ] {
             assert!(args.iter().any(|arg| arg == expected), "{expected} in {args:?}");
         }
     }

@@ -41,6 +41,10 @@ pub(crate) fn kernel_cmdline(guest: &GuestParams, platform: Platform, accel: Acc
     if accel != Accel::Kvm {
         words.extend(emulation(platform, accel, tsc_khz));
     }
+    if let Some(max) = guest.max_inodes {
+        // From kernel-config/patches: without it, a guest that looks at many files drives virtiofsd into its limit.
+        words.push(format!("virtiofs.max_inodes={max}"));
+    }
     words.extend(init(guest));
     words.join(" ")
 }
@@ -121,6 +125,7 @@ pub(crate) mod tests {
             extras: false,
             supervisor: false,
             sandbox: false,
+            max_inodes: None,
             hostname: None,
             wall_clock: None,
             ready_port: None,
@@ -156,6 +161,9 @@ pub(crate) mod tests {
             let expected = format!("{expected} husk.log=warn husk.heartbeat_ms=10000");
             assert_eq!(kernel_cmdline(&guest(), platform, accel, tsc_khz), expected, "{platform:?} {accel:?}");
         }
+        let guest = GuestParams { max_inodes: Some(10), ..guest() };
+        let expected = format!("{START} virtiofs.max_inodes=10 husk.log=warn husk.heartbeat_ms=10000");
+        assert_eq!(kernel_cmdline(&guest, PLATFORM, Accel::Kvm, None), expected);
     }
 
     #[test]

@@ -60,6 +60,8 @@ pub struct GuestParams {
     pub supervisor: bool,
     /// The guest holds the namespaces of a sandbox without a pause container.
     pub sandbox: bool,
+    /// How many inodes of the share the guest caches at most.
+    pub max_inodes: Option<u64>,
     /// The host name of the guest, if the sandbox has one.
     pub hostname: Option<String>,
     /// The host's wall clock, since 1970.

@@ -6,8 +6,10 @@ use std::io::{self, Write};
 use anyhow::Result;
 use husk_shim::state::life::now_ms;
 use husk_shim::state::status::{
-    ContainerStatus, HealthStatus, MachineStatus, ProcessStatus, Status, SupervisorStatus, TransitionStatus,
+    ContainerStatus, FilesStatus, HealthStatus, MachineStatus, ProcessStatus, Status, SupervisorStatus,
+    TransitionStatus,
 };
+use husk_shim::state::volumes::SharedVolume;
 
 use crate::boot_profile::{bars, steps};
 use crate::find::{self, Known};
@@ -51,6 +53,12 @@ fn page(known: &Known<Status>, now_ms: u64) -> String {
     let live = status.live.as_ref();
     line("health", live.and_then(|live| live.health.as_ref()).map_or_else(|| "not known".to_owned(), health));
     line("supervisor", live.and_then(|live| live.supervisor.as_ref()).map_or_else(|| "none".to_owned(), supervisor));
+    if let Some(open) = live.and_then(|live| live.files.as_ref()) {
+        line("files", files(open));
+    }
+    for shared in live.iter().flat_map(|live| &live.shared_volumes) {
+        line("WARNING", shared_volume(shared));
+    }
     line("folder", shown(&status.dir.to_string_lossy()));
     page.push_str("\ncontainers\n");
     page.push_str(&indented(&containers(&summary.containers)));
@@ -102,6 +110,24 @@ fn health(health: &HealthStatus) -> String {
         duration(beats.since_heartbeat_ms),
         duration(beats.heartbeat_interval_ms),
         beats.missed
+    )
+}
+
+fn files(files: &FilesStatus) -> String {
+    let FilesStatus { open, limit, configured } = files;
+    let mut text = format!("virtiofsd has {} open, of at most {limit}", or_dash(open.as_ref()));
+    if limit < configured {
+        let _ = write!(text, "; the host does not allow the configured {configured}");
+    }
+    text
+}
+
+fn shared_volume(shared: &SharedVolume) -> String {
+    format!(
+        "sandbox {} in namespace {} can write to {} too: file locks and inotify do not work between two VMs",
+        shown(&shared.sandbox),
+        shown(&shared.namespace),
+        shown(&shared.path.to_string_lossy())
     )
 }
 
@@ -174,6 +200,8 @@ mod tests {
                 "cause_of_death": null},
             "supervisor": {"state": "waiting", "pid": null, "restarts": 3, "last_end": "exited with\u{7} status 1",
                 "wait_ms": 4000},
+            "shared_volumes": [{"path": "/srv/a\u{1b}", "namespace": "default", "sandbox": "db"}],
+            "files": {"open": 700, "limit": 20000, "configured": 131_072},
             "network": {"netns": "/run/netns/web", "links": [{"mac": "02:00:00:00:00:01",
                 "guest": {"name": "eth0", "mtu": 1500, "up": true, "carrier": true}}]},
             "containers": [{"id": "web", "processes": [
@@ -198,6 +226,8 @@ mod tests {
             "init        0.1.0 from /i",
             "health      heartbeats are missing: last heartbeat 12.0 s ago, expected every 10.0 s, 1 missed",
             "supervisor  waiting, restarts 3, restarts again in 4.0 s, last exit: exited with^G status 1",
+            "files       virtiofsd has 700 open, of at most 20000; the host does not allow the configured 131072",
+            "WARNING     sandbox db in namespace default can write to /srv/a^[ too: file locks and inotify do not work between two VMs",
             "folder      /run/husk/default/web",
             "  web        init     20            alive",
             "  web        sh^[     21            exited with 137",
