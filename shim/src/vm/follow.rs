@@ -266,8 +266,8 @@ impl Task {
         if problems.is_empty() { Ok(()) } else { Err(FollowError::Links(problems)) }
     }
 
-    /// Connects the links of the namespace, and gives the machine the network cards that it lacks for them. Returns what
-    /// the guest cannot have.
+    /// Connects the links of the namespace, and gives the machine the network cards that it lacks for them. Returns
+    /// what the guest cannot have.
     async fn connect_all(&mut self) -> Result<Vec<ObjectError>, FollowError> {
         let mut plugged = false;
         loop {
