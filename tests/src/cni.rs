@@ -80,9 +80,14 @@ impl<'a> Node<'a> {
         Ok(node)
     }
 
+    /// The name of the node's namespace.
+    pub fn name(&self) -> String {
+        format!("node-{}", self.id)
+    }
+
     /// Runs a script in the daemon's namespaces, with `$node` and `$outside` set to the names of the node's.
     pub fn sh(&self, script: &str) -> Result<Output> {
-        let names = format!("set -e; node=node-{0}; outside=outside-{0}", self.id);
+        let names = format!("set -e; node={}; outside=outside-{}", self.name(), self.id);
         let mut command = self.containerd.enter("sh");
         command.args(["-c", &format!("{names}\n{script}")]);
         command::run(command, None, COMMAND)?.ok()
@@ -102,7 +107,7 @@ impl<'a> Node<'a> {
     fn plugin(&self, call: &Call<'_>, config: &Value) -> Result<String> {
         let kind = config["type"].as_str().context("a plugin without a type")?;
         let mut command = self.containerd.enter("ip");
-        command.args(["netns", "exec", &format!("node-{}", self.id)]);
+        command.args(["netns", "exec", &self.name()]);
         command.arg(self.plugins.folder.join(kind));
         command.env("CNI_COMMAND", call.command).env("CNI_CONTAINERID", &call.pod.name).env("CNI_IFNAME", call.link);
         command.env("CNI_NETNS", call.pod.netns()).env("CNI_PATH", &self.plugins.folder);
@@ -183,6 +188,11 @@ pub struct Pod<'a> {
 }
 
 impl Pod<'_> {
+    /// The daemon in whose /run the namespace is.
+    pub fn containerd(&self) -> &Containerd {
+        self.node.containerd
+    }
+
     /// The namespace's path, as the daemon sees it.
     pub fn netns(&self) -> String {
         format!("/run/netns/{}", self.name)

@@ -6,7 +6,7 @@ use crate::artifacts::Runtime;
 use crate::containerd::{Container, Containerd};
 
 /// The bridge's address in [`Bridge`].
-pub const GATEWAY: &str = "10.88.0.1";
+const GATEWAY: &str = "10.88.0.1";
 
 /// A namespace that stands for the node, with a bridge.
 pub struct Bridge<'a> {

@@ -2,12 +2,13 @@
 //! as a container under runc sees them at once.
 #![cfg(not(target_env = "musl"))]
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Runtime;
 use husk_tests::command::wait_for;
-use husk_tests::containerd::{Container, Containerd};
+use husk_tests::containerd::{Configured, Container, Containerd};
 use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams};
 
@@ -81,22 +82,22 @@ impl Drop for Pod<'_> {
 }
 
 /// Names, MACs, MTU, states, addresses, routes, rules and permanent neighbours, without numbers and flags that are the
-/// kernel's own. The host's taps have names that start with `husk`.
+/// kernel's own. The host's taps have names that start with `husk`. The kernel's order of links is not that of names.
 const CONFIGURATION: &str = "for link in $(ls /sys/class/net | grep -v ^husk); do
         echo $link $(cat /sys/class/net/$link/mtu) $(cat /sys/class/net/$link/address) \
             $(ip link show dev $link | grep -o '[<,]UP[,>]' | tr -d '<,>')
     done
-    ip -o -4 addr | awk '{print $2, $3, $4, $5, $6}'
-    ip -o -6 addr | awk '/scope global/ {print $2, $3, $4}'
+    ip -o -4 addr | awk '{print $2, $3, $4, $5, $6}' | sort -s -k 1,1
+    ip -o -6 addr | awk '/scope global/ {print $2, $3, $4}' | sort -s -k 1,1
     ip -4 route; ip -6 route | grep -v '^fe80\\|^ff00\\|multicast' | awk '{print $1, $2, $3, $4, $5}'
     ip rule | sed 's/\\t/ /g'; ip neigh | grep PERMANENT | sed 's, used .*,,' | sort; true";
 
-/// Waits until a container in a VM shows what a container of runc in the same namespace shows.
-fn wait_until_same(husk: &Container<'_>, runc: &Container<'_>) -> Result<String> {
+/// Waits until a container in a VM shows what a container of runc in the same namespace shows. `husk` runs a script.
+fn wait_until_same(husk: impl Fn(&str) -> Result<String>, runc: &Container<'_>) -> Result<String> {
     let expected = runc.script(CONFIGURATION)?;
     let mut found = String::new();
     let same = wait_for(ARRIVES, "the guest has the namespace's network", || {
-        found = match husk.script(CONFIGURATION) {
+        found = match husk(CONFIGURATION) {
             Ok(found) => found,
             Err(error) => return Some(Err(error)),
         };
@@ -104,6 +105,22 @@ fn wait_until_same(husk: &Container<'_>, runc: &Container<'_>) -> Result<String>
     });
     same.with_context(|| format!("husk:\n{found}\nrunc:\n{expected}"))??;
     Ok(expected)
+}
+
+/// Traffic in both directions: the peer downloads a file from this address of the container.
+fn download(pod: &Pod<'_>, husk: impl Fn(&str) -> Result<String>, address: &str) -> Result<()> {
+    let sum = husk(
+        "mkdir /www; dd if=/dev/urandom of=/www/data bs=1M count=4 2>/dev/null
+        httpd -p 8080 -h /www; md5sum </www/data",
+    )?;
+    let download = format!(
+        "import hashlib, urllib.request as u
+direct = u.build_opener(u.ProxyHandler({{}}))
+print(hashlib.md5(direct.open('http://{address}:8080/data', timeout=60).read()).hexdigest())"
+    );
+    let received = pod.sh(&format!("ip netns exec $peer python3 -c \"{download}\""))?;
+    ensure!(sum.split(' ').next() == Some(received.as_str()), "{sum} was sent, {received} received");
+    Ok(())
 }
 
 #[test]
@@ -142,10 +159,10 @@ fn changes_of_a_namespace_reach_its_running_container() -> Result<()> {
     let runc = pod.container(Runtime::Runc, "runc")?;
     // The spare network card is out of sight.
     ensure!(husk.script("ls /sys/class/net; cat /proc/net/dev | grep -c :")? == "lo\n1");
-    wait_until_same(&husk, &runc)?;
+    wait_until_same(|script| husk.script(script), &runc)?;
 
     pod.sh("plug eth0 1; p route add default via 10.1.0.1")?;
-    let shown = wait_until_same(&husk, &runc)?;
+    let shown = wait_until_same(|script| husk.script(script), &runc)?;
     ensure!(shown.contains("eth0 1400") && shown.contains("UP"), "{shown}");
     for change in [
         "p addr add 10.1.0.8/24 dev eth0; p addr del fd00:1::7/64 dev eth0",
@@ -157,26 +174,18 @@ fn changes_of_a_namespace_reach_its_running_container() -> Result<()> {
         "p link set eth0 name net7; p link set net7 up",
     ] {
         pod.sh(change)?;
-        wait_until_same(&husk, &runc).context(change)?;
+        wait_until_same(|script| husk.script(script), &runc).context(change)?;
     }
     // Traffic in both directions, with the new MAC.
     husk.script("ping -c 1 -w 20 10.1.0.1")?;
-    let sum = husk.script(
-        "mkdir /www; dd if=/dev/urandom of=/www/data bs=1M count=4 2>/dev/null
-        httpd -p 8080 -h /www; md5sum </www/data",
-    )?;
-    let download = "import hashlib, urllib.request as u
-direct = u.build_opener(u.ProxyHandler({}))
-print(hashlib.md5(direct.open('http://10.1.0.7:8080/data', timeout=60).read()).hexdigest())";
-    let received = pod.sh(&format!("ip netns exec $peer python3 -c \"{download}\""))?;
-    ensure!(sum.split(' ').next() == Some(received.as_str()), "{sum} was sent, {received} received");
+    download(&pod, |script| husk.script(script), "10.1.0.7")?;
 
     // The link leaves, and another one gets its card.
     pod.sh("q link del peer1; p rule del from 10.1.0.8 table 100")?;
-    ensure!(wait_until_same(&husk, &runc)?.starts_with("lo "));
+    ensure!(wait_until_same(|script| husk.script(script), &runc)?.starts_with("lo "));
     ensure!(husk.script("ls /sys/class/net; cat /proc/net/dev | grep -c :")? == "lo\n1");
     pod.sh("plug eth5 2")?;
-    wait_until_same(&husk, &runc)?;
+    wait_until_same(|script| husk.script(script), &runc)?;
     husk.script("ping -c 1 -w 20 10.2.0.1")?;
 
     containerd.shim_of(husk.id())?.0.kill();
@@ -209,4 +218,53 @@ fn a_link_without_a_network_card_fails_the_start_by_name() -> Result<()> {
     shim.task.delete(&id, "")?;
     shim.shutdown();
     Ok(())
+}
+
+#[test]
+fn links_beyond_the_spare_network_cards_are_plugged_into_a_q35() -> Result<()> {
+    husk_only!();
+    let configured = Configured::start("machine = \"q35\"\nnetwork_spare_nics = 0\nvcpus = 2\n")?;
+    let containerd = &configured.containerd;
+    let pod = Pod::new(containerd, "plugged")?;
+    let before = pod.devices_and_qdiscs()?;
+    let id = containerd.id("plugged");
+    let shim = pod.shim(&id, &["sh", "-c", &format!("{{ {CONFIGURATION}; }} >/first; exec sleep 1000")])?;
+    let execs = AtomicU32::new(0);
+    let husk = |script: &str| shim.script(&format!("exec{}", execs.fetch_add(1, Ordering::Relaxed)), script);
+
+    // Start waits for them.
+    shim.create(&Streams::default())?;
+    pod.sh("plug eth0 1; plug eth1 2; p route add default via 10.1.0.1")?;
+    shim.task.start(&id, "")?;
+    let runc = pod.container(Runtime::Runc, "runc")?;
+    let shown = wait_until_same(husk, &runc)?;
+    ensure!(shown.contains("eth1 1400"), "{shown}");
+    wait_for(ARRIVES, "the first process has seen both links", || {
+        let first = husk("cat /first");
+        first.map(|first| (first == shown).then_some(())).transpose()
+    })??;
+
+    // In the running container, up to the limit.
+    pod.sh("for number in 3 4 5 6 7 8; do plug net$number $number; done")?;
+    wait_until_same(husk, &runc)?;
+    husk("for number in 1 2 3 4 5 6 7 8; do ping -c 1 -w 20 10.$number.0.1; done")?;
+    download(&pod, husk, "10.8.0.7")?;
+    pod.sh("plug net9 9")?;
+    let mut log = shim.log();
+    wait_for(ARRIVES, "the log names the link", || {
+        log += &shim.log();
+        let limit = "cannot be given more than the 8 that were plugged into it";
+        log.lines().any(|line| line.contains("link net9") && line.contains(limit)).then_some(())
+    })
+    .with_context(|| log.clone())?;
+
+    // A plugged card serves further links as the others do.
+    pod.sh("q link del peer3")?;
+    wait_until_same(husk, &runc)?;
+    husk("ping -c 1 -w 20 10.9.0.1")?;
+
+    containerd.shim_of(&id)?.0.kill();
+    shim.delete_action()?.ok()?;
+    pod.sh("for number in 1 2 4 5 6 7 8 9; do q link del peer$number; done")?;
+    pod.wait_until_clean(&before)
 }

@@ -11,11 +11,12 @@ use super::message::encode;
 use super::model::{Applied, Sysctl};
 use super::netlink::Netlink;
 use super::plan::{Change, plan};
-use super::resolve::resolve;
+use super::plugged::Search;
+use super::resolve::{find_nic, resolve};
 use super::spare::{Spares, devices, put_away};
 
 /// Makes the network match `request`. `last` is what the requests before it left, and becomes what this one leaves.
-/// `spares` holds the NICs that no link has.
+/// `spares` holds the NICs that no link has. `search` finds NICs that were plugged into the running machine.
 ///
 /// # Errors
 /// The first object of the request that is invalid, in which case nothing has changed, or the first change that the
@@ -24,25 +25,25 @@ pub(super) fn configure(
     request: &ConfigureNetworkRequest,
     last: &mut Applied,
     spares: &mut Option<Spares>,
+    search: Search,
 ) -> Result<(), NetworkError> {
     let mut netlink = Netlink::open()?;
     let mut present = devices(&mut netlink)?;
-    let mut next = None;
-    if let Some(spares) = spares {
-        let spare = spares.devices()?;
-        // An invalid request must not move a NIC.
-        let valid = resolve(request, &[&present[..], &spare[..]].concat())?;
-        if spares.give(&spare, &valid)? {
-            present = devices(&mut netlink)?;
-        } else {
-            next = Some(valid);
-        }
+    let spare = spares.as_mut().map_or(Ok(Vec::new()), Spares::devices)?;
+    let lacks = |link| find_nic(link, &present).or_else(|| find_nic(link, &spare)).is_none();
+    if request.links.iter().any(lacks) {
+        search().map_err(NetworkError::Search)?;
+        present = devices(&mut netlink)?;
     }
-    // A NIC that has moved may have another index.
-    let next = match next {
-        Some(next) => next,
-        None => resolve(request, &present)?,
-    };
+    // An invalid request must not move a NIC.
+    let mut next = resolve(request, &[&present[..], &spare[..]].concat())?;
+    if let Some(spares) = spares
+        && spares.give(&spare, &next)?
+    {
+        // A NIC that has moved may have another index.
+        present = devices(&mut netlink)?;
+        next = resolve(request, &present)?;
+    }
     let changes = plan(&present, last, &next);
     let made = changes.iter().try_for_each(|change| make(&mut netlink, change));
     let result = made.and_then(|()| put_away(&mut netlink, &present, request, spares));

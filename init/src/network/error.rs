@@ -13,6 +13,8 @@ pub(super) enum NetworkError {
     NoDevice { link: String, mac: String },
     #[error("create the network namespace of the spare NICs")]
     Spares(#[source] io::Error),
+    #[error("search for plugged NICs")]
+    Search(#[source] io::Error),
     #[error("list the links")]
     List(#[source] NetlinkError),
     #[error("{change}")]

@@ -8,6 +8,7 @@ use husk_protos::network::{
 
 use super::apply::configure;
 use super::model::Applied;
+use super::plugged::Search;
 use super::testing::*;
 
 #[test]
@@ -20,23 +21,23 @@ fn sysctls_are_set_once_before_the_addresses() {
         let sysctls = vec![sysctl("core/somaxconn", "77")];
         let mut request = ConfigureNetworkRequest { links: vec![eth0], sysctls, ..Default::default() };
         let mut last = Applied::default();
-        configure(&request, &mut last, &mut None).unwrap();
+        configure(&request, &mut last, &mut None, NO_SEARCH).unwrap();
         let read = |path: &str| std::fs::read_to_string(format!("/proc/sys/net/{path}")).unwrap();
         assert_eq!([read("core/somaxconn"), read("ipv6/conf/eth0/disable_ipv6")], ["77\n", "1\n"]);
         // A container changes it.
         std::fs::write("/proc/sys/net/core/somaxconn", "99").unwrap();
-        configure(&request, &mut last, &mut None).unwrap();
+        configure(&request, &mut last, &mut None, NO_SEARCH).unwrap();
         assert_eq!(read("core/somaxconn"), "99\n");
 
         // The kernel applies the namespace's to every link, whose own value counts.
         request.links[0].sysctls = vec![sysctl("ipv6/disable_ipv6", "0")];
-        configure(&request, &mut last, &mut None).unwrap();
+        configure(&request, &mut last, &mut None, NO_SEARCH).unwrap();
         request.sysctls = vec![sysctl("ipv6/conf/all/disable_ipv6", "1")];
-        configure(&request, &mut last, &mut None).unwrap();
+        configure(&request, &mut last, &mut None, NO_SEARCH).unwrap();
         assert_eq!([read("ipv6/conf/all/disable_ipv6"), read("ipv6/conf/eth0/disable_ipv6")], ["1\n", "0\n"]);
 
         request.sysctls = vec![sysctl("core/none", "1")];
-        let error = configure(&request, &mut last, &mut None).unwrap_err();
+        let error = configure(&request, &mut last, &mut None, NO_SEARCH).unwrap_err();
         assert_eq!(
             Chain(&error).to_string(),
             "set the sysctl net/core/none to \"1\": No such file or directory (os error 2)"
@@ -397,7 +398,7 @@ fn a_spare_nic_is_out_of_sight_until_a_link_needs_it_and_again_afterwards() {
         };
         let mut configure = |request: &ConfigureNetworkRequest| {
             for _ in 0..2 {
-                configure(request, &mut last, &mut spares).map_err(|error| Chain(&error).to_string())?;
+                configure(request, &mut last, &mut spares, NO_SEARCH).map_err(|error| Chain(&error).to_string())?;
             }
             Ok::<_, String>(())
         };
@@ -421,6 +422,36 @@ fn a_spare_nic_is_out_of_sight_until_a_link_needs_it_and_again_afterwards() {
         assert_eq!(names(), ["lo", "net0", "eth1"]);
         one.spare_nics.push(vec![1]);
         assert_eq!(configure(&one).unwrap_err(), "spare NIC 01: the MAC address has not 6 bytes");
+    });
+}
+
+#[test]
+fn a_nic_that_was_plugged_is_searched_for_when_a_link_needs_it() {
+    in_namespace(&["eth0"], || {
+        let (mut last, mut spares) = (Applied::default(), None);
+        let mut request = request(&[link("eth0", 1, &[])], &[]);
+        let not_needed: Search = || panic!("every link has its NIC");
+        configure(&request, &mut last, &mut spares, not_needed).unwrap();
+        request.links.push(link("net7", 7, &[address("10.7.0.2/24", 0)]));
+        let error = configure(&request, &mut last, &mut spares, NO_SEARCH).unwrap_err().to_string();
+        assert_eq!(error, "link net7: the guest has no network device with the MAC address 02:00:00:00:00:07");
+        let error = configure(&request, &mut last, &mut spares, || Err(std::io::ErrorKind::NotFound.into()));
+        assert_eq!(Chain(&error.unwrap_err()).to_string(), "search for plugged NICs: entity not found");
+        let plugged: Search = || {
+            ip("link add plugged address 02:00:00:00:00:07 type veth peer name peer7");
+            Ok(())
+        };
+        configure(&request, &mut last, &mut spares, plugged).unwrap();
+        assert_eq!(lines("route show dev net7"), ["10.7.0.0/24 proto kernel scope link src 10.7.0.2 linkdown"]);
+        // Later, it is spare like any other.
+        request.links.pop();
+        request.spare_nics.push(vec![2, 0, 0, 0, 0, 7]);
+        configure(&request, &mut last, &mut spares, not_needed).unwrap();
+        assert!(!ip("link").contains("net7"));
+        request.spare_nics.pop();
+        request.links.push(link("net8", 7, &[]));
+        configure(&request, &mut last, &mut spares, not_needed).unwrap();
+        assert!(ip("link").contains("net8"));
     });
 }
 

@@ -7,7 +7,8 @@
 //!    one finds what it depends on;
 //! 3. `apply` makes them, over rtnetlink(7) (`netlink`, `message`).
 //!
-//! NICs without a link are kept out of the containers' sight (`spare`). `model` has the types that the steps share.
+//! NICs that were plugged into the running machine are searched for when a link needs one (`plugged`). NICs without a
+//! link are kept out of the containers' sight (`spare`). `model` has the types that the steps share.
 //! Bringing up the loopback is a step of the boot.
 
 mod apply;
@@ -16,6 +17,7 @@ mod message;
 mod model;
 mod netlink;
 mod plan;
+mod plugged;
 mod resolve;
 mod service;
 mod spare;

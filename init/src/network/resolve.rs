@@ -82,6 +82,12 @@ fn resolve_link(link: &NetworkLink, devices: &[Device], others: &[Link]) -> Resu
     Ok(Link { id: LinkId { index: device.index, name: link.name.clone() }, mac, mtu: link.mtu, up: link.up })
 }
 
+/// Finds a link's NIC; none as well if the link is invalid.
+pub(super) fn find_nic<'a>(link: &NetworkLink, devices: &'a [Device]) -> Option<&'a Device> {
+    let nic = if link.nic.is_empty() { &link.mac } else { &link.nic };
+    find_device(devices, Mac::try_from(nic.as_slice()).ok()?)
+}
+
 /// Finds a NIC by its MAC address. Without a permanent address that matches, the first link is meant: bridges, VLANs
 /// and others that copy a NIC's address were created after the NIC.
 pub(super) fn find_device(devices: &[Device], mac: Mac) -> Option<&Device> {

@@ -14,6 +14,7 @@ use ttrpc::r#async::TtrpcContext;
 use super::apply::configure;
 use super::error::NetworkError;
 use super::model::Applied;
+use super::plugged::search_pci;
 use super::spare::Spares;
 use super::status::status;
 use crate::error::{CallError, FailureKind};
@@ -34,7 +35,7 @@ impl NetworkApi for NetworkService {
         let state = self.state.clone();
         let configure = move || {
             let (last, spares) = &mut *lock(&state);
-            configure(&request, last, spares)
+            configure(&request, last, spares, search_pci)
         };
         handle_uninterrupted(on_a_thread("configure the network", configure)).await?;
         Ok(ConfigureNetworkResponse::default())
@@ -63,6 +64,7 @@ fn call_error(operation: &str, error: &NetworkError) -> CallError {
         NetworkError::Invalid { .. } => FailureKind::InvalidArgument,
         NetworkError::NoDevice { .. } => FailureKind::NotFound,
         NetworkError::Spares(_)
+        | NetworkError::Search(_)
         | NetworkError::List(_)
         | NetworkError::Change { .. }
         | NetworkError::Sysctl { .. }

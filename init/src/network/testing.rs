@@ -10,6 +10,10 @@ use serde_json::Value;
 
 use super::apply::configure;
 use super::model::Applied;
+use super::plugged::Search;
+
+/// No NIC is ever plugged.
+pub(super) const NO_SEARCH: Search = || Ok(());
 
 pub(super) const NODAD: u32 = 0x02;
 pub(super) const NOPREFIXROUTE: u32 = 0x200;
@@ -133,7 +137,7 @@ pub(super) fn difference(before: &[String], after: &[String]) -> String {
 /// Applies a request, and checks that repeating it changes nothing.
 pub(super) fn apply(request: &ConfigureNetworkRequest, last: &mut Applied) {
     let configure = |last: &mut Applied| {
-        if let Err(error) = configure(request, last, &mut None) {
+        if let Err(error) = configure(request, last, &mut None, NO_SEARCH) {
             panic!("{}", Chain(&error));
         }
         everything()
@@ -144,7 +148,7 @@ pub(super) fn apply(request: &ConfigureNetworkRequest, last: &mut Applied) {
 }
 
 pub(super) fn error(request: &ConfigureNetworkRequest, last: &mut Applied) -> String {
-    Chain(&configure(request, last, &mut None).unwrap_err()).to_string()
+    Chain(&configure(request, last, &mut None, NO_SEARCH).unwrap_err()).to_string()
 }
 
 /// What the CNI bridge plugin configures for a network with IPv4 and IPv6.

@@ -2,16 +2,15 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::error::{NetworkError, ObjectError};
-use super::follow::{Follower, NicState, Settled};
+use super::follow::{Follower, Settled};
 use super::link::{self, AnyLink, alias, alias_prefix, is_tap, spare_name, tap_name};
 use super::multicast;
 use super::netlink::Netlink;
 use super::netns::Claim;
+use super::nic::{Nic, NicState, random_mac};
 use super::redirect::{Classifier, Device, has_ingress};
 use super::scan::{Sent, scan};
 use super::subscription::{News, Subscription};
@@ -28,6 +27,8 @@ pub struct NicPlan {
     pub spare: usize,
     /// Most NICs that the machine can have. There are fewer spare NICs if they do not fit.
     pub most: usize,
+    /// Most NICs that can be plugged into the running machine.
+    pub pluggable: usize,
 }
 
 /// What a VM needs to take over a namespace's links.
@@ -38,14 +39,6 @@ pub struct Connected {
     pub follower: Follower,
     /// The guest's configuration; without problems.
     pub settled: Settled,
-}
-
-/// A NIC of the VM.
-pub struct Nic {
-    /// The tap's descriptors, one for each queue pair. The tap vanishes with the last of them.
-    pub taps: Vec<OwnedFd>,
-    /// The NIC's MAC at boot.
-    pub mac: [u8; 6],
 }
 
 impl fmt::Debug for Connected {
@@ -63,13 +56,13 @@ impl fmt::Debug for Connected {
 /// Nothing stays in the namespace, not even after [`NetworkError::Deadline`]: the work is then undone as soon as the
 /// kernel has finished it.
 pub fn connect(claim: &Claim, plan: NicPlan, limit: Duration) -> Result<Connected, NetworkError> {
-    let netns = claim.netns.clone();
-    let work = move |deadline| connect_inside(deadline, plan, netns);
+    let namespace = claim.clone();
+    let work = move |deadline| connect_inside(deadline, plan, namespace);
     // The taps vanish with their descriptors.
     claim.run_or_undo(limit, work, |mut connected: Connected| connected.follower.release_links())
 }
 
-fn connect_inside(deadline: Instant, plan: NicPlan, netns: PathBuf) -> Result<Connected, ObjectError> {
+fn connect_inside(deadline: Instant, plan: NicPlan, claim: Claim) -> Result<Connected, ObjectError> {
     let mut netlink = Netlink::open(deadline).map_err(|error| error.at("rtnetlink", "connect"))?;
     // Before the scan: a change after it would be missed.
     let subscription = Subscription::open().map_err(|error| error.at("rtnetlink", "connect"))?;
@@ -101,12 +94,16 @@ fn connect_inside(deadline: Instant, plan: NicPlan, netns: PathBuf) -> Result<Co
     }
     let classifier = Classifier::MatchAll;
     let mut follower = Follower {
-        netns,
+        claim,
         vm: plan.vm,
+        queues: plan.queues,
         netlink,
         subscription,
         classifier,
         nics: states,
+        plugging: None,
+        pluggable: plan.pluggable,
+        plugged: 0,
         news: News::default(),
         sysctls: Sent::default(),
     };
@@ -116,15 +113,6 @@ fn connect_inside(deadline: Instant, plan: NicPlan, netns: PathBuf) -> Result<Co
     }
     follower.release_links();
     Err(settled.problems.swap_remove(0))
-}
-
-/// A MAC for a NIC without a link: random, locally administered, and of a single station (IEEE 802).
-fn random_mac() -> Result<[u8; 6], ObjectError> {
-    let mut mac = [0; 6];
-    let failed = |error| ObjectError::system("spare network card", "choose its MAC")(std::io::Error::other(error));
-    getrandom::fill(&mut mac).map_err(failed)?;
-    mac[0] = mac[0] & 0xfc | 0x02;
-    Ok(mac)
 }
 
 /// Removes what a VM's connection left at the links of the namespace: redirects and ingress qdiscs. Leaves a link alone

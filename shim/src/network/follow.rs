@@ -4,7 +4,6 @@
 //! keep the namespace as long as the VM, whose taps do the same.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use husk_protos::chain::Chain;
@@ -16,23 +15,16 @@ use super::error::{NetworkError, ObjectError};
 use super::link::{Link, alias, spare_name, tap_name};
 use super::multicast;
 use super::netlink::Netlink;
+use super::netns::Claim;
+use super::nic::{NicState, Plugging, Waiting};
 use super::redirect::{Classifier, Device, has_ingress, redirect, remove};
 use super::scan::{Scan, Sent, scan};
 use super::status::{LinkStatus, NetworkStatus, NicStatus};
 use super::subscription::{News, Subscription};
-use super::tap::{Tap, describe, rename, set_up};
+use super::tap::{describe, rename, set_up};
 
 /// The name of the loopback, which every guest has.
 const LOOPBACK: &str = "lo";
-
-/// A NIC of the VM, its tap, and the link that it is connected to.
-#[derive(Debug)]
-pub(super) struct NicState {
-    /// The MAC that the machine gave to the NIC, which identifies it.
-    pub(super) mac: [u8; 6],
-    pub(super) tap: Tap,
-    pub(super) link: Option<Link>,
-}
 
 /// What the guest has to know after the namespace has changed.
 #[derive(Debug)]
@@ -41,17 +33,27 @@ pub struct Settled {
     pub config: ConfigureNetworkRequest,
     /// What the guest cannot be given.
     pub problems: Vec<ObjectError>,
+    /// The links that can be connected once the machine has another NIC: see [`Follower::new_nic`].
+    pub waiting: Vec<Waiting>,
 }
 
 /// A VM's NICs, and the namespace that they follow.
 pub struct Follower {
-    pub(super) netns: PathBuf,
+    pub(super) claim: Claim,
     /// The VM, as the aliases of its taps name it.
     pub(super) vm: String,
+    /// Queue pairs of each NIC.
+    pub(super) queues: u16,
     pub(super) netlink: Netlink,
     pub(super) subscription: Subscription,
     pub(super) classifier: Classifier,
     pub(super) nics: Vec<NicState>,
+    /// A NIC that the machine does not have yet.
+    pub(super) plugging: Option<Plugging>,
+    /// How many NICs the running machine can still be given.
+    pub(super) pluggable: usize,
+    /// How many it was given.
+    pub(super) plugged: usize,
     /// What has happened since the NICs were last connected, and what could not be connected then.
     pub(super) news: News,
     /// The sysctls that the guest has been told.
@@ -83,10 +85,11 @@ impl Follower {
 
     fn settle_inside(&mut self) -> Result<Option<Settled>, ObjectError> {
         let nics = &self.nics;
+        let plugging = self.plugging.as_ref().map(|plugging| plugging.nic.tap.index);
         self.subscription
             .drain(
                 &mut self.news,
-                |index| nics.iter().any(|nic| nic.tap.index == index),
+                |index| plugging == Some(index) || nics.iter().any(|nic| nic.tap.index == index),
                 |index| nics.iter().any(|nic| nic.link.as_ref().is_some_and(|link| link.index == index)),
             )
             .map_err(|error| error.at("rtnetlink", "follow the namespace"))?;
@@ -99,7 +102,7 @@ impl Follower {
         self.news = News::default();
         let settled = self.apply(scan, |link| redirectless.contains(&link.index));
         // After a problem, the next call tries again.
-        self.news.changed |= !settled.problems.is_empty();
+        self.news.changed |= !settled.problems.is_empty() || !settled.waiting.is_empty();
         Ok(Some(settled))
     }
 
@@ -127,14 +130,23 @@ impl Follower {
             // The other NICs are connected even if one is not.
             problems.extend(self.make(change, &links).err());
         }
-        problems.extend(unconnected.into_iter().map(|link| {
-            let reason = format!(
-                "the VM has no network card left for it: it has {}, all of which have links (see network_spare_nics)",
-                self.nics.len()
-            );
-            ObjectError::unsupported(format!("link {}", links[link].name), reason)
-        }));
-        Settled { config: self.config(config), problems }
+        let mut unconnected = unconnected.into_iter().map(|link| &links[link]);
+        let waiting = unconnected.by_ref().take(self.pluggable).map(Waiting::new).collect();
+        problems.extend(unconnected.map(|link| self.no_nic_left(link)));
+        Settled { config: self.config(config), problems, waiting }
+    }
+
+    /// Why a link stays without a NIC.
+    fn no_nic_left(&self, link: &Link) -> ObjectError {
+        let plugged = match self.plugged {
+            0 => String::new(),
+            plugged => format!(", and cannot be given more than the {plugged} that were plugged into it"),
+        };
+        let reason = format!(
+            "the VM has no network card left for it: it has {}, all of which have links{plugged} (see network_spare_nics)",
+            self.nics.len()
+        );
+        ObjectError::unsupported(format!("link {}", link.name), reason)
     }
 
     fn make(&mut self, change: NicChange, links: &[Link]) -> Result<(), ObjectError> {
@@ -258,11 +270,15 @@ impl Follower {
             tap: nic.tap.name.clone(),
             link: nic.link.as_ref().map(link),
         };
-        NetworkStatus { netns: self.netns.clone(), nics: self.nics.iter().map(nic).collect(), problems: Vec::new() }
+        NetworkStatus {
+            netns: self.claim.netns.clone(),
+            nics: self.nics.iter().map(nic).collect(),
+            problems: Vec::new(),
+        }
     }
 
-    fn inside(&self, source: ObjectError) -> NetworkError {
-        NetworkError::Inside { path: self.netns.clone(), source }
+    pub(super) fn inside(&self, source: ObjectError) -> NetworkError {
+        NetworkError::Inside { path: self.claim.netns.clone(), source }
     }
 }
 

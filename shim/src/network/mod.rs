@@ -5,8 +5,9 @@
 //! arrives at one leaves through the other, before the namespace's own stack sees it. QEMU inherits the tap's
 //! descriptors, and the guest takes over the link's MAC, MTU, addresses, routes, rules and neighbours.
 //!
-//! A machine's number of NICs is fixed when it boots, so a VM has spare NICs with taps of their own, which have no
-//! carrier. A link that appears later gets a spare NIC, and a NIC whose link disappears becomes spare again.
+//! A VM has spare NICs with taps of their own, which have no carrier. A link that appears after the boot gets a spare
+//! NIC, and a NIC whose link disappears becomes spare again. If no NIC is left, [`Settled::waiting`] asks the caller to
+//! plug one into the machine, if the machine's board can be given one.
 //!
 //! The caller does, in this order:
 //!
@@ -29,8 +30,10 @@
 //! | `loopback/`       | redirects the namespace's own connections to the shim, for forwarding   |
 //! | `tap.rs`          | tap devices                                                             |
 //! | `redirect.rs`     | ingress qdiscs and filters                                              |
+//! | `nic.rs`          | the NICs, and the links that wait for one                               |
 //! | `diff.rs`         | which NICs change their links (pure)                                    |
 //! | `follow.rs`       | keeps the NICs connected                                                |
+//! | `plug.rs`         | NICs that are plugged into the running machine                          |
 //! | `connect.rs`      | the beginning and the end                                               |
 //! | `status.rs`       | what operators see                                                      |
 //! | `error.rs`        | errors                                                                  |
@@ -45,6 +48,8 @@ pub(crate) mod loopback;
 mod multicast;
 mod netlink;
 mod netns;
+mod nic;
+mod plug;
 mod private;
 mod redirect;
 mod reply;
@@ -62,6 +67,7 @@ pub use connect::{Connected, NicPlan, connect, disconnect};
 pub use error::{NetworkError, ObjectError};
 pub use follow::{Follower, Settled};
 pub use netns::{Claim, claim};
+pub use nic::Waiting;
 pub use private::{PrivateNamespace, create};
 pub use scan::copied_sysctls;
 pub use status::{LinkStatus, NetworkStatus, NicStatus};

@@ -35,7 +35,7 @@ fn pod() -> (Namespace, Namespace, Claim) {
 const VM: &str = "ns/pod";
 
 fn plan(queues: u16, spare: usize) -> NicPlan {
-    NicPlan { vm: VM.into(), queues, spare, most: 5 }
+    NicPlan { vm: VM.into(), queues, spare, most: 5, pluggable: 0 }
 }
 
 fn qdiscs(namespace: &Namespace) -> String {
@@ -107,7 +107,7 @@ fn expect_echo(peer: &Namespace, count: u8) {
 #[test]
 fn a_guest_takes_over_the_pods_link() {
     let (pod, peer, claim) = pod();
-    let Connected { mut nics, follower, settled: Settled { config, problems } } =
+    let Connected { mut nics, follower, settled: Settled { config, problems, .. } } =
         connect(&claim, plan(1, 0), LIMIT).unwrap();
     let nic = nics.remove(0);
     let status = &follower.status().nics[0];
@@ -253,7 +253,7 @@ fn a_link_that_appears_later_gets_a_spare_nic_and_gives_it_back() {
     // Beyond the spare NICs: the others keep working, and each further attempt names the link.
     appear("net2", "02:00:00:00:00:08");
     for _ in 0..2 {
-        let Settled { config, problems } = settle(&mut connected);
+        let Settled { config, problems, .. } = settle(&mut connected);
         assert!(problems[0].to_string().starts_with("link net2: the VM has no network card left"), "{problems:?}");
         assert_eq!(config.links.len(), 2);
     }
@@ -275,12 +275,52 @@ fn a_link_that_appears_later_gets_a_spare_nic_and_gives_it_back() {
     for name in ["eth0", "net2"] {
         pod.ip(&format!("link del {name}"));
     }
-    let Settled { config, problems } = settle(&mut connected);
+    let Settled { config, problems, .. } = settle(&mut connected);
     assert_eq!((config.links.len(), config.spare_nics.len(), problems.len()), (0, 2, 0));
     assert_eq!(links(&connected), ["husk-s0", "husk-s1"]);
     assert!(!qdiscs(&pod).contains("ingress"), "{}", qdiscs(&pod));
     let Connected { nics, .. } = connected;
     drop(nics);
+    pod.wait_until_taps_are_gone();
+}
+
+#[test]
+fn a_link_without_a_nic_waits_for_one_that_is_plugged() {
+    let (pod, _peer, claim) = pod();
+    let mut connected = connect(&claim, NicPlan { pluggable: 1, ..plan(2, 0) }, LIMIT).unwrap();
+    pod.ip("link add net1 address 02:00:00:00:00:07 type veth peer name net2");
+    let settled = settle(&mut connected);
+    assert_eq!((settled.waiting.len(), settled.problems.len(), settled.config.links.len()), (1, 1, 1));
+    let text = settled.problems[0].to_string();
+    assert!(text.starts_with("link net1: the VM has no network card left for it: it has 1,"), "{text}");
+    let failed = settled.waiting[0].failed(&std::io::Error::other("QEMU says no")).to_string();
+    assert_eq!(failed, "link net2: the VM has no network card left for it, and cannot be given one: QEMU says no");
+
+    // After a failure, the next attempt uses the same tap, which is no news.
+    let nic = connected.follower.new_nic(&settled.waiting[0], LIMIT).unwrap();
+    drop(nic);
+    let waiting = settle(&mut connected).waiting;
+    let nic = connected.follower.new_nic(&waiting[0], LIMIT).unwrap();
+    assert_eq!((nic.taps.len(), links(&connected)), (2, vec!["eth0".to_owned()]));
+    connected.follower.plugged();
+    let settled = settle(&mut connected);
+    assert_eq!(links(&connected), ["eth0", "net2"]);
+    assert_eq!((settled.config.links.len(), settled.waiting.len()), (2, 0));
+    assert!(settled.config.links.iter().all(|link| link.nic.is_empty()), "the NIC has the link's MAC from the start");
+    let text = settled.problems[0].to_string();
+    let expected = "it has 2, all of which have links, and cannot be given more than the 1 that were plugged into it";
+    assert!(text.starts_with("link net1: ") && text.contains(expected), "{text}");
+
+    // From then on, it is as spare as the others.
+    pod.ip("link del net1");
+    settle(&mut connected);
+    assert_eq!(links(&connected), ["eth0", "husk-s1"]);
+    pod.ip("link add net3 type veth peer name net4");
+    settle(&mut connected);
+    assert_eq!(links(&connected), ["eth0", "net4"]);
+    // Nobody but the machine has the tap.
+    drop(nic);
+    connected.nics.clear();
     pod.wait_until_taps_are_gone();
 }
 
@@ -326,7 +366,7 @@ fn changes_of_a_link_are_followed() {
     pod.ip("addr add 10.9.0.2/24 dev eth0");
     pod.ip("route add default via 10.9.0.1");
     pod.ip("neigh add 10.9.0.9 lladdr 02:00:00:00:00:05 dev eth0");
-    let Settled { config, problems } = settle(&mut connected);
+    let Settled { config, problems, .. } = settle(&mut connected);
     assert!(problems.is_empty(), "{problems:?}");
     let link = &config.links[0];
     assert_eq!(

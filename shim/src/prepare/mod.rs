@@ -333,6 +333,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
         initrd: host.artifacts.initrd.clone(),
         kernel_cid: None,
         disks: Vec::new(),
+        pluggable_nics: 0,
         user_network: None,
         guest,
         user: Some(user(config, host.accel)),
@@ -380,6 +381,10 @@ pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, Boo
     spec.guest.wall_clock = SystemTime::now().duration_since(UNIX_EPOCH).ok();
     // Late as well: a longer measurement is more accurate.
     spec.tsc_khz = vmm::tsc::khz();
+    let vmm = vmm::factory::create(prepared.config.board, prepared.host.vmm.clone());
+    if network.is_some() && spec.user_network.is_none() {
+        spec.pluggable_nics = vmm.pluggable_nics();
+    }
     let plan = BootPlan {
         spec,
         carrier: prepared.host.carrier,
@@ -394,7 +399,7 @@ pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, Boo
         tokens: prepared.config.tokens.clone(),
         workspace: prepared.workspace.clone(),
     };
-    (vmm::factory::create(prepared.config.board, prepared.host.vmm.clone()), plan)
+    (vmm, plan)
 }
 
 #[cfg(test)]

@@ -99,8 +99,9 @@ impl Vm {
         let share_workers = record_share_workers(&processes.share, journal)?;
         let health = Arc::new(GuestHealth::new(spec.guest.heartbeat));
         let (death, dead) = watch::channel(None);
+        let machine = processes.machine.clone();
         let Ready { guest, network, events } =
-            ready(link, &hello, network, plan.call_timeout, dead.clone(), reached).await?;
+            ready(link, &hello, network, machine, plan.call_timeout, dead.clone(), reached).await?;
 
         kill_machine.succeeded();
         kill_share.succeeded();

@@ -96,6 +96,10 @@ mod tests {
             format!("the machine {}", self.0.exited().await)
         }
 
+        async fn plug(&self, _: crate::vmm::NicEnd) -> Result<(), crate::vmm::VmmError> {
+            Err(crate::vmm::VmmError::NoSlot)
+        }
+
         fn kill(&self) {
             self.0.kill();
         }

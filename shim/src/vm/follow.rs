@@ -17,7 +17,8 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::guest::client::{Guest, GuestError};
-use crate::network::{Follower, NetworkError, NetworkStatus, ObjectError, Settled};
+use crate::network::{Follower, NetworkError, NetworkStatus, ObjectError, Settled, Waiting};
+use crate::vmm::{Machine, NicEnd, VmmError};
 
 /// Deadline for all changes in the namespace.
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
@@ -42,6 +43,9 @@ pub enum FollowError {
     /// Links of the namespace that the guest cannot have.
     #[error("{}", .0.iter().map(|problem| Chain(problem).to_string()).collect::<Vec<_>>().join("; "))]
     Links(Vec<ObjectError>),
+    /// The machine cannot be given a network card.
+    #[error(transparent)]
+    Plug(#[from] VmmError),
     /// The guest has rejected its configuration, or cannot be called.
     #[error("configure the guest's network")]
     Guest(#[from] GuestError),
@@ -65,6 +69,13 @@ type Reply = oneshot::Sender<Outcome>;
 /// A thread that changes the namespace: the NICs' new state, and what the guest has to know.
 type Change = JoinHandle<Result<(NetworkStatus, Result<Option<Settled>, NetworkError>), FollowError>>;
 
+/// The links of the namespace that the guest does not have.
+#[derive(Default)]
+struct Missing {
+    problems: Vec<ObjectError>,
+    waiting: Vec<Waiting>,
+}
+
 /// A handle on the task. The task ends with it.
 pub(super) struct Following {
     calls: mpsc::Sender<Reply>,
@@ -80,6 +91,7 @@ impl Following {
         follower: Follower,
         settled: Settled,
         guest: Arc<Guest>,
+        machine: Arc<dyn Machine>,
         dead: watch::Receiver<Option<String>>,
     ) -> Result<Self, FollowError> {
         // SAFETY: the descriptor stays the same and open: nothing replaces it, and `changes` owns it.
@@ -91,7 +103,7 @@ impl Following {
         let applied = Some(ConfigureNetworkRequest::default());
         let limit = DEADLINE + BLOCKED + guest.call_timeout();
         let (wanted, running) = (settled.config, None);
-        let mut task = Task { follower: follower.clone(), guest, running, wanted, applied, status };
+        let mut task = Task { follower: follower.clone(), guest, machine, running, wanted, applied, status };
         task.configure_guest().await?;
         let (calls, called) = mpsc::channel(CALLERS);
         tokio::spawn(task.run(changes, called, dead));
@@ -172,6 +184,7 @@ struct Task {
     /// None once the VM is being stopped. Locked only by blocking work.
     follower: Arc<Mutex<Option<Follower>>>,
     guest: Arc<Guest>,
+    machine: Arc<dyn Machine>,
     /// A change that was not finished in time. No other one can begin.
     running: Option<Change>,
     /// The configuration that the guest should have.
@@ -248,14 +261,47 @@ impl Task {
         if let Some(running) = self.running.take() {
             self.finish(running).await?;
         }
-        let follower = self.follower.clone();
-        let problems = self.finish(tokio::task::spawn_blocking(move || change(&follower))).await?;
+        let problems = self.connect_all().await?;
         self.configure_guest().await?;
         if problems.is_empty() { Ok(()) } else { Err(FollowError::Links(problems)) }
     }
 
-    /// Waits for a change of the namespace, and returns what the guest cannot have.
-    async fn finish(&mut self, mut change: Change) -> Result<Vec<ObjectError>, FollowError> {
+    /// Connects the links of the namespace, and gives the machine the network cards that it lacks for them. Returns
+    /// what the guest cannot have.
+    async fn connect_all(&mut self) -> Result<Vec<ObjectError>, FollowError> {
+        let mut plugged = false;
+        loop {
+            let follower = self.follower.clone();
+            let change = tokio::task::spawn_blocking(move || change(&follower, plugged));
+            let Missing { mut problems, waiting } = self.finish(change).await?;
+            // Ends, because the machine can be given only so many.
+            let Some(first) = waiting.first() else { return Ok(problems) };
+            match self.plug(first.clone()).await {
+                Ok(()) => plugged = true,
+                Err(FollowError::Ended) => return Err(FollowError::Ended),
+                Err(error) => {
+                    // The guest gets the rest of its network.
+                    problems.extend(waiting.iter().map(|link| link.failed(&error)));
+                    return Ok(problems);
+                }
+            }
+        }
+    }
+
+    /// Gives the machine a network card.
+    async fn plug(&self, link: Waiting) -> Result<(), FollowError> {
+        let follower = self.follower.clone();
+        let mut created = tokio::task::spawn_blocking(move || {
+            let mut follower = lock(&follower);
+            let follower = follower.as_mut().ok_or(FollowError::Ended)?;
+            Ok::<_, FollowError>(follower.new_nic(&link, DEADLINE)?)
+        });
+        let nic = within(DEADLINE + BLOCKED, &mut created).await??;
+        Ok(self.machine.plug(NicEnd { mac: nic.mac, taps: nic.taps }).await?)
+    }
+
+    /// Waits for a change of the namespace, and returns what the guest does not have.
+    async fn finish(&mut self, mut change: Change) -> Result<Missing, FollowError> {
         let done = within(DEADLINE + BLOCKED, &mut change).await;
         if let Err(FollowError::Blocked(_)) = done {
             self.running = Some(change);
@@ -264,9 +310,9 @@ impl Task {
         self.status.send_modify(|published| {
             published.nics = status.nics;
         });
-        let Some(settled) = settled? else { return Ok(Vec::new()) };
+        let Some(settled) = settled? else { return Ok(Missing::default()) };
         self.wanted = settled.config;
-        Ok(settled.problems)
+        Ok(Missing { problems: settled.problems, waiting: settled.waiting })
     }
 
     async fn configure_guest(&mut self) -> Result<(), FollowError> {
@@ -283,12 +329,17 @@ impl Task {
     }
 }
 
-/// Gives the namespace's NICs what its links need. Blocks.
+/// Gives the namespace's NICs what its links need. `plugged` tells that the machine has got the NIC that was created
+/// for it. Blocks.
 fn change(
     follower: &Mutex<Option<Follower>>,
+    plugged: bool,
 ) -> Result<(NetworkStatus, Result<Option<Settled>, NetworkError>), FollowError> {
     let mut follower = lock(follower);
     let follower = follower.as_mut().ok_or(FollowError::Ended)?;
+    if plugged {
+        follower.plugged();
+    }
     let settled = follower.settle(DEADLINE);
     Ok((follower.status(), settled))
 }

@@ -16,7 +16,7 @@ use crate::state::journal::Journal;
 use crate::state::lease::Holder;
 use crate::state::ports::PortError;
 use crate::state::{Owner, StateError, Step};
-use crate::vmm::{NicEnd, Vmm};
+use crate::vmm::{Machine, NicEnd, Vmm};
 
 /// More queue pairs gain little, and each takes up to two of the descriptors that a machine's process can inherit.
 const MAX_QUEUES: u16 = 4;
@@ -40,7 +40,13 @@ pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -
     let name = journal.with(|state| Ok(format!("{}/{}", state.namespace(), state.sandbox())))?;
     journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone(), vm: name.clone() }])?;
     let queues = u16::try_from(plan.spec.vcpus).map_or(MAX_QUEUES, |vcpus| vcpus.min(MAX_QUEUES));
-    let nics = NicPlan { vm: name, queues, spare: plan.spare_nics as usize, most: vmm.most_nics(&plan.spec, queues) };
+    let nics = NicPlan {
+        vm: name,
+        queues,
+        spare: plan.spare_nics as usize,
+        most: vmm.most_nics(&plan.spec, queues),
+        pluggable: plan.spec.pluggable_nics,
+    };
     let connected = in_namespace(move || network::connect(&claim, nics, DEADLINE)).await?;
     tracing::info!(network = ?connected, "connected the VM to its network namespace");
     let Connected { nics, follower, settled } = connected;
@@ -49,17 +55,19 @@ pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -
 }
 
 impl Network {
-    /// Configures the guest, before it runs anything, and follows the namespace until `dead` has a value.
+    /// Configures the guest, before it runs anything, and follows the namespace until `dead` has a value. `machine` is
+    /// given further network cards for links that appear later.
     pub(super) async fn follow(
         self,
         guest: &Arc<Guest>,
+        machine: Arc<dyn Machine>,
         dead: watch::Receiver<Option<String>>,
     ) -> Result<Option<Following>, BootError> {
         if let Some(config) = self.user {
             guest.network.configure(guest.context(), &config).await.map_err(GuestError::from)?;
         }
         let Some((follower, settled)) = self.connected else { return Ok(None) };
-        Ok(Some(Following::start(follower, settled, guest.clone(), dead).await?))
+        Ok(Some(Following::start(follower, settled, guest.clone(), machine, dead).await?))
     }
 }
 

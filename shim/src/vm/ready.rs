@@ -16,6 +16,7 @@ use crate::guest::clock;
 use crate::guest::link::Link;
 use crate::state::Boot;
 use crate::state::facts::HostMilestone;
+use crate::vmm::Machine;
 
 /// A guest that is ready for containers.
 pub(super) struct Ready {
@@ -24,12 +25,13 @@ pub(super) struct Ready {
     pub(super) events: Metering<Event>,
 }
 
-/// Makes a guest ready that has sent its hello, within `limit`. Its network is followed until `dead` has a value. On
-/// failure, nothing follows it any more: the caller can undo its connection.
+/// Makes the guest of `machine` ready, which has sent its hello, within `limit`. Its network is followed until `dead` has
+/// a value. On failure, nothing follows it any more: the caller can undo its connection.
 pub(super) async fn ready(
     link: Link,
     hello: &Hello,
     network: Network,
+    machine: Arc<dyn Machine>,
     limit: Duration,
     dead: watch::Receiver<Option<String>>,
     reached: &mut Boot,
@@ -38,7 +40,7 @@ pub(super) async fn ready(
     let guest = deadline.keep("connect to its services", Guest::connect(link, hello, limit)).await?;
     let guest = Arc::new(guest);
     reached.reached(HostMilestone::GuestConnected);
-    let network = deadline.keep("configure its network", network.follow(&guest, dead)).await?;
+    let network = deadline.keep("configure its network", network.follow(&guest, machine, dead)).await?;
     let subscribed = async {
         deadline.keep("set its clock", clock::set(&guest)).await?;
         // Without its events the guest is unusable.

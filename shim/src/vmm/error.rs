@@ -38,4 +38,15 @@ pub enum VmmError {
         /// The system's error.
         source: io::Error,
     },
+    /// A running machine has as many more network cards as it can be given.
+    #[error("the machine has no slot left for a network card")]
+    NoSlot,
+    /// A running machine cannot be given another network card.
+    #[error("plug a network card into {machine}")]
+    Plug {
+        /// The VMM.
+        machine: &'static str,
+        /// The VMM's error.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
 }

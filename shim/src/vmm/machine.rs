@@ -93,6 +93,8 @@ pub struct Spec {
     pub kernel_cid: Option<u32>,
     /// Block devices.
     pub disks: Vec<Disk>,
+    /// The most network cards that the running machine may be given, at most [`Vmm::pluggable_nics`].
+    pub pluggable_nics: usize,
     /// A network card that the VMM connects by itself, without privileges.
     pub user_network: Option<UserNetwork>,
     /// What the shim passes to the guest on the kernel command line.
@@ -131,6 +133,9 @@ pub trait Vmm: Send + Sync {
     /// The most network cards that a machine with this spec can have, each with `queues` pairs of queues.
     fn most_nics(&self, spec: &Spec, queues: u16) -> usize;
 
+    /// The most network cards that a running machine can be given, in addition to those that it starts with.
+    fn pluggable_nics(&self) -> usize;
+
     /// Starts a machine. Returns when its process runs; the guest reports its own readiness.
     ///
     /// # Errors
@@ -147,6 +152,13 @@ pub trait Machine: Send + Sync {
 
     /// Resolves when the process has exited, with a description of its end. May be called any number of times.
     async fn exited(&self) -> String;
+
+    /// Gives the running machine another network card. The guest has to search its buses for it.
+    ///
+    /// # Errors
+    ///
+    /// The machine has no room left, or the VMM rejects the card or does not answer: the machine does not have it.
+    async fn plug(&self, nic: NicEnd) -> Result<(), VmmError>;
 
     /// Kills the process.
     fn kill(&self);

@@ -7,6 +7,13 @@ use crate::network::user::{self, UserNetwork};
 use crate::vmm::kernel_cmdline::kernel_cmdline;
 use crate::vmm::machine::{Accel, Spec};
 
+/// The bus of the network cards that are plugged into the running machine. QEMU plugs nothing into q35's own bus.
+pub(super) const PLUG_BUS: &str = "plug";
+/// The bridge's own hot-plug controller (SHPC) instead of ACPI's, which would describe each slot in a table that the
+/// guest interprets when it boots: 4.3 million instructions instead of 0.1 million. The guest uses neither: its init
+/// searches the bus.
+const BRIDGE_CONTROLS_ITSELF: &str = "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off";
+
 /// Numbers of the descriptors that QEMU inherits. QEMU opens only its own firmware by path, so its user needs no access
 /// to husk's files, and none of its sockets has a name.
 #[derive(Debug, Clone)]
@@ -92,6 +99,11 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
         push(&["-netdev", &user_netdev(network)]);
         push(&["-device", &nic_device("user", user::MAC, "", board)]);
     }
+    if spec.pluggable_nics > 0 {
+        push(&["-global", BRIDGE_CONTROLS_ITSELF]);
+        // Last, so that the other devices keep their places.
+        push(&["-device", &format!("pci-bridge,id={PLUG_BUS},chassis_nr=1,shpc=on")]);
+    }
     args
 }
 
@@ -165,6 +177,7 @@ pub(crate) mod tests {
             initrd: "/i".into(),
             kernel_cid: None,
             disks: Vec::new(),
+            pluggable_nics: 0,
             user_network: None,
             guest: guest(),
             user: None,
@@ -315,6 +328,14 @@ pub(crate) mod tests {
             assert!(of("-netdev").contains(&expected[0]), "{args:?}");
             assert!(of("-device").contains(&expected[1]), "{args:?}");
         }
+    }
+
+    #[test]
+    fn a_machine_that_may_be_given_network_cards_has_a_bridge_after_all_other_devices() {
+        let spec = Spec { pluggable_nics: 8, ..spec() };
+        let args = arguments(&spec, Board::Q35, &FDS);
+        assert_eq!(values(&args, "-device").last(), Some(&"pci-bridge,id=plug,chassis_nr=1,shpc=on"));
+        assert_eq!(values(&args, "-global"), ["ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]);
     }
 
     #[test]

@@ -54,6 +54,16 @@ impl Board {
         }
     }
 
+    /// Network cards that a running machine can be given.
+    pub(super) fn pluggable_nics(self) -> usize {
+        match self {
+            // QEMU cannot plug virtio-mmio devices.
+            Self::Microvm => 0,
+            // A limit of husk's: the bridge has 31 slots.
+            Self::Q35 => 8,
+        }
+    }
+
     /// What the guest's kernel has to know.
     pub(super) fn platform(self) -> Platform {
         Platform { acpi_and_pci: self == Self::Q35, apic_timer_khz: APIC_TIMER_KHZ }

@@ -5,6 +5,7 @@
 //! | `args.rs`  | the arguments (pure)                    |
 //! | `board.rs` | the boards                              |
 //! | `qmp.rs`   | QMP, QEMU's control protocol            |
+//! | `plug.rs`  | network cards of a running machine      |
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -17,6 +18,7 @@ use async_trait::async_trait;
 use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 
 use crate::host::child::{Child, FIRST_FD, LAST_FD, Launch};
 use crate::host::process::ProcessId;
@@ -26,6 +28,7 @@ use crate::vmm::machine::{Accel, Disk, Machine, NicEnd, Sockets, Spec, Vmm};
 
 pub(crate) mod args;
 pub(crate) mod board;
+mod plug;
 mod qmp;
 
 /// The name in messages.
@@ -70,7 +73,12 @@ impl Vmm for Qemu {
         let others = OTHER_FDS + spec.disks.len();
         let inheritable = (LAST_FD - FIRST_FD + 1) as usize;
         let by_descriptors = inheritable.saturating_sub(others) / descriptors;
-        self.board.slots().saturating_sub(OTHER_DEVICES + spec.disks.len()).min(by_descriptors)
+        let bridge = usize::from(spec.pluggable_nics > 0);
+        self.board.slots().saturating_sub(OTHER_DEVICES + bridge + spec.disks.len()).min(by_descriptors)
+    }
+
+    fn pluggable_nics(&self) -> usize {
+        self.board.pluggable_nics()
     }
 
     async fn start(&self, spec: &Spec, sockets: Sockets) -> Result<Box<dyn Machine>, VmmError> {
@@ -109,9 +117,16 @@ impl Vmm for Qemu {
             leads: false,
         };
         let child = launch.spawn().map_err(|source| VmmError::Spawn { program: self.program.clone(), source })?;
-        let machine = QemuMachine { child: Arc::new(child), reason: Arc::default() };
+        let (connected, connection) = watch::channel(None);
+        let machine = QemuMachine {
+            child: Arc::new(child),
+            reason: Arc::default(),
+            accel: spec.accel,
+            slots: plug::Slots::new(spec.pluggable_nics),
+            qmp: connection,
+        };
         let qmp = UnixStream::from_std(qmp).map_err(system("register the QMP socket"))?;
-        tokio::spawn(listen(qmp, machine.reason.clone()));
+        tokio::spawn(listen(qmp, machine.reason.clone(), connected));
         Ok(Box::new(machine))
     }
 }
@@ -126,20 +141,24 @@ impl Inherited {
         number
     }
 
-    /// With hardware virtualization, the kernel's vhost-net moves the packets if it is available.
     fn add_nic(&mut self, nic: NicEnd, accel: Accel) -> args::NicFds {
-        let open = |_| File::options().read(true).write(true).open(VHOST_NET).map(OwnedFd::from);
-        let vhost: std::io::Result<Vec<OwnedFd>> = match accel {
-            Accel::Kvm => nic.taps.iter().map(open).collect(),
-            Accel::Tcg | Accel::TcgCounted => Ok(Vec::new()),
-        };
-        let vhost = vhost.unwrap_or_else(|error| {
-            tracing::debug!(%error, "QEMU moves the packets, because {VHOST_NET} cannot be opened");
-            Vec::new()
-        });
+        let vhost = vhost(nic.taps.len(), accel);
         let mut add = |fds: Vec<OwnedFd>| fds.into_iter().map(|fd| self.add(fd)).collect();
         args::NicFds { mac: nic.mac, taps: add(nic.taps), vhost: add(vhost) }
     }
+}
+
+/// With hardware virtualization, the kernel's vhost-net moves the packets if it is available.
+fn vhost(queues: usize, accel: Accel) -> Vec<OwnedFd> {
+    let open = |_| File::options().read(true).write(true).open(VHOST_NET).map(OwnedFd::from);
+    let opened: std::io::Result<Vec<OwnedFd>> = match accel {
+        Accel::Kvm => (0..queues).map(open).collect(),
+        Accel::Tcg | Accel::TcgCounted => Ok(Vec::new()),
+    };
+    opened.unwrap_or_else(|error| {
+        tracing::debug!(%error, "QEMU moves the packets, because {VHOST_NET} cannot be opened");
+        Vec::new()
+    })
 }
 
 /// Opens a file that QEMU opens again, as its own user, through the descriptor's name in `/dev/fd`.
@@ -163,20 +182,29 @@ struct QemuMachine {
     child: Arc<Child>,
     /// Why the guest ended, as QEMU reports it.
     reason: Arc<Mutex<Option<String>>>,
+    accel: Accel,
+    slots: plug::Slots,
+    /// QMP, once it is connected.
+    qmp: watch::Receiver<Option<Arc<qmp::Qmp>>>,
 }
 
 /// Keeps the reason that QEMU reports for the guest's end. The exit status does not tell: it is 0 for a shutdown and
 /// for a panic.
-async fn listen(socket: UnixStream, reason: Arc<Mutex<Option<String>>>) {
-    // Keep the client: dropping it would close the connection.
-    let (_qmp, mut events) = match qmp::Qmp::handshake(socket, QMP_DEADLINE).await {
-        Ok(connected) => connected,
+async fn listen(
+    socket: UnixStream,
+    reason: Arc<Mutex<Option<String>>>,
+    connected: watch::Sender<Option<Arc<qmp::Qmp>>>,
+) {
+    let (qmp, mut events) = match qmp::Qmp::handshake(socket, QMP_DEADLINE).await {
+        Ok(connection) => connection,
         Err(error) => {
             // The machine runs, but the reason for the guest's end stays unknown.
             tracing::warn!(error = %Chain(&error), "failed to connect to QMP");
             return;
         }
     };
+    // The channel keeps the client: dropping it would close the connection.
+    connected.send_replace(Some(Arc::new(qmp)));
     while let Some(event) = events.recv().await {
         tracing::debug!(event = event.name, data = %event.data, "QMP event");
         if event.name == "SHUTDOWN" {
@@ -199,6 +227,27 @@ impl Machine for QemuMachine {
             Some(reason) => format!("QEMU {exit} after {reason}"),
             None => format!("QEMU {exit}"),
         }
+    }
+
+    async fn plug(&self, nic: NicEnd) -> Result<(), VmmError> {
+        let failed = |source: qmp::QmpError| VmmError::Plug { machine: NAME, source: source.into() };
+        let mut connection = self.qmp.clone();
+        // The handshake has a deadline. If it fails, the sender is dropped.
+        let qmp = match connection.wait_for(Option::is_some).await {
+            Ok(qmp) => qmp.clone(),
+            Err(_) => None,
+        };
+        let qmp = qmp.ok_or_else(|| failed(qmp::QmpError::Closed))?;
+        let slot = self.slots.take().ok_or(VmmError::NoSlot)?;
+        let vhost = vhost(nic.taps.len(), self.accel);
+        let card = plug::Card { mac: nic.mac, taps: nic.taps, vhost };
+        plug::plug(&qmp, slot, &card).await.map_err(|failure| match failure {
+            plug::Failure::Undone(error) => {
+                self.slots.give_back(slot);
+                failed(error)
+            }
+            plug::Failure::Unknown(error) => failed(error),
+        })
     }
 
     fn kill(&self) {

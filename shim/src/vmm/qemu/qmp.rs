@@ -4,14 +4,17 @@
 //! QEMU is trusted no more than its guest: lines are bounded, and each command has a deadline.
 
 use std::collections::HashMap;
+use std::io::IoSlice;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, oneshot};
@@ -102,6 +105,21 @@ impl Qmp {
 
     /// Runs a command and returns its reply.
     pub(super) async fn execute(&self, command: &str, arguments: Value, deadline: Duration) -> Result<Value, QmpError> {
+        self.exchange(command, arguments, None, deadline).await
+    }
+
+    /// Gives QEMU a descriptor under a name that later commands can use. QEMU has its own copy then.
+    pub(super) async fn give(&self, name: &str, fd: BorrowedFd<'_>, deadline: Duration) -> Result<(), QmpError> {
+        self.exchange("getfd", json!({"fdname": name}), Some(fd), deadline).await.map(|_| ())
+    }
+
+    async fn exchange(
+        &self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+        deadline: Duration,
+    ) -> Result<Value, QmpError> {
         let exchange = async {
             let (sender, reply) = oneshot::channel();
             {
@@ -111,7 +129,11 @@ impl Qmp {
                 lock(&self.pending).insert(id, sender);
                 let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
                 line.push('\n');
-                writer.0.write_all(line.as_bytes()).await?;
+                let sent = match fd {
+                    Some(fd) => send(&writer.0, line.as_bytes(), fd).await?,
+                    None => 0,
+                };
+                writer.0.write_all(&line.as_bytes()[sent..]).await?;
             }
             match reply.await {
                 Ok(Ok(value)) => Ok(value),
@@ -127,6 +149,18 @@ impl Qmp {
             .await
             .map_err(|_| QmpError::Deadline { command: command.to_owned(), deadline })?
     }
+}
+
+/// Sends the beginning of a line together with a descriptor (SCM_RIGHTS), and returns the number of bytes that it sent.
+async fn send(writer: &OwnedWriteHalf, line: &[u8], fd: BorrowedFd<'_>) -> std::io::Result<usize> {
+    let socket: &UnixStream = writer.as_ref();
+    let rights = [fd.as_raw_fd()];
+    let send = || {
+        let (data, rights) = ([IoSlice::new(line)], [ControlMessage::ScmRights(&rights)]);
+        let sent = sendmsg::<()>(socket.as_fd().as_raw_fd(), &data, &rights, MsgFlags::MSG_NOSIGNAL, None);
+        Ok(sent?)
+    };
+    socket.async_io(Interest::WRITABLE, send).await
 }
 
 async fn read_loop(mut reader: impl AsyncBufRead + Unpin, pending: Pending, events: mpsc::Sender<Event>) {

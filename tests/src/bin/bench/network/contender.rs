@@ -14,6 +14,9 @@ use serde_json::Value;
 
 use crate::report::Column;
 
+/// The bridge's address, which the plugin host-local chooses: the first one of the network.
+pub(super) const GATEWAY: &str = "10.88.0.1";
+
 /// Deadline for a server to listen.
 const START: Duration = Duration::from_secs(30);
 /// Seconds of one transfer. The first one, during which an emulator translates the code, is not counted.

@@ -2,9 +2,8 @@
 
 use anyhow::{Context, Result};
 use husk_protos::system::BootStep;
-use husk_tests::containerd::Containerd;
+use husk_tests::cni::{Network, Node};
 use husk_tests::guest::{Guest, MAC, config};
-use husk_tests::pods::Bridge;
 use husk_tests::vm::VmConfig;
 
 use crate::ctr::{BOTH, ms};
@@ -17,7 +16,8 @@ const MAX_READY_MINSTR: f64 = 0.5;
 const MAX_CONFIGURE_MINSTR: f64 = 2.0;
 
 /// Compares a `ctr run` in a pod's namespace with one without a namespace of the host.
-pub(super) fn of_a_run(containerd: &Containerd, bridge: &Bridge<'_>, rounds: usize, report: &mut Report) -> Result<()> {
+pub(super) fn of_a_run(node: &Node<'_>, networks: &[Network], rounds: usize, report: &mut Report) -> Result<()> {
+    let containerd = node.containerd;
     let mut all = [Vec::new(), Vec::new(), Vec::new()];
     for (column, runtime) in BOTH {
         let run = |flags: &[&str]| {
@@ -28,10 +28,9 @@ pub(super) fn of_a_run(containerd: &Containerd, bridge: &Bridge<'_>, rounds: usi
         run(&[])?;
         let mut samples = [Vec::new(), Vec::new(), Vec::new()];
         for round in 0..rounds {
-            // A new one each time: the last round's VM may still be ending in its namespace. With another number,
-            // because the kernel destroys a namespace's links some time after the namespace.
-            let pod = bridge.pod(100 + (round % 100) as u8)?;
-            let namespace = format!("network:{}", pod.path());
+            // A new one each time: the last round's VM may still be ending in its namespace.
+            let pod = node.pod(networks)?;
+            let namespace = format!("network:{}", pod.netns());
             let (none, flags): (&[&str], &[&str]) = (&[], &["--with-ns", &namespace]);
             // The second run of a round competes with the end of the first one's VM, so each has its turn.
             let (without, with) = if round % 2 == 0 {

@@ -5,16 +5,14 @@ use std::fs;
 
 use anyhow::{Context, Result};
 use husk_tests::cgroup;
-use husk_tests::containerd::Containerd;
+use husk_tests::cni::Pod;
 use husk_tests::guest::{Guest, call, debug_config, pod_network};
-use husk_tests::pods::{GATEWAY, Pod};
 use husk_tests::vm::{InitramfsFile, VmConfig};
 
-use super::contender::Tools;
+use super::contender::{GATEWAY, Tools};
 
 /// Joins the pod's link and a tap.
-const CONNECT: &str = "set -e
-ip netns exec $pod ip tuntap add dev tap0 mode tap vnet_hdr
+const CONNECT: &str = "ip netns exec $pod ip tuntap add dev tap0 mode tap vnet_hdr
 ip -n $pod link set tap0 mtu 1500 up
 join() {
     tc -n $pod qdisc add dev $1 ingress
@@ -24,8 +22,12 @@ join eth0 tap0; join tap0 eth0";
 
 /// Boots the VM in the pod. It gets the CPU and the kernel parameters of the VM of the container `model`, and its
 /// cgroup: on a loaded machine, a process in the root cgroup gets more of the processors.
-pub(super) async fn boot(containerd: &Containerd, pod: &Pod<'_>, tools: &Tools, model: &str) -> Result<Guest> {
-    containerd.sh(&format!("pod={}; {CONNECT}", pod.name))?;
+pub(super) async fn boot(pod: &Pod<'_>, tools: &Tools, model: &str) -> Result<Guest> {
+    let mac = pod.sh("ip netns exec $pod cat /sys/class/net/eth0/address")?;
+    let addresses = pod.addresses(0)?;
+    let address = addresses.first().context("the pod has no address")?.parse()?;
+    pod.sh(CONNECT)?;
+    let containerd = pod.containerd();
     let qemu = containerd.qemu_of(model)?.pid;
     let command = fs::read(format!("/proc/{qemu}/cmdline")).context("read the command line of husk's QEMU")?;
     let words: Vec<_> = command.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
@@ -42,7 +44,7 @@ pub(super) async fn boot(containerd: &Containerd, pod: &Pod<'_>, tools: &Tools, 
     files.push(InitramfsFile { path: "probe/probe".into(), content: fs::read(&tools.probe)?, link: false });
     // iperf3 keeps its buffers in files there.
     files.push(InitramfsFile { path: "tmp/.keep".into(), content: Vec::new(), link: false });
-    let nic = format!("virtio-net-device,netdev=n0,mac={}", pod.mac);
+    let nic = format!("virtio-net-device,netdev=n0,mac={mac}");
     let qemu_arguments = [
         ["-cpu", &value("-cpu")?],
         ["-smp", &value("-smp")?],
@@ -54,7 +56,7 @@ pub(super) async fn boot(containerd: &Containerd, pod: &Pod<'_>, tools: &Tools, 
         // In debug mode, programs run in the guest itself.
         kernel_parameters: format!("{} husk.debug=1", value("-append")?),
         qemu_arguments: qemu_arguments.concat().into_iter().map(str::to_owned).collect(),
-        network_namespace: Some(containerd.path(pod.path())),
+        network_namespace: Some(containerd.path(pod.netns())),
         ..debug_config()?
     };
     let guest = Guest::boot_with(config).await?;
@@ -62,13 +64,12 @@ pub(super) async fn boot(containerd: &Containerd, pod: &Pod<'_>, tools: &Tools, 
         let procs = folder.join("cgroup.procs");
         fs::write(&procs, guest.vm.pid().to_string()).with_context(|| format!("write to {}", procs.display()))?;
     }
-    let mac = mac(&pod.mac)?;
-    let network = pod_network(&mac, pod.address.parse()?, GATEWAY.parse()?);
+    let network = pod_network(&bytes(&mac)?, address, GATEWAY.parse()?);
     guest.network.configure(call(), &network).await.context("configure the guest's network")?;
     Ok(guest)
 }
 
-fn mac(text: &str) -> Result<Vec<u8>> {
+fn bytes(text: &str) -> Result<Vec<u8>> {
     let byte = |digits| u8::from_str_radix(digits, 16).with_context(|| format!("{text} is no MAC"));
     text.split(':').map(byte).collect()
 }

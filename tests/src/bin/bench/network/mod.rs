@@ -7,27 +7,26 @@ mod manual;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::{Runtime, repository};
+use husk_tests::cni::{Network, Node, Plugins, host_local};
 use husk_tests::containerd::{Containerd, Setup};
-use husk_tests::pods::{Bridge, GATEWAY};
 use husk_tests::vm;
+use serde_json::json;
 
 use crate::report::{Column, Report, Target};
-use contender::{Client, Contender, Server, Tools};
+use contender::{Client, Contender, GATEWAY, Server, Tools};
 
 /// The part of the manual connection's throughput that husk has to reach.
 const OF_MANUAL: f64 = 0.9;
 /// Pings of one round.
 const PINGS: usize = 100;
-/// `husk` and `runc` have a pod each; this is the number of the one whose VM is connected by hand.
-const MANUAL_POD: u8 = 4;
 
 /// Measures everything.
 pub(crate) fn run(rounds: usize, runtime: &tokio::runtime::Runtime, report: &mut Report) -> Result<()> {
     let containerd = Containerd::with(Setup { runtime: Some(Runtime::Husk), ..Setup::default() })?;
-    let bridge = Bridge::new(&containerd, "bench")?;
+    let node = Node::new(&containerd, &Plugins::newest()?, "bench")?;
     let results = [
-        traffic(&containerd, &bridge, rounds.div_ceil(4), runtime, report),
-        cost::of_a_run(&containerd, &bridge, rounds, report),
+        traffic(&node, rounds.div_ceil(4), runtime, report),
+        cost::of_a_run(&node, &networks(), rounds, report),
         runtime.block_on(cost::in_the_guest(report)),
     ];
     // The results of the other parts are still useful.
@@ -36,28 +35,34 @@ pub(crate) fn run(rounds: usize, runtime: &tokio::runtime::Runtime, report: &mut
     Ok(())
 }
 
+/// A bridge with both families, as Kubernetes and nerdctl configure it.
+fn networks() -> [Network; 1] {
+    let ipam = host_local(&["10.88.0.0/16", "fd00:88::/64"]);
+    let bridge = json!({"type": "bridge", "bridge": "cni0", "isGateway": true, "ipam": ipam});
+    [Network { name: "bench", plugins: vec![bridge], runtime: json!({}) }]
+}
+
 /// Each round measures all contenders in turn, so that the machine's load affects all of them.
-fn traffic(
-    containerd: &Containerd,
-    bridge: &Bridge<'_>,
-    rounds: usize,
-    runtime: &tokio::runtime::Runtime,
-    report: &mut Report,
-) -> Result<()> {
+fn traffic(node: &Node<'_>, rounds: usize, runtime: &tokio::runtime::Runtime, report: &mut Report) -> Result<()> {
+    let containerd = node.containerd;
     let tools = Tools { iperf3: repository().join(".cache/iperf3"), probe: vm::guest_program("probe")? };
-    let on_bridge = Server::start(containerd, &tools, Some(bridge.name()), GATEWAY)?;
+    let pod = || node.pod(&networks());
+    let pods = [(Column::Husk, Runtime::Husk, pod()?), (Column::Runc, Runtime::Runc, pod()?)];
+    // The plugin has created the bridge with its address for the first pod.
+    let on_bridge = Server::start(containerd, &tools, Some(&node.name()), GATEWAY)?;
     let on_host = Server::start(containerd, &tools, None, "127.0.0.1")?;
     let flags = tools.flags();
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-    let pods = [(Column::Husk, Runtime::Husk, bridge.pod(2)?), (Column::Runc, Runtime::Runc, bridge.pod(3)?)];
     let mut contenders = Vec::new();
     for (column, shim, pod) in &pods {
-        let client = pod.container(*shim, &flags, "network", &["sleep", "100000"])?;
+        let namespace = format!("network:{}", pod.netns());
+        let flags = [&["--with-ns", &namespace], &flags[..]].concat();
+        let client = containerd.detached_with(*shim, &flags, "network", &["sleep", "100000"])?;
         contenders.push(Contender::new(*column, Client::Container(client), &on_bridge, GATEWAY));
     }
-    let pod = bridge.pod(MANUAL_POD)?;
+    let pod = pod()?;
     let model = contenders.first().context("no container")?.id()?;
-    let guest = runtime.block_on(manual::boot(containerd, &pod, &tools, model))?;
+    let guest = runtime.block_on(manual::boot(&pod, &tools, model))?;
     contenders.push(Contender::new(Column::Manual, Client::Guest(runtime, Box::new(guest)), &on_bridge, GATEWAY));
     let flags = [flags, vec!["--annotation", "io.husk.network=user"]].concat();
     let user = containerd.detached_with(Runtime::Husk, &flags, "user", &["sleep", "100000"]);

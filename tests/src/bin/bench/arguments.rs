@@ -1,0 +1,194 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+/// A part of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    Ctr,
+    Steps,
+    Guest,
+    Boot,
+    Footprint,
+    Host,
+    Network,
+    Boots,
+}
+
+/// Name on the command line, title in the table, and what is measured. By default, all parts but the last run.
+pub(crate) const PARTS: [(Part, &str, &str, &str); 8] = [
+    (
+        Part::Ctr,
+        "ctr",
+        "ctr, wall clock",
+        "complete `ctr` commands, husk and runc in turn; throughput of stdout and stdin",
+    ),
+    (Part::Steps, "steps", "the calls of a `ctr run`, wall clock", "each call that containerd makes for one `ctr run`"),
+    (
+        Part::Guest,
+        "guest",
+        "guest, instructions (QEMU -icount shift=0)",
+        "guest instructions of a boot and of one container",
+    ),
+    (Part::Boot, "boot", "boot, wall clock", "from the start of QEMU to a guest that is ready, and the floor"),
+    (Part::Footprint, "footprint", "the init", "size, memory and wake-ups of the guest's init"),
+    (Part::Host, "host", "the host, one idle VM", "memory and wake-ups of the VM's processes on the host"),
+    (
+        Part::Network,
+        "network",
+        "network",
+        "throughput and round trips on a CNI bridge, and what a network adds to a start",
+    ),
+    (Part::Boots, "boots", "boots in a row", "production VMs that hang; not by default"),
+];
+
+const ROUNDS: usize = 20;
+const BOOTS: usize = 200;
+
+/// What to do.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Command {
+    Help,
+    Measure(Arguments),
+}
+
+/// What to measure.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Arguments {
+    pub(crate) json: Option<PathBuf>,
+    pub(crate) rounds: usize,
+    pub(crate) parts: Vec<Part>,
+    pub(crate) boots: usize,
+}
+
+/// Reads the words after the program's name.
+///
+/// # Errors
+/// One line that names the argument.
+pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, String> {
+    let mut words = words.into_iter();
+    let parts = PARTS.iter().map(|(part, ..)| *part).filter(|part| *part != Part::Boots).collect();
+    let mut arguments = Arguments { json: None, rounds: ROUNDS, parts, boots: BOOTS };
+    while let Some(argument) = words.next() {
+        let mut value = || words.next().ok_or_else(|| format!("{argument} needs a value"));
+        match argument.as_str() {
+            "-h" | "--help" => return Ok(Command::Help),
+            "--json" => arguments.json = Some(value()?.into()),
+            "--rounds" => arguments.rounds = number("--rounds", &value()?)?,
+            "--only" => {
+                let name = value()?;
+                let part = PARTS.iter().find(|(_, known, ..)| *known == name);
+                let names = PARTS.map(|(_, name, ..)| name).join(", ");
+                arguments.parts = vec![part.ok_or_else(|| format!("--only {name}: the parts are {names}"))?.0];
+            }
+            "boots" => {
+                arguments.parts = vec![Part::Boots];
+                if let Some(count) = words.next() {
+                    arguments.boots = number("boots", &count)?;
+                }
+            }
+            _ => return Err(format!("unknown argument {argument:?}")),
+        }
+    }
+    Ok(Command::Measure(arguments))
+}
+
+fn number(argument: &str, value: &str) -> Result<usize, String> {
+    let number = value.parse().ok().filter(|number| *number > 0);
+    number.ok_or_else(|| format!("{argument} {value}: not a positive number"))
+}
+
+/// The text of `--help`.
+pub(crate) fn help() -> String {
+    let parts: String = PARTS.iter().map(|(_, name, _, what)| format!("  {name:<12}{what}\n")).collect();
+    format!(
+        "Compares husk with runc under one containerd, and counts the guest's instructions. Needs root, and what
+`./task build` and `./task test-tools` make. Prints a table when all parts are measured.
+
+Usage: bench [OPTIONS]
+       bench boots [COUNT]   boots COUNT production VMs in a row ({BOOTS} by default) and counts those that hang
+
+Options:
+  --only PART   measures one part instead of all
+  --rounds N    samples of each wall-clock value ({ROUNDS} by default); throughput takes a quarter as many
+  --json FILE   also writes the table, the samples and the machine's description to FILE
+  -h, --help    prints this text
+
+Parts:
+{parts}
+Columns:
+  husk        the shim, init and kernel in out/
+  runc        containerd's runc shim, in the same daemon and on the same network
+  floor       the same kernel with an init that only connects to the host: the least that a boot can take
+  by hand     the same QEMU, kernel and initramfs, with a tap that `ip` and `tc` connect
+  user mode   husk with `io.husk.network=user`
+
+Units:
+  ms              wall-clock milliseconds; p50 is the median, p99 the 99th percentile (nearest rank)
+  M instr         millions of guest instructions, which do not depend on the machine or its load
+  MiB, MiB/s      mebibytes, and mebibytes per second
+  Gbit/s          10^9 bits per second, as the receiver counts them
+  per s           wake-ups per second
+
+Targets:
+  The column `target` shows the limit of husk's value in the row's unit, and PASS, OVER or UNDER. A limit that depends
+  on runc or on the VM connected by hand is computed from this run. Rows without a limit have no target.
+  SPECIFICATION.md lists the limits. A missed target is not a failure, because wall-clock values depend on the load.
+
+Exit status: 0 if all parts were measured, 1 if one failed, 2 for a wrong argument.
+"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(words: &str) -> Result<Command, String> {
+        parse(words.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn the_arguments_choose_what_is_measured() {
+        let all = || Arguments {
+            json: None,
+            rounds: 20,
+            parts: PARTS[..7].iter().map(|(part, ..)| *part).collect(),
+            boots: 200,
+        };
+        let table = [
+            ("", Command::Measure(all())),
+            ("--rounds 3 --json f", Command::Measure(Arguments { rounds: 3, json: Some("f".into()), ..all() })),
+            ("--only network", Command::Measure(Arguments { parts: vec![Part::Network], ..all() })),
+            ("boots", Command::Measure(Arguments { parts: vec![Part::Boots], ..all() })),
+            ("boots 7", Command::Measure(Arguments { parts: vec![Part::Boots], boots: 7, ..all() })),
+            ("--only guest --help", Command::Help),
+            ("-h", Command::Help),
+        ];
+        for (words, expected) in table {
+            assert_eq!(parsed(words), Ok(expected), "{words}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_argument_is_named_in_one_line() {
+        let table = [
+            ("--only", "--only needs a value"),
+            ("--only all", "--only all: the parts are ctr, steps, guest, boot, footprint, host, network, boots"),
+            ("--rounds 0", "--rounds 0: not a positive number"),
+            ("--rounds x", "--rounds x: not a positive number"),
+            ("boots -1", "boots -1: not a positive number"),
+            ("--fast", "unknown argument \"--fast\""),
+        ];
+        for (words, expected) in table {
+            assert_eq!(parsed(words), Err(expected.to_owned()), "{words}");
+        }
+    }
+
+    #[test]
+    fn the_help_names_every_part_and_fits_the_terminal() {
+        let help = help();
+        assert!(PARTS.iter().all(|(_, name, ..)| help.contains(&format!("\n  {name} "))), "{help}");
+        assert!(help.lines().all(|line| line.len() <= 120), "{help}");
+    }
+}
