@@ -13,6 +13,8 @@ pub(super) enum NetworkError {
     NoDevice { link: String, mac: String },
     #[error("create the network namespace of the spare NICs")]
     Spares(#[source] io::Error),
+    #[error("relay DNS queries to 127.0.0.11, as docker's networks need")]
+    Names(#[source] io::Error),
     #[error("list the links")]
     List(#[source] NetlinkError),
     #[error("{change}")]

@@ -10,6 +10,7 @@ use super::error::{NetworkError, ObjectError};
 use super::follow::{Follower, NicState, Settled};
 use super::link::{self, AnyLink, alias, alias_prefix, is_tap, spare_name, tap_name};
 use super::multicast;
+use super::name_server::NameServer;
 use super::netlink::Netlink;
 use super::netns::Claim;
 use super::redirect::{Classifier, Device, has_ingress};
@@ -77,11 +78,13 @@ fn connect_inside(deadline: Instant, plan: NicPlan, netns: PathBuf) -> Result<Co
         return Err(ObjectError::unsupported(
             format!("tap {}", other.name),
             format!(
-                "the namespace is in use ({})",
+                "the namespace is in use ({}), and its links serve one VM: put both containers into one pod, or connect each to the network",
                 if other.alias.is_empty() { "by another VM" } else { &other.alias }
             ),
         ));
     }
+    let mut name_server = NameServer::open()?;
+    name_server.look()?;
     let scan = scan(&mut netlink)?;
     if let Some(link) = scan.links.get(plan.most) {
         let reason = format!("the machine can have {} network cards only", plan.most);
@@ -105,6 +108,7 @@ fn connect_inside(deadline: Instant, plan: NicPlan, netns: PathBuf) -> Result<Co
         vm: plan.vm,
         netlink,
         subscription,
+        name_server,
         classifier,
         nics: states,
         news: News::default(),

@@ -15,6 +15,7 @@ use super::diff::{Diff, NicChange, NicLink, diff};
 use super::error::{NetworkError, ObjectError};
 use super::link::{Link, alias, spare_name, tap_name};
 use super::multicast;
+use super::name_server::NameServer;
 use super::netlink::Netlink;
 use super::redirect::{Classifier, Device, has_ingress, redirect, remove};
 use super::scan::{Scan, Sent, scan};
@@ -41,6 +42,8 @@ pub struct Settled {
     pub config: ConfigureNetworkRequest,
     /// What the guest cannot be given.
     pub problems: Vec<ObjectError>,
+    /// Whether docker's DNS server listens in the namespace.
+    pub name_server: bool,
 }
 
 /// A VM's NICs, and the namespace that they follow.
@@ -50,6 +53,7 @@ pub struct Follower {
     pub(super) vm: String,
     pub(super) netlink: Netlink,
     pub(super) subscription: Subscription,
+    pub(super) name_server: NameServer,
     pub(super) classifier: Classifier,
     pub(super) nics: Vec<NicState>,
     /// What has happened since the NICs were last connected, and what could not be connected then.
@@ -70,7 +74,7 @@ impl Follower {
     }
 
     /// Connects the NICs to the links that the namespace has now. Returns what the guest has to know, or `None` if
-    /// nothing has changed since the last call, which costs one system call. Blocks.
+    /// nothing has changed since the last call, which costs a few system calls. Blocks.
     ///
     /// # Errors
     ///
@@ -90,6 +94,9 @@ impl Follower {
                 |index| nics.iter().any(|nic| nic.link.as_ref().is_some_and(|link| link.index == index)),
             )
             .map_err(|error| error.at("rtnetlink", "follow the namespace"))?;
+        // docker starts its DNS server before it adds the first link of a network that has one.
+        let served = self.name_server.look()?;
+        self.news.changed |= served;
         if self.news == News::default() {
             return Ok(None);
         }
@@ -134,7 +141,7 @@ impl Follower {
             );
             ObjectError::unsupported(format!("link {}", links[link].name), reason)
         }));
-        Settled { config: self.config(config), problems }
+        Settled { config: self.config(config), problems, name_server: self.name_server.listens() }
     }
 
     fn make(&mut self, change: NicChange, links: &[Link]) -> Result<(), ObjectError> {

@@ -107,7 +107,7 @@ fn expect_echo(peer: &Namespace, count: u8) {
 #[test]
 fn a_guest_takes_over_the_pods_link() {
     let (pod, peer, claim) = pod();
-    let Connected { mut nics, follower, settled: Settled { config, problems } } =
+    let Connected { mut nics, follower, settled: Settled { config, problems, .. } } =
         connect(&claim, plan(1, 0), LIMIT).unwrap();
     let nic = nics.remove(0);
     let status = &follower.status().nics[0];
@@ -177,7 +177,8 @@ fn a_link_that_another_vm_uses_stays_its() {
     let nic = connect(&claim, plan(1, 0), LIMIT).unwrap().nics.remove(0);
     let other = NicPlan { vm: "ns/po".into(), ..plan(1, 0) };
     let text = Chain(&connect(&claim, other, LIMIT).unwrap_err()).to_string();
-    assert!(text.ends_with("tap husk-2: the namespace is in use (husk VM ns/pod: eth0)"), "{text}");
+    let expected = "tap husk-2: the namespace is in use (husk VM ns/pod: eth0), and its links serve one VM: put both containers into one pod, or connect each to the network";
+    assert!(text.ends_with(expected), "{text}");
     disconnect(&claim, "ns/po", LIMIT).unwrap();
     let text = Chain(&disconnect(&claim, VM, LIMIT).unwrap_err()).to_string();
     assert!(text.ends_with("tap husk-2: still exists: the VM may still run"), "{text}");
@@ -253,7 +254,7 @@ fn a_link_that_appears_later_gets_a_spare_nic_and_gives_it_back() {
     // Beyond the spare NICs: the others keep working, and each further attempt names the link.
     appear("net2", "02:00:00:00:00:08");
     for _ in 0..2 {
-        let Settled { config, problems } = settle(&mut connected);
+        let Settled { config, problems, .. } = settle(&mut connected);
         assert!(problems[0].to_string().starts_with("link net2: the VM has no network card left"), "{problems:?}");
         assert_eq!(config.links.len(), 2);
     }
@@ -275,7 +276,7 @@ fn a_link_that_appears_later_gets_a_spare_nic_and_gives_it_back() {
     for name in ["eth0", "net2"] {
         pod.ip(&format!("link del {name}"));
     }
-    let Settled { config, problems } = settle(&mut connected);
+    let Settled { config, problems, .. } = settle(&mut connected);
     assert_eq!((config.links.len(), config.spare_nics.len(), problems.len()), (0, 2, 0));
     assert_eq!(links(&connected), ["husk-s0", "husk-s1"]);
     assert!(!qdiscs(&pod).contains("ingress"), "{}", qdiscs(&pod));
@@ -326,7 +327,7 @@ fn changes_of_a_link_are_followed() {
     pod.ip("addr add 10.9.0.2/24 dev eth0");
     pod.ip("route add default via 10.9.0.1");
     pod.ip("neigh add 10.9.0.9 lladdr 02:00:00:00:00:05 dev eth0");
-    let Settled { config, problems } = settle(&mut connected);
+    let Settled { config, problems, .. } = settle(&mut connected);
     assert!(problems.is_empty(), "{problems:?}");
     let link = &config.links[0];
     assert_eq!(
