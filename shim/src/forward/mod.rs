@@ -78,3 +78,25 @@ async fn serve_guest<S: Future<Output = ()> + Send + 'static>(
 async fn reply<T>(guest: &mut Stream, connected: &io::Result<T>) -> io::Result<()> {
     timeout(REPLY, guest.write_u8(status(connected))).await?
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream as StdStream;
+
+    use tokio::net::UnixStream;
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_that_takes_no_reply_does_not_keep_its_connection() {
+        let (mut ours, _theirs) = StdStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        while ours.write(&[0; 4096]).is_ok() {}
+        let mut guest = Stream::VhostUser(UnixStream::from_std(ours).unwrap());
+        let start = Instant::now();
+        let error = reply(&mut guest, &Ok(())).await.unwrap_err();
+        assert_eq!((error.kind(), start.elapsed()), (io::ErrorKind::TimedOut, REPLY));
+    }
+}
