@@ -20,7 +20,7 @@
 //! | `launch` | starts programs that run outside of containers |
 //! | `boot` | boot steps, kernel parameters, timeline |
 //! | `events` | containerd's events, and the Events service |
-//! | `forward` | relays TCP connections from the host, and connections to the host's Unix sockets |
+//! | `forward` | relays TCP connections from the host, connections to the host's Unix sockets, and DNS queries |
 //! | `io` | the standard streams of processes, and the Stdio service |
 //! | `cgroup` | cgroups: setup, limits, metrics, freezer, OOM kills |
 //! | `report` | heartbeats, log lines and supervisor status for the host |

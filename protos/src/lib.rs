@@ -7,18 +7,24 @@
 //! | `frame.rs`   | length-prefixed messages on connections without TTRPC                |
 //! | `metered.rs` | backpressure for TTRPC streams                                       |
 //! | `relay.rs`   | byte streams between host and guest                                  |
+//! | `datagram.rs` | datagrams between host and guest                                    |
+//! | `nftables/`  | redirects of connections, as messages for the kernel                 |
 //! | `extras.rs`  | the format of the extras disk                                        |
 //! | `param.rs`   | names of kernel parameters                                           |
 //! | `chain.rs`   | prints an error with its causes                                      |
 //! | `lock.rs`    | locking without poison                                               |
 //! | `mac.rs`     | formats MAC addresses                                                |
 
+use std::net::{Ipv4Addr, SocketAddrV4};
+
 pub mod chain;
+pub mod datagram;
 pub mod extras;
 pub mod frame;
 pub mod lock;
 pub mod mac;
 pub mod metered;
+pub mod nftables;
 pub mod param;
 pub mod relay;
 
@@ -34,7 +40,7 @@ pub use generated::{
 pub use {protobuf, ttrpc};
 
 /// Version of the protocol. The host rejects a guest whose `Hello` has another one.
-pub const PROTOCOL: u32 = 4;
+pub const PROTOCOL: u32 = 5;
 
 /// The host's CID as seen from a guest (`VMADDR_CID_HOST`, vsock(7)).
 pub const HOST_CID: u32 = 2;
@@ -53,6 +59,13 @@ pub const PORT_METADATA: u32 = 1027;
 /// Unix sockets that are mounted into containers, unless [`PutBundleRequest.relay_port`](bundle::PutBundleRequest) names
 /// another one.
 pub const PORT_RELAY: u32 = 1028;
+/// Host port: DNS queries, one per connection, unless
+/// [`ConfigureNetworkRequest.name_server_port`](network::ConfigureNetworkRequest) names another one: see [`relay`].
+pub const PORT_NAMES: u32 = 1029;
+
+/// Where docker's DNS server is for the containers of its user-defined networks. docker redirects packets to it in the
+/// network namespace on the host.
+pub const NAME_SERVER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 11), 53);
 
 /// Largest chunk of a stdio stream, bytes. The guest's allocator (musl's mallocng) maps each block of 26 KiB or more
 /// and unmaps it when freed: with chunks of 32 KiB that took longer than everything else done with them.

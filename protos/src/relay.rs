@@ -1,10 +1,13 @@
 //! Relays byte streams, TCP connections and Unix sockets, between host and guest over vsock connections.
 //!
-//! A vsock connection carries one stream. Its first bytes name the destination: [`write_target`] from the host, a
-//! socket's number (32 bits, big-endian) from the guest. The other side connects and replies with one byte:
-//! [`CONNECTED`], or the errno(3) of the failure. Then both sides send frames: a 16-bit big-endian length, and as many
-//! bytes. An empty frame ends one direction. A vsock connection that closes without it was reset, so a half-close, a
-//! close and a reset stay different things, and no stream depends on the half-close of vsock connections.
+//! A vsock connection carries one stream. Its first bytes name the destination: [`write_target`] from the host; from the
+//! guest a socket's number (32 bits, big-endian), or the [`Transport`] of a DNS query. The other side connects and
+//! replies with one byte: [`CONNECTED`], or the errno(3) of the failure. Then both sides send frames: a 16-bit
+//! big-endian length, and as many bytes. An empty frame ends one direction. A vsock connection that closes without it
+//! was reset, so a half-close, a close and a reset stay different things, and no stream depends on the half-close of
+//! vsock connections.
+//!
+//! With [`Transport::Udp`] there is no reply; what follows is in [`crate::datagram`].
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -33,6 +36,30 @@ const HEADER: usize = 2;
 /// EIO: the reply for failures without an errno(3) that fits into a byte.
 const OTHER_FAILURE: u8 = 5;
 
+/// What a destination is reached by: the protocol's number (IPPROTO_TCP, IPPROTO_UDP), one byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Transport {
+    /// A stream.
+    Tcp = 6,
+    /// One datagram in each direction.
+    Udp = 17,
+}
+
+impl Transport {
+    /// Receives it.
+    ///
+    /// # Errors
+    /// When the connection fails, or for another protocol.
+    pub async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Self> {
+        match from.read_u8().await? {
+            6 => Ok(Self::Tcp),
+            17 => Ok(Self::Udp),
+            other => Err(io::Error::new(io::ErrorKind::InvalidData, format!("transport protocol {other}"))),
+        }
+    }
+}
+
 /// Why a stream ended before its end.
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {
@@ -54,12 +81,16 @@ pub enum RelayError {
 ///
 /// # Errors
 /// When the connection fails.
-pub async fn write_target(to: &mut (impl AsyncWrite + Unpin), target: SocketAddr) -> io::Result<()> {
+pub async fn write_target(
+    to: &mut (impl AsyncWrite + Unpin),
+    transport: Transport,
+    target: SocketAddr,
+) -> io::Result<()> {
     let (family, address) = match target.ip() {
         IpAddr::V4(address) => (4, address.to_ipv6_mapped()),
         IpAddr::V6(address) => (6, address),
     };
-    let mut bytes = vec![family];
+    let mut bytes = vec![transport as u8, family];
     bytes.extend(address.octets());
     bytes.extend(target.port().to_be_bytes());
     to.write_all(&bytes).await
@@ -68,18 +99,20 @@ pub async fn write_target(to: &mut (impl AsyncWrite + Unpin), target: SocketAddr
 /// Receives the address that the guest connects to.
 ///
 /// # Errors
-/// When the connection fails, or for an address of another family.
-pub async fn read_target(from: &mut (impl AsyncRead + Unpin)) -> io::Result<SocketAddr> {
+/// When the connection fails, or for an address of another family or another protocol.
+pub async fn read_target(from: &mut (impl AsyncRead + Unpin)) -> io::Result<(Transport, SocketAddr)> {
+    let transport = Transport::read(from).await?;
     let family = from.read_u8().await?;
     let mut address = [0; 16];
     from.read_exact(&mut address).await?;
     let port = from.read_u16().await?;
     let [.., a, b, c, d] = address;
-    match family {
-        4 => Ok((Ipv4Addr::new(a, b, c, d), port).into()),
-        6 => Ok((Ipv6Addr::from(address), port).into()),
-        other => Err(io::Error::new(io::ErrorKind::InvalidData, format!("address family {other}"))),
-    }
+    let ip: IpAddr = match family {
+        4 => Ipv4Addr::new(a, b, c, d).into(),
+        6 => Ipv6Addr::from(address).into(),
+        other => return Err(io::Error::new(io::ErrorKind::InvalidData, format!("address family {other}"))),
+    };
+    Ok((transport, (ip, port).into()))
 }
 
 /// The reply to an attempt to connect to the destination.
@@ -124,34 +157,65 @@ impl Listener for UnixListener {
     }
 }
 
+/// A boxed task. The guest's small init has one copy of what runs tasks, and not one for each kind of task.
+pub type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// What [`serve_all`] serves.
+pub trait Source: Send {
+    /// Waits for the next client, and returns what serves it.
+    fn next(&mut self) -> Pin<Box<dyn Future<Output = io::Result<Work>> + Send + '_>>;
+}
+
+/// Serves the connections of a listener.
+struct Accepting<L, F> {
+    listener: L,
+    serve: F,
+}
+
+impl<L: Listener + Sync, S: Future<Output = ()> + Send + 'static, F: Fn(L::Client) -> S + Send + Sync> Source
+    for Accepting<L, F>
+{
+    fn next(&mut self) -> Pin<Box<dyn Future<Output = io::Result<Work>> + Send + '_>> {
+        Box::pin(async {
+            let client = self.listener.accept().await?;
+            Ok(Box::pin((self.serve)(client)) as Work)
+        })
+    }
+}
+
 /// Serves each connection of a listener in a task of its own, as many at a time as `slots` has permits. Reports accepts
 /// that failed to `failed`. Does not return; dropping it ends the connections.
-pub async fn serve<L: Listener, S: Future<Output = ()> + Send + 'static>(
+pub fn serve<L: Listener + Sync + 'static, S: Future<Output = ()> + Send + 'static>(
     listener: L,
     slots: Arc<Semaphore>,
     failed: fn(io::Error),
-    serve: impl Fn(L::Client) -> S,
-) {
-    let mut connections = JoinSet::new();
+    serve: impl Fn(L::Client) -> S + Send + Sync + 'static,
+) -> Work {
+    Box::pin(serve_all(Box::new(Accepting { listener, serve }), slots, failed))
+}
+
+/// Serves each client of a source in a task of its own, as many at a time as `slots` has permits. Does not return.
+pub(crate) async fn serve_all(mut source: Box<dyn Source>, slots: Arc<Semaphore>, failed: fn(io::Error)) {
+    let mut clients = JoinSet::new();
     loop {
-        let client = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok(client) => client,
+        let served = tokio::select! {
+            next = source.next() => match next {
+                Ok(served) => served,
                 Err(error) => {
                     failed(error);
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             },
-            Some(_) = connections.join_next() => continue,
+            Some(_) = clients.join_next() => continue,
         };
         // After the accept: an idle socket must not occupy a slot. The semaphore is never closed.
         let Ok(slot) = slots.clone().acquire_owned().await else { return };
-        let served = serve(client);
-        connections.spawn(async move {
+        let served: Work = Box::pin(async move {
             served.await;
             drop(slot);
         });
+        clients.spawn(served);
     }
 }
 
@@ -322,11 +386,16 @@ mod tests {
     async fn targets_and_replies_read_back_unchanged() {
         for target in ["127.0.0.1:80", "10.0.0.7:65535", "[::1]:1", "[fd00::7]:443"] {
             let target: SocketAddr = target.parse().unwrap();
-            let mut wire = Vec::new();
-            write_target(&mut wire, target).await.unwrap();
-            assert_eq!(read_target(&mut wire.as_slice()).await.unwrap(), target);
+            for transport in [Transport::Tcp, Transport::Udp] {
+                let mut wire = Vec::new();
+                write_target(&mut wire, transport, target).await.unwrap();
+                assert_eq!(read_target(&mut wire.as_slice()).await.unwrap(), (transport, target));
+            }
         }
-        assert!(read_target(&mut [9u8; 19].as_slice()).await.is_err());
+        for (transport, family) in [(1, 4), (6, 9)] {
+            let wire = [&[transport, family][..], &[0; 18]].concat();
+            assert_eq!(read_target(&mut wire.as_slice()).await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
         let refused = io::Error::from_raw_os_error(111);
         assert_eq!(status(&Ok(())), CONNECTED);
         assert_eq!(status::<()>(&Err(io::ErrorKind::InvalidData.into())), OTHER_FAILURE);

@@ -4,6 +4,8 @@
 //! user has seen; both must be equal.
 #![cfg(not(target_env = "musl"))]
 
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -155,14 +157,111 @@ fn docker_containers_of_a_network_reach_each_other_by_address() -> Result<()> {
     })
 }
 
+/// A DNS server on the other machine, 192.0.2.2: it answers with the protocol of the query, and with many records for
+/// one name.
+const DNS: &str = r#"
+import socketserver, struct
+
+def answer(query, protocol):
+    end = query.index(0, 12) + 5
+    name, kind = query[13:13 + query[12]], struct.unpack(">H", query[end - 4:end - 2])[0]
+    records = []
+    if kind == 1 and name == b"outside":
+        records = [bytes([192, 0, 2, 2])]
+    elif kind == 16:
+        texts = [protocol] if name == b"protocol" else [b"%03d" % n + bytes(200) for n in range(30)]
+        records = [bytes([len(text)]) + text for text in texts]
+    code = 0 if name in (b"outside", b"protocol", b"long") else 3
+    reply = query[:2] + struct.pack(">HHHHH", 0x8180 | code, 1, len(records), 0, 0) + query[12:end]
+    for record in records:
+        reply += b"\xc0\x0c" + struct.pack(">HHIH", kind, 1, 60, len(record)) + record
+    if protocol == b"udp" and len(reply) > 512:
+        reply = query[:2] + struct.pack(">HHHHH", 0x8380, 1, 0, 0, 0) + query[12:end]
+    return reply
+
+class Datagram(socketserver.BaseRequestHandler):
+    def handle(self):
+        self.request[1].sendto(answer(self.request[0], b"udp"), self.client_address)
+
+class Stream(socketserver.StreamRequestHandler):
+    def handle(self):
+        length = self.rfile.read(2)
+        if len(length) == 2:
+            reply = answer(self.rfile.read(struct.unpack(">H", length)[0]), b"tcp")
+            self.wfile.write(struct.pack(">H", len(reply)) + reply)
+
+socketserver.ThreadingMixIn.daemon_threads = True
+class Datagrams(socketserver.ThreadingUDPServer): allow_reuse_address = True
+class Streams(socketserver.ThreadingTCPServer): allow_reuse_address = True
+import threading
+datagrams, streams = Datagrams(("192.0.2.2", 53), Datagram), Streams(("192.0.2.2", 53), Stream)
+threading.Thread(target=datagrams.serve_forever, daemon=True).start()
+print("ready", flush=True)
+streams.serve_forever()
+"#;
+
+/// Starts the server. It ends with the machine.
+fn serve_names(machine: &Machine) -> Result<()> {
+    let mut command = machine.containerd().enter("ip");
+    command.args(["netns", "exec", "outside", "python3", "-c", DNS]).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut server = command.spawn()?;
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().context("no pipe")?).read_line(&mut line)?;
+    ensure!(line == "ready\n", "the DNS server does not start: {:?}", server.wait());
+    Ok(())
+}
+
+/// Bytes of a DNS query for `printf`, for a TXT record, after its length.
+fn query(name: &str) -> String {
+    let labels: String = name.split('.').map(|label| format!("\\{:03o}{label}", label.len())).collect();
+    let length = 12 + name.len() + 2 + 4;
+    format!(
+        "\\000\\{length:03o}\\022\\064\\001\\000\\000\\001\\000\\000\\000\\000\\000\\000{labels}\\000\\000\\020\\000\\001"
+    )
+}
+
 #[test]
-fn docker_containers_find_each_other_by_the_names_in_their_hosts_files() -> Result<()> {
-    same_with_both(|_, engine| {
+fn docker_containers_find_each_other_and_others_by_name() -> Result<()> {
+    same_with_both(|machine, engine| {
+        serve_names(machine)?;
         engine.ok(&["network", "create", "--subnet", "10.77.1.0/24", "shop"])?;
-        web(engine, "web", &["--network", "shop", "--ip", "10.77.1.10"])?;
-        web(engine, "client", &["--network", "shop", "--add-host", "web:10.77.1.10"])?;
-        let seen = engine.ok(&["exec", "client", "wget", "-T", "20", "-q", "-O", "-", "http://web/"])?;
-        engine.ok(&["rm", "--force", "web", "client"])?;
+        web(engine, "late", &[&["--add-host", "fixed:10.77.1.10"], &TWO_NETWORKS[..]].concat())?;
+        web(engine, "web", &["--network", "shop", "--ip", "10.77.1.10", "--network-alias", "store"])?;
+        let client = ["--network", "shop", "--ip", "10.77.1.11", "--dns", "192.0.2.2", "--hostname", "client"];
+        web(engine, "client", &client)?;
+        // A network that a running container joins: from now on it has docker's DNS server.
+        engine.ok(&["network", "connect", "--ip", "10.77.1.12", "shop", "late"])?;
+
+        let mut seen = String::new();
+        let mut run = |container: &str, script: &str| {
+            let output = engine.run(&["exec", container, "sh", "-c", script])?;
+            seen += &format!("{container}: {script}: {}\n{}{}", output.code(), output.text(), output.errors());
+            anyhow::Ok(())
+        };
+        for container in ["client", "late"] {
+            run(container, "cat /etc/resolv.conf | grep -v '^#'; wget -T 20 -q -O - http://web/ http://store/")?;
+        }
+        run("late", "wget -T 20 -q -O - http://fixed/")?;
+        run("web", "for name in client late store; do ping -c 1 -w 20 $name | head -n 1; done")?;
+        // One type at a time: busybox prints the answers to two in the order of their arrival.
+        run("client", "for type in a aaaa; do nslookup -type=$type web; done; nslookup -type=a store")?;
+        run("client", "nslookup 10.77.1.10; nslookup -type=a nobody.example")?;
+        run("client", "nslookup -type=a outside.example; nslookup -type=txt protocol.example")?;
+        // Without the time of the record's end.
+        let ask = |name: &str| format!("printf '{}' | nc -w 20 127.0.0.11 53 | md5sum", query(name));
+        run("client", &ask("protocol.example"))?;
+        run("client", &ask("long.example"))?;
+        // The containers' own servers can have the port.
+        run("web", "httpd -p 53 -h /www && wget -T 20 -q -O - http://127.0.0.1:53/")?;
+        let many = "for n in $(seq 40); do nslookup -type=a web >/tmp/$n & done; wait; cat /tmp/? /tmp/?? | grep -c 10.77.1.10";
+        run("client", many)?;
+
+        // A name follows its container.
+        engine.ok(&["rm", "--force", "web"])?;
+        run("client", "nslookup -type=a web")?;
+        engine.ok(&["restart", "client"])?;
+        run("client", "nslookup -type=a late")?;
+        engine.ok(&["rm", "--force", "client", "late"])?;
         engine.ok(&["network", "rm", "shop"])?;
         Ok(seen)
     })

@@ -6,25 +6,16 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
+use husk_protos::SOCKETS_PATH;
 use husk_protos::bundle::RelayedSocket;
-use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
-use husk_protos::relay::{read_status, relay, serve};
-use husk_protos::{HOST_CID, SOCKETS_PATH};
-use tokio::io::AsyncWriteExt;
-use tokio::net::{UnixListener, UnixStream};
+use husk_protos::relay::serve;
+use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
-use tokio::task::AbortHandle;
-use tokio::time::timeout;
-use tokio_vsock::{VsockAddr, VsockStream};
 
-use super::CONNECTIONS_MAX;
+use super::{CONNECTIONS_MAX, Listeners, host};
 use crate::paths;
-
-/// Time for the host to connect to its socket.
-const CONNECT: Duration = Duration::from_secs(20);
 
 /// The sockets of all containers.
 #[derive(Debug)]
@@ -32,16 +23,6 @@ pub(crate) struct Sockets {
     folder: PathBuf,
     slots: Arc<Semaphore>,
     containers: Mutex<HashMap<String, Listeners>>,
-}
-
-/// The listeners of one container. Dropping them ends their connections.
-#[derive(Debug, Default)]
-struct Listeners(Vec<AbortHandle>);
-
-impl Drop for Listeners {
-    fn drop(&mut self) {
-        self.0.iter().for_each(AbortHandle::abort);
-    }
 }
 
 impl Default for Sockets {
@@ -72,9 +53,10 @@ impl Sockets {
             let listener = listen(&folder.join(socket.mount.to_string()), socket)?;
             let number = socket.number;
             let failed = |error| tracing::error!(%error, "failed to accept a connection to a socket of the host");
-            let served = serve(listener, self.slots.clone(), failed, move |client| forward(client, number, port));
-            let served = tokio::spawn(served);
-            listeners.0.push(served.abort_handle());
+            let served = serve(listener, self.slots.clone(), failed, move |client| async move {
+                host::forward(Box::new(client), &number.to_be_bytes(), port).await;
+            });
+            listeners.0.push(tokio::spawn(served).abort_handle());
         }
         lock(&self.containers).insert(container.to_owned(), listeners);
         Ok(())
@@ -97,32 +79,18 @@ fn listen(path: &Path, socket: &RelayedSocket) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Relays one connection of a container.
-async fn forward(mut client: UnixStream, number: u32, port: u32) {
-    let mut host = match timeout(CONNECT, connect(number, port)).await {
-        Ok(Ok(host)) => host,
-        Ok(Err(error)) => {
-            return tracing::debug!(error = %Chain(&error), "failed to connect to a socket of the host");
-        }
-        Err(_) => return tracing::debug!("the host did not connect to its socket in time"),
-    };
-    if let Err(error) = relay(&mut client, &mut host).await {
-        tracing::debug!(error = %Chain(&error), "a connection to a socket of the host ended early");
-    }
-}
-
-async fn connect(number: u32, port: u32) -> io::Result<VsockStream> {
-    let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, port)).await?;
-    host.write_u32(number).await?;
-    read_status(&mut host).await?;
-    Ok(host)
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
+    use std::time::Duration;
+
+    use tokio::net::UnixStream;
+    use tokio::time::timeout;
 
     use super::*;
+
+    /// As long as a connection may wait for the host.
+    const CONNECT: Duration = Duration::from_secs(20);
 
     #[tokio::test]
     async fn a_containers_sockets_have_the_hosts_mode_and_vanish_with_the_container() {

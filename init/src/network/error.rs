@@ -15,6 +15,8 @@ pub(super) enum NetworkError {
     Spares(#[source] io::Error),
     #[error("search for plugged NICs")]
     Search(#[source] io::Error),
+    #[error("relay DNS queries to 127.0.0.11, as docker's networks need")]
+    Names(#[source] io::Error),
     #[error("list the links")]
     List(#[source] NetlinkError),
     #[error("{change}")]

@@ -18,11 +18,12 @@ use super::plugged::search_pci;
 use super::spare::Spares;
 use super::status::status;
 use crate::error::{CallError, FailureKind};
+use crate::forward::names::Names;
 use crate::rpc::{handle, handle_uninterrupted};
 
 #[derive(Default)]
 pub(crate) struct NetworkService {
-    state: Arc<Mutex<(Applied, Option<Spares>)>>,
+    state: Arc<Mutex<(Applied, Option<Spares>, Names)>>,
 }
 
 #[async_trait]
@@ -34,8 +35,9 @@ impl NetworkApi for NetworkService {
     ) -> ttrpc::Result<ConfigureNetworkResponse> {
         let state = self.state.clone();
         let configure = move || {
-            let (last, spares) = &mut *lock(&state);
-            configure(&request, last, spares, search_pci)
+            let (last, spares, names) = &mut *lock(&state);
+            configure(&request, last, spares, search_pci)?;
+            names.relay_to(request.name_server_port).map_err(NetworkError::Names)
         };
         handle_uninterrupted(on_a_thread("configure the network", configure)).await?;
         Ok(ConfigureNetworkResponse::default())
@@ -65,6 +67,7 @@ fn call_error(operation: &str, error: &NetworkError) -> CallError {
         NetworkError::NoDevice { .. } => FailureKind::NotFound,
         NetworkError::Spares(_)
         | NetworkError::Search(_)
+        | NetworkError::Names(_)
         | NetworkError::List(_)
         | NetworkError::Change { .. }
         | NetworkError::Sysctl { .. }

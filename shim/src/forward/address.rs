@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_protos::chain::Chain;
-use husk_protos::relay::{relay, serve};
+use husk_protos::relay::{Work, relay, serve};
 use husk_vsock::Stream;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpStream};
@@ -79,7 +79,8 @@ async fn redirect(claim: &Claim, sandbox: &str, journal: &Journal) -> Result<Vec
     listeners.into_iter().map(register).collect()
 }
 
-fn forward_all(listener: TcpListener, guest: &Arc<Guest>, slots: &Arc<Semaphore>) -> impl Future<Output = ()> + use<> {
+/// Forwards a listener's connections to the addresses in the VM that their clients meant.
+pub(super) fn forward_all(listener: TcpListener, guest: &Arc<Guest>, slots: &Arc<Semaphore>) -> Work {
     let guest = guest.clone();
     let failed = |error| tracing::warn!(%error, "failed to accept a connection for the VM");
     serve(listener, slots.clone(), failed, move |client| forward(client, guest.clone()))

@@ -13,17 +13,15 @@ use std::time::Duration;
 use husk_protos::bundle::RelayedSocket;
 use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
-use husk_protos::relay::{relay, status};
+use husk_protos::relay::relay;
 use husk_vsock::{Stream, VsockError};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinSet;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::{CONNECTIONS_MAX, Running};
+use super::{CONNECTIONS_MAX, Running, reply, serve_guest};
 use crate::guest::client::Guest;
-use crate::guest::link::HostPort;
 use crate::host::unix::SocketFile;
 use crate::rootfs::spec::SocketMount;
 
@@ -102,45 +100,20 @@ impl Sockets {
             return Ok(*port);
         }
         let listener = guest.listen_for_relays()?;
-        let port = listener.number();
-        *served = Some((port, Running(tokio::spawn(accept(listener, self.table.clone())).abort_handle())));
+        let (port, table) = (listener.number(), self.table.clone());
+        let serve = serve_guest(listener, CONNECTIONS_MAX, move |guest| forward(guest, table.clone()));
+        *served = Some((port, Running(tokio::spawn(serve).abort_handle())));
         Ok(port)
     }
 }
 
-/// Accepts the guest's connections until the device ends.
-async fn accept(mut listener: HostPort, table: Arc<Mutex<Table>>) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    let mut connections = JoinSet::new();
-    // The semaphore is never closed.
-    while let Ok(slot) = slots.clone().acquire_owned().await {
-        let guest = loop {
-            tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok(guest) => break guest,
-                    Err(error) => {
-                        tracing::debug!(error = %Chain(&error), "no more connections to sockets of the host");
-                        return;
-                    }
-                },
-                Some(_) = connections.join_next() => {}
-            }
-        };
-        let table = table.clone();
-        connections.spawn(async move {
-            forward(guest, &table).await;
-            drop(slot);
-        });
-    }
-}
-
 /// Relays one connection of the guest.
-async fn forward(mut guest: Stream, table: &Mutex<Table>) {
+async fn forward(mut guest: Stream, table: Arc<Mutex<Table>>) {
     let number = match timeout(NUMBER, guest.read_u32()).await {
         Ok(Ok(number)) => number,
         Ok(Err(_)) | Err(_) => return tracing::debug!("the guest named no socket"),
     };
-    let found = lock(table).sockets.get(&number).map(|socket| (socket.path.clone(), socket.mounted.subscribe()));
+    let found = lock(&table).sockets.get(&number).map(|socket| (socket.path.clone(), socket.mounted.subscribe()));
     let connected = match &found {
         Some((path, _)) => connect(path.clone()).await,
         None => Err(io::Error::from_raw_os_error(libc::ENOENT)),
@@ -149,8 +122,11 @@ async fn forward(mut guest: Stream, table: &Mutex<Table>) {
         let path = found.as_ref().map(|(path, _)| path.display());
         tracing::debug!(number, path = path.map(tracing::field::display), %error, "failed to connect to a socket");
     }
-    // A guest that takes no reply ends with the container.
-    let (Some((_, mut mounted)), replied) = (found, guest.write_u8(status(&connected)).await) else { return };
+    let replied = reply(&mut guest, &connected).await;
+    if let Err(error) = &replied {
+        tracing::debug!(number, %error, "the guest took no reply");
+    }
+    let Some((_, mut mounted)) = found else { return };
     let (Ok(mut server), Ok(())) = (connected, replied) else { return };
     tokio::select! {
         relayed = relay(&mut server, &mut guest) => {

@@ -7,10 +7,11 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use containerd_shim_protos::shim_async::TaskClient;
+use husk_protos::datagram;
 use husk_protos::debug_ttrpc::DebugClient;
 use husk_protos::events::{Event, SubscribeRequest};
 use husk_protos::metered::{Meter, Metered};
-use husk_protos::relay::{read_status, write_target};
+use husk_protos::relay::{Transport, read_status, write_target};
 use husk_protos::stdio::{InputChunk, InputResponse, OutputChunk, OutputRequest, StreamKind};
 use husk_protos::system::Hello;
 use husk_protos::{
@@ -192,11 +193,26 @@ impl Guest {
     pub(crate) async fn dial(&self, target: SocketAddr, limit: Duration) -> Result<Stream, DialError> {
         let dial = async {
             let mut stream = self.link.connect(PORT_RELAY, limit).await?;
-            write_target(&mut stream, target).await?;
+            write_target(&mut stream, Transport::Tcp, target).await?;
             read_status(&mut stream).await?;
             Ok(stream)
         };
         tokio::time::timeout(limit, dial).await.unwrap_or(Err(DialError::Deadline(limit)))
+    }
+
+    /// Sends a datagram to an address that the VM can reach, and returns the answer.
+    pub(crate) async fn query(&self, target: SocketAddr, query: &[u8], limit: Duration) -> Result<Vec<u8>, DialError> {
+        let answered = async {
+            let mut stream = self.link.connect(PORT_RELAY, limit).await?;
+            write_target(&mut stream, Transport::Udp, target).await?;
+            Ok(datagram::query(&mut stream, query).await?)
+        };
+        tokio::time::timeout(limit, answered).await.unwrap_or(Err(DialError::Deadline(limit)))
+    }
+
+    /// Listens for the guest's DNS queries.
+    pub(crate) fn listen_for_queries(&self) -> Result<HostPort, VsockError> {
+        self.link.listen_for_queries()
     }
 
     /// Listens for the guest's connections to Unix sockets of the host.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use husk_protos::{PORT_READY, PORT_RELAY};
+use husk_protos::{PORT_NAMES, PORT_READY, PORT_RELAY};
 
 use crate::state::cid::{CIDS, CidError};
 use crate::state::journal::Journal;
@@ -19,7 +19,9 @@ const OWN_CID: u32 = 3;
 const READY_PORTS: u32 = 1 << 16;
 /// For the host's Unix sockets, the guest with CID n connects to port 131072 + n, above those of all hellos.
 const RELAY_PORTS: u32 = 1 << 17;
-const _: () = assert!(*CIDS.end() < RELAY_PORTS - READY_PORTS);
+/// For DNS queries, the guest with CID n connects to port 196608 + n.
+const NAMES_PORTS: u32 = 3 << 16;
+const _: () = assert!(*CIDS.end() < RELAY_PORTS - READY_PORTS && *CIDS.end() < NAMES_PORTS - RELAY_PORTS);
 
 /// The device that carries the connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +90,18 @@ impl Link {
         match self {
             Self::Own(device) => HostPort::own(device, PORT_RELAY),
             Self::Kernel(cid) => HostPort::kernel(RELAY_PORTS + cid, *cid),
+        }
+    }
+
+    /// Listens for the guest's DNS queries.
+    ///
+    /// # Errors
+    ///
+    /// When the port is in use.
+    pub(super) fn listen_for_queries(&self) -> Result<HostPort, husk_vsock::VsockError> {
+        match self {
+            Self::Own(device) => HostPort::own(device, PORT_NAMES),
+            Self::Kernel(cid) => HostPort::kernel(NAMES_PORTS + cid, *cid),
         }
     }
 }

@@ -8,6 +8,7 @@ use super::error::{NetworkError, ObjectError};
 use super::follow::{Follower, Settled};
 use super::link::{self, AnyLink, alias, alias_prefix, is_tap, spare_name, tap_name};
 use super::multicast;
+use super::name_server::NameServer;
 use super::netlink::Netlink;
 use super::netns::Claim;
 use super::nic::{Nic, NicState, random_mac};
@@ -70,11 +71,13 @@ fn connect_inside(deadline: Instant, plan: NicPlan, claim: Claim) -> Result<Conn
         return Err(ObjectError::unsupported(
             format!("tap {}", other.name),
             format!(
-                "the namespace is in use ({})",
+                "the namespace is in use ({}), and its links serve one VM: put both containers into one pod, or connect each to the network",
                 if other.alias.is_empty() { "by another VM" } else { &other.alias }
             ),
         ));
     }
+    let mut name_server = NameServer::open()?;
+    name_server.look()?;
     let scan = scan(&mut netlink)?;
     if let Some(link) = scan.links.get(plan.most) {
         let reason = format!("the machine can have {} network cards only", plan.most);
@@ -99,6 +102,7 @@ fn connect_inside(deadline: Instant, plan: NicPlan, claim: Claim) -> Result<Conn
         queues: plan.queues,
         netlink,
         subscription,
+        name_server,
         classifier,
         nics: states,
         plugging: None,

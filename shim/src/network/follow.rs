@@ -14,6 +14,7 @@ use super::diff::{Diff, NicChange, NicLink, diff};
 use super::error::{NetworkError, ObjectError};
 use super::link::{Link, alias, spare_name, tap_name};
 use super::multicast;
+use super::name_server::NameServer;
 use super::netlink::Netlink;
 use super::netns::Claim;
 use super::nic::{NicState, Plugging, Waiting};
@@ -35,6 +36,8 @@ pub struct Settled {
     pub problems: Vec<ObjectError>,
     /// The links that can be connected once the machine has another NIC: see [`Follower::new_nic`].
     pub waiting: Vec<Waiting>,
+    /// Whether docker's DNS server listens in the namespace.
+    pub name_server: bool,
 }
 
 /// A VM's NICs, and the namespace that they follow.
@@ -46,6 +49,7 @@ pub struct Follower {
     pub(super) queues: u16,
     pub(super) netlink: Netlink,
     pub(super) subscription: Subscription,
+    pub(super) name_server: NameServer,
     pub(super) classifier: Classifier,
     pub(super) nics: Vec<NicState>,
     /// A NIC that the machine does not have yet.
@@ -72,7 +76,7 @@ impl Follower {
     }
 
     /// Connects the NICs to the links that the namespace has now. Returns what the guest has to know, or `None` if
-    /// nothing has changed since the last call, which costs one system call. Blocks.
+    /// nothing has changed since the last call, which costs a few system calls. Blocks.
     ///
     /// # Errors
     ///
@@ -93,6 +97,9 @@ impl Follower {
                 |index| nics.iter().any(|nic| nic.link.as_ref().is_some_and(|link| link.index == index)),
             )
             .map_err(|error| error.at("rtnetlink", "follow the namespace"))?;
+        // docker starts its DNS server before it adds the first link of a network that has one.
+        let served = self.name_server.look()?;
+        self.news.changed |= served;
         if self.news == News::default() {
             return Ok(None);
         }
@@ -133,7 +140,8 @@ impl Follower {
         let mut unconnected = unconnected.into_iter().map(|link| &links[link]);
         let waiting = unconnected.by_ref().take(self.pluggable).map(Waiting::new).collect();
         problems.extend(unconnected.map(|link| self.no_nic_left(link)));
-        Settled { config: self.config(config), problems, waiting }
+        let name_server = self.name_server.listens();
+        Settled { config: self.config(config), problems, waiting, name_server }
     }
 
     /// Why a link stays without a NIC.

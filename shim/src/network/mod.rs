@@ -23,6 +23,7 @@
 //! | `netns.rs`        | runs a closure on a thread of its own inside a network namespace        |
 //! | `private.rs`      | creates a namespace for a sandbox whose spec names none                 |
 //! | `multicast.rs`    | multicast groups that the guest joins                                   |
+//! | `name_server.rs`  | whether docker's DNS server listens in the namespace                    |
 //! | `netlink.rs`      | rtnetlink requests and dumps with a deadline                            |
 //! | `reply.rs`        | the kernel's replies: acknowledgements, errors and their texts          |
 //! | `subscription.rs` | the kernel's notifications about changes                                |
@@ -46,6 +47,7 @@ mod follow;
 mod link;
 pub(crate) mod loopback;
 mod multicast;
+mod name_server;
 mod netlink;
 mod netns;
 mod nic;

@@ -177,7 +177,8 @@ fn a_link_that_another_vm_uses_stays_its() {
     let nic = connect(&claim, plan(1, 0), LIMIT).unwrap().nics.remove(0);
     let other = NicPlan { vm: "ns/po".into(), ..plan(1, 0) };
     let text = Chain(&connect(&claim, other, LIMIT).unwrap_err()).to_string();
-    assert!(text.ends_with("tap husk-2: the namespace is in use (husk VM ns/pod: eth0)"), "{text}");
+    let expected = "tap husk-2: the namespace is in use (husk VM ns/pod: eth0), and its links serve one VM: put both containers into one pod, or connect each to the network";
+    assert!(text.ends_with(expected), "{text}");
     disconnect(&claim, "ns/po", LIMIT).unwrap();
     let text = Chain(&disconnect(&claim, VM, LIMIT).unwrap_err()).to_string();
     assert!(text.ends_with("tap husk-2: still exists: the VM may still run"), "{text}");

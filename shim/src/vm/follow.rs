@@ -10,12 +10,14 @@ use std::time::Duration;
 use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
 use husk_protos::network::ConfigureNetworkRequest;
+use husk_vsock::VsockError;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::forward::names::Names;
 use crate::guest::client::{Guest, GuestError};
 use crate::network::{Follower, NetworkError, NetworkStatus, ObjectError, Settled, Waiting};
 use crate::vmm::{Machine, NicEnd, VmmError};
@@ -49,6 +51,9 @@ pub enum FollowError {
     /// The guest has rejected its configuration, or cannot be called.
     #[error("configure the guest's network")]
     Guest(#[from] GuestError),
+    /// The containers' DNS queries cannot be relayed.
+    #[error("listen for the guest's DNS queries")]
+    Names(#[from] VsockError),
     /// The task that follows the namespace has ended.
     #[error("the VM's network is no longer followed: the VM is stopping")]
     Ended,
@@ -90,6 +95,7 @@ impl Following {
     pub(super) async fn start(
         follower: Follower,
         settled: Settled,
+        names: Names,
         guest: Arc<Guest>,
         machine: Arc<dyn Machine>,
         dead: watch::Receiver<Option<String>>,
@@ -102,8 +108,10 @@ impl Following {
         // A new guest has the empty configuration, and a call that changes nothing would only delay the boot.
         let applied = Some(ConfigureNetworkRequest::default());
         let limit = DEADLINE + BLOCKED + guest.call_timeout();
-        let (wanted, running) = (settled.config, None);
-        let mut task = Task { follower: follower.clone(), guest, machine, running, wanted, applied, status };
+        let Settled { config: wanted, name_server, problems: _, waiting: _ } = settled;
+        let running = None;
+        let mut task =
+            Task { follower: follower.clone(), names, guest, machine, running, wanted, name_server, applied, status };
         task.configure_guest().await?;
         let (calls, called) = mpsc::channel(CALLERS);
         tokio::spawn(task.run(changes, called, dead));
@@ -183,12 +191,15 @@ impl Retry {
 struct Task {
     /// None once the VM is being stopped. Locked only by blocking work.
     follower: Arc<Mutex<Option<Follower>>>,
+    names: Names,
     guest: Arc<Guest>,
     machine: Arc<dyn Machine>,
     /// A change that was not finished in time. No other one can begin.
     running: Option<Change>,
     /// The configuration that the guest should have.
     wanted: ConfigureNetworkRequest,
+    /// Whether docker's DNS server listens in the namespace.
+    name_server: bool,
     /// The one that it has.
     applied: Option<ConfigureNetworkRequest>,
     status: watch::Sender<NetworkStatus>,
@@ -312,10 +323,14 @@ impl Task {
         });
         let Some(settled) = settled? else { return Ok(Missing::default()) };
         self.wanted = settled.config;
+        self.name_server = settled.name_server;
         Ok(Missing { problems: settled.problems, waiting: settled.waiting })
     }
 
     async fn configure_guest(&mut self) -> Result<(), FollowError> {
+        if self.name_server {
+            self.wanted.name_server_port = self.names.relay(&self.guest).await?;
+        }
         if self.applied.as_ref() == Some(&self.wanted) {
             return Ok(());
         }

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use super::error::{BootError, io};
 use super::follow::{DEADLINE, Following};
 use super::plan::BootPlan;
+use crate::forward::names::Names;
 use crate::guest::client::{Guest, GuestError};
 use crate::network::user::{HostPort, UserNetwork};
 use crate::network::{self, Connected, Follower, NetworkError, NicPlan, Settled};
@@ -25,7 +26,7 @@ const MAX_QUEUES: u16 = 4;
 #[derive(Default)]
 pub(super) struct Network {
     pub(super) nics: Vec<NicEnd>,
-    connected: Option<(Follower, Settled)>,
+    connected: Option<(Follower, Settled, Names)>,
     /// The guest's configuration in user mode.
     user: Option<ConfigureNetworkRequest>,
 }
@@ -37,8 +38,10 @@ pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -
         return Ok(Network { user: Some(UserNetwork::configuration()), ..Network::default() });
     }
     let Some(claim) = plan.network.clone() else { return Ok(Network::default()) };
-    let name = journal.with(|state| Ok(format!("{}/{}", state.namespace(), state.sandbox())))?;
+    let (sandbox, name) =
+        journal.with(|state| Ok((state.sandbox().to_owned(), format!("{}/{}", state.namespace(), state.sandbox()))))?;
     journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone(), vm: name.clone() }])?;
+    let names = Names::new(claim.clone(), sandbox, journal.clone());
     let queues = u16::try_from(plan.spec.vcpus).map_or(MAX_QUEUES, |vcpus| vcpus.min(MAX_QUEUES));
     let nics = NicPlan {
         vm: name,
@@ -51,7 +54,7 @@ pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -
     tracing::info!(network = ?connected, "connected the VM to its network namespace");
     let Connected { nics, follower, settled } = connected;
     let nics = nics.into_iter().map(|nic| NicEnd { mac: nic.mac, taps: nic.taps }).collect();
-    Ok(Network { nics, connected: Some((follower, settled)), user: None })
+    Ok(Network { nics, connected: Some((follower, settled, names)), user: None })
 }
 
 impl Network {
@@ -66,8 +69,8 @@ impl Network {
         if let Some(config) = self.user {
             guest.network.configure(guest.context(), &config).await.map_err(GuestError::from)?;
         }
-        let Some((follower, settled)) = self.connected else { return Ok(None) };
-        Ok(Some(Following::start(follower, settled, guest.clone(), machine, dead).await?))
+        let Some((follower, settled, names)) = self.connected else { return Ok(None) };
+        Ok(Some(Following::start(follower, settled, names, guest.clone(), machine, dead).await?))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Messages of nf_tables as bytes: linux/netfilter/nf_tables.h, linux/netfilter/nfnetlink.h and netlink(7). Pure.
+//! Messages of netfilter as bytes: linux/netfilter/nf_tables.h, linux/netfilter/nfnetlink.h and netlink(7).
 //!
 //! All changes of a batch are made together, or none is.
 
@@ -66,11 +66,13 @@ impl Batch {
 }
 
 /// A list of attributes, each padded to 4 bytes.
-#[derive(Default)]
-pub(super) struct Attributes(Vec<u8>);
+#[derive(Debug, Default)]
+pub struct Attributes(Vec<u8>);
 
 impl Attributes {
-    pub(super) fn bytes(mut self, kind: u16, value: &[u8]) -> Self {
+    /// An attribute of any bytes.
+    #[must_use]
+    pub fn bytes(mut self, kind: u16, value: &[u8]) -> Self {
         self.0.extend(((4 + value.len()) as u16).to_ne_bytes());
         self.0.extend(kind.to_ne_bytes());
         self.0.extend(value);
@@ -88,8 +90,15 @@ impl Attributes {
         self.bytes(kind, &value.to_be_bytes())
     }
 
-    pub(super) fn nested(self, kind: u16, attributes: Self) -> Self {
+    /// An attribute that contains attributes.
+    #[must_use]
+    pub fn nested(self, kind: u16, attributes: Self) -> Self {
         self.bytes(kind | NLA_F_NESTED, &attributes.0)
+    }
+
+    /// The attributes as bytes.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.0
     }
 
     /// An expression of a rule.
