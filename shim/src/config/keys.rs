@@ -27,7 +27,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 29] = [
+pub(crate) const KEYS: [ConfigKey; 30] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
@@ -51,6 +51,7 @@ pub(crate) const KEYS: [ConfigKey; 29] = [
     key("network", |config, value| put(&mut config.network, choice(value, &NetworkMode::NAMES))),
     key("port_addresses", |config, value| put(&mut config.port_addresses, addresses(value))),
     key("port_ranges", |config, value| put(&mut config.port_ranges, boolean(value))),
+    key("io_uring", |config, value| put(&mut config.io_uring, boolean(value))),
     key("kernel_params", |config, value| {
         put(&mut config.kernel_params, list(value).and_then(|params| kernel_params::check(&params)))
     }),
