@@ -327,13 +327,13 @@ fn a_container_cannot_open_vsock_sockets() -> Result<()> {
     let probe = guest_program("probe")?;
     let mount = format!("type=bind,src={},dst=/probe,options=rbind:ro", probe.display());
     // 40 is AF_VSOCK, 1 is AF_UNIX (linux/socket.h).
-    let script = "/probe socket 40 || echo $?; /probe socket 1";
+    let script = "/probe socket 40 || echo $?; /probe socket 1; grep ^Seccomp: /proc/self/status | cut -f2";
     // Without its own seccomp filter, with one, and with all privileges that ctr can grant.
-    for more in [&[][..], &["--seccomp"], &["--privileged"]] {
+    for (more, seccomp) in [(&[][..], "0"), (&["--seccomp"], "2"), (&["--privileged"], "0")] {
         let output = containerd.script(&[&["--mount", &mount], more].concat(), "vsock", script)?;
         let lines: Vec<&str> = output.lines().collect();
         ensure!(
-            lines.len() == 3 && lines[0].starts_with("refused") && lines[1..] == ["1", "granted"],
+            lines.len() == 4 && lines[0].starts_with("refused") && lines[1..] == ["1", "granted", seccomp],
             "{more:?}: {output}"
         );
     }

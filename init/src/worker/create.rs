@@ -46,7 +46,7 @@ pub(super) fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<
     let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
     streams::give_to(&spec, uid)
         .map_err(|e| CallError::internal(format_args!("change the owner of {id}'s pipes"), &e))?;
-    guard::load_unless_vsock_allowed(&spec)?;
+    guard::forbid_vsock_unless_allowed(&spec)?;
 
     let failure = StartFailure::new().map_err(|e| CallError::internal("create a memory file", &e))?;
     let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())

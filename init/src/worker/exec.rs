@@ -50,7 +50,7 @@ pub(super) fn exec(id: &str, path: &Path, console: Option<&Path>) -> Result<Exec
         write(path, &process).map_err(|e| CallError::internal(format_args!("write {}", path.display()), &e))?;
     }
     let sub_cgroup = sub_cgroup(id, &container)?;
-    guard::load_unless_vsock_allowed(&spec)?;
+    guard::forbid_vsock_unless_allowed(&spec)?;
     let failure = StartFailure::new().map_err(|e| CallError::internal("create a memory file", &e))?;
     let executed = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_executor(workload.gated(console.is_some()).reporting(&failure).becoming(identity))

@@ -1,4 +1,7 @@
-//! A seccomp filter that keeps containers off the host's vsock ports, independent of their seccomp profile.
+//! Keeps containers off the host's vsock ports, independent of their seccomp profile.
+//!
+//! husk's kernel lets a task give up AF_VSOCK for itself and its descendants. Other kernels need a seccomp filter, which
+//! slows down every syscall and shows up in /proc/self/status.
 //!
 //! The filter is plain BPF: compiling one with libseccomp costs millions of instructions, which a container without a
 //! profile would spend on two rules. The kernel runs all filters of a process and applies the strictest result, so the
@@ -21,14 +24,28 @@ const ARCH: u32 = 0xC000_00B7;
 /// Set in the syscall numbers of x32, which shares x86-64's architecture value.
 const X32_BIT: u32 = 0x4000_0000;
 
-/// Loads the filter into this process and its descendants, unless the spec's annotation allows vsock. The filter also
-/// applies to the worker, which needs none of these syscalls.
-pub(super) fn load_unless_vsock_allowed(spec: &Spec) -> Result<(), CallError> {
+/// An option of prctl(2) in husk's kernel (kernel-config/patches/forbid-vsock.patch).
+const PR_FORBID_VSOCK: libc::c_int = 0x6875_736b;
+
+/// Keeps this process and its descendants from creating vsock sockets, unless the spec's annotation allows them. The
+/// worker, to which this applies too, needs none.
+pub(super) fn forbid_vsock_unless_allowed(spec: &Spec) -> Result<(), CallError> {
     let annotation = spec.annotations().as_ref().and_then(|all| all.get(ANNOTATION_VSOCK));
     if annotation.is_some_and(|value| value == "true") {
         return Ok(());
     }
-    load(&program()).map_err(|e| CallError::internal("block AF_VSOCK with seccomp", &e))
+    forbid_vsock().map_err(|e| CallError::internal("block AF_VSOCK", &e))
+}
+
+fn forbid_vsock() -> io::Result<()> {
+    // SAFETY: this option of prctl(2) takes no pointers, and a kernel that lacks it returns EINVAL.
+    if unsafe { libc::prctl(PR_FORBID_VSOCK, 0, 0, 0, 0) } == 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        e if e.raw_os_error() == Some(libc::EINVAL) => load(&program()),
+        e => Err(e),
+    }
 }
 
 fn load(program: &[sock_filter]) -> io::Result<()> {
@@ -40,8 +57,8 @@ fn load(program: &[sock_filter]) -> io::Result<()> {
 }
 
 /// socket(AF_VSOCK, …) fails with EAFNOSUPPORT, as on a kernel without vsock. io_uring_setup fails with EPERM, because
-/// IORING_OP_SOCKET creates sockets without passing a filter. Syscalls of a foreign architecture, which husk's kernel
-/// does not run, fail with ENOSYS.
+/// IORING_OP_SOCKET creates sockets without passing a filter. Syscalls of a foreign architecture fail with ENOSYS,
+/// because a filter cannot read the arguments of socketcall(2).
 fn program() -> Vec<sock_filter> {
     // struct seccomp_data: nr at 0, arch at 4, args[0] at 16. The domain is an int, so its low half is enough, which is
     // first in little-endian.

@@ -78,7 +78,15 @@ const RESERVED: &[(&[&str], &str)] = &[
         "describes the VM's board: use machine",
     ),
     (
-        &["tsc", "tsc_early_khz", "lapic_timer_khz", "norandmaps", "sysctl.kernel.randomize_va_space", "rcupdate.*"],
+        &[
+            "tsc",
+            "tsc_early_khz",
+            "lapic_timer_khz",
+            "norandmaps",
+            "randmaps_once",
+            "sysctl.kernel.randomize_va_space",
+            "rcupdate.*",
+        ],
         "is set by husk for a fast boot",
     ),
 ];

@@ -52,6 +52,7 @@ pub(crate) const KEYS: [ConfigKey; 30] = [
     key("network", |config, value| put(&mut config.network, choice(value, &NetworkMode::NAMES))),
     key("port_addresses", |config, value| put(&mut config.port_addresses, addresses(value))),
     key("port_ranges", |config, value| put(&mut config.port_ranges, boolean(value))),
+    key("io_uring", |config, value| put(&mut config.io_uring, boolean(value))),
     key("kernel_params", |config, value| {
         put(&mut config.kernel_params, list(value).and_then(|params| kernel_params::check(&params)))
     }),

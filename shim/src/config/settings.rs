@@ -130,6 +130,8 @@ pub struct Config {
     pub port_addresses: Vec<Ipv4Addr>,
     /// A mapping may name a range of ports.
     pub port_ranges: bool,
+    /// Containers may use io_uring, as far as their seccomp profiles allow it.
+    pub io_uring: bool,
     /// Parameters of the guest's kernel in addition to husk's own.
     pub kernel_params: Vec<String>,
     /// Guests boot in debug mode: a shell on the console, processes in the VM itself, verbose logs.
@@ -176,6 +178,7 @@ impl Default for Config {
             network: NetworkMode::None,
             port_addresses: Vec::new(),
             port_ranges: false,
+            io_uring: false,
             kernel_params: Vec::new(),
             debug: false,
             log_level: tracing::Level::WARN,

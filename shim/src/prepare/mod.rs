@@ -313,6 +313,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
         log_level: config.log_level,
         heartbeat: config.heartbeat,
         debug: config.debug,
+        io_uring: config.io_uring,
         configured: config.kernel_params.clone(),
         extras: !extras.files.is_empty(),
         supervisor: extras.runs_supervisor(),

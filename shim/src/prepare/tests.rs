@@ -171,6 +171,7 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |_| "a VM".to_owned()),
         "annotation io.husk.ports: the host's port 192.0.2.1:8000/tcp: 192.0.2.1 is not an address of this host",
     ),
+    ("io_uring", "true", |o| word(o, "sysctl.kernel.io_uring"), "sysctl.kernel.io_uring_disabled=0"),
     ("kernel_params", "[\"nosmt\"]", |o| word(o, "nosmt"), "nosmt"),
     (
         "debug",

@@ -55,6 +55,8 @@ fn emulation(platform: Platform, accel: Accel, tsc_khz: Option<u64>) -> Vec<Stri
         // For PID 1 only, which reverts it for its children: PID 1 and its workers are loaded at the same address and
         // translated once.
         "norandmaps".to_owned(),
+        // From kernel-config/patches: the others are loaded at addresses that are chosen once per boot.
+        "randmaps_once".to_owned(),
         // From kernel-config/patches.
         "noreplace-returns".to_owned(),
         // From kernel-config/patches: without it, the guest executes stale pages of programs on the share.
@@ -81,6 +83,10 @@ fn init(guest: &GuestParams) -> Vec<String> {
     if guest.debug {
         // After `quiet`, to override it, and before the configuration, which overrides both.
         words.extend([format!("{}=1", param::DEBUG), "loglevel=7".to_owned()]);
+    }
+    if guest.io_uring {
+        // husk's kernel disables it by default (kernel-config/patches/io-uring-off.patch).
+        words.push("sysctl.kernel.io_uring_disabled=0".to_owned());
     }
     words.extend(guest.configured.iter().cloned());
     if guest.extras {
@@ -121,6 +127,7 @@ pub(crate) mod tests {
             log_level: Level::WARN,
             heartbeat: Duration::from_secs(10),
             debug: false,
+            io_uring: false,
             configured: Vec::new(),
             extras: false,
             supervisor: false,
@@ -135,7 +142,7 @@ pub(crate) mod tests {
     #[test]
     fn the_board_and_the_accelerator_decide_the_kernels_parameters() {
         let with_acpi = Platform { acpi_and_pci: true, ..PLATFORM };
-        let emulated = "norandmaps noreplace-returns virtiofs.rewrite_pages=1";
+        let emulated = "norandmaps randmaps_once noreplace-returns virtiofs.rewrite_pages=1";
         let without_acpi = START.strip_suffix(" acpi=off pci=off").unwrap();
         let table = [
             (PLATFORM, Accel::Kvm, None, START.to_owned()),
@@ -176,6 +183,7 @@ pub(crate) mod tests {
                 |guest| (guest.debug, guest.configured) = (true, vec!["loglevel=3".into(), "nosmt".into()]),
                 "husk.log=warn husk.heartbeat_ms=10000 husk.debug=1 loglevel=7 loglevel=3 nosmt",
             ),
+            (|guest| guest.io_uring = true, "husk.log=warn husk.heartbeat_ms=10000 sysctl.kernel.io_uring_disabled=0"),
             (
                 |guest| (guest.extras, guest.supervisor) = (true, true),
                 "husk.log=warn husk.heartbeat_ms=10000 husk.extras=husk-extras husk.supervisor=1",

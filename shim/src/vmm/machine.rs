@@ -52,6 +52,8 @@ pub struct GuestParams {
     pub heartbeat: Duration,
     /// Debug mode.
     pub debug: bool,
+    /// Programs may use io_uring.
+    pub io_uring: bool,
     /// Kernel parameters of the configuration.
     pub configured: Vec<String>,
     /// The guest has a disk with extras.
