@@ -65,6 +65,7 @@ fn adapt_mounts(spec: &mut Spec, id: &str, bundle: &Path) -> Result<bool, CallEr
     let Some(root) = spec.root().as_ref().map(|root| bundle.join(root.path())) else { return Ok(false) };
     let mut filler = Filler::new(id, spec).map_err(|e| CallError::internal(format_args!("read {id}'s mapping"), &e))?;
     let mounts = spec.mounts_mut().as_deref_mut().unwrap_or_default();
+    mounts::mount_sources(mounts)?;
     mounts::adapt(mounts, &root, |copy| filler.fill(copy))
 }
 

@@ -11,6 +11,7 @@ mod holder;
 mod hooks;
 mod network;
 mod registry;
+mod share;
 mod start;
 mod status;
 mod without_guest;
