@@ -71,7 +71,9 @@ impl Sandbox {
             Ok(released) => released,
             Err(error) => return tracing::error!(container = id, error = %Chain(&error), "failed to leave the share"),
         };
-        if let Ok(vm) = self.live_vm() {
+        if let Ok(vm) = self.live_vm()
+            && !entries.is_empty()
+        {
             let request = ReleaseRequest { entries, ..Default::default() };
             let answered = vm.guest.bundle.release(vm.guest.context(), &request).await.map_err(GuestError::from);
             if let Err(error) = answered

@@ -95,6 +95,25 @@ fn of_ctrs_default_spec_only_the_root_and_the_cgroup_change() {
 }
 
 #[test]
+fn the_share_decides_where_the_guest_finds_a_containers_files() {
+    let mut rewritten =
+        run(&with("/mounts/-", json!({"destination": "/in", "source": "/link", "options": ["rbind"]})), true).unwrap();
+    rewritten.add_file("/host/file".into(), Path::new("/etc/file"));
+    let indexes: Vec<usize> = rewritten.binds.iter().map(|bind| bind.index).collect();
+    let binds = indexes.iter().map(|index| (*index, format!("/share/{index}").into())).collect();
+    rewritten.place(Places { root: "/share/root".into(), binds });
+    assert_eq!(rewritten.spec.root().as_ref().unwrap().path(), Path::new("/share/root"));
+    let mounts = rewritten.spec.mounts().as_ref().unwrap();
+    let placed: Vec<_> = mounts.iter().filter(|mount| mount.source().as_ref().unwrap().starts_with("/share")).collect();
+    let expected = [("/in", indexes[0]), ("/etc/file", indexes[1])];
+    assert_eq!(placed.len(), 2);
+    for (mount, (destination, index)) in placed.iter().zip(expected) {
+        assert_eq!(mount.destination(), Path::new(destination));
+        assert_eq!(mount.source().as_deref(), Some(Path::new(&format!("/share/{index}"))));
+    }
+}
+
+#[test]
 fn a_privileged_container_gets_the_guests_devices() {
     let rewritten = run(&serde_json::from_str(PRIVILEGED).unwrap(), true).unwrap();
     let devices = rewritten.spec.linux().as_ref().unwrap().devices().as_ref().unwrap();
