@@ -2,7 +2,7 @@
 //!
 //! As PID 1 it boots the guest and serves the host over vsock until the host shuts it down. Under the name
 //! [`worker::NAME`] the same binary performs one operation on a container; under [`launch::NAME`] it executes a program
-//! that runs outside of containers.
+//! that runs outside of containers, and under [`sandbox::NAME`] it holds the namespaces of a sandbox.
 //!
 //! # Modules
 //!
@@ -16,6 +16,7 @@
 //! | `debug` | debug mode: a shell on the console, and the Debug service |
 //! | `supervisor` | runs the supervisor agent and restarts it |
 //! | `worker` | short-lived processes that call libcontainer |
+//! | `sandbox` | holds the namespaces of a sandbox without a pause container |
 //! | `launch` | starts programs that run outside of containers |
 //! | `boot` | boot steps, kernel parameters, timeline |
 //! | `events` | containerd's events, and the Events service |
@@ -49,6 +50,7 @@ mod paths;
 mod reaper;
 mod report;
 mod rpc;
+mod sandbox;
 mod serve;
 mod spawn;
 mod supervisor;
@@ -85,6 +87,7 @@ fn main() -> ExitCode {
             };
         }
         launch::NAME => return launch::become_program(args),
+        sandbox::NAME => return sandbox::become_sandbox(),
         _ => {}
     }
     if std::process::id() != 1 {
@@ -120,6 +123,10 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let ports = serve::Ports::bind()?;
     timeline.mark(BootStep::LISTENING);
     let reaper = reaper::Reaper::start().context("install the SIGCHLD handler")?;
+    let sandbox_pid = match cmdline.sandbox {
+        true => sandbox::start(&reaper).await.context("create the sandbox's namespaces")?,
+        false => 0,
+    };
     let supervisor = if cmdline.supervisor {
         let started = supervisor::Supervisor::start(reaper.clone(), reports.clone(), cmdline.debug);
         Some(started.context("start the supervisor agent")?)
@@ -136,7 +143,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     std::fs::create_dir_all(paths::STATE).with_context(|| format!("create {}", paths::STATE))?;
 
     timeline.mark(BootStep::READY);
-    let hello = system::hello(&timeline);
+    let hello = system::hello(&timeline, sandbox_pid);
     let (end, mut shutdown) = mpsc::channel(1);
     let supervisor = supervisor.map(Arc::new);
     let task = task::service::TaskService { tasks: tasks.clone(), supervisor, reports: reports.clone(), end };

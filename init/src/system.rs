@@ -25,13 +25,14 @@ pub(crate) struct SystemService {
 }
 
 /// Builds the guest's first message to the host.
-pub(crate) fn hello(timeline: &Timeline) -> Hello {
+pub(crate) fn hello(timeline: &Timeline, sandbox_pid: u32) -> Hello {
     let kernel = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
     Hello {
         version: env!("CARGO_PKG_VERSION").into(),
         protocol: PROTOCOL,
         kernel: kernel.unwrap_or_default(),
         timeline: timeline.milestones().to_vec(),
+        sandbox_pid,
         ..Default::default()
     }
 }

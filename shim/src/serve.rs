@@ -56,7 +56,11 @@ pub fn start(flags: &Flags) -> Result<()> {
         stdin.lock().take(MAX_STDIN).read_to_end(&mut input).context("read stdin")?;
     }
     let start = bootstrap::read(flags, &input, std::env::var("TTRPC_ADDRESS").ok())?;
-    let sandbox = sandbox_of(Path::new("."), &start.id)?;
+    // The bundle of a sandbox that the Sandbox API creates has no spec.
+    let sandbox = match Path::new("config.json").try_exists().context("look for config.json")? {
+        true => sandbox_of(Path::new("."), &start.id)?,
+        false => start.id.clone(),
+    };
     let path = socket_path(start.socket_dir.as_deref(), &start.grpc_address, &start.namespace, &sandbox);
     let address = format!("unix://{}", path.display());
     if let Some(listener) = listen(&path)? {
@@ -186,7 +190,9 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
 
     // SAFETY: the descriptor is a listening unix socket, and its ownership passes to the server.
     let server = unsafe { ttrpc::r#async::Server::new().add_unix_listener(listener.into_raw_fd()) }?;
-    let mut server = server.register_service(crate::task_service::services(sandbox.clone()));
+    let mut server = server
+        .register_service(crate::task_service::services(sandbox.clone()))
+        .register_service(crate::sandbox_service::services(sandbox.clone()));
     server.start().await?;
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(version, "serving");

@@ -25,6 +25,8 @@ pub(crate) struct Cmdline {
     pub(crate) extras: Option<String>,
     /// [`param::SUPERVISOR`]: runs the supervisor agent, which is one of the extras.
     pub(crate) supervisor: bool,
+    /// [`param::SANDBOX`]: creates the namespaces of a sandbox without a pause container.
+    pub(crate) sandbox: bool,
     /// Unknown parameters and invalid values. The caller logs them: the host has no other way to learn of them.
     pub(crate) problems: Vec<String>,
 }
@@ -40,13 +42,11 @@ impl Default for Cmdline {
             debug: false,
             extras: None,
             supervisor: false,
+            sandbox: false,
             problems: Vec::new(),
         }
     }
 }
-
-/// Longest host name that the kernel accepts (`__NEW_UTS_LEN`), bytes.
-const HOSTNAME_MAX: usize = 64;
 
 /// Parses the content of `/proc/cmdline`. Parameters without the prefix `husk.` are ignored; the last of a repeated
 /// parameter applies.
@@ -56,7 +56,7 @@ pub(super) fn parse(text: &str) -> Cmdline {
         let (key, value) = word.split_once('=').unwrap_or((word, ""));
         let valid = match key {
             param::LOG => value.parse().map(|level| cmdline.log = level).is_ok(),
-            param::HOSTNAME => is_hostname(value).then(|| cmdline.hostname = value.to_owned()).is_some(),
+            param::HOSTNAME => param::is_hostname(value).then(|| cmdline.hostname = value.to_owned()).is_some(),
             param::EPOCH_NS => value.parse().map(|ns| cmdline.epoch_ns = Some(ns)).is_ok(),
             param::READY_PORT => value.parse().map(|port| cmdline.ready_port = port).is_ok(),
             param::HEARTBEAT_MS => {
@@ -66,6 +66,7 @@ pub(super) fn parse(text: &str) -> Cmdline {
             param::DEBUG => set_flag(&mut cmdline.debug, value),
             param::EXTRAS => is_serial(value).then(|| cmdline.extras = Some(value.to_owned())).is_some(),
             param::SUPERVISOR => set_flag(&mut cmdline.supervisor, value),
+            param::SANDBOX => set_flag(&mut cmdline.sandbox, value),
             _ => {
                 cmdline.problems.push(format!("unknown kernel parameter {key}"));
                 continue;
@@ -91,11 +92,6 @@ const SERIAL_MAX: usize = 20;
 
 fn is_serial(serial: &str) -> bool {
     (1..=SERIAL_MAX).contains(&serial.len()) && serial.bytes().all(|b| b.is_ascii_graphic())
-}
-
-fn is_hostname(name: &str) -> bool {
-    (1..=HOSTNAME_MAX).contains(&name.len())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.')
 }
 
 #[cfg(test)]

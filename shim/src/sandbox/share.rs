@@ -17,7 +17,7 @@ use crate::state::{Owner, Step};
 use crate::vm::Vm;
 
 impl Sandbox {
-    /// The sandbox's share, created by its first container.
+    /// The sandbox's share, created when it is first needed.
     pub(super) fn share(&self) -> Result<Share, SandboxError> {
         let mut slots = self.lock();
         if let Some(share) = &slots.share {

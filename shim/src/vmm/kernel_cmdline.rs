@@ -85,6 +85,12 @@ fn init(guest: &GuestParams) -> Vec<String> {
     if guest.supervisor {
         words.push(format!("{}=1", param::SUPERVISOR));
     }
+    if guest.sandbox {
+        words.push(format!("{}=1", param::SANDBOX));
+    }
+    if let Some(hostname) = &guest.hostname {
+        words.push(format!("{}={hostname}", param::HOSTNAME));
+    }
     if let Some(now) = guest.wall_clock {
         words.push(format!("{}={}", param::EPOCH_NS, now.as_nanos()));
     }
@@ -114,6 +120,8 @@ pub(crate) mod tests {
             configured: Vec::new(),
             extras: false,
             supervisor: false,
+            sandbox: false,
+            hostname: None,
             wall_clock: None,
             ready_port: None,
         }

@@ -28,7 +28,8 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("sharing: {error}");
+            // Without a stderr, the exit code has to do.
+            let _ = writeln!(io::stderr(), "sharing: {error}");
             ExitCode::FAILURE
         }
     }
@@ -50,12 +51,12 @@ fn hold(folder: &Path) -> io::Result<()> {
     memory.set_len(PAGE as u64)?;
     let mapping = map(&memory, true)?;
     store(mapping, b'h');
-    println!("holding");
+    writeln!(io::stdout(), "holding")?;
     let (mut client, _) = listener.accept()?;
     client.write_all(b"through the socket")?;
     // Until the client has closed its end.
     client.read_to_end(&mut Vec::new())?;
-    println!("the mapping has {}", char::from(load(mapping)));
+    writeln!(io::stdout(), "the mapping has {}", char::from(load(mapping)))?;
     Ok(())
 }
 
@@ -66,27 +67,32 @@ fn see(folder: &Path, answer: bool) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => "busy".to_owned(),
         Err(error) => error.to_string(),
     };
-    println!(
+    writeln!(
+        io::stdout(),
         "flock: {}",
         busy(File::open(folder.join("flock")).and_then(|file| flock(&file, libc::LOCK_EX | libc::LOCK_NB)))
-    );
-    println!("fcntl: {}", busy(File::open(folder.join("fcntl")).and_then(|file| lock(&file, libc::F_RDLCK))));
+    )?;
+    writeln!(
+        io::stdout(),
+        "fcntl: {}",
+        busy(File::open(folder.join("fcntl")).and_then(|file| lock(&file, libc::F_RDLCK)))
+    )?;
     let memory = OpenOptions::new().read(true).write(answer).open(folder.join("memory"))?;
     let mapping = map(&memory, answer)?;
-    println!("memory: {}", char::from(load(mapping)));
+    writeln!(io::stdout(), "memory: {}", char::from(load(mapping)))?;
     if answer {
         store(mapping, b'a');
         let mut fifo = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(folder.join("fifo"))?;
         let mut bytes = [0; 64];
         let read = fifo.read(&mut bytes).map(|length| String::from_utf8_lossy(&bytes[..length]).into_owned());
-        println!("fifo: {}", read.unwrap_or_else(name));
+        writeln!(io::stdout(), "fifo: {}", read.unwrap_or_else(name))?;
         let mut text = String::new();
         // `hold` serves one client.
         let connected = UnixStream::connect(folder.join("socket")).and_then(|mut stream| {
             stream.shutdown(std::net::Shutdown::Write)?;
             stream.read_to_string(&mut text)
         });
-        println!("socket: {}", connected.map_or_else(name, |_| text));
+        writeln!(io::stdout(), "socket: {}", connected.map_or_else(name, |_| text))?;
     }
     Ok(())
 }
