@@ -7,11 +7,15 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use husk_protos::bundle::{PutBundleRequest, PutBundleResponse, RemoveBundleRequest, RemoveBundleResponse};
+use husk_protos::bundle::{
+    PutBundleRequest, PutBundleResponse, ReleaseRequest, ReleaseResponse, RemoveBundleRequest, RemoveBundleResponse,
+};
 use husk_protos::lock::lock;
 use husk_protos::{SHARE_PATH, SHARE_TAG};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
+use nix::sys::stat::Mode;
+use nix::unistd::mkdir;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::error::{CallError, FailureKind};
@@ -20,15 +24,16 @@ use crate::paths;
 use crate::rpc::handle;
 use crate::task::Tasks;
 
+#[derive(Clone)]
 pub(crate) struct BundleService {
     tasks: Arc<Tasks>,
     sockets: Arc<Sockets>,
-    share_mounted: Mutex<bool>,
+    share_mounted: Arc<Mutex<bool>>,
 }
 
 impl BundleService {
     pub(crate) fn new(tasks: Arc<Tasks>, sockets: Arc<Sockets>) -> Self {
-        Self { tasks, sockets, share_mounted: Mutex::new(false) }
+        Self { tasks, sockets, share_mounted: Arc::default() }
     }
 
     /// Mounts the share for the first bundle whose spec refers to it. A guest that only boots does not wait for
@@ -69,6 +74,15 @@ impl BundleService {
         Ok(bundle.to_string_lossy().into_owned())
     }
 
+    /// Unmounts entries of the share and forgets their files, so that virtiofsd closes them.
+    fn release(&self, entries: &[u64]) -> Result<(), CallError> {
+        // Nothing is known of a share that is not mounted.
+        if !*lock(&self.share_mounted) {
+            return Ok(());
+        }
+        entries.iter().try_for_each(|entry| forget(&Path::new(SHARE_PATH).join(entry.to_string())))
+    }
+
     fn remove(&self, id: &str) -> Result<(), CallError> {
         paths::check_id(id)?;
         if self.tasks.has(id) {
@@ -78,6 +92,23 @@ impl BundleService {
         paths::allow_missing(fs::remove_dir_all(paths::bundle(id)))
             .and_then(|()| self.sockets.remove(id))
             .map_err(|e| CallError::internal(format_args!("remove the bundle of {id}"), &e))
+    }
+}
+
+/// Makes the kernel forget a name that the host has removed from the share. A lookup for a creation asks virtiofsd, even
+/// if the kernel believes to know the answer. Because the name is gone, the kernel then unmounts everything below it and
+/// drops the dentries and inodes, whose descriptors virtiofsd holds open. Nothing is created: the share is read-only.
+fn forget(path: &Path) -> Result<(), CallError> {
+    match mkdir(path, Mode::empty()) {
+        Err(Errno::EROFS) => Ok(()),
+        Err(Errno::EEXIST) => {
+            let what = format!("release {}: the host still has it", path.display());
+            Err(CallError::new(FailureKind::FailedPrecondition, what))
+        }
+        Err(error) => Err(CallError::internal(format_args!("release {}", path.display()), &error)),
+        Ok(()) => {
+            Err(CallError::new(FailureKind::Internal, format!("release {}: the share is writable", path.display())))
+        }
     }
 }
 
@@ -116,6 +147,14 @@ impl husk_protos::bundle_ttrpc::Bundle for BundleService {
     async fn put(&self, _: &TtrpcContext, request: PutBundleRequest) -> ttrpc::Result<PutBundleResponse> {
         let path = handle(async { self.put(&request) }).await?;
         Ok(PutBundleResponse { path, ..Default::default() })
+    }
+
+    async fn release(&self, _: &TtrpcContext, request: ReleaseRequest) -> ttrpc::Result<ReleaseResponse> {
+        let service = self.clone();
+        // On a thread: unmounting may write back and drop many files, and PID 1 must send heartbeats meanwhile.
+        let released = tokio::task::spawn_blocking(move || service.release(&request.entries));
+        let released = async { released.await.unwrap_or_else(|e| Err(CallError::internal("release", &e))) };
+        handle(released).await.map(|()| ReleaseResponse::new())
     }
 
     async fn remove(&self, _: &TtrpcContext, request: RemoveBundleRequest) -> ttrpc::Result<RemoveBundleResponse> {

@@ -2,7 +2,7 @@
 
 use std::fs::{self, Permissions};
 use std::io::ErrorKind;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use husk_protos::chain::Chain;
@@ -65,10 +65,12 @@ fn adapt_mounts(spec: &mut Spec, id: &str, bundle: &Path) -> Result<bool, CallEr
     let Some(root) = spec.root().as_ref().map(|root| bundle.join(root.path())) else { return Ok(false) };
     let mut filler = Filler::new(id, spec).map_err(|e| CallError::internal(format_args!("read {id}'s mapping"), &e))?;
     let mounts = spec.mounts_mut().as_deref_mut().unwrap_or_default();
+    mounts::mount_sources(mounts)?;
     mounts::adapt(mounts, &root, |copy| filler.fill(copy))
 }
 
-/// Checks that the root filesystem exists, and like runc creates the process's working directory in it.
+/// Checks that the root filesystem exists, links to it from the bundle, where an operator looks for it by the container's
+/// ID, and like runc creates the process's working directory in it.
 fn prepare_root(spec: &Spec, bundle: &Path) -> Result<(), CallError> {
     let Some(root) = spec.root().as_ref().map(|root| bundle.join(root.path())) else { return Ok(()) };
     let invalid = |e: &dyn std::error::Error| {
@@ -77,6 +79,9 @@ fn prepare_root(spec: &Spec, bundle: &Path) -> Result<(), CallError> {
     };
     if !fs::metadata(&root).map_err(|e| invalid(&e))?.is_dir() {
         return Err(invalid(&std::io::Error::from(ErrorKind::NotADirectory)));
+    }
+    if !root.starts_with(bundle) {
+        symlink(&root, bundle.join("rootfs")).map_err(|e| CallError::internal("link to root.path", &e))?;
     }
     let Some(cwd) = spec.process().as_ref().map(|process| process.cwd()) else { return Ok(()) };
     // This quick check may follow a link out of the root. The creation below stays inside, whatever links the root

@@ -6,15 +6,19 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
+use husk_protos::SHARE_PATH;
 use husk_protos::chain::Chain;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, fstat};
 use oci_spec::runtime::Mount;
+use pathrs::Root;
+use pathrs::flags::OpenFlags;
 
 use crate::error::{CallError, FailureKind};
 
@@ -34,6 +38,21 @@ pub(super) struct CopyUp {
     pub(super) from: Option<OwnedFd>,
     /// The options of the filesystem.
     pub(super) data: Vec<String>,
+}
+
+/// Mounts the sources that are in the share in PID 1's mount namespace, which this process uses. The kernel mounts them
+/// when a path leads into them. If it did so in the namespace of each container, every container would see a filesystem
+/// of its own, without the others' locks, sockets and pages.
+pub(super) fn mount_sources(mounts: &[Mount]) -> Result<(), CallError> {
+    let bound = mounts.iter().filter(|mount| is_bind(mount)).filter_map(|mount| mount.source().as_deref());
+    for source in bound.filter(|source| source.starts_with(SHARE_PATH)) {
+        match open(source, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()) {
+            // The source is a file, which belongs to the share's own filesystem.
+            Ok(_) | Err(Errno::ENOTDIR) => {}
+            Err(error) => return Err(CallError::internal(format_args!("mounts: open {}", source.display()), &error)),
+        }
+    }
+    Ok(())
 }
 
 /// Adapts the mounts of a container with the root folder `root`. `fill` makes and fills a tmpfs, and returns its path.
@@ -56,6 +75,9 @@ pub(super) fn adapt(
             changed |= adapt_tmpfs(index, mount, &view, &mut fill)?;
         }
         let shown = if is_bind(mount) { mount.source().clone() } else { None };
+        if shown.as_ref().is_some_and(|source| !source.is_dir()) {
+            view.create_file(mount.destination());
+        }
         view.mounts.push((mount.destination().clone(), shown));
     }
     Ok(changed)
@@ -148,6 +170,20 @@ impl View<'_> {
         }
     }
 
+    /// Creates the mount point for a file, unless it exists, with the mode that runc gives it. libcontainer would choose
+    /// another one, and it stays in the root filesystem.
+    fn create_file(&self, path: &Path) {
+        let Some((base, rest)) = self.split(path) else { return };
+        let created = Root::open(base).and_then(|root| {
+            root.mkdir_all(rest.parent().unwrap_or(rest), &Permissions::from_mode(0o755))?;
+            root.create_file(rest, OpenFlags::O_EXCL | OpenFlags::O_NOFOLLOW, &Permissions::from_mode(0o755))
+        });
+        if let Err(error) = created {
+            // Mostly because it exists. If it does not, libcontainer fails and reports why.
+            tracing::debug!(path = %path.display(), error = %Chain(&error), "no mount point created");
+        }
+    }
+
     /// Follows the links of a path inside the container, whether their targets exist or not. `..` does not lead out of
     /// the root.
     fn resolve(&self, path: &Path) -> PathBuf {
@@ -188,8 +224,7 @@ fn parts(path: &Path) -> VecDeque<OsString> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::Permissions;
-    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    use std::os::unix::fs::{MetadataExt, symlink};
 
     use serde_json::{Value, json};
 

@@ -4,7 +4,8 @@
 //! writable in virtiofsd's mount namespace: attaching propagates there, a change of flags does not. So a tree is
 //! cloned, restricted, and attached last. This requires Linux 5.12 (mount_setattr(2)).
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 
 /// Size limit of a filesystem's options, bytes: one page, minus the terminating zero.
 pub(super) const MAX_OPTIONS: usize = 4095;
@@ -47,11 +48,22 @@ impl DetachedTree {
     /// # Errors
     /// When open_tree(2) fails.
     pub(crate) fn clone_of(source: &Path, recursive: bool) -> io::Result<Self> {
-        let source = c_path(source)?;
-        let depth = if recursive { libc::AT_RECURSIVE as libc::c_uint } else { 0 };
-        let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_SYMLINK_NOFOLLOW as libc::c_uint | depth;
+        Self::open_tree(libc::AT_FDCWD, &c_path(source)?, libc::AT_SYMLINK_NOFOLLOW, recursive)
+    }
+
+    /// Clones the mount of an open file or folder; if `recursive`, with everything mounted below it.
+    ///
+    /// # Errors
+    /// When open_tree(2) fails.
+    pub(crate) fn clone_of_file(file: &File, recursive: bool) -> io::Result<Self> {
+        Self::open_tree(file.as_raw_fd(), c"", libc::AT_EMPTY_PATH, recursive)
+    }
+
+    fn open_tree(folder: RawFd, path: &CStr, flags: libc::c_int, recursive: bool) -> io::Result<Self> {
+        let depth = if recursive { libc::AT_RECURSIVE } else { 0 };
+        let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | (flags | depth) as libc::c_uint;
         // SAFETY: the path is a zero-terminated string that outlives the call.
-        let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, source.as_ptr(), flags) };
+        let fd = unsafe { libc::syscall(libc::SYS_open_tree, folder, path.as_ptr(), flags) };
         // SAFETY: the kernel has just created the descriptor, so nothing else owns it.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(Errno::result(fd)? as RawFd) }))
     }
@@ -72,18 +84,7 @@ impl DetachedTree {
             },
             userns_fd: 0,
         };
-        // SAFETY: with AT_EMPTY_PATH, the empty path means the descriptor. The size is that of the structure.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_mount_setattr,
-                self.0.as_raw_fd(),
-                c"".as_ptr(),
-                libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-                &raw const attributes,
-                size_of::<libc::mount_attr>(),
-            )
-        };
-        Errno::result(result).map(drop).map_err(Into::into)
+        mount_setattr(self.0.as_raw_fd(), c"", libc::AT_EMPTY_PATH | libc::AT_RECURSIVE, &attributes)
     }
 
     /// Attaches the tree at `target`.
@@ -105,6 +106,41 @@ impl DetachedTree {
         };
         Errno::result(result).map(drop).map_err(Into::into)
     }
+}
+
+fn mount_setattr(folder: RawFd, path: &CStr, flags: libc::c_int, attributes: &libc::mount_attr) -> io::Result<()> {
+    let attributes: *const libc::mount_attr = attributes;
+    // SAFETY: the path is a zero-terminated string, and the size is that of the structure. Both outlive the call.
+    let result = unsafe {
+        libc::syscall(libc::SYS_mount_setattr, folder, path.as_ptr(), flags, attributes, size_of::<libc::mount_attr>())
+    };
+    Errno::result(result).map(drop).map_err(Into::into)
+}
+
+/// Makes the mount at `path` in another mount namespace read-only or writable, and nothing that is mounted below it.
+///
+/// # Errors
+/// When the namespace cannot be entered or mount_setattr(2) fails, for example with EBUSY because a file of a mount that
+/// becomes read-only is open for writing.
+pub(crate) fn set_read_only(namespace: &File, path: &Path, read_only: bool) -> io::Result<()> {
+    let path = c_path(path)?;
+    let (set, clear) = if read_only { (libc::MOUNT_ATTR_RDONLY, 0) } else { (0, libc::MOUNT_ATTR_RDONLY) };
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
+    on_a_thread(|| {
+        setns(namespace, CloneFlags::CLONE_NEWNS)?;
+        mount_setattr(libc::AT_FDCWD, &path, libc::AT_SYMLINK_NOFOLLOW, &attributes)
+    })
+}
+
+/// Runs `work` on a thread that shares neither root nor working directory with the others, and is not reused.
+fn on_a_thread(work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("mount".into()).spawn_scoped(scope, || {
+            unshare(CloneFlags::CLONE_FS)?;
+            work()
+        })?;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
+    })
 }
 
 /// The parsed options of one of containerd's mounts.
@@ -223,14 +259,9 @@ pub(crate) fn mount_filesystem(
     let flags = flags | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     let mount = || mount(Some(source), target, Some(fs_type), flags, Some(data)).map_err(io::Error::from);
     let Some(folder) = folder else { return mount() };
-    // All threads share the working directory unless a thread unshares it. That thread is not reused.
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("mount".into()).spawn_scoped(scope, || {
-            unshare(CloneFlags::CLONE_FS)?;
-            nix::unistd::chdir(folder)?;
-            mount()
-        })?;
-        thread.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
+    on_a_thread(|| {
+        nix::unistd::chdir(folder)?;
+        mount()
     })
 }
 

@@ -15,7 +15,6 @@ use crate::guest::client::GuestError;
 use crate::network::user::resolv_conf;
 use crate::prepare;
 use crate::prepare::{Attachments, Prepared, Siblings};
-use crate::rootfs::share::Share;
 use crate::rootfs::spec::Rewritten;
 use crate::sandbox::container::Container;
 use crate::sandbox::error::SandboxError;
@@ -95,9 +94,11 @@ impl Sandbox {
         let (vm, mounted, hooked) =
             tokio::join!(self.ensure_vm(&prepared, attachments), self.mount(&share, &request, &prepared), hooked);
         let vm = vm?;
-        mounted?;
+        let places = mounted?;
         self.lease_volumes(&id, &prepared.rewritten.binds).await;
         hooked?;
+        prepared.rewritten.place(places);
+        self.settle_share(&vm, &share).await?;
         // The hooks may have added links after the boot has looked for some.
         vm.settle_network().await?;
 
@@ -165,33 +166,7 @@ impl Sandbox {
             file.write_all(text.as_bytes())
         });
         written.map_err(|error| SandboxError::Internal(format!("write the container's {RESOLV_CONF}: {error}")))?;
-        rewritten.add_file(id, path, Path::new(RESOLV_CONF));
-        Ok(())
-    }
-
-    /// The sandbox's share, created when it is first needed.
-    pub(super) fn share(&self) -> Result<Share, SandboxError> {
-        let mut slots = self.lock();
-        if let Some(share) = &slots.share {
-            return Ok(share.clone());
-        }
-        let mut record = |steps| self.journal.record(&Owner::Sandbox, steps);
-        let share = Share::create(self.journal.dir(), &mut record)?;
-        slots.share = Some(share.clone());
-        Ok(share)
-    }
-
-    /// Mounts a container's root filesystem and bind mounts in the share, on a separate thread because mount(2) may
-    /// block.
-    async fn mount(&self, share: &Share, request: &CreateTaskRequest, prepared: &Prepared) -> Result<(), SandboxError> {
-        let (share, journal) = (share.clone(), self.journal.clone());
-        let (id, mounts, rewritten) = (request.id.clone(), request.rootfs.clone(), prepared.rewritten.clone());
-        let mounted = tokio::task::spawn_blocking(move || {
-            let owner = Owner::Container(id.clone());
-            let mut record = |steps| journal.record(&owner, steps);
-            share.add_container(&mut record, &id, &mounts, &rewritten.rootfs, &rewritten.binds)
-        });
-        mounted.await.map_err(|error| SandboxError::Internal(format!("mount: {error}")))??;
+        rewritten.add_file(path, Path::new(RESOLV_CONF));
         Ok(())
     }
 

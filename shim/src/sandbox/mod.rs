@@ -13,6 +13,7 @@ mod hooks;
 mod managed;
 mod network;
 mod registry;
+mod share;
 mod start;
 mod status;
 mod volumes;

@@ -38,6 +38,8 @@ pub(crate) enum Owner {
     Sandbox,
     /// The container with this id.
     Container(String),
+    /// The source with this number in the share. Several containers may use it.
+    Volume(u64),
 }
 
 /// Records steps of one owner before their effects: [`State::record`] for code that does not access the state itself.

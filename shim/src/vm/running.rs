@@ -1,5 +1,7 @@
 //! A VM whose guest is ready: its health, its death, and stopping it.
 
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -93,6 +95,17 @@ impl Vm {
         let mut all = vec![self.machine.process(), self.share.process()];
         all.extend(&self.share_workers);
         all
+    }
+
+    /// virtiofsd's mount namespace, whose root is the share.
+    ///
+    /// # Errors
+    /// When virtiofsd has exited.
+    pub(crate) fn share_namespace(&self) -> io::Result<File> {
+        let process = self.share.process();
+        let namespace = File::open(format!("/proc/{}/ns/mnt", process.pid))?;
+        // Check after opening: if the PID names virtiofsd now, it did so then.
+        if process.exists()? { Ok(namespace) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
     }
 
     /// What the guest has reported: its heartbeats and its supervisor's status.

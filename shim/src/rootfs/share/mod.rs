@@ -1,26 +1,46 @@
-//! The folder that virtiofsd serves to the guest. For each container, it has the root and the sources of the spec's
-//! bind mounts.
+//! The folder that virtiofsd serves to the guest. It has the root of each container, and each source of their bind
+//! mounts once, however many mounts show it: see `source.rs`.
 //!
 //! ```text
-//! <state>/skeleton/<id>/rootfs      a folder, created here because the guest does not see the skeleton
-//! <state>/share/<id>/rootfs         the same folder through a read-only mount; the container's root is mounted on it
-//! <state>/share/<id>/mounts/<n>     mount point for the source of the spec's mount n
+//! <state>/skeleton/<n>/rootfs     a folder, created here because the guest does not see the skeleton
+//! <state>/share/<n>/rootfs        the same folder through a read-only mount; a container's root is mounted on it
+//! <state>/share/<n>/source        mount point for a source
+//! <state>/share/<n>.gone/...      an entry that no container uses any more: the guest does not find it again
 //! ```
+//!
+//! A number is never used again. The guest's kernel remembers what it has found under a name. If that name led to
+//! something else, the kernel would unmount everything below it, which may be in the middle of a create.
 //!
 //! The guest can do to the share whatever virtiofsd can. The share's own mount is therefore read-only: the guest can
 //! neither place a symbolic link where the host is about to mount something, nor move a folder with a mount. The mount
 //! has shared propagation, so that later mounts appear in virtiofsd's mount namespace, which is a slave of the shim's.
 
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use containerd_shim_protos::types::mount::Mount;
+use husk_protos::SHARE_PATH;
+use husk_protos::chain::Chain;
+use husk_protos::lock::lock;
 
-use crate::rootfs::mount::{DetachedTree, MAX_OPTIONS, Propagation, mount_data, mount_filesystem, parse_options};
-use crate::rootfs::spec::{Bind, FileKind, HostFile};
-use crate::state::{Recorder, StateError, Step, check_identifier};
+use self::entries::{Entries, Unused};
+use self::source::Source;
+use crate::rootfs::mount::{
+    DetachedTree, MAX_OPTIONS, Propagation, mount_data, mount_filesystem, parse_options, set_read_only,
+};
+use crate::rootfs::spec::{Bind, FileKind, HostFile, Places};
+use crate::state::{Owner, Recorder, StateError, Step, check_identifier};
+
+mod entries;
+mod source;
+
+/// Name of the mount point in an entry for a container's root.
+const ROOTFS: &str = "rootfs";
+/// Name of the mount point in an entry for a source.
+const SOURCE: &str = "source";
 
 /// Why the share, or a container's part of it, cannot be created.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +63,25 @@ pub(crate) enum ShareError {
         what: String,
         /// The mount point.
         target: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// An entry that is removed.
+    #[error("rename {}", path.display())]
+    Rename {
+        /// The entry's folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// virtiofsd's mount namespace.
+    #[error("open virtiofsd's mount namespace")]
+    Server(#[source] io::Error),
+    /// A source that becomes writable.
+    #[error("make {} writable", path.display())]
+    Writable {
+        /// The source in the share, as virtiofsd sees it.
+        path: PathBuf,
         /// The cause.
         source: io::Error,
     },
@@ -94,6 +133,20 @@ pub(crate) fn inspect(path: &Path) -> io::Result<HostFile> {
 pub(crate) struct Share {
     skeleton: PathBuf,
     dir: PathBuf,
+    /// Locked while a source is mounted, because another container may wait for the same one.
+    entries: Arc<Mutex<Entries>>,
+}
+
+/// Records steps in the journal before their effects.
+pub(crate) type OwnedRecorder<'a> = &'a mut dyn FnMut(&Owner, Vec<Step>) -> Result<(), StateError>;
+
+/// What no container uses any more, and is about to be undone.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Released {
+    /// The entries that the guest may know.
+    pub(crate) entries: Vec<u64>,
+    /// The owners of the volumes' steps.
+    pub(crate) volumes: Vec<Owner>,
 }
 
 impl Share {
@@ -102,7 +155,8 @@ impl Share {
     /// # Errors
     /// When a step fails. The caller undoes the recorded steps.
     pub(crate) fn create(state_dir: &Path, record: Recorder<'_>) -> Result<Self, ShareError> {
-        let share = Self { skeleton: state_dir.join("skeleton"), dir: state_dir.join("share") };
+        let (skeleton, dir) = (state_dir.join("skeleton"), state_dir.join("share"));
+        let share = Self { skeleton, dir, entries: Arc::default() };
         record(vec![
             Step::Dir { path: share.skeleton.clone() },
             Step::Dir { path: share.dir.clone() },
@@ -128,44 +182,23 @@ impl Share {
 
     /// Adds a container to the share: its root, which consists of containerd's mounts stacked on each other, or of
     /// `rootfs` if there are none, and the spec's bind mounts. Blocks until everything is mounted. To remove the
-    /// container, undo its steps.
+    /// container, [`release`](Self::release) it and undo its steps.
     ///
     /// # Errors
-    /// When a step fails. The caller undoes the recorded steps.
+    /// When a step fails. The caller removes the container.
     pub(crate) fn add_container(
         &self,
-        record: Recorder<'_>,
+        record: OwnedRecorder<'_>,
         id: &str,
         mounts: &[Mount],
         rootfs: &Path,
         binds: &[Bind],
-    ) -> Result<(), ShareError> {
+    ) -> Result<Places, ShareError> {
         check_identifier("container id", id)?;
-        let skeleton = self.skeleton.join(id);
-        let dir = self.dir.join(id);
-        let (root, bound) = (dir.join("rootfs"), dir.join("mounts"));
-
-        let mut steps: Vec<Step> =
-            [skeleton.clone(), skeleton.join("rootfs"), skeleton.join("mounts")].map(|path| Step::Dir { path }).into();
-        steps.extend(binds.iter().map(|bind| {
-            let path = skeleton.join("mounts").join(bind.index.to_string());
-            if bind.is_dir { Step::Dir { path } } else { Step::File { path } }
-        }));
-        steps.extend((0..mounts.len().max(1)).map(|_| Step::Mount { path: root.clone() }));
-        steps.extend(binds.iter().map(|bind| Step::Mount { path: bound.join(bind.index.to_string()) }));
-        for step in &steps {
-            if let Step::Dir { path } | Step::File { path } = step {
-                reject_existing(path)?;
-            }
-        }
-        record(steps.clone())?;
-        for step in &steps {
-            match step {
-                Step::Dir { path } => make_dir(path)?,
-                Step::File { path } => make_file(path)?,
-                _ => {}
-            }
-        }
+        let number = lock(&self.entries).add_root(id, mounts.len().max(1));
+        let root = self.dir.join(number.to_string()).join(ROOTFS);
+        let steps = self.steps(&number.to_string(), ROOTFS, true, mounts.len().max(1));
+        make(steps, |steps| record(&Owner::Container(id.to_owned()), steps))?;
         if mounts.is_empty() {
             let what = format!("root.path {:?}", rootfs.display());
             let rootfs = inspect(rootfs).map_err(mount_error(what.clone(), &root))?.path;
@@ -174,17 +207,126 @@ impl Share {
         for (index, mount) in mounts.iter().enumerate() {
             mount_root(index, mount, &root)?;
         }
+        let mut places = Places { root: in_guest(number, ROOTFS), binds: Vec::new() };
         for entry in binds {
-            let target = bound.join(entry.index.to_string());
-            let read_only = if entry.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
-            let propagation = if entry.follows_host { Propagation::Slave } else { Propagation::Private };
-            bind(&entry.source, entry.recursive, read_only, propagation, &target).map_err(mount_error(
-                format!("mounts[{}].source {:?}", entry.index, entry.source.display()),
-                &target,
-            ))?;
+            let number = self.add_bind(record, id, entry)?;
+            places.binds.push((entry.index, in_guest(number, SOURCE)));
+        }
+        Ok(places)
+    }
+
+    /// Adds the source of a bind mount, unless it is there already. Returns its number.
+    fn add_bind(&self, record: OwnedRecorder<'_>, id: &str, entry: &Bind) -> Result<u64, ShareError> {
+        let what = || format!("mounts[{}].source {:?}", entry.index, entry.source.display());
+        let (file, source) = Source::open(entry).map_err(mount_error(what(), &self.dir))?;
+        let mut entries = lock(&self.entries);
+        if let Some(number) = entries.reuse(&source, id, !entry.read_only) {
+            return Ok(number);
+        }
+        let number = entries.add_volume(source, entry.is_dir, id, !entry.read_only);
+        make(self.steps(&number.to_string(), SOURCE, entry.is_dir, 1), |steps| record(&Owner::Volume(number), steps))?;
+        let target = self.dir.join(number.to_string()).join(SOURCE);
+        let read_only = if entry.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+        let propagation = if entry.follows_host { Propagation::Slave } else { Propagation::Private };
+        let mount = || {
+            let tree = DetachedTree::clone_of_file(&file, entry.recursive)?;
+            tree.restrict(read_only, propagation)?;
+            tree.attach(&target)
+        };
+        mount().map_err(mount_error(what(), &target))?;
+        entries.mounted(number);
+        Ok(number)
+    }
+
+    /// Lets the guest write to the sources that a container may write to, and to no others. `server` opens virtiofsd's
+    /// mount namespace, whose root is the share at the path `root`.
+    ///
+    /// # Errors
+    /// When a source cannot become writable. One that cannot become read-only, because the guest has a file in it open
+    /// for writing, stays writable until the next call.
+    pub(crate) fn settle(&self, server: impl FnOnce() -> io::Result<File>, root: &Path) -> Result<(), ShareError> {
+        let mut entries = lock(&self.entries);
+        let mut unsettled = entries.unsettled().peekable();
+        if unsettled.peek().is_none() {
+            return Ok(());
+        }
+        let server = server().map_err(ShareError::Server)?;
+        for volume in unsettled {
+            let path = root.join(volume.number.to_string()).join(SOURCE);
+            match set_read_only(&server, &path, !volume.read_only) {
+                Ok(()) => volume.read_only = !volume.read_only,
+                Err(source) if volume.read_only => return Err(ShareError::Writable { path, source }),
+                Err(error) => tracing::warn!(
+                    path = %path.display(),
+                    error = %Chain(&error),
+                    "the VM can still write to a source that no container may write to any more"
+                ),
+            }
         }
         Ok(())
     }
+
+    /// Ends a container's use of the share, and renames the entries that nobody uses any more, so that the guest does
+    /// not find them again. The caller makes the guest forget them, and then undoes their steps.
+    pub(crate) fn release(&self, record: OwnedRecorder<'_>, id: &str) -> Released {
+        let Unused { root, volumes } = lock(&self.entries).release(id);
+        let root = root.map(|root| (Owner::Container(id.to_owned()), root.number, ROOTFS, true, root.mounts));
+        let volume = |(number, is_dir)| (Owner::Volume(number), number, SOURCE, is_dir, 1);
+        let mut released = Released::default();
+        for (owner, number, child, is_dir, mounts) in root.into_iter().chain(volumes.into_iter().map(volume)) {
+            let name = number.to_string();
+            let gone = format!("{name}.gone");
+            let renamed =
+                record(&owner, self.steps(&gone, child, is_dir, mounts)).map_err(ShareError::from).and_then(|()| {
+                    let path = self.skeleton.join(name);
+                    fs::rename(&path, self.skeleton.join(gone)).map_err(|source| ShareError::Rename { path, source })
+                });
+            match renamed {
+                Ok(()) => released.entries.push(number),
+                // Its creation failed before.
+                Err(ShareError::Rename { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    tracing::error!(error = %Chain(&error), "the guest keeps a part of the share that is being removed");
+                }
+            }
+            if matches!(owner, Owner::Volume(_)) {
+                released.volumes.push(owner);
+            }
+        }
+        released
+    }
+
+    /// The steps that create an entry and mount something in it.
+    fn steps(&self, name: &str, child: &str, is_dir: bool, mounts: usize) -> Vec<Step> {
+        let folder = self.skeleton.join(name);
+        let path = folder.join(child);
+        let child_step = if is_dir { Step::Dir { path } } else { Step::File { path } };
+        let mount = Step::Mount { path: self.dir.join(name).join(child) };
+        [Step::Dir { path: folder }, child_step].into_iter().chain(std::iter::repeat_n(mount, mounts)).collect()
+    }
+}
+
+/// Where the guest finds an entry.
+fn in_guest(number: u64, child: &str) -> PathBuf {
+    [SHARE_PATH, &number.to_string(), child].iter().collect()
+}
+
+/// Records steps, and creates their folders and files.
+fn make(steps: Vec<Step>, record: impl FnOnce(Vec<Step>) -> Result<(), StateError>) -> Result<(), ShareError> {
+    for step in &steps {
+        if let Step::Dir { path } | Step::File { path } = step {
+            reject_existing(path)?;
+        }
+    }
+    record(steps.clone())?;
+    for step in &steps {
+        match step {
+            Step::Dir { path } => make_dir(path)?,
+            Step::File { path } => make_file(path)?,
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Fails if the path exists: undoing the steps would remove it.

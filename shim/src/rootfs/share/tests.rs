@@ -47,19 +47,23 @@ impl Fixture {
         Self { state: Some(state), share, server, base }
     }
 
-    fn add(&mut self, id: &str, mounts: &[Mount], rootfs: &Path, binds: &[Bind]) -> Result<(), ShareError> {
-        let owner = Owner::Container(id.into());
-        self.share.add_container(
-            &mut |steps| self.state.as_mut().unwrap().record(&owner, steps),
-            id,
-            mounts,
-            rootfs,
-            binds,
-        )
+    fn add(&mut self, id: &str, mounts: &[Mount], rootfs: &Path, binds: &[Bind]) -> Result<Places, ShareError> {
+        let state = self.state.as_mut().unwrap();
+        self.share.add_container(&mut |owner, steps| state.record(owner, steps), id, mounts, rootfs, binds)
     }
 
-    fn undo(&mut self, id: &str) {
-        self.state.as_mut().unwrap().undo(&Owner::Container(id.into()), Duration::from_secs(5)).unwrap();
+    /// Removes a container, and returns the entries that went with it.
+    fn remove(&mut self, id: &str) -> Vec<u64> {
+        let state = self.state.as_mut().unwrap();
+        let Released { entries, volumes } = self.share.release(&mut |owner, steps| state.record(owner, steps), id);
+        for owner in volumes.into_iter().chain([Owner::Container(id.into())]) {
+            state.undo(&owner, Duration::from_secs(5)).unwrap();
+        }
+        entries
+    }
+
+    fn settle(&self) -> Result<(), ShareError> {
+        self.share.settle(|| File::open(format!("/proc/{}/ns/mnt", self.server.id())), self.share.path())
     }
 
     fn dir(&self, name: &str) -> PathBuf {
@@ -68,10 +72,12 @@ impl Fixture {
         dir
     }
 
-    /// A path of the share in the server's mount namespace.
-    fn served(&self, path: &str) -> PathBuf {
+    /// A path in the server's mount namespace, where the guest finds `place` with `path` in it.
+    fn served(&self, place: &Path, path: &str) -> PathBuf {
         let share = self.share.path().strip_prefix("/").unwrap();
-        Path::new(&format!("/proc/{}/root", self.server.id())).join(share).join(path)
+        let place = place.strip_prefix(SHARE_PATH).unwrap().join(path);
+        let place = place.to_str().unwrap().trim_end_matches('/');
+        Path::new(&format!("/proc/{}/root", self.server.id())).join(share).join(place)
     }
 
     /// Ends the sandbox, and checks that it leaves nothing.
@@ -107,6 +113,10 @@ fn writable(index: usize, source: &Path) -> Bind {
     }
 }
 
+fn read_only(index: usize, source: &Path) -> Bind {
+    Bind { read_only: true, ..writable(index, source) }
+}
+
 fn errno(result: io::Result<()>) -> Option<i32> {
     result.err().and_then(|e| e.raw_os_error())
 }
@@ -129,15 +139,15 @@ fn an_overlay_mounted_later_is_readable_and_writable_for_the_server() {
         format!("workdir={work}"),
         "index=off".into(),
     ];
-    fixture.add("c1", &[overlay(&options)], Path::new("/nonexistent"), &[]).unwrap();
-    assert_eq!(fs::read_to_string(fixture.served("c1/rootfs/one")).unwrap(), "1");
-    fs::write(fixture.served("c1/rootfs/three"), "3").unwrap();
+    let root = fixture.add("c1", &[overlay(&options)], Path::new("/nonexistent"), &[]).unwrap().root;
+    assert_eq!(fs::read_to_string(fixture.served(&root, "one")).unwrap(), "1");
+    fs::write(fixture.served(&root, "three"), "3").unwrap();
     assert_eq!(fs::read_to_string(layers[2].join("three")).unwrap(), "3");
     // Held open by the server, as virtiofsd does until the guest forgets the file.
-    let held = fs::File::open(fixture.served("c1/rootfs/one")).unwrap();
-    fixture.undo("c1");
-    assert!(!fixture.share.path().join("c1").exists());
-    assert!(!fixture.served("c1").exists());
+    let held = fs::File::open(fixture.served(&root, "one")).unwrap();
+    assert_eq!(fixture.remove("c1"), [1]);
+    assert_eq!(fs::read_dir(fixture.share.path()).unwrap().count(), 0);
+    assert!(!fixture.served(&root, "").exists());
     drop(held);
     fixture.end();
 }
@@ -152,8 +162,8 @@ fn an_overlay_of_a_hundred_layers_is_mounted() {
     let lower = layers.iter().map(|path| path.to_str().unwrap()).collect::<Vec<_>>().join(":");
     assert!(lower.len() > 4096);
     let before = std::env::current_dir().unwrap();
-    fixture.add("c1", &[overlay(&[format!("lowerdir={lower}")])], &root, &[]).unwrap();
-    assert_eq!(fs::read_to_string(fixture.served("c1/rootfs/deep")).unwrap(), "x");
+    let places = fixture.add("c1", &[overlay(&[format!("lowerdir={lower}")])], &root, &[]).unwrap();
+    assert_eq!(fs::read_to_string(fixture.served(&places.root, "deep")).unwrap(), "x");
     assert_eq!(std::env::current_dir().unwrap(), before);
     fixture.end();
 }
@@ -162,18 +172,18 @@ fn an_overlay_of_a_hundred_layers_is_mounted() {
 fn a_guest_cannot_change_the_share_outside_of_the_containers_roots() {
     let mut fixture = Fixture::new();
     let image = fixture.dir("image");
-    fixture.add("c1", &[], &image, &[]).unwrap();
-    let served = |path: &str| fixture.served(path);
+    let root = fixture.add("c1", &[], &image, &[]).unwrap().root;
+    let served = |path: &str| fixture.served(Path::new(SHARE_PATH), path);
     for (what, result) in [
-        ("a link where the next container goes", symlink("/etc", served("c2"))),
-        ("a folder", fs::create_dir(served("c2"))),
-        ("a container's folder moved away", fs::rename(served("c1"), served("c0"))),
-        ("a file beside the root", fs::write(served("c1/mounts/0"), "")),
-        ("a mode", fs::set_permissions(served("c1"), std::os::unix::fs::PermissionsExt::from_mode(0o777))),
+        ("a link where the next container goes", symlink("/etc", served("2"))),
+        ("a folder", fs::create_dir(served("2"))),
+        ("a container's folder moved away", fs::rename(served("1"), served("0"))),
+        ("a file beside the root", fs::write(served("1/source"), "")),
+        ("a mode", fs::set_permissions(served("1"), std::os::unix::fs::PermissionsExt::from_mode(0o777))),
     ] {
         assert_eq!(errno(result), Some(libc::EROFS), "{what}");
     }
-    fs::write(served("c1/rootfs/mine"), "").unwrap();
+    fs::write(fixture.served(&root, "mine"), "").unwrap();
     assert!(image.join("mine").exists());
     fixture.end();
 }
@@ -185,20 +195,20 @@ fn a_read_only_bind_mount_is_read_only_for_the_server_with_everything_below() {
     tmpfs(&data.join("sub"));
     let file = fixture.base.path().join("file");
     fs::write(&file, "text").unwrap();
-    let read_only = |index, source: &Path| Bind { read_only: true, ..writable(index, source) };
     let flat = Bind { recursive: false, ..writable(3, &data) };
     let binds = [read_only(7, &data), read_only(8, &file), writable(9, &data), flat];
-    fixture.add("c1", &[], &image, &binds).unwrap();
-    let write = |path: &str| errno(fs::write(fixture.served(path), "x"));
-    assert_eq!(write("c1/mounts/7/new"), Some(libc::EROFS));
-    assert_eq!(write("c1/mounts/7/sub/new"), Some(libc::EROFS));
-    assert_eq!(write("c1/mounts/8"), Some(libc::EROFS));
-    assert_eq!(write("c1/mounts/9/new"), None);
-    assert_eq!(write("c1/mounts/9/sub/new"), None);
-    assert_eq!(write("c1/mounts/3/sub/flat"), None);
+    let places = fixture.add("c1", &[], &image, &binds).unwrap().binds;
+    assert_eq!(places.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [7, 8, 9, 3]);
+    let write = |index: usize, path: &str| errno(fs::write(fixture.served(&places[index].1, path), "x"));
+    assert_eq!(write(0, "new"), Some(libc::EROFS));
+    assert_eq!(write(0, "sub/new"), Some(libc::EROFS));
+    assert_eq!(write(1, ""), Some(libc::EROFS));
+    assert_eq!(write(2, "new"), None);
+    assert_eq!(write(2, "sub/new"), None);
+    assert_eq!(write(3, "sub/flat"), None);
     assert!(data.join("new").exists() && data.join("sub/new").exists());
-    assert_eq!(fs::read_to_string(fixture.served("c1/mounts/8")).unwrap(), "text");
-    fixture.undo("c1");
+    assert_eq!(fs::read_to_string(fixture.served(&places[1].1, "")).unwrap(), "text");
+    fixture.remove("c1");
     // Only the share's copies of the tree are unmounted.
     assert!(data.join("sub/new").exists());
     nix::mount::umount(&data.join("sub")).unwrap();
@@ -214,12 +224,12 @@ fn later_mounts_of_the_host_appear_only_if_requested() {
     fs::create_dir(data.join("sub")).unwrap();
     mount(None::<&str>, &data, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
     let follows = Bind { follows_host: true, ..writable(1, &data) };
-    fixture.add("c1", &[], &image, &[follows, writable(2, &data)]).unwrap();
+    let places = fixture.add("c1", &[], &image, &[follows, writable(2, &data)]).unwrap().binds;
     tmpfs(&data.join("sub"));
     fs::write(data.join("sub/later"), "").unwrap();
-    assert!(fixture.served("c1/mounts/1/sub/later").exists());
-    assert!(!fixture.served("c1/mounts/2/sub/later").exists());
-    fixture.undo("c1");
+    assert!(fixture.served(&places[0].1, "sub/later").exists());
+    assert!(!fixture.served(&places[1].1, "sub/later").exists());
+    fixture.remove("c1");
     assert!(data.join("sub/later").exists(), "removing a container must not unmount the host's mounts");
     nix::mount::umount(&data.join("sub")).unwrap();
     nix::mount::umount(&data).unwrap();
@@ -234,13 +244,64 @@ fn roots_can_be_stacked_and_can_be_symbolic_links() {
     let link = fixture.base.path().join("link");
     symlink(&second, &link).unwrap();
     let mounts = [bind_mount(&first, &["rbind", "rw"]), bind_mount(&link, &["rbind", "ro"])];
-    fixture.add("c1", &mounts, Path::new("/nonexistent"), &[]).unwrap();
-    assert!(fixture.served("c1/rootfs/top").exists());
-    assert_eq!(errno(fs::write(fixture.served("c1/rootfs/new"), "")), Some(libc::EROFS));
-    fixture.undo("c1");
-    // The same ID again, with the folder as its root.
-    fixture.add("c1", &[], &link, &[]).unwrap();
-    assert!(fixture.served("c1/rootfs/top").exists());
+    let root = fixture.add("c1", &mounts, Path::new("/nonexistent"), &[]).unwrap().root;
+    assert!(fixture.served(&root, "top").exists());
+    assert_eq!(errno(fs::write(fixture.served(&root, "new"), "")), Some(libc::EROFS));
+    fixture.remove("c1");
+    // The same ID again, with the folder as its root, and another name: the guest may remember the old one.
+    let again = fixture.add("c1", &[], &link, &[]).unwrap().root;
+    assert!(fixture.served(&again, "top").exists());
+    assert_ne!(again, root);
+    fixture.end();
+}
+
+#[test]
+fn mounts_of_one_source_share_one_mount_that_is_writable_while_one_of_them_is() {
+    let mut fixture = Fixture::new();
+    let (image, data) = (fixture.dir("image"), fixture.dir("data"));
+    let link = fixture.dir("elsewhere");
+    mount(Some(&data), &link, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    let binds = |fixture: &mut Fixture, id: &str, binds: &[Bind]| -> Vec<PathBuf> {
+        fixture.add(id, &[], &image, binds).unwrap().binds.into_iter().map(|(_, path)| path).collect()
+    };
+    // By two paths, with and without what is mounted below.
+    let flat = Bind { recursive: false, ..read_only(2, &data) };
+    let first = binds(&mut fixture, "c1", &[read_only(1, &data), flat, read_only(3, &link)]);
+    let place = first[0].clone();
+    assert_eq!(first, [place.clone(), place.clone(), place.clone()]);
+    let follower = Bind { follows_host: true, ..read_only(1, &data) };
+    assert_ne!(binds(&mut fixture, "follower", &[follower])[0], place);
+    let write = |fixture: &Fixture| errno(fs::write(fixture.served(&place, "new"), "x"));
+    fixture.settle().unwrap();
+    assert_eq!(write(&fixture), Some(libc::EROFS));
+    // As virtiofsd and the guest know it.
+    let known = File::open(fixture.served(&place, "")).unwrap().metadata().unwrap();
+
+    assert_eq!(binds(&mut fixture, "c2", &[read_only(1, &data), writable(2, &data)]), [place.clone(), place.clone()]);
+    fixture.settle().unwrap();
+    assert_eq!(write(&fixture), None);
+    let now = fixture.served(&place, "").metadata().unwrap();
+    assert_eq!((now.dev(), now.ino()), (known.dev(), known.ino()));
+
+    // Read-only again, but not while a file is open for writing.
+    let open = fs::OpenOptions::new().write(true).open(fixture.served(&place, "new")).unwrap();
+    assert_eq!(fixture.remove("c2"), [5]);
+    fixture.settle().unwrap();
+    assert_eq!(write(&fixture), None);
+    drop(open);
+    fixture.settle().unwrap();
+    assert_eq!(write(&fixture), Some(libc::EROFS));
+
+    assert_eq!(fixture.remove("c1"), [1, 2]);
+    assert!(!fixture.served(&place, "").exists());
+    // With mounts below, each of which has flags of its own, writers get a mount of their own.
+    tmpfs(&data.join("sub"));
+    let below = binds(&mut fixture, "c3", &[read_only(1, &data), writable(2, &data), read_only(3, &data)]);
+    assert!(below[0] == below[2] && below[0] != below[1], "{below:?}");
+    fixture.remove("c3");
+    for path in [data.join("sub"), link] {
+        nix::mount::umount(&path).unwrap();
+    }
     fixture.end();
 }
 
@@ -269,13 +330,10 @@ fn a_failed_mount_is_named_and_leaves_nothing() {
     ] {
         let error = Chain(&fixture.add("c1", &mounts, rootfs, &binds).unwrap_err()).to_string();
         assert!(error.starts_with(expected), "{expected}\n{error}");
-        fixture.undo("c1");
+        fixture.remove("c1");
         assert_eq!(fs::read_dir(fixture.share.path()).unwrap().count(), 0);
     }
     assert!(fixture.add("../x", &[], &image, &[]).is_err());
-    fixture.add("c1", &[], &image, &[]).unwrap();
-    let again = Chain(&fixture.add("c1", &[], &image, &[]).unwrap_err()).to_string();
-    assert!(again.starts_with("create ") && again.ends_with("exists"), "{again}");
     fixture.end();
 }
 

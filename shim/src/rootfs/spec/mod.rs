@@ -34,7 +34,7 @@ pub use context::Sibling;
 pub(crate) use context::{Context, FileKind, HostFile};
 pub(crate) use limits::{SpecLimits, whole_cpus};
 pub(crate) use mounts::{Bind, SocketMount};
-pub(crate) use rewrite::{HostNetwork, NetworkRequest, Rewritten, rewrite};
+pub(crate) use rewrite::{HostNetwork, NetworkRequest, Places, Rewritten, rewrite};
 
 #[cfg(test)]
 mod tests;

@@ -34,7 +34,7 @@ const KERNEL_FILESYSTEMS: [&str; 15] = [
 /// A folder or file of the host that the share contains beside the container's root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Bind {
-    /// Index in the spec's `mounts`, and name in the share.
+    /// Index in the spec's `mounts`.
     pub(crate) index: usize,
     /// The source, with all symbolic links resolved.
     pub(crate) source: PathBuf,
@@ -65,14 +65,10 @@ pub(super) struct HostMounts {
     pub(super) sockets: Vec<SocketMount>,
 }
 
-/// Where the guest finds the root of container `id`.
-pub(super) fn guest_rootfs(id: &str) -> PathBuf {
-    [SHARE_PATH, id, "rootfs"].iter().collect()
-}
-
-/// Where the guest finds the source of the spec's mount `index`.
-pub(super) fn guest_bind(id: &str, index: usize) -> PathBuf {
-    [SHARE_PATH, id, "mounts", &index.to_string()].iter().collect()
+/// Stands in a spec for a path in the share, until [`Rewritten::place`](super::Rewritten::place) replaces it. No path in
+/// the share is longer, so the size of the spec can be checked before.
+pub(super) fn in_share() -> PathBuf {
+    [SHARE_PATH, &u64::MAX.to_string(), "source"].iter().collect()
 }
 
 /// Where the guest has the socket of the spec's mount `index`.
@@ -141,7 +137,7 @@ fn rewrite_bind(
     match found.kind {
         FileKind::Dir | FileKind::File => {
             host.binds.push(bind(index, mount, found, findings));
-            mount.set_source(Some(guest_bind(context.id, index)));
+            mount.set_source(Some(in_share()));
         }
         FileKind::CharDevice { major, minor } => match guest_path(major, minor) {
             Some(path) => {

@@ -10,7 +10,7 @@ use super::devices::rewrite_devices;
 use super::findings::{Findings, SpecProblems};
 use super::host_hooks::{announced_links, take_host_hooks};
 use super::limits::{SpecLimits, limits};
-use super::mounts::{Bind, HostMounts, SocketMount, guest_bind, guest_rootfs, is_cgroup_mount, rewrite_mounts};
+use super::mounts::{Bind, HostMounts, SocketMount, in_share, is_cgroup_mount, rewrite_mounts};
 use super::namespaces::{self, Target};
 use super::size::check_size;
 use crate::host::hooks::Hooks;
@@ -47,7 +47,17 @@ impl NetworkRequest {
     }
 }
 
-/// A spec for the guest, and what the host does for the container.
+/// Where the guest finds the files of a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Places {
+    /// The root filesystem.
+    pub(crate) root: PathBuf,
+    /// Index in the spec's mounts, and the source.
+    pub(crate) binds: Vec<(usize, PathBuf)>,
+}
+
+/// A spec for the guest, and what the host does for the container. It does not say where the files in the share are,
+/// until [`Rewritten::place`] was called.
 #[derive(Clone, Debug)]
 pub struct Rewritten {
     /// The spec for the guest.
@@ -103,14 +113,28 @@ impl Rewritten {
         self.spec.set_mounts(Some(mounts));
     }
 
-    /// Mounts a file of the host in the container `id`, read-only.
-    pub(crate) fn add_file(&mut self, id: &str, source: PathBuf, destination: &Path) {
+    /// Sets the paths of the files in the share.
+    pub(crate) fn place(&mut self, places: Places) {
+        if let Some(root) = self.spec.root_mut() {
+            root.set_path(places.root);
+        }
+        let mut mounts = self.spec.mounts_mut().take().unwrap_or_default();
+        for (index, path) in places.binds {
+            if let Some(mount) = mounts.get_mut(index) {
+                mount.set_source(Some(path));
+            }
+        }
+        self.spec.set_mounts(Some(mounts));
+    }
+
+    /// Mounts a file of the host in the container, read-only.
+    pub(crate) fn add_file(&mut self, source: PathBuf, destination: &Path) {
         let mut mounts = self.spec.mounts_mut().take().unwrap_or_default();
         let index = mounts.len();
         let mut mount = Mount::default();
         mount.set_destination(destination.to_owned());
         mount.set_typ(Some("bind".to_owned()));
-        mount.set_source(Some(guest_bind(id, index)));
+        mount.set_source(Some(in_share()));
         mount.set_options(Some(["rbind", "rprivate", "ro"].map(str::to_owned).to_vec()));
         mounts.push(mount);
         self.spec.set_mounts(Some(mounts));
@@ -195,7 +219,7 @@ fn rewrite_root(spec: &mut Spec, context: &Context<'_>, findings: &mut Findings)
         return None;
     };
     let host = context.bundle.join(root.path());
-    root.set_path(guest_rootfs(context.id));
+    root.set_path(in_share());
     Some(host)
 }
 

@@ -88,10 +88,29 @@ fn of_ctrs_default_spec_only_the_root_and_the_cgroup_change() {
     assert_eq!(rewritten.cgroups_path.as_deref(), Some("/default/plain"));
     assert_eq!((rewritten.binds, rewritten.notes, rewritten.limits), (vec![], vec![], SpecLimits::default()));
     let mut expected = plain();
-    expected["root"]["path"] = json!("/run/husk/share/c1/rootfs");
+    expected["root"]["path"] = json!("/run/husk/share/18446744073709551615/source");
     expected["linux"]["cgroupsPath"] = json!("/containers/c1");
     let expected: Spec = serde_json::from_value(expected).unwrap();
     assert_eq!(rewritten.spec, expected);
+}
+
+#[test]
+fn the_share_decides_where_the_guest_finds_a_containers_files() {
+    let mut rewritten =
+        run(&with("/mounts/-", json!({"destination": "/in", "source": "/link", "options": ["rbind"]})), true).unwrap();
+    rewritten.add_file("/host/file".into(), Path::new("/etc/file"));
+    let indexes: Vec<usize> = rewritten.binds.iter().map(|bind| bind.index).collect();
+    let binds = indexes.iter().map(|index| (*index, format!("/share/{index}").into())).collect();
+    rewritten.place(Places { root: "/share/root".into(), binds });
+    assert_eq!(rewritten.spec.root().as_ref().unwrap().path(), Path::new("/share/root"));
+    let mounts = rewritten.spec.mounts().as_ref().unwrap();
+    let placed: Vec<_> = mounts.iter().filter(|mount| mount.source().as_ref().unwrap().starts_with("/share")).collect();
+    let expected = [("/in", indexes[0]), ("/etc/file", indexes[1])];
+    assert_eq!(placed.len(), 2);
+    for (mount, (destination, index)) in placed.iter().zip(expected) {
+        assert_eq!(mount.destination(), Path::new(destination));
+        assert_eq!(mount.source().as_deref(), Some(Path::new(&format!("/share/{index}"))));
+    }
 }
 
 #[test]
@@ -106,7 +125,7 @@ fn a_privileged_container_gets_the_guests_devices() {
     assert_eq!((bind.index, bind.read_only, bind.recursive), (7, true, true));
     assert_eq!(
         rewritten.spec.mounts().as_ref().unwrap()[7].source().as_deref(),
-        Some(Path::new("/run/husk/share/c1/mounts/7"))
+        Some(Path::new("/run/husk/share/18446744073709551615/source"))
     );
 }
 
@@ -175,7 +194,7 @@ fn bind_mounts_follow_their_options() {
         let rewritten = run(&with("/mounts/-", mount.clone()), true).unwrap();
         assert_eq!(rewritten.binds, [expected], "{mount}");
         let guest = rewritten.spec.mounts().as_ref().unwrap().last().unwrap().clone();
-        assert_eq!(guest.source().as_deref(), Some(Path::new("/run/husk/share/c1/mounts/7")));
+        assert_eq!(guest.source().as_deref(), Some(Path::new("/run/husk/share/18446744073709551615/source")));
         assert_eq!(guest.options().is_some(), mount.get("options").is_some());
     }
 }

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api;
-use husk_protos::PORT_READY;
 use husk_protos::bundle::PutBundleRequest;
 use husk_protos::system::{BootStep, Hello, InfoRequest, InfoResponse};
+use husk_protos::{PORT_READY, SHARE_PATH};
 use husk_shim::console::{Console, GuestLogs};
 use husk_shim::prepare::{self, Attachments, Prepared, Siblings};
 use husk_shim::state::journal::Journal;
@@ -67,14 +67,15 @@ impl Kit {
             std::env::set_var("HUSK_CONFIG", &config);
             std::env::set_var("PATH", path);
         }
-        let rootfs = folder.path().join("share").join(CONTAINER).join("rootfs");
-        unpack_image(&rootfs)?;
+        unpack_image(&folder.path().join("share/rootfs"))?;
         let bundle = folder.path().join("bundle");
         std::fs::create_dir(&bundle)?;
         std::fs::write(bundle.join("config.json"), bundle::spec(CONTAINER, &["true"]).to_string())?;
         let request =
             api::CreateTaskRequest { id: CONTAINER.into(), bundle: bundle.display().to_string(), ..Default::default() };
-        let prepared = prepare::prepare(&request, CONTAINER, Siblings::NONE)?;
+        let mut prepared = prepare::prepare(&request, CONTAINER, Siblings::NONE)?;
+        let root = prepared.rewritten.spec.root_mut().as_mut().context("the spec has no root")?;
+        root.set_path(Path::new(SHARE_PATH).join("rootfs"));
         Ok(Self { folder, prepared })
     }
 

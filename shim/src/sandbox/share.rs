@@ -1,0 +1,103 @@
+//! A sandbox's containers in the share: what is mounted for them, who may write, and what the guest forgets after them.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use containerd_shim_protos::api::CreateTaskRequest;
+use husk_protos::bundle::ReleaseRequest;
+use husk_protos::chain::Chain;
+
+use crate::guest::client::GuestError;
+use crate::prepare::Prepared;
+use crate::rootfs::share::{Released, Share};
+use crate::rootfs::spec::Places;
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::registry::Sandbox;
+use crate::state::{Owner, Step};
+use crate::vm::Vm;
+
+impl Sandbox {
+    /// The sandbox's share, created when it is first needed.
+    pub(super) fn share(&self) -> Result<Share, SandboxError> {
+        let mut slots = self.lock();
+        if let Some(share) = &slots.share {
+            return Ok(share.clone());
+        }
+        let mut record = |steps| self.journal.record(&Owner::Sandbox, steps);
+        let share = Share::create(self.journal.dir(), &mut record)?;
+        slots.share = Some(share.clone());
+        Ok(share)
+    }
+
+    /// Mounts a container's root filesystem and bind mounts in the share, on a separate thread because mount(2) may
+    /// block.
+    pub(super) async fn mount(
+        &self,
+        share: &Share,
+        request: &CreateTaskRequest,
+        prepared: &Prepared,
+    ) -> Result<Places, SandboxError> {
+        let (share, journal) = (share.clone(), self.journal.clone());
+        let (id, mounts, rewritten) = (request.id.clone(), request.rootfs.clone(), prepared.rewritten.clone());
+        on_a_thread("mount", move || {
+            let mut record = |owner: &Owner, steps: Vec<Step>| journal.record(owner, steps);
+            share.add_container(&mut record, &id, &mounts, &rewritten.rootfs, &rewritten.binds)
+        })
+        .await?
+        .map_err(Into::into)
+    }
+
+    /// Lets the VM write to the sources that a container may write to, and to no others.
+    pub(super) async fn settle_share(&self, vm: &Arc<Vm>, share: &Share) -> Result<(), SandboxError> {
+        let (share, server) = (share.clone(), vm.clone());
+        // virtiofsd has made the share its root.
+        let settled =
+            on_a_thread("change the share", move || share.settle(|| server.share_namespace(), Path::new("/")));
+        settled.await?.map_err(|error| match vm.cause_of_death() {
+            Some(cause) => SandboxError::VmDead { cause },
+            None => error.into(),
+        })
+    }
+
+    /// Ends a container's use of the share: the guest unmounts what nobody uses any more, then the host does. If the
+    /// guest does not answer, the host unmounts it all the same.
+    pub(super) async fn release_share(&self, id: &str) {
+        let Some(share) = self.lock().share.clone() else { return };
+        let (journal, container, of_share) = (self.journal.clone(), id.to_owned(), share.clone());
+        let released = on_a_thread("release a part of the share", move || {
+            of_share.release(&mut |owner: &Owner, steps: Vec<Step>| journal.record(owner, steps), &container)
+        });
+        let Released { entries, volumes } = match released.await {
+            Ok(released) => released,
+            Err(error) => return tracing::error!(container = id, error = %Chain(&error), "failed to leave the share"),
+        };
+        if let Ok(vm) = self.live_vm()
+            && !entries.is_empty()
+        {
+            let request = ReleaseRequest { entries, ..Default::default() };
+            let answered = vm.guest.bundle.release(vm.guest.context(), &request).await.map_err(GuestError::from);
+            if let Err(error) = answered
+                && vm.cause_of_death().is_none()
+            {
+                tracing::warn!(container = id, error = %Chain(&error), "the guest keeps files of a deleted container");
+            }
+            if let Err(error) = self.settle_share(&vm, &share).await {
+                tracing::error!(container = id, error = %Chain(&error), "failed to change the share");
+            }
+        }
+        for owner in volumes {
+            if let Err(error) = self.journal.undo(owner).await {
+                tracing::error!(container = id, error = %Chain(&error), "failed to remove a source from the share");
+            }
+        }
+    }
+}
+
+/// Runs work that may block on a thread of its own.
+async fn on_a_thread<T: Send + 'static>(
+    what: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, SandboxError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| SandboxError::Internal(format!("{what}: {error}")))
+}
