@@ -79,6 +79,7 @@ impl Sandbox {
         let share = self.share()?;
         let network = self.network_namespace(&prepared).await?;
         let cgroup = self.host_cgroup(&prepared).await?;
+        self.restrict_cpuset(&id, prepared.rewritten.host_resources.clone()).await?;
         let holder = self.start_holder(&id, network.clone()).await?;
         let subject = hooks::subject(&request, &prepared, holder.process().pid);
         let attachments = Attachments { network, cgroup: cgroup.clone(), ..Attachments::new(share.path().to_owned()) };

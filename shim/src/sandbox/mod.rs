@@ -3,6 +3,7 @@
 mod boot;
 pub(crate) mod container;
 mod control;
+mod cpuset;
 mod create;
 mod end;
 mod error;

@@ -15,6 +15,7 @@
 //! | `host_hooks.rs`    | which hooks the host runs                          |
 //! | `limits.rs`        | the limits that size a VM                          |
 //! | `size.rs`          | the size of the spec itself                        |
+//! | `resources.rs`     | what becomes of each field of `linux.resources`    |
 //! | `context.rs`       | what the rewriting needs to know                   |
 //! | `findings.rs`      | problems and notes                                 |
 
@@ -27,6 +28,7 @@ mod mount_options;
 mod mounts;
 mod namespaces;
 pub(crate) mod parse;
+pub(crate) mod resources;
 mod rewrite;
 mod size;
 
