@@ -6,6 +6,7 @@
 //! | `lib.rs`     | ports, limits and names that both sides use                          |
 //! | `frame.rs`   | length-prefixed messages on connections without TTRPC                |
 //! | `metered.rs` | backpressure for TTRPC streams                                       |
+//! | `unknown.rs` | answers calls of services that a TTRPC server does not have          |
 //! | `relay.rs`   | byte streams between host and guest                                  |
 //! | `extras.rs`  | the format of the extras disk                                        |
 //! | `param.rs`   | names of kernel parameters                                           |
@@ -21,6 +22,7 @@ pub mod mac;
 pub mod metered;
 pub mod param;
 pub mod relay;
+pub mod unknown;
 
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::too_many_lines)]
 mod generated {
@@ -29,7 +31,7 @@ mod generated {
 
 pub use generated::{
     bundle, bundle_ttrpc, debug, debug_ttrpc, events, events_ttrpc, metadata, metadata_ttrpc, network, network_ttrpc,
-    report, runc_options, stdio, stdio_ttrpc, system, system_ttrpc,
+    report, runc_options, runtime_options, stdio, stdio_ttrpc, system, system_ttrpc,
 };
 pub use {protobuf, ttrpc};
 

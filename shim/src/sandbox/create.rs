@@ -132,6 +132,9 @@ impl Sandbox {
         for part in &prepared.ignored {
             tracing::warn!(container = request.id, part, "ignored part of the spec");
         }
+        for option in &prepared.ignored_options {
+            tracing::info!(container = request.id, option, "ignored option of the runtime");
+        }
         for note in &prepared.rewritten.notes {
             tracing::info!(container = request.id, note, "spec changed for the guest");
         }

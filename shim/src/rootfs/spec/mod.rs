@@ -16,11 +16,13 @@
 //! | `limits.rs`        | the limits that size a VM                          |
 //! | `size.rs`          | the size of the spec itself                        |
 //! | `resources.rs`     | what becomes of each field of `linux.resources`    |
+//! | `features.rs`      | what of the runtime spec a container can use       |
 //! | `context.rs`       | what the rewriting needs to know                   |
 //! | `findings.rs`      | problems and notes                                 |
 
 mod context;
 mod devices;
+pub(crate) mod features;
 mod findings;
 mod host_hooks;
 mod limits;
