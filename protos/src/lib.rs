@@ -30,8 +30,8 @@ mod generated {
 }
 
 pub use generated::{
-    bundle, bundle_ttrpc, debug, debug_ttrpc, events, events_ttrpc, metadata, metadata_ttrpc, network, network_ttrpc,
-    report, runc_options, runtime_options, stdio, stdio_ttrpc, system, system_ttrpc,
+    bundle, bundle_ttrpc, cri, debug, debug_ttrpc, events, events_ttrpc, metadata, metadata_ttrpc, network,
+    network_ttrpc, report, runc_options, runtime_options, stdio, stdio_ttrpc, system, system_ttrpc,
 };
 pub use {protobuf, ttrpc};
 

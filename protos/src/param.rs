@@ -19,3 +19,12 @@ pub const DEBUG: &str = "husk.debug";
 pub const EXTRAS: &str = "husk.extras";
 /// `1` makes the init run the supervisor agent.
 pub const SUPERVISOR: &str = "husk.supervisor";
+
+/// Longest host name, bytes (`HOST_NAME_MAX`, sethostname(2)).
+const HOSTNAME_MAX: usize = 64;
+
+/// Whether a text can be the value of [`HOSTNAME`]: it must be one word of the kernel command line.
+pub fn is_hostname(name: &str) -> bool {
+    (1..=HOSTNAME_MAX).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.')
+}

@@ -38,6 +38,7 @@ mod network;
 pub mod prepare;
 mod rootfs;
 mod sandbox;
+mod sandbox_service;
 pub mod serve;
 pub mod state;
 mod stdio;

@@ -25,12 +25,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
+use crate::config::names::PATH_ENV;
 use crate::console;
 use crate::containerd::address::socket_path;
 use crate::containerd::bootstrap;
 use crate::containerd::bootstrap::StartParams;
 use crate::containerd::flags::Flags;
 use crate::containerd::options;
+use crate::containerd::options::RuntimeOptions;
 use crate::containerd::publisher::Publisher;
 use crate::ctl;
 use crate::host::process::{ProcessId, wait_dead};
@@ -101,7 +103,11 @@ pub fn start(flags: &Flags) -> Result<()> {
     // The server could not serve them, and `start` has to report that itself.
     check_identifier("namespace", &start.namespace)?;
     check_identifier("container id", &start.id)?;
-    let sandbox = sandbox_of(Path::new("."), &start.id)?;
+    // The bundle of a sandbox that the Sandbox API creates has no spec.
+    let sandbox = match Path::new("config.json").try_exists().context("look for config.json")? {
+        true => sandbox_of(Path::new("."), &start.id)?,
+        false => start.id.clone(),
+    };
     check_identifier("sandbox id", &sandbox)?;
     let path = socket_path(start.socket_dir.as_deref(), &start.grpc_address, &start.namespace, &sandbox);
     let address = format!("unix://{}", path.display());
@@ -150,6 +156,9 @@ fn spawn_server(start: &StartParams, sandbox: &str, listener: UnixListener, sock
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
+    let options = valid_options(start);
+    // For a sandbox without a container: only `start` receives its options.
+    command.envs(options.config_path.iter().map(|path| (PATH_ENV, path)));
     let fd = listener.as_raw_fd();
     // SAFETY: the closure calls only dup2, fcntl and setsid, which are async-signal-safe. `fd` is open until spawn()
     // returns.
@@ -170,7 +179,7 @@ fn spawn_server(start: &StartParams, sandbox: &str, listener: UnixListener, sock
         })
     };
     let mut child = command.spawn().context("spawn")?;
-    let placed = join_shim_cgroup(start, child.id()).and_then(|()| note_server(child.id()));
+    let placed = join_shim_cgroup(&options, child.id()).and_then(|()| note_server(child.id()));
     if placed.is_err() {
         // The error is reported; the child may have exited by itself.
         let _ = child.kill();
@@ -181,14 +190,17 @@ fn spawn_server(start: &StartParams, sandbox: &str, listener: UnixListener, sock
     Ok(())
 }
 
+/// The runtime's options. Create rejects invalid ones, with a better error code than `start` has.
+fn valid_options(start: &StartParams) -> RuntimeOptions {
+    start.options.iter().find_map(|options| options::read(Some(options)).ok()).unwrap_or_default()
+}
+
 /// Moves the server to the cgroup that the runtime's options name. Its processes follow, unless the spec names a cgroup.
-fn join_shim_cgroup(start: &StartParams, server: u32) -> Result<()> {
-    // Create rejects invalid options, with a better error code.
-    let options = start.options.iter().filter_map(|options| options::read(Some(options)).ok());
-    let Some(path) = options.filter_map(|options| options.shim_cgroup).next() else { return Ok(()) };
+fn join_shim_cgroup(options: &RuntimeOptions, server: u32) -> Result<()> {
+    let Some(path) = &options.shim_cgroup else { return Ok(()) };
     let join = || -> Result<()> {
         let Some(server) = ProcessId::of(server)? else { bail!("the server has exited") };
-        Ok(cgroup::join(&Hierarchies::of_host()?.open_existing(&path)?, server)?)
+        Ok(cgroup::join(&Hierarchies::of_host()?.open_existing(path)?, server)?)
     };
     join().with_context(|| format!("runtime option ShimCgroup {path:?}"))
 }
@@ -262,6 +274,7 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     ctl::serve(control, sandbox.clone(), ctl::methods::METHODS, ctl::Limits::default());
 
     let mut services = crate::task_service::services(sandbox.clone());
+    services.extend(crate::sandbox_service::services(sandbox.clone()));
     let accepted = accept(listener, Known::of(&mut services)).context("listen on the shim's socket")?;
     let mut server = Server::new().add_listener(accepted).register_service(services);
     server.start().await?;

@@ -33,7 +33,7 @@ const TASK_V3: &str = "containerd.task.v3.Task";
 
 /// The service under both names.
 pub(crate) fn services(sandbox: Arc<Sandbox>) -> HashMap<String, Service> {
-    let register = || create_task(Arc::new(TaskService { sandbox: sandbox.clone() }));
+    let register = || create_task(Arc::new(TaskService(Calls { sandbox: sandbox.clone() })));
     let mut services = register();
     services.extend(register().into_iter().map(|(name, service)| {
         debug_assert_eq!(name, TASK_V3);
@@ -42,11 +42,14 @@ pub(crate) fn services(sandbox: Arc<Sandbox>) -> HashMap<String, Service> {
     services
 }
 
-struct TaskService {
-    sandbox: Arc<Sandbox>,
+struct TaskService(Calls);
+
+/// How a service calls the sandbox.
+pub(crate) struct Calls {
+    pub(crate) sandbox: Arc<Sandbox>,
 }
 
-impl TaskService {
+impl Calls {
     /// Converts the result of a call that may have been lost because the VM died.
     async fn response<T>(&self, result: Result<T, SandboxError>) -> ttrpc::Result<T> {
         match result {
@@ -56,7 +59,7 @@ impl TaskService {
     }
 
     /// Runs `call` to completion, even if the client disconnects.
-    async fn detached<T, F>(&self, call: impl FnOnce(Arc<Sandbox>) -> F) -> ttrpc::Result<T>
+    pub(crate) async fn detached<T, F>(&self, call: impl FnOnce(Arc<Sandbox>) -> F) -> ttrpc::Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, SandboxError>> + Send + 'static,
@@ -73,7 +76,7 @@ fn status(code: Code, text: String) -> ttrpc::Error {
 }
 
 /// Maps an error to a ttrpc code. This is the only place that does so: containerd's clients branch on the codes.
-fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
+pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
     use SandboxError as Error;
     let code = match &error {
         // The guest's own status passes through unchanged.
@@ -87,7 +90,9 @@ fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
             FollowError::Guest(_) | FollowError::Deadline(_) => Code::UNAVAILABLE,
             _ => Code::FAILED_PRECONDITION,
         },
-        Error::Stopping | Error::NotStopped { .. } | Error::InitExited { .. } => Code::FAILED_PRECONDITION,
+        Error::Stopping | Error::NotReady(_) | Error::NotStopped { .. } | Error::InitExited { .. } => {
+            Code::FAILED_PRECONDITION
+        }
         Error::Stdio(StdioError::Logger { .. }) => Code::INTERNAL,
         Error::Invalid(_)
         | Error::Stdio(_)
@@ -110,50 +115,50 @@ fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
 #[async_trait]
 impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
-        let pid = self.detached(|sandbox| async move { sandbox.create(request).await }).await?;
+        let pid = self.0.detached(|sandbox| async move { sandbox.create(request).await }).await?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        let pid = self.detached(|sandbox| async move { sandbox.start(&request.id, &request.exec_id).await }).await?;
+        let pid = self.0.detached(|sandbox| async move { sandbox.start(&request.id, &request.exec_id).await }).await?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        self.detached(|sandbox| async move { sandbox.exec(request).await }).await?;
+        self.0.detached(|sandbox| async move { sandbox.exec(request).await }).await?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        self.detached(|sandbox| async move { sandbox.delete(&request.id, &request.exec_id).await }).await
+        self.0.detached(|sandbox| async move { sandbox.delete(&request.id, &request.exec_id).await }).await
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        self.response(self.sandbox.state(&request.id, &request.exec_id).await).await
+        self.0.response(self.0.sandbox.state(&request.id, &request.exec_id).await).await
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        let exit = self.sandbox.wait(&request.id, &request.exec_id).await.map_err(to_ttrpc)?;
+        let exit = self.0.sandbox.wait(&request.id, &request.exec_id).await.map_err(to_ttrpc)?;
         Ok(WaitResponse { exit_status: exit.status, exited_at: MessageField::some(exit.at), ..Default::default() })
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        self.detached(|sandbox| async move { sandbox.kill(request).await }).await?;
+        self.0.detached(|sandbox| async move { sandbox.kill(request).await }).await?;
         Ok(Empty::new())
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        self.response(self.sandbox.pids(request).await).await
+        self.0.response(self.0.sandbox.pids(request).await).await
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        self.sandbox.close_io(&request.id, &request.exec_id, request.stdin).map_err(to_ttrpc)?;
+        self.0.sandbox.close_io(&request.id, &request.exec_id, request.stdin).map_err(to_ttrpc)?;
         Ok(Empty::new())
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
         // Works without the task too: after a restart containerd calls Connect to identify the shim.
-        let task_pid = self.sandbox.pid(&request.id).unwrap_or(0);
+        let task_pid = self.0.sandbox.pid(&request.id).unwrap_or(0);
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
             task_pid,
@@ -163,36 +168,36 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        self.detached(|sandbox| async move { sandbox.shutdown(request.now).await }).await?;
+        self.0.detached(|sandbox| async move { sandbox.shutdown(request.now).await }).await?;
         Ok(Empty::new())
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.detached(|sandbox| async move { sandbox.pause(request).await }).await?;
+        self.0.detached(|sandbox| async move { sandbox.pause(request).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.detached(|sandbox| async move { sandbox.resume(request).await }).await?;
+        self.0.detached(|sandbox| async move { sandbox.resume(request).await }).await?;
         Ok(Empty::new())
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        self.detached(|sandbox| async move { sandbox.update(request).await }).await?;
+        self.0.detached(|sandbox| async move { sandbox.update(request).await }).await?;
         Ok(Empty::new())
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        self.response(self.sandbox.stats(request).await).await
+        self.0.response(self.0.sandbox.stats(request).await).await
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        self.sandbox.checkpoint(&request.id).map_err(to_ttrpc)?;
+        self.0.sandbox.checkpoint(&request.id).map_err(to_ttrpc)?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        self.response(self.sandbox.resize_pty(request).await).await?;
+        self.0.response(self.0.sandbox.resize_pty(request).await).await?;
         Ok(Empty::new())
     }
 }

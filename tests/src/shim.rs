@@ -248,7 +248,17 @@ impl<'a> Shim<'a> {
 
     /// Like [`Self::start`], with this sink for events.
     pub fn start_with(containerd: &'a Containerd, id: &str, spec: &Value, events: Sink) -> Result<Self> {
-        let bundle = Bundle::write(containerd, id, spec)?;
+        Self::start_bundle(containerd, Bundle::write(containerd, id, spec)?, events)
+    }
+
+    /// Starts the shim under test for a sandbox, as containerd's Sandbox API does: its bundle has no `config.json`.
+    pub fn start_sandbox(containerd: &'a Containerd, id: &str) -> Result<Self> {
+        let bundle = Bundle::write(containerd, id, &Value::Null)?;
+        std::fs::remove_file(bundle.outside.join("config.json"))?;
+        Self::start_bundle(containerd, bundle, Sink::start()?)
+    }
+
+    fn start_bundle(containerd: &'a Containerd, bundle: Bundle, events: Sink) -> Result<Self> {
         let started = action(containerd, &bundle, &events, &Bootstrap::Flags, "start")?.ok()?;
         let socket = address(&started.text())?;
         let api = match (containerd.runtime(), containerd.version()) {

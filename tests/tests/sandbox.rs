@@ -37,13 +37,22 @@ fn remove(shim: &Shim) -> Result<u32> {
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 
 #[test]
-fn containers_of_a_sandbox_share_the_vm_but_not_files_or_cgroups() -> Result<()> {
+fn containers_of_a_sandbox_share_a_vm_of_the_pods_size_but_not_files_or_cgroups() -> Result<()> {
     husk_only!();
     let containerd = Containerd::shared()?;
     let (pod, other) = (containerd.id("pod"), containerd.id("other"));
-    let first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
+    let mut sized = spec(&pod, &pod, &SLEEP);
+    // As the CRI plugin tells the limits of the pod's containers together: 900 MiB, and one and a half CPUs.
+    let limits = [("memory", "943718400"), ("cpu-quota", "150000"), ("cpu-period", "100000"), ("cpu-shares", "1536")];
+    for (name, value) in limits {
+        sized["annotations"][format!("io.kubernetes.cri.sandbox-{name}")] = json!(value);
+    }
+    let first = Shim::running(containerd, &pod, &sized)?;
     let second = Shim::running(containerd, &other, &spec(&pod, &other, &SLEEP))?;
     ensure!(first.socket == second.socket, "two shims: {:?} {:?}", first.socket, second.socket);
+    let size = second.exec("size", &["sh", "-c", "nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo"])?.1;
+    let (cpus, memory) = size.split_once('\n').context("two lines")?;
+    ensure!(cpus == "2" && (900..900 + 128).contains(&memory.parse::<u64>()?), "the pod's size: {size}");
     let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
     ensure!(first.exec("boot", &boot)? == second.exec("boot", &boot)?, "two VMs");
 

@@ -173,7 +173,7 @@ fn after_a_failed_create_delete_ends_the_shim_at_once() -> Result<()> {
 fn calls_of_unknown_services_return_unimplemented() -> Result<()> {
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "unknown")?;
-    for service in ["containerd.runtime.sandbox.v1.Sandbox", "containerd.services.streaming.v1.Streaming"] {
+    for service in ["containerd.services.transfer.v1.Transfer", "containerd.services.streaming.v1.Streaming"] {
         let result: ttrpc::Result<api::Empty> = shim.task.call_service(service, "Ping", &api::Empty::new());
         ensure!(code(&result) == Some(Code::UNIMPLEMENTED), "{service}: {result:?}");
         ensure!(Runtime::under_test() != Runtime::Husk || format!("{result:?}").contains(service), "{result:?}");

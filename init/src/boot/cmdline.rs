@@ -45,9 +45,6 @@ impl Default for Cmdline {
     }
 }
 
-/// Longest host name that the kernel accepts (`__NEW_UTS_LEN`), bytes.
-const HOSTNAME_MAX: usize = 64;
-
 /// Parses the content of `/proc/cmdline`. Parameters without the prefix `husk.` are ignored; the last of a repeated
 /// parameter applies.
 pub(super) fn parse(text: &str) -> Cmdline {
@@ -56,7 +53,7 @@ pub(super) fn parse(text: &str) -> Cmdline {
         let (key, value) = word.split_once('=').unwrap_or((word, ""));
         let valid = match key {
             param::LOG => value.parse().map(|level| cmdline.log = level).is_ok(),
-            param::HOSTNAME => is_hostname(value).then(|| cmdline.hostname = value.to_owned()).is_some(),
+            param::HOSTNAME => param::is_hostname(value).then(|| cmdline.hostname = value.to_owned()).is_some(),
             param::EPOCH_NS => value.parse().map(|ns| cmdline.epoch_ns = Some(ns)).is_ok(),
             param::READY_PORT => value.parse().map(|port| cmdline.ready_port = port).is_ok(),
             param::HEARTBEAT_MS => {
@@ -91,11 +88,6 @@ const SERIAL_MAX: usize = 20;
 
 fn is_serial(serial: &str) -> bool {
     (1..=SERIAL_MAX).contains(&serial.len()) && serial.bytes().all(|b| b.is_ascii_graphic())
-}
-
-fn is_hostname(name: &str) -> bool {
-    (1..=HOSTNAME_MAX).contains(&name.len())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.')
 }
 
 #[cfg(test)]

@@ -5,10 +5,14 @@
 //! |--------------|----------------------------------------------------------------------|
 //! | `host.rs`    | what the host provides: the guest's files, programs, the accelerator |
 //! | `network.rs` | whether the container is in user mode, and with which ports          |
+//! | `pod.rs`     | what the CRI plugin says of a pod (pure)                             |
+//! | `sandbox.rs` | what containerd's Sandbox API says of a sandbox (pure)               |
 //! | `size.rs`    | the size of the VM (pure)                                            |
 
 pub mod host;
 mod network;
+mod pod;
+mod sandbox;
 mod size;
 
 use std::collections::HashMap;
@@ -17,8 +21,9 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use husk_protos::chain::Chain;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::Spec;
 use tracing::Level;
 
 use crate::config::annotations::{self, Annotations};
@@ -35,17 +40,13 @@ use crate::network::user::UserNetwork;
 use crate::network::{Claim, claim};
 use crate::prepare::host::{Host, Places};
 pub(crate) use crate::prepare::network::RequestedNetwork;
+use crate::prepare::sandbox::SandboxRequest;
 use crate::rootfs::socket;
 use crate::rootfs::spec::parse::{Parsed, parse};
 use crate::rootfs::spec::{Context, HostNetwork, Rewritten, Sibling, rewrite};
 use crate::vm::BootPlan;
 use crate::vm::cgroup::{Hierarchies, HostCgroup};
 use crate::vmm::{self, Accel, Disk, GuestParams, Vmm};
-
-/// The annotation with which the CRI plugin tells a pod's sandbox container from the others.
-const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-/// The annotation with which the CRI plugin names a container's pod.
-const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
 /// All problems of a request.
 #[derive(Debug, thiserror::Error)]
@@ -117,7 +118,7 @@ pub struct BootedWith {
 /// When the bundle cannot be read.
 pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<String, PrepareError> {
     let spec = read_spec(bundle)?.spec;
-    let pod = spec.annotations().as_ref().and_then(|annotations| annotations.get(SANDBOX_ID));
+    let pod = spec.annotations().as_ref().and_then(|annotations| annotations.get(pod::SANDBOX_ID));
     Ok(pod.map_or_else(|| id.to_owned(), Clone::clone))
 }
 
@@ -153,15 +154,48 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str, siblings: Siblings<'_
     Ok(prepared)
 }
 
+/// Reads and checks everything that a sandbox needs without a container.
+///
+/// # Errors
+///
+/// All problems at once.
+pub(crate) fn prepare_sandbox(request: &CreateSandboxRequest) -> Result<(SandboxRequest, Prepared), PrepareError> {
+    let request = SandboxRequest::read(request)
+        .map_err(|problems| PrepareError(problems.iter().map(ToString::to_string).collect()))?;
+    let config = load::load().map_err(|error| PrepareError::one(&error))?;
+    let parsed = Parsed { spec: request.spec.clone(), ignored: Vec::new() };
+    let subject = Subject { id: &request.id, bundle: &request.bundle, parsed };
+    let mut prepared = prepare_spec(config, &Places::of_process(), subject, &request.id, Siblings::NONE)?;
+    prepared.machine.guest.hostname.clone_from(&request.hostname);
+    Ok((request, prepared))
+}
+
 fn prepare_with(
-    mut config: Config,
+    config: Config,
     places: &Places,
     request: &CreateTaskRequest,
     sandbox: &str,
     siblings: Siblings<'_>,
 ) -> Result<Prepared, PrepareError> {
     let bundle = Path::new(&request.bundle);
-    let Parsed { mut spec, ignored } = read_spec(bundle)?;
+    let subject = Subject { id: &request.id, bundle, parsed: read_spec(bundle)? };
+    prepare_spec(config, places, subject, sandbox, siblings)
+}
+
+/// What is prepared: a container, or a sandbox without one.
+struct Subject<'a> {
+    id: &'a str,
+    bundle: &'a Path,
+    parsed: Parsed,
+}
+
+fn prepare_spec(
+    mut config: Config,
+    places: &Places,
+    Subject { id, bundle, parsed: Parsed { mut spec, ignored } }: Subject<'_>,
+    sandbox: &str,
+    siblings: Siblings<'_>,
+) -> Result<Prepared, PrepareError> {
     let mut problems = Vec::new();
     let annotations = collect(read_annotations(&spec, &config), &mut problems);
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
@@ -171,9 +205,10 @@ fn prepare_with(
     if let Some(annotations) = spec.annotations_mut() {
         annotations.remove(names::WORKSPACE);
     }
-    problems.extend(shares_nodes_network(&spec));
+    problems.extend(pod::shares_node(&spec));
+    let pod = collect(pod::limits(&spec), &mut problems).unwrap_or_default();
     let context = Context {
-        id: &request.id,
+        id,
         bundle,
         host_is_unified: Hierarchies::of_host().map_err(|error| PrepareError::one(&error))?.unified(),
         inspect: &crate::rootfs::share::inspect,
@@ -213,7 +248,7 @@ fn prepare_with(
     if debug {
         config.log_level = config.log_level.max(Level::DEBUG);
     }
-    let size = size::size(&config, &annotations, rewritten.limits);
+    let size = size::size(&config, &annotations, pod, rewritten.limits);
     let mut machine = machine(sandbox, &config, &host, size, &extras);
     if user.is_some() {
         rewritten.use_network_of_vm();
@@ -232,18 +267,6 @@ fn prepare_with(
         workspace: annotations.workspace,
         host,
         config,
-    })
-}
-
-/// A problem if the spec is that of a pod that uses the node's network: the CRI plugin gives it no network namespace.
-fn shares_nodes_network(spec: &Spec) -> Option<String> {
-    let kind = spec.annotations().as_ref()?.get(CONTAINER_TYPE)?;
-    let mut namespaces = spec.linux().as_ref()?.namespaces().iter().flatten();
-    let has_network = namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-    (kind == "sandbox" && !has_network).then(|| {
-        "linux.namespaces: the pod uses the node's network (hostNetwork), which a VM cannot share: set hostNetwork to \
-         false, or use another runtime class"
-            .to_owned()
     })
 }
 
@@ -299,6 +322,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
         configured: config.kernel_params.clone(),
         extras: !extras.files.is_empty(),
         supervisor: extras.runs_supervisor(),
+        hostname: None,
         wall_clock: None,
         ready_port: None,
     };

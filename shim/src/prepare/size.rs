@@ -5,8 +5,9 @@ use crate::config::settings::{Config, DEFAULT_MEMORY_MIB, GUEST_OVERHEAD_MIB, MA
 use crate::rootfs::spec::SpecLimits;
 
 /// Virtual CPUs and MiB of a guest. An annotation overrides the configuration, and a CPU count overrides a profile.
-/// Without either the spec's limits decide, else the default.
-pub(crate) fn size(config: &Config, annotations: &Annotations, limits: SpecLimits) -> (u32, u64) {
+/// Without either the limits of the pod decide, then those of the sandbox's first container, else the default.
+pub(crate) fn size(config: &Config, annotations: &Annotations, pod: SpecLimits, first: SpecLimits) -> (u32, u64) {
+    let limits = SpecLimits { memory: pod.memory.or(first.memory), cpus: pod.cpus.or(first.cpus) };
     let profile = annotations.profile.or(config.profile).map(Profile::vcpus);
     let vcpus = annotations.vcpus.or(config.vcpus).or(profile).or(limits.cpus).unwrap_or(1).clamp(1, MAX_VCPUS);
     let for_limit = |bytes: u64| bytes.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB).max(DEFAULT_MEMORY_MIB);
@@ -19,43 +20,49 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_follows_annotation_configuration_limits_and_default_in_that_order() {
+    fn memory_follows_annotation_configuration_pod_container_and_default_in_that_order() {
         let limit = |bytes| SpecLimits { memory: bytes, cpus: None };
         let table = [
-            (Some(100), Some(200), Some(1 << 30), 100),
-            (None, Some(200), Some(1 << 30), 200),
-            (None, None, Some(1 << 30), 1024 + 128),
-            (None, None, Some(1 << 20), 512),
-            (None, None, None, 512),
+            (Some(100), Some(200), Some(2 << 30), Some(1 << 30), 100),
+            (None, Some(200), Some(2 << 30), Some(1 << 30), 200),
+            (None, None, Some(2 << 30), Some(1 << 30), 2048 + 128),
+            (None, None, None, Some(1 << 30), 1024 + 128),
+            (None, None, Some(1 << 20), Some(1 << 30), 512),
+            (None, None, None, None, 512),
         ];
-        for (annotation, memory_mib, bytes, expected) in table {
+        for (annotation, memory_mib, pod, bytes, expected) in table {
             let config = Config { memory_mib, ..Config::default() };
             let wanted = Annotations { memory_mib: annotation, ..Default::default() };
-            assert_eq!(size(&config, &wanted, limit(bytes)).1, expected, "{annotation:?} {memory_mib:?} {bytes:?}");
+            let found = size(&config, &wanted, limit(pod), limit(bytes)).1;
+            assert_eq!(found, expected, "{annotation:?} {memory_mib:?} {pod:?} {bytes:?}");
         }
     }
 
     #[test]
     fn cpus_follow_a_count_then_a_profile_then_limits_and_the_sandbox_comes_before_the_host() {
         use Profile::{Latency, Throughput};
-        // (annotation, configuration) of the count and of the profile, the spec's limit, and what comes of it.
-        type Row = ((Option<u32>, Option<u32>), (Option<Profile>, Option<Profile>), Option<u32>, u32);
+        // (annotation, configuration) of the count and of the profile, the limits, and what comes of it.
+        type Row = ((Option<u32>, Option<u32>), (Option<Profile>, Option<Profile>), Limits, u32);
+        // Of the pod and of the first container.
+        type Limits = (Option<u32>, Option<u32>);
         let table: &[Row] = &[
-            ((Some(5), Some(3)), (Some(Latency), Some(Throughput)), Some(2), 5),
-            ((None, Some(3)), (Some(Latency), Some(Throughput)), Some(2), 3),
-            ((None, None), (Some(Latency), Some(Throughput)), Some(2), 1),
-            ((None, None), (Some(Throughput), Some(Latency)), Some(2), 4),
-            ((None, None), (None, Some(Throughput)), Some(2), 4),
-            ((None, None), (None, Some(Latency)), Some(2), 1),
-            ((None, None), (None, None), Some(2), 2),
-            ((None, None), (None, None), Some(1000), MAX_VCPUS),
-            ((None, None), (None, None), None, 1),
+            ((Some(5), Some(3)), (Some(Latency), Some(Throughput)), (None, Some(2)), 5),
+            ((None, Some(3)), (Some(Latency), Some(Throughput)), (None, Some(2)), 3),
+            ((None, None), (Some(Latency), Some(Throughput)), (None, Some(2)), 1),
+            ((None, None), (Some(Throughput), Some(Latency)), (None, Some(2)), 4),
+            ((None, None), (None, Some(Throughput)), (None, Some(2)), 4),
+            ((None, None), (None, Some(Latency)), (None, Some(2)), 1),
+            ((None, None), (None, None), (None, Some(2)), 2),
+            ((None, None), (None, None), (None, Some(1000)), MAX_VCPUS),
+            ((None, None), (None, None), (Some(3), Some(2)), 3),
+            ((None, None), (None, None), (None, None), 1),
         ];
         for row in table {
-            let ((annotation, vcpus), (profile_annotation, profile), cpus, expected) = *row;
+            let ((annotation, vcpus), (profile_annotation, profile), (pod, first), expected) = *row;
+            let limit = |cpus| SpecLimits { memory: None, cpus };
             let config = Config { vcpus, profile, ..Config::default() };
             let wanted = Annotations { vcpus: annotation, profile: profile_annotation, ..Default::default() };
-            assert_eq!(size(&config, &wanted, SpecLimits { memory: None, cpus }).0, expected, "{row:?}");
+            assert_eq!(size(&config, &wanted, limit(pod), limit(first)).0, expected, "{row:?}");
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The effects of the configuration: each key changes what is booted, or whether it is booted.
 
+use oci_spec::runtime::LinuxNamespaceType;
+
 use super::*;
 use crate::config::keys::KEYS;
 use crate::config::load::parse;

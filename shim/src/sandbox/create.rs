@@ -55,6 +55,7 @@ impl Sandbox {
         if slots.containers.contains_key(id) {
             return Err(SandboxError::AlreadyExists { what: "task", id: id.to_owned() });
         }
+        Self::check_ready(&slots)?;
         slots.containers.insert(id.to_owned(), ContainerSlot::Creating);
         slots.first.get_or_insert_with(|| id.to_owned());
         Ok(())
@@ -73,14 +74,14 @@ impl Sandbox {
         let mut prepared = self.prepare(&request)?;
         let facts = serde_json::json!({"bundle": request.bundle});
         self.journal.with(|state| state.set_container(&id, facts))?;
-        if prepared.user.is_some() {
-            self.add_resolv_conf(&id, &mut prepared.rewritten)?;
+        if let Some(text) = self.resolv_conf(&prepared) {
+            self.add_resolv_conf(&id, &text?, &mut prepared.rewritten)?;
         }
         let share = self.share()?;
         let network = self.network_namespace(&prepared).await?;
         let cgroup = self.host_cgroup(&prepared).await?;
         self.restrict_cpuset(&id, prepared.rewritten.host_resources.clone()).await?;
-        let holder = self.start_holder(&id, network.clone()).await?;
+        let holder = self.start_holder(Owner::Container(id.clone()), &id, network.clone()).await?;
         let subject = hooks::subject(&request, &prepared, holder.process().pid);
         let attachments = Attachments { network, cgroup: cgroup.clone(), ..Attachments::new(share.path().to_owned()) };
         // The hooks see the holder in its cgroup.
@@ -119,7 +120,8 @@ impl Sandbox {
 
     /// Prepares the spec for the guest.
     fn prepare(&self, request: &CreateTaskRequest) -> Result<Prepared, SandboxError> {
-        let find = |pid| self.containers().iter().find(|container| container.subject.pid == pid)?.as_sibling();
+        let of_container = |pid| self.containers().iter().find(|container| container.subject.pid == pid)?.as_sibling();
+        let find = |pid| self.own_namespaces(pid).or_else(|| of_container(pid));
         let (first, booted_with, booting_with) = {
             let slots = self.lock();
             let first = slots.first.as_ref() == Some(&request.id);
@@ -141,15 +143,23 @@ impl Sandbox {
         Ok(prepared)
     }
 
-    /// Gives a container in user mode a `resolv.conf`, unless its spec mounts one.
-    fn add_resolv_conf(&self, id: &str, rewritten: &mut Rewritten) -> Result<(), SandboxError> {
+    /// The `resolv.conf` that the sandbox gives its containers, if it does: in user mode, and if the Sandbox API says so.
+    fn resolv_conf(&self, prepared: &Prepared) -> Option<Result<String, SandboxError>> {
+        if let Some(text) = self.lock().managed.as_ref().and_then(|managed| managed.resolv_conf.clone()) {
+            return Some(Ok(text));
+        }
+        let text = prepared.user.as_ref().map(|_| resolv_conf())?;
+        Some(text.map_err(|error| SandboxError::Internal(format!("read the host's {RESOLV_CONF}: {error}"))))
+    }
+
+    /// Gives a container a `resolv.conf`, unless its spec mounts one.
+    fn add_resolv_conf(&self, id: &str, text: &str, rewritten: &mut Rewritten) -> Result<(), SandboxError> {
         if rewritten.mounts_any(&["/etc", RESOLV_CONF]) {
             return Ok(());
         }
         let path = self.journal.dir().join(format!("{id}.resolv.conf"));
         self.journal.record(&Owner::Container(id.to_owned()), [Step::File { path: path.clone() }])?;
-        let written = resolv_conf().and_then(|text| {
-            let mut file = OpenOptions::new().write(true).create_new(true).open(&path)?;
+        let written = OpenOptions::new().write(true).create_new(true).open(&path).and_then(|mut file| {
             // Every user in the container reads the file. On the host, the sandbox's folder protects it.
             file.set_permissions(Permissions::from_mode(0o644))?;
             file.write_all(text.as_bytes())
@@ -159,8 +169,8 @@ impl Sandbox {
         Ok(())
     }
 
-    /// The sandbox's share, created by its first container.
-    fn share(&self) -> Result<Share, SandboxError> {
+    /// The sandbox's share, created when it is first needed.
+    pub(super) fn share(&self) -> Result<Share, SandboxError> {
         let mut slots = self.lock();
         if let Some(share) = &slots.share {
             return Ok(share.clone());

@@ -64,7 +64,7 @@ impl Sandbox {
                 slots.first = None;
             }
             self.sockets.remove(id);
-            let last = slots.containers.is_empty();
+            let last = slots.containers.is_empty() && slots.managed.is_none();
             last.then(|| std::mem::replace(&mut slots.vm, VmSlot::Stopping))
         };
         match last {
@@ -103,6 +103,7 @@ impl Sandbox {
             container.vm_died(Timestamp::now());
         }
         futures::future::join_all(containers.iter().map(|container| container.finish_output())).await;
+        self.end_managed();
         // Before its rule is removed.
         self.lock().forwarding = None;
         self.undo_all().await;
@@ -113,7 +114,7 @@ impl Sandbox {
     }
 
     /// Waits until the exit of every process of every container is recorded.
-    async fn containers_ended(&self) {
+    pub(super) async fn containers_ended(&self) {
         let containers = self.containers();
         futures::future::join_all(containers.iter().map(|container| container.ended())).await;
     }
@@ -131,7 +132,7 @@ impl Sandbox {
     }
 
     /// Stops the VM, which may be dead already.
-    async fn stop(&self, vm: &Vm, cause: &str, delivered: impl Future<Output = ()>) {
+    pub(super) async fn stop(&self, vm: &Vm, cause: &str, delivered: impl Future<Output = ()>) {
         let died = vm.cause_of_death();
         match &died {
             // The task that watches for the death may not have recorded it yet.
@@ -151,11 +152,12 @@ impl Sandbox {
         }
     }
 
-    /// Ends the sandbox. Without `now`, only if it has no container: containerd calls Shutdown after every deletion.
+    /// Ends the sandbox. Without `now`, only if it has no container and the Sandbox API does not manage it: containerd
+    /// calls Shutdown after every deletion.
     pub(crate) async fn shutdown(self: &Arc<Self>, now: bool) -> Result<(), SandboxError> {
         let vm = {
             let mut slots = self.lock();
-            if !slots.containers.is_empty() && !now {
+            if (!slots.containers.is_empty() || slots.managed.is_some()) && !now {
                 return Ok(());
             }
             std::mem::replace(&mut slots.vm, VmSlot::Stopping)

@@ -19,10 +19,13 @@ use husk_vsock::VsockError;
 pub(crate) enum SandboxError {
     #[error("{what} {id:?}: not found")]
     NotFound {
-        /// `task` or `process`.
+        /// `task`, `process` or `sandbox`.
         what: &'static str,
         id: String,
     },
+    /// The sandbox is not in the state that the call requires.
+    #[error("{0}")]
+    NotReady(String),
     #[error("{what} {id:?}: already exists")]
     AlreadyExists {
         /// `task` or `process`.

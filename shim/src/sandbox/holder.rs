@@ -43,11 +43,16 @@ impl Sandbox {
         Ok(cgroup.clone())
     }
 
-    /// Starts a container's holder in a network namespace, or in the shim's own. The journal ends the holder with the
-    /// container.
-    pub(super) async fn start_holder(&self, id: &str, network: Option<Claim>) -> Result<Child, SandboxError> {
+    /// Starts the holder of the container or the sandbox `id` in a network namespace, or in the shim's own. The journal
+    /// ends the holder with its owner.
+    pub(super) async fn start_holder(
+        &self,
+        owner: Owner,
+        id: &str,
+        network: Option<Claim>,
+    ) -> Result<Child, SandboxError> {
         let started = Instant::now();
-        let (journal, owner) = (self.journal.clone(), Owner::Container(id.to_owned()));
+        let journal = self.journal.clone();
         let name = format!("{}/{id}", self.namespace);
         let start = move || {
             let netns = network.as_ref().map(Claim::open).transpose()?;
@@ -58,7 +63,7 @@ impl Sandbox {
         };
         let holder = blocking("start the holder", start).await?;
         let us = started.elapsed().as_micros() as u64;
-        tracing::debug!(container = id, pid = holder.process().pid, us, "started the holder");
+        tracing::debug!(holder_of = id, pid = holder.process().pid, us, "started the holder");
         Ok(holder)
     }
 }

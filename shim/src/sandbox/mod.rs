@@ -1,5 +1,6 @@
 //! One sandbox: its VM and its containers.
 
+mod api;
 mod boot;
 pub(crate) mod container;
 mod control;
@@ -10,6 +11,7 @@ mod error;
 mod events;
 mod holder;
 mod hooks;
+mod managed;
 mod network;
 mod registry;
 mod start;

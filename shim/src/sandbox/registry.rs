@@ -19,6 +19,7 @@ use crate::rootfs::spec::resources::HostResources;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
 use crate::sandbox::error::{SandboxError, not_found};
+use crate::sandbox::managed::Managed;
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
 use crate::vm::cgroup::HostCgroup;
@@ -66,6 +67,8 @@ pub(super) struct Slots {
     /// Forwards connections inside the network namespace while the VM runs.
     pub(super) forwarding: Option<Forwarding>,
     pub(super) containers: HashMap<String, ContainerSlot>,
+    /// The sandbox itself, if the Sandbox API manages it.
+    pub(super) managed: Option<Managed>,
 }
 
 /// The sandbox of one shim.
@@ -109,6 +112,7 @@ impl Sandbox {
                 share: None,
                 forwarding: None,
                 containers: HashMap::new(),
+                managed: None,
             }),
             ended: watch::channel(false).0,
             shutdown_requested: watch::channel(false).0,

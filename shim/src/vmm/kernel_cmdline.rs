@@ -85,6 +85,9 @@ fn init(guest: &GuestParams) -> Vec<String> {
     if guest.supervisor {
         words.push(format!("{}=1", param::SUPERVISOR));
     }
+    if let Some(hostname) = &guest.hostname {
+        words.push(format!("{}={hostname}", param::HOSTNAME));
+    }
     if let Some(now) = guest.wall_clock {
         words.push(format!("{}={}", param::EPOCH_NS, now.as_nanos()));
     }
@@ -114,6 +117,7 @@ pub(crate) mod tests {
             configured: Vec::new(),
             extras: false,
             supervisor: false,
+            hostname: None,
             wall_clock: None,
             ready_port: None,
         }

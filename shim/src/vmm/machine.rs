@@ -58,6 +58,8 @@ pub struct GuestParams {
     pub extras: bool,
     /// The extras contain a supervisor agent that is to run.
     pub supervisor: bool,
+    /// The host name of the guest, if the sandbox has one.
+    pub hostname: Option<String>,
     /// The host's wall clock, since 1970.
     pub wall_clock: Option<Duration>,
     /// The host's vsock port that expects the guest's hello, if it is not the usual one.

@@ -33,6 +33,11 @@ pub struct Sibling {
     pub(crate) in_vms_network: bool,
 }
 
+impl Sibling {
+    /// The sandbox itself, without a container: it has the namespaces of the VM's PID 1.
+    pub(crate) const VM: Self = Self { guest_pid: 1, in_vms_network: true };
+}
+
 /// What the rewriting needs to know besides the spec.
 pub(crate) struct Context<'a> {
     /// The container's ID, already validated.

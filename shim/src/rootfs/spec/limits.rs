@@ -18,10 +18,13 @@ pub(crate) struct SpecLimits {
 pub(super) fn limits(linux: &Linux) -> SpecLimits {
     let Some(resources) = linux.resources() else { return SpecLimits::default() };
     let memory = resources.memory().and_then(|memory| memory.limit());
-    let cpus = resources.cpu().as_ref().and_then(|cpu| {
-        let quota = u64::try_from(cpu.quota()?).ok().filter(|&quota| quota > 0)?;
-        let period = cpu.period().filter(|&period| period > 0).unwrap_or(DEFAULT_CPU_PERIOD);
-        u32::try_from(quota.div_ceil(period)).ok()
-    });
+    let cpus = resources.cpu().as_ref().and_then(|cpu| whole_cpus(cpu.quota()?, cpu.period()));
     SpecLimits { memory: memory.and_then(|limit| u64::try_from(limit).ok()).filter(|&limit| limit > 0), cpus }
+}
+
+/// A CPU quota in whole CPUs, rounded up. A quota of 0 or below means no limit, a period of 0 the kernel's default.
+pub(crate) fn whole_cpus(quota: i64, period: Option<u64>) -> Option<u32> {
+    let quota = u64::try_from(quota).ok().filter(|&quota| quota > 0)?;
+    let period = period.filter(|&period| period > 0).unwrap_or(DEFAULT_CPU_PERIOD);
+    u32::try_from(quota.div_ceil(period)).ok()
 }

@@ -46,6 +46,13 @@ pub(super) fn resolve(
     if kind == LinuxNamespaceType::Network && sibling.in_vms_network {
         return Ok(Target::VmNetwork);
     }
+    let shareable = matches!(kind, LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts);
+    if sibling == Sibling::VM && !shareable {
+        return Err(format!(
+            "the containers of a sandbox cannot share a {kind} namespace under the Sandbox API, because it would be that \
+             of the VM's PID 1: use the sandboxer \"podsandbox\""
+        ));
+    }
     Ok(Target::Guest(format!("/proc/{}/ns/{name}", sibling.guest_pid).into()))
 }
 

@@ -1,0 +1,178 @@
+//! What the CRI plugin says of a pod in the spec of the pod's sandbox container: the size of the pod, and the namespaces
+//! of the node that the pod uses (containerd, `internal/cri/annotations` and `internal/cri/server/podsandbox`).
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::config::problem::Problem;
+use crate::rootfs::spec::{SpecLimits, whole_cpus};
+
+/// Tells a pod's sandbox container from the others.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// Names a container's pod.
+pub(super) const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+/// The sum of the memory limits of the pod's containers, bytes. 0 means that no container has a limit.
+const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+/// The sum of the CPU limits of the pod's containers, microseconds per period. 0 and -1 mean no limit.
+const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+/// The period of the quota, microseconds.
+const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+
+/// The namespaces that a pod can share with its node, and the field of a pod that asks for it.
+const OF_NODE: [(LinuxNamespaceType, &str, &str); 3] = [
+    (LinuxNamespaceType::Network, "network", "hostNetwork"),
+    (LinuxNamespaceType::Pid, "processes", "hostPID"),
+    (LinuxNamespaceType::Ipc, "IPC objects", "hostIPC"),
+];
+
+/// The options of a mount that set its propagation. The last one counts.
+const PROPAGATIONS: [&str; 8] =
+    ["private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"];
+
+fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(name).map(String::as_str)
+}
+
+/// The limits of all containers of the pod together; none for a container without a pod.
+///
+/// # Errors
+///
+/// Each annotation whose value is not a number.
+pub(super) fn limits(spec: &Spec) -> Result<SpecLimits, Vec<Problem>> {
+    let mut problems = Vec::new();
+    let mut number = |name: &str| {
+        let text = annotation(spec, name)?;
+        text.parse::<i64>()
+            .map_err(|_| {
+                let shown = text.chars().take(40).collect::<String>();
+                problems.push(Problem {
+                    key: format!("annotation {name}"),
+                    value: Some(format!("{shown:?}")),
+                    why: "must be an integer".to_owned(),
+                });
+            })
+            .ok()
+    };
+    let (memory, quota, period) = (number(MEMORY), number(CPU_QUOTA), number(CPU_PERIOD));
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    let memory = memory.and_then(|bytes| u64::try_from(bytes).ok()).filter(|&bytes| bytes > 0);
+    let period = period.and_then(|period| u64::try_from(period).ok());
+    Ok(SpecLimits { memory, cpus: quota.and_then(|quota| whole_cpus(quota, period)) })
+}
+
+/// The annotations that say these limits.
+pub(super) fn annotations_of(memory: i64, cpu_quota: i64, cpu_period: i64) -> [(String, String); 3] {
+    [(MEMORY, memory), (CPU_QUOTA, cpu_quota), (CPU_PERIOD, cpu_period)]
+        .map(|(name, value)| (name.to_owned(), value.to_string()))
+}
+
+/// The annotation of a pod's sandbox container.
+pub(super) fn annotation_of_sandbox() -> (String, String) {
+    (CONTAINER_TYPE.to_owned(), "sandbox".to_owned())
+}
+
+/// A problem per thing of the node that the pod or its container shares with it, which a VM cannot do.
+pub(super) fn shares_node(spec: &Spec) -> Vec<String> {
+    match annotation(spec, CONTAINER_TYPE) {
+        Some("sandbox") => namespaces_of_node(spec),
+        Some(_) => mounts_for_node(spec),
+        None => Vec::new(),
+    }
+}
+
+/// The namespaces of the node that the pod uses: its sandbox container's spec lacks them.
+fn namespaces_of_node(spec: &Spec) -> Vec<String> {
+    let namespaces: Vec<_> =
+        spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten()).map(|n| n.typ()).collect();
+    let shared = OF_NODE.iter().filter(|(namespace, ..)| !namespaces.contains(namespace));
+    shared
+        .map(|(_, what, field)| {
+            format!(
+                "linux.namespaces: the pod uses the node's {what} ({field}), which a VM cannot share: set {field} to \
+                 false, or use another runtime class"
+            )
+        })
+        .collect()
+}
+
+/// The mounts whose mounts the pod expects to appear on the node.
+fn mounts_for_node(spec: &Spec) -> Vec<String> {
+    let mounts = spec.mounts().iter().flatten().enumerate();
+    let shared = mounts.filter(|(_, mount)| {
+        let mut options = mount.options().iter().flatten();
+        let propagation = options.rfind(|option| PROPAGATIONS.contains(&option.as_str()));
+        propagation.is_some_and(|option| option.ends_with("shared"))
+    });
+    shared
+        .map(|(index, mount)| {
+            format!(
+                "mounts[{index}] at {}: mountPropagation Bidirectional: a mount made in a VM does not appear on the \
+                 node: use HostToContainer or None, or another runtime class",
+                mount.destination().display()
+            )
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(annotations: &serde_json::Value, namespaces: &[&str]) -> Spec {
+        let namespaces: Vec<_> = namespaces.iter().map(|kind| json!({ "type": kind })).collect();
+        let spec = json!({
+            "ociVersion": "1.0.2", "annotations": annotations, "linux": { "namespaces": namespaces },
+        });
+        serde_json::from_value(spec).unwrap()
+    }
+
+    #[test]
+    fn the_limits_of_a_pod_are_those_of_its_containers_together() {
+        let limits_of = |memory: &str, quota: &str, period: &str| {
+            limits(&spec(&json!({ MEMORY: memory, CPU_QUOTA: quota, CPU_PERIOD: period }), &[]))
+        };
+        let some = |memory, cpus| Ok(SpecLimits { memory, cpus });
+        assert_eq!(limits_of("1073741824", "150000", "100000"), some(Some(1 << 30), Some(2)));
+        assert_eq!(limits_of("0", "0", "100000"), some(None, None));
+        assert_eq!(limits_of("0", "-1", "0"), some(None, None));
+        assert_eq!(limits_of("1", "400000", "0"), some(Some(1), Some(4)), "the default period");
+        assert_eq!(limits(&spec(&json!({}), &[])), some(None, None));
+        let wrong = limits_of("1Gi", "150000", "").unwrap_err();
+        assert_eq!(
+            wrong.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            [
+                "annotation io.kubernetes.cri.sandbox-memory = \"1Gi\": must be an integer",
+                "annotation io.kubernetes.cri.sandbox-cpu-period = \"\": must be an integer",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_pod_with_a_namespace_of_its_node_is_rejected_by_the_field_of_the_pod() {
+        let sandbox = json!({ CONTAINER_TYPE: "sandbox" });
+        assert_eq!(shares_node(&spec(&sandbox, &["network", "pid", "ipc", "uts", "mount"])), [""; 0]);
+        for (missing, field) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
+            let others: Vec<_> = ["network", "pid", "ipc"].into_iter().filter(|kind| *kind != missing).collect();
+            let problems = shares_node(&spec(&sandbox, &others));
+            assert!(problems.len() == 1 && problems[0].contains(&format!("set {field} to false")), "{problems:?}");
+        }
+        assert_eq!(shares_node(&spec(&json!({ CONTAINER_TYPE: "container" }), &[])), [""; 0]);
+    }
+
+    #[test]
+    fn a_mount_of_a_pod_whose_mounts_should_appear_on_the_node_is_rejected() {
+        let with = |kind: &str, options: &[&str]| {
+            let mount = json!({ "destination": "/in", "type": "bind", "source": "/srv", "options": options });
+            let spec = json!({ "ociVersion": "1.0.2", "annotations": { CONTAINER_TYPE: kind }, "mounts": [mount] });
+            shares_node(&serde_json::from_value(spec).unwrap())
+        };
+        for accepted in [&["rbind"][..], &["rbind", "rslave"], &["rbind", "rshared", "rprivate"]] {
+            assert_eq!(with("container", accepted), [""; 0], "{accepted:?}");
+        }
+        let rejected = with("container", &["rbind", "rshared", "ro"]);
+        assert!(rejected.len() == 1 && rejected[0].starts_with("mounts[0] at /in: mountPropagation"), "{rejected:?}");
+    }
+}

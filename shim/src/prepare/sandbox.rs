@@ -1,0 +1,220 @@
+//! A sandbox that containerd's Sandbox API creates: its VM boots for no container, so what the first container's spec says
+//! otherwise comes from the request and from the pod's configuration.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use husk_protos::cri::{LinuxPodSandboxConfig, NamespaceOption, PodSandboxConfig};
+use husk_protos::param;
+use oci_spec::runtime::Spec;
+use protobuf::Message;
+use serde_json::{Value, json};
+
+use super::pod;
+use crate::config::problem::Problem;
+
+/// The pod's configuration, as a type URL of containerd.
+const POD: &str = "runtime.v1.PodSandboxConfig";
+/// `NamespaceMode.NODE` of the Container Runtime Interface.
+const NODE: i32 = 2;
+/// The prefix of the annotations that only containerd may set.
+const OF_CONTAINERD: &str = "io.kubernetes.cri.";
+
+/// What is requested for a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SandboxRequest {
+    pub(crate) id: String,
+    pub(crate) bundle: PathBuf,
+    /// What a container of the sandbox's own would have as its spec: no files, but namespaces and annotations.
+    pub(super) spec: Spec,
+    /// The host name, if the pod has one.
+    pub(super) hostname: Option<String>,
+    /// The `resolv.conf` of the sandbox's containers, if the pod has DNS servers.
+    pub(crate) resolv_conf: Option<String>,
+}
+
+impl SandboxRequest {
+    /// Reads and checks a request.
+    ///
+    /// # Errors
+    /// Every field that a VM cannot have.
+    pub(crate) fn read(request: &CreateSandboxRequest) -> Result<Self, Vec<Problem>> {
+        let mut problems = Vec::new();
+        if let Some(mount) = request.rootfs.first() {
+            problems.push(problem("rootfs[0].type", &mount.type_, "a VM has no root filesystem of its own"));
+        }
+        let pod = match request.options.as_ref() {
+            None => None,
+            Some(options) if options.type_url.rsplit('/').next() == Some(POD) => {
+                match PodSandboxConfig::parse_from_bytes(&options.value) {
+                    Ok(pod) => Some(pod),
+                    Err(error) => {
+                        problems.push(problem("options.value", "", &format!("is not a {POD}: {error}")));
+                        None
+                    }
+                }
+            }
+            Some(options) => {
+                problems.push(problem("options.type_url", &options.type_url, &format!("must be {POD}")));
+                None
+            }
+        };
+        let linux = pod.as_ref().map(|pod| pod.linux.clone().unwrap_or_default()).unwrap_or_default();
+        problems.extend(linux.sysctls.iter().map(|(name, value)| {
+            let why = "sysctls of a pod are not supported with the Sandbox API: use the sandboxer \"podsandbox\"";
+            problem(&format!("linux.sysctls[{name:?}]"), value, why)
+        }));
+        let hostname = pod.as_ref().map(|pod| pod.hostname.clone()).filter(|name| !name.is_empty());
+        if let Some(name) = hostname.as_ref().filter(|name| !param::is_hostname(name)) {
+            problems.push(problem("hostname", name, "must be at most 64 letters, digits, dots and hyphens"));
+        }
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        let spec = serde_json::from_value(spec(request, pod.as_ref(), &linux));
+        let spec = spec.map_err(|error| vec![problem("options", "", &format!("the sandbox's spec: {error}"))])?;
+        let resolv_conf = pod.as_ref().and_then(resolv_conf);
+        let bundle = request.bundle_path.clone().into();
+        Ok(Self { id: request.sandbox_id.clone(), bundle, spec, hostname, resolv_conf })
+    }
+}
+
+fn problem(key: &str, value: &str, why: &str) -> Problem {
+    let shown: String = value.chars().take(80).collect();
+    Problem { key: key.to_owned(), value: Some(format!("{shown:?}")), why: why.to_owned() }
+}
+
+/// The spec of a container of the sandbox's own, which is never created.
+fn spec(request: &CreateSandboxRequest, pod: Option<&PodSandboxConfig>, linux: &LinuxPodSandboxConfig) -> Value {
+    let mut annotations: HashMap<String, String> =
+        pod.map(|pod| pod.annotations.clone()).unwrap_or_default().into_iter().collect();
+    annotations.retain(|name, _| !name.starts_with(OF_CONTAINERD));
+    annotations.extend(request.annotations.clone());
+    if let Some(resources) = linux.resources.as_ref() {
+        annotations.extend(pod::annotations_of(
+            resources.memory_limit_in_bytes,
+            resources.cpu_quota,
+            resources.cpu_period,
+        ));
+    }
+    annotations.extend(pod.is_some().then(pod::annotation_of_sandbox));
+    let shared = linux.security_context.as_ref().and_then(|context| context.namespace_options.as_ref());
+    let mut spec = json!({
+        "ociVersion": "1.0.2",
+        "annotations": annotations,
+        "process": {"args": ["pause"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+        "root": {"path": "rootfs"},
+        "linux": {"namespaces": namespaces(&request.netns_path, shared.unwrap_or(&NamespaceOption::default()))},
+    });
+    if !linux.cgroup_parent.is_empty() {
+        spec["linux"]["cgroupsPath"] = cgroups_path(&linux.cgroup_parent, &request.sandbox_id).into();
+    }
+    spec
+}
+
+/// The sandbox's namespaces. One that the node's stands for is missing, as in the spec of a pod's sandbox container.
+fn namespaces(netns: &str, shared: &NamespaceOption) -> Vec<Value> {
+    let network = if netns.is_empty() { json!({"type": "network"}) } else { json!({"type": "network", "path": netns}) };
+    let all = [(network, shared.network), (json!({"type": "pid"}), shared.pid), (json!({"type": "ipc"}), shared.ipc)];
+    all.into_iter().filter(|(_, mode)| *mode != NODE).map(|(namespace, _)| namespace).collect()
+}
+
+/// The sandbox's cgroup below the pod's, in the form that the pod's has: a path, or a slice of systemd.
+fn cgroups_path(parent: &str, id: &str) -> String {
+    match parent.rsplit('/').next().filter(|name| name.ends_with(".slice")) {
+        Some(slice) => format!("{slice}:cri-containerd:{id}"),
+        None => format!("{}/{id}", parent.trim_end_matches('/')),
+    }
+}
+
+/// The pod's `resolv.conf` (resolv.conf(5)).
+fn resolv_conf(pod: &PodSandboxConfig) -> Option<String> {
+    let dns = pod.dns_config.as_ref().filter(|dns| !dns.servers.is_empty())?;
+    let lines = [("search", &dns.searches), ("options", &dns.options)];
+    let lines = lines.into_iter().filter(|(_, words)| !words.is_empty());
+    let lines = lines.map(|(key, words)| format!("{key} {}\n", words.join(" ")));
+    Some(lines.chain(dns.servers.iter().map(|server| format!("nameserver {server}\n"))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use husk_protos::cri::{DNSConfig, LinuxContainerResources, LinuxSandboxSecurityContext};
+    use protobuf::well_known_types::any::Any;
+
+    use super::*;
+
+    fn request(pod: &PodSandboxConfig) -> CreateSandboxRequest {
+        let options = Any { type_url: POD.to_owned(), value: pod.write_to_bytes().unwrap(), ..Default::default() };
+        CreateSandboxRequest {
+            sandbox_id: "p1".into(),
+            bundle_path: "/b".into(),
+            netns_path: "/run/netns/p1".into(),
+            options: Some(options).into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_pods_configuration_becomes_a_spec() {
+        let resources = LinuxContainerResources {
+            memory_limit_in_bytes: 1 << 30,
+            cpu_quota: 150_000,
+            cpu_period: 100_000,
+            ..Default::default()
+        };
+        let linux = LinuxPodSandboxConfig {
+            cgroup_parent: "/kubepods/pod7".into(),
+            resources: Some(resources).into(),
+            ..Default::default()
+        };
+        let dns = DNSConfig {
+            servers: vec!["10.96.0.10".into()],
+            searches: vec!["svc.local".into(), "local".into()],
+            options: vec!["ndots:5".into()],
+            ..Default::default()
+        };
+        let mut pod = PodSandboxConfig {
+            hostname: "web-0".into(),
+            dns_config: Some(dns).into(),
+            linux: Some(linux).into(),
+            ..Default::default()
+        };
+        pod.annotations.insert("io.husk.debug".into(), "true".into());
+        // The pod's author cannot decide what containerd says.
+        pod.annotations.insert("io.kubernetes.cri.sandbox-memory".into(), "1".into());
+        let read = SandboxRequest::read(&request(&pod)).unwrap();
+        assert_eq!(read.hostname.as_deref(), Some("web-0"));
+        let expected = "search svc.local local\noptions ndots:5\nnameserver 10.96.0.10\n";
+        assert_eq!(read.resolv_conf.as_deref(), Some(expected));
+        let limits = pod::limits(&read.spec).unwrap();
+        assert_eq!((limits.memory, limits.cpus), (Some(1 << 30), Some(2)));
+        let spec = serde_json::to_value(&read.spec).unwrap();
+        assert_eq!(spec["annotations"]["io.husk.debug"], "true");
+        assert_eq!(spec["linux"]["cgroupsPath"], "/kubepods/pod7/p1");
+        assert_eq!(spec["linux"]["namespaces"][0], json!({"type": "network", "path": "/run/netns/p1"}));
+        assert_eq!(pod::shares_node(&read.spec), [""; 0]);
+        assert_eq!(cgroups_path("/kubepods.slice/kubepods-pod7.slice", "p1"), "kubepods-pod7.slice:cri-containerd:p1");
+    }
+
+    #[test]
+    fn what_a_vm_cannot_have_is_rejected_by_field() {
+        let shared = NamespaceOption { pid: NODE, ..Default::default() };
+        let context = LinuxSandboxSecurityContext { namespace_options: Some(shared).into(), ..Default::default() };
+        let linux = LinuxPodSandboxConfig { security_context: Some(context).into(), ..Default::default() };
+        let mut pod = PodSandboxConfig { linux: Some(linux).into(), ..Default::default() };
+        let problems = pod::shares_node(&SandboxRequest::read(&request(&pod)).unwrap().spec);
+        assert!(problems.len() == 1 && problems[0].contains("hostPID"), "{problems:?}");
+        pod.linux.mut_or_insert_default().sysctls.insert("net.core.somaxconn".into(), "7".into());
+        let error = SandboxRequest::read(&request(&pod)).unwrap_err()[0].to_string();
+        assert!(error.starts_with("linux.sysctls[\"net.core.somaxconn\"] = \"7\": sysctls of a pod"), "{error}");
+        pod.linux = None.into();
+        pod.hostname = "x init=/bin/sh".into();
+        let error = SandboxRequest::read(&request(&pod)).unwrap_err()[0].to_string();
+        assert!(error.starts_with("hostname = \"x init=/bin/sh\": must be at most 64"), "{error}");
+        let mut other = request(&PodSandboxConfig::default());
+        other.options.mut_or_insert_default().type_url = "x/y.Z".into();
+        let error = SandboxRequest::read(&other).unwrap_err()[0].to_string();
+        assert_eq!(error, "options.type_url = \"x/y.Z\": must be runtime.v1.PodSandboxConfig");
+    }
+}

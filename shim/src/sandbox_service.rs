@@ -1,0 +1,126 @@
+//! containerd's Sandbox service, version 1 (`containerd.runtime.sandbox.v1`): the lifecycle of a sandbox apart from its
+//! containers. containerd 2 uses it for runtimes with `sandboxer = "shim"`.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use containerd_shim_protos::sandbox_api::{
+    CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest, PlatformResponse,
+    SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest, SandboxStatusResponse, ShutdownSandboxRequest,
+    ShutdownSandboxResponse, StartSandboxRequest, StartSandboxResponse, StopSandboxRequest, StopSandboxResponse,
+    WaitSandboxRequest, WaitSandboxResponse,
+};
+use containerd_shim_protos::sandbox_async::{Sandbox as SandboxApi, create_sandbox};
+use containerd_shim_protos::types::platform::Platform;
+use protobuf::MessageField;
+use ttrpc::r#async::{Service, TtrpcContext};
+
+use crate::sandbox::{Sandbox, SandboxError};
+use crate::task_service::{Calls, to_ttrpc};
+
+/// States of a sandbox, by their names in Kubernetes' Container Runtime Interface.
+const READY: &str = "SANDBOX_READY";
+const NOT_READY: &str = "SANDBOX_NOTREADY";
+
+/// The service by its name.
+pub(crate) fn services(sandbox: Arc<Sandbox>) -> HashMap<String, Service> {
+    create_sandbox(Arc::new(SandboxService(Calls { sandbox })))
+}
+
+struct SandboxService(Calls);
+
+#[async_trait]
+impl SandboxApi for SandboxService {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: CreateSandboxRequest,
+    ) -> ttrpc::Result<CreateSandboxResponse> {
+        self.0.sandbox.create_sandbox(&request).map_err(to_ttrpc)?;
+        Ok(CreateSandboxResponse::new())
+    }
+
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: StartSandboxRequest,
+    ) -> ttrpc::Result<StartSandboxResponse> {
+        let start = |sandbox: Arc<Sandbox>| async move { sandbox.start_sandbox(&request.sandbox_id).await };
+        let started = self.0.detached(start).await?;
+        Ok(StartSandboxResponse { pid: started.pid, created_at: MessageField::some(started.at), ..Default::default() })
+    }
+
+    async fn platform(&self, _: &TtrpcContext, _: PlatformRequest) -> ttrpc::Result<PlatformResponse> {
+        let platform = Platform { os: "linux".to_owned(), architecture: "amd64".to_owned(), ..Default::default() };
+        Ok(PlatformResponse { platform: MessageField::some(platform), ..Default::default() })
+    }
+
+    async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> ttrpc::Result<StopSandboxResponse> {
+        let timeout = (request.timeout_secs > 0).then(|| Duration::from_secs(request.timeout_secs.into()));
+        let stop = |sandbox: Arc<Sandbox>| async move { sandbox.stop_sandbox(&request.sandbox_id, timeout).await };
+        self.0.detached(stop).await?;
+        Ok(StopSandboxResponse::new())
+    }
+
+    async fn wait_sandbox(&self, _: &TtrpcContext, request: WaitSandboxRequest) -> ttrpc::Result<WaitSandboxResponse> {
+        let exit = self.0.sandbox.wait_sandbox(&request.sandbox_id).await.map_err(to_ttrpc)?;
+        Ok(WaitSandboxResponse {
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.at),
+            ..Default::default()
+        })
+    }
+
+    async fn sandbox_status(
+        &self,
+        _: &TtrpcContext,
+        request: SandboxStatusRequest,
+    ) -> ttrpc::Result<SandboxStatusResponse> {
+        let sandbox = &self.0.sandbox;
+        let state = sandbox.sandbox_state(&request.sandbox_id).map_err(to_ttrpc)?;
+        let mut info = HashMap::new();
+        if request.verbose
+            && let Ok(status) = sandbox.status().await
+        {
+            let status = serde_json::to_string(&status)
+                .map_err(|error| to_ttrpc(SandboxError::Internal(format!("encode the status: {error}"))))?;
+            info.insert("husk".to_owned(), status);
+        }
+        let ready = state.started.is_some() && state.exit.is_none();
+        Ok(SandboxStatusResponse {
+            sandbox_id: request.sandbox_id,
+            pid: state.started.as_ref().map_or(0, |started| started.pid),
+            state: if ready { READY } else { NOT_READY }.to_owned(),
+            info,
+            created_at: state.started.map(|started| started.at).into(),
+            exited_at: state.exit.map(|exit| exit.at).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> ttrpc::Result<PingResponse> {
+        self.0.sandbox.ping_sandbox(&request.sandbox_id).map_err(to_ttrpc)?;
+        Ok(PingResponse::new())
+    }
+
+    async fn shutdown_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: ShutdownSandboxRequest,
+    ) -> ttrpc::Result<ShutdownSandboxResponse> {
+        let shutdown = |sandbox: Arc<Sandbox>| async move { sandbox.shutdown_sandbox(&request.sandbox_id).await };
+        self.0.detached(shutdown).await?;
+        Ok(ShutdownSandboxResponse::new())
+    }
+
+    async fn sandbox_metrics(
+        &self,
+        _: &TtrpcContext,
+        _: SandboxMetricsRequest,
+    ) -> ttrpc::Result<SandboxMetricsResponse> {
+        let why = "SandboxMetrics is not supported: each container has statistics of its own";
+        Err(to_ttrpc(SandboxError::Unsupported(why.to_owned())))
+    }
+}
