@@ -9,6 +9,7 @@ use containerd_shim_protos::bootstrap_api::BootstrapResult;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::shim::oci::Options;
 use containerd_shim_protos::ttrpc::{self, Code};
+use husk_protos::runtime_options;
 use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::bundle::{self, Bundle};
 use husk_tests::command::wait_for;
@@ -148,6 +149,25 @@ fn options_of_the_runtime_are_applied_or_rejected_by_name() -> Result<()> {
         ensure!(message.contains("BinaryName") && message.contains("/no/such/runtime"), "{message}");
         deleted.ok()?;
     }
+    Ok(())
+}
+
+#[test]
+fn the_runtimes_options_can_name_a_configuration_file() -> Result<()> {
+    husk_only!();
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("config-path");
+    let path = format!("/run/{id}.toml");
+    // Too little: the error shows that the file is read.
+    std::fs::write(containerd.path(&path), "memory_mib = 1\n")?;
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["true"]))?;
+    let value = runtime_options::Options { config_path: path.clone(), ..Default::default() }.write_to_bytes()?;
+    let options = Any { type_url: "runtimeoptions.v1.Options".into(), value, ..Default::default() };
+    let request = api::CreateTaskRequest { options: Some(options).into(), ..shim.create_request(&Streams::default()) };
+    let created: ttrpc::Result<api::CreateTaskResponse> = shim.task.call("Create", &request);
+    let message = format!("{created:?}");
+    ensure!(code(&created) == Some(Code::INVALID_ARGUMENT), "{message}");
+    ensure!(message.contains(&path) && message.contains("memory_mib = 1"), "{message}");
     Ok(())
 }
 
