@@ -16,7 +16,8 @@ const SERVICES: [&str; 7] = [
     "proto/network.proto",
 ];
 /// Files that define only messages.
-const MESSAGES: [&str; 3] = ["proto/runc_options.proto", "proto/report.proto", "proto/cri.proto"];
+const MESSAGES: [&str; 4] =
+    ["proto/runc_options.proto", "proto/runtime_options.proto", "proto/report.proto", "proto/cri.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");

@@ -90,6 +90,9 @@ fn main() -> ExitCode {
         sandbox::NAME => return sandbox::become_sandbox(),
         _ => {}
     }
+    if let Some(succeeded) = worker::user_namespace::run_program(&name, args) {
+        return if succeeded { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     if std::process::id() != 1 {
         eprintln!("husk-init is the init of a husk guest and runs only as PID 1");
         return ExitCode::FAILURE;

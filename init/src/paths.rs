@@ -8,6 +8,8 @@ use crate::error::{CallError, FailureKind};
 pub(crate) const RUN: &str = "/run/husk";
 /// libcontainer's root directory. It has a subdirectory for each container.
 pub(crate) const STATE: &str = "/run/husk/state";
+/// Programs that libcontainer finds through PATH: see `worker::user_namespace`.
+pub(crate) const BIN: &str = "/run/husk/bin";
 /// File in a bundle: the FIFO on which a process reports why its startContainer hooks failed.
 pub(crate) const START_OUTCOME: &str = "start-outcome";
 const BUNDLES: &str = "/run/husk/bundles";

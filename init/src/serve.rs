@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures::stream;
 use husk_protos::chain::Chain;
 use husk_protos::metered::Metered;
+use husk_protos::unknown::Known;
 use husk_protos::{HOST_CID, PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_TASK, RECEIVE_WINDOW};
 use nix::sys::socket::{Backlog, listen};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -61,12 +62,14 @@ impl Ports {
     /// When the server of the Task port does not start.
     pub(crate) async fn serve(
         self,
-        calls: HashMap<String, Service>,
+        mut calls: HashMap<String, Service>,
         streams: Arc<Streams>,
         events: Arc<Events>,
     ) -> Result<Server, ServeError> {
-        let accepted =
-            stream::unfold(self.task, |listener| async move { Some((Ok(accept(&listener).await), listener)) });
+        let known = Known::of(&mut calls);
+        let accepted = stream::unfold((self.task, known), |(listener, known)| async move {
+            Some((io::Result::Ok(known.guard(accept(&listener).await)), (listener, known)))
+        });
         let mut server = Server::new().add_listener(Listener::new(accepted)).register_service(calls);
         server.start().await.map_err(|source| ServeError::Serve { port: PORT_TASK, source })?;
 
@@ -129,11 +132,12 @@ async fn relay(listener: VsockListener) {
 
 /// Runs a server for one connection. Its services know their connection, which the services of a shared ttrpc server do
 /// not.
-fn serve_one<S>(socket: S, mut disconnect: Disconnect, services: HashMap<String, Service>)
+fn serve_one<S>(socket: S, mut disconnect: Disconnect, mut services: HashMap<String, Service>)
 where
-    S: AsyncRead + AsyncWrite + Send + Sync + 'static,
+    S: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
 {
     tokio::spawn(async move {
+        let socket = Known::of(&mut services).guard(socket);
         let once = stream::iter([io::Result::Ok(socket)]);
         let mut server = Server::new().add_listener(Listener::new(once)).register_service(services);
         match server.start().await {

@@ -6,6 +6,7 @@
 //! | `lib.rs`     | ports, limits and names that both sides use                          |
 //! | `frame.rs`   | length-prefixed messages on connections without TTRPC                |
 //! | `metered.rs` | backpressure for TTRPC streams                                       |
+//! | `unknown.rs` | answers calls of services that a TTRPC server does not have          |
 //! | `relay.rs`   | byte streams between host and guest                                  |
 //! | `datagram.rs` | datagrams between host and guest                                    |
 //! | `nftables/`  | redirects of connections, as messages for the kernel                 |
@@ -27,6 +28,7 @@ pub mod metered;
 pub mod nftables;
 pub mod param;
 pub mod relay;
+pub mod unknown;
 
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::too_many_lines)]
 mod generated {
@@ -35,7 +37,7 @@ mod generated {
 
 pub use generated::{
     bundle, bundle_ttrpc, cri, debug, debug_ttrpc, events, events_ttrpc, metadata, metadata_ttrpc, network,
-    network_ttrpc, report, runc_options, stdio, stdio_ttrpc, system, system_ttrpc,
+    network_ttrpc, report, runc_options, runtime_options, stdio, stdio_ttrpc, system, system_ttrpc,
 };
 pub use {protobuf, ttrpc};
 

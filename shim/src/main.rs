@@ -6,11 +6,9 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use containerd_shim_protos::types::introspection::RuntimeInfo;
 use husk_protos::chain::Chain;
 use husk_shim::containerd::flags::Flags;
 use husk_shim::serve;
-use protobuf::Message;
 
 fn main() -> ExitCode {
     match run() {
@@ -30,8 +28,7 @@ fn run() -> Result<()> {
         return writeln!(io::stdout(), "containerd-shim-husk-v1 {}", env!("CARGO_PKG_VERSION")).context("write stdout");
     }
     if flags.info {
-        let info = RuntimeInfo { name: "io.containerd.husk.v1".to_owned(), ..Default::default() };
-        return io::stdout().write_all(&info.write_to_bytes()?).context("write stdout");
+        return serve::info();
     }
     match flags.action.as_str() {
         "start" => serve::start(&flags),

@@ -1,10 +1,10 @@
-//! The shim's three modes: `start` creates the socket and starts the server, the server runs until its sandbox ends,
-//! and `delete` cleans up after a dead server.
+//! The shim's modes: `start` creates the socket and starts the server, the server runs until its sandbox ends, `delete`
+//! cleans up after a dead server, and `-info` prints what the runtime supports.
 
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -13,54 +13,102 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use husk_protos::chain::Chain;
+use husk_protos::unknown::Known;
 use procfs::ProcResult;
 use procfs::process::Process;
+use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 use tokio::signal::unix::{SignalKind, signal};
+use ttrpc::r#async::Server;
+use ttrpc::r#async::transport::Listener;
 
+use crate::config::names::PATH_ENV;
 use crate::console;
 use crate::containerd::address::socket_path;
 use crate::containerd::bootstrap;
 use crate::containerd::bootstrap::StartParams;
 use crate::containerd::flags::Flags;
+use crate::containerd::options;
+use crate::containerd::options::RuntimeOptions;
 use crate::containerd::publisher::Publisher;
 use crate::ctl;
 use crate::host::process::{ProcessId, wait_dead};
 use crate::host::socket;
 use crate::prepare::sandbox_of;
+use crate::rootfs::spec::features;
 use crate::sandbox::Sandbox;
 use crate::state::journal::Journal;
 use crate::state::recent::EventKind;
-use crate::state::{Owner, State, StateError, Step, base};
+use crate::state::{Owner, State, StateError, Step, base, check_identifier};
+use crate::vm::cgroup;
+use crate::vm::cgroup::Hierarchies;
 
 /// The descriptor of the server's listening socket.
 const LISTENER: i32 = 3;
 /// Most bytes that `start` reads from stdin. containerd's own limit is 10 MiB, but its messages have some hundred
 /// bytes.
 const MAX_STDIN: u64 = 1 << 20;
+/// The file of a bundle that identifies the process that `start` started.
+const SERVER_FILE: &str = "husk-shim.json";
 /// Time limit of `delete`. containerd's limit is 5 seconds, including the start of the program.
 const DELETE_TIMEOUT: Duration = Duration::from_millis(4500);
+/// Pause after a failed accept, which means a lack of descriptors or memory. Without it the loop would spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Exit status of a task whose shim is gone: that of SIGKILL.
 const KILLED: u32 = 137;
 
-/// `start`: prints the address of the task's server. Starts the server unless the task's sandbox already has one.
-///
-/// # Errors
-/// When the parameters are incomplete, or the server cannot be started.
-pub fn start(flags: &Flags) -> Result<()> {
+/// What containerd has written to stdin.
+fn read_stdin() -> Result<Vec<u8>> {
     let mut input = Vec::new();
     let stdin = io::stdin();
     if !io::IsTerminal::is_terminal(&stdin) {
         stdin.lock().take(MAX_STDIN).read_to_end(&mut input).context("read stdin")?;
     }
+    Ok(input)
+}
+
+/// `-info`: prints a `RuntimeInfo`: the runtime's name and version, the options that containerd passes, and what of the
+/// runtime spec a container can use.
+///
+/// # Errors
+/// When stdin cannot be read or stdout cannot be written.
+pub fn info() -> Result<()> {
+    let features = Any {
+        type_url: features::TYPE_URL.to_owned(),
+        value: serde_json::to_vec(&features::features()).context("encode the features")?,
+        ..Default::default()
+    };
+    let options = Any::parse_from_bytes(&read_stdin()?).ok().filter(|options| !options.type_url.is_empty());
+    let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").to_owned(), ..Default::default() };
+    let info = RuntimeInfo {
+        name: "io.containerd.husk.v1".to_owned(),
+        version: MessageField::some(version),
+        options: options.into(),
+        features: MessageField::some(features),
+        ..Default::default()
+    };
+    io::stdout().write_all(&info.write_to_bytes()?).context("write stdout")
+}
+
+/// `start`: prints the address of the task's server. Starts the server unless the task's sandbox already has one.
+///
+/// # Errors
+/// When the parameters are incomplete or invalid, or the server cannot be started.
+pub fn start(flags: &Flags) -> Result<()> {
+    let input = read_stdin()?;
     let start = bootstrap::read(flags, &input, std::env::var("TTRPC_ADDRESS").ok())?;
+    // The server could not serve them, and `start` has to report that itself.
+    check_identifier("namespace", &start.namespace)?;
+    check_identifier("container id", &start.id)?;
     // The bundle of a sandbox that the Sandbox API creates has no spec.
     let sandbox = match Path::new("config.json").try_exists().context("look for config.json")? {
         true => sandbox_of(Path::new("."), &start.id)?,
         false => start.id.clone(),
     };
+    check_identifier("sandbox id", &sandbox)?;
     let path = socket_path(start.socket_dir.as_deref(), &start.grpc_address, &start.namespace, &sandbox);
     let address = format!("unix://{}", path.display());
     if let Some(listener) = listen(&path)? {
@@ -108,6 +156,9 @@ fn spawn_server(start: &StartParams, sandbox: &str, listener: UnixListener, sock
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
+    let options = valid_options(start);
+    // For a sandbox without a container: only `start` receives its options.
+    command.envs(options.config_path.iter().map(|path| (PATH_ENV, path)));
     let fd = listener.as_raw_fd();
     // SAFETY: the closure calls only dup2, fcntl and setsid, which are async-signal-safe. `fd` is open until spawn()
     // returns.
@@ -127,9 +178,43 @@ fn spawn_server(start: &StartParams, sandbox: &str, listener: UnixListener, sock
             Ok(())
         })
     };
-    let child = command.spawn().context("spawn")?;
+    let mut child = command.spawn().context("spawn")?;
+    let placed = join_shim_cgroup(&options, child.id()).and_then(|()| note_server(child.id()));
+    if placed.is_err() {
+        // The error is reported; the child may have exited by itself.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    placed?;
     adjust_oom_score(child.id());
     Ok(())
+}
+
+/// The runtime's options. Create rejects invalid ones, with a better error code than `start` has.
+fn valid_options(start: &StartParams) -> RuntimeOptions {
+    start.options.iter().find_map(|options| options::read(Some(options)).ok()).unwrap_or_default()
+}
+
+/// Moves the server to the cgroup that the runtime's options name. Its processes follow, unless the spec names a cgroup.
+fn join_shim_cgroup(options: &RuntimeOptions, server: u32) -> Result<()> {
+    let Some(path) = &options.shim_cgroup else { return Ok(()) };
+    let join = || -> Result<()> {
+        let Some(server) = ProcessId::of(server)? else { bail!("the server has exited") };
+        Ok(cgroup::join(&Hierarchies::of_host()?.open_existing(path)?, server)?)
+    };
+    join().with_context(|| format!("runtime option ShimCgroup {path:?}"))
+}
+
+/// Notes in the bundle which process serves the sandbox, for a `delete` that finds nothing but that process left.
+fn note_server(server: u32) -> Result<()> {
+    let note = || -> Result<()> { Ok(fs::write(SERVER_FILE, serde_json::to_vec(&ProcessId::of(server)?)?)?) };
+    note().with_context(|| format!("write the file {SERVER_FILE}"))
+}
+
+/// The server that [`note_server`] noted, if it still runs.
+fn noted_server(bundle: &Path) -> Option<ProcessId> {
+    let noted: Option<ProcessId> = serde_json::from_slice(&fs::read(bundle.join(SERVER_FILE)).ok()?).ok()?;
+    noted.filter(|server| server.runs().unwrap_or(false))
 }
 
 /// Makes the server a slightly better target for the OOM killer than containerd, as containerd's own shims do.
@@ -188,11 +273,10 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     sandbox.guest_logs().console.serve(console);
     ctl::serve(control, sandbox.clone(), ctl::methods::METHODS, ctl::Limits::default());
 
-    // SAFETY: the descriptor is a listening unix socket, and its ownership passes to the server.
-    let server = unsafe { ttrpc::r#async::Server::new().add_unix_listener(listener.into_raw_fd()) }?;
-    let mut server = server
-        .register_service(crate::task_service::services(sandbox.clone()))
-        .register_service(crate::sandbox_service::services(sandbox.clone()));
+    let mut services = crate::task_service::services(sandbox.clone());
+    services.extend(crate::sandbox_service::services(sandbox.clone()));
+    let accepted = accept(listener, Known::of(&mut services)).context("listen on the shim's socket")?;
+    let mut server = Server::new().add_listener(accepted).register_service(services);
     server.start().await?;
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(version, "serving");
@@ -208,6 +292,24 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     // Sends the responses that are in progress.
     server.shutdown().await?;
     Ok(())
+}
+
+/// Accepts containerd's connections.
+fn accept(listener: UnixListener, known: Known) -> io::Result<Listener> {
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::UnixListener::from_std(listener)?;
+    Ok(Listener::new(futures::stream::unfold((listener, known), |(listener, known)| async move {
+        let accepted = loop {
+            match listener.accept().await {
+                Ok((stream, _)) => break known.guard(stream),
+                Err(error) => {
+                    tracing::error!(%error, "failed to accept a connection of containerd");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        };
+        Some((io::Result::Ok(accepted), (listener, known)))
+    })))
 }
 
 /// Creates the state of a new sandbox, after undoing what a dead shim left of an earlier sandbox with this name.
@@ -236,7 +338,12 @@ pub fn delete(flags: &Flags) -> Result<()> {
     let sandbox = sandbox_of(bundle, &flags.id).unwrap_or_else(|_| flags.id.clone());
     match State::load(&base(), &flags.namespace, &sandbox) {
         Ok(state) => clean_up(state, &flags.id, deadline)?,
-        Err(StateError::NotFound(_)) => {}
+        // A shim that has undone everything waits for Shutdown, which a client may not send after a failed Create.
+        Err(StateError::NotFound(_)) => {
+            if let Some(shim) = noted_server(bundle) {
+                end(shim, deadline)?;
+            }
+        }
         Err(error) => return Err(error.into()),
     }
     let response =
@@ -254,21 +361,31 @@ fn clean_up(state: State, container: &str, deadline: Instant) -> Result<()> {
         // The shim serves the pod's other containers and has already undone this one.
         return Ok(());
     }
-    // containerd calls `delete` when it has lost its connection to the shim. A killed shim's sockets close before the
-    // process counts as dead, and a shim that is shutting down cleans up best by itself: wait for either.
-    if !ended(shim, left(deadline) / 2)? {
+    if others {
+        // containerd calls `delete` when it has lost its connection to the shim. A killed shim's sockets close before
+        // the process counts as dead.
         ensure!(
-            !others,
+            ended(shim, left(deadline) / 2)?,
             "the shim, process {}, is alive and serves {container:?} and other containers of its pod",
             shim.pid
         );
-        shim.kill(Duration::from_millis(500)).context("kill the shim")?;
+    } else {
+        end(shim, deadline)?;
     }
     match State::load(&base(), state.namespace(), state.sandbox()) {
         Ok(state) => Ok(state.undo_all(left(deadline))?),
         Err(StateError::NotFound(_)) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Ends a shim that is not needed any more. A shim cleans up best by itself, so it is killed only if it does not end.
+fn end(shim: ProcessId, deadline: Instant) -> Result<()> {
+    shim.send_terminate().context("terminate the shim")?;
+    if !ended(shim, deadline.saturating_duration_since(Instant::now()) / 2)? {
+        shim.kill(Duration::from_millis(500)).context("kill the shim")?;
+    }
+    Ok(())
 }
 
 fn ended(shim: ProcessId, within: Duration) -> io::Result<bool> {

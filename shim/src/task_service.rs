@@ -20,9 +20,12 @@ use ttrpc::r#async::{Service, TtrpcContext};
 use ttrpc::{Code, get_status};
 
 use crate::guest::client::GuestError;
+use crate::rootfs::share::ShareError;
 use crate::sandbox::{Sandbox, SandboxError};
+use crate::state::StateError;
 use crate::stdio::StdioError;
 use crate::vm::FollowError;
+use crate::vm::cgroup::CgroupError;
 
 /// The service's name in containerd 1.x. Both versions have the same messages.
 const TASK_V2: &str = "containerd.task.v2.Task";
@@ -91,7 +94,11 @@ pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
             Code::FAILED_PRECONDITION
         }
         Error::Stdio(StdioError::Logger { .. }) => Code::INTERNAL,
-        Error::Invalid(_) | Error::Stdio(_) => Code::INVALID_ARGUMENT,
+        Error::Invalid(_)
+        | Error::Stdio(_)
+        | Error::State(StateError::Identifier { .. })
+        | Error::Share(ShareError::Unsupported { .. })
+        | Error::Cgroup(CgroupError::Cpuset { .. }) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Boot(_) | Error::Guest(_) | Error::Sockets(_) | Error::VmDead { .. } => Code::UNAVAILABLE,
         Error::State(_)

@@ -219,8 +219,12 @@ pub struct Streams {
 pub enum Bootstrap {
     /// Up to 2.2: flags and environment.
     Flags,
+    /// Like [`Self::Flags`], with the runtime's options on stdin.
+    Options(Any),
     /// From 2.3: `BootstrapParams` on stdin.
     Params,
+    /// `BootstrapParams` without addresses, which are in the environment and in the flags.
+    ParamsWithoutAddresses,
 }
 
 /// A running shim with its bundle.
@@ -466,24 +470,26 @@ pub fn action(
     if action == "delete" {
         command.arg("-bundle").arg(&bundle.path);
     }
+    if !matches!(bootstrap, Bootstrap::Params) {
+        command.env("TTRPC_ADDRESS", events.address()).env("GRPC_ADDRESS", socket);
+        command.env("NAMESPACE", NAMESPACE);
+    }
+    let mut params = containerd_shim_protos::bootstrap_api::BootstrapParams {
+        instance_id: bundle.id.clone(),
+        namespace: NAMESPACE.into(),
+        containerd_version: "2.3.0".into(),
+        containerd_binary: containerd.bin().join("containerd").display().to_string(),
+        ..Default::default()
+    };
     let stdin = match bootstrap {
-        Bootstrap::Flags => {
-            command.env("TTRPC_ADDRESS", events.address()).env("GRPC_ADDRESS", socket);
-            command.env("NAMESPACE", NAMESPACE);
-            None
-        }
+        Bootstrap::Flags => None,
+        Bootstrap::Options(options) => Some(options.write_to_bytes()?),
         Bootstrap::Params => {
-            let params = containerd_shim_protos::bootstrap_api::BootstrapParams {
-                instance_id: bundle.id.clone(),
-                namespace: NAMESPACE.into(),
-                containerd_version: "2.3.0".into(),
-                containerd_ttrpc_address: events.address().into(),
-                containerd_grpc_address: socket.into(),
-                containerd_binary: containerd.bin().join("containerd").display().to_string(),
-                ..Default::default()
-            };
+            params.containerd_ttrpc_address = events.address().into();
+            params.containerd_grpc_address = socket.into();
             Some(params.write_to_bytes()?)
         }
+        Bootstrap::ParamsWithoutAddresses => Some(params.write_to_bytes()?),
     };
     command.arg(action);
     command::run(command, stdin, ACTION)

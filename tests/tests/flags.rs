@@ -135,7 +135,7 @@ fn limits_and_the_cgroup_path_take_effect() -> Result<()> {
     let flags = [&flags[..], &["--cgroup", &cgroup, "--mount", mount]].concat();
     let container = containerd.detached(&flags, "limited", &["sleep", "1000"])?;
     let (files, expected) = match containerd.runtime() {
-        Runtime::Husk => ("cpu.max memory.max cpuset.cpus cpu.weight", "25000 100000\n67108864\n0\n59"),
+        Runtime::Husk => ("cpu.max memory.max cpuset.cpus.effective cpu.weight", "25000 100000\n67108864\n0\n59"),
         Runtime::Runc => ("cpu/cpu.cfs_quota_us memory/memory.limit_in_bytes cpuset/cpuset.cpus", "25000\n67108864\n0"),
     };
     let output = container.script(&format!("cd /sys/fs/cgroup; cat {files}"))?;

@@ -66,7 +66,8 @@ fn cpu_quota_weight_and_set_are_applied() -> Result<()> {
     let files = [
         cgroup_file("cpu.max", "cpu/cpu.cfs_quota_us"),
         cgroup_file("cpu.weight", "cpu/cpu.shares"),
-        cgroup_file("cpuset.cpus", "cpuset/cpuset.cpus"),
+        // The host's CPUs are not the guest's: it has one.
+        cgroup_file("cpuset.cpus.effective", "cpuset/cpuset.cpus"),
     ];
     let (_, out) = run("cpu", &files.join("; "), |spec| {
         spec["linux"]["resources"]["cpu"] = json!({"quota": 20_000, "period": 100_000, "shares": 512, "cpus": "0"});

@@ -18,6 +18,41 @@ fn in_user_namespace(spec: &mut Value) {
     spec["linux"]["gidMappings"] = mapping;
 }
 
+#[test]
+fn a_user_namespace_with_several_mappings_works() -> Result<()> {
+    husk_only!();
+    let maps = "cat /proc/self/uid_map /proc/self/gid_map | tr -s ' '; id -u; id -g";
+    let text = same(|containerd| {
+        let id = containerd.id("mappings");
+        let mut spec = bundle::spec(&id, &SLEEP);
+        bundle::append(&mut spec, "/linux/namespaces", [json!({"type": "user"})]);
+        let one =
+            |inside: u32, outside: u32, size: u32| json!({"containerID": inside, "hostID": outside, "size": size});
+        spec["linux"]["uidMappings"] = json!([one(0, 100_000, 1000), one(1000, 5000, 1), one(1001, 300_000, 60_000)]);
+        spec["linux"]["gidMappings"] = json!([one(0, 200_000, 1000), one(1000, 5000, 1)]);
+        spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+        let shim = Shim::running(containerd, &id, &spec)?;
+        let mut process = bundle::process(&["sh", "-c", maps]);
+        process["user"] = json!({"uid": 1000, "gid": 1000});
+        let (status, mut out, errors) = shim.exec_process("maps", &process)?;
+        ensure!(status == 0, "{errors}");
+        let init = shim.script("init", "cat /proc/1/uid_map | tr -s ' '; stat -c '%u %g' /proc/1")?;
+        out.push_str(&init);
+        Ok(out)
+    })?;
+    ensure!(text.contains("1000 5000 1\n") && text.contains("1001 300000 60000\n"), "{text}");
+
+    let containerd = tested()?;
+    let id = containerd.id("overlapping");
+    let mut spec = bundle::spec(&id, &SLEEP);
+    in_user_namespace(&mut spec);
+    let again = json!({"containerID": 7, "hostID": 900_000, "size": 1});
+    bundle::append(&mut spec, "/linux/gidMappings", [again]);
+    let error = Shim::start(containerd, &id, &spec)?.create_error()?;
+    ensure!(error.contains("linux.gidMappings[1]: 7 900000 1: overlaps another mapping"), "{error}");
+    Ok(())
+}
+
 /// Runs a container with a modified spec and returns its exit status, stdout and stderr.
 fn run(
     containerd: &'static Containerd,

@@ -7,15 +7,18 @@ use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api;
 use containerd_shim_protos::bootstrap_api::BootstrapResult;
 use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::shim::oci::Options;
 use containerd_shim_protos::ttrpc::{self, Code};
-use husk_tests::artifacts::Runtime;
+use husk_protos::runtime_options;
+use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::bundle::{self, Bundle};
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Sink;
 use husk_tests::husk_only;
-use husk_tests::process::Process;
-use husk_tests::shim::{Api, Bootstrap, Shim, Task, action, address, code};
+use husk_tests::process::{self, Process};
+use husk_tests::shim::{Any, Api, Bootstrap, Shim, Streams, Task, action, address, code};
+use serde_json::Value;
 
 /// An idle container and its id.
 fn running<'a>(containerd: &'a Containerd, name: &str) -> Result<(Shim<'a>, String)> {
@@ -47,13 +50,156 @@ fn start_understands_the_parameters_of_containerd_2_3() -> Result<()> {
     let id = containerd.id("params");
     let bundle = Bundle::write(containerd, &id, &bundle::spec(&id, &["true"]))?;
     let events = Sink::start()?;
-    let started = action(containerd, &bundle, &events, &Bootstrap::Params, "start")?.ok()?;
-    ensure!(started.stderr.is_empty(), "{started}");
-    let result = BootstrapResult::parse_from_bytes(&started.stdout).with_context(|| started.to_string())?;
-    ensure!(result.version == 3 && result.protocol == "ttrpc", "{result:?}");
-    let task = Task::connect(&containerd.path(address(&result.address)?), Api::V3)?;
-    let state = task.state(&id, "");
-    ensure!(code(&state) == Some(Code::NOT_FOUND), "{state:?}");
+    // The second `start` finds the server of the first, by the address that the flags contain.
+    for bootstrap in [Bootstrap::Params, Bootstrap::ParamsWithoutAddresses] {
+        let started = action(containerd, &bundle, &events, &bootstrap, "start")?.ok()?;
+        ensure!(started.stderr.is_empty(), "{started}");
+        let result = BootstrapResult::parse_from_bytes(&started.stdout).with_context(|| started.to_string())?;
+        ensure!(result.version == 3 && result.protocol == "ttrpc", "{result:?}");
+        let task = Task::connect(&containerd.path(address(&result.address)?), Api::V3)?;
+        let state = task.state(&id, "");
+        ensure!(code(&state) == Some(Code::NOT_FOUND), "{state:?}");
+    }
+    ensure!(process::descendants(containerd.pid()).iter().filter(|p| p.command.contains(&id)).count() == 1);
+    Ok(())
+}
+
+#[test]
+fn start_rejects_ids_that_containerd_does_not_have() -> Result<()> {
+    husk_only!();
+    let containerd = Containerd::shared()?;
+    let id = format!("{}#01", containerd.id("invalid"));
+    let bundle = Bundle::write(containerd, &id, &bundle::spec(&id, &["true"]))?;
+    let started = action(containerd, &bundle, &Sink::start()?, &Bootstrap::Flags, "start")?;
+    ensure!(started.code() != 0 && started.stdout.is_empty(), "{started}");
+    ensure!(started.errors().contains(&format!("container id {id:?}")), "{started}");
+    Ok(())
+}
+
+#[test]
+fn the_runtimes_features_are_known_to_containerd() -> Result<()> {
+    let containerd = Containerd::shared_of(Version::V2_1)?;
+    let runtime = format!("--runtime={}", containerd.runtime().name());
+    let shown = containerd.ctr(["plugins", "inspect-runtime"]).arg(runtime).ok()?;
+    let info: Value = serde_json::from_str(&shown.text()).with_context(|| shown.to_string())?;
+    let features = &info["Features"];
+    let has = |list: &Value, name: &str| list.as_array().is_some_and(|all| all.iter().any(|one| one == name));
+    ensure!(info["Name"] == containerd.runtime().name() && info["Version"]["Version"] != "", "{shown}");
+    ensure!(has(&features["mountOptions"], "rro") && has(&features["hooks"], "poststop"), "{shown}");
+    ensure!(has(&features["linux"]["namespaces"], "user") && features["linux"]["seccomp"]["enabled"] == true);
+    if containerd.runtime() == Runtime::Husk {
+        ensure!(features["linux"]["mountExtensions"]["idmap"]["enabled"] == false, "{shown}");
+        ensure!(!has(&features["mountOptions"], "idmap") && !has(&features["hooks"], "createContainer"), "{shown}");
+    }
+    Ok(())
+}
+
+/// Options as containerd's clients send them for runc.
+fn options(options: &Options) -> Result<Any> {
+    let type_url = "containerd.runc.v1.Options".to_owned();
+    Ok(Any { type_url, value: options.write_to_bytes()?, ..Default::default() })
+}
+
+#[test]
+fn options_of_the_runtime_are_applied_or_rejected_by_name() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let husk = containerd.runtime() == Runtime::Husk;
+    let id = containerd.id("options");
+    let bundle = Bundle::write(containerd, &id, &bundle::spec(&id, &["true"]))?;
+    let events = Sink::start()?;
+    let start = |cgroup: &str| {
+        let options = options(&Options { shim_cgroup: cgroup.into(), ..Default::default() })?;
+        action(containerd, &bundle, &events, &Bootstrap::Options(options), "start")
+    };
+    let absent = start(&format!("/{id}-absent"))?;
+    ensure!(
+        absent.code() != 0 && (!husk || absent.errors().contains(&format!("ShimCgroup \"/{id}-absent\""))),
+        "{absent}"
+    );
+    let root = Path::new("/sys/fs/cgroup");
+    let root = if root.join("cpu").exists() { root.join("cpu") } else { root.to_owned() };
+    let cgroup = root.join(&id);
+    std::fs::create_dir(&cgroup)?;
+    let socket = address(&start(&format!("/{id}"))?.ok()?.text())?;
+    let (shim, _) = containerd.shim_of(&id)?;
+    let inside = std::fs::read_to_string(cgroup.join("cgroup.procs"))?;
+    let task = Task::connect(&containerd.path(socket), Api::V2)?;
+    let create = |any: Any| -> ttrpc::Result<api::CreateTaskResponse> {
+        let request = api::CreateTaskRequest {
+            id: id.clone(),
+            bundle: bundle.path.display().to_string(),
+            rootfs: bundle.rootfs.clone(),
+            options: Some(any).into(),
+            ..Default::default()
+        };
+        task.call("Create", &request)
+    };
+    let created = create(options(&Options { binary_name: "/no/such/runtime".into(), ..Default::default() })?);
+    // Ends the shim, so that the cgroup can be removed.
+    let deleted = action(containerd, &bundle, &events, &Bootstrap::Flags, "delete")?;
+    if !husk {
+        shim.kill();
+    }
+    wait_for(Duration::from_secs(20), "the cgroup is empty", || std::fs::remove_dir(&cgroup).ok())?;
+    ensure!(inside.lines().any(|pid| pid == shim.pid.to_string()), "{} is not in {inside:?}", shim.pid);
+    ensure!(code(&created).is_some(), "{created:?}");
+    if husk {
+        let message = format!("{created:?}");
+        ensure!(code(&created) == Some(Code::INVALID_ARGUMENT), "{message}");
+        ensure!(message.contains("BinaryName") && message.contains("/no/such/runtime"), "{message}");
+        deleted.ok()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_runtimes_options_can_name_a_configuration_file() -> Result<()> {
+    husk_only!();
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("config-path");
+    let path = format!("/run/{id}.toml");
+    // Too little: the error shows that the file is read.
+    std::fs::write(containerd.path(&path), "memory_mib = 1\n")?;
+    let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["true"]))?;
+    let value = runtime_options::Options { config_path: path.clone(), ..Default::default() }.write_to_bytes()?;
+    let options = Any { type_url: "runtimeoptions.v1.Options".into(), value, ..Default::default() };
+    let request = api::CreateTaskRequest { options: Some(options).into(), ..shim.create_request(&Streams::default()) };
+    let created: ttrpc::Result<api::CreateTaskResponse> = shim.task.call("Create", &request);
+    let message = format!("{created:?}");
+    ensure!(code(&created) == Some(Code::INVALID_ARGUMENT), "{message}");
+    ensure!(message.contains(&path) && message.contains("memory_mib = 1"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn after_a_failed_create_delete_ends_the_shim_at_once() -> Result<()> {
+    husk_only!();
+    let containerd = Containerd::shared()?;
+    let id = containerd.id("failed-create");
+    let mut shim = Shim::start(containerd, &id, &bundle::spec(&id, &["true"]))?;
+    shim.bundle.rootfs[0].options.push("loop".into());
+    let created: ttrpc::Result<api::CreateTaskResponse> =
+        shim.task.call("Create", &shim.create_request(&Streams::default()));
+    // A rootfs that the shim refuses is the client's mistake.
+    ensure!(code(&created) == Some(Code::INVALID_ARGUMENT), "{created:?}");
+    let (process, below) = containerd.shim_of(&id)?;
+    // Without Shutdown.
+    expect_cleaned_up(&shim, &id, &below)?;
+    ensure!(!process.is_alive(), "the shim lingers");
+    Ok(())
+}
+
+#[test]
+fn calls_of_unknown_services_return_unimplemented() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let (shim, id) = running(containerd, "unknown")?;
+    for service in ["containerd.services.transfer.v1.Transfer", "containerd.services.streaming.v1.Streaming"] {
+        let result: ttrpc::Result<api::Empty> = shim.task.call_service(service, "Ping", &api::Empty::new());
+        ensure!(code(&result) == Some(Code::UNIMPLEMENTED), "{service}: {result:?}");
+        ensure!(Runtime::under_test() != Runtime::Husk || format!("{result:?}").contains(service), "{result:?}");
+    }
+    // The connection still works.
+    ensure!(shim.task.state(&id, "")?.id == id);
     Ok(())
 }
 

@@ -36,7 +36,7 @@ fn limits_change_in_place_inside_and_in_the_stats() -> Result<()> {
     husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = limited(containerd, "update")?;
-    let files = "memory.max memory.low memory.swap.max cpu.max cpu.weight cpuset.cpus cpuset.mems pids.max hugetlb.2MB.max memory.high";
+    let files = "memory.max memory.low memory.swap.max cpu.max cpu.weight pids.max hugetlb.2MB.max memory.high";
     let inside = |exec: &str| shim.script(exec, &format!("cd /sys/fs/cgroup; for f in {files}; do cat $f; done"));
     ensure!(inside("before")?.starts_with(&format!("{}\n", 64 << 20)), "{}", inside("before-2")?);
 
@@ -44,7 +44,7 @@ fn limits_change_in_place_inside_and_in_the_stats() -> Result<()> {
         &id,
         &json!({
             "memory": {"limit": 96 << 20, "reservation": 16 << 20, "swap": 100 << 20},
-            "cpu": {"quota": 30_000, "period": 50_000, "shares": 512, "cpus": "0", "mems": "0"},
+            "cpu": {"quota": 30_000, "period": 50_000, "shares": 512},
             "pids": {"limit": 50},
             "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
             "unified": {"memory.high": (80 << 20).to_string()},
@@ -53,7 +53,7 @@ fn limits_change_in_place_inside_and_in_the_stats() -> Result<()> {
         }),
     )?;
     let expected = [96 << 20, 16 << 20, 4 << 20].map(|n: u64| n.to_string()).join("\n");
-    let expected = format!("{expected}\n30000 50000\n59\n0\n0\n50\n0\n{}", 80 << 20);
+    let expected = format!("{expected}\n30000 50000\n59\n50\n0\n{}", 80 << 20);
     ensure!(inside("after")? == expected, "{}\nexpected:\n{expected}", inside("after-2")?);
     let metrics = shim.task.metrics(&id)?;
     ensure!((metrics.pids.limit, metrics.memory.usage_limit) == (50, 96 << 20), "{metrics}");
@@ -89,18 +89,21 @@ fn a_failed_update_names_the_limit_and_changes_nothing() -> Result<()> {
     let (shim, id) = limited(containerd, "update-error")?;
     let before = shim.task.metrics(&id)?;
     let cases = [
-        (json!({"cpu": {"cpus": "63"}}), "linux.resources.cpu.cpus: the guest has"),
+        (json!({"cpu": {"cpus": "4000"}}), "linux.resources.cpu.cpus \"4000\": write"),
         (json!({"cpu": {"quota": 1}}), "linux.resources.cpu.quota: write \"1\" to cpu.max"),
-        (json!({"memory": {"swappiness": 3}}), "linux.resources.memory.swappiness"),
+        (json!({"cpu": {"realtimeRuntime": 3}}), "linux.resources.cpu.realtimeRuntime \"3\""),
         (
             json!({"memory": {"limit": 4096, "checkBeforeUpdate": true}}),
             "linux.resources.memory.limit: 4096 is less than",
         ),
         (json!({"memory": {"disableOOMKiller": true}}), "linux.resources.memory.disableOOMKiller"),
         (json!({"network": {"classID": 5}}), "linux.resources.network"),
-        (json!({"blockIO": {"weight": 500}}), "linux.resources.blockIO"),
+        (
+            json!({"blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}}),
+            "linux.resources.blockIO.throttleReadBpsDevice",
+        ),
         (json!({"devices": [{"allow": true, "access": "rwm"}]}), "linux.resources.devices"),
-        (json!({"hugepageLimits": [{"pageSize": "3MB", "limit": 0}]}), "linux.resources.hugepageLimits.3MB"),
+        (json!({"hugepageLimits": [{"pageSize": "3MB", "limit": 0}]}), "linux.resources.hugepageLimits \"3MB\""),
         (json!({"unified": {"cgroup.freeze": "1"}}), "linux.resources.unified.cgroup.freeze"),
         (json!({"unified": {"memory.absent": "1"}}), "the guest's kernel has no such limit"),
         (json!({"memory": "much"}), "linux.resources: "),
@@ -119,9 +122,10 @@ fn a_failed_update_names_the_limit_and_changes_nothing() -> Result<()> {
     let none = api::UpdateTaskRequest { id: id.clone(), ..Default::default() };
     let none = shim.task.call::<_, api::Empty>("Update", &none);
     ensure!(code(&none) == Some(Code::INVALID_ARGUMENT), "an Update without resources: {none:?}");
-    let (_, both) = update_error(&shim, &json!({"cpu": {"cpus": "63"}, "memory": {"swappiness": 3}}))?;
+    let both = json!({"cpu": {"realtimeRuntime": 3}, "memory": {"disableOOMKiller": true}});
+    let (_, both) = update_error(&shim, &both)?;
     ensure!(
-        both.contains("linux.resources.cpu.cpus") && both.contains("swappiness"),
+        both.contains("linux.resources.cpu.realtimeRuntime") && both.contains("disableOOMKiller"),
         "expected both limits in: {both}"
     );
     Ok(())

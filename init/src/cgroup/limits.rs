@@ -67,6 +67,27 @@ impl Present {
     }
 }
 
+/// Removes the limits for huge pages of sizes that the kernel does not have, and names them. No process can allocate such
+/// pages. Clients limit every size of their host.
+pub(crate) fn drop_absent_page_sizes(resources: &mut LinuxResources, group: &Path) -> Vec<String> {
+    let mut absent = Vec::new();
+    let mut exists = |field: &str, size: &str| {
+        let exists = size.contains('/') || group.join(format!("hugetlb.{size}.max")).exists();
+        if !exists {
+            absent.push(format!("linux.resources.{field}{size}: the guest has no huge pages of this size"));
+        }
+        exists
+    };
+    if let Some(limits) = resources.hugepage_limits_mut() {
+        limits.retain(|limit| exists("hugepageLimits.", limit.page_size()));
+    }
+    if let Some(files) = resources.unified_mut() {
+        let size = |file: &str| file.strip_prefix("hugetlb.").and_then(|rest| Some(rest.split_once('.')?.0.to_owned()));
+        files.retain(|file, _| size(file).is_none_or(|size| exists("unified.hugetlb.", &size)));
+    }
+    absent
+}
+
 /// Decides what to write. As with runc, 0 keeps a limit and -1 removes it.
 ///
 /// # Errors
@@ -344,6 +365,26 @@ mod tests {
             let expected = expected.into_iter().map(|(file, value)| (file.to_owned(), value.to_owned())).collect();
             assert_eq!(planned(resources.clone()), Ok(expected), "{resources}");
         }
+    }
+
+    #[test]
+    fn limits_for_huge_pages_that_the_guest_lacks_are_ignored_by_name() {
+        let group = tempfile::tempdir().unwrap();
+        fs::write(group.path().join("hugetlb.2MB.max"), "").unwrap();
+        let limit = |size: &str| json!({"pageSize": size, "limit": 0});
+        let mut resources: LinuxResources = serde_json::from_value(json!({
+            "hugepageLimits": [limit("2MB"), limit("16GB")],
+            "unified": {"hugetlb.2MB.max": "0", "hugetlb.1GB.rsvd.max": "0", "memory.high": "1"},
+        }))
+        .unwrap();
+        let absent = drop_absent_page_sizes(&mut resources, group.path());
+        let expected = [
+            "linux.resources.hugepageLimits.16GB: the guest has no huge pages of this size",
+            "linux.resources.unified.hugetlb.1GB: the guest has no huge pages of this size",
+        ];
+        assert_eq!(absent, expected);
+        let left = json!({"hugepageLimits": [limit("2MB")], "unified": {"hugetlb.2MB.max": "0", "memory.high": "1"}});
+        assert_eq!(serde_json::to_value(&resources).unwrap(), left);
     }
 
     #[test]

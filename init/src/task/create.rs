@@ -36,7 +36,7 @@ impl Tasks {
         let prepared = async {
             let created = self.run_create(id, &stdio, &creation, &streams, ends).await?;
             for ignored in &created.ignored {
-                tracing::info!(container = id, "ignored part of the spec: {ignored}");
+                tracing::warn!(container = id, "ignored part of the spec: {ignored}");
             }
             let oom_kills = Kills::of(&cgroup::of(id))
                 .map_err(|e| CallError::internal(format_args!("watch the OOM kills of {id}"), &e))?;

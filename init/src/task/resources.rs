@@ -37,7 +37,12 @@ impl Tasks {
         let streams = ChildStreams { stdin: Some(input), ..ChildStreams::default() };
         let creation = self.reaper.creation();
         match self.workers.run(&creation, &Request::Update { id: id.clone() }, streams).await? {
-            Reply::Done => Ok(()),
+            Reply::Updated(all) => {
+                for ignored in all {
+                    tracing::warn!(container = id, "ignored part of an update: {ignored}");
+                }
+                Ok(())
+            }
             other => Err(other.unexpected(&format!("update {id}"))),
         }
     }

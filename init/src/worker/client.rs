@@ -16,6 +16,7 @@ use tracing::level_filters::LevelFilter;
 
 use super::{CONTROL_FD, GATE_FD, MESSAGE_MAX, NAME, Reply, Request};
 use crate::error::{CallError, FailureKind};
+use crate::paths;
 use crate::reaper::{Creation, Exit, Reaper};
 use crate::spawn::{self, ChildStreams};
 
@@ -91,7 +92,9 @@ impl Workers {
         more.extend(streams.gate.as_ref().map(|gate| (gate, GATE_FD)));
         let args = [NAME.to_owned(), self.log.to_string()].map(|arg| CString::new(arg).unwrap_or_default());
         // Its own process group: processes that have not entered the container's cgroup yet are killed with the worker.
-        let pid = spawn::spawn_self(&args, &[], &streams, &more, true)?;
+        // Only libcontainer looks there. A container's environment comes from its spec alone.
+        let env = [CString::new(format!("PATH={}", paths::BIN)).unwrap_or_default()];
+        let pid = spawn::spawn_self(&args, &env, &streams, &more, true)?;
         Ok((pid, ours))
     }
 }

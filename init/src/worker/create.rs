@@ -17,7 +17,8 @@ use super::devices::DeviceRulesError;
 use super::executor::{StartFailure, Workload};
 use super::hooks::StartHooks;
 use super::libcontainer::{call_error, start_error};
-use super::{Created, devices, guard, mounts, namespaces, spec, streams, sysctls};
+use super::{Created, devices, guard, mounts, namespaces, spec, streams, sysctls, user_namespace};
+use crate::cgroup::limits;
 use crate::error::{CallError, FailureKind};
 use crate::{cgroup, paths};
 
@@ -28,14 +29,18 @@ pub(super) fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<
     let mut spec = Spec::load(&config).map_err(|e| invalid(Chain(&e).to_string()))?;
     spec::check(&spec).map_err(|problems| invalid(problems.join("; ")))?;
     spec::check_terminal(spec.process().as_ref(), console.is_some())?;
-    let (changed, ignored) = spec::adapt(&mut spec, id);
+    user_namespace::prepare(&spec)?;
+    let (changed, mut ignored) = spec::adapt(&mut spec, id);
     let network_sysctls = sysctls::take(&mut spec, sysctls::is_vms_namespace);
     let hooks = StartHooks::take(&mut spec, id, bundle)
         .map_err(|e| CallError::internal(format_args!("prepare the startContainer hooks of {id}"), &e))?;
     let start_hooks = hooks.is_some();
     prepare_root(&spec, bundle)?;
     create_cgroup(id, &spec)?;
+    let absent = absent_page_sizes(&mut spec, id);
     let mounts_changed = adapt_mounts(&mut spec, id, bundle)?;
+    let changed = changed || !absent.is_empty();
+    ignored.extend(absent);
     if changed || start_hooks || !network_sysctls.is_empty() || mounts_changed {
         spec.save(&config).map_err(|e| CallError::internal(format_args!("write {}", config.display()), &e))?;
     }
@@ -67,6 +72,12 @@ fn adapt_mounts(spec: &mut Spec, id: &str, bundle: &Path) -> Result<bool, CallEr
     let mounts = spec.mounts_mut().as_deref_mut().unwrap_or_default();
     mounts::mount_sources(mounts)?;
     mounts::adapt(mounts, &root, |copy| filler.fill(copy))
+}
+
+/// Removes limits for huge pages that the guest does not have, and names them.
+fn absent_page_sizes(spec: &mut Spec, id: &str) -> Vec<String> {
+    let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
+    resources.map(|resources| limits::drop_absent_page_sizes(resources, &cgroup::of(id))).unwrap_or_default()
 }
 
 /// Checks that the root filesystem exists, links to it from the bundle, where an operator looks for it by the container's

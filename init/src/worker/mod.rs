@@ -25,7 +25,7 @@ pub(crate) mod start;
 mod streams;
 mod sysctls;
 mod update;
-mod user_namespace;
+pub(crate) mod user_namespace;
 
 use std::path::PathBuf;
 
@@ -76,8 +76,10 @@ pub(crate) enum Request {
 pub(crate) enum Reply {
     Created(Created),
     Executed(Executed),
-    /// The container was started, updated or deleted.
+    /// The container was started or deleted.
     Done,
+    /// The container was updated. Names the limits that have no meaning in this guest, for the log.
+    Updated(Vec<String>),
     /// The operation failed and left nothing behind.
     Failed(CallError),
 }

@@ -50,7 +50,7 @@ fn serve(request: &Request) -> Result<Reply, CallError> {
     match request {
         Request::Create { id, bundle, console } => create::create(id, bundle, console.as_deref()).map(Reply::Created),
         Request::Exec { id, process, console } => exec::exec(id, process, console.as_deref()).map(Reply::Executed),
-        Request::Update { id } => update::update(id).map(|()| Reply::Done),
+        Request::Update { id } => update::update(id).map(Reply::Updated),
         Request::Start { id } => start::start(id).map(|()| Reply::Done),
         Request::Delete { id } => {
             load(id)?.delete(false).map(|()| Reply::Done).map_err(|e| call_error("delete", id, &e))

@@ -126,32 +126,9 @@ fn check_seccomp(seccomp: &LinuxSeccomp) -> Vec<String> {
     problems
 }
 
-/// Returns the resources that libcgroups would silently ignore. It applies all others, or fails and names them.
+/// Returns the device rules that cannot be applied. The host sends no other resources than those that libcgroups applies.
 fn check_resources(resources: &LinuxResources) -> Vec<String> {
-    let mut problems = Vec::new();
-    if resources.rdma().as_ref().is_some_and(|rdma| !rdma.is_empty()) {
-        problems.push("linux.resources.rdma: the guest has no rdma controller".into());
-    }
-    if let Some(network) = resources.network()
-        && (network.class_id().is_some() || network.priorities().as_ref().is_some_and(|all| !all.is_empty()))
-    {
-        problems.push("linux.resources.network: cgroup v2 has no network controller".into());
-    }
-    if let Some(memory) = resources.memory() {
-        if memory.kernel().is_some_and(|limit| limit > 0) || memory.kernel_tcp().is_some_and(|limit| limit > 0) {
-            problems.push("linux.resources.memory.kernel: cgroup v2 has no separate limit for kernel memory".into());
-        }
-        if memory.swappiness().is_some() {
-            problems.push("linux.resources.memory.swappiness: cgroup v2 has no swappiness".into());
-        }
-        if memory.disable_oom_killer().unwrap_or(false) {
-            problems.push("linux.resources.memory.disableOOMKiller: cgroup v2 cannot disable the OOM killer".into());
-        }
-    }
-    for rule in resources.devices().iter().flatten() {
-        problems.extend(device_rule(rule).err());
-    }
-    problems
+    resources.devices().iter().flatten().filter_map(|rule| device_rule(rule).err()).collect()
 }
 
 /// Returns the problems of an update for the container that was created from `spec`. Clients repeat the unchanged
@@ -161,9 +138,6 @@ pub(super) fn check_update(spec: &Spec, resources: &LinuxResources) -> Vec<Strin
     let mut problems = check_resources(resources);
     if resources.devices().as_ref().is_some_and(|rules| !rules.is_empty()) && resources.devices() != before.devices() {
         problems.push("linux.resources.devices: cannot change after the container's creation".into());
-    }
-    if resources.block_io().is_some() && resources.block_io() != before.block_io() {
-        problems.push("linux.resources.blockIO: the guest does not have the host's block devices".into());
     }
     problems
 }
@@ -353,21 +327,6 @@ mod tests {
                 "linux.seccomp: SCMP_ACT_NOTIFY needs a listener, which would be on the host",
             ),
             (
-                "/linux/resources/rdma",
-                json!({"mlx5_1": {"hcaHandles": 3}}),
-                "linux.resources.rdma: the guest has no rdma controller",
-            ),
-            (
-                "/linux/resources/network",
-                json!({"classID": 7}),
-                "linux.resources.network: cgroup v2 has no network controller",
-            ),
-            (
-                "/linux/resources/memory",
-                json!({"swappiness": 10}),
-                "linux.resources.memory.swappiness: cgroup v2 has no swappiness",
-            ),
-            (
                 "/linux/resources/devices",
                 json!([{"allow": true, "type": "c", "major": 5_000_000_000i64, "access": "r"}]),
                 "linux.resources.devices: major 5000000000 is not a device number",
@@ -442,18 +401,13 @@ mod tests {
 
     #[test]
     fn an_update_may_repeat_unchanged_resources() {
-        let spec = with(
-            "/linux/resources",
-            json!({"devices": [{"allow": false, "access": "rwm"}], "blockIO": {"weight": 10}}),
-        );
+        let same = json!({"devices": [{"allow": false, "access": "rwm"}]});
+        let spec = with("/linux/resources", same.clone());
         let check = |resources: Value| check_update(&spec, &serde_json::from_value(resources).unwrap());
-        assert_eq!(check(json!({"devices": [{"allow": false, "access": "rwm"}], "blockIO": {"weight": 10}})), [""; 0]);
+        assert_eq!(check(same), [""; 0]);
         assert_eq!(check(json!({"devices": []})), [""; 0]);
-        let changed =
-            json!({"devices": [{"allow": true, "access": "r"}], "blockIO": {"weight": 9}, "network": {"classID": 1}});
-        let problems = check(changed);
-        assert_eq!(problems.len(), 3, "{problems:?}");
-        assert!(problems[1].starts_with("linux.resources.devices: "), "{problems:?}");
+        let problems = check(json!({"devices": [{"allow": true, "access": "r"}]}));
+        assert_eq!(problems, ["linux.resources.devices: cannot change after the container's creation"]);
     }
 
     #[test]

@@ -23,18 +23,19 @@ use crate::paths;
 /// Seconds that all writes together may take before the alarm interrupts them: half of the worker's timeout.
 const WRITE_TIMEOUT: u32 = 15;
 
-/// Sets all limits that stdin contains, or none.
-pub(super) fn update(id: &str) -> Result<(), CallError> {
+/// Sets all limits that stdin contains, or none. Names those that have no meaning here.
+pub(super) fn update(id: &str) -> Result<Vec<String>, CallError> {
     let invalid = |what: String| CallError::new(FailureKind::InvalidArgument, format!("update {id}: {what}"));
     let input = std::io::stdin().as_fd().try_clone_to_owned();
     let input = input.map_err(|e| CallError::internal("duplicate stdin", &e))?;
-    let resources: LinuxResources = decode(input.into()).map_err(|e| invalid(format!("linux.resources: {e}")))?;
+    let mut resources: LinuxResources = decode(input.into()).map_err(|e| invalid(format!("linux.resources: {e}")))?;
     let config = paths::bundle(id).join("config.json");
     let spec = Spec::load(&config).map_err(|e| CallError::internal(format_args!("read {}", config.display()), &e))?;
     let cgroup = cgroup::of(id);
     let present =
         limits::Present::of(&cgroup).map_err(|e| CallError::internal(format_args!("read the limits of {id}"), &e))?;
 
+    let ignored = limits::drop_absent_page_sizes(&mut resources, &cgroup);
     let mut problems = spec::check_update(&spec, &resources);
     let writes = limits::plan(&resources, &present).unwrap_or_else(|more| {
         problems.extend(more);
@@ -53,7 +54,8 @@ pub(super) fn update(id: &str) -> Result<(), CallError> {
             _ => FailureKind::Internal,
         };
         CallError::new(kind, format!("update {id}: {}", Chain(&error)))
-    })
+    })?;
+    Ok(ignored)
 }
 
 /// Interrupts a blocking system call of this process after `seconds`, and then every second: the first alarm may arrive

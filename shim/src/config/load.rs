@@ -44,7 +44,16 @@ pub enum ConfigError {
 ///
 /// When the file cannot be read or is invalid.
 pub fn load() -> Result<Config, ConfigError> {
-    match read(None)? {
+    load_named(None)
+}
+
+/// Like [`load`], from this file if one is named. That file must exist.
+///
+/// # Errors
+///
+/// When the file cannot be read or is invalid.
+pub(crate) fn load_named(named: Option<&Path>) -> Result<Config, ConfigError> {
+    match read(named)? {
         (path, Some(text)) => parse(&text, &path),
         (_, None) => Ok(Config::default()),
     }

@@ -6,6 +6,7 @@
 //! strings, so husk accepts a message as `BootstrapParams` only if it names this shim.
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel};
+use protobuf::well_known_types::any::Any;
 use protobuf::{Enum, Message};
 
 use crate::containerd::flags::Flags;
@@ -20,7 +21,7 @@ pub(crate) enum ReplyFormat {
 }
 
 /// The parameters of `start`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct StartParams {
     /// The task's id.
     pub(crate) id: String,
@@ -34,6 +35,8 @@ pub(crate) struct StartParams {
     pub(crate) debug: bool,
     /// The directory for the shim's socket, if containerd names one.
     pub(crate) socket_dir: Option<String>,
+    /// The runtime's options in containerd's configuration, and other extensions.
+    pub(crate) options: Vec<Any>,
     /// The form of the reply.
     pub(crate) reply: ReplyFormat,
 }
@@ -52,7 +55,8 @@ pub(crate) enum BootstrapError {
     MissingFlag(&'static str),
 }
 
-/// Combines the flags, stdin and `TTRPC_ADDRESS` of the environment.
+/// Combines the flags, stdin and `TTRPC_ADDRESS` of the environment. As in containerd's own shims, the environment and
+/// the flags supply the addresses that the bootstrap parameters lack.
 ///
 /// # Errors
 /// The first parameter that is missing.
@@ -66,23 +70,31 @@ pub(crate) fn read(flags: &Flags, stdin: &[u8], ttrpc_address: Option<String>) -
     let params = BootstrapParams::parse_from_bytes(stdin)
         .ok()
         .filter(|params| params.instance_id == flags.id && params.namespace == flags.namespace);
+    let or = |given: String, other: &str| if given.is_empty() { other.to_owned() } else { given };
+    let ttrpc_address = ttrpc_address.unwrap_or_default();
     let start = match params {
         Some(params) => StartParams {
             id: params.instance_id,
             namespace: params.namespace,
-            grpc_address: params.containerd_grpc_address,
-            ttrpc_address: params.containerd_ttrpc_address,
+            grpc_address: or(params.containerd_grpc_address, &flags.address),
+            ttrpc_address: or(params.containerd_ttrpc_address, &ttrpc_address),
             debug: flags.debug || params.log_level.value() <= LogLevel::LOG_LEVEL_DEBUG.value(),
             socket_dir: params.socket_dir.filter(|dir| !dir.is_empty()),
+            options: params.extensions.into_iter().filter_map(|extension| extension.value.into_option()).collect(),
             reply: ReplyFormat::Bootstrap,
         },
         None => StartParams {
             id: flags.id.clone(),
             namespace: flags.namespace.clone(),
             grpc_address: flags.address.clone(),
-            ttrpc_address: ttrpc_address.unwrap_or_default(),
+            ttrpc_address,
             debug: flags.debug,
             socket_dir: None,
+            options: Any::parse_from_bytes(stdin)
+                .ok()
+                .filter(|options| !options.type_url.is_empty())
+                .into_iter()
+                .collect(),
             reply: ReplyFormat::Address,
         },
     };
@@ -111,8 +123,9 @@ pub(crate) fn reply(address: &str, format: ReplyFormat) -> Result<Vec<u8>, proto
 
 #[cfg(test)]
 mod tests {
+    use containerd_shim_protos::bootstrap_api::Extension;
+
     use super::*;
-    use protobuf::well_known_types::any::Any;
 
     fn flags() -> Flags {
         Flags { id: "c1".into(), namespace: "default".into(), address: "/run/c.sock".into(), ..Default::default() }
@@ -147,6 +160,30 @@ mod tests {
             let start = read(&flags(), stdin, Some("/run/env.ttrpc".into())).unwrap();
             assert_eq!((start.reply, start.ttrpc_address.as_str()), (*reply, *address), "{name}");
         }
+    }
+
+    #[test]
+    fn addresses_that_the_parameters_lack_come_from_the_environment_and_the_flags() {
+        let params = BootstrapParams { instance_id: "c1".into(), namespace: "default".into(), ..Default::default() };
+        let start = read(&flags(), &params.write_to_bytes().unwrap(), Some("/run/env.ttrpc".into())).unwrap();
+        assert_eq!(
+            (start.reply, start.ttrpc_address.as_str(), start.grpc_address.as_str()),
+            (ReplyFormat::Bootstrap, "/run/env.ttrpc", "/run/c.sock")
+        );
+        let missing = read(&flags(), &params.write_to_bytes().unwrap(), None);
+        assert_eq!(missing, Err(BootstrapError::NoTtrpcAddress));
+    }
+
+    #[test]
+    fn the_runtimes_options_are_found_on_stdin_in_both_forms() {
+        let any = Any { type_url: "containerd.runc.v1.Options".into(), value: vec![1, 2], ..Default::default() };
+        let mut params = BootstrapParams::parse_from_bytes(&bootstrap("c1")).unwrap();
+        params.extensions.push(Extension { value: Some(any.clone()).into(), ..Default::default() });
+        let old = any.write_to_bytes().unwrap();
+        for stdin in [params.write_to_bytes().unwrap(), old] {
+            assert_eq!(read(&flags(), &stdin, Some("/a".into())).unwrap().options, std::slice::from_ref(&any));
+        }
+        assert_eq!(read(&flags(), &[], Some("/a".into())).unwrap().options, []);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! | `flags.rs`     | the command line                                                |
 //! | `bootstrap.rs` | what containerd passes to `start`, and the reply                |
 //! | `address.rs`   | the address of the shim's socket                                |
+//! | `options.rs`   | the runtime's options in containerd's configuration             |
 //! | `publisher.rs` | sends events to containerd                                      |
 //! | `log.rs`       | writes the log in containerd's format                           |
 //!
@@ -16,4 +17,5 @@ pub(crate) mod address;
 pub(crate) mod bootstrap;
 pub mod flags;
 pub(crate) mod log;
+pub(crate) mod options;
 pub(crate) mod publisher;

@@ -98,8 +98,20 @@ impl ProcessId {
     /// # Errors
     /// Those of the system calls.
     pub fn send_kill(self) -> io::Result<Option<OwnedFd>> {
+        self.send(libc::SIGKILL)
+    }
+
+    /// Sends SIGTERM and returns a handle to wait with; `None` if the process had ended before.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    pub fn send_terminate(self) -> io::Result<Option<OwnedFd>> {
+        self.send(libc::SIGTERM)
+    }
+
+    fn send(self, signal: i32) -> io::Result<Option<OwnedFd>> {
         let Some(fd) = self.pidfd()? else { return Ok(None) };
-        match pidfd_send_signal(&fd, libc::SIGKILL) {
+        match pidfd_send_signal(&fd, signal) {
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
             other => other.map(|()| Some(fd)),
         }

@@ -34,6 +34,7 @@ use crate::config::problem::Problem;
 use crate::config::settings::Config;
 use crate::config::values::MAX_SPARE_NICS;
 use crate::config::workspace::Workspace;
+use crate::containerd::options;
 use crate::extras::files::{self, OpenedFile};
 use crate::network::user::UserNetwork;
 use crate::network::{Claim, claim};
@@ -65,6 +66,8 @@ pub struct Prepared {
     pub rewritten: Rewritten,
     /// What the spec contains, but husk does not know, for the log.
     pub(crate) ignored: Vec<String>,
+    /// The runtime's options that have nothing to do here, for the log.
+    pub(crate) ignored_options: Vec<String>,
     /// The machine, if it has to be booted for this container.
     machine: vmm::Spec,
     /// The host's network namespace that the spec names.
@@ -144,8 +147,11 @@ impl Siblings<'_> {
 ///
 /// All problems at once.
 pub fn prepare(request: &CreateTaskRequest, sandbox: &str, siblings: Siblings<'_>) -> Result<Prepared, PrepareError> {
-    let config = load::load().map_err(|error| PrepareError::one(&error))?;
-    prepare_with(config, &Places::of_process(), request, sandbox, siblings)
+    let options = options::read(request.options.as_ref()).map_err(PrepareError)?;
+    let config = load::load_named(options.config_path.as_deref()).map_err(|error| PrepareError::one(&error))?;
+    let mut prepared = prepare_with(config, &Places::of_process(), request, sandbox, siblings)?;
+    prepared.ignored_options = options.notes;
+    Ok(prepared)
 }
 
 /// Reads and checks everything that a sandbox needs without a container.
@@ -252,6 +258,7 @@ fn prepare_spec(
     Ok(Prepared {
         rewritten,
         ignored,
+        ignored_options: Vec::new(),
         machine,
         network,
         user,

@@ -1,4 +1,4 @@
-//! Calls on existing containers: state, wait, signals, pause, limits and statistics. The guest answers most of them.
+//! Calls on existing containers: state, wait, signals, pause and statistics. The guest answers most of them.
 //!
 //! The shim sets the type URLs in the guest's responses: containerd's clients decode whatever type a message names.
 
@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use containerd_shim_protos::api::{
     KillRequest, PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StateRequest, StateResponse,
-    StatsRequest, StatsResponse, UpdateTaskRequest,
+    StatsRequest, StatsResponse,
 };
 use husk_protos::{METRICS, PROCESS_DETAILS};
 
@@ -91,13 +91,6 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Changes a container's limits inside the VM. The VM keeps its size.
-    pub(crate) async fn update(&self, request: UpdateTaskRequest) -> Result<(), SandboxError> {
-        let vm = self.vm_of(&request.id)?;
-        vm.guest.task.update(vm.guest.context(), &request).await?;
-        Ok(())
-    }
-
     /// A container's resource usage as the guest's kernel reports it.
     pub(crate) async fn stats(&self, request: StatsRequest) -> Result<StatsResponse, SandboxError> {
         let vm = self.vm_of(&request.id)?;
@@ -123,7 +116,7 @@ impl Sandbox {
     }
 
     /// The VM, if the container exists.
-    fn vm_of(&self, id: &str) -> Result<Arc<Vm>, SandboxError> {
+    pub(super) fn vm_of(&self, id: &str) -> Result<Arc<Vm>, SandboxError> {
         self.container(id)?;
         self.live_vm()
     }

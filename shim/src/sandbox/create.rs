@@ -82,6 +82,7 @@ impl Sandbox {
         let share = self.share()?;
         let network = self.network_namespace(&prepared).await?;
         let cgroup = self.host_cgroup(&prepared).await?;
+        self.restrict_cpuset(&id, prepared.rewritten.host_resources.clone()).await?;
         let holder = self.start_holder(Owner::Container(id.clone()), &id, network.clone()).await?;
         let subject = hooks::subject(&request, &prepared, holder.process().pid);
         let attachments = Attachments { network, cgroup: cgroup.clone(), ..Attachments::new(share.path().to_owned()) };
@@ -137,6 +138,9 @@ impl Sandbox {
         let prepared = prepare::prepare(request, &self.id, siblings)?;
         for part in &prepared.ignored {
             tracing::warn!(container = request.id, part, "ignored part of the spec");
+        }
+        for option in &prepared.ignored_options {
+            tracing::info!(container = request.id, option, "ignored option of the runtime");
         }
         for note in &prepared.rewritten.notes {
             tracing::info!(container = request.id, note, "spec changed for the guest");

@@ -4,6 +4,7 @@ mod api;
 mod boot;
 pub(crate) mod container;
 mod control;
+mod cpuset;
 mod create;
 mod end;
 mod error;

@@ -1,6 +1,6 @@
 //! What a sandbox consists of: its VM and its containers, and how calls find them.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -16,6 +16,7 @@ use crate::forward::socket::Sockets;
 use crate::network::{Claim, PrivateNamespace};
 use crate::prepare::BootedWith;
 use crate::rootfs::share::Share;
+use crate::rootfs::spec::resources::HostResources;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
 use crate::sandbox::error::{SandboxError, not_found};
@@ -27,6 +28,9 @@ use crate::vm::{BootError, Vm};
 
 /// How long to wait for containerd's Shutdown after everything has been cleaned up.
 const SHUTDOWN_WAIT: Duration = Duration::from_secs(10);
+
+/// The resources of the host that each container names.
+pub(super) type Cpusets = BTreeMap<String, HostResources>;
 
 /// The outcome of a boot, shared by all containers that wait for it. `None` while the boot runs.
 pub(super) type Booting = watch::Receiver<Option<Result<Arc<Vm>, Arc<BootError>>>>;
@@ -81,6 +85,8 @@ pub(crate) struct Sandbox {
     pub(super) sockets: Sockets,
     /// The cgroup of the sandbox's processes on the host. Locked while it is created, which blocks.
     pub(super) cgroup: tokio::sync::Mutex<Option<HostCgroup>>,
+    /// The CPUs and memory nodes of the host that the containers name. Locked while the cgroup changes.
+    pub(super) cpusets: tokio::sync::Mutex<Cpusets>,
     slots: Mutex<Slots>,
     /// True after everything has been cleaned up.
     pub(super) ended: watch::Sender<bool>,
@@ -99,6 +105,7 @@ impl Sandbox {
             publisher,
             sockets: Sockets::default(),
             cgroup: tokio::sync::Mutex::default(),
+            cpusets: tokio::sync::Mutex::default(),
             slots: Mutex::new(Slots {
                 vm: VmSlot::Empty,
                 booted_with: BootedWith::default(),

@@ -48,6 +48,21 @@ pub enum CgroupError {
         /// The cause.
         source: io::Error,
     },
+    /// The host's kernel rejects processors or memory nodes.
+    #[error("{field} {value:?}: write {}", path.display())]
+    Cpuset {
+        /// The spec's field.
+        field: &'static str,
+        /// What the sandbox's containers name together.
+        value: String,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A cgroup that must exist does not.
+    #[error("no cgroup of this name exists")]
+    Absent,
     /// An undo step could not be recorded.
     #[error(transparent)]
     State(#[from] StateError),
@@ -59,6 +74,20 @@ pub(crate) struct Hierarchies {
     roots: Vec<PathBuf>,
     unified: bool,
 }
+
+/// A kind of resource of the host that a cpuset divides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cpuset {
+    /// The spec's field.
+    pub(crate) field: &'static str,
+    /// The file of a cgroup.
+    file: &'static str,
+}
+
+/// Processors.
+pub(crate) const CPUS: Cpuset = Cpuset { field: "linux.resources.cpu.cpus", file: "cpuset.cpus" };
+/// Memory nodes.
+pub(crate) const MEMS: Cpuset = Cpuset { field: "linux.resources.cpu.mems", file: "cpuset.mems" };
 
 /// A sandbox's cgroup: one directory in each of the host's hierarchies.
 #[derive(Clone, Debug)]
@@ -73,6 +102,52 @@ impl HostCgroup {
     /// A file cannot be opened.
     pub(crate) fn open(&self) -> io::Result<Vec<File>> {
         self.procs.iter().map(|path| OpenOptions::new().write(true).open(path)).collect()
+    }
+
+    /// Restricts the cgroup to processors or memory nodes of the host. Returns false, and changes nothing, if husk did
+    /// not create the cgroup or the host's cgroups have no such controller there.
+    ///
+    /// # Errors
+    /// [`CgroupError::Cpuset`].
+    pub(crate) fn set_cpuset(&self, set: Cpuset, value: &str) -> Result<bool, CgroupError> {
+        let groups = self.procs.iter().filter_map(|procs| procs.parent());
+        for group in groups.filter(|group| is_marked(group)) {
+            let path = group.join(set.file);
+            if !path.exists() {
+                enable_cpuset(group);
+            }
+            match write_value(&path, value) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => {
+                    return Err(CgroupError::Cpuset { field: set.field, value: value.into(), path, source });
+                }
+                Ok(()) => return Ok(true),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Gives the cgroup all processors or memory nodes of its parent.
+    ///
+    /// # Errors
+    /// [`CgroupError::Cpuset`].
+    pub(crate) fn clear_cpuset(&self, set: Cpuset) -> Result<(), CgroupError> {
+        let groups = self.procs.iter().filter_map(|procs| procs.parent());
+        for group in groups.filter(|group| is_marked(group)) {
+            let (path, above) = (group.join(set.file), group.parent().unwrap_or(group).join(set.file));
+            // Where a file is missing, nothing was restricted.
+            let (Ok(now), Ok(all)) = (fs::read_to_string(&path), fs::read_to_string(above)) else { continue };
+            let (now, all) = (now.trim(), all.trim());
+            if now != all {
+                write_value(&path, all).map_err(|source| CgroupError::Cpuset {
+                    field: set.field,
+                    value: all.into(),
+                    path,
+                    source,
+                })?;
+            }
+        }
+        Ok(())
     }
 
     #[cfg(test)]
@@ -185,6 +260,20 @@ impl Hierarchies {
         self.unified
     }
 
+    /// Opens the `cgroup.procs` files of a cgroup that exists in at least one hierarchy.
+    ///
+    /// # Errors
+    /// When the path is malformed or the cgroup does not exist, or a file cannot be opened.
+    pub(crate) fn open_existing(&self, cgroup: &str) -> Result<Vec<File>, CgroupError> {
+        let relative = relative_path(cgroup)?;
+        let procs = self.roots.iter().map(|root| root.join(&relative).join("cgroup.procs"));
+        let cgroup = HostCgroup { procs: procs.filter(|procs| procs.exists()).collect() };
+        match cgroup.open() {
+            Ok(files) if files.is_empty() => Err(CgroupError::Absent),
+            opened => opened.map_err(|source| CgroupError::Create { path: relative, source }),
+        }
+    }
+
     /// Creates the cgroup at `cgroups_path` in every hierarchy, after recording how to remove it. Existing directories
     /// are used and stay when the sandbox ends.
     ///
@@ -248,6 +337,35 @@ fn is_marked(path: &Path) -> bool {
     let Ok(path) = path_for_c(path) else { return false };
     // SAFETY: both strings are zero-terminated and outlive the call, which writes no value for a size of 0.
     unsafe { libc::getxattr(path.as_ptr(), MARK.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
+}
+
+/// Enables the cpuset controller of cgroup v2 down to `group`, as runc does. Best effort: the caller notices whether the
+/// group has the files.
+fn enable_cpuset(group: &Path) {
+    let mut above: Vec<_> =
+        group.ancestors().skip(1).take_while(|path| path.join("cgroup.controllers").exists()).collect();
+    above.reverse();
+    for path in above {
+        let enabled = |file: &str| {
+            let text = fs::read_to_string(path.join(file)).unwrap_or_default();
+            text.split_ascii_whitespace().any(|name| name == "cpuset")
+        };
+        let file = path.join("cgroup.subtree_control");
+        if !enabled("cgroup.controllers") {
+            return;
+        }
+        if !enabled("cgroup.subtree_control")
+            && let Err(error) = write_value(&file, "+cpuset")
+        {
+            tracing::warn!(path = %file.display(), %error, "failed to enable the cpuset controller");
+            return;
+        }
+    }
+}
+
+/// Writes to an existing file of a cgroup.
+fn write_value(path: &Path, value: &str) -> io::Result<()> {
+    OpenOptions::new().write(true).open(path)?.write_all(format!("{value}\n").as_bytes())
 }
 
 /// Copies the parent's processors and memory nodes to new v1 cpusets, which are empty: a process cannot join an empty

@@ -15,11 +15,14 @@
 //! | `host_hooks.rs`    | which hooks the host runs                          |
 //! | `limits.rs`        | the limits that size a VM                          |
 //! | `size.rs`          | the size of the spec itself                        |
+//! | `resources.rs`     | what becomes of each field of `linux.resources`    |
+//! | `features.rs`      | what of the runtime spec a container can use       |
 //! | `context.rs`       | what the rewriting needs to know                   |
 //! | `findings.rs`      | problems and notes                                 |
 
 mod context;
 mod devices;
+pub(crate) mod features;
 mod findings;
 mod host_hooks;
 mod limits;
@@ -27,6 +30,7 @@ mod mount_options;
 mod mounts;
 mod namespaces;
 pub(crate) mod parse;
+pub(crate) mod resources;
 mod rewrite;
 mod size;
 

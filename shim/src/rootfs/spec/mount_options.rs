@@ -84,7 +84,7 @@ const OPTIONS: [(&str, Effect); 76] = [
     ("nolazytime", Clears("lazytime")),
     // Extensions of the runtime spec.
     ("tmpcopyup", Applied),
-    // The guest rejects id-mapped mounts.
+    // The guest rejects id-mapped mounts: it knows their mappings too.
     ("idmap", Applied),
     ("ridmap", Applied),
     // Linux has no mandatory locks since 5.15; the others concern only filesystems on disks, or messages in the log.
@@ -204,6 +204,17 @@ impl Value {
             (Self::Number, Some(text)) => text.parse::<u32>().is_err().then_some("is not a number"),
         }
     }
+}
+
+/// The options that a container's mounts may have, sorted.
+pub(super) fn supported_options() -> Vec<&'static str> {
+    let supported = |(name, effect): &(&'static str, Effect)| {
+        let rejected = matches!(effect, Rejected(_)) || ["idmap", "ridmap"].contains(name);
+        (!rejected).then_some(*name)
+    };
+    let mut names: Vec<_> = OPTIONS.iter().filter_map(supported).collect();
+    names.sort_unstable();
+    names
 }
 
 /// Rewrites the options of the spec's mount `index` for the guest.

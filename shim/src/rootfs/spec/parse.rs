@@ -33,13 +33,21 @@ pub(crate) fn parse(json: &[u8]) -> Result<Parsed, SpecProblems> {
     Ok(Parsed { spec, ignored })
 }
 
-/// Reads the process of an exec. Returns its JSON without unknown capabilities if it has any, and their names.
+/// Reads the process of an exec. Returns its JSON without unknown capabilities and CPUs of the host if it has any, and
+/// their names.
 ///
 /// # Errors
 /// When the text is not JSON.
 pub(crate) fn parse_exec(json: &[u8]) -> serde_json::Result<Option<(Vec<u8>, Vec<String>)>> {
     let mut process: Value = serde_json::from_slice(json)?;
-    let ignored = remove_unknown_capabilities(&mut process);
+    let mut ignored = remove_unknown_capabilities(&mut process);
+    if process
+        .as_object_mut()
+        .and_then(|process| process.remove("execCPUAffinity"))
+        .is_some_and(|cpus| !is_empty(&cpus))
+    {
+        ignored.push("process.execCPUAffinity: CPUs of the host, which are not the VM's".to_owned());
+    }
     if ignored.is_empty() { Ok(None) } else { Ok(Some((serde_json::to_vec(&process)?, ignored))) }
 }
 
@@ -61,7 +69,8 @@ fn remove_unknown_capabilities(process: &mut Value) -> Vec<String> {
     removed
 }
 
-fn is_empty(value: &Value) -> bool {
+/// Whether a value sets nothing.
+pub(super) fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::Bool(set) => !set,
@@ -73,7 +82,7 @@ fn is_empty(value: &Value) -> bool {
 }
 
 /// Collects the fields that are given, but not understood.
-fn compare(path: &str, given: &Value, understood: &Value, unknown: &mut Vec<String>) {
+pub(super) fn compare(path: &str, given: &Value, understood: &Value, unknown: &mut Vec<String>) {
     match (given, understood) {
         (Value::Object(given), Value::Object(understood)) => {
             for (name, value) in given.iter().filter(|(_, value)| !is_empty(value)) {
@@ -146,6 +155,8 @@ mod tests {
         let exec: Value = serde_json::from_slice(&exec).unwrap();
         assert_eq!((&exec["capabilities"], ignored), (&capabilities, parsed.ignored));
         assert!(parse_exec(br#"{"capabilities": {"bounding": ["CAP_KILL"]}}"#).unwrap().is_none());
+        let (exec, ignored) = parse_exec(br#"{"cwd": "/", "execCPUAffinity": {"initial": "3"}}"#).unwrap().unwrap();
+        assert_eq!((exec.as_slice(), ignored.len()), (br#"{"cwd":"/"}"#.as_slice(), 1));
         assert!(parse_exec(br#"{"capabilities"#).is_err());
     }
 }

@@ -12,6 +12,7 @@ use super::host_hooks::{announced_links, take_host_hooks};
 use super::limits::{SpecLimits, limits};
 use super::mounts::{Bind, HostMounts, SocketMount, in_share, is_cgroup_mount, rewrite_mounts};
 use super::namespaces::{self, Target};
+use super::resources::{HostResources, rewrite_resources};
 use super::size::check_size;
 use crate::host::hooks::Hooks;
 
@@ -71,6 +72,8 @@ pub struct Rewritten {
     /// The cgroup that the spec names on the host.
     pub(crate) cgroups_path: Option<String>,
     pub(crate) limits: SpecLimits,
+    /// What the spec's resources require of the host.
+    pub(crate) host_resources: HostResources,
     /// The network that the spec asks for.
     pub(crate) network: NetworkRequest,
     /// The links that hooks will add to the network namespace, as far as the spec says so.
@@ -172,9 +175,21 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     check_size(&spec, &mut findings);
     let announced_links = announced_links(&spec);
     match (rootfs, linux) {
-        (Some(rootfs), Some(LinuxOfHost { cgroups_path, limits, network })) if findings.problems.is_empty() => {
-            let notes = findings.notes;
-            Ok(Rewritten { spec, binds, sockets, rootfs, cgroups_path, limits, network, announced_links, hooks, notes })
+        (Some(rootfs), Some(linux)) if findings.problems.is_empty() => {
+            let LinuxOfHost { cgroups_path, limits, host_resources, network } = linux;
+            Ok(Rewritten {
+                spec,
+                binds,
+                sockets,
+                rootfs,
+                cgroups_path,
+                limits,
+                host_resources,
+                network,
+                announced_links,
+                hooks,
+                notes: findings.notes,
+            })
         }
         _ => Err(SpecProblems(findings.problems)),
     }
@@ -206,6 +221,10 @@ fn rewrite_process(spec: &mut Spec, findings: &mut Findings) {
         process.set_apparmor_profile(None);
         findings.note(format!("process.apparmorProfile {profile:?}: removed, the VM confines the container"));
     }
+    if process.exec_cpu_affinity().is_some() {
+        process.set_exec_cpu_affinity(None);
+        findings.note("process.execCPUAffinity: removed, it names CPUs of the host, which are not the VM's");
+    }
     if let Some(label) = process.selinux_label().clone() {
         process.set_selinux_label(None);
         findings.note(format!("process.selinuxLabel {label:?}: removed, the VM confines the container"));
@@ -227,6 +246,7 @@ fn rewrite_root(spec: &mut Spec, context: &Context<'_>, findings: &mut Findings)
 struct LinuxOfHost {
     cgroups_path: Option<String>,
     limits: SpecLimits,
+    host_resources: HostResources,
     network: NetworkRequest,
 }
 
@@ -256,7 +276,9 @@ fn rewrite_linux(
     }
     let network = rewrite_namespaces(linux, context, has_cgroup_mount, findings);
     rewrite_devices(linux, findings);
-    Some(LinuxOfHost { cgroups_path, limits, network })
+    let host_resources =
+        linux.resources_mut().as_mut().map(|resources| rewrite_resources(resources, findings)).unwrap_or_default();
+    Some(LinuxOfHost { cgroups_path, limits, host_resources, network })
 }
 
 /// Rewrites the namespaces, and returns the network that they ask for.
