@@ -1,26 +1,35 @@
 # Builds programs that Debian does not have from their Go modules, with the machine's Go if that is new enough,
-# otherwise with Debian 13's, which is unpacked without being installed.
+# otherwise with one of Debian's, which is unpacked without being installed.
 # Source this file after setup/common.sh and setup/debian.sh.
 
 # use_go MINIMUM FOLDER sets $go to a Go of at least this version. FOLDER gets the unpacked Go, if it is needed, and
 # Go's modules and objects, until drop_go.
 use_go() {
-    local minimum="$1" folder="$2" goroot part have
+    local minimum="$1" folder="$2" goroot line part have suite
     go=go
     have=$(go env GOVERSION 2>/dev/null | sed 's/^go//' || :)
-    if [ -z "$have" ] || [ "$(printf '%s\n%s\n' "$minimum" "$have" | sort -V | head -n 1)" != "$minimum" ]; then
-        info "tests: unpacking Go from Debian 13"
-        unpack_from trixie "$folder/go" golang-1.24-go golang-1.24-src
+    if ! at_least "$minimum" "$have"; then
+        # Debian 13 has the first; the next Debian's runs on Debian 12 and 13 too.
+        line=1.24 suite=trixie
+        at_least "$minimum" "$line.0" || line=1.26 suite=forky
+        info "tests: unpacking Go $line from Debian $suite"
+        unpack_from "$suite" "$folder/go" "golang-$line-go" "golang-$line-src"
         # Debian's GOROOT contains absolute links into /usr; point them at the unpacked files.
-        goroot=$folder/go/usr/lib/go-1.24
+        goroot=$folder/go/usr/lib/go-$line
         for part in src api misc test; do
-            [ ! -e "$folder/go/usr/share/go-1.24/$part" ] || ln -sfn "$folder/go/usr/share/go-1.24/$part" "$goroot/$part"
+            [ ! -e "$folder/go/usr/share/go-$line/$part" ] || ln -sfn "$folder/go/usr/share/go-$line/$part" "$goroot/$part"
         done
         export GOROOT="$goroot"
         go=$goroot/bin/go
+        have=$("$go" env GOVERSION | sed 's/^go//')
+        at_least "$minimum" "$have" ||
+            die "Go $minimum or newer is needed; this machine's and Debian $suite's are older (${have:-it does not run})" "install a newer Go"
     fi
     export GOTOOLCHAIN=local GOFLAGS=-modcacherw GOMODCACHE="$folder/modules" GOCACHE="$folder/objects" CGO_ENABLED=0
 }
+
+# at_least MINIMUM VERSION
+at_least() { [ -n "$2" ] && [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
 
 # drop_go FOLDER removes what use_go and its builds left: about 1 GB.
 drop_go() { rm -rf "$1/modules" "$1/objects" "$1/go"; }

@@ -137,6 +137,23 @@ fn the_seccomp_filter_rejects_the_listed_calls() -> Result<()> {
 }
 
 #[test]
+fn a_seccomp_profile_older_than_the_runtime_lets_programs_start() -> Result<()> {
+    let newer = ["faccessat2", "statx", "openat2", "close_range", "clone3", "rseq", "fchmodat2"];
+    for no_new_privileges in [true, false] {
+        let (status, out) = run("old-profile", "echo started", |spec| {
+            spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
+            spec["linux"]["seccomp"] = json!({
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "architectures": ["SCMP_ARCH_X86_64"],
+                "syscalls": [{"names": newer, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}],
+            });
+        })?;
+        ensure!((status, out.as_str()) == (0, "started"), "noNewPrivileges {no_new_privileges}: {status} {out}");
+    }
+    Ok(())
+}
+
+#[test]
 fn rlimits_of_the_process_are_set() -> Result<()> {
     let (_, out) = run("rlimits", "cat /proc/self/limits", |spec| {
         spec["process"]["rlimits"] = json!([

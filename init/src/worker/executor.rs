@@ -217,8 +217,13 @@ fn runnable(path: &Path) -> nix::Result<()> {
     if fs::metadata(path).is_ok_and(|metadata| metadata.is_dir()) {
         return Err(nix::errno::Errno::EISDIR);
     }
-    // Checks the effective IDs, which are those of the process's user by now.
-    faccessat(nix::fcntl::AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS)
+    let runnable = |flags| faccessat(nix::fcntl::AT_FDCWD, path, AccessFlags::X_OK, flags);
+    // Checks the effective IDs, which are those of the process's user by now. This takes faccessat2(2), which seccomp
+    // profiles from before Linux 5.8 reject. The real IDs, which are the same, take faccessat(2).
+    match runnable(AtFlags::AT_EACCESS) {
+        Err(nix::errno::Errno::EPERM | nix::errno::Errno::ENOSYS) => runnable(AtFlags::empty()),
+        done => done,
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The processes that represent containers on the host, one for each: `crate::host::holder` starts them.
 //!
-//! A holder lives from before the container's first hook until the container's exit is recorded. If something else
-//! kills it, the container is killed: on the host, the holder is the container.
+//! A holder lives from before the container's first hook until the container's exit, which is recorded when the holder
+//! has ended. If something else kills it, the container is killed: on the host, the holder is the container.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,6 +25,8 @@ use crate::vm::cgroup::{self, Hierarchies, HostCgroup};
 
 /// How long the guest may take to report the exit of a container that was killed.
 const EXIT: Duration = Duration::from_secs(10);
+/// How long a killed holder may take to end, on a loaded machine.
+const HOLDER_END: Duration = Duration::from_secs(2);
 
 impl Sandbox {
     /// The cgroup of the sandbox's processes on the host, created for the first container. `None` if that container's
@@ -89,16 +91,21 @@ pub(super) async fn join_cgroup(cgroup: Option<HostCgroup>, holder: ProcessId) -
 pub(super) fn watch_holder(vm: &Arc<Vm>, container: &Container, holder: Child) {
     let Some(init) = container.process("") else { return holder.kill() };
     let (vm, id) = (vm.clone(), container.id.clone());
+    let representing = init.represent();
     tokio::spawn(async move {
         tokio::select! {
             biased;
-            _ = init.exited() => {}
+            _ = init.ending() => {}
             exit = holder.exited() => {
                 tracing::warn!(container = id, pid = holder.process().pid, %exit, "the holder has ended: killing its container");
                 kill_with_holder(&vm, &id, &init).await;
             }
         }
         holder.kill();
+        if tokio::time::timeout(HOLDER_END, holder.exited()).await.is_err() {
+            tracing::error!(container = id, pid = holder.process().pid, "the holder did not end when it was killed");
+        }
+        drop(representing);
     });
 }
 

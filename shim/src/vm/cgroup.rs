@@ -35,7 +35,7 @@ const MARK: &CStr = c"trusted.husk";
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// The path has neither cgroupfs's nor systemd's form.
-    #[error("linux.cgroupsPath {0:?}: must be an absolute path without \"..\", or <name>.slice:<prefix>:<name>")]
+    #[error("linux.cgroupsPath {0:?}: must be a path without \"..\", or <name>.slice:<prefix>:<name>")]
     Path(String),
     /// The host's hierarchies could not be determined.
     #[error("read /proc/self/mountinfo")]
@@ -192,9 +192,10 @@ fn relative_path(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
         }
         return Ok(slice_path(slice).ok_or_else(invalid)?.join(unit));
     }
-    let path = cgroups_path.strip_prefix('/').ok_or_else(invalid)?;
-    let names: Vec<_> = path.split('/').filter(|name| !name.is_empty()).collect();
-    if names.is_empty() || !names.iter().all(|name| plain(name)) {
+    // A relative path is relative to where the runtime likes (runtime-spec, config-linux.md): here to the root, too.
+    let names: Vec<_> = cgroups_path.split('/').filter(|name| !name.is_empty()).collect();
+    let damaged_unit = !cgroups_path.starts_with('/') && cgroups_path.contains(':');
+    if names.is_empty() || damaged_unit || !names.iter().all(|name| plain(name)) {
         return Err(invalid());
     }
     Ok(names.iter().collect())
@@ -415,7 +416,9 @@ mod tests {
             ),
             ("", None),
             ("/", None),
-            ("default/x", None),
+            ("default/x", Some("default/x")),
+            ("./x", None),
+            ("../x", None),
             ("/default/../x", None),
             ("/./x", None),
             ("a.slice:b", None),

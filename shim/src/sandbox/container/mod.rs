@@ -271,6 +271,8 @@ impl Container {
                 );
             }
             while execs.join_next().await.is_some() {}
+            // As with runc, the PID is gone when a client learns of the exit.
+            process.end_representation().await;
             if !process.record_exit(exit.clone()) {
                 return;
             }

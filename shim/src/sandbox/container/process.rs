@@ -52,6 +52,10 @@ pub(crate) struct Process {
     starting: AtomicBool,
     /// The exit has been reported and will be recorded.
     exiting: watch::Sender<bool>,
+    /// The exit is to be recorded as soon as what represents the process on the host has ended.
+    ending: watch::Sender<bool>,
+    /// Closed when that has ended. `None` if nothing represents the process.
+    represented: Mutex<Option<watch::Receiver<()>>>,
     /// Whether the ExecAdded event has been passed to the publisher.
     announced: watch::Sender<bool>,
     exit: watch::Sender<ExitState>,
@@ -77,6 +81,8 @@ impl Process {
             guest_pid: AtomicU32::new(0),
             starting: AtomicBool::new(false),
             exiting: watch::channel(false).0,
+            ending: watch::channel(false).0,
+            represented: Mutex::default(),
             announced: watch::channel(false).0,
             exit: watch::channel(ExitState::Pending).0,
             streams: Mutex::default(),
@@ -127,6 +133,34 @@ impl Process {
             // Cannot fail: self holds the sender.
             _ = exiting.wait_for(|exiting| *exiting) => {}
             _ = self.exited() => {}
+        }
+    }
+
+    /// Says that something on the host represents the process. The exit is not recorded before the returned value is
+    /// dropped, which has to follow [`Self::ending`].
+    pub(crate) fn represent(&self) -> watch::Sender<()> {
+        let (representing, represented) = watch::channel(());
+        *lock(&self.represented) = Some(represented);
+        representing
+    }
+
+    /// Waits until the exit is to be recorded, or the process is discarded.
+    pub(crate) async fn ending(&self) {
+        let mut ending = self.ending.subscribe();
+        tokio::select! {
+            // Cannot fail: self holds the sender.
+            _ = ending.wait_for(|ending| *ending) => {}
+            _ = self.exited() => {}
+        }
+    }
+
+    /// Ends what represents the process on the host, and waits for that.
+    pub(crate) async fn end_representation(&self) {
+        self.ending.send_replace(true);
+        let represented = lock(&self.represented).take();
+        if let Some(mut represented) = represented {
+            // Ends with an error when the other side is dropped; nothing is ever sent.
+            let _ = represented.changed().await;
         }
     }
 

@@ -132,6 +132,20 @@ async fn a_trickling_reader_delays_an_exit_for_a_limited_time() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_exit_is_recorded_and_published_when_the_holder_has_ended() {
+    let (container, mut kept) = container();
+    let init = container.process("").unwrap();
+    let representing = init.represent();
+    container.apply(exited("", 4), at(1)).await;
+    init.ending().await;
+    assert_eq!(published(&mut kept).await, [""; 0]);
+    assert!(init.exit().is_none());
+    drop(representing);
+    init.exited().await;
+    assert_eq!(published(&mut kept).await, ["exit c 4"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn processes_that_die_with_their_vm_share_one_wait_and_exit_in_order() {
     let (container, mut kept) = container();
     let readers: Vec<_> = (0..20).map(|n| exec(&container, &format!("e{n:02}"), n + 2)).collect();
