@@ -3,7 +3,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -109,7 +109,7 @@ impl LeaseDir {
         write().map_err(|source| LeaseError { what: "write", path, source })
     }
 
-    /// Releases leases, except those that another shim holds by now.
+    /// Releases leases, except those that another shim holds by now. The last release removes the directory.
     pub(super) fn release(&self, names: impl IntoIterator<Item = String>, shim: ProcessId) -> Result<(), LeaseError> {
         if !self.dir.exists() {
             return Ok(());
@@ -121,21 +121,30 @@ impl LeaseDir {
                 fs::remove_file(&path).map_err(|source| LeaseError { what: "remove", path, source })?;
             }
         }
+        if self.names()?.is_empty() {
+            // The lock's file too. Whoever waits for the lock will notice: see `lock`.
+            let removed = fs::remove_dir_all(&self.dir);
+            removed.map_err(|source| LeaseError { what: "remove", path: self.dir.clone(), source })?;
+        }
         Ok(())
     }
 
     pub(super) fn lock(&self) -> Result<Locked, LeaseError> {
         let path = self.path(LOCK);
         let failed = |source| LeaseError { what: "lock", path: path.clone(), source };
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(failed)?;
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let mut file = file.map_err(failed)?;
         let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(Locked { _lock: lock }),
-                Err((unlocked, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => file = unlocked,
-                Err((_, error)) => return Err(failed(error.into())),
+            DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(failed)?;
+            let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+            let in_time = Instant::now() < deadline;
+            match opened.map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock)) {
+                // The last release may have removed this file, or the directory before the file was created.
+                Ok(Ok(lock)) if is_at(&lock, &path).map_err(failed)? => return Ok(Locked { _lock: lock }),
+                Ok(Ok(_) | Err((_, Errno::EWOULDBLOCK | Errno::EINTR))) if in_time => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound && in_time => {}
+                Ok(Ok(_)) => return Err(failed(io::ErrorKind::TimedOut.into())),
+                Ok(Err((_, errno))) => return Err(failed(errno.into())),
+                Err(error) => return Err(failed(error)),
             }
             std::thread::sleep(LOCK_PAUSE);
         }
@@ -143,5 +152,15 @@ impl LeaseDir {
 
     fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+}
+
+/// Whether an open file is still the one at `path`.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let opened = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(found) => Ok((found.dev(), found.ino()) == (opened.dev(), opened.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
