@@ -183,7 +183,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
 
 /// Time for the host to end the VM after the response to Shutdown. Longer than the host waits for pending output and
 /// exits.
-const HOST_ENDS_VM: Duration = Duration::from_secs(1);
+const HOST_ENDS_VM: Duration = Duration::from_secs(12);
 
 /// Reboots, unless the host ends the VM first. `reboot=t` on the kernel command line and QEMU's `-no-reboot` turn a
 /// reboot into QEMU's exit.

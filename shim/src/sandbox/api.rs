@@ -109,7 +109,7 @@ impl Sandbox {
         // Recorded first: the VM's death counts as requested.
         managed.record_exit(STOPPED);
         let Some(vm) = vm.filter(|vm| !vm.stopping()) else { return Ok(()) };
-        let stop = self.stop(&vm, "StopSandbox", self.containers_ended());
+        let stop = self.stop(&vm, "StopSandbox", self.delivered());
         match timeout {
             None => stop.await,
             Some(limit) => {

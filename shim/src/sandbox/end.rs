@@ -91,7 +91,7 @@ impl Sandbox {
             VmSlot::Empty | VmSlot::Stopping => None,
         };
         if let Some(vm) = vm {
-            self.stop(&vm, cause, self.containers_ended()).await;
+            self.stop(&vm, cause, self.delivered()).await;
             // The VM's last events are still being read. Processes without an exit event end with the VM.
             if tokio::time::timeout(DELIVERY, self.containers_ended()).await.is_err() {
                 tracing::debug!("the exits of some processes of the VM are not recorded yet");
@@ -112,6 +112,14 @@ impl Sandbox {
             tracing::warn!("containerd did not accept the last events");
         }
         self.ended.send_replace(true);
+    }
+
+    /// Waits until the containers' last output and exits are delivered, or no output moves any more.
+    pub(super) async fn delivered(&self) {
+        let containers = self.containers();
+        futures::future::join_all(containers.iter().map(|container| container.drained_within(DELIVERY))).await;
+        // An exit that does not follow its output is lost.
+        let _ = tokio::time::timeout(DELIVERY, self.containers_ended()).await;
     }
 
     /// Waits until the exit of every process of every container is recorded.

@@ -26,7 +26,7 @@ use crate::vmm::Machine;
 
 /// How long the machine may take to exit when the guest does not answer, and after it was killed.
 const EXIT: Duration = Duration::from_secs(3);
-/// How long a guest that has stopped everything is kept for the output and the events that are still on their way.
+/// How long a guest that has stopped everything is kept while no output and no event of it arrives.
 pub(crate) const DELIVERY: Duration = Duration::from_millis(500);
 /// How much later than the loss of a call the VM's death may be noticed: the machine's exit and the console's last
 /// output come first.
@@ -139,8 +139,8 @@ impl Vm {
     }
 
     /// Stops the VM: asks the guest to shut down, then kills the machine. Output and exits of the last processes may
-    /// still be on their way when the guest has answered: `delivered` resolves when they have arrived, and is awaited
-    /// for a moment.
+    /// still be on their way when the guest has answered: `delivered` resolves, in finite time, when they have arrived or
+    /// will not.
     ///
     /// # Errors
     ///
@@ -176,7 +176,7 @@ impl Vm {
             // The guest has stopped its processes and written its files back. Killing the machine is faster than the
             // rest of the shutdown.
             Ok(_) => tokio::select! {
-                _ = tokio::time::timeout(DELIVERY, delivered) => {}
+                () = delivered => {}
                 _ = self.machine.exited() => {}
             },
             Err(error) => {

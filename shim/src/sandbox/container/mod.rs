@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{
@@ -94,6 +95,12 @@ impl Container {
     pub(super) fn as_sibling(&self) -> Option<Sibling> {
         let init = self.process("").filter(|init| init.exit().is_none() && init.guest_pid() != 0)?;
         Some(Sibling { guest_pid: init.guest_pid(), in_vms_network: self.in_vms_network })
+    }
+
+    /// Waits until the output of all processes has been delivered, or does not move for `patience`.
+    pub(super) async fn drained_within(&self, patience: Duration) {
+        let processes: Vec<_> = self.processes().values().cloned().collect();
+        futures::future::join_all(processes.iter().map(|process| process.drained_within(patience))).await;
     }
 
     /// Finishes the output of all processes; see [`Process::finish_output`].

@@ -264,8 +264,13 @@ impl Process {
 
     /// Waits until the output has been delivered or the reader is given up. Returns false if output is missing.
     pub(crate) async fn drained(&self) -> bool {
+        self.drained_within(READER_PATIENCE).await
+    }
+
+    /// Like [`Self::drained`], with another patience.
+    pub(crate) async fn drained_within(&self, patience: Duration) -> bool {
         let outputs = self.streams().outputs.clone();
-        let drained = futures::future::join_all(outputs.iter().map(|output| output.drained(READER_PATIENCE)));
+        let drained = futures::future::join_all(outputs.iter().map(|output| output.drained(patience)));
         tokio::time::timeout(DELIVERY, drained).await.is_ok_and(|all| all.into_iter().all(|drained| drained))
     }
 
