@@ -111,6 +111,8 @@ pub fn start(flags: &Flags) -> Result<()> {
     check_identifier("sandbox id", &sandbox)?;
     let path = socket_path(start.socket_dir.as_deref(), &start.grpc_address, &start.namespace, &sandbox);
     let address = format!("unix://{}", path.display());
+    // Before the new socket exists: a dead shim's socket had the same path.
+    undo_dead(&start.namespace, &sandbox)?;
     if let Some(listener) = listen(&path)? {
         spawn_server(&start, &sandbox, listener, &path)
             .inspect_err(|_| drop(fs::remove_file(&path)))
@@ -184,6 +186,7 @@ fn spawn_server(start: &StartParams, sandbox: &str, listener: UnixListener, sock
         // The error is reported; the child may have exited by itself.
         let _ = child.kill();
         let _ = child.wait();
+        undo_dead(&start.namespace, sandbox)?;
     }
     placed?;
     adjust_oom_score(child.id());
@@ -310,6 +313,15 @@ fn accept(listener: UnixListener, known: Known) -> io::Result<Listener> {
         };
         Some((io::Result::Ok(accepted), (listener, known)))
     })))
+}
+
+/// Undoes what a dead shim left of an earlier sandbox with this name.
+fn undo_dead(namespace: &str, sandbox: &str) -> Result<()> {
+    match State::load(&base(), namespace, sandbox) {
+        Ok(state) if !state.shim_lives()? => state.undo_all(DELETE_TIMEOUT).context("clean up after an earlier shim"),
+        // The server reports a state that cannot be read.
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 /// Creates the state of a new sandbox, after undoing what a dead shim left of an earlier sandbox with this name.

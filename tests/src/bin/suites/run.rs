@@ -229,7 +229,7 @@ fn run_all(cases: VecDeque<(Suite, String)>, jobs: usize) -> Result<Table> {
         }
     };
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(&work)).collect();
+        let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
         workers.into_iter().try_for_each(|worker| match worker.join() {
             Ok(done) => done,
             Err(_) => bail!("a worker panicked"),
