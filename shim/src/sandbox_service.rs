@@ -54,8 +54,8 @@ impl SandboxApi for SandboxService {
         request: StartSandboxRequest,
     ) -> ttrpc::Result<StartSandboxResponse> {
         let start = |sandbox: Arc<Sandbox>| async move { sandbox.start_sandbox(&request.sandbox_id).await };
-        let started = self.0.detached(start).await?;
-        let spec = Any { type_url: SPEC.to_owned(), value: started.spec, ..Default::default() };
+        let (started, spec) = self.0.detached(start).await?;
+        let spec = Any { type_url: SPEC.to_owned(), value: spec, ..Default::default() };
         Ok(StartSandboxResponse {
             pid: started.pid,
             created_at: MessageField::some(started.at),

@@ -324,16 +324,12 @@ fn undo_dead(namespace: &str, sandbox: &str) -> Result<()> {
     }
 }
 
-/// Creates the state of a new sandbox, after undoing what a dead shim left of an earlier sandbox with this name.
+/// Creates the state of a new sandbox. `start` has undone an earlier one: by now that would remove the new socket.
 fn create_state(namespace: &str, sandbox: &str) -> Result<State> {
     match State::create(&base(), namespace, sandbox) {
         Err(StateError::Exists(_)) => {
             let state = State::load(&base(), namespace, sandbox)?;
-            if state.shim_lives()? {
-                bail!("process {:?} already serves sandbox {sandbox:?}", state.shim().map(|shim| shim.pid));
-            }
-            state.undo_all(DELETE_TIMEOUT).context("clean up after an earlier shim")?;
-            Ok(State::create(&base(), namespace, sandbox)?)
+            bail!("sandbox {sandbox:?} has a state, of process {:?}", state.shim().map(|shim| shim.pid));
         }
         created => Ok(created?),
     }

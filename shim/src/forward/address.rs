@@ -1,7 +1,7 @@
 //! Forwards TCP connections to the VM that programs open inside the sandbox's network namespace on the host.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdListener};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,30 +12,14 @@ use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
-use super::{CONNECTIONS_MAX, Running};
+use super::{CONNECTIONS_MAX, RedirectError, Running, add_rules};
 use crate::guest::client::{DialError, Guest};
+use crate::network::Claim;
 use crate::network::loopback::{intercept, original_destination};
-use crate::network::{Claim, NetworkError};
 use crate::state::journal::Journal;
-use crate::state::{Owner, StateError, Step};
 
-/// Deadline for the listeners and the rule.
-const SET_UP: Duration = Duration::from_secs(10);
 /// Deadline for the guest to connect to its server: longer than the guest's own, whose error says more.
 const CONNECT: Duration = Duration::from_secs(15);
-
-/// Why connections cannot be forwarded.
-#[derive(Debug, thiserror::Error)]
-enum ForwardError {
-    #[error(transparent)]
-    State(#[from] StateError),
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    #[error("run a thread in the network namespace")]
-    Thread(#[from] tokio::task::JoinError),
-    #[error("register a listener")]
-    Listener(#[source] io::Error),
-}
 
 /// Why one connection cannot be forwarded.
 #[derive(Debug, thiserror::Error)]
@@ -71,12 +55,9 @@ pub(crate) async fn start(claim: &Claim, sandbox: &str, journal: &Journal, guest
     }
 }
 
-async fn redirect(claim: &Claim, sandbox: &str, journal: &Journal) -> Result<Vec<TcpListener>, ForwardError> {
-    let (claim, sandbox) = (claim.clone(), sandbox.to_owned());
-    journal.record(&Owner::Sandbox, [Step::Loopback { claim: claim.clone(), sandbox: sandbox.clone() }])?;
-    let listeners = tokio::task::spawn_blocking(move || intercept(&claim, &sandbox, SET_UP)).await??;
-    let register = |listener: StdListener| TcpListener::from_std(listener).map_err(ForwardError::Listener);
-    listeners.into_iter().map(register).collect()
+async fn redirect(claim: &Claim, sandbox: &str, journal: &Journal) -> Result<Vec<TcpListener>, RedirectError> {
+    let listeners = add_rules(claim, sandbox, journal, intercept).await?;
+    Ok(listeners.into_iter().map(TcpListener::from_std).collect::<io::Result<_>>()?)
 }
 
 /// Forwards a listener's connections to the addresses in the VM that their clients meant.

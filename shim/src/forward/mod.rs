@@ -23,6 +23,9 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 
 use crate::guest::link::HostPort;
+use crate::network::{Claim, NetworkError};
+use crate::state::journal::Journal;
+use crate::state::{Owner, StateError, Step};
 
 /// Most connections of a sandbox that are relayed at a time, for each of the two kinds. Further ones wait to be
 /// accepted. A connection takes three descriptors, as a DNS query does: all together stay below
@@ -32,6 +35,34 @@ const CONNECTIONS_MAX: usize = 128;
 const QUERIES_MAX: usize = 16;
 /// Time for the guest to take the reply. Its relay reads it at once.
 const REPLY: Duration = Duration::from_secs(10);
+
+/// Deadline for the sockets and the rules in a network namespace.
+const SET_UP: Duration = Duration::from_secs(10);
+
+/// Why what programs in the network namespace send is not relayed.
+#[derive(Debug, thiserror::Error)]
+enum RedirectError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error("run a thread in the network namespace")]
+    Thread(#[from] tokio::task::JoinError),
+    #[error("register a socket")]
+    Socket(#[from] io::Error),
+}
+
+/// Adds rules to the sandbox's network namespace, on a separate thread, after recording that they have to be removed.
+async fn add_rules<T: Send + 'static>(
+    claim: &Claim,
+    sandbox: &str,
+    journal: &Journal,
+    add: fn(&Claim, &str, Duration) -> Result<T, NetworkError>,
+) -> Result<T, RedirectError> {
+    let (claim, sandbox) = (claim.clone(), sandbox.to_owned());
+    journal.record(&Owner::Sandbox, [Step::Loopback { claim: claim.clone(), sandbox: sandbox.clone() }])?;
+    Ok(tokio::task::spawn_blocking(move || add(&claim, &sandbox, SET_UP)).await??)
+}
 
 /// A task that ends when this is dropped.
 #[derive(Debug)]

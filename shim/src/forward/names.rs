@@ -18,36 +18,20 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::{QUERIES_MAX, Running, address, reply, serve_guest};
+use super::{QUERIES_MAX, RedirectError, Running, add_rules, address, reply, serve_guest};
 use crate::guest::client::Guest;
 use crate::network::loopback::{
     Connections, Queries, connect_to_name_server, intercept_queries, socket_to_name_server,
 };
 use crate::network::{Claim, NetworkError};
 use crate::state::journal::Journal;
-use crate::state::{Owner, StateError, Step};
 
-/// Deadline for the sockets and the rules.
-const SET_UP: Duration = Duration::from_secs(10);
 /// Time for the guest to name the protocol.
 const PROTOCOL: Duration = Duration::from_secs(10);
 /// Time for docker's server to accept.
 const CONNECT: Duration = Duration::from_secs(5);
 /// Time for an answer. docker's server asks up to three others, each for four seconds.
 const ANSWER: Duration = Duration::from_secs(15);
-
-/// Why the server's own queries are not relayed.
-#[derive(Debug, thiserror::Error)]
-enum RedirectError {
-    #[error(transparent)]
-    State(#[from] StateError),
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    #[error("run a thread in the network namespace")]
-    Thread(#[from] tokio::task::JoinError),
-    #[error("register a socket")]
-    Socket(#[from] io::Error),
-}
 
 /// Relays queries from the first time that they need it until it is dropped.
 pub(crate) struct Names {
@@ -98,10 +82,7 @@ impl Names {
 
     /// Redirects the server's own queries, and relays them to the guest.
     async fn redirect(&self, guest: &Arc<Guest>) -> Result<Vec<Running>, RedirectError> {
-        let (claim, sandbox) = (self.claim.clone(), self.sandbox.clone());
-        let step = Step::Loopback { claim: claim.clone(), sandbox: sandbox.clone() };
-        self.journal.record(&Owner::Sandbox, [step])?;
-        let intercepted = tokio::task::spawn_blocking(move || intercept_queries(&claim, &sandbox, SET_UP)).await??;
+        let intercepted = add_rules(&self.claim, &self.sandbox, &self.journal, intercept_queries).await?;
         let Queries { streams, datagrams, connections } = intercepted;
         let (slots, connections) = (Arc::new(Semaphore::new(QUERIES_MAX)), Arc::new(connections));
         let mut tasks = Vec::new();

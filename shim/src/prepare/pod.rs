@@ -4,7 +4,7 @@
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::config::problem::Problem;
-use crate::rootfs::spec::{SpecLimits, whole_cpus};
+use crate::rootfs::spec::{SpecLimits, propagation, whole_cpus};
 
 /// Tells a pod's sandbox container from the others.
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
@@ -23,10 +23,6 @@ const OF_NODE: [(LinuxNamespaceType, &str, &str); 3] = [
     (LinuxNamespaceType::Pid, "processes", "hostPID"),
     (LinuxNamespaceType::Ipc, "IPC objects", "hostIPC"),
 ];
-
-/// The options of a mount that set its propagation. The last one counts.
-const PROPAGATIONS: [&str; 8] =
-    ["private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"];
 
 fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
     spec.annotations().as_ref()?.get(name).map(String::as_str)
@@ -99,11 +95,7 @@ fn namespaces_of_node(spec: &Spec) -> Vec<String> {
 /// The mounts whose mounts the pod expects to appear on the node.
 fn mounts_for_node(spec: &Spec) -> Vec<String> {
     let mounts = spec.mounts().iter().flatten().enumerate();
-    let shared = mounts.filter(|(_, mount)| {
-        let mut options = mount.options().iter().flatten();
-        let propagation = options.rfind(|option| PROPAGATIONS.contains(&option.as_str()));
-        propagation.is_some_and(|option| option.ends_with("shared"))
-    });
+    let shared = mounts.filter(|(_, mount)| matches!(propagation(mount), Some("shared" | "rshared")));
     shared
         .map(|(index, mount)| {
             format!(

@@ -17,6 +17,7 @@ use crate::sandbox::error::SandboxError;
 use crate::sandbox::holder::join_cgroup;
 use crate::sandbox::managed::{Managed, SandboxExit, SandboxState, Started};
 use crate::sandbox::registry::{Sandbox, Slots, VmSlot};
+use crate::sandbox::thread::blocking;
 use crate::state::Owner;
 use crate::vm::Vm;
 
@@ -55,8 +56,8 @@ impl Sandbox {
         Ok(())
     }
 
-    /// StartSandbox: boots the VM. After a failure, only the sandbox's shutdown is possible.
-    pub(crate) async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<Started, SandboxError> {
+    /// StartSandbox: boots the VM, and returns the sandbox's spec too, as JSON. After a failure, only the sandbox's shutdown is possible.
+    pub(crate) async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<(Started, Vec<u8>), SandboxError> {
         self.check_id(id)?;
         let managed = {
             let mut slots = self.lock();
@@ -83,12 +84,12 @@ impl Sandbox {
         if guest_pid == 0 {
             return Err(SandboxError::Internal("the guest has not created the sandbox's namespaces".to_owned()));
         }
-        let started =
-            Started { pid: holder.process().pid, guest_pid, at: Timestamp::now(), spec: managed.spec.clone() };
+        let started = Started { pid: holder.process().pid, guest_pid, at: Timestamp::now() };
+        let spec = managed.spec.clone();
         of(&mut self.lock(), id)?.started = Some(started.clone());
         tracing::info!(pid = started.pid, "sandbox started");
         tokio::spawn(watch_sandbox(vm, holder, managed));
-        Ok(started)
+        Ok((started, spec))
     }
 
     /// StopSandbox: ends all containers and the VM within `timeout`, if one is given, and records the exit. The sandbox
@@ -143,12 +144,11 @@ impl Sandbox {
     pub(crate) async fn sandbox_usage(&self, id: &str) -> Result<Usage, SandboxError> {
         self.check_id(id)?;
         let vm = self.live_vm()?;
-        let failed =
-            |error: std::io::Error| SandboxError::Internal(format!("measure the sandbox's processes: {error}"));
+        let what = "measure the sandbox's processes";
+        let failed = move |error: &dyn std::fmt::Display| SandboxError::Internal(format!("{what}: {error}"));
         let mut processes = vm.processes();
-        processes.push(ProcessId::own().map_err(failed)?);
-        let measured = tokio::task::spawn_blocking(move || usage::of(&processes)).await;
-        measured.map_err(|error| failed(error.into()))?.map_err(|error| failed(std::io::Error::other(error)))
+        processes.push(ProcessId::own().map_err(|error| failed(&error))?);
+        blocking(what, move || usage::of(&processes).map_err(|error| failed(&error))).await
     }
 
     /// PingSandbox: whether the sandbox's VM, if it was started, is alive.

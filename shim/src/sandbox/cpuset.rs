@@ -8,8 +8,8 @@ use crate::prepare::PrepareError;
 use crate::rootfs::spec::resources;
 use crate::rootfs::spec::resources::HostResources;
 use crate::sandbox::error::SandboxError;
-use crate::sandbox::holder::blocking;
 use crate::sandbox::registry::{Cpusets, Sandbox};
+use crate::sandbox::thread::blocking;
 use crate::vm::Vm;
 use crate::vm::cgroup::{CPUS, Cpuset, HostCgroup, MEMS};
 
@@ -72,7 +72,7 @@ impl Sandbox {
             (CPUS, together(cpusets.values().map(|named| named.cpus.as_ref()))),
             (MEMS, together(cpusets.values().map(|named| named.mems.as_ref()))),
         ];
-        let apply = move || {
+        let apply = move || -> Result<_, SandboxError> {
             let mut ignored = Vec::new();
             for (set, value) in wanted {
                 ignored.extend(apply(cgroup.as_ref(), set, value)?);

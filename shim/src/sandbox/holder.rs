@@ -19,6 +19,7 @@ use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::{Sandbox, VmSlot};
+use crate::sandbox::thread::blocking;
 use crate::state::{Owner, Step};
 use crate::vm::Vm;
 use crate::vm::cgroup::{self, Hierarchies, HostCgroup};
@@ -36,7 +37,7 @@ impl Sandbox {
         let no_vm = matches!(self.lock().vm, VmSlot::Empty);
         if let (true, None, Some(path)) = (no_vm, &*cgroup, prepared.rewritten.cgroups_path.clone()) {
             let journal = self.journal.clone();
-            let create = move || {
+            let create = move || -> Result<_, SandboxError> {
                 let record = &mut |steps| journal.record(&Owner::Sandbox, steps);
                 Ok(Hierarchies::of_host()?.create(record, &path)?)
             };
@@ -56,7 +57,7 @@ impl Sandbox {
         let started = Instant::now();
         let journal = self.journal.clone();
         let name = format!("{}/{id}", self.namespace);
-        let start = move || {
+        let start = move || -> Result<_, SandboxError> {
             let netns = network.as_ref().map(Claim::open).transpose()?;
             let holder = holder::start(&name, netns)?;
             let step = Step::Process { id: holder.process(), name: "husk-holder".into() };
@@ -70,21 +71,15 @@ impl Sandbox {
     }
 }
 
-/// Runs work that blocks on a thread for that.
-pub(super) async fn blocking<T: Send + 'static>(
-    what: &str,
-    work: impl FnOnce() -> Result<T, SandboxError> + Send + 'static,
-) -> Result<T, SandboxError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|error| Err(SandboxError::Internal(format!("{what}: {error}"))))
-}
-
 /// Moves a holder to the sandbox's cgroup, on a separate thread because the kernel waits for a grace period.
 pub(super) async fn join_cgroup(cgroup: Option<HostCgroup>, holder: ProcessId) -> Result<(), SandboxError> {
     let Some(cgroup) = cgroup else { return Ok(()) };
-    let joined = tokio::task::spawn_blocking(move || cgroup::join(&cgroup.open()?, holder)).await;
-    let joined = joined.unwrap_or_else(|error| Err(std::io::Error::other(error)));
-    joined.map_err(|error| SandboxError::Internal(format!("move the holder to the sandbox's cgroup: {error}")))
+    let what = "move the holder to the sandbox's cgroup";
+    let join = move || {
+        let joined = cgroup.open().and_then(|procs| cgroup::join(&procs, holder));
+        joined.map_err(|error| SandboxError::Internal(format!("{what}: {error}")))
+    };
+    blocking(what, join).await
 }
 
 /// Ends the holder with its container, and the container with its holder.

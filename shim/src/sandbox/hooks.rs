@@ -10,6 +10,7 @@ use crate::prepare::Prepared;
 use crate::sandbox::container::Container;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
+use crate::sandbox::thread::blocking;
 use crate::state::{Owner, Step};
 use crate::vm::Vm;
 
@@ -25,9 +26,7 @@ pub(super) fn subject(request: &CreateTaskRequest, prepared: &Prepared, holder: 
 }
 
 async fn run(hooks: Vec<Hook>, subject: Subject, status: ContainerStatus) -> Result<(), SandboxError> {
-    let ran = tokio::task::spawn_blocking(move || hooks::run(&hooks, &subject, status)).await;
-    ran.map_err(|error| SandboxError::Internal(format!("run hooks: {error}")))??;
-    Ok(())
+    blocking("run hooks", move || hooks::run(&hooks, &subject, status)).await
 }
 
 impl Sandbox {

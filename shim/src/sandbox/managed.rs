@@ -22,8 +22,6 @@ pub(crate) struct Started {
     /// PID of the process that holds the sandbox's namespaces in the guest.
     pub(crate) guest_pid: u32,
     pub(crate) at: Timestamp,
-    /// The sandbox's spec, JSON.
-    pub(crate) spec: Vec<u8>,
 }
 
 /// What SandboxStatus reports.

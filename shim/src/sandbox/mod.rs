@@ -17,6 +17,7 @@ mod registry;
 mod share;
 mod start;
 mod status;
+mod thread;
 mod volumes;
 mod without_guest;
 

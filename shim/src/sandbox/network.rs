@@ -8,6 +8,7 @@ use crate::prepare::Prepared;
 use crate::rootfs::spec::NetworkRequest;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
+use crate::sandbox::thread::blocking;
 
 /// Deadline for the creation of a network namespace. It takes less than a millisecond, but waits while the host's
 /// kernel removes other namespaces.
@@ -32,9 +33,7 @@ impl Sandbox {
         if let Some(claim) = existing(self) {
             return Ok(claim);
         }
-        let created = tokio::task::spawn_blocking(|| network::create(CREATE)).await;
-        let created =
-            created.map_err(|error| SandboxError::Internal(format!("create a network namespace: {error}")))??;
+        let created = blocking("create a network namespace", || network::create(CREATE)).await?;
         // Another container may have been faster. Then its namespace counts.
         Ok(self.lock().private_network.get_or_insert(created).claim().clone())
     }

@@ -13,6 +13,7 @@ use crate::rootfs::share::{Released, Share};
 use crate::rootfs::spec::Places;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
+use crate::sandbox::thread::blocking;
 use crate::state::{Owner, Step};
 use crate::vm::Vm;
 
@@ -39,23 +40,21 @@ impl Sandbox {
     ) -> Result<Places, SandboxError> {
         let (share, journal) = (share.clone(), self.journal.clone());
         let (id, mounts, rewritten) = (request.id.clone(), request.rootfs.clone(), prepared.rewritten.clone());
-        on_a_thread("mount", move || {
+        blocking("mount", move || {
             let mut record = |owner: &Owner, steps: Vec<Step>| journal.record(owner, steps);
             share.add_container(&mut record, &id, &mounts, &rewritten.rootfs, &rewritten.binds)
         })
-        .await?
-        .map_err(Into::into)
+        .await
     }
 
     /// Lets the VM write to the sources that a container may write to, and to no others.
     pub(super) async fn settle_share(&self, vm: &Arc<Vm>, share: &Share) -> Result<(), SandboxError> {
         let (share, server) = (share.clone(), vm.clone());
         // virtiofsd has made the share its root.
-        let settled =
-            on_a_thread("change the share", move || share.settle(|| server.share_namespace(), Path::new("/")));
-        settled.await?.map_err(|error| match vm.cause_of_death() {
+        let settled = blocking("change the share", move || share.settle(|| server.share_namespace(), Path::new("/")));
+        settled.await.map_err(|error| match vm.cause_of_death() {
             Some(cause) => SandboxError::VmDead { cause },
-            None => error.into(),
+            None => error,
         })
     }
 
@@ -64,8 +63,10 @@ impl Sandbox {
     pub(super) async fn release_share(&self, id: &str) {
         let Some(share) = self.lock().share.clone() else { return };
         let (journal, container, of_share) = (self.journal.clone(), id.to_owned(), share.clone());
-        let released = on_a_thread("release a part of the share", move || {
-            of_share.release(&mut |owner: &Owner, steps: Vec<Step>| journal.record(owner, steps), &container)
+        let released = blocking("release a part of the share", move || {
+            Ok::<_, SandboxError>(
+                of_share.release(&mut |owner: &Owner, steps: Vec<Step>| journal.record(owner, steps), &container),
+            )
         });
         let Released { entries, volumes } = match released.await {
             Ok(released) => released,
@@ -91,13 +92,4 @@ impl Sandbox {
             }
         }
     }
-}
-
-/// Runs work that may block on a thread of its own.
-async fn on_a_thread<T: Send + 'static>(
-    what: &str,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, SandboxError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|error| SandboxError::Internal(format!("{what}: {error}")))
 }

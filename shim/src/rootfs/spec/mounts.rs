@@ -12,6 +12,10 @@ use super::findings::Findings;
 use super::mount_options::rewrite_options;
 use crate::host::unix::Access;
 
+/// The options of a mount that set its propagation.
+const PROPAGATIONS: [&str; 8] =
+    ["private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"];
+
 /// Filesystems that the guest's kernel can mount without the host.
 const KERNEL_FILESYSTEMS: [&str; 15] = [
     "bpf",
@@ -163,12 +167,17 @@ fn rewrite_bind(
     }
 }
 
+/// The option that sets a mount's propagation: the last one counts.
+pub(crate) fn propagation(mount: &Mount) -> Option<&str> {
+    let options = mount.options().as_deref().unwrap_or_default();
+    options.iter().rfind(|option| PROPAGATIONS.contains(&option.as_str())).map(String::as_str)
+}
+
 /// The bind mount of a folder or file, according to the mount's options.
 fn bind(index: usize, mount: &Mount, source: HostFile, findings: &mut Findings) -> Bind {
     let options = mount.options().as_deref().unwrap_or_default();
     let last_of = |names: &[&str]| options.iter().rfind(|o| names.contains(&o.as_str())).map(String::as_str);
-    let propagation =
-        last_of(&["private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"]);
+    let propagation = propagation(mount);
     if let Some(shared @ ("shared" | "rshared")) = propagation {
         findings.note(format!(
             "mounts[{index}].options {shared:?}: later mounts of the host appear in the container, but the container's mounts do not appear on the host"
