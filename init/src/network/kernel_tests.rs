@@ -410,7 +410,7 @@ fn a_spare_nic_is_out_of_sight_until_a_link_needs_it_and_again_afterwards() {
         configure(&one).unwrap();
         assert_eq!(names(), ["lo", "net0"]);
 
-        let net1 = NetworkLink { nic: mac(2), ..link("net1", 7, &[address("10.1.0.2/24", 0)]) };
+        let net1 = NetworkLink { nic: mac(2), ..link("net1", 2, &[address("10.1.0.2/24", 0)]) };
         let mut two = request(&[one.links[0].clone(), net1.clone()], &[route("0.0.0.0/0", "10.1.0.1", "net1")]);
         two.spare_nics = vec![mac(3)];
         two.links[1].mac.clear();

@@ -5,7 +5,6 @@ use std::net::IpAddr;
 use std::process::Command;
 
 use husk_protos::chain::Chain;
-use husk_protos::mac::mac_text;
 use husk_protos::network::{ConfigureNetworkRequest, NetworkAddress, NetworkLink, NetworkRoute};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
@@ -33,8 +32,9 @@ pub(super) struct Veths(pub(super) &'static [(&'static str, u8)]);
 impl Driver for Veths {
     fn attach(&self, held: &[Mac]) -> io::Result<()> {
         for (name, number) in self.0 {
-            let mac = [2, 0, 0, 0, 0, *number];
-            if !held.contains(&mac) && !ip("link").contains(&mac_text(&mac)) {
+            // A link may have changed its name.
+            let is_there = ip("link").contains(&format!("peer{number}@"));
+            if !held.contains(&[2, 0, 0, 0, 0, *number]) && !is_there {
                 add_veth(name, *number);
             }
         }
