@@ -8,9 +8,12 @@ use husk_protos::mac::mac_text;
 use husk_protos::system::BootStep;
 use husk_tests::artifacts::repository;
 use husk_tests::guest::{Guest, MAC, config, spec};
+use husk_tests::programs::{Program, Programs};
 use husk_tests::vm::VmConfig;
 
 const MIB: u64 = 1 << 20;
+/// How often a program is started.
+const STARTS: u32 = 20;
 
 /// Boots a guest whose clock counts instructions, one per nanosecond.
 async fn boot_counted() -> Result<Guest> {
@@ -79,6 +82,26 @@ async fn a_network_costs_the_init_at_most_500_thousand_instructions_before_it_is
     // The configuration's cost varies with the kernel's grace periods, so it is printed only.
     eprintln!("{without} instructions to ready, {with} with a NIC, and {configured} for its configuration");
     ensure!(with <= without + 500_000, "{without} instructions without a NIC, {with} with one");
+    guest.shut_down().await?;
+    Ok(())
+}
+
+/// kernel-config/patches/virtiofs-keep-pages.patch and randmaps-once.patch.
+#[tokio::test]
+async fn programs_that_have_run_start_from_the_guests_cache_and_are_not_translated_again() -> Result<()> {
+    let programs = Programs::new()?;
+    let guest = Guest::boot_with(programs.vm()?).await?;
+    for program in [Program::Static, Program::Dynamic] {
+        let cost = programs.cost(&guest, "counted", program, STARTS).await?;
+        let before = guest.vm.translated_bytes()?;
+        programs.cost(&guest, "translated", program, STARTS).await?;
+        let translated = guest.vm.translated_bytes()? - before;
+        eprintln!("{program:?}: {cost} instructions, {translated} bytes of code for a second container");
+        // More than twice as many if each open drops the file's pages.
+        ensure!(cost <= 1_500_000, "{program:?}: {cost} instructions");
+        // A dynamically linked program takes 1.2 MB each time if its addresses differ.
+        ensure!(translated <= 6 * MIB, "{program:?}: {translated} bytes");
+    }
     guest.shut_down().await?;
     Ok(())
 }

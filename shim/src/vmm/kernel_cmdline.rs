@@ -54,19 +54,19 @@ pub(crate) fn kernel_cmdline(guest: &GuestParams, platform: Platform, accel: Acc
     words.join(" ")
 }
 
-/// Parameters for a guest without hardware virtualization.
+/// Parameters of a kernel without hardware virtualization.
+///
+/// - `norandmaps`: for PID 1 only, which reverts it for its children: PID 1 and its workers are loaded at the same
+///   address and translated once.
+/// - `randmaps_once` (from kernel-config/patches): the others are loaded at addresses that are chosen once per boot.
+/// - `noreplace-returns` (from kernel-config/patches): spares the boot a change of the kernel's code.
+/// - `virtiofs.rewrite_pages` (from kernel-config/patches): without it, the guest executes stale pages of programs on
+///   the share.
+pub const EMULATION: [&str; 4] = ["norandmaps", "randmaps_once", "noreplace-returns", "virtiofs.rewrite_pages=1"];
+
+/// [`EMULATION`], and the frequencies of the emulated clocks.
 fn emulation(platform: Platform, accel: Accel, tsc_khz: Option<u64>) -> Vec<String> {
-    let mut words = vec![
-        // For PID 1 only, which reverts it for its children: PID 1 and its workers are loaded at the same address and
-        // translated once.
-        "norandmaps".to_owned(),
-        // From kernel-config/patches: the others are loaded at addresses that are chosen once per boot.
-        "randmaps_once".to_owned(),
-        // From kernel-config/patches.
-        "noreplace-returns".to_owned(),
-        // From kernel-config/patches: without it, the guest executes stale pages of programs on the share.
-        "virtiofs.rewrite_pages=1".to_owned(),
-    ];
+    let mut words = EMULATION.map(String::from).to_vec();
     // The guest's counter is the host's, or counts instructions, one a nanosecond. KVM has kvmclock and the TSC's
     // deadline timer instead.
     let tsc_khz = if accel == Accel::TcgCounted { Some(1_000_000) } else { tsc_khz };
