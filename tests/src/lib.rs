@@ -29,6 +29,7 @@ pub mod pattern;
 pub mod pods;
 pub mod process;
 pub mod pty;
+pub mod root;
 pub mod shim;
 pub mod vm;
 mod walk;
