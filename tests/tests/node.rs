@@ -243,6 +243,9 @@ fn a_linked_configuration_keeps_its_link_owner_and_mode() -> Result<()> {
     node.husk(&["install"])?.ok()?;
     ensure!(fs::read_link(node.path(CONFIG))? == Path::new("/usr/share/site/containerd.toml"), "the link was replaced");
     ensure!(fs::read_to_string(&file)?.contains("/opt/husk/containerd.toml"), "{}", fs::read_to_string(&file)?);
+    // Another choice, as an upgrade may bring.
+    node.husk(&["install", "--sandboxer", "shim"])?.ok()?;
+    ensure!(node.effective()?.contains("sandboxer = \"shim\"") && node.restarts()? == 2, "{}", node.effective()?);
     node.husk(&["uninstall"])?.ok()?;
     node.expect(&before, "the removal left")
 }

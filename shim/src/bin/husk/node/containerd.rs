@@ -56,12 +56,13 @@ fn runtime(effective: &Table) -> Option<&Table> {
 }
 
 /// The first setting that differs. An empty value may disappear: containerd prints the defaults of some sections only
-/// if no file mentions them. The list of imports contains the name of the file itself.
+/// if no file mentions them. The list of imports contains the name of the file itself, and husk's runtime is an
+/// installation's to change.
 fn lost(before: &Table, after: &Table, within: &str) -> Option<String> {
     before.iter().find_map(|(key, value)| {
         let path = if within.is_empty() { key.clone() } else { format!("{within}.{key}") };
         match (value, after.get(key)) {
-            _ if path == "imports" => None,
+            _ if path == "imports" || path.ends_with(".containerd.runtimes.husk") => None,
             (Value::Table(value), Some(Value::Table(other))) => lost(value, other, &path),
             (Value::Table(value), None) => lost(value, &Table::new(), &path),
             (value, Some(other)) if value == other => None,
@@ -93,7 +94,9 @@ mod tests {
     #[test]
     fn a_lost_setting_is_named() {
         let table = |text: &str| text.parse::<Table>().unwrap();
-        let before = table("imports = ['a']\nx = ''\n[plugins.a.options]\nCgroup = true\nnone = 0\n");
+        let husk = "[plugins.b.containerd.runtimes.husk]\nsandboxer = 'shim'\n";
+        let before = format!("imports = ['a']\nx = ''\n[plugins.a.options]\nCgroup = true\nnone = 0\n{husk}");
+        let before = table(&before);
         let cases = [
             ("imports = ['b']\n[plugins.a.options]\nCgroup = true\nnew = 1\n", None),
             ("x = ''\n[plugins.a.options]\nCgroup = false\n", Some("plugins.a.options.Cgroup")),
