@@ -46,6 +46,8 @@ fn machine(package: &Path) -> Result<Root> {
         status.push_str(&format!("{}\n\n", stanza.text()));
     }
     fs::write(root.path().join("var/lib/dpkg/status"), status)?;
+    // dpkg removes folders of a package that become empty, and /etc of a machine never is.
+    fs::write(root.path().join("etc/hostname"), "machine\n")?;
     // Stands for QEMU, which husk looks for.
     let qemu = root.path().join("usr/bin/qemu-system-x86_64");
     fs::write(&qemu, "#!/bin/sh\n")?;
