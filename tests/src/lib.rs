@@ -30,6 +30,7 @@ pub mod pods;
 pub mod process;
 pub mod programs;
 pub mod pty;
+pub mod root;
 pub mod share;
 pub mod shim;
 pub mod vm;
