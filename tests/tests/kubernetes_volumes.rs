@@ -230,8 +230,29 @@ fn volumes(containerd: &'static Containerd) -> Result<String> {
         .text();
     seen += &later_mounts(containerd, &shim, &at("host"))?;
     drop(shim);
+    if containerd.runtime() == Runtime::Husk {
+        check_rejections(containerd)?;
+    }
     containerd.sh(&format!("cd {shown} && umount mem image host/early && cd / && rm -r {shown}"))?;
     Ok(seen)
+}
+
+/// Sources that a VM cannot have are rejected by name, before anything is created.
+fn check_rejections(containerd: &Containerd) -> Result<()> {
+    for (name, node) in [("disk", "b 7 0"), ("memory", "c 1 2")] {
+        let id = containerd.id(name);
+        let source = Path::new("/run").join(format!("{id}-node"));
+        containerd.sh(&format!("mknod {} {node}", source.display()))?;
+        let mut spec = bundle::spec(&id, &SLEEP);
+        bundle::append(&mut spec, "/mounts", [bind(&source, "/node", &["rprivate", "rw"])]);
+        let shim = Shim::start(containerd, &id, &spec)?;
+        let error = shim.create_error()?;
+        let why = format!("{:?}: a device of the host cannot be used in a VM", source.display().to_string());
+        ensure!(error.contains(".source") && error.contains(&why), "{error}");
+        shim.shutdown();
+        containerd.sh(&format!("rm {}", source.display()))?;
+    }
+    Ok(())
 }
 
 #[test]
