@@ -48,6 +48,8 @@ struct Watched {
     watches: BTreeMap<u64, Watch>,
     /// How often the kernel's queue has overflowed.
     overflows: u64,
+    /// Why no change can be reported any more.
+    broken: Option<String>,
 }
 
 /// The watched sources of a sandbox.
@@ -83,6 +85,9 @@ impl Watches {
     }
 
     fn watch(&self, watched: &mut Watched, vm: &Arc<Vm>, source: &Watchable) -> Result<WatchDescriptor, String> {
+        if let Some(why) = &watched.broken {
+            return Err(why.clone());
+        }
         if watched.watches.len() >= WATCHES_MAX {
             return Err(format!("the sandbox has {WATCHES_MAX} watched sources already"));
         }
@@ -211,6 +216,8 @@ impl Watches {
         tracing::warn!(why, "programs in the VM do not notice when the host changes a volume");
         let mut watched = lock(&self.0);
         watched.watches.values_mut().for_each(|watch| watch.descriptor = Err(why.to_owned()));
+        watched.watcher = None;
+        watched.broken = Some(why.to_owned());
     }
 }
 
