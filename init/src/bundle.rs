@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use husk_protos::bundle::{
     PutBundleRequest, PutBundleResponse, ReleaseRequest, ReleaseResponse, RemoveBundleRequest, RemoveBundleResponse,
+    SourceChanges,
 };
 use husk_protos::lock::lock;
 use husk_protos::{SHARE_PATH, SHARE_TAG};
@@ -18,6 +19,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkdir;
 use ttrpc::r#async::TtrpcContext;
 
+use crate::changes::report;
 use crate::error::{CallError, FailureKind};
 use crate::forward::socket::Sockets;
 use crate::paths;
@@ -155,6 +157,15 @@ impl husk_protos::bundle_ttrpc::Bundle for BundleService {
         let released = tokio::task::spawn_blocking(move || service.release(&request.entries));
         let released = async { released.await.unwrap_or_else(|e| Err(CallError::internal("release", &e))) };
         handle(released).await.map(|()| ReleaseResponse::new())
+    }
+
+    async fn change(&self, _: &TtrpcContext, mut request: SourceChanges) -> ttrpc::Result<SourceChanges> {
+        let changes = std::mem::take(&mut request.changes);
+        let entry = request.entry;
+        // On a thread, because the kernel asks virtiofsd for the files.
+        let reported = tokio::task::spawn_blocking(move || report(entry, &changes));
+        let reported = async { reported.await.unwrap_or_else(|e| Err(CallError::internal("report changes", &e))) };
+        handle(reported).await.map(|()| request)
     }
 
     async fn remove(&self, _: &TtrpcContext, request: RemoveBundleRequest) -> ttrpc::Result<RemoveBundleResponse> {

@@ -12,6 +12,7 @@
 //! |---|---|
 //! | `serve` | vsock ports and their TTRPC servers |
 //! | `bundle`, `network`, `system` | the Bundle, Network and System services |
+//! | `changes` | reports changes of the host's files to programs that watch them |
 //! | `task` | containerd's Task service: containers, execs and their states |
 //! | `debug` | debug mode: a shell on the console, and the Debug service |
 //! | `supervisor` | runs the supervisor agent and restarts it |
@@ -33,6 +34,7 @@
 mod boot;
 mod bundle;
 mod cgroup;
+mod changes;
 mod clock;
 mod connection;
 mod console;

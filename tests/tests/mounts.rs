@@ -131,26 +131,6 @@ fn a_single_host_file_can_be_read_and_written() -> Result<()> {
 }
 
 #[test]
-fn mounts_below_a_shared_directory_appear_even_if_made_later() -> Result<()> {
-    let containerd = Containerd::shared()?;
-    let top = Path::new("/run").join(containerd.id("shared"));
-    let folder = top.display();
-    containerd.sh(&format!(
-        "mkdir -p {folder}/early {folder}/late && mount -t tmpfs t {folder}/early && echo early > {folder}/early/file"
-    ))?;
-    let flags = ["--mount", &bind(&top, "/data", "rbind:rslave:rw")];
-    let container = containerd.detached(&flags, "later", &["sleep", "1000"])?;
-    ensure!(container.script("cat /data/early/file")? == "early");
-
-    containerd.sh(&format!("mount -t tmpfs t {folder}/late && echo late > {folder}/late/file"))?;
-    // The guest may cache the file's absence for a moment.
-    let read = || container.script("cat /data/late/file").ok();
-    let late = wait_for(Duration::from_secs(10), "the later mount appears", read)?;
-    ensure!(late == "late", "{late}");
-    Ok(())
-}
-
-#[test]
 fn a_tmpfs_mount_has_the_size_and_mode_of_the_spec() -> Result<()> {
     let containerd = Containerd::shared()?;
     let mount = "type=tmpfs,src=tmpfs,dst=/scratch,options=size=1m:mode=711";

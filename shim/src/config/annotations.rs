@@ -1,11 +1,12 @@
 //! The `io.husk.` annotations of a sandbox: the options that a user sets, within the limits of the configuration.
 
 use std::collections::HashMap;
+use std::path::{Component, Path, PathBuf};
 
 use super::extras::{self, Extras};
 use super::names::{
     DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, NETWORK, PATH, PORTS, PREFIX, PROFILE, SPARE_NICS,
-    SUPERVISOR, VCPUS, VSOCK, WORKSPACE,
+    SUPERVISOR, VCPUS, VSOCK, WATCH, WORKSPACE,
 };
 use super::ports;
 use super::problem::Problem;
@@ -14,6 +15,8 @@ use super::values::{memory_mib, one_of, spare_nics, vcpus};
 use super::workspace::{self, Workspace};
 use crate::network::user::PortMapping;
 
+/// How many destinations `io.husk.watch` may name.
+const WATCHED: usize = 32;
 /// An error shows at most this much of a value, bytes.
 const SHOWN: usize = 200;
 
@@ -34,6 +37,8 @@ pub(crate) struct Annotations {
     pub(crate) network: Option<NetworkMode>,
     /// Ports of the host that lead to the guest.
     pub(crate) ports: Vec<PortMapping>,
+    /// Destinations of bind mounts whose changes by the host programs in the guest notice.
+    pub(crate) watch: Vec<PathBuf>,
     /// Files for the guest itself, and whether the agent among them runs.
     pub(crate) extras: Extras,
     /// The workspace configuration that the metadata service returns, if this container boots the VM.
@@ -88,6 +93,7 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Resu
         NETWORK => read.network = Some(one_of(Some(value), &NetworkMode::NAMES)?),
         PORTS => read.ports = ports::parse(value, config)?,
         VSOCK => read.vsock = boolean(value)?,
+        WATCH => read.watch = destinations(value)?,
         WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref())?),
         SUPERVISOR => read.extras.supervisor = Some(boolean(value)?),
         // EXTRAS_FILES may have several problems, so `read` parses it.
@@ -98,6 +104,19 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Resu
 
 fn boolean(value: &str) -> Result<bool, String> {
     value.parse().map_err(|_| "must be true or false".to_owned())
+}
+
+/// Absolute paths, separated by commas.
+fn destinations(value: &str) -> Result<Vec<PathBuf>, String> {
+    let paths: Vec<PathBuf> = value.split(',').map(PathBuf::from).collect();
+    let is_plain = |path: &Path| {
+        path.is_absolute() && path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
+    };
+    match paths.iter().find(|path| !is_plain(path)) {
+        Some(path) => Err(format!("{path:?}: must be absolute paths of the container without .., separated by commas")),
+        None if paths.len() > WATCHED => Err(format!("must be at most {WATCHED} paths")),
+        None => Ok(paths),
+    }
 }
 
 #[cfg(test)]
@@ -121,6 +140,7 @@ mod tests {
             ("io.husk.vsock", "true"),
             ("io.husk.network", "user"),
             ("io.husk.ports", "tcp:18080:80"),
+            ("io.husk.watch", "/data,/etc/app.conf"),
             ("io.husk.extras.files", r#"{"/run/husk/supervisor": {"source": "/agent", "mode": "0755"}}"#),
             ("io.husk.supervisor", "false"),
             ("io.husk.workspace", "{}"),
@@ -139,6 +159,7 @@ mod tests {
             vsock: true,
             network: Some(NetworkMode::User),
             ports: ports::parse("tcp:18080:80", &Config::default()).unwrap(),
+            watch: vec!["/data".into(), "/etc/app.conf".into()],
             extras,
             workspace,
         };
@@ -156,6 +177,7 @@ mod tests {
                 DEBUG,
                 NETWORK,
                 PORTS,
+                WATCH,
                 WORKSPACE,
                 EXTRAS_FILES,
                 SUPERVISOR,
@@ -175,13 +197,14 @@ mod tests {
             ("io.husk.vsock", "true"),
             ("io.husk.network", "host"),
             ("io.husk.ports", "tcp:80"),
+            ("io.husk.watch", "/data,etc"),
             ("io.husk.workspace", "{\"password\": hunter2}"),
             ("io.husk.cpus", "1"),
         ];
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.watch, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
                 "annotation io.husk.debug = \"1\": must be true or false",
                 "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which belongs to the kernel",
                 "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path on the host",
@@ -193,6 +216,7 @@ mod tests {
                 "annotation io.husk.supervisor = \"yes\": must be true or false",
                 "annotation io.husk.vcpus = \"0\": vCPU count must be greater than zero",
                 "annotation io.husk.vsock = \"true\": not among the allowed_annotations of husk's configuration (/etc/husk/config.toml)",
+                "annotation io.husk.watch = \"/data,etc\": \"etc\": must be absolute paths of the container without .., separated by commas",
                 "annotation io.husk.workspace = (21 bytes): must be JSON, or the absolute path of a file: expected value at line 1 column 14",
             ]
         );

@@ -32,9 +32,12 @@ pub(crate) const NETWORK: &str = "io.husk.network";
 /// Ports of the host that lead to the guest, with user-mode networking.
 pub(crate) const PORTS: &str = "io.husk.ports";
 
+/// Destinations of bind mounts whose changes by the host programs in the guest notice.
+pub(crate) const WATCH: &str = "io.husk.watch";
+
 /// All annotations.
-pub(crate) const NAMES: [&str; 11] =
-    [VCPUS, PROFILE, MEMORY_MIB, SPARE_NICS, DEBUG, VSOCK, NETWORK, PORTS, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
+pub(crate) const NAMES: [&str; 12] =
+    [VCPUS, PROFILE, MEMORY_MIB, SPARE_NICS, DEBUG, VSOCK, NETWORK, PORTS, WATCH, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
 /// The annotations that an operator must allow by name. With this one, everyone who may start a container can read any
 /// file of the host as root.
 pub(crate) const DENIED_BY_DEFAULT: [&str; 1] = [EXTRAS_FILES];

@@ -10,10 +10,12 @@
 //! | `unix.rs`    | unix sockets of other programs                              |
 //! | `usage.rs`   | CPU time and memory of processes                            |
 //! | `open_files.rs` | limits and numbers of open files                         |
+//! | `inotify.rs` | changes of folders and files                                |
 
 pub(crate) mod child;
 pub(crate) mod holder;
 pub(crate) mod hooks;
+pub(crate) mod inotify;
 pub mod open_files;
 pub mod process;
 pub mod socket;

@@ -202,10 +202,7 @@ fn prepare_spec(
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
     let sources =
         collect(open_extras(&extras, siblings.booted_with.map(|booted| &booted.extras), &config), &mut problems);
-    // A workspace may hold secrets: neither the guest's spec, nor hooks, nor the state may contain it.
-    if let Some(annotations) = spec.annotations_mut() {
-        annotations.remove(names::WORKSPACE);
-    }
+    remove_workspace(&mut spec);
     problems.extend(pod::shares_node(&spec));
     let pod = collect(pod::limits(&spec), &mut problems).unwrap_or_default();
     let context = Context {
@@ -214,6 +211,7 @@ fn prepare_spec(
         host_is_unified: Hierarchies::of_host().map_err(|error| PrepareError::one(&error))?.unified(),
         inspect: &crate::rootfs::share::inspect,
         check_socket: &|path| socket::check(&config.sockets, path),
+        watch: annotations.as_ref().map_or(&[][..], |annotations| &annotations.watch),
         first: siblings.first,
         sibling: siblings.find,
     };
@@ -269,6 +267,13 @@ fn prepare_spec(
         host,
         config,
     })
+}
+
+/// A workspace may hold secrets: neither the guest's spec, nor hooks, nor the state may contain it.
+fn remove_workspace(spec: &mut Spec) {
+    if let Some(annotations) = spec.annotations_mut() {
+        annotations.remove(names::WORKSPACE);
+    }
 }
 
 /// Checks a network namespace that the spec names.

@@ -100,6 +100,7 @@ impl Sandbox {
         hooked?;
         prepared.rewritten.place(places);
         self.settle_share(&vm, &share).await?;
+        self.watch_share(&vm, &share, &id).await?;
         // The hooks may have added links after the boot has looked for some.
         vm.settle_network().await?;
 

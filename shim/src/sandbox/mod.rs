@@ -19,6 +19,7 @@ mod start;
 mod status;
 mod thread;
 mod volumes;
+mod watch;
 mod without_guest;
 
 pub(crate) use error::SandboxError;

@@ -21,6 +21,7 @@ use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::sandbox::managed::Managed;
+use crate::sandbox::watch::Watches;
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
 use crate::vm::cgroup::HostCgroup;
@@ -83,6 +84,8 @@ pub(crate) struct Sandbox {
     pub(super) guest_logs: GuestLogs,
     /// The Unix sockets of the host that containers mount.
     pub(super) sockets: Sockets,
+    /// The sources whose changes by the host reach the guest.
+    pub(super) watches: Watches,
     /// The cgroup of the sandbox's processes on the host. Locked while it is created, which blocks.
     pub(super) cgroup: tokio::sync::Mutex<Option<HostCgroup>>,
     /// The CPUs and memory nodes of the host that the containers name. Locked while the cgroup changes.
@@ -104,6 +107,7 @@ impl Sandbox {
             journal,
             publisher,
             sockets: Sockets::default(),
+            watches: Watches::default(),
             cgroup: tokio::sync::Mutex::default(),
             cpusets: tokio::sync::Mutex::default(),
             slots: Mutex::new(Slots {

@@ -58,6 +58,20 @@ impl Sandbox {
         })
     }
 
+    /// Watches the sources of a container whose changes by the host its programs notice.
+    pub(super) async fn watch_share(&self, vm: &Arc<Vm>, share: &Share, id: &str) -> Result<(), SandboxError> {
+        let sources = share.watched(id);
+        if sources.is_empty() {
+            return Ok(());
+        }
+        let (watches, vm) = (self.watches.clone(), vm.clone());
+        blocking("watch volumes", move || {
+            watches.add(&vm, sources);
+            Ok::<_, SandboxError>(())
+        })
+        .await
+    }
+
     /// Ends a container's use of the share: the guest unmounts what nobody uses any more, then the host does. If the
     /// guest does not answer, the host unmounts it all the same.
     pub(super) async fn release_share(&self, id: &str) {
@@ -72,6 +86,7 @@ impl Sandbox {
             Ok(released) => released,
             Err(error) => return tracing::error!(container = id, error = %Chain(&error), "failed to leave the share"),
         };
+        self.watches.remove(&entries);
         if let Ok(vm) = self.live_vm()
             && !entries.is_empty()
         {

@@ -102,6 +102,7 @@ impl Sandbox {
         };
         let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_status);
         let shared_volumes = self.shared_volumes().await;
-        Live { health: Some(health), supervisor, network, files: Some(vm.files_status()), shared_volumes }
+        let (files, watches) = (Some(vm.files_status()), self.watches.status());
+        Live { health: Some(health), supervisor, network, files, shared_volumes, watches }
     }
 }

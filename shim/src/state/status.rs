@@ -102,6 +102,34 @@ pub struct Live {
     /// Folders and files of the host that another running sandbox can write to as well. Absent from the JSON when empty.
     #[serde(skip_serializing_if = "BTreeSet::is_empty")]
     pub shared_volumes: BTreeSet<SharedVolume>,
+    /// The sources whose changes by the host reach the guest. `None`, and absent from the JSON, without such a source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub watches: Option<WatchStatus>,
+}
+
+/// The sources whose changes by the host reach programs in the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WatchStatus {
+    /// The sources.
+    pub volumes: Vec<WatchedVolume>,
+    /// How often the kernel's queue of changes has overflowed.
+    pub overflows: u64,
+}
+
+/// A source whose changes by the host reach programs in the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WatchedVolume {
+    /// Its path on the host, without symbolic links.
+    pub path: PathBuf,
+    /// Why it is not watched. Absent from the JSON if it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+    /// Changes that the guest was told of.
+    pub reported: u64,
+    /// Changes that it was not told of.
+    pub lost: u64,
 }
 
 /// The files that virtiofsd has open for the guest.

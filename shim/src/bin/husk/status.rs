@@ -7,7 +7,7 @@ use anyhow::Result;
 use husk_shim::state::life::now_ms;
 use husk_shim::state::status::{
     ContainerStatus, FilesStatus, HealthStatus, MachineStatus, ProcessStatus, Status, SupervisorStatus,
-    TransitionStatus,
+    TransitionStatus, WatchedVolume,
 };
 use husk_shim::state::volumes::SharedVolume;
 
@@ -58,6 +58,12 @@ fn page(known: &Known<Status>, now_ms: u64) -> String {
     }
     for shared in live.iter().flat_map(|live| &live.shared_volumes) {
         line("WARNING", shared_volume(shared));
+    }
+    if let Some(watches) = live.and_then(|live| live.watches.as_ref()) {
+        watches.volumes.iter().for_each(|volume| line("watched", watched(volume)));
+        if watches.overflows > 0 {
+            line("WARNING", format!("the kernel's queue of changes has overflowed {} times", watches.overflows));
+        }
     }
     line("folder", shown(&status.dir.to_string_lossy()));
     page.push_str("\ncontainers\n");
@@ -131,6 +137,15 @@ fn shared_volume(shared: &SharedVolume) -> String {
     )
 }
 
+fn watched(volume: &WatchedVolume) -> String {
+    let WatchedVolume { path, problem, reported, lost } = volume;
+    let path = shown(&path.to_string_lossy());
+    match problem {
+        Some(problem) => format!("{path}: not watched: {}; {reported} changes reported, {lost} lost", shown(problem)),
+        None => format!("{path}: {reported} changes reported, {lost} lost"),
+    }
+}
+
 fn supervisor(supervisor: &SupervisorStatus) -> String {
     let mut text = shown(&supervisor.state);
     if let Some(pid) = supervisor.pid {
@@ -201,6 +216,8 @@ mod tests {
             "supervisor": {"state": "waiting", "pid": null, "restarts": 3, "last_end": "exited with\u{7} status 1",
                 "wait_ms": 4000},
             "shared_volumes": [{"path": "/srv/a\u{1b}", "namespace": "default", "sandbox": "db"}],
+            "watches": {"overflows": 2, "volumes": [{"path": "/srv/c\u{1b}", "reported": 7, "lost": 1},
+                {"path": "/srv/d", "problem": "no\u{7}"}]},
             "files": {"open": 700, "limit": 20000, "configured": 131_072},
             "network": {"netns": "/run/netns/web", "links": [{"mac": "02:00:00:00:00:01",
                 "guest": {"name": "eth0", "mtu": 1500, "up": true, "carrier": true}}]},
@@ -228,6 +245,9 @@ mod tests {
             "supervisor  waiting, restarts 3, restarts again in 4.0 s, last exit: exited with^G status 1",
             "files       virtiofsd has 700 open, of at most 20000; the host does not allow the configured 131072",
             "WARNING     sandbox db in namespace default can write to /srv/a^[ too: file locks and inotify do not work between two VMs",
+            "watched     /srv/c^[: 7 changes reported, 1 lost",
+            "watched     /srv/d: not watched: no^G; 0 changes reported, 0 lost",
+            "WARNING     the kernel's queue of changes has overflowed 2 times",
             "folder      /run/husk/default/web",
             "  web        init     20            alive",
             "  web        sh^[     21            exited with 137",

@@ -1,6 +1,7 @@
 //! What is in a share, and who uses it. Pure.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use super::source::Source;
 
@@ -33,6 +34,8 @@ pub(super) struct Volume {
     pub(super) read_only: bool,
     /// The containers that use it, and whether they may write.
     users: BTreeMap<String, bool>,
+    /// Its path on the host, if a container's programs notice changes by the host.
+    watched: Option<PathBuf>,
 }
 
 impl Volume {
@@ -74,13 +77,25 @@ impl Entries {
     pub(super) fn add_volume(&mut self, source: Source, is_dir: bool, container: &str, writes: bool) -> u64 {
         let number = self.number();
         let users = BTreeMap::from([(container.to_owned(), writes)]);
-        self.volumes.push(Volume { number, source, is_dir, mounted: false, read_only: !writes, users });
+        self.volumes.push(Volume { number, source, is_dir, mounted: false, read_only: !writes, users, watched: None });
         number
     }
 
     /// Makes a volume reusable.
     pub(super) fn mounted(&mut self, number: u64) {
         self.volumes.iter_mut().filter(|volume| volume.number == number).for_each(|volume| volume.mounted = true);
+    }
+
+    /// Notes that changes of a volume by the host are noticed in the guest.
+    pub(super) fn watch(&mut self, number: u64, source: &Path) {
+        let volume = self.volumes.iter_mut().find(|volume| volume.number == number);
+        volume.into_iter().for_each(|volume| volume.watched = Some(source.to_owned()));
+    }
+
+    /// The watched volumes that a container uses, and their paths on the host.
+    pub(super) fn watched(&self, container: &str) -> Vec<(u64, PathBuf)> {
+        let used = self.volumes.iter().filter(|volume| volume.users.contains_key(container));
+        used.filter_map(|volume| Some((volume.number, volume.watched.clone()?))).collect()
     }
 
     /// The volumes for which the host allows less or more than their users may do.

@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex};
 use containerd_shim_protos::types::mount::Mount;
 use husk_protos::SHARE_PATH;
 use husk_protos::chain::Chain;
+use husk_protos::changes::SHARE_SOURCE;
 use husk_protos::lock::lock;
 
 use self::entries::{Entries, Unused};
@@ -39,8 +40,6 @@ mod source;
 
 /// Name of the mount point in an entry for a container's root.
 const ROOTFS: &str = "rootfs";
-/// Name of the mount point in an entry for a source.
-const SOURCE: &str = "source";
 
 /// Why the share, or a container's part of it, cannot be created.
 #[derive(Debug, thiserror::Error)]
@@ -149,6 +148,17 @@ pub(crate) struct Released {
     pub(crate) volumes: Vec<Owner>,
 }
 
+/// A source whose changes by the host programs in the guest notice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Watchable {
+    /// The entry's number.
+    pub(crate) entry: u64,
+    /// The source in the share: a mount, so no path to it changes what it is.
+    pub(crate) path: PathBuf,
+    /// Its path on the host, for messages.
+    pub(crate) source: PathBuf,
+}
+
 impl Share {
     /// Creates the empty share of a sandbox. A second call for the same folder fails.
     ///
@@ -210,7 +220,10 @@ impl Share {
         let mut places = Places { root: in_guest(number, ROOTFS), binds: Vec::new() };
         for entry in binds {
             let number = self.add_bind(record, id, entry)?;
-            places.binds.push((entry.index, in_guest(number, SOURCE)));
+            if entry.watched {
+                lock(&self.entries).watch(number, &entry.source);
+            }
+            places.binds.push((entry.index, in_guest(number, SHARE_SOURCE)));
         }
         Ok(places)
     }
@@ -224,8 +237,10 @@ impl Share {
             return Ok(number);
         }
         let number = entries.add_volume(source, entry.is_dir, id, !entry.read_only);
-        make(self.steps(&number.to_string(), SOURCE, entry.is_dir, 1), |steps| record(&Owner::Volume(number), steps))?;
-        let target = self.dir.join(number.to_string()).join(SOURCE);
+        make(self.steps(&number.to_string(), SHARE_SOURCE, entry.is_dir, 1), |steps| {
+            record(&Owner::Volume(number), steps)
+        })?;
+        let target = self.dir.join(number.to_string()).join(SHARE_SOURCE);
         let read_only = if entry.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
         let propagation = if entry.follows_host { Propagation::Slave } else { Propagation::Private };
         let mount = || {
@@ -236,6 +251,16 @@ impl Share {
         mount().map_err(mount_error(what(), &target))?;
         entries.mounted(number);
         Ok(number)
+    }
+
+    /// The sources that a container uses and whose changes by the host its programs notice.
+    pub(crate) fn watched(&self, id: &str) -> Vec<Watchable> {
+        let watched = lock(&self.entries).watched(id).into_iter();
+        let watchable = |(entry, source): (u64, PathBuf)| {
+            let path = self.dir.join(entry.to_string()).join(SHARE_SOURCE);
+            Watchable { entry, path, source }
+        };
+        watched.map(watchable).collect()
     }
 
     /// Lets the guest write to the sources that a container may write to, and to no others. `server` opens virtiofsd's
@@ -252,7 +277,7 @@ impl Share {
         }
         let server = server().map_err(ShareError::Server)?;
         for volume in unsettled {
-            let path = root.join(volume.number.to_string()).join(SOURCE);
+            let path = root.join(volume.number.to_string()).join(SHARE_SOURCE);
             match set_read_only(&server, &path, !volume.read_only) {
                 Ok(()) => volume.read_only = !volume.read_only,
                 Err(source) if volume.read_only => return Err(ShareError::Writable { path, source }),
@@ -271,7 +296,7 @@ impl Share {
     pub(crate) fn release(&self, record: OwnedRecorder<'_>, id: &str) -> Released {
         let Unused { root, volumes } = lock(&self.entries).release(id);
         let root = root.map(|root| (Owner::Container(id.to_owned()), root.number, ROOTFS, true, root.mounts));
-        let volume = |(number, is_dir)| (Owner::Volume(number), number, SOURCE, is_dir, 1);
+        let volume = |(number, is_dir)| (Owner::Volume(number), number, SHARE_SOURCE, is_dir, 1);
         let mut released = Released::default();
         for (owner, number, child, is_dir, mounts) in root.into_iter().chain(volumes.into_iter().map(volume)) {
             let name = number.to_string();

@@ -110,6 +110,7 @@ fn writable(index: usize, source: &Path) -> Bind {
         read_only: false,
         recursive: true,
         follows_host: false,
+        watched: false,
     }
 }
 

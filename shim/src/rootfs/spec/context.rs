@@ -46,6 +46,8 @@ pub(crate) struct Context<'a> {
     /// Checks a socket of the host, whose path contains no symbolic link. The error is the reason why a container may
     /// not mount it.
     pub(crate) check_socket: &'a dyn Fn(&Path) -> Result<Access, String>,
+    /// Destinations of bind mounts whose programs notice changes by the host.
+    pub(crate) watch: &'a [PathBuf],
     /// Whether this is the sandbox's first container, for which the VM is booted.
     pub(crate) first: bool,
     /// Finds a running container of the sandbox by the PID of its holder.

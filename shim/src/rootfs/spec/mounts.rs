@@ -1,8 +1,9 @@
 //! Mounts of a spec: the guest mounts its kernel's filesystems itself, and finds the sources of bind mounts in the
 //! share.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use husk_protos::changes::SHARE_SOURCE;
 use husk_protos::{SHARE_PATH, SOCKETS_PATH};
 use oci_spec::runtime::Mount;
 
@@ -15,6 +16,10 @@ use crate::host::unix::Access;
 /// The options of a mount that set its propagation.
 const PROPAGATIONS: [&str; 8] =
     ["private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"];
+
+/// The folders of the kubelet's volumes that it updates: the plugins' names, escaped.
+const UPDATED_VOLUMES: [&str; 4] =
+    ["kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"];
 
 /// Filesystems that the guest's kernel can mount without the host.
 const KERNEL_FILESYSTEMS: [&str; 15] = [
@@ -50,6 +55,8 @@ pub(crate) struct Bind {
     pub(crate) recursive: bool,
     /// Later mounts of the host below the source appear in the container (slave propagation).
     pub(crate) follows_host: bool,
+    /// Programs in the guest notice changes by the host.
+    pub(crate) watched: bool,
 }
 
 /// A Unix socket of the host that the guest relays.
@@ -72,7 +79,7 @@ pub(super) struct HostMounts {
 /// Stands in a spec for a path in the share, until [`Rewritten::place`](super::Rewritten::place) replaces it. No path in
 /// the share is longer, so the size of the spec can be checked before.
 pub(super) fn in_share() -> PathBuf {
-    [SHARE_PATH, &u64::MAX.to_string(), "source"].iter().collect()
+    [SHARE_PATH, &u64::MAX.to_string(), SHARE_SOURCE].iter().collect()
 }
 
 /// Where the guest has the socket of the spec's mount `index`.
@@ -140,7 +147,7 @@ fn rewrite_bind(
     };
     match found.kind {
         FileKind::Dir | FileKind::File => {
-            host.binds.push(bind(index, mount, found, findings));
+            host.binds.push(bind(index, mount, found, context, findings));
             mount.set_source(Some(in_share()));
         }
         FileKind::CharDevice { major, minor } => match guest_path(major, minor) {
@@ -174,7 +181,7 @@ pub(crate) fn propagation(mount: &Mount) -> Option<&str> {
 }
 
 /// The bind mount of a folder or file, according to the mount's options.
-fn bind(index: usize, mount: &Mount, source: HostFile, findings: &mut Findings) -> Bind {
+fn bind(index: usize, mount: &Mount, source: HostFile, context: &Context<'_>, findings: &mut Findings) -> Bind {
     let options = mount.options().as_deref().unwrap_or_default();
     let last_of = |names: &[&str]| options.iter().rfind(|o| names.contains(&o.as_str())).map(String::as_str);
     let propagation = propagation(mount);
@@ -185,6 +192,7 @@ fn bind(index: usize, mount: &Mount, source: HostFile, findings: &mut Findings) 
     }
     Bind {
         index,
+        watched: is_updated_by_kubelet(&source.path) || context.watch.contains(mount.destination()),
         source: source.path,
         is_dir: source.kind == FileKind::Dir,
         read_only: last_of(&["ro", "rw"]) == Some("ro") || last_of(&["rro", "rrw"]) == Some("rro"),
@@ -193,7 +201,44 @@ fn bind(index: usize, mount: &Mount, source: HostFile, findings: &mut Findings) 
     }
 }
 
+/// Whether a path is that of a volume that the kubelet updates while containers use it:
+/// `<kubelet's folder>/pods/<pod>/volumes/kubernetes.io~<kind>/<volume>`.
+fn is_updated_by_kubelet(source: &Path) -> bool {
+    let mut parts = source.components().rev().filter_map(|part| part.as_os_str().to_str());
+    let (Some(_volume), Some(kind), Some(volumes), Some(_pod), Some(pods)) =
+        (parts.next(), parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return false;
+    };
+    UPDATED_VOLUMES.contains(&kind) && volumes == "volumes" && pods == "pods"
+}
+
 /// Whether a mount shows cgroups.
 pub(super) fn is_cgroup_mount(mount: &Mount) -> bool {
     matches!(mount.typ().as_deref(), Some("cgroup" | "cgroup2"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_that_the_kubelet_updates_are_found_below_any_folder_of_the_kubelet() {
+        let table = [
+            ("/var/lib/kubelet/pods/0a-1b/volumes/kubernetes.io~configmap/settings", true),
+            ("/var/lib/k0s/kubelet/pods/0a-1b/volumes/kubernetes.io~secret/key", true),
+            ("/var/lib/kubelet/pods/0a-1b/volumes/kubernetes.io~projected/kube-api-access-x", true),
+            ("/var/lib/kubelet/pods/0a-1b/volumes/kubernetes.io~downward-api/info", true),
+            ("/var/lib/kubelet/pods/0a-1b/volumes/kubernetes.io~empty-dir/cache", false),
+            ("/var/lib/kubelet/pods/0a-1b/volumes/kubernetes.io~configmap", false),
+            ("/var/lib/kubelet/pods/0a-1b/volumes/kubernetes.io~configmap/settings/..data", false),
+            // A subPath, which the kubelet does not update.
+            ("/var/lib/kubelet/pods/0a-1b/volume-subpaths/settings/web/0", false),
+            ("/volumes/kubernetes.io~configmap/settings", false),
+            ("/", false),
+        ];
+        for (path, expected) in table {
+            assert_eq!(is_updated_by_kubelet(Path::new(path)), expected, "{path}");
+        }
+    }
 }

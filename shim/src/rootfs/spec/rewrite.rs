@@ -141,7 +141,15 @@ impl Rewritten {
         mount.set_options(Some(["rbind", "rprivate", "ro"].map(str::to_owned).to_vec()));
         mounts.push(mount);
         self.spec.set_mounts(Some(mounts));
-        self.binds.push(Bind { index, source, is_dir: false, read_only: true, recursive: false, follows_host: false });
+        self.binds.push(Bind {
+            index,
+            source,
+            is_dir: false,
+            read_only: true,
+            recursive: false,
+            follows_host: false,
+            watched: false,
+        });
     }
 
     /// Whether the spec mounts something at one of these paths.

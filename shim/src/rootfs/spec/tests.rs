@@ -51,6 +51,7 @@ fn run_as(spec: &Value, host_is_unified: bool, first: bool) -> Result<Rewritten,
         host_is_unified,
         inspect: &host,
         check_socket: &check_socket,
+        watch: &[],
         first,
         sibling: &sibling,
     };
@@ -171,6 +172,7 @@ fn bind_mounts_follow_their_options() {
         read_only,
         recursive,
         follows_host,
+        watched: false,
     };
     for (mount, expected) in [
         (json!({"type": "bind", "source": "/etc/hosts"}), bind("/etc/hosts", false, false, true, false)),
