@@ -74,8 +74,8 @@ fn put_away(
     }
     // The changes may have renamed them.
     let present = devices(netlink)?;
-    let idle = spares.iter().filter_map(|mac| find_device(&present, *mac));
-    idle.map(|device| detach(driver, device)).collect()
+    let mut idle = spares.iter().filter_map(|mac| find_device(&present, *mac));
+    idle.try_for_each(|device| detach(driver, device))
 }
 
 fn detach(driver: &dyn Driver, device: &Device) -> Result<(), NetworkError> {
