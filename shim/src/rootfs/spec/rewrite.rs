@@ -55,6 +55,9 @@ pub(crate) struct Places {
     pub(crate) root: PathBuf,
     /// Index in the spec's mounts, and the source.
     pub(crate) binds: Vec<(usize, PathBuf)>,
+    /// What is mounted below sources, if the guest has to mount it before it mounts the source in the container: a
+    /// filesystem that the guest's kernel mounts when a path leads into it has the options of the mount above.
+    pub(crate) below: Vec<PathBuf>,
 }
 
 /// A spec for the guest, and what the host does for the container. It does not say where the files in the share are,
@@ -141,7 +144,16 @@ impl Rewritten {
         mount.set_options(Some(["rbind", "rprivate", "ro"].map(str::to_owned).to_vec()));
         mounts.push(mount);
         self.spec.set_mounts(Some(mounts));
-        self.binds.push(Bind { index, source, is_dir: false, read_only: true, recursive: false, follows_host: false });
+        self.binds.push(Bind {
+            index,
+            source,
+            is_dir: false,
+            read_only: true,
+            read_only_below: false,
+            own_options: true,
+            recursive: false,
+            follows_host: false,
+        });
     }
 
     /// Whether the spec mounts something at one of these paths.
