@@ -84,6 +84,7 @@ impl Sandbox {
         let network = self.network_namespace(&prepared).await?;
         let cgroup = self.host_cgroup(&prepared).await?;
         self.restrict_cpuset(&id, prepared.rewritten.host_resources.clone()).await?;
+        self.demand(&id, prepared.rewritten.demand);
         let holder = self.start_holder(Owner::Container(id.clone()), &id, network.clone()).await?;
         let subject = hooks::subject(&request, &prepared, holder.process().pid);
         let attachments = Attachments { network, cgroup: cgroup.clone(), ..Attachments::new(share.path().to_owned()) };
@@ -96,6 +97,7 @@ impl Sandbox {
         let (vm, mounted, hooked) =
             tokio::join!(self.ensure_vm(&prepared, attachments), self.mount(&share, &request, &prepared), hooked);
         let vm = vm?;
+        self.pin_vcpus().await?;
         let mut places = mounted?;
         self.lease_volumes(&id, &prepared.rewritten.binds).await;
         hooked?;

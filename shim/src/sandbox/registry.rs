@@ -21,6 +21,7 @@ use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::sandbox::managed::Managed;
+use crate::sandbox::resize::Demands;
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
 use crate::vm::cgroup::HostCgroup;
@@ -87,6 +88,8 @@ pub(crate) struct Sandbox {
     pub(super) cgroup: tokio::sync::Mutex<Option<HostCgroup>>,
     /// The CPUs and memory nodes of the host that the containers name. Locked while the cgroup changes.
     pub(super) cpusets: tokio::sync::Mutex<Cpusets>,
+    /// What the containers require of the VM's size.
+    pub(super) demands: Mutex<Demands>,
     slots: Mutex<Slots>,
     /// True after everything has been cleaned up.
     pub(super) ended: watch::Sender<bool>,
@@ -106,6 +109,7 @@ impl Sandbox {
             sockets: Sockets::default(),
             cgroup: tokio::sync::Mutex::default(),
             cpusets: tokio::sync::Mutex::default(),
+            demands: Mutex::default(),
             slots: Mutex::new(Slots {
                 vm: VmSlot::Empty,
                 booted_with: BootedWith::default(),

@@ -305,6 +305,7 @@ impl From<&MachineRecord> for MachineStatus {
             process,
             cid,
             vcpus,
+            max_vcpus: _,
             memory_mib,
             accel,
             board,

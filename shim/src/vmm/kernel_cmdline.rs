@@ -41,6 +41,10 @@ pub(crate) fn kernel_cmdline(guest: &GuestParams, platform: Platform, accel: Acc
     if accel != Accel::Kvm {
         words.extend(emulation(platform, accel, tsc_khz));
     }
+    if let Some(vcpus) = guest.vcpus {
+        // The init starts others on request.
+        words.push(format!("maxcpus={vcpus}"));
+    }
     if let Some(max) = guest.max_inodes {
         // From kernel-config/patches: without it, a guest that looks at many files drives virtiofsd into its limit.
         words.push(format!("virtiofs.max_inodes={max}"));
@@ -132,6 +136,7 @@ pub(crate) mod tests {
             extras: false,
             supervisor: false,
             sandbox: false,
+            vcpus: None,
             max_inodes: None,
             hostname: None,
             wall_clock: None,
@@ -168,8 +173,8 @@ pub(crate) mod tests {
             let expected = format!("{expected} husk.log=warn husk.heartbeat_ms=10000");
             assert_eq!(kernel_cmdline(&guest(), platform, accel, tsc_khz), expected, "{platform:?} {accel:?}");
         }
-        let guest = GuestParams { max_inodes: Some(10), ..guest() };
-        let expected = format!("{START} virtiofs.max_inodes=10 husk.log=warn husk.heartbeat_ms=10000");
+        let guest = GuestParams { vcpus: Some(2), max_inodes: Some(10), ..guest() };
+        let expected = format!("{START} maxcpus=2 virtiofs.max_inodes=10 husk.log=warn husk.heartbeat_ms=10000");
         assert_eq!(kernel_cmdline(&guest, PLATFORM, Accel::Kvm, None), expected);
     }
 

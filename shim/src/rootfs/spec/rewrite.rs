@@ -9,7 +9,7 @@ use super::context::Context;
 use super::devices::rewrite_devices;
 use super::findings::{Findings, SpecProblems};
 use super::host_hooks::{announced_links, take_host_hooks};
-use super::limits::{SpecLimits, limits};
+use super::limits::{Demand, SpecLimits, limits};
 use super::mounts::{Bind, HostMounts, SocketMount, in_share, is_cgroup_mount, rewrite_mounts};
 use super::namespaces::{self, Target};
 use super::resources::{HostResources, rewrite_resources};
@@ -75,6 +75,8 @@ pub struct Rewritten {
     /// The cgroup that the spec names on the host.
     pub(crate) cgroups_path: Option<String>,
     pub(crate) limits: SpecLimits,
+    /// What the limits require of the VM's size.
+    pub(crate) demand: Demand,
     /// What the spec's resources require of the host.
     pub(crate) host_resources: HostResources,
     /// The network that the spec asks for.
@@ -188,7 +190,7 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     let announced_links = announced_links(&spec);
     match (rootfs, linux) {
         (Some(rootfs), Some(linux)) if findings.problems.is_empty() => {
-            let LinuxOfHost { cgroups_path, limits, host_resources, network } = linux;
+            let LinuxOfHost { cgroups_path, limits, demand, host_resources, network } = linux;
             Ok(Rewritten {
                 spec,
                 binds,
@@ -196,6 +198,7 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
                 rootfs,
                 cgroups_path,
                 limits,
+                demand,
                 host_resources,
                 network,
                 announced_links,
@@ -258,6 +261,7 @@ fn rewrite_root(spec: &mut Spec, context: &Context<'_>, findings: &mut Findings)
 struct LinuxOfHost {
     cgroups_path: Option<String>,
     limits: SpecLimits,
+    demand: Demand,
     host_resources: HostResources,
     network: NetworkRequest,
 }
@@ -274,6 +278,7 @@ fn rewrite_linux(
         return None;
     };
     let limits = limits(linux);
+    let demand = linux.resources().as_ref().map(Demand::of).unwrap_or_default();
     let cgroups_path = linux.cgroups_path().as_ref().map(|path| path.to_string_lossy().into_owned());
     linux.set_cgroups_path(Some([CONTAINERS_CGROUP, context.id].iter().collect()));
     if let Some(label) = linux.mount_label_mut().take() {
@@ -290,7 +295,7 @@ fn rewrite_linux(
     rewrite_devices(linux, findings);
     let host_resources =
         linux.resources_mut().as_mut().map(|resources| rewrite_resources(resources, findings)).unwrap_or_default();
-    Some(LinuxOfHost { cgroups_path, limits, host_resources, network })
+    Some(LinuxOfHost { cgroups_path, limits, demand, host_resources, network })
 }
 
 /// Rewrites the namespaces, and returns the network that they ask for.
