@@ -330,6 +330,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, size: Size, extras: &Ext
         vcpus: (max_vcpus > vcpus).then_some(vcpus),
         max_inodes: Some(host.open_files.cached_inodes()),
         hostname: None,
+        held_nics: Vec::new(),
         wall_clock: None,
         ready_port: None,
     };

@@ -5,7 +5,8 @@
 //! bounds the configured part.
 
 use husk_protos::extras::SERIAL;
-use husk_protos::param;
+use husk_protos::mac::mac_text;
+use husk_protos::{HELD_NICS, param};
 
 use crate::vmm::machine::{Accel, GuestParams};
 
@@ -48,6 +49,10 @@ pub(crate) fn kernel_cmdline(guest: &GuestParams, platform: Platform, accel: Acc
     if let Some(max) = guest.max_inodes {
         // From kernel-config/patches: without it, a guest that looks at many files drives virtiofsd into its limit.
         words.push(format!("virtiofs.max_inodes={max}"));
+    }
+    if !guest.held_nics.is_empty() {
+        let macs: Vec<String> = guest.held_nics.iter().map(|mac| mac_text(mac)).collect();
+        words.push(format!("{}={}", HELD_NICS.0, macs.join(",")));
     }
     words.extend(init(guest));
     words.join(" ")
@@ -139,6 +144,7 @@ pub(crate) mod tests {
             vcpus: None,
             max_inodes: None,
             hostname: None,
+            held_nics: Vec::new(),
             wall_clock: None,
             ready_port: None,
         }
@@ -173,8 +179,10 @@ pub(crate) mod tests {
             let expected = format!("{expected} husk.log=warn husk.heartbeat_ms=10000");
             assert_eq!(kernel_cmdline(&guest(), platform, accel, tsc_khz), expected, "{platform:?} {accel:?}");
         }
-        let guest = GuestParams { vcpus: Some(2), max_inodes: Some(10), ..guest() };
-        let expected = format!("{START} maxcpus=2 virtiofs.max_inodes=10 husk.log=warn husk.heartbeat_ms=10000");
+        let held_nics = vec![[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 0xff]];
+        let guest = GuestParams { vcpus: Some(2), max_inodes: Some(10), held_nics, ..guest() };
+        let held = "virtio_net.held=02:00:00:00:00:01,02:00:00:00:00:ff";
+        let expected = format!("{START} maxcpus=2 virtiofs.max_inodes=10 {held} husk.log=warn husk.heartbeat_ms=10000");
         assert_eq!(kernel_cmdline(&guest, PLATFORM, Accel::Kvm, None), expected);
     }
 
