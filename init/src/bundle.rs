@@ -1,9 +1,7 @@
 //! The Bundle service: stores a container's spec, and mounts the share that contains the containers' root filesystems.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -15,7 +13,6 @@ use husk_protos::bundle::{
 use husk_protos::lock::lock;
 use husk_protos::{SHARE_PATH, SHARE_TAG};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::Mode;
 use nix::unistd::mkdir;
@@ -66,7 +63,6 @@ impl BundleService {
         if refers_to_share(&request.spec) {
             self.mount_share()?;
         }
-        request.mounts_below.iter().for_each(|folder| mount_below(Path::new(OsStr::from_bytes(folder))));
         let bundle = paths::bundle(&request.id);
         write_bundle(&bundle, request)?;
         self.sockets.add(&request.id, &request.sockets, request.relay_port).map_err(|e| {
@@ -96,14 +92,6 @@ impl BundleService {
         paths::allow_missing(fs::remove_dir_all(paths::bundle(id)))
             .and_then(|()| self.sockets.remove(id))
             .map_err(|e| CallError::internal(format_args!("remove the bundle of {id}"), &e))
-    }
-}
-
-/// Makes the kernel mount what the host has mounted at a folder of the share. What cannot be opened is a file, or hidden
-/// by another mount, or broken on the host: then the container's own access fails too.
-fn mount_below(folder: &Path) {
-    if let Err(error) = open(folder, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()) {
-        tracing::debug!(folder = %folder.display(), %error, "not mounted");
     }
 }
 
@@ -141,7 +129,12 @@ fn write_bundle(bundle: &Path, request: &PutBundleRequest) -> Result<(), CallErr
     })?;
     let mut config = fs::OpenOptions::new();
     config.write(true).create_new(true).mode(0o600);
-    let write = || config.open(bundle.join("config.json"))?.write_all(&request.spec);
+    let write = || {
+        if !request.mounts_below.is_empty() {
+            fs::write(bundle.join(paths::MOUNTS_BELOW), request.mounts_below.join(&b'\0'))?;
+        }
+        config.open(bundle.join("config.json"))?.write_all(&request.spec)
+    };
     or_remove(bundle, write).map_err(failed)
 }
 
@@ -157,10 +150,7 @@ fn or_remove(bundle: &Path, write: impl FnOnce() -> io::Result<()>) -> io::Resul
 #[async_trait]
 impl husk_protos::bundle_ttrpc::Bundle for BundleService {
     async fn put(&self, _: &TtrpcContext, request: PutBundleRequest) -> ttrpc::Result<PutBundleResponse> {
-        let service = self.clone();
-        // On a thread: virtiofsd answers, and PID 1 must send heartbeats meanwhile.
-        let put = tokio::task::spawn_blocking(move || service.put(&request));
-        let path = handle(async { put.await.unwrap_or_else(|e| Err(CallError::internal("put", &e))) }).await?;
+        let path = handle(async { self.put(&request) }).await?;
         Ok(PutBundleResponse { path, ..Default::default() })
     }
 
