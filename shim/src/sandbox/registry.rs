@@ -16,12 +16,12 @@ use crate::forward::socket::Sockets;
 use crate::network::{Claim, PrivateNamespace};
 use crate::prepare::BootedWith;
 use crate::rootfs::share::Share;
+use crate::rootfs::spec::Demand;
 use crate::rootfs::spec::resources::HostResources;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::sandbox::managed::Managed;
-use crate::sandbox::resize::Demands;
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
 use crate::vm::cgroup::HostCgroup;
@@ -32,6 +32,9 @@ const SHUTDOWN_WAIT: Duration = Duration::from_secs(10);
 
 /// The resources of the host that each container names.
 pub(super) type Cpusets = BTreeMap<String, HostResources>;
+
+/// What each container requires of the VM's size.
+pub(super) type Demands = BTreeMap<String, Demand>;
 
 /// The outcome of a boot, shared by all containers that wait for it. `None` while the boot runs.
 pub(super) type Booting = watch::Receiver<Option<Result<Arc<Vm>, Arc<BootError>>>>;

@@ -1,8 +1,6 @@
 //! New limits for a running container: the host's part, the guest's, and the VM's size. A VM gets the virtual CPUs that
 //! the limits of its containers need together, as far as its machine has some to spare. It gets no more memory.
 
-use std::collections::BTreeMap;
-
 use containerd_shim_protos::api::UpdateTaskRequest;
 use husk_protos::lock::lock;
 use husk_protos::system::InfoRequest;
@@ -18,9 +16,6 @@ use crate::vm::Vm;
 
 /// End of the type URL under which containerd sends the JSON of `LinuxResources`.
 const RESOURCES: &str = "/LinuxResources";
-
-/// What each container requires of the VM's size.
-pub(super) type Demands = BTreeMap<String, Demand>;
 
 impl Sandbox {
     /// Records the limits of a container that is being created.
