@@ -131,7 +131,12 @@ fn write_bundle(bundle: &Path, request: &PutBundleRequest) -> Result<(), CallErr
     })?;
     let mut config = fs::OpenOptions::new();
     config.write(true).create_new(true).mode(0o600);
-    let write = || config.open(bundle.join("config.json"))?.write_all(&request.spec);
+    let write = || {
+        if !request.mounts_below.is_empty() {
+            fs::write(bundle.join(paths::MOUNTS_BELOW), request.mounts_below.join(&b'\0'))?;
+        }
+        config.open(bundle.join("config.json"))?.write_all(&request.spec)
+    };
     or_remove(bundle, write).map_err(failed)
 }
 

@@ -12,6 +12,8 @@ pub(crate) const STATE: &str = "/run/husk/state";
 pub(crate) const BIN: &str = "/run/husk/bin";
 /// File in a bundle: the FIFO on which a process reports why its startContainer hooks failed.
 pub(crate) const START_OUTCOME: &str = "start-outcome";
+/// File in a bundle: the folders of the share that are mounted before the container's own mounts, separated by zero bytes.
+pub(crate) const MOUNTS_BELOW: &str = "mounts-below";
 const BUNDLES: &str = "/run/husk/bundles";
 
 /// Longest ID: containerd's own limit (`identifiers.maxLength`). It also keeps the path of a start socket below 108

@@ -240,6 +240,44 @@ fn mount_flags_and_filesystem_flags_take_effect() -> Result<()> {
 }
 
 #[test]
+fn an_option_without_an_r_does_not_apply_to_mounts_below() -> Result<()> {
+    husk_only!();
+    let mounts = ["ro", "rro", "noexec", "rnoexec"];
+    let script = mounts.map(|name| {
+        format!(
+            "for f in {name}/new {name}/below/new '{name}/below/in ner/new'; do touch \"/$f\"; done; \
+             for f in {name}/run {name}/below/run; do /$f && echo /$f runs; done; \
+             awk '$5 ~ \"^/{name}\" {{gsub(\",\", \" \", $6); print $5, $6}}' /proc/self/mountinfo | \
+             grep -o '^/[^ ]*\\| ro\\| noexec'"
+        )
+    });
+    let script = format!("{}; true", script.join(";")).replace("touch: ", "");
+    let found = same(|containerd| {
+        let top = Path::new("/run").join(containerd.id("options"));
+        let folder = top.display();
+        let run_script = "printf '#!/bin/sh\\n' > run && chmod 755 run";
+        containerd.sh(&format!(
+            "mkdir -p {folder}/below && cd {folder} && {run_script} && mount -t tmpfs t below && cd below && {run_script} \
+             && mkdir 'in ner' && mount -t tmpfs t 'in ner'"
+        ))?;
+        let mounts = mounts.map(|name| bind(&top, &format!("/{name}"), &["rbind", name]));
+        run(containerd, &mounts, &script, as_it_is)
+    })?;
+    for (part, expected) in [
+        ("/ro/new: Read-only", true),
+        ("/ro/below/new: Read-only", false),
+        ("/ro/below/in ner/new: Read-only", false),
+        ("/rro/below/in ner/new: Read-only", true),
+        ("/noexec/run runs", false),
+        ("/noexec/below/run runs", true),
+        ("/rnoexec/below/run runs", false),
+    ] {
+        ensure!(found.contains(part) == expected, "{part}: {found}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_mount_has_the_propagation_that_its_options_name() -> Result<()> {
     husk_only!();
     let folder = tempfile::tempdir()?;

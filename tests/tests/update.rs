@@ -97,6 +97,9 @@ fn a_failed_update_names_the_limit_and_changes_nothing() -> Result<()> {
             "linux.resources.memory.limit: 4096 is less than",
         ),
         (json!({"memory": {"disableOOMKiller": true}}), "linux.resources.memory.disableOOMKiller"),
+        (json!({"memory": {"limit": 1 << 30}}), "memory.limit 1073741824: the VM (Microvm) has 512 MiB"),
+        (json!({"cpu": {"quota": 100_001}}), "cpu.quota 100001: means 1.001 CPUs"),
+        (json!({"unified": {"cpu.max": "300000 100000"}}), "linux.resources.cpu.quota 300000: means 3 CPUs"),
         (json!({"network": {"classID": 5}}), "linux.resources.network"),
         (
             json!({"blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}}),

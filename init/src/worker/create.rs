@@ -38,6 +38,8 @@ pub(super) fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<
     prepare_root(&spec, bundle)?;
     create_cgroup(id, &spec)?;
     let absent = absent_page_sizes(&mut spec, id);
+    // Until libcontainer has mounted them in the container.
+    let _below = mounts::mount_below(bundle)?;
     let mounts_changed = adapt_mounts(&mut spec, id, bundle)?;
     let changed = changed || !absent.is_empty();
     ignored.extend(absent);

@@ -5,9 +5,11 @@
 //! - A tmpfs with `tmpcopyup` is filled by [`super::copy_up`] and then bound.
 
 use std::collections::VecDeque;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, Permissions};
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -21,6 +23,7 @@ use pathrs::Root;
 use pathrs::flags::OpenFlags;
 
 use crate::error::{CallError, FailureKind};
+use crate::paths;
 
 /// As many links as the kernel follows in one path (path_resolution(7)).
 const LINKS_MAX: usize = 40;
@@ -53,6 +56,22 @@ pub(super) fn mount_sources(mounts: &[Mount]) -> Result<(), CallError> {
         }
     }
     Ok(())
+}
+
+/// Makes the kernel mount what the host has mounted at folders of the share, which the host has named in the bundle. They
+/// stay mounted as long as the descriptors exist.
+pub(super) fn mount_below(bundle: &Path) -> Result<Vec<OwnedFd>, CallError> {
+    let file = bundle.join(paths::MOUNTS_BELOW);
+    let folders = match fs::read(&file) {
+        Ok(folders) => folders,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(CallError::internal(format_args!("read {}", file.display()), &error)),
+    };
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    // What cannot be opened is a file, or hidden by another mount, or broken on the host: then the container's own access
+    // fails too.
+    let folders = folders.split(|byte| *byte == 0).map(|folder| Path::new(OsStr::from_bytes(folder)));
+    Ok(folders.filter_map(|folder| open(folder, flags, Mode::empty()).ok()).collect())
 }
 
 /// Adapts the mounts of a container with the root folder `root`. `fill` makes and fills a tmpfs, and returns its path.

@@ -96,6 +96,8 @@ impl Profile {
 pub struct Config {
     /// Virtual CPUs of a guest; without it, the profile or else the spec's limits decide.
     pub vcpus: Option<u32>,
+    /// Virtual CPUs that a running guest can have; without it, the board decides.
+    pub max_vcpus: Option<u32>,
     /// Virtual CPUs by purpose.
     pub profile: Option<Profile>,
     /// Memory of a guest, MiB; without it, the spec's limits decide.
@@ -160,6 +162,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             vcpus: None,
+            max_vcpus: None,
             profile: None,
             memory_mib: None,
             hugepages: false,

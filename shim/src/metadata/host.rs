@@ -109,6 +109,7 @@ mod tests {
             process: ProcessId::of(pid).unwrap().unwrap(),
             cid,
             vcpus: 1,
+            max_vcpus: 1,
             memory_mib: 64,
             accel: String::new(),
             board: String::new(),

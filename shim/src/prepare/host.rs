@@ -167,6 +167,11 @@ fn carrier(configured: VsockMode, vhost_vsock: bool) -> Result<Carrier, Problem>
     }
 }
 
+/// The host's CPUs that this process may use.
+pub(super) fn cpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -41,6 +41,7 @@ use crate::network::{Claim, claim};
 use crate::prepare::host::{Host, Places};
 pub(crate) use crate::prepare::network::RequestedNetwork;
 use crate::prepare::sandbox::SandboxRequest;
+use crate::prepare::size::Size;
 use crate::rootfs::socket;
 use crate::rootfs::spec::parse::{Parsed, parse};
 use crate::rootfs::spec::{Context, HostNetwork, Rewritten, Sibling, rewrite};
@@ -247,7 +248,7 @@ fn prepare_spec(
     if debug {
         config.log_level = config.log_level.max(Level::DEBUG);
     }
-    let size = size::size(&config, &annotations, pod, rewritten.limits);
+    let size = size::size(&config, &annotations, pod, rewritten.limits, host::cpus());
     let mut machine = machine(sandbox, &config, &host, size, &extras);
     if user.is_some() {
         rewritten.use_network_of_vm();
@@ -320,7 +321,8 @@ fn open_extras(
 }
 
 /// The machine of a sandbox.
-fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u32, u64), extras: &Extras) -> vmm::Spec {
+fn machine(sandbox: &str, config: &Config, host: &Host, size: Size, extras: &Extras) -> vmm::Spec {
+    let Size { vcpus, max_vcpus, memory_mib } = size;
     let guest = GuestParams {
         log_level: config.log_level,
         heartbeat: config.heartbeat,
@@ -330,6 +332,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
         extras: !extras.files.is_empty(),
         supervisor: extras.runs_supervisor(),
         sandbox: false,
+        vcpus: (max_vcpus > vcpus).then_some(vcpus),
         max_inodes: Some(host.open_files.cached_inodes()),
         hostname: None,
         held_nics: Vec::new(),
@@ -340,6 +343,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
         name: format!("husk-{sandbox}"),
         accel: host.accel,
         vcpus,
+        max_vcpus,
         tsc_khz: None,
         memory_mib,
         hugepages: config.hugepages,

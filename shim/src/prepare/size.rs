@@ -4,20 +4,39 @@ use crate::config::annotations::Annotations;
 use crate::config::settings::{Config, DEFAULT_MEMORY_MIB, GUEST_OVERHEAD_MIB, MAX_VCPUS, Profile};
 use crate::rootfs::spec::SpecLimits;
 
-/// Virtual CPUs and MiB of a guest. An annotation overrides the configuration, and a CPU count overrides a profile.
+/// The most virtual CPUs that a guest can get while it runs, if the configuration names no number: each takes memory in
+/// the guest, and a thread of the host.
+const SPARE_UP_TO: u32 = 8;
+
+/// The size of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size {
+    /// Virtual CPUs of the guest.
+    pub(crate) vcpus: u32,
+    /// Virtual CPUs that the running guest can have.
+    pub(crate) max_vcpus: u32,
+    /// MiB of the guest.
+    pub(crate) memory_mib: u64,
+}
+
+/// The size of a machine on a host with `cpus` CPUs. An annotation overrides the configuration, and a CPU count overrides a profile.
 /// Without either the limits of the pod decide, then those of the sandbox's first container, else the default.
-pub(crate) fn size(config: &Config, annotations: &Annotations, pod: SpecLimits, first: SpecLimits) -> (u32, u64) {
+pub(crate) fn size(config: &Config, annotations: &Annotations, pod: SpecLimits, first: SpecLimits, cpus: u32) -> Size {
     let limits = SpecLimits { memory: pod.memory.or(first.memory), cpus: pod.cpus.or(first.cpus) };
     let profile = annotations.profile.or(config.profile).map(Profile::vcpus);
     let vcpus = annotations.vcpus.or(config.vcpus).or(profile).or(limits.cpus).unwrap_or(1).clamp(1, MAX_VCPUS);
     let for_limit = |bytes: u64| bytes.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB).max(DEFAULT_MEMORY_MIB);
     let memory = annotations.memory_mib.or(config.memory_mib).or(limits.memory.map(for_limit));
-    (vcpus, memory.unwrap_or(DEFAULT_MEMORY_MIB))
+    let spare = if config.board.has_spare_vcpus() { cpus.min(SPARE_UP_TO) } else { 0 };
+    let max_vcpus = config.max_vcpus.unwrap_or(spare).max(vcpus);
+    Size { vcpus, max_vcpus, memory_mib: memory.unwrap_or(DEFAULT_MEMORY_MIB) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::Board;
+    use crate::vmm::factory::boards;
 
     #[test]
     fn memory_follows_annotation_configuration_pod_container_and_default_in_that_order() {
@@ -33,7 +52,7 @@ mod tests {
         for (annotation, memory_mib, pod, bytes, expected) in table {
             let config = Config { memory_mib, ..Config::default() };
             let wanted = Annotations { memory_mib: annotation, ..Default::default() };
-            let found = size(&config, &wanted, limit(pod), limit(bytes)).1;
+            let found = size(&config, &wanted, limit(pod), limit(bytes), 2).memory_mib;
             assert_eq!(found, expected, "{annotation:?} {memory_mib:?} {pod:?} {bytes:?}");
         }
     }
@@ -62,7 +81,27 @@ mod tests {
             let limit = |cpus| SpecLimits { memory: None, cpus };
             let config = Config { vcpus, profile, ..Config::default() };
             let wanted = Annotations { vcpus: annotation, profile: profile_annotation, ..Default::default() };
-            assert_eq!(size(&config, &wanted, limit(pod), limit(first)).0, expected, "{row:?}");
+            let found = size(&config, &wanted, limit(pod), limit(first), 2);
+            assert_eq!((found.vcpus, found.max_vcpus), (expected, expected), "{row:?}");
+        }
+    }
+
+    #[test]
+    fn a_running_guest_can_have_more_cpus_by_configuration_or_on_a_board_with_pci() {
+        let q35 = boards().iter().find(|(name, _)| *name == "q35").unwrap().1;
+        for (board, max_vcpus, vcpus, cpus, expected) in [
+            (Board::default(), None, 1, 4, 1),
+            (Board::default(), Some(3), 1, 4, 3),
+            (Board::default(), Some(3), 5, 4, 5),
+            (q35, None, 1, 4, 4),
+            (q35, None, 1, 100, SPARE_UP_TO),
+            (q35, None, 16, 100, 16),
+            (q35, Some(1), 1, 4, 1),
+        ] {
+            let config = Config { board, max_vcpus, vcpus: Some(vcpus), ..Config::default() };
+            let none = SpecLimits::default();
+            let found = size(&config, &Annotations::default(), none, none, cpus);
+            assert_eq!((found.vcpus, found.max_vcpus), (vcpus, expected), "{board:?} {max_vcpus:?} {vcpus} {cpus}");
         }
     }
 }

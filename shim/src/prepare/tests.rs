@@ -119,6 +119,7 @@ type Proof = (&'static str, &'static str, fn(&Outcome) -> String, &'static str);
 
 const PROOFS: &[Proof] = &[
     ("vcpus", "3", |o| value(o, "-smp"), "3"),
+    ("max_vcpus", "4", |o| value(o, "-smp"), "4"),
     ("profile", "\"throughput\"", |o| value(o, "-smp"), "4"),
     ("memory_mib", "300", |o| value(o, "-m"), "300M"),
     ("hugepages", "true", |o| value(o, "-object"), "memory-backend-memfd,id=memory,size=512M,share=on,hugetlb=on"),

@@ -73,6 +73,18 @@ impl DetachedTree {
     /// # Errors
     /// When mount_setattr(2) fails.
     pub(crate) fn restrict(&self, flags: u64, propagation: Propagation) -> io::Result<()> {
+        self.set(flags, propagation, libc::AT_RECURSIVE)
+    }
+
+    /// Does the same with the topmost mount only.
+    ///
+    /// # Errors
+    /// When mount_setattr(2) fails.
+    pub(crate) fn restrict_top(&self, flags: u64, propagation: Propagation) -> io::Result<()> {
+        self.set(flags, propagation, 0)
+    }
+
+    fn set(&self, flags: u64, propagation: Propagation, depth: libc::c_int) -> io::Result<()> {
         let attributes = libc::mount_attr {
             attr_set: flags | ALWAYS,
             // The access time mode is a number within the flags, so the old number must be cleared.
@@ -84,7 +96,7 @@ impl DetachedTree {
             },
             userns_fd: 0,
         };
-        mount_setattr(self.0.as_raw_fd(), c"", libc::AT_EMPTY_PATH | libc::AT_RECURSIVE, &attributes)
+        mount_setattr(self.0.as_raw_fd(), c"", libc::AT_EMPTY_PATH | depth, &attributes)
     }
 
     /// Attaches the tree at `target`.

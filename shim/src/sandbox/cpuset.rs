@@ -1,20 +1,14 @@
 //! CPUs and memory nodes of the host that specs name. They concern the VM's processes, so the sandbox's cgroup on the
 //! host gets what its containers name together. A container that names none adds nothing.
 
-use containerd_shim_protos::api::UpdateTaskRequest;
 use husk_protos::chain::Chain;
 
-use crate::prepare::PrepareError;
-use crate::rootfs::spec::resources;
 use crate::rootfs::spec::resources::HostResources;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::{Cpusets, Sandbox};
 use crate::sandbox::thread::blocking;
-use crate::vm::Vm;
-use crate::vm::cgroup::{CPUS, Cpuset, HostCgroup, MEMS};
-
-/// End of the type URL under which containerd sends the JSON of `LinuxResources`.
-const RESOURCES: &str = "/LinuxResources";
+use crate::vm::affinity;
+use crate::vm::cgroup::{CPUS, CgroupError, Cpuset, HostCgroup, MEMS};
 
 /// The text for a cgroup's file: the kernel accepts lists that overlap. `None` if no container names any.
 fn together<'a>(named: impl Iterator<Item = Option<&'a String>>) -> Option<String> {
@@ -40,16 +34,13 @@ impl Sandbox {
         let mut cpusets = self.cpusets.lock().await;
         let before = cpusets.get(id).cloned();
         let wanted = merged(before.as_ref(), new);
-        cpusets.insert(id.to_owned(), wanted);
+        cpusets.insert(id.to_owned(), wanted.clone());
         let applied = self.apply_cpusets(id, &cpusets).await;
         if applied.is_err() {
-            match before {
-                Some(before) => drop(cpusets.insert(id.to_owned(), before)),
-                None => drop(cpusets.remove(id)),
-            }
+            replace(&mut cpusets, id, before);
             self.reapply(id, &cpusets).await;
         }
-        applied
+        applied.map_err(|error| with_own_value(error, &wanted))
     }
 
     /// Forgets what a container names.
@@ -68,10 +59,7 @@ impl Sandbox {
 
     async fn apply_cpusets(&self, id: &str, cpusets: &Cpusets) -> Result<(), SandboxError> {
         let cgroup = self.cgroup.lock().await.clone();
-        let wanted = [
-            (CPUS, together(cpusets.values().map(|named| named.cpus.as_ref()))),
-            (MEMS, together(cpusets.values().map(|named| named.mems.as_ref()))),
-        ];
+        let wanted = [(CPUS, cpus_of(cpusets)), (MEMS, together(cpusets.values().map(|named| named.mems.as_ref())))];
         let apply = move || -> Result<_, SandboxError> {
             let mut ignored = Vec::new();
             for (set, value) in wanted {
@@ -82,46 +70,49 @@ impl Sandbox {
         for ignored in blocking("restrict the sandbox's cgroup", apply).await? {
             tracing::warn!(container = id, "{ignored}");
         }
-        Ok(())
+        // After the cgroup: the kernel lets all threads run on its CPUs when they change.
+        self.pin(cpusets).await
     }
 
-    /// Changes a container's limits: the host's part, and the guest's. The VM keeps its size. If it fails, nothing
-    /// changes.
-    pub(crate) async fn update(&self, mut request: UpdateTaskRequest) -> Result<(), SandboxError> {
-        let vm = self.vm_of(&request.id)?;
-        let Some(given) = request.resources.as_mut().filter(|given| given.type_url.ends_with(RESOURCES)) else {
-            // The guest rejects it with what it is.
-            return update_in_guest(&vm, &request).await;
-        };
-        let id = request.id.clone();
-        let update = resources::update(&given.value).map_err(|problems| {
-            PrepareError(problems.into_iter().map(|problem| format!("update {id}: {problem}")).collect())
-        })?;
-        for note in update.notes {
-            tracing::info!(container = id, note, "ignored part of an update");
-        }
-        given.value = update.guest;
-        if update.host == HostResources::default() {
-            return update_in_guest(&vm, &request).await;
-        }
-        let before = self.cpusets.lock().await.get(&id).cloned();
-        self.restrict_cpuset(&id, update.host).await?;
-        let updated = update_in_guest(&vm, &request).await;
-        if updated.is_err() {
-            let mut cpusets = self.cpusets.lock().await;
-            match before {
-                Some(before) => drop(cpusets.insert(id.clone(), before)),
-                None => drop(cpusets.remove(&id)),
-            }
-            self.reapply(&id, &cpusets).await;
-        }
-        updated
+    /// What a container names.
+    pub(super) async fn cpuset_of(&self, id: &str) -> Option<HostResources> {
+        self.cpusets.lock().await.get(id).cloned()
+    }
+
+    /// Reverts a change of what a container names.
+    pub(super) async fn restore_cpuset(&self, id: &str, before: Option<HostResources>) {
+        let mut cpusets = self.cpusets.lock().await;
+        replace(&mut cpusets, id, before);
+        self.reapply(id, &cpusets).await;
+    }
+
+    /// Lets the virtual CPUs run on the CPUs that the containers name, if any does. Call it when the VM has booted or has
+    /// more of them.
+    pub(super) async fn pin_vcpus(&self) -> Result<(), SandboxError> {
+        let cpusets = self.cpusets.lock().await;
+        if cpus_of(&cpusets).is_some() { self.pin(&cpusets).await } else { Ok(()) }
+    }
+
+    async fn pin(&self, cpusets: &Cpusets) -> Result<(), SandboxError> {
+        // A VM that boots is pinned afterwards.
+        let Ok(vm) = self.live_vm() else { return Ok(()) };
+        let running = self.machine().map_or(1, |machine| machine.vcpus);
+        // A list that only the kernel can parse has restricted the cgroup.
+        let cpus = cpus_of(cpusets).and_then(|list| affinity::parse_list(&list));
+        Ok(vm.pin_vcpus(cpus.as_ref(), running as usize).await?)
     }
 }
 
-async fn update_in_guest(vm: &Vm, request: &UpdateTaskRequest) -> Result<(), SandboxError> {
-    vm.guest.task.update(vm.guest.context(), request).await?;
-    Ok(())
+fn replace(cpusets: &mut Cpusets, id: &str, named: Option<HostResources>) {
+    match named {
+        Some(named) => drop(cpusets.insert(id.to_owned(), named)),
+        None => drop(cpusets.remove(id)),
+    }
+}
+
+/// The CPUs that the containers name together.
+fn cpus_of(cpusets: &Cpusets) -> Option<String> {
+    together(cpusets.values().map(|named| named.cpus.as_ref()))
 }
 
 /// Applies one set, or returns why it is ignored. Without a value, the cgroup has what its parent has.
@@ -133,11 +124,32 @@ fn apply(cgroup: Option<&HostCgroup>, set: Cpuset, value: Option<String>) -> Res
         return Ok(None);
     };
     let field = set.field;
-    let Some(cgroup) = cgroup else {
-        return Ok(Some(format!("{field} {value:?}: ignored, because the sandbox has no cgroup on the host")));
+    let why = match cgroup.map(|cgroup| cgroup.set_cpuset(set, &value)).transpose()? {
+        Some(true) => return Ok(None),
+        Some(false) => "the sandbox's cgroup on the host has no cpuset controller, or was not created by husk",
+        None => "the sandbox has no cgroup on the host",
     };
-    let why = "ignored, because the sandbox's cgroup on the host has no cpuset controller, or was not created by husk";
-    Ok((!cgroup.set_cpuset(set, &value)?).then(|| format!("{field} {value:?}: {why}")))
+    let consequence = if set == CPUS {
+        // Nothing else checks the list.
+        affinity::check_list(&value).map_err(|why| CgroupError::NoCpus { field, value: value.clone(), why })?;
+        "restricts only the virtual CPUs"
+    } else {
+        "ignored"
+    };
+    Ok(Some(format!("{field} {value:?}: {consequence}, because {why}")))
+}
+
+/// Names the container's own value in an error about what the sandbox's containers name together.
+fn with_own_value(mut error: SandboxError, own: &HostResources) -> SandboxError {
+    if let SandboxError::Cgroup(CgroupError::Cpuset { field, value, .. } | CgroupError::NoCpus { field, value, .. }) =
+        &mut error
+    {
+        let named = if *field == CPUS.field { &own.cpus } else { &own.mems };
+        if let Some(named) = named {
+            value.clone_from(named);
+        }
+    }
+    error
 }
 
 #[cfg(test)]
@@ -167,9 +179,15 @@ mod tests {
     }
 
     #[test]
-    fn a_cpuset_without_a_cgroup_is_ignored_by_name() {
-        let ignored = apply(None, CPUS, Some("2-3".into())).unwrap().unwrap();
-        assert!(ignored.starts_with("linux.resources.cpu.cpus \"2-3\": ignored, because"), "{ignored}");
+    fn a_cpuset_without_a_cgroup_is_checked_or_ignored_by_name() {
+        let ignored = apply(None, CPUS, Some("0".into())).unwrap().unwrap();
+        assert!(ignored.starts_with("linux.resources.cpu.cpus \"0\": restricts only the virtual CPUs"), "{ignored}");
+        let ignored = apply(None, MEMS, Some("7".into())).unwrap().unwrap();
+        assert!(ignored.starts_with("linux.resources.cpu.mems \"7\": ignored, because"), "{ignored}");
         assert_eq!(apply(None, MEMS, None).unwrap(), None);
+        let wrong = apply(None, CPUS, Some("0,8191".into())).unwrap_err();
+        let own = HostResources { cpus: Some("8191".into()), mems: None };
+        let wrong = with_own_value(wrong, &own).to_string();
+        assert!(wrong.starts_with("linux.resources.cpu.cpus \"8191\": the host has no CPU 8191"), "{wrong}");
     }
 }

@@ -3,8 +3,9 @@
 
 use std::fs::{OpenOptions, Permissions};
 use std::io::Write;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
@@ -83,6 +84,7 @@ impl Sandbox {
         let network = self.network_namespace(&prepared).await?;
         let cgroup = self.host_cgroup(&prepared).await?;
         self.restrict_cpuset(&id, prepared.rewritten.host_resources.clone()).await?;
+        self.demand(&id, prepared.rewritten.demand);
         let holder = self.start_holder(Owner::Container(id.clone()), &id, network.clone()).await?;
         let subject = hooks::subject(&request, &prepared, holder.process().pid);
         let attachments = Attachments { network, cgroup: cgroup.clone(), ..Attachments::new(share.path().to_owned()) };
@@ -95,9 +97,11 @@ impl Sandbox {
         let (vm, mounted, hooked) =
             tokio::join!(self.ensure_vm(&prepared, attachments), self.mount(&share, &request, &prepared), hooked);
         let vm = vm?;
-        let places = mounted?;
+        self.pin_vcpus().await?;
+        let mut places = mounted?;
         self.lease_volumes(&id, &prepared.rewritten.binds).await;
         hooked?;
+        let below = std::mem::take(&mut places.below);
         prepared.rewritten.place(places);
         self.settle_share(&vm, &share).await?;
         self.watch_share(&vm, &share, &id).await?;
@@ -107,7 +111,7 @@ impl Sandbox {
         let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let guest_request = CreateTaskRequest {
             id: id.clone(),
-            bundle: self.put_bundle(&vm, &id, &prepared).await?,
+            bundle: self.put_bundle(&vm, &id, &prepared, below).await?,
             terminal: request.terminal,
             stdin,
             stdout,
@@ -175,12 +179,21 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Sends a container's spec to the guest and returns the path of the bundle there.
-    async fn put_bundle(&self, vm: &Vm, id: &str, prepared: &Prepared) -> Result<String, SandboxError> {
+    /// Sends a container's spec to the guest and returns the path of the bundle there. `below` is what the guest mounts
+    /// before.
+    async fn put_bundle(
+        &self,
+        vm: &Vm,
+        id: &str,
+        prepared: &Prepared,
+        below: Vec<PathBuf>,
+    ) -> Result<String, SandboxError> {
         let spec = serde_json::to_vec(&prepared.rewritten.spec)
             .map_err(|error| SandboxError::Internal(format!("encode the guest's spec: {error}")))?;
         let (sockets, relay_port) = self.sockets.add(id, &prepared.rewritten.sockets, &vm.guest)?;
-        let request = PutBundleRequest { id: id.to_owned(), spec, sockets, relay_port, ..Default::default() };
+        let mounts_below = below.into_iter().map(|path| path.into_os_string().into_vec()).collect();
+        let request =
+            PutBundleRequest { id: id.to_owned(), spec, sockets, relay_port, mounts_below, ..Default::default() };
         Ok(vm.guest.bundle.put(vm.guest.context(), &request).await?.path)
     }
 

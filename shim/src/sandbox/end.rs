@@ -72,6 +72,7 @@ impl Sandbox {
             Some(vm) => drop(tokio::spawn(self.clone().tear_down(vm, "the last container was deleted"))),
             None => {
                 self.release_share(id).await;
+                self.release_demand(id);
                 self.release_cpuset(id).await;
                 if let Err(error) = self.journal.undo(Owner::Container(id.to_owned())).await {
                     tracing::error!(container = id, error = %Chain(&error), "failed to undo all effects of the container");

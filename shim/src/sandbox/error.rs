@@ -11,7 +11,7 @@ use crate::rootfs::share::ShareError;
 use crate::state::StateError;
 use crate::stdio::StdioError;
 use crate::vm::cgroup::CgroupError;
-use crate::vm::{BootError, FollowError};
+use crate::vm::{AffinityError, BootError, FollowError};
 use husk_vsock::VsockError;
 
 /// Why a call failed.
@@ -73,6 +73,9 @@ pub(crate) enum SandboxError {
     /// The sandbox's cgroup on the host.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The CPUs of the host on which the virtual CPUs run.
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
     /// The process that represents the container on the host does not start.
     #[error("start the holder")]
     Holder(#[from] LaunchError),

@@ -14,6 +14,7 @@ mod hooks;
 mod managed;
 mod network;
 mod registry;
+mod resize;
 mod share;
 mod start;
 mod status;

@@ -16,6 +16,7 @@ use crate::forward::socket::Sockets;
 use crate::network::{Claim, PrivateNamespace};
 use crate::prepare::BootedWith;
 use crate::rootfs::share::Share;
+use crate::rootfs::spec::Demand;
 use crate::rootfs::spec::resources::HostResources;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
@@ -32,6 +33,9 @@ const SHUTDOWN_WAIT: Duration = Duration::from_secs(10);
 
 /// The resources of the host that each container names.
 pub(super) type Cpusets = BTreeMap<String, HostResources>;
+
+/// What each container requires of the VM's size.
+pub(super) type Demands = BTreeMap<String, Demand>;
 
 /// The outcome of a boot, shared by all containers that wait for it. `None` while the boot runs.
 pub(super) type Booting = watch::Receiver<Option<Result<Arc<Vm>, Arc<BootError>>>>;
@@ -90,6 +94,8 @@ pub(crate) struct Sandbox {
     pub(super) cgroup: tokio::sync::Mutex<Option<HostCgroup>>,
     /// The CPUs and memory nodes of the host that the containers name. Locked while the cgroup changes.
     pub(super) cpusets: tokio::sync::Mutex<Cpusets>,
+    /// What the containers require of the VM's size.
+    pub(super) demands: Mutex<Demands>,
     slots: Mutex<Slots>,
     /// True after everything has been cleaned up.
     pub(super) ended: watch::Sender<bool>,
@@ -110,6 +116,7 @@ impl Sandbox {
             watches: Watches::default(),
             cgroup: tokio::sync::Mutex::default(),
             cpusets: tokio::sync::Mutex::default(),
+            demands: Mutex::default(),
             slots: Mutex::new(Slots {
                 vm: VmSlot::Empty,
                 booted_with: BootedWith::default(),

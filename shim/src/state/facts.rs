@@ -25,6 +25,9 @@ pub struct MachineRecord {
     pub cid: u32,
     /// Virtual CPUs.
     pub vcpus: u32,
+    /// Virtual CPUs that it can have.
+    #[serde(default)]
+    pub max_vcpus: u32,
     /// Guest memory, MiB.
     pub memory_mib: u64,
     /// How guest instructions are executed.

@@ -10,6 +10,7 @@ use husk_protos::lock::lock;
 use serde_json::json;
 
 use super::error::StateError;
+use super::facts::MachineRecord;
 use super::life::{Life, VmState};
 use super::recent::{EventKind, Recent};
 use super::store::{Owner, State};
@@ -80,6 +81,19 @@ impl Journal {
     /// The transition is not allowed.
     pub(crate) fn set_vm_state_unsaved(&self, to: VmState, cause: &str) -> Result<(), StateError> {
         self.with(|state| self.enter(state, to, cause))
+    }
+
+    /// Changes what is recorded of the VM's machine, if there is one, and writes it to disk.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub(crate) fn change_machine(&self, change: impl FnOnce(&mut MachineRecord)) -> Result<(), StateError> {
+        self.with(|state| {
+            let Some(mut machine) = state.machine().cloned() else { return Ok(()) };
+            change(&mut machine);
+            state.set_machine(machine);
+            state.save()
+        })
     }
 
     /// Records that the VM is dead. The death of a VM that is not running, because it was stopped or has failed

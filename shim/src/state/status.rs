@@ -333,6 +333,7 @@ impl From<&MachineRecord> for MachineStatus {
             process,
             cid,
             vcpus,
+            max_vcpus: _,
             memory_mib,
             accel,
             board,

@@ -209,6 +209,7 @@ fn record_machine(
         process,
         cid,
         vcpus: spec.vcpus,
+        max_vcpus: spec.max_vcpus,
         memory_mib: spec.memory_mib,
         accel: format!("{:?}", spec.accel),
         board: vmm.board().to_owned(),

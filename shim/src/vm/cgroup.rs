@@ -60,6 +60,16 @@ pub enum CgroupError {
         /// The cause.
         source: io::Error,
     },
+    /// A list names CPUs that the host does not have.
+    #[error("{field} {value:?}: {why}")]
+    NoCpus {
+        /// The spec's field.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// The reason.
+        why: String,
+    },
     /// A cgroup that must exist does not.
     #[error("no cgroup of this name exists")]
     Absent,

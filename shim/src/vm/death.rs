@@ -100,6 +100,10 @@ mod tests {
             Err(crate::vmm::VmmError::NoSlot)
         }
 
+        async fn vcpu_threads(&self) -> Result<Vec<i32>, crate::vmm::VmmError> {
+            Ok(Vec::new())
+        }
+
         fn kill(&self) {
             self.0.kill();
         }

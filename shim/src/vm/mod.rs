@@ -14,9 +14,11 @@
 //! | `follow.rs`     | passes the namespace's changes on to the guest                             |
 //! | `connections.rs` | the status of its network                                                  |
 //! | `cgroup.rs`     | the host cgroup of the VM's processes                                      |
+//! | `affinity.rs`   | on which of the host's CPUs its virtual CPUs run                           |
 //! | `error.rs`      | why a VM did not boot                                                      |
 //! | `on_failure.rs` | undoing a step unless the boot succeeds                                    |
 
+pub(crate) mod affinity;
 mod boot;
 pub(crate) mod cgroup;
 mod connections;
@@ -32,6 +34,7 @@ mod ready;
 mod running;
 pub(crate) mod virtiofsd;
 
+pub use affinity::AffinityError;
 pub use error::BootError;
 pub use follow::FollowError;
 pub(crate) use open_files::OpenFiles;

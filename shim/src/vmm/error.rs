@@ -41,6 +41,14 @@ pub enum VmmError {
     /// A running machine has as many more network cards as it can be given.
     #[error("the machine has no slot left for a network card")]
     NoSlot,
+    /// A running machine does not say which threads execute its virtual CPUs.
+    #[error("query the virtual CPUs of {machine}")]
+    Vcpus {
+        /// The VMM.
+        machine: &'static str,
+        /// The VMM's error.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A running machine cannot be given another network card.
     #[error("plug a network card into {machine}")]
     Plug {

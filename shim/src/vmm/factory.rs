@@ -16,6 +16,15 @@ pub enum Board {
     Qemu(qemu::board::Board),
 }
 
+impl Board {
+    /// Whether machines have virtual CPUs to spare unless the configuration says otherwise.
+    pub(crate) fn has_spare_vcpus(self) -> bool {
+        match self {
+            Self::Qemu(board) => board.has_spare_vcpus(),
+        }
+    }
+}
+
 impl Default for Board {
     fn default() -> Self {
         Self::Qemu(qemu::board::Board::Microvm)

@@ -42,6 +42,10 @@ pub(crate) fn kernel_cmdline(guest: &GuestParams, platform: Platform, accel: Acc
     if accel != Accel::Kvm {
         words.extend(emulation(platform, accel, tsc_khz));
     }
+    if let Some(vcpus) = guest.vcpus {
+        // The init starts others on request.
+        words.push(format!("maxcpus={vcpus}"));
+    }
     if let Some(max) = guest.max_inodes {
         // From kernel-config/patches: without it, a guest that looks at many files drives virtiofsd into its limit.
         words.push(format!("virtiofs.max_inodes={max}"));
@@ -137,6 +141,7 @@ pub(crate) mod tests {
             extras: false,
             supervisor: false,
             sandbox: false,
+            vcpus: None,
             max_inodes: None,
             hostname: None,
             held_nics: Vec::new(),
@@ -175,9 +180,9 @@ pub(crate) mod tests {
             assert_eq!(kernel_cmdline(&guest(), platform, accel, tsc_khz), expected, "{platform:?} {accel:?}");
         }
         let held_nics = vec![[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 0xff]];
-        let guest = GuestParams { max_inodes: Some(10), held_nics, ..guest() };
+        let guest = GuestParams { vcpus: Some(2), max_inodes: Some(10), held_nics, ..guest() };
         let held = "virtio_net.held=02:00:00:00:00:01,02:00:00:00:00:ff";
-        let expected = format!("{START} virtiofs.max_inodes=10 {held} husk.log=warn husk.heartbeat_ms=10000");
+        let expected = format!("{START} maxcpus=2 virtiofs.max_inodes=10 {held} husk.log=warn husk.heartbeat_ms=10000");
         assert_eq!(kernel_cmdline(&guest, PLATFORM, Accel::Kvm, None), expected);
     }
 

@@ -62,6 +62,8 @@ pub struct GuestParams {
     pub supervisor: bool,
     /// The guest holds the namespaces of a sandbox without a pause container.
     pub sandbox: bool,
+    /// The virtual CPUs that the kernel starts, if it does not start all.
+    pub vcpus: Option<u32>,
     /// How many inodes of the share the guest caches at most.
     pub max_inodes: Option<u64>,
     /// The host name of the guest, if the sandbox has one.
@@ -81,8 +83,10 @@ pub struct Spec {
     pub name: String,
     /// How guest instructions are executed.
     pub accel: Accel,
-    /// Virtual CPUs, at least 1.
+    /// Virtual CPUs that the guest starts with, at least 1.
     pub vcpus: u32,
+    /// Virtual CPUs that the guest can have, at least as many. It starts those beyond `vcpus` on request.
+    pub max_vcpus: u32,
     /// Frequency of the host's time stamp counter, kHz, if known.
     pub tsc_khz: Option<u64>,
     /// Guest memory, MiB.
@@ -163,6 +167,14 @@ pub trait Machine: Send + Sync {
     ///
     /// The machine has no room left, or the VMM rejects the card or does not answer: the machine does not have it.
     async fn plug(&self, nic: NicEnd) -> Result<(), VmmError>;
+
+    /// The threads (TIDs) that execute the virtual CPUs, in the order in which the guest numbers them. Several virtual
+    /// CPUs may have the same. The VMM reports them: they may be no threads of the machine's process.
+    ///
+    /// # Errors
+    ///
+    /// The VMM rejects the query or does not answer.
+    async fn vcpu_threads(&self) -> Result<Vec<i32>, VmmError>;
 
     /// Kills the process.
     fn kill(&self);

@@ -15,6 +15,7 @@
 //! neither place a symbolic link where the host is about to mount something, nor move a folder with a mount. The mount
 //! has shared propagation, so that later mounts appear in virtiofsd's mount namespace, which is a slave of the shim's.
 
+use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -40,6 +41,10 @@ mod source;
 
 /// Name of the mount point in an entry for a container's root.
 const ROOTFS: &str = "rootfs";
+
+/// Most mounts below sources that the guest mounts before a container that needs them exists. Each takes a call to
+/// virtiofsd and some memory.
+const MAX_BELOW: usize = 256;
 
 /// Why the share, or a container's part of it, cannot be created.
 #[derive(Debug, thiserror::Error)]
@@ -217,40 +222,56 @@ impl Share {
         for (index, mount) in mounts.iter().enumerate() {
             mount_root(index, mount, &root)?;
         }
-        let mut places = Places { root: in_guest(number, ROOTFS), binds: Vec::new() };
+        let mut places = Places { root: in_guest(number, ROOTFS), binds: Vec::new(), below: Vec::new() };
         for entry in binds {
-            let number = self.add_bind(record, id, entry)?;
+            let (number, below) = self.add_bind(record, id, entry)?;
             if entry.watched {
                 lock(&self.entries).watch(number, &entry.source);
             }
-            places.binds.push((entry.index, in_guest(number, SHARE_SOURCE)));
+            let source = in_guest(number, SHARE_SOURCE);
+            places.below.extend(below.into_iter().map(|path| source.join(path)));
+            places.binds.push((entry.index, source));
+        }
+        let mut known = HashSet::new();
+        places.below.retain(|path| known.insert(path.clone()));
+        if places.below.len() > MAX_BELOW {
+            let more = places.below.len() - MAX_BELOW;
+            tracing::warn!(
+                container = id,
+                more,
+                "too many mounts below sources: some have the options of the mounts above"
+            );
+            places.below.truncate(MAX_BELOW);
         }
         Ok(places)
     }
 
-    /// Adds the source of a bind mount, unless it is there already. Returns its number.
-    fn add_bind(&self, record: OwnedRecorder<'_>, id: &str, entry: &Bind) -> Result<u64, ShareError> {
+    /// Adds the source of a bind mount, unless it is there already. Returns its number, and what is mounted below it if
+    /// the mount's options do not apply there.
+    fn add_bind(&self, record: OwnedRecorder<'_>, id: &str, entry: &Bind) -> Result<(u64, Vec<PathBuf>), ShareError> {
         let what = || format!("mounts[{}].source {:?}", entry.index, entry.source.display());
         let (file, source) = Source::open(entry).map_err(mount_error(what(), &self.dir))?;
+        let below = source.paths_below().filter(|_| entry.own_options).collect();
         let mut entries = lock(&self.entries);
         if let Some(number) = entries.reuse(&source, id, !entry.read_only) {
-            return Ok(number);
+            return Ok((number, below));
         }
         let number = entries.add_volume(source, entry.is_dir, id, !entry.read_only);
         make(self.steps(&number.to_string(), SHARE_SOURCE, entry.is_dir, 1), |steps| {
             record(&Owner::Volume(number), steps)
         })?;
         let target = self.dir.join(number.to_string()).join(SHARE_SOURCE);
-        let read_only = if entry.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+        let read_only = |restricted| if restricted { libc::MOUNT_ATTR_RDONLY } else { 0 };
         let propagation = if entry.follows_host { Propagation::Slave } else { Propagation::Private };
         let mount = || {
             let tree = DetachedTree::clone_of_file(&file, entry.recursive)?;
-            tree.restrict(read_only, propagation)?;
+            tree.restrict(read_only(entry.read_only_below), propagation)?;
+            tree.restrict_top(read_only(entry.read_only), propagation)?;
             tree.attach(&target)
         };
         mount().map_err(mount_error(what(), &target))?;
         entries.mounted(number);
-        Ok(number)
+        Ok((number, below))
     }
 
     /// The sources that a container uses and whose changes by the host its programs notice.

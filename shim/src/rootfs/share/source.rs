@@ -4,12 +4,13 @@
 //! every mount in the share. Two mounts of one folder are therefore two filesystems for the guest, between which locks,
 //! sockets, fifos and shared memory do not work. So sources that are the same share one mount.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::rootfs::spec::Bind;
 
@@ -22,9 +23,9 @@ pub(super) struct Source {
     flags: Vec<u8>,
     /// The mounts below the source.
     below: Vec<Below>,
-    /// Whether everything is read-only, if there are mounts below: each has flags of its own, so that a copy that has
-    /// been made read-only cannot be made writable again.
-    read_only: Option<bool>,
+    /// Whether what is mounted below has been made read-only. Each mount has flags of its own, so a copy of all of them
+    /// cannot be made as writable as the originals again.
+    read_only_below: bool,
     /// The host's mount whose later mounts appear.
     follows: Option<u64>,
 }
@@ -57,11 +58,16 @@ impl Source {
             device: metadata.dev(),
             inode: metadata.ino(),
             flags,
-            read_only: (!below.is_empty()).then_some(bind.read_only),
+            read_only_below: bind.read_only_below && !below.is_empty(),
             below,
             follows: bind.follows_host.then_some(mount),
         };
         Ok((file, source))
+    }
+
+    /// The paths from the source to what is mounted below it, outer mounts first.
+    pub(super) fn paths_below(&self) -> impl Iterator<Item = PathBuf> {
+        self.below.iter().map(|mount| unescaped(&mount.path))
     }
 }
 
@@ -98,6 +104,22 @@ fn escaped(path: &Path) -> Vec<u8> {
         }
     }
     escaped
+}
+
+/// Reverts [`escaped`].
+fn unescaped(path: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(path.len());
+    let mut rest = path;
+    while let [first, tail @ ..] = rest {
+        let octal = tail.get(..3).filter(|_| *first == b'\\').and_then(|digits| std::str::from_utf8(digits).ok());
+        let (byte, length) = match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => (byte, 4),
+            None => (*first, 1),
+        };
+        bytes.push(byte);
+        rest = &rest[length..];
+    }
+    OsString::from_vec(bytes).into()
 }
 
 /// A line of mountinfo. By hand, because paths need not be UTF-8.
@@ -141,5 +163,9 @@ mod tests {
         let paths = |folder| below(&mounts, Path::new(folder)).into_iter().map(|one| one.path).collect::<Vec<_>>();
         assert_eq!(paths("/"), [&b"data\\040x"[..], b"data\\040x/sub", b"data\\040xy", b"\xff"]);
         assert_eq!(paths("/data"), Vec::<Vec<u8>>::new());
+        for path in ["plain", "a b\tc\nd\\e", "\\"] {
+            assert_eq!(unescaped(&escaped(Path::new(path))), Path::new(path));
+        }
+        assert_eq!(unescaped(b"a\\04"), Path::new("a\\04"));
     }
 }

@@ -108,6 +108,8 @@ fn writable(index: usize, source: &Path) -> Bind {
         source: source.into(),
         is_dir: source.is_dir(),
         read_only: false,
+        read_only_below: false,
+        own_options: false,
         recursive: true,
         follows_host: false,
         watched: false,
@@ -115,7 +117,7 @@ fn writable(index: usize, source: &Path) -> Bind {
 }
 
 fn read_only(index: usize, source: &Path) -> Bind {
-    Bind { read_only: true, ..writable(index, source) }
+    Bind { read_only: true, own_options: true, ..writable(index, source) }
 }
 
 fn errno(result: io::Result<()>) -> Option<i32> {
@@ -190,23 +192,35 @@ fn a_guest_cannot_change_the_share_outside_of_the_containers_roots() {
 }
 
 #[test]
-fn a_read_only_bind_mount_is_read_only_for_the_server_with_everything_below() {
+fn a_read_only_bind_mount_is_read_only_for_the_server_and_below_it_only_if_recursive() {
     let mut fixture = Fixture::new();
     let (image, data) = (fixture.dir("image"), fixture.dir("data"));
     tmpfs(&data.join("sub"));
     let file = fixture.base.path().join("file");
     fs::write(&file, "text").unwrap();
     let flat = Bind { recursive: false, ..writable(3, &data) };
-    let binds = [read_only(7, &data), read_only(8, &file), writable(9, &data), flat];
-    let places = fixture.add("c1", &[], &image, &binds).unwrap().binds;
+    let recursive = Bind { read_only_below: true, ..read_only(7, &data) };
+    let binds = [recursive, read_only(8, &file), read_only(9, &data), flat];
+    let places = fixture.add("c1", &[], &image, &binds).unwrap();
+    let below = [0, 2].map(|index: usize| places.binds[index].1.join("sub"));
+    assert_eq!(places.below, below, "the guest mounts them before the containers' mounts");
+    let places = places.binds;
     assert_eq!(places.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [7, 8, 9, 3]);
     let write = |index: usize, path: &str| errno(fs::write(fixture.served(&places[index].1, path), "x"));
     assert_eq!(write(0, "new"), Some(libc::EROFS));
     assert_eq!(write(0, "sub/new"), Some(libc::EROFS));
     assert_eq!(write(1, ""), Some(libc::EROFS));
-    assert_eq!(write(2, "new"), None);
+    assert_eq!(write(2, "new"), Some(libc::EROFS));
     assert_eq!(write(2, "sub/new"), None);
     assert_eq!(write(3, "sub/flat"), None);
+    let writer = fixture.add("c2", &[], &image, &[writable(1, &data)]).unwrap();
+    assert_eq!(writer.binds[0].1, places[2].1, "one filesystem, whose options concern only its top");
+    assert_eq!(writer.below, [""; 0].map(PathBuf::from));
+    fixture.settle().unwrap();
+    let write = |index: usize, path: &str| errno(fs::write(fixture.served(&places[index].1, path), "x"));
+    assert_eq!((write(0, "new"), write(0, "sub/new")), (Some(libc::EROFS), Some(libc::EROFS)));
+    assert_eq!(write(2, "new"), None);
+    fixture.remove("c2");
     assert!(data.join("new").exists() && data.join("sub/new").exists());
     assert_eq!(fs::read_to_string(fixture.served(&places[1].1, "")).unwrap(), "text");
     fixture.remove("c1");
@@ -295,9 +309,10 @@ fn mounts_of_one_source_share_one_mount_that_is_writable_while_one_of_them_is() 
 
     assert_eq!(fixture.remove("c1"), [1, 2]);
     assert!(!fixture.served(&place, "").exists());
-    // With mounts below, each of which has flags of its own, writers get a mount of their own.
+    // With mounts below, each of which has flags of its own, recursively read-only mounts are separate.
     tmpfs(&data.join("sub"));
-    let below = binds(&mut fixture, "c3", &[read_only(1, &data), writable(2, &data), read_only(3, &data)]);
+    let recursive = Bind { read_only_below: true, ..read_only(2, &data) };
+    let below = binds(&mut fixture, "c3", &[read_only(1, &data), recursive, writable(3, &data)]);
     assert!(below[0] == below[2] && below[0] != below[1], "{below:?}");
     fixture.remove("c3");
     for path in [data.join("sub"), link] {

@@ -20,6 +20,8 @@ const PROPAGATIONS: [&str; 8] =
 /// The folders of the kubelet's volumes that it updates: the plugins' names, escaped.
 const UPDATED_VOLUMES: [&str; 4] =
     ["kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"];
+/// Options that restrict a mount, but not what is mounted below it. Options that recurse have other names.
+const OWN_OPTIONS: [&str; 7] = ["ro", "nosuid", "nodev", "noexec", "noatime", "nodiratime", "strictatime"];
 
 /// Filesystems that the guest's kernel can mount without the host.
 const KERNEL_FILESYSTEMS: [&str; 15] = [
@@ -49,8 +51,12 @@ pub(crate) struct Bind {
     pub(crate) source: PathBuf,
     /// A folder; otherwise a regular file.
     pub(crate) is_dir: bool,
-    /// The guest must not be able to write to the source or to anything mounted below it.
+    /// The guest must not be able to write to the source.
     pub(crate) read_only: bool,
+    /// Nor to anything that is mounted below it.
+    pub(crate) read_only_below: bool,
+    /// The mount has options that do not apply to what is mounted below it.
+    pub(crate) own_options: bool,
     /// Includes what is mounted below the source.
     pub(crate) recursive: bool,
     /// Later mounts of the host below the source appear in the container (slave propagation).
@@ -190,12 +196,16 @@ fn bind(index: usize, mount: &Mount, source: HostFile, context: &Context<'_>, fi
             "mounts[{index}].options {shared:?}: later mounts of the host appear in the container, but the container's mounts do not appear on the host"
         ));
     }
+    // Recursive options are applied last.
+    let recursively = last_of(&["rro", "rrw"]);
     Bind {
         index,
         watched: is_updated_by_kubelet(&source.path) || context.watch.contains(mount.destination()),
         source: source.path,
         is_dir: source.kind == FileKind::Dir,
-        read_only: last_of(&["ro", "rw"]) == Some("ro") || last_of(&["rro", "rrw"]) == Some("rro"),
+        read_only: matches!(recursively.or(last_of(&["ro", "rw"])), Some("ro" | "rro")),
+        read_only_below: recursively == Some("rro"),
+        own_options: last_of(&OWN_OPTIONS).is_some(),
         recursive: !options.iter().any(|o| o == "bind") || options.iter().any(|o| o == "rbind"),
         follows_host: matches!(propagation, Some("slave" | "rslave" | "shared" | "rshared")),
     }

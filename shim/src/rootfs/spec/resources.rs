@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::findings::Findings;
+use super::limits::Demand;
 use super::parse;
 
 /// Most characters of a value that a message shows.
@@ -133,6 +134,8 @@ pub(crate) struct Update {
     /// The JSON of the guest's `LinuxResources`.
     pub(crate) guest: Vec<u8>,
     pub(crate) host: HostResources,
+    /// The new limits that the VM must have room for.
+    pub(crate) demand: Demand,
     /// What was ignored, for the log.
     pub(crate) notes: Vec<String>,
 }
@@ -153,7 +156,7 @@ pub(crate) fn update(json: &[u8]) -> Result<Update, Vec<String>> {
         return Err(findings.problems.iter().map(ToString::to_string).collect());
     }
     let guest = serde_json::to_vec(&resources).map_err(invalid)?;
-    Ok(Update { guest, host, notes: findings.notes })
+    Ok(Update { guest, host, demand: Demand::of(&resources), notes: findings.notes })
 }
 
 /// Removes the fields that are not for the guest.

@@ -9,7 +9,7 @@ use super::context::Context;
 use super::devices::rewrite_devices;
 use super::findings::{Findings, SpecProblems};
 use super::host_hooks::{announced_links, take_host_hooks};
-use super::limits::{SpecLimits, limits};
+use super::limits::{Demand, SpecLimits, limits};
 use super::mounts::{Bind, HostMounts, SocketMount, in_share, is_cgroup_mount, rewrite_mounts};
 use super::namespaces::{self, Target};
 use super::resources::{HostResources, rewrite_resources};
@@ -55,6 +55,9 @@ pub(crate) struct Places {
     pub(crate) root: PathBuf,
     /// Index in the spec's mounts, and the source.
     pub(crate) binds: Vec<(usize, PathBuf)>,
+    /// What is mounted below sources, if the guest has to mount it before it mounts the source in the container: a
+    /// filesystem that the guest's kernel mounts when a path leads into it has the options of the mount above.
+    pub(crate) below: Vec<PathBuf>,
 }
 
 /// A spec for the guest, and what the host does for the container. It does not say where the files in the share are,
@@ -72,6 +75,8 @@ pub struct Rewritten {
     /// The cgroup that the spec names on the host.
     pub(crate) cgroups_path: Option<String>,
     pub(crate) limits: SpecLimits,
+    /// What the limits require of the VM's size.
+    pub(crate) demand: Demand,
     /// What the spec's resources require of the host.
     pub(crate) host_resources: HostResources,
     /// The network that the spec asks for.
@@ -146,6 +151,8 @@ impl Rewritten {
             source,
             is_dir: false,
             read_only: true,
+            read_only_below: false,
+            own_options: true,
             recursive: false,
             follows_host: false,
             watched: false,
@@ -184,7 +191,7 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     let announced_links = announced_links(&spec);
     match (rootfs, linux) {
         (Some(rootfs), Some(linux)) if findings.problems.is_empty() => {
-            let LinuxOfHost { cgroups_path, limits, host_resources, network } = linux;
+            let LinuxOfHost { cgroups_path, limits, demand, host_resources, network } = linux;
             Ok(Rewritten {
                 spec,
                 binds,
@@ -192,6 +199,7 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
                 rootfs,
                 cgroups_path,
                 limits,
+                demand,
                 host_resources,
                 network,
                 announced_links,
@@ -254,6 +262,7 @@ fn rewrite_root(spec: &mut Spec, context: &Context<'_>, findings: &mut Findings)
 struct LinuxOfHost {
     cgroups_path: Option<String>,
     limits: SpecLimits,
+    demand: Demand,
     host_resources: HostResources,
     network: NetworkRequest,
 }
@@ -270,6 +279,7 @@ fn rewrite_linux(
         return None;
     };
     let limits = limits(linux);
+    let demand = linux.resources().as_ref().map(Demand::of).unwrap_or_default();
     let cgroups_path = linux.cgroups_path().as_ref().map(|path| path.to_string_lossy().into_owned());
     linux.set_cgroups_path(Some([CONTAINERS_CGROUP, context.id].iter().collect()));
     if let Some(label) = linux.mount_label_mut().take() {
@@ -286,7 +296,7 @@ fn rewrite_linux(
     rewrite_devices(linux, findings);
     let host_resources =
         linux.resources_mut().as_mut().map(|resources| rewrite_resources(resources, findings)).unwrap_or_default();
-    Some(LinuxOfHost { cgroups_path, limits, host_resources, network })
+    Some(LinuxOfHost { cgroups_path, limits, demand, host_resources, network })
 }
 
 /// Rewrites the namespaces, and returns the network that they ask for.

@@ -102,7 +102,7 @@ fn the_share_decides_where_the_guest_finds_a_containers_files() {
     rewritten.add_file("/host/file".into(), Path::new("/etc/file"));
     let indexes: Vec<usize> = rewritten.binds.iter().map(|bind| bind.index).collect();
     let binds = indexes.iter().map(|index| (*index, format!("/share/{index}").into())).collect();
-    rewritten.place(Places { root: "/share/root".into(), binds });
+    rewritten.place(Places { root: "/share/root".into(), binds, below: Vec::new() });
     assert_eq!(rewritten.spec.root().as_ref().unwrap().path(), Path::new("/share/root"));
     let mounts = rewritten.spec.mounts().as_ref().unwrap();
     let placed: Vec<_> = mounts.iter().filter(|mount| mount.source().as_ref().unwrap().starts_with("/share")).collect();
@@ -170,9 +170,17 @@ fn bind_mounts_follow_their_options() {
         source: source.into(),
         is_dir,
         read_only,
+        read_only_below: false,
+        own_options: read_only,
         recursive,
         follows_host,
         watched: false,
+    };
+    let with_below = |read_only, read_only_below, own_options| Bind {
+        read_only,
+        read_only_below,
+        own_options,
+        ..bind("/srv/real", true, false, true, false)
     };
     for (mount, expected) in [
         (json!({"type": "bind", "source": "/etc/hosts"}), bind("/etc/hosts", false, false, true, false)),
@@ -182,8 +190,10 @@ fn bind_mounts_follow_their_options() {
         ),
         (json!({"type": "none", "source": "/link", "options": ["rbind"]}), bind("/srv/real", true, false, true, false)),
         (json!({"source": "/link", "options": ["bind", "ro"]}), bind("/srv/real", true, true, false, false)),
-        (json!({"source": "/link", "options": ["rbind", "rro"]}), bind("/srv/real", true, true, true, false)),
-        (json!({"source": "/link", "options": ["rbind", "ro", "rw"]}), bind("/srv/real", true, false, true, false)),
+        (json!({"source": "/link", "options": ["rbind", "rro"]}), with_below(true, true, false)),
+        (json!({"source": "/link", "options": ["rbind", "ro", "rrw"]}), with_below(false, false, true)),
+        (json!({"source": "/link", "options": ["rbind", "ro", "rw"]}), with_below(false, false, true)),
+        (json!({"source": "/link", "options": ["rbind", "noexec"]}), with_below(false, false, true)),
         (json!({"source": "/link", "options": ["rbind", "rslave"]}), bind("/srv/real", true, false, true, true)),
         (json!({"source": "/link", "options": ["rbind", "rshared"]}), bind("/srv/real", true, false, true, true)),
         (

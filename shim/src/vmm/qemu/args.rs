@@ -64,7 +64,7 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
         push(&["-icount", "shift=0,sleep=off"]);
     }
     push(&["-cpu", cpu(spec.accel)]);
-    push(&["-smp", &spec.vcpus.to_string()]);
+    push(&["-smp", &spec.max_vcpus.to_string()]);
     push(&["-m", &format!("{}M", spec.memory_mib)]);
     // vhost-user back ends map the guest's memory.
     let pages = if spec.hugepages { ",hugetlb=on" } else { "" };
@@ -176,6 +176,7 @@ pub(crate) mod tests {
             name: "husk-a,b".into(),
             accel: Accel::Tcg,
             vcpus: 2,
+            max_vcpus: 2,
             tsc_khz: None,
             memory_mib: 256,
             hugepages: false,
@@ -275,6 +276,7 @@ pub(crate) mod tests {
             ("no instruction count", |_, _| (), "-icount", &[]),
             ("instruction count", |spec, _| spec.accel = Accel::TcgCounted, "-icount", &["shift=0,sleep=off"]),
             ("vcpus", |_, _| (), "-smp", &["2"]),
+            ("spare vcpus", |spec, _| spec.max_vcpus = 5, "-smp", &["5"]),
             (
                 "the kernel's command line",
                 |spec, _| (spec.accel, spec.tsc_khz) = (Accel::Tcg, Some(2_400_000)),

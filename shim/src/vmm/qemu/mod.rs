@@ -17,6 +17,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
+use serde::Deserialize;
+use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
@@ -231,13 +233,7 @@ impl Machine for QemuMachine {
 
     async fn plug(&self, nic: NicEnd) -> Result<(), VmmError> {
         let failed = |source: qmp::QmpError| VmmError::Plug { machine: NAME, source: source.into() };
-        let mut connection = self.qmp.clone();
-        // The handshake has a deadline. If it fails, the sender is dropped.
-        let qmp = match connection.wait_for(Option::is_some).await {
-            Ok(qmp) => qmp.clone(),
-            Err(_) => None,
-        };
-        let qmp = qmp.ok_or_else(|| failed(qmp::QmpError::Closed))?;
+        let qmp = self.connection().await.map_err(failed)?;
         let slot = self.slots.take().ok_or(VmmError::NoSlot)?;
         let vhost = vhost(nic.taps.len(), self.accel);
         let card = plug::Card { mac: nic.mac, taps: nic.taps, vhost };
@@ -250,7 +246,56 @@ impl Machine for QemuMachine {
         })
     }
 
+    async fn vcpu_threads(&self) -> Result<Vec<i32>, VmmError> {
+        let threads = async {
+            let qmp = self.connection().await?;
+            let reply = qmp.execute("query-cpus-fast", json!({}), QMP_DEADLINE).await?;
+            threads(reply)
+        };
+        threads.await.map_err(|source| VmmError::Vcpus { machine: NAME, source: source.into() })
+    }
+
     fn kill(&self) {
         self.child.kill();
+    }
+}
+
+impl QemuMachine {
+    /// QMP, once it is connected.
+    async fn connection(&self) -> Result<Arc<qmp::Qmp>, qmp::QmpError> {
+        let mut connection = self.qmp.clone();
+        // The handshake has a deadline. If it fails, the sender is dropped.
+        let qmp = match connection.wait_for(Option::is_some).await {
+            Ok(qmp) => qmp.clone(),
+            Err(_) => None,
+        };
+        qmp.ok_or(qmp::QmpError::Closed)
+    }
+}
+
+/// A virtual CPU in the reply to `query-cpus-fast` (CpuInfoFast in QEMU's qapi/machine.json).
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct CpuInfo {
+    cpu_index: u32,
+    thread_id: i32,
+}
+
+fn threads(reply: Value) -> Result<Vec<i32>, qmp::QmpError> {
+    let mut cpus: Vec<CpuInfo> = serde_json::from_value(reply).map_err(std::io::Error::from)?;
+    cpus.sort_by_key(|cpu| cpu.cpu_index);
+    Ok(cpus.iter().map(|cpu| cpu.thread_id).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_are_in_the_order_of_the_virtual_cpus() {
+        let cpu =
+            |index, thread| json!({"cpu-index": index, "thread-id": thread, "qom-path": "/x", "target": "x86_64"});
+        assert_eq!(threads(json!([cpu(1, 70), cpu(0, 71)])).unwrap(), [71, 70]);
+        assert!(threads(json!([{"cpu-index": 0}])).is_err());
     }
 }

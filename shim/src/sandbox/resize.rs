@@ -1,0 +1,230 @@
+//! New limits for a running container: the host's part, the guest's, and the VM's size. A VM gets the virtual CPUs that
+//! the limits of its containers need together, as far as its machine has some to spare. It gets no more memory.
+
+use containerd_shim_protos::api::UpdateTaskRequest;
+use husk_protos::lock::lock;
+use husk_protos::system::InfoRequest;
+
+use crate::config::settings::GUEST_OVERHEAD_MIB;
+use crate::prepare::PrepareError;
+use crate::rootfs::spec::resources::HostResources;
+use crate::rootfs::spec::{Demand, resources};
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::registry::Sandbox;
+use crate::state::MachineRecord;
+use crate::vm::Vm;
+
+/// End of the type URL under which containerd sends the JSON of `LinuxResources`.
+const RESOURCES: &str = "/LinuxResources";
+
+impl Sandbox {
+    /// Records the limits of a container that is being created.
+    pub(super) fn demand(&self, id: &str, demand: Demand) {
+        lock(&self.demands).insert(id.to_owned(), demand);
+    }
+
+    /// Forgets the limits of a container.
+    pub(super) fn release_demand(&self, id: &str) {
+        lock(&self.demands).remove(id);
+    }
+
+    /// Changes a container's limits: the host's part, and the guest's. If it fails, no limit changes; the VM keeps the
+    /// virtual CPUs that it may have got.
+    pub(crate) async fn update(&self, mut request: UpdateTaskRequest) -> Result<(), SandboxError> {
+        let vm = self.vm_of(&request.id)?;
+        let Some(given) = request.resources.as_mut().filter(|given| given.type_url.ends_with(RESOURCES)) else {
+            // The guest rejects it with what it is.
+            return update_in_guest(&vm, &request).await;
+        };
+        let id = request.id.clone();
+        let invalid = |problems: Vec<String>| {
+            PrepareError(problems.into_iter().map(|problem| format!("update {id}: {problem}")).collect())
+        };
+        let update = resources::update(&given.value).map_err(invalid)?;
+        for note in update.notes {
+            tracing::info!(container = id, note, "ignored part of an update");
+        }
+        given.value = update.guest;
+        let before = self.demand_of(&id, update.demand).map_err(invalid)?;
+        let updated = self.update_both(&vm, &request, update.host).await;
+        if updated.is_err() {
+            self.demand(&id, before);
+        }
+        updated
+    }
+
+    /// Changes the limits on the host and in the guest.
+    async fn update_both(&self, vm: &Vm, request: &UpdateTaskRequest, host: HostResources) -> Result<(), SandboxError> {
+        self.add_vcpus(vm).await?;
+        if host == HostResources::default() {
+            return update_in_guest(vm, request).await;
+        }
+        let id = &request.id;
+        let before = self.cpuset_of(id).await;
+        self.restrict_cpuset(id, host).await?;
+        let updated = update_in_guest(vm, request).await;
+        if updated.is_err() {
+            self.restore_cpuset(id, before).await;
+        }
+        updated
+    }
+
+    /// Reserves room in the VM for a container's new limits, and returns the old ones.
+    fn demand_of(&self, id: &str, new: Demand) -> Result<Demand, Vec<String>> {
+        let machine = self.machine();
+        let mut demands = lock(&self.demands);
+        let before = demands.get(id).copied().unwrap_or_default();
+        let after = before.updated(new);
+        let others = demands.iter().filter(|(other, _)| *other != id).map(|(_, demand)| *demand);
+        let problems = machine.map(|machine| beyond(before, after, others, &machine)).unwrap_or_default();
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        demands.insert(id.to_owned(), after);
+        Ok(before)
+    }
+
+    /// Gives the guest the virtual CPUs that its containers' limits need together.
+    async fn add_vcpus(&self, vm: &Vm) -> Result<(), SandboxError> {
+        let Some(machine) = self.machine() else { return Ok(()) };
+        let needed: u64 =
+            lock(&self.demands).values().filter_map(|demand| demand.milli_cpus()).fold(0, u64::saturating_add);
+        let needed = u32::try_from(needed.div_ceil(1000)).unwrap_or(u32::MAX).min(machine.max_vcpus);
+        if needed <= machine.vcpus {
+            return Ok(());
+        }
+        // One at a time: the guest serves nothing else meanwhile.
+        for number in machine.vcpus..needed {
+            let start = InfoRequest { start_cpu: number, ..Default::default() };
+            vm.guest.system.info(vm.guest.context(), &start).await?;
+            self.journal.change_machine(|machine| machine.vcpus = machine.vcpus.max(number + 1))?;
+        }
+        tracing::info!(from = machine.vcpus, to = needed, "the guest has got virtual CPUs");
+        self.pin_vcpus().await
+    }
+
+    /// The VM's machine, as far as it is known.
+    pub(super) fn machine(&self) -> Option<MachineRecord> {
+        let machine = self.journal.with(|state| Ok(state.machine().cloned())).ok().flatten()?;
+        Some(MachineRecord { max_vcpus: machine.max_vcpus.max(machine.vcpus), ..machine })
+    }
+}
+
+async fn update_in_guest(vm: &Vm, request: &UpdateTaskRequest) -> Result<(), SandboxError> {
+    vm.guest.task.update(vm.guest.context(), request).await?;
+    Ok(())
+}
+
+/// What of a container's limits the VM has no room for, beside those of its other containers. A limit that does not grow
+/// is accepted: it is not worse than before.
+fn beyond(
+    before: Demand,
+    after: Demand,
+    others: impl Iterator<Item = Demand> + Clone,
+    machine: &MachineRecord,
+) -> Vec<String> {
+    let mut problems = Vec::new();
+    let grows = |before: Option<u64>, after: u64| before.is_none_or(|before| after > before);
+    if let Some(limit) = after.memory().filter(|&limit| grows(before.memory(), limit)) {
+        let others = others.clone().filter_map(Demand::memory).fold(0, u64::saturating_add);
+        let room = machine.memory_mib.saturating_sub(GUEST_OVERHEAD_MIB) << 20;
+        if limit.saturating_add(others) > room {
+            problems.push(format!(
+                "linux.resources.memory.limit {limit:?}: the VM ({}) has {} MiB, of which {GUEST_OVERHEAD_MIB} MiB are for \
+                 the guest itself and {} MiB for the sandbox's other containers, and it cannot grow: create the sandbox \
+                 anew, or with a larger memory_mib",
+                machine.board,
+                machine.memory_mib,
+                others >> 20,
+            ));
+        }
+    }
+    if let Some(milli) = after.milli_cpus().filter(|&milli| grows(before.milli_cpus(), milli)) {
+        let others = others.filter_map(Demand::milli_cpus).fold(0, u64::saturating_add);
+        if milli.saturating_add(others) > u64::from(machine.max_vcpus) * 1000 {
+            problems.push(format!(
+                "linux.resources.cpu.quota {:?}: means {} CPUs, and the sandbox's other containers have {}, but the VM ({}) \
+                 has {} virtual CPUs and can have at most {}: create the sandbox anew, or with more max_vcpus",
+                after.quota().unwrap_or_default(),
+                decimal(milli),
+                decimal(others),
+                machine.board,
+                machine.vcpus,
+                machine.max_vcpus,
+            ));
+        }
+    }
+    problems
+}
+
+/// Thousandths as a decimal number.
+fn decimal(milli: u64) -> String {
+    let text = format!("{}.{:03}", milli / 1000, milli % 1000);
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::host::process::ProcessId;
+
+    fn machine(vcpus: u32, max_vcpus: u32, memory_mib: u64) -> MachineRecord {
+        let process = ProcessId { pid: 1, start_time: 1 };
+        let machine = json!({
+            "process": process, "cid": 3, "vcpus": vcpus, "max_vcpus": max_vcpus, "memory_mib": memory_mib, "accel": "Tcg",
+            "board": "Microvm", "kernel_file": "/k", "initrd_file": "/i", "kernel": null, "init": null,
+        });
+        serde_json::from_value(machine).unwrap()
+    }
+
+    fn demand(resources: &Value) -> Demand {
+        resources::update(&serde_json::to_vec(resources).unwrap()).unwrap().demand
+    }
+
+    #[test]
+    fn limits_beyond_the_vm_are_rejected_by_field_and_value_with_the_vms_size() {
+        let mib = |mib: i64| json!({"memory": {"limit": mib << 20}});
+        let cpus = |quota: i64| json!({"cpu": {"quota": quota, "period": 100_000}});
+        let memory = |limit: i64, others: i64| {
+            format!(
+                "linux.resources.memory.limit {}: the VM (Microvm) has 512 MiB, of which 128 MiB are for the guest itself and \
+                 {others} MiB for the sandbox's other containers, and it cannot grow: ",
+                limit << 20
+            )
+        };
+        let quota = |quota: i64, means: &str, others: &str| {
+            format!(
+                "linux.resources.cpu.quota {quota}: means {means} CPUs, and the sandbox's other containers have {others}, but \
+                 the VM (Microvm) has 1 virtual CPUs and can have at most 3: "
+            )
+        };
+        for (before, new, others, expected) in [
+            (json!({}), mib(384), vec![], None),
+            (json!({}), mib(385), vec![], Some(memory(385, 0))),
+            (mib(64), mib(300), vec![mib(84)], None),
+            (mib(64), mib(301), vec![mib(83), mib(1)], Some(memory(301, 84))),
+            // It was created so.
+            (mib(1000), mib(1000), vec![], None),
+            (mib(1000), mib(900), vec![], None),
+            (mib(1000), mib(1001), vec![], Some(memory(1001, 0))),
+            (mib(64), mib(-1), vec![], None),
+            (mib(64), json!({"pids": {"limit": 3}}), vec![mib(900)], None),
+            (json!({}), cpus(300_000), vec![], None),
+            (json!({}), cpus(300_001), vec![], Some(quota(300_001, "3.001", "0"))),
+            (cpus(50_000), cpus(250_000), vec![cpus(150_000)], Some(quota(250_000, "2.5", "1.5"))),
+            (cpus(50_000), cpus(-1), vec![], None),
+        ] {
+            let before = demand(&before);
+            let others: Vec<_> = others.iter().map(demand).collect();
+            let problems = beyond(before, before.updated(demand(&new)), others.into_iter(), &machine(1, 3, 512));
+            assert_eq!(problems.len(), usize::from(expected.is_some()), "{new}: {problems:?}");
+            if let (Some(problem), Some(expected)) = (problems.first(), expected) {
+                assert!(problem.starts_with(&expected), "{problem}\n{expected}");
+            }
+        }
+        let both = json!({"memory": {"limit": 1_i64 << 40}, "cpu": {"quota": 900_000}});
+        assert_eq!(beyond(Demand::default(), demand(&both), [].into_iter(), &machine(1, 1, 512)).len(), 2);
+    }
+}
