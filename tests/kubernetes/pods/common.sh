@@ -30,3 +30,12 @@ fetch() {
     python3 -c 'import sys, urllib.request as u
 print(u.build_opener(u.ProxyHandler({})).open(sys.argv[1], timeout=20).read().decode().strip())' "$1"
 }
+# until_true COMMAND... repeats a command until it succeeds, for what no `kubectl wait` reports.
+until_true() {
+    tries=0
+    until "$@"; do
+        tries=$((tries + 1))
+        [ $tries -lt 240 ] || { echo "failed for two minutes: $*" >&2; return 1; }
+        sleep 0.5
+    done
+}

@@ -14,6 +14,7 @@ containers:
 volumes: [{name: files, hostPath: {path: $FILES}}]
 END
 await condition=Ready
-until [ -e "$FILES/quick" ] && [ -e "$FILES/stubborn" ]; do sleep 0.1; done
+until_true test -e "$FILES/quick"
+until_true test -e "$FILES/stubborn"
 kubectl delete pod "$POD" --timeout=120s
 cat "$FILES/quick" "$FILES/stubborn"

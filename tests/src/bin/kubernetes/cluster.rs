@@ -18,20 +18,16 @@ const START: Duration = Duration::from_secs(300);
 /// Deadline for one kubectl call that does not wait for a pod.
 const CALL: Duration = Duration::from_secs(60);
 
-/// What the kubelet sets for the whole machine.
-const SYSCTLS: [&str; 6] = [
-    "vm/overcommit_memory",
-    "vm/panic_on_oom",
-    "kernel/panic",
-    "kernel/panic_on_oops",
-    "kernel/keys/root_maxkeys",
-    "kernel/keys/root_maxbytes",
-];
-
-/// The kubelet writes to folders of the machine at fixed paths. It does not make its root cgroup.
+/// The kubelet writes to folders of the machine at fixed paths, and sets sysctls of the machine: here it writes to files
+/// that hide them. It does not make its root cgroup.
 const PREPARE: &str = r#"set -e
 mount -t tmpfs tmpfs /var/log
 mkdir -p /run/node/pki /run/node/manifests /run/node/volumes
+for name in vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oops kernel/keys/root_maxkeys kernel/keys/root_maxbytes; do
+  file=/run/node/sysctl-$(basename $name)
+  cat /proc/sys/$name >$file
+  mount --bind $file /proc/sys/$name
+done
 if [ -e /sys/fs/cgroup/cgroup.procs ]; then roots=/sys/fs/cgroup; else roots=$(echo /sys/fs/cgroup/*); fi
 for root in $roots; do
   mkdir -p $root/GROUP
@@ -98,7 +94,6 @@ pub struct Cluster {
     node: Node,
     bin: PathBuf,
     daemons: Vec<Child>,
-    sysctls: Vec<(PathBuf, String)>,
 }
 
 /// The programs of a minor version of Kubernetes.
@@ -116,9 +111,7 @@ impl Cluster {
     pub fn start(version: &str, folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
         let node = Node::start(&folder.join("containerd.log"))?;
-        let sysctls = SYSCTLS.iter().map(|name| Path::new("/proc/sys").join(name));
-        let sysctls = sysctls.filter_map(|path| fs::read_to_string(&path).ok().map(|value| (path, value))).collect();
-        let mut cluster = Self { node, bin: bin(version), daemons: Vec::new(), sysctls };
+        let mut cluster = Self { node, bin: bin(version), daemons: Vec::new() };
         // Whatever has this name goes with the machine's containerd.
         let group = format!("kubelet-{}", cluster.node.token());
         cluster.sh(&PREPARE.replace("GROUP", &group), CALL)?.ok()?;
@@ -227,10 +220,6 @@ impl Drop for Cluster {
         for daemon in &mut self.daemons {
             // It has been killed: there is no other result.
             let _ = daemon.wait();
-        }
-        for (path, value) in &self.sysctls {
-            // As it was read there.
-            let _ = fs::write(path, value);
         }
     }
 }

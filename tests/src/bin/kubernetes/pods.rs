@@ -70,7 +70,7 @@ fn run_one(
     let deleted = cluster.sh(&format!("kubectl delete pod {pod} --ignore-not-found --timeout=120s"), DEADLINE)?.ok();
     let (printed, why) = match ran {
         Ok(output) if output.code() == 0 => (Some(output.text().replace(&pod, "POD").replace(class, "CLASS")), None),
-        Ok(output) => (None, Some(format!("{output}"))),
+        Ok(output) => (None, Some(format!("exit code {}: {} {}", output.code(), output.errors(), output.text()))),
         Err(error) => (None, Some(format!("{error:#}"))),
     };
     let why =
