@@ -49,5 +49,5 @@ port=${line#*:} port=${port%% *}
 echo "port-forward: $(fetch "http://127.0.0.1:$port/")"
 kill $!
 echo "host name: $(inside box hostname)"
-echo "DNS: $(inside box 'cat /etc/resolv.conf')"
+echo "DNS: $(inside box 'sort /etc/resolv.conf')"
 echo "hosts: $(inside box 'grep -c $(hostname) /etc/hosts')"

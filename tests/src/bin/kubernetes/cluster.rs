@@ -23,7 +23,8 @@ const CALL: Duration = Duration::from_secs(60);
 const PREPARE: &str = r#"set -e
 mount -t tmpfs tmpfs /var/log
 mkdir -p /run/node/pki /run/node/manifests /run/node/volumes
-for name in vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oops kernel/keys/root_maxkeys kernel/keys/root_maxbytes; do
+for name in vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oops \
+    kernel/keys/root_maxkeys kernel/keys/root_maxbytes; do
   file=/run/node/sysctl-$(basename $name)
   cat /proc/sys/$name >$file
   mount --bind $file /proc/sys/$name
