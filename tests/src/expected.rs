@@ -82,6 +82,11 @@ impl Expected {
         for change in &changes {
             writeln!(out, "  {change}")?;
         }
+        for name in names.iter().filter(|name| changes.iter().any(|change| change.starts_with(&format!("{name}: ")))) {
+            if let Some(why) = why(name).filter(|why| !why.is_empty()) {
+                writeln!(out, "\n{name}: {why}")?;
+            }
+        }
         writeln!(
             out,
             "\nMend what has become worse. If the change is right, run `{command} -- --update`, with the same arguments, \

@@ -23,8 +23,8 @@ pub const SOCKET: &str = "/run/node/containerd.sock";
 pub const NRI: &str = "/run/node/nri.sock";
 /// Deadline for containerd to become ready.
 const START: Duration = Duration::from_secs(60);
-/// How long shims may take to end after the call that ended their last container.
-const SETTLE: Duration = Duration::from_secs(15);
+/// How long the kubelet, containerd and the shims may clean up after the last pod.
+const SETTLE: Duration = Duration::from_secs(30);
 /// The cgroup that the CRI plugin makes for pods without a parent cgroup.
 const CGROUP: &str = "k8s.io";
 
@@ -188,24 +188,33 @@ impl Node {
         self.machine.containerd().token()
     }
 
-    /// Kills everything that runs on the node.
+    /// Kills everything that runs on the node: the kernel kills a PID namespace with its process 1.
     pub fn kill(&self) {
-        self.processes().iter().for_each(Process::kill);
+        if let Some(first) = Process::read(self.machine.containerd().pid()) {
+            first.kill();
+        }
     }
 
     fn processes(&self) -> Vec<Process> {
         process::descendants(self.machine.containerd().pid())
     }
 
-    /// What pods have left on the node, one thing per line.
+    /// What pods have left on the node, one thing per line, when containerd and the shims have had time to clean up.
     pub fn left(&self) -> Result<String> {
-        let ended = || (self.processes().len() <= self.idle).then_some(());
-        let settled = command::wait_for(SETTLE, "the shims have ended", ended);
+        let mut left = Ok(String::new());
+        let clean = command::wait_for(SETTLE, "nothing is left", || {
+            left = self.leftovers();
+            left.as_ref().is_ok_and(String::is_empty).then_some(())
+        });
+        // A timeout is a result here: what is left.
+        clean.map_or(left, |()| Ok(String::new()))
+    }
+
+    fn leftovers(&self) -> Result<String> {
         let mut left = self.machine.containerd().sh(LEFT)?.text();
-        if settled.is_err() {
-            for process in self.processes() {
-                left += &format!("\n{} {}", process.pid, process.command);
-            }
+        let processes = self.processes();
+        if processes.len() > self.idle {
+            processes.iter().for_each(|process| left += &format!("\n{} {}", process.pid, process.command));
         }
         Ok(left)
     }
@@ -213,7 +222,7 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        // containerd runs in the machine's PID namespace, which ends only afterwards.
+        // containerd runs in the machine's PID namespace, which would end only afterwards.
         self.kill();
         // It has been killed: there is no other result.
         let _ = self.daemon.wait();
