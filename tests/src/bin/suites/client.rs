@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use husk_tests::registry::{Images, serve};
+use husk_tests::table::{Results, Verdict};
 
 use crate::place::{Place, bin, suites};
-use crate::registry::{Images, serve};
-use crate::table::{Results, Verdict};
 
 /// Deadline for one test. VMs are emulated where the machine has no KVM.
 const DEADLINE: Duration = Duration::from_secs(300);

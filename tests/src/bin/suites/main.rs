@@ -13,11 +13,7 @@ mod client;
 #[cfg(not(target_env = "musl"))]
 mod place;
 #[cfg(not(target_env = "musl"))]
-mod registry;
-#[cfg(not(target_env = "musl"))]
 mod run;
-#[cfg(not(target_env = "musl"))]
-mod table;
 #[cfg(not(target_env = "musl"))]
 mod validation;
 

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use husk_tests::table::{Results, Verdict};
 
 use crate::adapter;
 use crate::place::{Place, bin, suites};
-use crate::table::{Results, Verdict};
 
 /// Deadline for one program. `linux_cgroups_cpus` runs 16 containers one after the other.
 const DEADLINE: Duration = Duration::from_secs(900);

@@ -24,7 +24,7 @@ pub struct Images {
 }
 
 impl Images {
-    /// Reads the folder that `tests/setup-suites` made.
+    /// Reads a folder of images: `tests/suites/images/build` and `tests/kubernetes/images/build` make one.
     pub fn open(folder: &Path) -> Result<Self> {
         let list = folder.join("tags");
         let text = fs::read_to_string(&list).with_context(|| format!("read {}", list.display()))?;

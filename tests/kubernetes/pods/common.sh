@@ -1,0 +1,41 @@
+# Functions of the scripts in this folder. Each prints what must be the same under runc and under husk, for the pod named
+# $POD with the RuntimeClass $CLASS on $NODE. It ends at the first command that fails. The pod is deleted afterwards.
+
+BUSYBOX=registry.k8s.io/e2e-test-images/busybox:1.29-2
+NGINX=registry.k8s.io/e2e-test-images/nginx:1.14-2
+# Files of the node, for this pod.
+FILES=/run/node/files/$POD
+mkdir -p "$FILES"
+
+# pod creates the pod; its spec, in YAML, comes from stdin. Without a request, the pod's share of a busy machine's CPUs
+# would be next to nothing.
+pod() {
+    {
+        printf 'apiVersion: v1\nkind: Pod\nmetadata: {name: %s, labels: {app: test}, annotations: {color: green}}\n' "$POD"
+        printf 'spec:\n  runtimeClassName: %s\n  nodeName: %s\n  resources: {requests: {cpu: 500m}}\n' "$CLASS" "$NODE"
+        sed 's/^/  /'
+    } | kubectl apply -f - >/dev/null
+}
+# await CONDITION, as `kubectl wait --for` takes it.
+await() { kubectl wait --for="$1" "pod/$POD" --timeout=240s >/dev/null; }
+# get JSONPATH prints a part of the pod.
+get() {
+    kubectl get pod "$POD" -o jsonpath="$1"
+    echo
+}
+# inside CONTAINER SCRIPT runs a script in a container.
+inside() { kubectl exec "$POD" -c "$1" -- sh -c "$2"; }
+# fetch URL
+fetch() {
+    python3 -c 'import sys, urllib.request as u
+print(u.build_opener(u.ProxyHandler({})).open(sys.argv[1], timeout=20).read().decode().strip())' "$1"
+}
+# until_true COMMAND... repeats a command until it succeeds, for what no `kubectl wait` reports.
+until_true() {
+    tries=0
+    until "$@"; do
+        tries=$((tries + 1))
+        [ $tries -lt 240 ] || { echo "failed for two minutes: $*" >&2; return 1; }
+        sleep 0.5
+    done
+}

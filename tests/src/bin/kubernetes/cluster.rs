@@ -1,0 +1,226 @@
+//! A control plane of one node: etcd, kube-apiserver and kubelet, without a scheduler and controllers. Pods name their
+//! node; the objects that controllers would make are made at the start.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use husk_tests::command::{self, Output};
+
+use crate::node::{self, Node};
+
+/// The node's name.
+pub const NODE: &str = "node";
+/// Deadline for the API server, and then for the kubelet, to become ready.
+const START: Duration = Duration::from_secs(300);
+/// Deadline for one kubectl call that does not wait for a pod.
+const CALL: Duration = Duration::from_secs(60);
+
+/// The kubelet writes to folders of the machine at fixed paths, and sets sysctls of the machine: here it writes to files
+/// that hide them. It does not make its root cgroup.
+const PREPARE: &str = r#"set -e
+mount -t tmpfs tmpfs /var/log
+mkdir -p /run/node/pki /run/node/manifests /run/node/volumes
+for name in vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oops \
+    kernel/keys/root_maxkeys kernel/keys/root_maxbytes; do
+  file=/run/node/sysctl-$(basename $name)
+  cat /proc/sys/$name >$file
+  mount --bind $file /proc/sys/$name
+done
+if [ -e /sys/fs/cgroup/cgroup.procs ]; then roots=/sys/fs/cgroup; else roots=$(echo /sys/fs/cgroup/*); fi
+for root in $roots; do
+  mkdir -p $root/GROUP
+  # In version 1, an empty cpuset takes no processes.
+  for file in cpuset.cpus cpuset.mems; do
+    [ ! -e $root/$file ] || cat $root/$file >$root/GROUP/$file
+  done
+done
+openssl genrsa -out /run/node/pki/sa.key 2048 2>/dev/null
+cat >/run/node/tokens.csv <<END
+admintoken,admin,admin,system:masters
+kubelettoken,system:node:node,kubelet,system:nodes
+END
+for user in admin kubelet; do
+cat >/run/node/$user.conf <<END
+apiVersion: v1
+kind: Config
+clusters: [{name: c, cluster: {server: "https://127.0.0.1:6443", insecure-skip-tls-verify: true}}]
+users: [{name: u, user: {token: ${user}token}}]
+contexts: [{name: c, context: {cluster: c, user: u}}]
+current-context: c
+END
+done
+cat >/run/node/kubelet.yaml <<END
+kind: KubeletConfiguration
+apiVersion: kubelet.config.k8s.io/v1beta1
+failCgroupV1: false
+cgroupDriver: cgroupfs
+cgroupRoot: /GROUP
+enforceNodeAllocatable: []
+failSwapOn: false
+oomScoreAdj: 0
+staticPodPath: /run/node/manifests
+volumePluginDir: /run/node/volumes
+clusterDNS: ["10.96.0.10"]
+clusterDomain: cluster.local
+resolvConf: ""
+imageGCHighThresholdPercent: 100
+imageGCLowThresholdPercent: 99
+evictionHard: {memory.available: "50Mi"}
+configMapAndSecretChangeDetectionStrategy: Watch
+syncFrequency: 5s
+authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+containerRuntimeEndpoint: unix:///run/node/containerd.sock
+END
+"#;
+
+/// The objects that tests need.
+const OBJECTS: &str = r#"
+{"kind": "List", "apiVersion": "v1", "items": [
+  {"kind": "RuntimeClass", "apiVersion": "node.k8s.io/v1", "metadata": {"name": "runc"}, "handler": "runc"},
+  {"kind": "RuntimeClass", "apiVersion": "node.k8s.io/v1", "metadata": {"name": "husk"}, "handler": "husk",
+   "overhead": {"podFixed": {"memory": "160Mi", "cpu": "250m"}}},
+  {"kind": "RuntimeClass", "apiVersion": "node.k8s.io/v1", "metadata": {"name": "husk-shim"}, "handler": "husk-shim",
+   "overhead": {"podFixed": {"memory": "160Mi", "cpu": "250m"}}},
+  {"kind": "ServiceAccount", "apiVersion": "v1", "metadata": {"name": "default", "namespace": "default"}},
+  {"kind": "ConfigMap", "apiVersion": "v1", "metadata": {"name": "kube-root-ca.crt", "namespace": "default"},
+   "data": {"ca.crt": "none"}}
+]}"#;
+
+/// A running cluster. It ends with everything in it when it is dropped.
+pub struct Cluster {
+    node: Node,
+    bin: PathBuf,
+    daemons: Vec<Child>,
+}
+
+/// The programs of a minor version of Kubernetes.
+fn bin(version: &str) -> PathBuf {
+    node::folder().join(version)
+}
+
+/// What must exist before a cluster can start.
+pub fn needs(version: &str) -> [PathBuf; 3] {
+    [bin(version).join("kubelet"), bin(version).join("kube-apiserver"), node::bin().join("etcd")]
+}
+
+impl Cluster {
+    /// Starts one with this minor version of Kubernetes. The daemons write their logs to `folder`.
+    pub fn start(version: &str, folder: &Path) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+        let node = Node::start(&folder.join("containerd.log"))?;
+        let mut cluster = Self { node, bin: bin(version), daemons: Vec::new() };
+        // Whatever has this name goes with the machine's containerd.
+        let group = format!("kubelet-{}", cluster.node.token());
+        cluster.sh(&PREPARE.replace("GROUP", &group), CALL)?.ok()?;
+        cluster.control_plane(folder)?;
+        cluster.apply(OBJECTS)?;
+        cluster.kubelet(folder)?;
+        cluster.node.mark_idle();
+        Ok(cluster)
+    }
+
+    fn control_plane(&mut self, folder: &Path) -> Result<()> {
+        let etcd = node::bin().join("etcd");
+        let client = "http://127.0.0.1:2379";
+        let words = ["--data-dir", "/run/node/etcd", "--listen-client-urls", client, "--advertise-client-urls", client];
+        self.spawn(&etcd, &[&words[..], &["--listen-peer-urls", "http://127.0.0.1:2380"]].concat(), folder)?;
+        let words = [
+            "--etcd-servers=http://127.0.0.1:2379",
+            "--cert-dir=/run/node/pki",
+            "--secure-port=6443",
+            "--bind-address=127.0.0.1",
+            "--advertise-address=192.0.2.1",
+            "--service-account-key-file=/run/node/pki/sa.key",
+            "--service-account-signing-key-file=/run/node/pki/sa.key",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            "--token-auth-file=/run/node/tokens.csv",
+            "--authorization-mode=AlwaysAllow",
+            "--service-cluster-ip-range=10.96.0.0/16",
+            "--allow-privileged",
+            "--endpoint-reconciler-type=none",
+            "--kubelet-preferred-address-types=InternalIP",
+        ];
+        self.spawn(&self.bin.join("kube-apiserver"), &words, folder)?;
+        self.await_success("kubectl get --raw /readyz", "the API server is ready")
+    }
+
+    fn kubelet(&mut self, folder: &Path) -> Result<()> {
+        let words = [
+            "--config=/run/node/kubelet.yaml",
+            "--kubeconfig=/run/node/kubelet.conf",
+            "--root-dir=/run/node/kubelet",
+            "--cert-dir=/run/node/kubelet/pki",
+            "--hostname-override=node",
+            "--node-ip=192.0.2.1",
+        ];
+        self.spawn(&self.bin.join("kubelet"), &words, folder)?;
+        let ready = format!("kubectl wait --for=condition=Ready node/{NODE} --timeout=1s");
+        self.await_success(&ready, "the node is ready")
+    }
+
+    /// Starts a daemon that writes its log to `folder`.
+    fn spawn(&mut self, program: &Path, words: &[&str], folder: &Path) -> Result<()> {
+        let name = program.file_name().unwrap_or_default().to_string_lossy();
+        let log = folder.join(format!("{name}.log"));
+        let file = File::create(&log).with_context(|| format!("create {}", log.display()))?;
+        let mut command = self.node.enter(program);
+        command.args(words).stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        self.daemons.push(command.spawn().with_context(|| format!("start {name}"))?);
+        Ok(())
+    }
+
+    /// Repeats a command until it succeeds. Fails if a daemon exits.
+    fn await_success(&mut self, script: &str, what: &str) -> Result<()> {
+        let mut last = String::new();
+        let ready = command::wait_for(START, what, || match self.sh(script, CALL).and_then(Output::ok) {
+            Ok(_) => Some(Ok(())),
+            Err(error) => {
+                last = format!("{error:#}");
+                let ended = self.daemons.iter_mut().any(|daemon| matches!(daemon.try_wait(), Ok(Some(_))));
+                ended.then(|| bail!("a daemon has exited"))
+            }
+        });
+        ready.and_then(|ready| ready).with_context(|| last)
+    }
+
+    fn apply(&self, objects: &str) -> Result<()> {
+        let mut command = self.command();
+        command.args(["-c", "kubectl apply -f -"]);
+        command::run(command, Some(objects.as_bytes().to_vec()), CALL)?.ok().map(drop)
+    }
+
+    /// A shell in the node's namespaces, with kubectl.
+    fn command(&self) -> Command {
+        let mut command = self.node.enter("env");
+        let path = format!("PATH={}:{}", self.bin.display(), self.node.search_path());
+        command.args([&path, "KUBECONFIG=/run/node/admin.conf", "sh"]);
+        command
+    }
+
+    /// Runs a shell script in the node's namespaces.
+    pub fn sh(&self, script: &str, deadline: Duration) -> Result<Output> {
+        let mut command = self.command();
+        command.args(["-c", script]);
+        command::run(command, None, deadline)
+    }
+
+    /// The node.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // `nsenter` waits for the daemon, which is in the node's PID namespace.
+        self.node.kill();
+        for daemon in &mut self.daemons {
+            // It has been killed: there is no other result.
+            let _ = daemon.wait();
+        }
+    }
+}

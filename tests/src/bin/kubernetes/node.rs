@@ -1,0 +1,262 @@
+//! A node: a containerd with its CRI plugin, a bridge network for pods and a registry, in a machine of its own.
+
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use husk_tests::artifacts::{Runtime, repository};
+use husk_tests::command::{self, Output};
+use husk_tests::containerd::Containerd;
+use husk_tests::machine::Machine;
+use husk_tests::process::{self, Process};
+use husk_tests::registry::{Images, serve};
+
+/// The registry for all images, whichever registry they name.
+const REGISTRY: &str = "127.0.0.1:5000";
+/// The node's CRI socket.
+pub const SOCKET: &str = "/run/node/containerd.sock";
+/// The socket of the Node Resource Interface.
+pub const NRI: &str = "/run/node/nri.sock";
+/// Deadline for containerd to become ready.
+const START: Duration = Duration::from_secs(60);
+/// How long the kubelet, containerd and the shims may clean up after the last pod.
+const SETTLE: Duration = Duration::from_secs(30);
+/// The cgroup that the CRI plugin makes for pods without a parent cgroup.
+const CGROUP: &str = "k8s.io";
+
+/// A pod with a host port is reached on the loopback address, so that address must be routable. Tests share IPC objects
+/// and host names with the node; its namespaces outlive containerd.
+const PREPARE: &str = r#"set -e
+mkdir -p /run/node/cni /run/node/registries/_default /run/tmp
+ip route add default via 192.0.2.2
+sysctl -qw net.ipv4.conf.all.route_localnet=1 net.ipv6.conf.all.forwarding=1
+touch /run/node/ipc /run/node/uts
+unshare --ipc=/run/node/ipc --uts=/run/node/uts hostname node
+cat >/run/node/registries/_default/hosts.toml <<END
+server = "http://REGISTRY"
+[host."http://REGISTRY"]
+  capabilities = ["pull", "resolve"]
+END
+cat >/run/node/cni/10-bridge.conflist <<END
+{ "cniVersion": "1.0.0", "name": "pods", "plugins": [
+  { "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
+    "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.88.0.0/16" }], [{ "subnet": "fd00:88::/64" }]],
+              "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }] } },
+  { "type": "portmap", "capabilities": { "portMappings": true } } ] }
+END
+cat >/run/node/crictl.yaml <<END
+runtime-endpoint: unix:///run/node/containerd.sock
+image-endpoint: unix:///run/node/containerd.sock
+timeout: 120
+END
+cat >/run/node/config.toml <<END
+CONFIG
+END
+"#;
+
+const CONFIG: &str = r#"version = 3
+root = "/run/node/root"
+state = "/run/node/state"
+[grpc]
+  address = "/run/node/containerd.sock"
+[ttrpc]
+  address = "/run/node/containerd.sock.ttrpc"
+[plugins."io.containerd.cri.v1.images"]
+  [plugins."io.containerd.cri.v1.images".pinned_images]
+    sandbox = "registry.k8s.io/pause:3.10.1"
+  [plugins."io.containerd.cri.v1.images".registry]
+    config_path = "/run/node/registries"
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["PLUGINS"]
+    conf_dir = "/run/node/cni"
+  [plugins."io.containerd.cri.v1.runtime".containerd]
+    default_runtime_name = "runc"
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+      [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
+        SystemdCgroup = false
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk]
+      runtime_type = "io.containerd.husk.v1"
+      pod_annotations = ["io.husk.*"]
+      container_annotations = ["io.husk.*"]
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-shim]
+      runtime_type = "io.containerd.husk.v1"
+      pod_annotations = ["io.husk.*"]
+      container_annotations = ["io.husk.*"]
+      sandboxer = "shim"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = false
+  socket_path = "/run/node/nri.sock"
+  plugin_path = "/run/node/nri"
+  plugin_config_path = "/run/node/nri.d"
+"#;
+
+/// What containers leave behind, besides processes.
+const LEFT: &str = "ls -d /run/husk/*/* 2>/dev/null; ip netns list | grep -v outside; true";
+
+/// The folder that `tests/setup-kubernetes` fills.
+pub fn folder() -> PathBuf {
+    repository().join(".cache/kubernetes")
+}
+
+/// The programs: containerd, crictl, critest.
+pub fn bin() -> PathBuf {
+    folder().join("bin")
+}
+
+fn plugins() -> PathBuf {
+    repository().join(".cache/cni/module")
+}
+
+fn images() -> PathBuf {
+    folder().join("images")
+}
+
+/// What must exist before a node can start.
+pub fn needs() -> [PathBuf; 4] {
+    [bin().join("containerd"), bin().join("crictl"), plugins().join("bridge"), images().join("tags")]
+}
+
+/// A running node. It ends with everything in it when it is dropped.
+pub struct Node {
+    machine: Machine,
+    /// containerd, as this process has started it.
+    daemon: Child,
+    /// What runs on the node without a pod.
+    idle: usize,
+}
+
+impl Node {
+    /// Starts one. containerd and the shims write to the file `log`.
+    pub fn start(log: &Path) -> Result<Self> {
+        let machine = Machine::start(Runtime::Husk)?;
+        let config = CONFIG.replace("PLUGINS", &plugins().display().to_string());
+        machine.containerd().sh(&PREPARE.replace("REGISTRY", REGISTRY).replace("CONFIG", &config))?;
+        let listener =
+            machine.containerd().in_network(|| TcpListener::bind(REGISTRY).context("listen for the registry"))?;
+        serve(listener, Arc::new(Images::open(&images())?));
+        let daemon = start_containerd(machine.containerd(), log)?;
+        let mut node = Self { machine, daemon, idle: 0 };
+        node.await_ready()?;
+        node.crictl(&["pull", "registry.k8s.io/pause:3.10.1"])?;
+        node.mark_idle();
+        Ok(node)
+    }
+
+    /// Notes what runs without a pod: see [`Self::left`].
+    pub fn mark_idle(&mut self) {
+        self.idle = self.processes().len();
+    }
+
+    fn await_ready(&mut self) -> Result<()> {
+        let mut last = String::new();
+        let ready = command::wait_for(START, "the CRI plugin answers", || match self.crictl(&["version"]) {
+            Ok(_) => Some(Ok(())),
+            Err(error) => {
+                last = format!("{error:#}");
+                matches!(self.daemon.try_wait(), Ok(Some(_))).then(|| bail!("containerd has exited"))
+            }
+        });
+        ready.and_then(|ready| ready).with_context(|| last)
+    }
+
+    /// A command in the node's namespaces.
+    pub fn enter(&self, program: impl AsRef<Path>) -> Command {
+        enter(self.machine.containerd(), program.as_ref())
+    }
+
+    /// Runs crictl.
+    pub fn crictl(&self, words: &[&str]) -> Result<Output> {
+        let mut command = self.enter(bin().join("crictl"));
+        command.args(["--config", "/run/node/crictl.yaml"]).args(words);
+        command::run(command, None, START)?.ok()
+    }
+
+    /// PATH of the node's programs.
+    pub fn search_path(&self) -> String {
+        search_path(self.machine.containerd())
+    }
+
+    /// A part of the names of cgroups that end with the node.
+    pub fn token(&self) -> &str {
+        self.machine.containerd().token()
+    }
+
+    /// Kills everything that runs on the node: the kernel kills a PID namespace with its process 1.
+    pub fn kill(&self) {
+        if let Some(first) = Process::read(self.machine.containerd().pid()) {
+            first.kill();
+        }
+    }
+
+    fn processes(&self) -> Vec<Process> {
+        process::descendants(self.machine.containerd().pid())
+    }
+
+    /// What pods have left on the node, one thing per line, when containerd and the shims have had time to clean up.
+    pub fn left(&self) -> Result<String> {
+        let mut left = Ok(String::new());
+        let clean = command::wait_for(SETTLE, "nothing is left", || {
+            left = self.leftovers();
+            left.as_ref().is_ok_and(String::is_empty).then_some(())
+        });
+        // A timeout is a result here: what is left.
+        clean.map_or(left, |()| Ok(String::new()))
+    }
+
+    fn leftovers(&self) -> Result<String> {
+        let mut left = self.machine.containerd().sh(LEFT)?.text();
+        let processes = self.processes();
+        if processes.len() > self.idle {
+            processes.iter().for_each(|process| left += &format!("\n{} {}", process.pid, process.command));
+        }
+        Ok(left)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // containerd runs in the machine's PID namespace, which would end only afterwards.
+        self.kill();
+        // It has been killed: there is no other result.
+        let _ = self.daemon.wait();
+        remove_cgroup();
+    }
+}
+
+/// In the machine's namespaces, and in the node's IPC and UTS namespaces.
+fn enter(machine: &Containerd, program: &Path) -> Command {
+    let mut command = machine.enter("nsenter");
+    command.args(["--ipc=/run/node/ipc", "--uts=/run/node/uts", "--"]).arg(program);
+    command.env("PATH", search_path(machine));
+    command.env("TMPDIR", "/run/tmp");
+    command
+}
+
+/// husk's programs, those of the node's containerd, and the machine's runc.
+fn search_path(machine: &Containerd) -> String {
+    format!("{}:{}:{}", repository().join("out").display(), bin().display(), machine.search_path())
+}
+
+fn start_containerd(machine: &Containerd, log: &Path) -> Result<Child> {
+    let log = File::create(log).with_context(|| format!("create {}", log.display()))?;
+    let mut command = enter(machine, &bin().join("containerd"));
+    command.args(["--log-level", "debug", "--config", "/run/node/config.toml"]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command.spawn().context("start containerd")
+}
+
+/// The CRI plugin leaves its cgroup behind, which others on this machine may use too: only an empty one is removed.
+fn remove_cgroup() {
+    let Ok(hierarchies) = std::fs::read_dir("/sys/fs/cgroup") else { return };
+    for hierarchy in hierarchies.flatten() {
+        let _ = std::fs::remove_dir(hierarchy.path().join(CGROUP));
+    }
+    let _ = std::fs::remove_dir(Path::new("/sys/fs/cgroup").join(CGROUP));
+}
