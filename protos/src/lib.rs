@@ -37,12 +37,12 @@ mod generated {
 
 pub use generated::{
     bundle, bundle_ttrpc, cri, debug, debug_ttrpc, events, events_ttrpc, metadata, metadata_ttrpc, network,
-    network_ttrpc, report, runc_options, runtime_options, stdio, stdio_ttrpc, system, system_ttrpc,
+    network_ttrpc, report, runc_options, runtime_options, sandbox_update, stdio, stdio_ttrpc, system, system_ttrpc,
 };
 pub use {protobuf, ttrpc};
 
 /// Version of the protocol. The host rejects a guest whose `Hello` has another one.
-pub const PROTOCOL: u32 = 5;
+pub const PROTOCOL: u32 = 6;
 
 /// The host's CID as seen from a guest (`VMADDR_CID_HOST`, vsock(7)).
 pub const HOST_CID: u32 = 2;
