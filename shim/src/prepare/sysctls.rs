@@ -37,9 +37,10 @@ pub(super) fn of_pod(requested: &HashMap<String, String>) -> Result<HashMap<Stri
     let mut sysctls: HashMap<_, _> = DEFAULTS.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
     for (given, value) in requested {
         let name = dotted(given);
-        let known = OF_NAMESPACES
-            .iter()
-            .any(|known| name == *known || known.ends_with('.') && name.len() > known.len() && name.starts_with(known));
+        let known = OF_NAMESPACES.iter().any(|known| match known.ends_with('.') {
+            true => name.len() > known.len() && name.starts_with(known),
+            false => name == *known,
+        });
         let why = if name == "kernel.hostname" {
             "is the pod's host name: set hostname"
         } else if !known {

@@ -156,7 +156,7 @@ mod tests {
     }
 
     fn with(resources: &Value) -> UpdateSandboxRequest {
-        let json = json!({"Overhead": {"memory_limit_in_bytes": 1 << 40}, "Resources": resources}).to_string();
+        let json = json!({"Overhead": {"memory_limit_in_bytes": 1_u64 << 40}, "Resources": resources}).to_string();
         let extensions = [
             (RESOURCES.to_owned(), typed("io.containerd.cri.v1/UpdatedResources", json.as_bytes())),
             ("metadata".to_owned(), typed("github.com/containerd/cri/pkg/store/sandbox/Metadata", b"{}")),
