@@ -157,7 +157,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     if let Some(debug) = &debug {
         calls.extend(debug.service());
     }
-    let _server = ports.serve(calls, streams, events).await?;
+    let _server = ports.serve(calls, streams.clone(), events).await?;
 
     // Keep this connection until the end: the host takes its end for the guest's end.
     let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, cmdline.ready_port))
@@ -177,13 +177,22 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
         debug.end();
     }
     // The response, the last output and the last exits are still on their way. Once the host has them, it ends the VM.
-    let _ = tokio::time::timeout(HOST_ENDS_VM, host.read_u8()).await;
+    let ended_by_host = async {
+        let _ = tokio::time::timeout(HOST_READS_OUTPUT, streams.disconnected()).await;
+        tokio::time::sleep(HOST_ENDS_VM).await;
+    };
+    tokio::select! {
+        () = ended_by_host => {}
+        _ = host.read_u8() => {}
+    }
     Ok(())
 }
 
-/// Time for the host to end the VM after the response to Shutdown. Longer than the host waits for pending output and
-/// exits.
-const HOST_ENDS_VM: Duration = Duration::from_secs(12);
+/// Time for the host to read the last output after the response to Shutdown. Longer than the host waits for a reader of
+/// its own.
+const HOST_READS_OUTPUT: Duration = Duration::from_secs(11);
+/// Time for the host to end the VM when it has the last output. Longer than it waits for the last exits.
+const HOST_ENDS_VM: Duration = Duration::from_secs(1);
 
 /// Reboots, unless the host ends the VM first. `reboot=t` on the kernel command line and QEMU's `-no-reboot` turn a
 /// reboot into QEMU's exit.

@@ -78,14 +78,23 @@ impl Ports {
                 let (socket, disconnect) = WatchedConnection::new(accept(&self.stdio).await);
                 let (socket, meter) = Metered::new(socket, RECEIVE_WINDOW);
                 let service = StdioService { streams: streams.clone(), meter, disconnect: disconnect.clone() };
-                serve_one(socket, disconnect, husk_protos::stdio_ttrpc::create_stdio(Arc::new(service)));
+                let connected = streams.connected();
+                let served = serve_one(socket, disconnect, husk_protos::stdio_ttrpc::create_stdio(Arc::new(service)));
+                tokio::spawn(async move {
+                    served.await;
+                    drop(connected);
+                });
             }
         });
         tokio::spawn(async move {
             loop {
                 let (socket, disconnect) = WatchedConnection::new(accept(&self.events).await);
                 let service = EventsService { events: events.clone(), disconnect: disconnect.clone() };
-                serve_one(socket, disconnect, husk_protos::events_ttrpc::create_events(Arc::new(service)));
+                tokio::spawn(serve_one(
+                    socket,
+                    disconnect,
+                    husk_protos::events_ttrpc::create_events(Arc::new(service)),
+                ));
             }
         });
         tokio::spawn(relay(self.relay));
@@ -132,18 +141,16 @@ async fn relay(listener: VsockListener) {
 
 /// Runs a server for one connection. Its services know their connection, which the services of a shared ttrpc server do
 /// not.
-fn serve_one<S>(socket: S, mut disconnect: Disconnect, mut services: HashMap<String, Service>)
+async fn serve_one<S>(socket: S, mut disconnect: Disconnect, mut services: HashMap<String, Service>)
 where
     S: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
 {
-    tokio::spawn(async move {
-        let socket = Known::of(&mut services).guard(socket);
-        let once = stream::iter([io::Result::Ok(socket)]);
-        let mut server = Server::new().add_listener(Listener::new(once)).register_service(services);
-        match server.start().await {
-            // Keep the server until then: dropping it ends the connection.
-            Ok(()) => disconnect.wait().await,
-            Err(error) => tracing::error!(error = %Chain(&error), "failed to serve a connection"),
-        }
-    });
+    let socket = Known::of(&mut services).guard(socket);
+    let once = stream::iter([io::Result::Ok(socket)]);
+    let mut server = Server::new().add_listener(Listener::new(once)).register_service(services);
+    match server.start().await {
+        // Keep the server until then: dropping it ends the connection.
+        Ok(()) => disconnect.wait().await,
+        Err(error) => tracing::error!(error = %Chain(&error), "failed to serve a connection"),
+    }
 }

@@ -5,11 +5,12 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 
 use async_trait::async_trait;
-use husk_protos::PROTOCOL;
 use husk_protos::system::{ClockAdjustment, Hello, InfoRequest, InfoResponse, Sysctls};
 use husk_protos::system_ttrpc::System;
+use husk_protos::{HELD_NICS, PROTOCOL};
 use procfs::process::all_processes;
 use ttrpc::r#async::TtrpcContext;
 
@@ -33,6 +34,7 @@ pub(crate) fn hello(timeline: &Timeline, sandbox_pid: u32) -> Hello {
         kernel: kernel.unwrap_or_default(),
         timeline: timeline.milestones().to_vec(),
         sandbox_pid,
+        holds_nics: Path::new("/sys").join(HELD_NICS.1).exists(),
         ..Default::default()
     }
 }

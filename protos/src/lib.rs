@@ -42,7 +42,12 @@ pub use generated::{
 pub use {protobuf, ttrpc};
 
 /// Version of the protocol. The host rejects a guest whose `Hello` has another one.
-pub const PROTOCOL: u32 = 6;
+pub const PROTOCOL: u32 = 7;
+
+/// The NICs that the guest's kernel leaves alone until a link needs them: a list of MAC addresses with commas, as a
+/// parameter of the kernel and as the file of the running kernel that shows and changes it
+/// (kernel-config/patches/virtio-net-held.patch).
+pub const HELD_NICS: (&str, &str) = ("virtio_net.held", "module/virtio_net/parameters/held");
 
 /// The host's CID as seen from a guest (`VMADDR_CID_HOST`, vsock(7)).
 pub const HOST_CID: u32 = 2;

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use husk_shim::vmm::kernel_cmdline::COMMON;
 use nix::sched::{CloneFlags, setns};
+use serde_json::Value;
 
 use crate::artifacts::repository;
 
@@ -120,7 +121,8 @@ impl Vm {
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"])
             .args(["-m", &memory.to_string()])
-            .args(["-cpu", "max"])
+            // As the shim's VMs: see vmm/qemu/args.rs.
+            .args(["-cpu", "max,-erms,-fsrm"])
             .args(["-machine", &format!("{options},accel=tcg,memory-backend=mem")])
             .args(["-object", &format!("memory-backend-memfd,id=mem,size={memory}M,share=on")])
             .args([
@@ -192,23 +194,34 @@ impl Vm {
         UnixStream::connect(self.folder.path().join("serial")).context("connect to the serial console")
     }
 
-    /// Makes QEMU execute QMP commands without arguments, in order.
-    pub fn qmp(&self, commands: &[&str]) -> Result<()> {
+    /// Makes QEMU execute QMP commands without arguments, in order, and returns its replies.
+    pub fn qmp(&self, commands: &[&str]) -> Result<Vec<Value>> {
         let stream = UnixStream::connect(self.folder.path().join("qmp")).context("connect to QMP")?;
         stream.set_read_timeout(Some(Duration::from_secs(10))).context("set a deadline for QMP")?;
-        let mut replies = BufReader::new(&stream);
+        let mut lines = BufReader::new(&stream);
+        let mut replies = Vec::new();
         for command in ["qmp_capabilities"].iter().chain(commands) {
             writeln!(&stream, "{{\"execute\":\"{command}\"}}").with_context(|| format!("send {command}"))?;
             loop {
                 let mut reply = String::new();
-                let n = replies.read_line(&mut reply).with_context(|| format!("wait for the reply to {command}"))?;
+                let n = lines.read_line(&mut reply).with_context(|| format!("wait for the reply to {command}"))?;
                 ensure!(n > 0 && !reply.contains("\"error\""), "QMP {command}: {reply}");
                 if reply.contains("\"return\"") {
+                    replies.push(serde_json::from_str(&reply).with_context(|| format!("QMP {command}: {reply}"))?);
                     break;
                 }
             }
         }
-        Ok(())
+        Ok(replies)
+    }
+
+    /// Bytes of host code that QEMU has translated the guest's code to.
+    pub fn translated_bytes(&self) -> Result<u64> {
+        let replies = self.qmp(&["x-query-jit"])?;
+        let value = replies.last().and_then(|reply| reply["return"]["human-readable-text"].as_str());
+        let line = value.and_then(|text| text.lines().find_map(|line| line.trim().strip_prefix("gen code size")));
+        let size = line.and_then(|sizes| sizes.trim().split('/').next()?.parse().ok());
+        size.with_context(|| format!("no gen code size in {replies:?}"))
     }
 
     /// Kills QEMU, as a crash would.

@@ -6,17 +6,17 @@ use std::path::Path;
 
 use husk_protos::network::ConfigureNetworkRequest;
 
+use husk_protos::mac::mac_text;
+
+use super::driver::Driver;
 use super::error::{NetlinkError, NetworkError};
-use super::message::encode;
-use super::model::{Applied, Sysctl};
+use super::message::{decode_device, encode, list_links};
+use super::model::{Applied, Device, Mac, Sysctl};
 use super::netlink::Netlink;
 use super::plan::{Change, plan};
-use super::plugged::Search;
-use super::resolve::{find_nic, resolve};
-use super::spare::{Spares, devices, put_away};
+use super::resolve::{find_device, find_nic, resolve};
 
 /// Makes the network match `request`. `last` is what the requests before it left, and becomes what this one leaves.
-/// `spares` holds the NICs that no link has. `search` finds NICs that were plugged into the running machine.
 ///
 /// # Errors
 /// The first object of the request that is invalid, in which case nothing has changed, or the first change that the
@@ -24,34 +24,68 @@ use super::spare::{Spares, devices, put_away};
 pub(super) fn configure(
     request: &ConfigureNetworkRequest,
     last: &mut Applied,
-    spares: &mut Option<Spares>,
-    search: Search,
+    driver: &dyn Driver,
 ) -> Result<(), NetworkError> {
+    let spares = request.spare_nics.iter().map(|mac| spare(mac)).collect::<Result<Vec<_>, _>>()?;
     let mut netlink = Netlink::open()?;
     let mut present = devices(&mut netlink)?;
-    let spare = spares.as_mut().map_or(Ok(Vec::new()), Spares::devices)?;
-    let lacks = |link| find_nic(link, &present).or_else(|| find_nic(link, &spare)).is_none();
-    if request.links.iter().any(lacks) {
-        search().map_err(NetworkError::Search)?;
+    let before: Vec<u32> = present.iter().map(|device| device.index).collect();
+    if request.links.iter().any(|link| find_nic(link, &present).is_none()) {
+        driver.attach(&spares).map_err(NetworkError::Attach)?;
         present = devices(&mut netlink)?;
     }
-    // An invalid request must not move a NIC.
-    let mut next = resolve(request, &[&present[..], &spare[..]].concat())?;
-    if let Some(spares) = spares
-        && spares.give(&spare, &next)?
-    {
-        // A NIC that has moved may have another index.
-        present = devices(&mut netlink)?;
-        next = resolve(request, &present)?;
-    }
+    let next = match resolve(request, &present) {
+        Ok(next) => next,
+        Err(error) => {
+            // An invalid request must not leave a NIC that no link has.
+            for device in present.iter().filter(|device| !before.contains(&device.index)) {
+                detach(driver, device)?;
+            }
+            return Err(error);
+        }
+    };
     let changes = plan(&present, last, &next);
     let made = changes.iter().try_for_each(|change| make(&mut netlink, change));
-    let result = made.and_then(|()| put_away(&mut netlink, &present, request, spares));
+    let result = made.and_then(|()| put_away(&mut netlink, &present, &spares, driver));
     *last = match result {
         Ok(()) => Applied::complete(next),
         Err(_) => std::mem::take(last).incomplete(next),
     };
     result
+}
+
+fn spare(mac: &[u8]) -> Result<Mac, NetworkError> {
+    Mac::try_from(mac).map_err(|_| NetworkError::Invalid {
+        object: format!("spare NIC {}", mac_text(mac)),
+        problem: "the MAC address has not 6 bytes".into(),
+    })
+}
+
+/// Takes the driver from the spare NICs that have it. The driver has left those alone that were spare at the boot, and
+/// a container may have moved one to another namespace.
+fn put_away(
+    netlink: &mut Netlink,
+    present: &[Device],
+    spares: &[Mac],
+    driver: &dyn Driver,
+) -> Result<(), NetworkError> {
+    if spares.iter().all(|mac| find_device(present, *mac).is_none()) {
+        return Ok(());
+    }
+    // The changes may have renamed them.
+    let present = devices(netlink)?;
+    let idle = spares.iter().filter_map(|mac| find_device(&present, *mac));
+    idle.map(|device| detach(driver, device)).collect()
+}
+
+fn detach(driver: &dyn Driver, device: &Device) -> Result<(), NetworkError> {
+    driver.detach(&device.name).map_err(|source| NetworkError::Detach { name: device.name.clone(), source })
+}
+
+/// Lists the links of a socket's namespace.
+fn devices(netlink: &mut Netlink) -> Result<Vec<Device>, NetworkError> {
+    let links = netlink.dump(&list_links()).map_err(NetworkError::List)?;
+    Ok(links.into_iter().filter_map(decode_device).collect())
 }
 
 fn make(netlink: &mut Netlink, change: &Change) -> Result<(), NetworkError> {

@@ -11,10 +11,10 @@ pub(super) enum NetworkError {
     Invalid { object: String, problem: String },
     #[error("link {link}: the guest has no network device with the MAC address {mac}")]
     NoDevice { link: String, mac: String },
-    #[error("create the network namespace of the spare NICs")]
-    Spares(#[source] io::Error),
-    #[error("search for plugged NICs")]
-    Search(#[source] io::Error),
+    #[error("give the driver to the NICs")]
+    Attach(#[source] io::Error),
+    #[error("take the driver from NIC {name}")]
+    Detach { name: String, source: io::Error },
     #[error("relay DNS queries to 127.0.0.11, as docker's networks need")]
     Names(#[source] io::Error),
     #[error("list the links")]

@@ -13,7 +13,7 @@ use netlink_packet_route::rule::{RuleAttribute, RuleFlags, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::model::{Address, Device, Mac, Neighbour, Object, Route, Rule};
-use super::plan::{Change, temporary_name};
+use super::plan::Change;
 
 /// Encodes a change, and returns the flags that its message needs; none for a sysctl, which is a file.
 pub(super) fn encode(change: &Change) -> Option<(RouteNetlinkMessage, u16)> {
@@ -71,12 +71,6 @@ pub(super) fn list_counters() -> RouteNetlinkMessage {
 /// The message that lists the addresses of all links.
 pub(super) fn list_addresses() -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetAddress(AddressMessage::default())
-}
-
-/// Moves a link to another network namespace. The name, which is free in every namespace of the init, replaces one that
-/// may be taken there.
-pub(super) fn move_link(device: &Device, namespace: i32) -> RouteNetlinkMessage {
-    set_link(device.index, [LinkAttribute::NetNsFd(namespace), LinkAttribute::IfName(temporary_name(device.index))])
 }
 
 /// Decodes an element of the list of links.

@@ -7,20 +7,18 @@
 //!    one finds what it depends on;
 //! 3. `apply` makes them, over rtnetlink(7) (`netlink`, `message`).
 //!
-//! NICs that were plugged into the running machine are searched for when a link needs one (`plugged`). NICs without a
-//! link are kept out of the containers' sight (`spare`). `model` has the types that the steps share.
-//! Bringing up the loopback is a step of the boot.
+//! NICs without a link have no driver, and so no network device that containers would see (`driver`). `model` has the
+//! types that the steps share. Bringing up the loopback is a step of the boot.
 
 mod apply;
+mod driver;
 mod error;
 mod message;
 mod model;
 mod netlink;
 mod plan;
-mod plugged;
 mod resolve;
 mod service;
-mod spare;
 mod status;
 
 #[cfg(test)]

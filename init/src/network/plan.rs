@@ -183,7 +183,7 @@ fn rank(object: &Object) -> Rank {
 }
 
 /// A name that no other link has.
-pub(super) fn temporary_name(index: u32) -> String {
+fn temporary_name(index: u32) -> String {
     format!("husk{index}")
 }
 

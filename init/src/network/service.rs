@@ -12,10 +12,9 @@ use husk_protos::network_ttrpc::Network as NetworkApi;
 use ttrpc::r#async::TtrpcContext;
 
 use super::apply::configure;
+use super::driver::VirtioNet;
 use super::error::NetworkError;
 use super::model::Applied;
-use super::plugged::search_pci;
-use super::spare::Spares;
 use super::status::status;
 use crate::error::{CallError, FailureKind};
 use crate::forward::names::Names;
@@ -23,7 +22,7 @@ use crate::rpc::{handle, handle_uninterrupted};
 
 #[derive(Default)]
 pub(crate) struct NetworkService {
-    state: Arc<Mutex<(Applied, Option<Spares>, Names)>>,
+    state: Arc<Mutex<(Applied, Names)>>,
 }
 
 #[async_trait]
@@ -35,8 +34,8 @@ impl NetworkApi for NetworkService {
     ) -> ttrpc::Result<ConfigureNetworkResponse> {
         let state = self.state.clone();
         let configure = move || {
-            let (last, spares, names) = &mut *lock(&state);
-            configure(&request, last, spares, search_pci)?;
+            let (last, names) = &mut *lock(&state);
+            configure(&request, last, &VirtioNet::default())?;
             names.relay_to(request.name_server_port).map_err(NetworkError::Names)
         };
         handle_uninterrupted(on_a_thread("configure the network", configure)).await?;
@@ -65,8 +64,8 @@ fn call_error(operation: &str, error: &NetworkError) -> CallError {
     let kind = match error {
         NetworkError::Invalid { .. } => FailureKind::InvalidArgument,
         NetworkError::NoDevice { .. } => FailureKind::NotFound,
-        NetworkError::Spares(_)
-        | NetworkError::Search(_)
+        NetworkError::Attach(_)
+        | NetworkError::Detach { .. }
         | NetworkError::Names(_)
         | NetworkError::List(_)
         | NetworkError::Change { .. }

@@ -1,5 +1,6 @@
 //! Real network namespaces for tests, and short forms of requests. Needs root and iproute2.
 
+use std::io;
 use std::net::IpAddr;
 use std::process::Command;
 
@@ -9,11 +10,50 @@ use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 
 use super::apply::configure;
-use super::model::Applied;
-use super::plugged::Search;
+use super::driver::Driver;
+use super::model::{Applied, Mac};
 
-/// No NIC is ever plugged.
-pub(super) const NO_SEARCH: Search = || Ok(());
+/// No NIC ever lacks its driver.
+pub(super) struct NoDriver;
+
+impl Driver for NoDriver {
+    fn attach(&self, _: &[Mac]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn detach(&self, name: &str) -> io::Result<()> {
+        panic!("detach {name}")
+    }
+}
+
+/// The driver of veth devices, by their names and by the last bytes of their MAC addresses.
+pub(super) struct Veths(pub(super) &'static [(&'static str, u8)]);
+
+impl Driver for Veths {
+    fn attach(&self, held: &[Mac]) -> io::Result<()> {
+        for (name, number) in self.0 {
+            // A link may have changed its name.
+            let is_there = ip("link").contains(&format!("peer{number}@"));
+            if !held.contains(&[2, 0, 0, 0, 0, *number]) && !is_there {
+                add_veth(name, *number);
+            }
+        }
+        Ok(())
+    }
+
+    fn detach(&self, name: &str) -> io::Result<()> {
+        // A peer ends with its device.
+        if !name.starts_with("peer") {
+            ip(&format!("link delete {name}"));
+        }
+        Ok(())
+    }
+}
+
+fn add_veth(name: &str, number: u8) {
+    ip(&format!("link add {name} address 02:00:00:00:00:0{number} type veth peer name peer{number}"));
+    ip(&format!("link set peer{number} addrgenmode none up"));
+}
 
 pub(super) const NODAD: u32 = 0x02;
 pub(super) const NOPREFIXROUTE: u32 = 0x200;
@@ -30,8 +70,7 @@ pub(super) fn in_namespace(devices: &'static [&'static str], test: impl FnOnce()
         unshare(CloneFlags::CLONE_NEWNET).expect("create a network namespace, which needs root");
         ip("link set lo up");
         for (name, number) in devices.iter().zip(1..) {
-            ip(&format!("link add {name} address 02:00:00:00:00:0{number} type veth peer name peer{number}"));
-            ip(&format!("link set peer{number} addrgenmode none up"));
+            add_veth(name, number);
         }
         test();
     });
@@ -137,7 +176,7 @@ pub(super) fn difference(before: &[String], after: &[String]) -> String {
 /// Applies a request, and checks that repeating it changes nothing.
 pub(super) fn apply(request: &ConfigureNetworkRequest, last: &mut Applied) {
     let configure = |last: &mut Applied| {
-        if let Err(error) = configure(request, last, &mut None, NO_SEARCH) {
+        if let Err(error) = configure(request, last, &NoDriver) {
             panic!("{}", Chain(&error));
         }
         everything()
@@ -148,7 +187,7 @@ pub(super) fn apply(request: &ConfigureNetworkRequest, last: &mut Applied) {
 }
 
 pub(super) fn error(request: &ConfigureNetworkRequest, last: &mut Applied) -> String {
-    Chain(&configure(request, last, &mut None, NO_SEARCH).unwrap_err()).to_string()
+    Chain(&configure(request, last, &NoDriver).unwrap_err()).to_string()
 }
 
 /// What the CNI bridge plugin configures for a network with IPv4 and IPv6.

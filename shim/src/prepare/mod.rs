@@ -360,6 +360,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, (vcpus, memory_mib): (u3
         sandbox: false,
         max_inodes: Some(host.open_files.cached_inodes()),
         hostname: None,
+        held_nics: Vec::new(),
         wall_clock: None,
         ready_port: None,
     };

@@ -99,10 +99,17 @@ impl Sandbox {
         Ok(response)
     }
 
-    /// The guest PIDs of a container's processes.
+    /// A container's processes. The init process and execs have the PID that all other calls return for them. Their
+    /// children have no such PID, but that in the guest.
     pub(crate) async fn pids(&self, request: PidsRequest) -> Result<PidsResponse, SandboxError> {
-        let vm = self.vm_of(&request.id)?;
+        let container = self.container(&request.id)?;
+        let vm = self.live_vm()?;
         let mut response = vm.guest.task.pids(vm.guest.context(), &request).await?;
+        for listed in &mut response.processes {
+            if let Some(process) = container.running_as(listed.pid) {
+                listed.pid = process.pid();
+            }
+        }
         for info in response.processes.iter_mut().filter_map(|process| process.info.as_mut()) {
             info.type_url = PROCESS_DETAILS.to_owned();
         }

@@ -71,7 +71,7 @@ impl Vm {
         let nics = std::mem::take(&mut network.nics);
         let sockets = Sockets { vsock, share: Some(share), nics, console: console_end, log: open_log(&log)? };
 
-        let spec = linked(&plan.spec, &link, &ready_port);
+        let spec = linked(&plan.spec, &link, &ready_port, network.spare_nics());
         let machine = start_machine(vmm, &spec, sockets, journal, reached).await?;
         let kill_machine = OnFailure::new({
             let machine = machine.clone();
@@ -152,13 +152,14 @@ fn identity(journal: &Journal, cid: u32) -> Result<Identity, StateError> {
     })
 }
 
-/// Adds what depends on the link to the spec of the machine.
-fn linked(spec: &Spec, link: &Link, ready: &HostPort) -> Spec {
+/// Adds what depends on the link and on the network to the spec of the machine.
+fn linked(spec: &Spec, link: &Link, ready: &HostPort, held_nics: Vec<[u8; 6]>) -> Spec {
     let mut spec = spec.clone();
     if let Link::Kernel(cid) = link {
         spec.kernel_cid = Some(*cid);
     }
     spec.guest.ready_port = ready.port();
+    spec.guest.held_nics = held_nics;
     spec
 }
 

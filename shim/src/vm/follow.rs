@@ -91,10 +91,12 @@ pub(super) struct Following {
 }
 
 impl Following {
-    /// Configures the guest and starts to follow the namespace, until `dead` has a value.
+    /// Configures the guest, which has the configuration `applied`, and starts to follow the namespace, until `dead` has
+    /// a value.
     pub(super) async fn start(
         follower: Follower,
         settled: Settled,
+        applied: ConfigureNetworkRequest,
         names: Names,
         guest: Arc<Guest>,
         machine: Arc<dyn Machine>,
@@ -105,8 +107,8 @@ impl Following {
         let changes = registered.map_err(|error| error.into_parts().1)?;
         let (status, published) = watch::channel(follower.status());
         let follower = Arc::new(Mutex::new(Some(follower)));
-        // A new guest has the empty configuration, and a call that changes nothing would only delay the boot.
-        let applied = Some(ConfigureNetworkRequest::default());
+        // A call that changes nothing would only delay the boot.
+        let applied = Some(applied);
         let limit = DEADLINE + BLOCKED + guest.call_timeout();
         let Settled { config: wanted, name_server, problems: _, waiting: _ } = settled;
         let running = None;

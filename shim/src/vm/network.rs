@@ -58,11 +58,19 @@ pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -
 }
 
 impl Network {
+    /// The MAC addresses of the network cards that no link has.
+    pub(super) fn spare_nics(&self) -> Vec<[u8; 6]> {
+        let Some((_, settled, _)) = &self.connected else { return Vec::new() };
+        settled.config.spare_nics.iter().filter_map(|mac| mac.as_slice().try_into().ok()).collect()
+    }
+
     /// Configures the guest, before it runs anything, and follows the namespace until `dead` has a value. `machine` is
-    /// given further network cards for links that appear later.
+    /// given further network cards for links that appear later. `holds_nics`: the guest's kernel has left the spare
+    /// ones alone.
     pub(super) async fn follow(
         self,
         guest: &Arc<Guest>,
+        holds_nics: bool,
         machine: Arc<dyn Machine>,
         dead: watch::Receiver<Option<String>>,
     ) -> Result<Option<Following>, BootError> {
@@ -70,7 +78,9 @@ impl Network {
             guest.network.configure(guest.context(), &config).await.map_err(GuestError::from)?;
         }
         let Some((follower, settled, names)) = self.connected else { return Ok(None) };
-        Ok(Some(Following::start(follower, settled, names, guest.clone(), machine, dead).await?))
+        let spare_nics = if holds_nics { settled.config.spare_nics.clone() } else { Vec::new() };
+        let applied = ConfigureNetworkRequest { spare_nics, ..Default::default() };
+        Ok(Some(Following::start(follower, settled, applied, names, guest.clone(), machine, dead).await?))
     }
 }
 

@@ -40,7 +40,8 @@ pub(super) async fn ready(
     let guest = deadline.keep("connect to its services", Guest::connect(link, hello, limit)).await?;
     let guest = Arc::new(guest);
     reached.reached(HostMilestone::GuestConnected);
-    let network = deadline.keep("configure its network", network.follow(&guest, machine, dead)).await?;
+    let network =
+        deadline.keep("configure its network", network.follow(&guest, hello.holds_nics, machine, dead)).await?;
     let subscribed = async {
         deadline.keep("set its clock", clock::set(&guest)).await?;
         // Without its events the guest is unusable.

@@ -12,9 +12,10 @@ use crate::host::child::{Child, FIRST_FD, Launch, LaunchError};
 
 /// The descriptor at which virtiofsd inherits its listening socket.
 const LISTENER: i32 = FIRST_FD;
-/// Where distributions install it outside of PATH. /usr/lib/qemu/virtiofsd is left out: it is the old implementation in
-/// C, with other options.
-const PLACES: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/libexec/qemu/virtiofsd"];
+/// Where husk's package and distributions install it outside of PATH. /usr/lib/qemu/virtiofsd is left out: it is the old
+/// implementation in C, with other options.
+const PLACES: [&str; 4] =
+    ["/usr/libexec/husk/virtiofsd", "/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/libexec/qemu/virtiofsd"];
 
 /// Which extended attributes the guest's root may set. `security.capability` is the host's. Those that would require
 /// CAP_SYS_ADMIN of virtiofsd have a prefix on the host, where they have no meaning; overlayfs in the guest needs them.

@@ -5,7 +5,8 @@
 //! bounds the configured part.
 
 use husk_protos::extras::SERIAL;
-use husk_protos::param;
+use husk_protos::mac::mac_text;
+use husk_protos::{HELD_NICS, param};
 
 use crate::vmm::machine::{Accel, GuestParams};
 
@@ -45,23 +46,27 @@ pub(crate) fn kernel_cmdline(guest: &GuestParams, platform: Platform, accel: Acc
         // From kernel-config/patches: without it, a guest that looks at many files drives virtiofsd into its limit.
         words.push(format!("virtiofs.max_inodes={max}"));
     }
+    if !guest.held_nics.is_empty() {
+        let macs: Vec<String> = guest.held_nics.iter().map(|mac| mac_text(mac)).collect();
+        words.push(format!("{}={}", HELD_NICS.0, macs.join(",")));
+    }
     words.extend(init(guest));
     words.join(" ")
 }
 
-/// Parameters for a guest without hardware virtualization.
+/// Parameters of a kernel without hardware virtualization.
+///
+/// - `norandmaps`: for PID 1 only, which reverts it for its children: PID 1 and its workers are loaded at the same
+///   address and translated once.
+/// - `randmaps_once` (from kernel-config/patches): the others are loaded at addresses that are chosen once per boot.
+/// - `noreplace-returns` (from kernel-config/patches): spares the boot a change of the kernel's code.
+/// - `virtiofs.rewrite_pages` (from kernel-config/patches): without it, the guest executes stale pages of programs on
+///   the share.
+pub const EMULATION: [&str; 4] = ["norandmaps", "randmaps_once", "noreplace-returns", "virtiofs.rewrite_pages=1"];
+
+/// [`EMULATION`], and the frequencies of the emulated clocks.
 fn emulation(platform: Platform, accel: Accel, tsc_khz: Option<u64>) -> Vec<String> {
-    let mut words = vec![
-        // For PID 1 only, which reverts it for its children: PID 1 and its workers are loaded at the same address and
-        // translated once.
-        "norandmaps".to_owned(),
-        // From kernel-config/patches: the others are loaded at addresses that are chosen once per boot.
-        "randmaps_once".to_owned(),
-        // From kernel-config/patches.
-        "noreplace-returns".to_owned(),
-        // From kernel-config/patches: without it, the guest executes stale pages of programs on the share.
-        "virtiofs.rewrite_pages=1".to_owned(),
-    ];
+    let mut words = EMULATION.map(String::from).to_vec();
     // The guest's counter is the host's, or counts instructions, one a nanosecond. KVM has kvmclock and the TSC's
     // deadline timer instead.
     let tsc_khz = if accel == Accel::TcgCounted { Some(1_000_000) } else { tsc_khz };
@@ -134,6 +139,7 @@ pub(crate) mod tests {
             sandbox: false,
             max_inodes: None,
             hostname: None,
+            held_nics: Vec::new(),
             wall_clock: None,
             ready_port: None,
         }
@@ -168,8 +174,10 @@ pub(crate) mod tests {
             let expected = format!("{expected} husk.log=warn husk.heartbeat_ms=10000");
             assert_eq!(kernel_cmdline(&guest(), platform, accel, tsc_khz), expected, "{platform:?} {accel:?}");
         }
-        let guest = GuestParams { max_inodes: Some(10), ..guest() };
-        let expected = format!("{START} virtiofs.max_inodes=10 husk.log=warn husk.heartbeat_ms=10000");
+        let held_nics = vec![[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 0xff]];
+        let guest = GuestParams { max_inodes: Some(10), held_nics, ..guest() };
+        let held = "virtio_net.held=02:00:00:00:00:01,02:00:00:00:00:ff";
+        let expected = format!("{START} virtiofs.max_inodes=10 {held} husk.log=warn husk.heartbeat_ms=10000");
         assert_eq!(kernel_cmdline(&guest, PLATFORM, Accel::Kvm, None), expected);
     }
 

@@ -66,6 +66,8 @@ pub struct GuestParams {
     pub max_inodes: Option<u64>,
     /// The host name of the guest, if the sandbox has one.
     pub hostname: Option<String>,
+    /// MAC addresses of the network cards that the guest's kernel is to leave alone.
+    pub held_nics: Vec<[u8; 6]>,
     /// The host's wall clock, since 1970.
     pub wall_clock: Option<Duration>,
     /// The host's vsock port that expects the guest's hello, if it is not the usual one.

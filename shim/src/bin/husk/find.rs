@@ -38,7 +38,8 @@ pub(crate) fn sandboxes() -> Result<Vec<State>> {
     Ok(found)
 }
 
-fn folders(folder: &Path) -> Result<Vec<PathBuf>> {
+/// The folders in a folder, sorted; none if it does not exist.
+pub(crate) fn folders(folder: &Path) -> Result<Vec<PathBuf>> {
     let listing = match fs::read_dir(folder) {
         Ok(listing) => listing,
         // No sandbox has been created yet, or the last one of the namespace has just been deleted.

@@ -3,7 +3,8 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `list`, `status`, `boot_profile`, `events`, `logs`, `console`, `exec`, `check_config`, `metadata` | a command |
+//! | `list`, `status`, `boot_profile`, `events`, `logs`, `console`, `exec`, `check_config`, `metadata`, `node` | a command |
+//! | `manual` | the manual pages, for the package |
 //! | `find` | selects a sandbox, and reads its status from the shim or from disk |
 //! | `client` | calls the methods of a shim |
 //! | `print` | text that is safe on a terminal, tables, JSON |
@@ -18,8 +19,10 @@ mod exec;
 mod find;
 mod list;
 mod logs;
+mod manual;
 mod metadata;
 mod network;
+mod node;
 mod print;
 mod status;
 mod term;
@@ -156,6 +159,17 @@ enum Command {
     /// Manages the tokens that VMs obtain from the metadata service
     #[command(subcommand)]
     Metadata(metadata::Command),
+    /// Installs husk on a Kubernetes node, or removes it
+    #[command(subcommand)]
+    Node(node::Command),
+    /// Prints a manual page in the format of man(7)
+    ///
+    /// Example: husk manual husk | man -l -
+    #[command(hide = true)]
+    Manual {
+        /// The page
+        page: manual::Page,
+    },
 }
 
 fn main() -> ExitCode {
@@ -194,6 +208,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::BootProfile { sandbox, format } => boot_profile::run(&sandbox.id, format.json)?,
         Command::CheckConfig { file, format } => return check_config::run(file.as_deref(), format.json),
         Command::Metadata(command) => metadata::run(command)?,
+        Command::Node(command) => node::run(&command)?,
+        Command::Manual { page } => io::stdout().write_all(manual::page(page, &mut Cli::command()).as_bytes())?,
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "husk", &mut script);

@@ -90,6 +90,11 @@ impl Container {
         self.processes().get(exec_id).cloned()
     }
 
+    /// The process that runs with this PID in the guest. A PID of one that has exited may belong to another by now.
+    pub(super) fn running_as(&self, guest_pid: u32) -> Option<Arc<Process>> {
+        self.processes().values().find(|process| process.guest_pid() == guest_pid && process.exit().is_none()).cloned()
+    }
+
     /// The container as one whose namespaces another container may join, if its init process runs: the guest PID of one
     /// that has exited may belong to another process by now.
     pub(super) fn as_sibling(&self) -> Option<Sibling> {

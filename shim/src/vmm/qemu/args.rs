@@ -14,6 +14,9 @@ pub(super) const PLUG_BUS: &str = "plug";
 /// searches the bus.
 const BRIDGE_CONTROLS_ITSELF: &str = "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off";
 
+/// How much translated code QEMU keeps without KVM, in MiB: half of the VM's memory, within these limits.
+const CODE_CACHE_MIB: std::ops::RangeInclusive<u64> = 256..=1024;
+
 /// Numbers of the descriptors that QEMU inherits. QEMU opens only its own firmware by path, so its user needs no access
 /// to husk's files, and none of its sockets has a name.
 #[derive(Debug, Clone)]
@@ -56,7 +59,7 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
     push(&["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
     push(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
     push(&["-machine", board.machine()]);
-    push(&["-accel", accel(spec.accel)]);
+    push(&["-accel", &accel(spec)]);
     if spec.accel == Accel::TcgCounted {
         push(&["-icount", "shift=0,sleep=off"]);
     }
@@ -142,11 +145,14 @@ fn nic_device(netdev: &str, mac: [u8; 6], queues: &str, board: Board) -> String 
     format!("virtio-net-{},netdev={netdev},mac={mac}{queues}{rom}", board.bus())
 }
 
-fn accel(accel: Accel) -> &'static str {
-    match accel {
-        Accel::Kvm => "kvm",
-        Accel::Tcg => "tcg,thread=multi",
-        Accel::TcgCounted => "tcg,thread=single",
+fn accel(spec: &Spec) -> String {
+    // QEMU's default is 1 GiB. The code of programs that have exited stays until the cache is full, so a pod whose
+    // containers restart reaches the limit, whatever its programs need.
+    let cache = (spec.memory_mib / 2).clamp(*CODE_CACHE_MIB.start(), *CODE_CACHE_MIB.end());
+    match spec.accel {
+        Accel::Kvm => "kvm".to_owned(),
+        Accel::Tcg => format!("tcg,thread=multi,tb-size={cache}"),
+        Accel::TcgCounted => format!("tcg,thread=single,tb-size={cache}"),
     }
 }
 
@@ -198,6 +204,22 @@ pub(crate) mod tests {
     /// The value that follows each occurrence of `option`.
     fn values<'a>(args: &'a [String], option: &str) -> Vec<&'a str> {
         args.windows(2).filter(|pair| pair[0] == option).map(|pair| pair[1].as_str()).collect()
+    }
+
+    #[test]
+    fn the_code_that_tcg_keeps_is_bounded_by_the_vms_size() {
+        let table = [
+            (Accel::Tcg, 128, "tcg,thread=multi,tb-size=256"),
+            (Accel::Tcg, 512, "tcg,thread=multi,tb-size=256"),
+            (Accel::Tcg, 1024, "tcg,thread=multi,tb-size=512"),
+            (Accel::Tcg, 1 << 20, "tcg,thread=multi,tb-size=1024"),
+            (Accel::TcgCounted, 512, "tcg,thread=single,tb-size=256"),
+            (Accel::Kvm, 512, "kvm"),
+        ];
+        for (accel, memory_mib, expected) in table {
+            let args = arguments(&Spec { accel, memory_mib, ..spec() }, Board::Microvm, &FDS);
+            assert_eq!(values(&args, "-accel"), [expected], "{accel:?} with {memory_mib} MiB");
+        }
     }
 
     #[test]

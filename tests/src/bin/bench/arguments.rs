@@ -8,6 +8,7 @@ pub(crate) enum Part {
     Ctr,
     Steps,
     Guest,
+    Programs,
     Boot,
     Footprint,
     Host,
@@ -17,7 +18,7 @@ pub(crate) enum Part {
 }
 
 /// Name on the command line, title in the table, and what is measured. By default, all parts but the last run.
-pub(crate) const PARTS: [(Part, &str, &str, &str); 9] = [
+pub(crate) const PARTS: [(Part, &str, &str, &str); 10] = [
     (
         Part::Ctr,
         "ctr",
@@ -30,6 +31,12 @@ pub(crate) const PARTS: [(Part, &str, &str, &str); 9] = [
         "guest",
         "guest, instructions (QEMU -icount shift=0)",
         "guest instructions of a boot and of one container",
+    ),
+    (
+        Part::Programs,
+        "programs",
+        "programs, executed instructions",
+        "what the kernel executes for a boot and for starting programs",
     ),
     (Part::Boot, "boot", "boot, wall clock", "from the start of QEMU to a guest that is ready, and the floor"),
     (Part::Footprint, "footprint", "the init", "size, memory and wake-ups of the guest's init"),
@@ -66,6 +73,7 @@ pub(crate) struct Arguments {
     pub(crate) rounds: usize,
     pub(crate) parts: Vec<Part>,
     pub(crate) boots: usize,
+    pub(crate) kernel: Option<PathBuf>,
 }
 
 /// Reads the words after the program's name.
@@ -75,12 +83,13 @@ pub(crate) struct Arguments {
 pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, String> {
     let mut words = words.into_iter();
     let parts = PARTS.iter().map(|(part, ..)| *part).filter(|part| *part != Part::Boots).collect();
-    let mut arguments = Arguments { json: None, rounds: ROUNDS, parts, boots: BOOTS };
+    let mut arguments = Arguments { json: None, rounds: ROUNDS, parts, boots: BOOTS, kernel: None };
     while let Some(argument) = words.next() {
         let mut value = || words.next().ok_or_else(|| format!("{argument} needs a value"));
         match argument.as_str() {
             "-h" | "--help" => return Ok(Command::Help),
             "--json" => arguments.json = Some(value()?.into()),
+            "--kernel" => arguments.kernel = Some(value()?.into()),
             "--rounds" => arguments.rounds = number("--rounds", &value()?)?,
             "--only" => {
                 let name = value()?;
@@ -118,6 +127,7 @@ Usage: bench [OPTIONS]
 Options:
   --only PART   measures one part instead of all
   --rounds N    samples of each wall-clock value ({ROUNDS} by default); throughput takes a quarter as many
+  --kernel DIR  measures the part `programs` with the kernel that was built in this folder
   --json FILE   also writes the table, the samples and the machine's description to FILE
   -h, --help    prints this text
 
@@ -134,6 +144,7 @@ Columns:
 Units:
   ms              wall-clock milliseconds; p50 is the median, p99 the 99th percentile (nearest rank)
   M instr         millions of guest instructions, which do not depend on the machine or its load
+  k instr         thousands of them
   MiB, MiB/s      mebibytes, and mebibytes per second
   Gbit/s          10^9 bits per second, as the receiver counts them
   per s           wake-ups per second
@@ -161,13 +172,15 @@ mod tests {
         let all = || Arguments {
             json: None,
             rounds: 20,
-            parts: PARTS[..8].iter().map(|(part, ..)| *part).collect(),
+            parts: PARTS[..9].iter().map(|(part, ..)| *part).collect(),
             boots: 200,
+            kernel: None,
         };
         let table = [
             ("", Command::Measure(all())),
             ("--rounds 3 --json f", Command::Measure(Arguments { rounds: 3, json: Some("f".into()), ..all() })),
             ("--only network", Command::Measure(Arguments { parts: vec![Part::Network], ..all() })),
+            ("--kernel d", Command::Measure(Arguments { kernel: Some("d".into()), ..all() })),
             ("boots", Command::Measure(Arguments { parts: vec![Part::Boots], ..all() })),
             ("boots 7", Command::Measure(Arguments { parts: vec![Part::Boots], boots: 7, ..all() })),
             ("--only guest --help", Command::Help),
@@ -182,7 +195,10 @@ mod tests {
     fn a_wrong_argument_is_named_in_one_line() {
         let table = [
             ("--only", "--only needs a value"),
-            ("--only all", "--only all: the parts are ctr, steps, guest, boot, footprint, host, network, pods, boots"),
+            (
+                "--only all",
+                "--only all: the parts are ctr, steps, guest, programs, boot, footprint, host, network, pods, boots",
+            ),
             ("--rounds 0", "--rounds 0: not a positive number"),
             ("--rounds x", "--rounds x: not a positive number"),
             ("boots -1", "boots -1: not a positive number"),

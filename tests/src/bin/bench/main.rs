@@ -18,6 +18,8 @@ mod network;
 #[cfg(not(target_env = "musl"))]
 mod pods;
 #[cfg(not(target_env = "musl"))]
+mod programs;
+#[cfg(not(target_env = "musl"))]
 mod report;
 #[cfg(not(target_env = "musl"))]
 mod steps;
@@ -42,7 +44,7 @@ mod run {
 
     use crate::arguments::{Arguments, Command, PARTS, Part, help, parse};
     use crate::report::Report;
-    use crate::{boots, ctr, guest, host, network, pods, steps};
+    use crate::{boots, ctr, guest, host, network, pods, programs, steps};
 
     /// Exit status for a wrong argument.
     const USAGE: u8 = 2;
@@ -78,6 +80,7 @@ mod run {
                 Part::Ctr => ctr::run(arguments.rounds, &mut report),
                 Part::Steps => steps::run(arguments.rounds, &mut report),
                 Part::Guest => runtime.block_on(guest::run(&mut report)),
+                Part::Programs => runtime.block_on(programs::run(arguments.kernel.as_deref(), &mut report)),
                 Part::Boot => runtime.block_on(boots::compare_with_floor(arguments.rounds, &mut report)),
                 Part::Footprint => runtime.block_on(guest::footprint(&mut report)),
                 Part::Host => host::run(&mut report),

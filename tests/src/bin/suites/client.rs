@@ -15,14 +15,9 @@ use crate::table::{Results, Verdict};
 /// Deadline for one test. VMs are emulated where the machine has no KVM.
 const DEADLINE: Duration = Duration::from_secs(300);
 /// Tests with a deadline of their own, with the reason.
-const DEADLINES: [(&str, Duration, &str); 3] = [
+const DEADLINES: [(&str, Duration, &str); 2] = [
     ("TestContainerExecLargeOutputWithTTY", Duration::from_secs(2700), "prints 100 × 6.9 MB to a terminal"),
     ("TestUserNamespaces", Duration::from_secs(600), "runs six containers"),
-    (
-        "TestIssue10589",
-        Duration::from_secs(60),
-        "waits for what its replacement of runc does, which husk does not call",
-    ),
 ];
 /// Address of the registry, which `tests/suites/images/images.go` names: each place has a network of its own.
 const REGISTRY: &str = "127.0.0.1:5000";

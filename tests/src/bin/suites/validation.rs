@@ -11,8 +11,8 @@ use crate::adapter;
 use crate::place::{Place, bin, suites};
 use crate::table::{Results, Verdict};
 
-/// Deadline for one program, which runs up to a dozen containers.
-const DEADLINE: Duration = Duration::from_secs(300);
+/// Deadline for one program. `linux_cgroups_cpus` runs 16 containers one after the other.
+const DEADLINE: Duration = Duration::from_secs(900);
 /// In the folder of the programs, but not one of them.
 const NOT_PROGRAMS: [&str; 2] = ["runtimetest", "rootfs-amd64.tar.gz"];
 
