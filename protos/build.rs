@@ -16,8 +16,13 @@ const SERVICES: [&str; 7] = [
     "proto/network.proto",
 ];
 /// Files that define only messages.
-const MESSAGES: [&str; 4] =
-    ["proto/runc_options.proto", "proto/runtime_options.proto", "proto/report.proto", "proto/cri.proto"];
+const MESSAGES: [&str; 5] = [
+    "proto/runc_options.proto",
+    "proto/runtime_options.proto",
+    "proto/report.proto",
+    "proto/cri.proto",
+    "proto/sandbox_update.proto",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");

@@ -3,6 +3,7 @@
 //! PID 1 executes its own binary under [`NAME`]. That intermediate process creates the namespaces, forks, and reports its
 //! child, which is the init of the PID namespace: it reaps what the containers leave, and runs until the guest ends.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs;
@@ -15,7 +16,7 @@ use husk_protos::SANDBOX_SHM;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -24,8 +25,10 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 use tokio::time::timeout;
 
+use crate::error::{CallError, FailureKind};
 use crate::reaper::Reaper;
 use crate::spawn::{self, ChildStreams};
+use crate::worker::sysctls;
 
 /// argv\[0\] of the intermediate process.
 pub(crate) const NAME: &str = "husk-sandbox";
@@ -53,6 +56,31 @@ pub(crate) async fn start(reaper: &Arc<Reaper>) -> io::Result<u32> {
         Ok(Ok(pid)) => Ok(pid),
         Ok(Err(_)) => Err(io::Error::other("the process that creates the namespaces failed")),
         Err(_) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+/// Sets sysctls in the caller's network namespace and in the IPC and UTS namespaces that `holder` holds, in the order of
+/// their names. The files of a namespace are those that the opening thread sees, so a thread of its own enters them.
+///
+/// # Errors
+/// `FailedPrecondition` without a holder, `InvalidArgument` for a sysctl that cannot be set.
+pub(crate) fn set_sysctls(holder: u32, sysctls: HashMap<String, String>) -> Result<(), CallError> {
+    if holder == 0 {
+        return Err(CallError::new(FailureKind::FailedPrecondition, "the guest has no sandbox"));
+    }
+    let mut sysctls: Vec<_> = sysctls.into_iter().collect();
+    sysctls.sort();
+    let set = move || {
+        for kind in ["ipc", "uts"] {
+            let entered = fs::File::open(format!("/proc/{holder}/ns/{kind}"))
+                .and_then(|namespace| Ok(setns(namespace, CloneFlags::empty())?));
+            entered.map_err(|e| CallError::internal(format_args!("enter the sandbox's {kind} namespace"), &e))?;
+        }
+        sysctls::write(&sysctls).map_err(|why| CallError::new(FailureKind::InvalidArgument, why))
+    };
+    match std::thread::spawn(set).join() {
+        Ok(done) => done,
+        Err(_) => Err(CallError::new(FailureKind::Internal, "set the sandbox's sysctls: the thread panicked")),
     }
 }
 
@@ -130,6 +158,17 @@ mod tests {
             let link = |process: &str| fs::read_link(format!("/proc/{process}/ns/{kind}")).unwrap();
             assert_ne!(link(&pid.to_string()), link("self"), "{kind}");
         }
+        let set = |sysctls: &[(&str, &str)]| {
+            let sysctls = sysctls.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            set_sysctls(pid.cast_unsigned(), sysctls)
+        };
+        let own = fs::read_to_string("/proc/sys/kernel/shm_rmid_forced").unwrap();
+        set(&[("kernel.shm_rmid_forced", if own == "1\n" { "0" } else { "1" })]).unwrap();
+        assert_eq!(fs::read_to_string("/proc/sys/kernel/shm_rmid_forced").unwrap(), own, "this namespace's");
+        let error = set(&[("kernel.shm_nonsense", "1")]).unwrap_err();
+        assert_eq!(error.kind, FailureKind::InvalidArgument);
+        assert!(error.message.starts_with("write sysctl key kernel.shm_nonsense: open "), "{error}");
         nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        assert_eq!(set_sysctls(0, HashMap::new()).unwrap_err().kind, FailureKind::FailedPrecondition);
     }
 }

@@ -1,4 +1,4 @@
-//! The System service: the guest's version and resource use, and its clock.
+//! The System service: the guest's version and resource use, its clock, and the sysctls of its sandbox.
 //!
 //! The process list comes from the `procfs` crate, whose parser libcontainer links anyway (6 KiB more). Its parsers of
 //! /proc/meminfo and /proc/PID/status would add 57 KiB to every guest for four numbers, so [`field`] reads those.
@@ -8,7 +8,7 @@ use std::io;
 use std::path::Path;
 
 use async_trait::async_trait;
-use husk_protos::system::{ClockAdjustment, Hello, InfoRequest, InfoResponse};
+use husk_protos::system::{ClockAdjustment, Hello, InfoRequest, InfoResponse, Sysctls};
 use husk_protos::system_ttrpc::System;
 use husk_protos::{HELD_NICS, PROTOCOL};
 use procfs::process::all_processes;
@@ -18,7 +18,7 @@ use crate::boot::Timeline;
 use crate::clock::boottime_ns;
 use crate::error::CallError;
 use crate::rpc::handle;
-use crate::{cgroup, clock};
+use crate::{cgroup, clock, sandbox};
 
 pub(crate) struct SystemService {
     /// The message that this guest sent when it became ready.
@@ -59,6 +59,11 @@ impl System for SystemService {
         }
         clock.realtime_ns = clock::realtime_ns();
         Ok(clock)
+    }
+
+    async fn set_sysctls(&self, _: &TtrpcContext, sysctls: Sysctls) -> ttrpc::Result<Sysctls> {
+        handle(async { sandbox::set_sysctls(self.hello.sandbox_pid, sysctls.values) }).await?;
+        Ok(Sysctls::new())
     }
 }
 

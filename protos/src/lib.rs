@@ -39,12 +39,12 @@ mod generated {
 
 pub use generated::{
     bundle, bundle_ttrpc, cri, debug, debug_ttrpc, events, events_ttrpc, metadata, metadata_ttrpc, network,
-    network_ttrpc, report, runc_options, runtime_options, stdio, stdio_ttrpc, system, system_ttrpc,
+    network_ttrpc, report, runc_options, runtime_options, sandbox_update, stdio, stdio_ttrpc, system, system_ttrpc,
 };
 pub use {protobuf, ttrpc};
 
 /// Version of the protocol. The host rejects a guest whose `Hello` has another one.
-pub const PROTOCOL: u32 = 6;
+pub const PROTOCOL: u32 = 7;
 
 /// The NICs that the guest's kernel leaves alone until a link needs them: a list of MAC addresses with commas, as a
 /// parameter of the kernel and as the file of the running kernel that shows and changes it

@@ -16,10 +16,12 @@ use containerd_shim_protos::sandbox_api::{
 use containerd_shim_protos::sandbox_async::{Sandbox as SandboxApi, create_sandbox};
 use containerd_shim_protos::types::platform::Platform;
 use husk_protos::METRICS;
+use husk_protos::sandbox_update::{UpdateSandboxRequest, UpdateSandboxResponse};
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
-use ttrpc::r#async::{Service, TtrpcContext};
+use ttrpc::r#async::{MethodHandler, Service, TtrpcContext};
+use ttrpc::proto::{Request, Response};
 
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::task_service::{Calls, to_ttrpc};
@@ -32,10 +34,40 @@ const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 
 /// The service by its name.
 pub(crate) fn services(sandbox: Arc<Sandbox>) -> HashMap<String, Service> {
-    create_sandbox(Arc::new(SandboxService(Calls { sandbox })))
+    let mut services = create_sandbox(Arc::new(SandboxService(Calls { sandbox: sandbox.clone() })));
+    for service in services.values_mut() {
+        let update = UpdateMethod { service: Updates(Calls { sandbox: sandbox.clone() }) };
+        service.methods.insert("UpdateSandbox".to_owned(), Box::new(update));
+    }
+    services
 }
 
 struct SandboxService(Calls);
+
+/// UpdateSandbox, which the generated service lacks.
+struct UpdateMethod {
+    service: Updates,
+}
+
+struct Updates(Calls);
+
+impl Updates {
+    async fn update_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateSandboxRequest,
+    ) -> ttrpc::Result<UpdateSandboxResponse> {
+        self.0.detached(|sandbox| async move { sandbox.update_sandbox(&request).await }).await?;
+        Ok(UpdateSandboxResponse::new())
+    }
+}
+
+#[async_trait]
+impl MethodHandler for UpdateMethod {
+    async fn handler(&self, context: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
+        ttrpc::async_request_handler!(self, context, request, UpdateSandboxRequest, update_sandbox);
+    }
+}
 
 #[async_trait]
 impl SandboxApi for SandboxService {

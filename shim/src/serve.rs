@@ -35,6 +35,7 @@ use crate::containerd::options;
 use crate::containerd::options::RuntimeOptions;
 use crate::containerd::publisher::Publisher;
 use crate::ctl;
+use crate::host::clients::Clients;
 use crate::host::process::{ProcessId, wait_dead};
 use crate::host::socket;
 use crate::prepare::sandbox_of;
@@ -57,6 +58,8 @@ const SERVER_FILE: &str = "husk-shim.json";
 const DELETE_TIMEOUT: Duration = Duration::from_millis(4500);
 /// Pause after a failed accept, which means a lack of descriptors or memory. Without it the loop would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long the server waits at its end for its clients to close their connections.
+const CLOSE_WAIT: Duration = Duration::from_secs(1);
 /// Exit status of a task whose shim is gone: that of SIGKILL.
 const KILLED: u32 = 137;
 
@@ -278,7 +281,9 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
 
     let mut services = crate::task_service::services(sandbox.clone());
     services.extend(crate::sandbox_service::services(sandbox.clone()));
-    let accepted = accept(listener, Known::of(&mut services)).context("listen on the shim's socket")?;
+    let clients = Clients::new();
+    let accepted =
+        accept(listener, Known::of(&mut services), clients.clone()).context("listen on the shim's socket")?;
     let mut server = Server::new().add_listener(accepted).register_service(services);
     server.start().await?;
     let version = env!("CARGO_PKG_VERSION");
@@ -287,8 +292,13 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
 
     let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("catch SIGINT")?;
+    let finished = async {
+        sandbox.finished().await;
+        // containerd reports a failed ShutdownSandbox if its connection closes before it has read the response.
+        clients.gone(CLOSE_WAIT).await;
+    };
     tokio::select! {
-        () = sandbox.finished() => {}
+        () = finished => {}
         _ = terminate.recv() => sandbox.shutdown(true).await?,
         _ = interrupt.recv() => sandbox.shutdown(true).await?,
     }
@@ -298,20 +308,20 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
 }
 
 /// Accepts containerd's connections.
-fn accept(listener: UnixListener, known: Known) -> io::Result<Listener> {
+fn accept(listener: UnixListener, known: Known, clients: Clients) -> io::Result<Listener> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::UnixListener::from_std(listener)?;
-    Ok(Listener::new(futures::stream::unfold((listener, known), |(listener, known)| async move {
+    Ok(Listener::new(futures::stream::unfold((listener, known, clients), |(listener, known, clients)| async move {
         let accepted = loop {
             match listener.accept().await {
-                Ok((stream, _)) => break known.guard(stream),
+                Ok((stream, _)) => break known.guard(clients.count(stream)),
                 Err(error) => {
                     tracing::error!(%error, "failed to accept a connection of containerd");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
         };
-        Some((io::Result::Ok(accepted), (listener, known)))
+        Some((io::Result::Ok(accepted), (listener, known, clients)))
     })))
 }
 

@@ -57,17 +57,23 @@ pub enum Version {
     V1_6,
     /// The version in Debian 13.
     V1_7,
-    /// The current version.
+    /// The first version in Debian with containerd's Sandbox API.
     V2_1,
+    /// The newest version, built from its Go module. Starts shims with the bootstrap protocol, and has a mount manager.
+    V2_4,
 }
 
 impl Version {
+    /// All versions, the oldest first.
+    pub const ALL: [Self; 4] = [Self::V1_6, Self::V1_7, Self::V2_1, Self::V2_4];
+
     /// Directory name under `.cache/containerd`, and prefix of the version.
     pub fn name(self) -> &'static str {
         match self {
             Self::V1_6 => "1.6",
             Self::V1_7 => "1.7",
             Self::V2_1 => "2.1",
+            Self::V2_4 => "2.4",
         }
     }
 
@@ -77,7 +83,8 @@ impl Version {
             Err(_) | Ok("" | "2.1") => Self::V2_1,
             Ok("1.7") => Self::V1_7,
             Ok("1.6") => Self::V1_6,
-            Ok(other) => panic!("HUSK_TEST_CONTAINERD={other}: want 1.6, 1.7 or 2.1"),
+            Ok("2.4") => Self::V2_4,
+            Ok(other) => panic!("HUSK_TEST_CONTAINERD={other}: want 1.6, 1.7, 2.1 or 2.4"),
         }
     }
 
@@ -88,7 +95,7 @@ impl Version {
         match candidates.into_iter().find(|folder| folder.join("containerd").is_file()) {
             Some(folder) => Ok(folder),
             None => {
-                bail!("containerd {} is not in {}: run `./task build` first", self.name(), unpacked.display())
+                bail!("containerd {} is not in {}: run `./task test-tools` first", self.name(), unpacked.display())
             }
         }
     }
@@ -129,6 +136,7 @@ macro_rules! on_every_containerd {
         $crate::on_every_containerd!(@ containerd_1_6 V1_6 $($scenario),*);
         $crate::on_every_containerd!(@ containerd_1_7 V1_7 $($scenario),*);
         $crate::on_every_containerd!(@ containerd_2_1 V2_1 $($scenario),*);
+        $crate::on_every_containerd!(@ containerd_2_4 V2_4 $($scenario),*);
     };
     (@ $module:ident $version:ident $($scenario:ident),*) => {
         mod $module {

@@ -41,11 +41,15 @@ const LOG_LINES: usize = 2000;
 const CONFIG: &str = r#"version = 2
 root = "/run/containerd/root"
 state = "/run/containerd/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
-  "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt"]
+disabled_plugins = [DISABLED]
 [grpc]
 address = "/run/containerd/containerd.sock"
 "#;
+
+/// What no test uses, and what only [`Setup::cri`] uses.
+const DISABLED: &str = r#""io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt""#;
+const DISABLED_WITHOUT_CRI: &str =
+    r#", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime""#;
 
 /// The fifo that makes process 1 restart containerd. Process 1 waits on it after containerd has exited; without the
 /// fifo it exits too.
@@ -115,6 +119,8 @@ pub struct Setup {
     pub env: Vec<(String, String)>,
     /// Additional lines of containerd's configuration.
     pub config: String,
+    /// Whether containerd serves Kubernetes' Container Runtime Interface.
+    pub cri: bool,
 }
 
 impl Containerd {
@@ -130,7 +136,8 @@ impl Containerd {
 
     /// The shared daemon of this version.
     pub fn shared_of(version: Version) -> Result<&'static Self> {
-        static SHARED: [OnceLock<Result<Containerd, String>>; 3] = [const { OnceLock::new() }; 3];
+        const COUNT: usize = Version::ALL.len();
+        static SHARED: [OnceLock<Result<Containerd, String>>; COUNT] = [const { OnceLock::new() }; COUNT];
         let shared = SHARED[version as usize].get_or_init(|| Self::start(version).map_err(|e| format!("{e:?}")));
         shared.as_ref().map_err(|e| anyhow!("{e}"))
     }
@@ -147,6 +154,7 @@ impl Containerd {
             built(runtime.shim())?;
         }
 
+        let disabled = format!("{DISABLED}{}", if setup.cri { "" } else { DISABLED_WITHOUT_CRI });
         // An abstract address would be unknown in the daemon's network namespace.
         let folder = tempfile::tempdir().context("create the folder of the readiness socket")?;
         let address = folder.path().join("ready");
@@ -159,7 +167,7 @@ impl Containerd {
             .env("PATH", search_path(&bin))
             .env("NOTIFY_SOCKET", "/run/ready")
             .env("HUSK_TEST_READY", &address)
-            .env("HUSK_TEST_CONFIG", format!("{CONFIG}{}", setup.config));
+            .env("HUSK_TEST_CONFIG", CONFIG.replace("DISABLED", &disabled) + &setup.config);
         command.envs(setup.env.clone());
 
         let log = Arc::new(Mutex::new(VecDeque::new()));
@@ -486,6 +494,8 @@ impl Ctr<'_> {
     pub fn command(&self) -> Command {
         let mut command = self.containerd.enter(self.containerd.bin.join("ctr"));
         command.args(["--namespace", NAMESPACE]).args(&self.args);
+        // Newer versions warn of the machine's cgroup v1, and tests look at the errors.
+        command.env("CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS", "true");
         command
     }
 

@@ -15,6 +15,7 @@ pub mod cni;
 pub mod command;
 pub mod compare;
 pub mod containerd;
+pub mod cri;
 pub mod debug;
 pub mod docker;
 pub mod events;

@@ -262,7 +262,7 @@ impl<'a> Shim<'a> {
         let started = action(containerd, &bundle, &events, &Bootstrap::Flags, "start")?.ok()?;
         let socket = address(&started.text())?;
         let api = match (containerd.runtime(), containerd.version()) {
-            (Runtime::Runc, Version::V2_1) => Api::V3,
+            (Runtime::Runc, Version::V2_1 | Version::V2_4) => Api::V3,
             _ => Api::V2,
         };
         let task = Task::connect(&containerd.path(&socket), api)?;

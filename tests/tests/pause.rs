@@ -107,7 +107,7 @@ fn a_paused_container_is_frozen_and_every_call_on_it_returns_at_once() -> Result
 
 #[test]
 fn ctr_can_pause_and_resume_with_every_containerd() -> Result<()> {
-    for version in [Version::V1_6, Version::V1_7, Version::V2_1] {
+    for version in Version::ALL {
         let containerd = Containerd::shared_of(version)?;
         let watch = Watch::start(containerd)?;
         let container = containerd.detached(&[], "ctr-pause", &["sleep", "1000"])?;

@@ -12,6 +12,7 @@ use husk_protos::cri::{
     DNSConfig, LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption,
     PodSandboxConfig,
 };
+use husk_protos::sandbox_update::{SandboxRecord, Typed, UpdateSandboxRequest, UpdateSandboxResponse};
 use husk_tests::artifacts::Version;
 use husk_tests::bundle;
 use husk_tests::command::wait_for;
@@ -19,14 +20,16 @@ use husk_tests::containerd::Containerd;
 use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::pods::Bridge;
-use husk_tests::shim::{Shim, code};
+use husk_tests::process;
+use husk_tests::shim::{Shim, Task, code};
 use serde_json::{Value, json};
 
+const SERVICE: &str = "containerd.runtime.sandbox.v1.Sandbox";
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 
 /// Calls the Sandbox service.
 fn call<Q: Message, A: Message>(shim: &Shim, method: &str, request: &Q) -> ttrpc::Result<A> {
-    shim.task.call_service("containerd.runtime.sandbox.v1.Sandbox", method, request)
+    shim.task.call_service(SERVICE, method, request)
 }
 
 fn create(shim: &Shim, netns: &str, pod: &PodSandboxConfig) -> ttrpc::Result<api::CreateSandboxResponse> {
@@ -43,8 +46,13 @@ fn create(shim: &Shim, netns: &str, pod: &PodSandboxConfig) -> ttrpc::Result<api
 }
 
 fn start(shim: &Shim) -> ttrpc::Result<u32> {
-    let request = api::StartSandboxRequest { sandbox_id: shim.bundle.id.clone(), ..Default::default() };
-    call(shim, "StartSandbox", &request).map(|response: api::StartSandboxResponse| response.pid)
+    start_with(&shim.task, &shim.bundle.id)
+}
+
+fn start_with(task: &Task, id: &str) -> ttrpc::Result<u32> {
+    let request = api::StartSandboxRequest { sandbox_id: id.into(), ..Default::default() };
+    let started: api::StartSandboxResponse = task.call_service(SERVICE, "StartSandbox", &request)?;
+    Ok(started.pid)
 }
 
 fn status(shim: &Shim) -> ttrpc::Result<api::SandboxStatusResponse> {
@@ -60,6 +68,35 @@ fn wait(shim: &Shim) -> ttrpc::Result<u32> {
 fn shutdown(shim: &Shim) -> ttrpc::Result<api::ShutdownSandboxResponse> {
     let request = api::ShutdownSandboxRequest { sandbox_id: shim.bundle.id.clone(), ..Default::default() };
     call(shim, "ShutdownSandbox", &request)
+}
+
+fn update(shim: &Shim, limits: &Value) -> ttrpc::Result<UpdateSandboxResponse> {
+    let value = json!({"Overhead": null, "Resources": limits}).to_string().into_bytes();
+    let type_url = "io.containerd.cri.v1/UpdatedResources".into();
+    let extension = Typed { type_url, value, ..Default::default() };
+    let extensions = [("updated-resources".to_owned(), extension)].into();
+    let request = UpdateSandboxRequest {
+        sandbox_id: shim.bundle.id.clone(),
+        sandbox: MessageField::some(SandboxRecord { extensions, ..Default::default() }),
+        fields: vec!["extensions".into()],
+        ..Default::default()
+    };
+    call(shim, "UpdateSandbox", &request)
+}
+
+/// Limits within the VM's size are accepted, and others are rejected by name.
+fn expect_updates(shim: &Shim) -> Result<()> {
+    update(shim, &json!({"memory_limit_in_bytes": 600 << 20, "cpu_quota": 50_000, "cpu_period": 100_000}))?;
+    for (limits, field) in [
+        (json!({"memory_limit_in_bytes": 1 << 30}), "memory_limit_in_bytes"),
+        (json!({"cpu_quota": 300_000, "cpu_period": 100_000}), "cpu_quota"),
+        (json!({"oom_score_adj": 7}), "oom_score_adj"),
+    ] {
+        let updated = update(shim, &limits);
+        let text = format!("{updated:?}");
+        ensure!(code(&updated) == Some(Code::INVALID_ARGUMENT) && text.contains(field), "{limits}: {text}");
+    }
+    Ok(())
 }
 
 /// The spec of a container that joins the sandbox's namespaces by the PID that StartSandbox has reported.
@@ -113,6 +150,7 @@ fn a_sandbox_without_a_container_has_the_pods_network_name_and_size_until_it_is_
     ensure!(running.state == "SANDBOX_READY" && running.pid == pid, "{running:?}");
     let husk: Value = serde_json::from_str(running.info.get("husk").context("no status")?)?;
     ensure!(husk["sandbox"] == id, "{husk}");
+    expect_updates(&shim)?;
     let platform: api::PlatformResponse = call(&shim, "Platform", &api::PlatformRequest::new())?;
     ensure!(platform.platform.os == "linux");
     let request = api::SandboxMetricsRequest { sandbox_id: id.clone(), ..Default::default() };
@@ -190,4 +228,73 @@ fn a_sandbox_whose_vm_dies_reports_137_and_can_be_shut_down() -> Result<()> {
     shutdown(&shim)?;
     let gone = || (!process.is_alive() && below.iter().all(|process| !process.is_alive())).then_some(());
     wait_for(Duration::from_secs(20), "the shim and its children are gone", gone)
+}
+
+/// What is left of a sandbox whose StartSandbox has failed and that has been shut down.
+fn expect_nothing_left(before: &Leftovers, containerd: &Containerd) -> Result<()> {
+    let shared = ["folder /run/bundles", "folder /run/containerd/s"];
+    before.expect_none_since_but(containerd, |line| shared.contains(&line))
+}
+
+#[test]
+fn a_sandbox_that_loses_its_vm_or_its_shim_while_it_starts_leaves_nothing_behind() -> Result<()> {
+    husk_only!();
+    let containerd = &Containerd::start(Version::default_for_tests())?;
+    containerd.run(&[], &containerd.id("first"), &["true"]).ok()?;
+    containerd.unpacked_image()?;
+    let before = Leftovers::now(containerd);
+    for victim in ["qemu", "shim"] {
+        let id = containerd.id(victim);
+        let shim = Shim::start_sandbox(containerd, &id)?;
+        create(&shim, "", &pod())?;
+        let (process, _) = containerd.shim_of(&id)?;
+        let started = std::thread::scope(|scope| -> Result<_> {
+            let (task, id) = (shim.task.clone(), id.clone());
+            let starting = scope.spawn(move || start_with(&task, &id));
+            let booting = || process::descendants(process.pid).into_iter().find(|one| one.name.starts_with("qemu"));
+            let qemu = wait_for(Duration::from_secs(30), "QEMU starts", booting)?;
+            if victim == "qemu" {
+                qemu.kill()
+            } else {
+                process.kill()
+            }
+            starting.join().map_err(|_| anyhow::anyhow!("the call panicked"))
+        })?;
+        ensure!(started.is_err(), "{victim}: {started:?}");
+        if victim == "qemu" {
+            ensure!(code(&started) == Some(Code::UNAVAILABLE), "{started:?}");
+            ensure!(status(&shim)?.state == "SANDBOX_NOTREADY");
+            shutdown(&shim)?;
+        } else {
+            shim.delete_action()?.ok()?;
+        }
+        expect_nothing_left(&before, containerd).context(victim)?;
+        std::fs::remove_dir_all(&shim.bundle.outside)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_sandbox_on_a_full_disk_is_rejected_and_leaves_nothing_behind() -> Result<()> {
+    husk_only!();
+    let containerd = &Containerd::start(Version::default_for_tests())?;
+    containerd.unpacked_image()?;
+    containerd.sh("mkdir /run/husk && mount -t tmpfs -o size=2m,mode=755 tmpfs /run/husk")?;
+    let before = Leftovers::now(containerd);
+    for created in [false, true] {
+        let id = containerd.id("full");
+        let shim = Shim::start_sandbox(containerd, &id)?;
+        if created {
+            create(&shim, "", &pod())?;
+        }
+        containerd.sh("dd if=/dev/zero of=/run/husk/filler bs=4k 2>/dev/null; test -s /run/husk/filler")?;
+        let failed = if created { start(&shim).map(drop) } else { create(&shim, "", &pod()).map(drop) };
+        let text = format!("{failed:?}");
+        ensure!(text.contains("No space left on device"), "created: {created}: {text}");
+        shutdown(&shim)?;
+        containerd.sh("rm /run/husk/filler")?;
+        expect_nothing_left(&before, containerd).with_context(|| format!("created: {created}"))?;
+        std::fs::remove_dir_all(&shim.bundle.outside)?;
+    }
+    Ok(())
 }

@@ -78,7 +78,13 @@ fn start_rejects_ids_that_containerd_does_not_have() -> Result<()> {
 
 #[test]
 fn the_runtimes_features_are_known_to_containerd() -> Result<()> {
-    let containerd = Containerd::shared_of(Version::V2_1)?;
+    for version in [Version::V2_1, Version::V2_4] {
+        expect_features(Containerd::shared_of(version)?)?;
+    }
+    Ok(())
+}
+
+fn expect_features(containerd: &Containerd) -> Result<()> {
     let runtime = format!("--runtime={}", containerd.runtime().name());
     let shown = containerd.ctr(["plugins", "inspect-runtime"]).arg(runtime).ok()?;
     let info: Value = serde_json::from_str(&shown.text()).with_context(|| shown.to_string())?;

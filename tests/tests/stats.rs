@@ -58,7 +58,7 @@ fn stats_contain_every_field_that_the_guests_kernel_counts() -> Result<()> {
 #[test]
 fn ctr_task_metrics_shows_the_stats_with_every_containerd() -> Result<()> {
     husk_only!();
-    for version in [Version::V1_6, Version::V1_7, Version::V2_1] {
+    for version in Version::ALL {
         let containerd = Containerd::shared_of(version)?;
         let container = containerd.detached(&["--memory-limit", "67108864"], "metrics", &["sleep", "1000"])?;
         let shown = containerd.ctr(["task", "metrics", container.id()]).ok()?.text();
@@ -112,7 +112,7 @@ fn pids_are_listed_with_their_exec_ids() -> Result<()> {
 
 #[test]
 fn ctr_task_ps_shows_execs_with_every_containerd() -> Result<()> {
-    for version in [Version::V1_6, Version::V1_7, Version::V2_1] {
+    for version in Version::ALL {
         let containerd = Containerd::shared_of(version)?;
         let container = containerd.detached(&[], "ps", &["sleep", "1000"])?;
         let exec = containerd.id("named");

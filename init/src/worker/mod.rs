@@ -23,7 +23,7 @@ pub(crate) mod serve;
 mod spec;
 pub(crate) mod start;
 mod streams;
-mod sysctls;
+pub(crate) mod sysctls;
 mod update;
 pub(crate) mod user_namespace;
 

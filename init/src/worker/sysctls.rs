@@ -1,4 +1,5 @@
-//! The `net.*` sysctls of containers that share the VM's network namespace.
+//! The `net.*` sysctls of containers that share the VM's network namespace, and those of a sandbox without a pause
+//! container.
 //!
 //! The containers of a pod share a network namespace, which in the guest is the VM's own. containerd's CRI plugin sets
 //! `net.ipv4.ip_unprivileged_port_start` and `net.ipv4.ping_group_range` for every pod. libcontainer rejects such
@@ -45,7 +46,7 @@ pub(super) fn is_vms_namespace(path: &Path) -> bool {
 }
 
 /// Sets the sysctls. The error is runc's, with the value in addition.
-pub(super) fn write(sysctls: &[(String, String)]) -> Result<(), String> {
+pub(crate) fn write(sysctls: &[(String, String)]) -> Result<(), String> {
     for (key, value) in sysctls {
         let path = file(key).ok_or_else(|| format!("write sysctl key {key}: is not the name of a sysctl"))?;
         // Without `create`: /proc/sys would reply EACCES for a file that does not exist.

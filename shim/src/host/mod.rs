@@ -4,6 +4,7 @@
 //! |--------------|-------------------------------------------------------------|
 //! | `process.rs` | identifies processes reliably, and kills them               |
 //! | `child.rs`   | starts programs that must not outlive the shim              |
+//! | `clients.rs` | the connections of a server                                 |
 //! | `holder.rs`  | the process that represents a container on the host         |
 //! | `hooks.rs`   | runs OCI hooks                                              |
 //! | `socket.rs`  | unix sockets in the sandbox's directory                     |
@@ -13,6 +14,7 @@
 //! | `inotify.rs` | changes of folders and files                                |
 
 pub(crate) mod child;
+pub(crate) mod clients;
 pub(crate) mod holder;
 pub(crate) mod hooks;
 pub(crate) mod inotify;

@@ -1,19 +1,25 @@
 //! Prepares a container: reads and checks the request, the spec, the annotations, the configuration and the host, and
 //! reports all problems at once, before anything is created.
 //!
-//! | file         | contents                                                             |
-//! |--------------|----------------------------------------------------------------------|
-//! | `host.rs`    | what the host provides: the guest's files, programs, the accelerator |
-//! | `network.rs` | whether the container is in user mode, and with which ports          |
-//! | `pod.rs`     | what the CRI plugin says of a pod (pure)                             |
-//! | `sandbox.rs` | what containerd's Sandbox API says of a sandbox (pure)               |
-//! | `size.rs`    | the size of the VM (pure)                                            |
+//! | file           | contents                                                             |
+//! |----------------|----------------------------------------------------------------------|
+//! | `host.rs`      | what the host provides: the guest's files, programs, the accelerator |
+//! | `network.rs`   | whether the container is in user mode, and with which ports          |
+//! | `pod.rs`       | what the CRI plugin says of a pod (pure)                             |
+//! | `pod_files.rs` | the files that a pod's containers find in `/etc`                     |
+//! | `sandbox.rs`   | what containerd's Sandbox API says of a sandbox (pure)               |
+//! | `size.rs`      | the size of the VM (pure)                                            |
+//! | `sysctls.rs`   | the sysctls of a pod without a pause container (pure)                |
+//! | `update.rs`    | updates of a sandbox (pure)                                          |
 
 pub mod host;
 mod network;
 mod pod;
+mod pod_files;
 mod sandbox;
 mod size;
+mod sysctls;
+mod update;
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
@@ -23,6 +29,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use husk_protos::chain::Chain;
+use husk_protos::sandbox_update::UpdateSandboxRequest;
 use oci_spec::runtime::Spec;
 use tracing::Level;
 
@@ -36,14 +43,18 @@ use crate::config::values::MAX_SPARE_NICS;
 use crate::config::workspace::Workspace;
 use crate::containerd::options;
 use crate::extras::files::{self, OpenedFile};
-use crate::network::user::UserNetwork;
+use crate::network::user::{UserNetwork, resolv_conf};
 use crate::network::{Claim, claim};
 use crate::prepare::host::{Host, Places};
 pub(crate) use crate::prepare::network::RequestedNetwork;
+use crate::prepare::pod_files::Node;
+pub(crate) use crate::prepare::pod_files::PodFile;
+pub(crate) use crate::prepare::sandbox::RESOLV_CONF;
 use crate::prepare::sandbox::SandboxRequest;
 use crate::prepare::size::Size;
 use crate::rootfs::socket;
 use crate::rootfs::spec::parse::{Parsed, parse};
+use crate::rootfs::spec::resources::HostResources;
 use crate::rootfs::spec::{Context, HostNetwork, Rewritten, Sibling, rewrite};
 use crate::vm::BootPlan;
 use crate::vm::cgroup::{Hierarchies, HostCgroup};
@@ -161,15 +172,40 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str, siblings: Siblings<'_
 ///
 /// All problems at once.
 pub(crate) fn prepare_sandbox(request: &CreateSandboxRequest) -> Result<(SandboxRequest, Prepared), PrepareError> {
-    let request = SandboxRequest::read(request)
-        .map_err(|problems| PrepareError(problems.iter().map(ToString::to_string).collect()))?;
+    let node = Node::read().map_err(|error| PrepareError::one(&error))?;
+    let mut request = SandboxRequest::read(request, &node).map_err(all)?;
     let config = load::load().map_err(|error| PrepareError::one(&error))?;
     let parsed = Parsed { spec: request.spec.clone(), ignored: Vec::new() };
     let subject = Subject { id: &request.id, bundle: &request.bundle, parsed };
     let mut prepared = prepare_spec(config, &Places::of_process(), subject, &request.id, Siblings::NONE)?;
     prepared.machine.guest.sandbox = true;
     prepared.machine.guest.hostname.clone_from(&request.hostname);
+    if prepared.user.is_some() && !request.has_dns {
+        request.set_resolv_conf(resolv_conf().map_err(|error| PrepareError::one(&error))?.into_bytes());
+    }
     Ok((request, prepared))
+}
+
+/// Reads and checks an update of a sandbox whose spec is `spec`, JSON. Returns what the host has to do.
+///
+/// # Errors
+///
+/// All problems at once.
+pub(crate) fn update_of_sandbox(
+    request: &UpdateSandboxRequest,
+    spec: &[u8],
+    prepared: &Prepared,
+) -> Result<HostResources, PrepareError> {
+    let size = Size {
+        vcpus: prepared.machine.vcpus,
+        max_vcpus: prepared.machine.max_vcpus,
+        memory_mib: prepared.machine.memory_mib,
+    };
+    update::read(request, spec, size).map_err(all)
+}
+
+fn all(problems: Vec<impl ToString>) -> PrepareError {
+    PrepareError(problems.iter().map(ToString::to_string).collect())
 }
 
 fn prepare_with(
@@ -296,7 +332,7 @@ fn read_spec(bundle: &Path) -> Result<Parsed, PrepareError> {
     let path = bundle.join("config.json");
     let bytes =
         std::fs::read(&path).map_err(|error| PrepareError(vec![format!("read {}: {error}", path.display())]))?;
-    parse(&bytes).map_err(|problems| PrepareError(problems.0.iter().map(ToString::to_string).collect()))
+    parse(&bytes).map_err(|problems| all(problems.0))
 }
 
 fn read_annotations(spec: &Spec, config: &Config) -> Result<Annotations, Vec<Problem>> {

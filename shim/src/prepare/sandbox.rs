@@ -11,13 +11,16 @@ use oci_spec::runtime::Spec;
 use protobuf::Message;
 use serde_json::{Value, json};
 
-use super::pod;
+use super::pod_files::{Node, PodFile};
+use super::{pod, pod_files, sysctls};
 use crate::config::problem::Problem;
 
 /// The pod's configuration, as a type URL of containerd.
 const POD: &str = "runtime.v1.PodSandboxConfig";
 /// `NamespaceMode.NODE` of the Container Runtime Interface.
 const NODE: i32 = 2;
+/// Where a container's resolver looks for its configuration.
+pub(crate) const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// The prefix of the annotations that only containerd may set.
 const OF_CONTAINERD: &str = "io.kubernetes.cri.";
 
@@ -28,10 +31,14 @@ pub(crate) struct SandboxRequest {
     pub(crate) bundle: PathBuf,
     /// What a container of the sandbox's own would have as its spec: no files, but namespaces and annotations.
     pub(crate) spec: Spec,
-    /// The host name, if the pod has one.
+    /// The host name: the pod's, or that of its node.
     pub(super) hostname: Option<String>,
-    /// The `resolv.conf` of the sandbox's containers, if the pod has DNS servers.
-    pub(crate) resolv_conf: Option<String>,
+    /// The files that a pod's containers find in `/etc`.
+    pub(crate) files: Vec<PodFile>,
+    /// Whether the pod says what is in its `resolv.conf`.
+    pub(super) has_dns: bool,
+    /// The pod's sysctls, by names with dots.
+    pub(crate) sysctls: HashMap<String, String>,
 }
 
 impl SandboxRequest {
@@ -39,7 +46,7 @@ impl SandboxRequest {
     ///
     /// # Errors
     /// Every field that a VM cannot have.
-    pub(crate) fn read(request: &CreateSandboxRequest) -> Result<Self, Vec<Problem>> {
+    pub(super) fn read(request: &CreateSandboxRequest, node: &Node) -> Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
         if let Some(mount) = request.rootfs.first() {
             problems.push(problem("rootfs[0].type", &mount.type_, "a VM has no root filesystem of its own"));
@@ -61,10 +68,8 @@ impl SandboxRequest {
             }
         };
         let linux = pod.as_ref().map(|pod| pod.linux.clone().unwrap_or_default()).unwrap_or_default();
-        problems.extend(linux.sysctls.iter().map(|(name, value)| {
-            let why = "sysctls of a pod are not supported with the Sandbox API: use the sandboxer \"podsandbox\"";
-            problem(&format!("linux.sysctls[{name:?}]"), value, why)
-        }));
+        let sysctls = pod.as_ref().map(|_| sysctls::of_pod(&linux.sysctls)).transpose();
+        let sysctls = sysctls.map_err(|found| problems.extend(found)).ok().flatten().unwrap_or_default();
         let hostname = pod.as_ref().map(|pod| pod.hostname.clone()).filter(|name| !name.is_empty());
         if let Some(name) = hostname.as_ref().filter(|name| !param::is_hostname(name)) {
             problems.push(problem("hostname", name, "must be at most 64 letters, digits, dots and hyphens"));
@@ -72,11 +77,29 @@ impl SandboxRequest {
         if !problems.is_empty() {
             return Err(problems);
         }
+        let of_node = || pod.as_ref().map(|_| node.hostname.clone()).filter(|name| param::is_hostname(name));
+        let hostname = hostname.or_else(of_node);
+        let dns = pod.as_ref().and_then(|pod| pod.dns_config.as_ref());
+        let resolv_conf = dns.map_or_else(|| node.resolv_conf.clone(), pod_files::resolv_conf);
+        let files = pod.as_ref().map(|_| pod_files::of_pod(hostname.as_deref().unwrap_or_default(), node, resolv_conf));
         let spec = serde_json::from_value(spec(request, pod.as_ref(), &linux));
         let spec = spec.map_err(|error| vec![problem("options", "", &format!("the sandbox's spec: {error}"))])?;
-        let resolv_conf = pod.as_ref().and_then(resolv_conf);
-        let bundle = request.bundle_path.clone().into();
-        Ok(Self { id: request.sandbox_id.clone(), bundle, spec, hostname, resolv_conf })
+        Ok(Self {
+            id: request.sandbox_id.clone(),
+            bundle: request.bundle_path.clone().into(),
+            spec,
+            hostname,
+            files: files.unwrap_or_default(),
+            has_dns: dns.is_some(),
+            sysctls,
+        })
+    }
+
+    /// Replaces the content of the pod's `resolv.conf`.
+    pub(super) fn set_resolv_conf(&mut self, content: Vec<u8>) {
+        if let Some(file) = self.files.iter_mut().find(|file| file.destination == RESOLV_CONF) {
+            file.content = content;
+        }
     }
 }
 
@@ -128,15 +151,6 @@ fn cgroups_path(parent: &str, id: &str) -> String {
     }
 }
 
-/// The pod's `resolv.conf` (resolv.conf(5)).
-fn resolv_conf(pod: &PodSandboxConfig) -> Option<String> {
-    let dns = pod.dns_config.as_ref().filter(|dns| !dns.servers.is_empty())?;
-    let lines = [("search", &dns.searches), ("options", &dns.options)];
-    let lines = lines.into_iter().filter(|(_, words)| !words.is_empty());
-    let lines = lines.map(|(key, words)| format!("{key} {}\n", words.join(" ")));
-    Some(lines.chain(dns.servers.iter().map(|server| format!("nameserver {server}\n"))).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use husk_protos::cri::{DNSConfig, LinuxContainerResources, LinuxSandboxSecurityContext};
@@ -153,6 +167,27 @@ mod tests {
             options: Some(options).into(),
             ..Default::default()
         }
+    }
+
+    fn node() -> Node {
+        Node { hostname: "node-7".into(), hosts: "the node's hosts".into(), resolv_conf: "the node's servers".into() }
+    }
+
+    fn text(read: &SandboxRequest) -> Vec<String> {
+        read.files.iter().map(|file| String::from_utf8_lossy(&file.content).into_owned()).collect()
+    }
+
+    #[test]
+    fn a_pod_that_says_nothing_has_the_files_and_the_name_of_its_node_and_another_sandbox_has_none() {
+        let mut read = SandboxRequest::read(&request(&PodSandboxConfig::default()), &node()).unwrap();
+        assert_eq!(read.hostname.as_deref(), Some("node-7"));
+        assert_eq!(text(&read), ["node-7\n", "the node's hosts", "the node's servers"]);
+        assert!(!read.has_dns);
+        read.set_resolv_conf(b"relay".to_vec());
+        assert_eq!(text(&read)[2], "relay");
+        let other = CreateSandboxRequest { options: None.into(), ..request(&PodSandboxConfig::default()) };
+        let read = SandboxRequest::read(&other, &node()).unwrap();
+        assert_eq!((read.hostname, read.files.len(), read.sysctls.len()), (None, 0, 0));
     }
 
     #[test]
@@ -183,10 +218,11 @@ mod tests {
         pod.annotations.insert("io.husk.debug".into(), "true".into());
         // The pod's author cannot decide what containerd says.
         pod.annotations.insert("io.kubernetes.cri.sandbox-memory".into(), "1".into());
-        let read = SandboxRequest::read(&request(&pod)).unwrap();
+        let read = SandboxRequest::read(&request(&pod), &node()).unwrap();
         assert_eq!(read.hostname.as_deref(), Some("web-0"));
-        let expected = "search svc.local local\noptions ndots:5\nnameserver 10.96.0.10\n";
-        assert_eq!(read.resolv_conf.as_deref(), Some(expected));
+        let resolv_conf = "search svc.local local\nnameserver 10.96.0.10\noptions ndots:5\n";
+        assert_eq!(text(&read), ["web-0\n", "the node's hosts", resolv_conf]);
+        assert_eq!(read.sysctls.len(), 2, "containerd's defaults: {:?}", read.sysctls);
         let limits = pod::limits(&read.spec).unwrap();
         assert_eq!((limits.memory, limits.cpus), (Some(1 << 30), Some(2)));
         let spec = serde_json::to_value(&read.spec).unwrap();
@@ -203,18 +239,20 @@ mod tests {
         let context = LinuxSandboxSecurityContext { namespace_options: Some(shared).into(), ..Default::default() };
         let linux = LinuxPodSandboxConfig { security_context: Some(context).into(), ..Default::default() };
         let mut pod = PodSandboxConfig { linux: Some(linux).into(), ..Default::default() };
-        let problems = pod::shares_node(&SandboxRequest::read(&request(&pod)).unwrap().spec);
+        let node = node();
+        let read = |request: &_| SandboxRequest::read(request, &node);
+        let problems = pod::shares_node(&read(&request(&pod)).unwrap().spec);
         assert!(problems.len() == 1 && problems[0].contains("hostPID"), "{problems:?}");
-        pod.linux.mut_or_insert_default().sysctls.insert("net.core.somaxconn".into(), "7".into());
-        let error = SandboxRequest::read(&request(&pod)).unwrap_err()[0].to_string();
-        assert!(error.starts_with("linux.sysctls[\"net.core.somaxconn\"] = \"7\": sysctls of a pod"), "{error}");
+        pod.linux.mut_or_insert_default().sysctls.insert("vm.swappiness".into(), "7".into());
+        let error = read(&request(&pod)).unwrap_err()[0].to_string();
+        assert!(error.starts_with("linux.sysctls[\"vm.swappiness\"] = \"7\": belongs to no namespace"), "{error}");
         pod.linux = None.into();
         pod.hostname = "x init=/bin/sh".into();
-        let error = SandboxRequest::read(&request(&pod)).unwrap_err()[0].to_string();
+        let error = read(&request(&pod)).unwrap_err()[0].to_string();
         assert!(error.starts_with("hostname = \"x init=/bin/sh\": must be at most 64"), "{error}");
         let mut other = request(&PodSandboxConfig::default());
         other.options.mut_or_insert_default().type_url = "x/y.Z".into();
-        let error = SandboxRequest::read(&other).unwrap_err()[0].to_string();
+        let error = read(&other).unwrap_err()[0].to_string();
         assert_eq!(error, "options.type_url = \"x/y.Z\": must be runtime.v1.PodSandboxConfig");
     }
 }

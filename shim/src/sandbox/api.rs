@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use husk_protos::sandbox_update::UpdateSandboxRequest;
+use husk_protos::system::Sysctls;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
@@ -13,6 +15,7 @@ use crate::host::process::ProcessId;
 use crate::host::usage::{self, Usage};
 use crate::prepare::{self, Attachments};
 use crate::rootfs::spec::Sibling;
+use crate::rootfs::spec::resources::HostResources;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::holder::join_cgroup;
 use crate::sandbox::managed::{Managed, SandboxExit, SandboxState, Started};
@@ -48,7 +51,8 @@ impl Sandbox {
         slots.managed = Some(Managed {
             prepared: Arc::new(prepared),
             spec,
-            resolv_conf: request.resolv_conf,
+            files: request.files.into(),
+            sysctls: request.sysctls,
             starting: false,
             started: None,
             exit: watch::channel(None).0,
@@ -72,6 +76,7 @@ impl Sandbox {
             managed.clone()
         };
         let prepared = &managed.prepared;
+        self.write_pod_files(&managed.files)?;
         let share = self.share()?;
         let network = self.network_namespace(prepared).await?;
         let cgroup = self.host_cgroup(prepared).await?;
@@ -84,12 +89,34 @@ impl Sandbox {
         if guest_pid == 0 {
             return Err(SandboxError::Internal("the guest has not created the sandbox's namespaces".to_owned()));
         }
+        if !managed.sysctls.is_empty() {
+            // After the network: a sysctl may belong to a link.
+            let sysctls = Sysctls { values: managed.sysctls.clone(), ..Default::default() };
+            vm.guest.system.set_sysctls(vm.guest.context(), &sysctls).await?;
+        }
         let started = Started { pid: holder.process().pid, guest_pid, at: Timestamp::now() };
         let spec = managed.spec.clone();
         of(&mut self.lock(), id)?.started = Some(started.clone());
         tracing::info!(pid = started.pid, "sandbox started");
         tokio::spawn(watch_sandbox(vm, holder, managed));
         Ok((started, spec))
+    }
+
+    /// UpdateSandbox: checks that the VM is large enough for the pod's new limits, and applies what concerns the host.
+    pub(crate) async fn update_sandbox(&self, request: &UpdateSandboxRequest) -> Result<(), SandboxError> {
+        self.check_id(&request.sandbox_id)?;
+        let managed = {
+            let mut slots = self.lock();
+            let managed = of(&mut slots, &request.sandbox_id)?.clone();
+            Self::check_ready(&slots)?;
+            managed
+        };
+        self.live_vm()?;
+        let host = prepare::update_of_sandbox(request, &managed.spec, &managed.prepared)?;
+        if host != HostResources::default() {
+            self.restrict_cpuset(&self.id, host).await?;
+        }
+        Ok(())
     }
 
     /// StopSandbox: ends all containers and the VM within `timeout`, if one is given, and records the exit. The sandbox

@@ -1,11 +1,8 @@
 //! Creates a container: its files in the share, its bundle and its process in the guest. The first container boots the
 //! VM.
 
-use std::fs::{OpenOptions, Permissions};
-use std::io::Write;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
@@ -13,22 +10,17 @@ use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
 use husk_protos::chain::Chain;
 
 use crate::guest::client::GuestError;
-use crate::network::user::resolv_conf;
 use crate::prepare;
 use crate::prepare::{Attachments, Prepared, Siblings};
-use crate::rootfs::spec::Rewritten;
 use crate::sandbox::container::Container;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::holder::{join_cgroup, watch_holder};
 use crate::sandbox::hooks;
 use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
 use crate::sandbox::start::STREAM;
-use crate::state::{Owner, Step, check_identifier};
+use crate::state::{Owner, check_identifier};
 use crate::stdio::Stdio;
 use crate::vm::Vm;
-
-/// Where a container's resolver looks for its configuration.
-const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 impl Sandbox {
     /// Creates a container, and the VM if it is the first. Returns the PID of its holder. If it fails, everything is
@@ -77,9 +69,7 @@ impl Sandbox {
         if self.lock().managed.is_some() {
             prepared.rewritten.share_dev_shm();
         }
-        if let Some(text) = self.resolv_conf(&prepared) {
-            self.add_resolv_conf(&id, &text?, &mut prepared.rewritten)?;
-        }
+        self.add_files(&id, &mut prepared)?;
         let share = self.share()?;
         let network = self.network_namespace(&prepared).await?;
         let cgroup = self.host_cgroup(&prepared).await?;
@@ -151,32 +141,6 @@ impl Sandbox {
             tracing::info!(container = request.id, note, "spec changed for the guest");
         }
         Ok(prepared)
-    }
-
-    /// The `resolv.conf` that the sandbox gives its containers, if it does: in user mode, and if the Sandbox API says so.
-    fn resolv_conf(&self, prepared: &Prepared) -> Option<Result<String, SandboxError>> {
-        if let Some(text) = self.lock().managed.as_ref().and_then(|managed| managed.resolv_conf.clone()) {
-            return Some(Ok(text));
-        }
-        let text = prepared.user.as_ref().map(|_| resolv_conf())?;
-        Some(text.map_err(|error| SandboxError::Internal(format!("read the host's {RESOLV_CONF}: {error}"))))
-    }
-
-    /// Gives a container a `resolv.conf`, unless its spec mounts one.
-    fn add_resolv_conf(&self, id: &str, text: &str, rewritten: &mut Rewritten) -> Result<(), SandboxError> {
-        if rewritten.mounts_any(&["/etc", RESOLV_CONF]) {
-            return Ok(());
-        }
-        let path = self.journal.dir().join(format!("{id}.resolv.conf"));
-        self.journal.record(&Owner::Container(id.to_owned()), [Step::File { path: path.clone() }])?;
-        let written = OpenOptions::new().write(true).create_new(true).open(&path).and_then(|mut file| {
-            // Every user in the container reads the file. On the host, the sandbox's folder protects it.
-            file.set_permissions(Permissions::from_mode(0o644))?;
-            file.write_all(text.as_bytes())
-        });
-        written.map_err(|error| SandboxError::Internal(format!("write the container's {RESOLV_CONF}: {error}")))?;
-        rewritten.add_file(path, Path::new(RESOLV_CONF));
-        Ok(())
     }
 
     /// Sends a container's spec to the guest and returns the path of the bundle there. `below` is what the guest mounts

@@ -1,11 +1,12 @@
 //! What a sandbox has that containerd's Sandbox API manages, besides its containers and its VM.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
-use crate::prepare::Prepared;
+use crate::prepare::{PodFile, Prepared};
 
 /// When and how a sandbox ended.
 #[derive(Debug, Clone)]
@@ -37,8 +38,10 @@ pub(super) struct Managed {
     pub(super) prepared: Arc<Prepared>,
     /// Its spec, JSON.
     pub(super) spec: Vec<u8>,
-    /// The `resolv.conf` of its containers.
-    pub(super) resolv_conf: Option<String>,
+    /// The files that a pod's containers find in `/etc`.
+    pub(super) files: Arc<[PodFile]>,
+    /// A pod's sysctls.
+    pub(super) sysctls: HashMap<String, String>,
     /// StartSandbox is running or has succeeded.
     pub(super) starting: bool,
     pub(super) started: Option<Started>,

@@ -9,6 +9,7 @@ mod create;
 mod end;
 mod error;
 mod events;
+mod files;
 mod holder;
 mod hooks;
 mod managed;

@@ -413,6 +413,10 @@ fn mount_root(index: usize, mount: &Mount, target: &Path) -> Result<(), ShareErr
     if mount.type_.starts_with("fuse") {
         return Err(unsupported("type", &mount.type_, "filesystems that need a mount helper are not supported"));
     }
+    if mount.type_.contains('/') {
+        let why = "only containerd's mount manager resolves such mounts, from version 2.2";
+        return Err(unsupported("type", &mount.type_, why));
+    }
     let options = parse_options(&mount.options)
         .map_err(|option| unsupported("options", option, "is not supported for a container's root"))?;
     let what = || format!("rootfs[{index}] ({} {:?})", mount.type_, mount.source);

@@ -330,6 +330,8 @@ fn a_failed_mount_is_named_and_leaves_nothing() {
     below.target = "etc".into();
     let mut fuse = overlay(&[]);
     fuse.type_ = "fuse3.fuse-overlayfs".into();
+    let mut template = overlay(&["lowerdir={{ mount 0 }}".into()]);
+    template.type_ = "format/mkdir/overlay".into();
     for (mounts, rootfs, binds, expected) in [
         (vec![], gone, vec![], "mount root.path \"/nonexistent/source\" on "),
         (
@@ -343,6 +345,7 @@ fn a_failed_mount_is_named_and_leaves_nothing() {
         (vec![overlay(&["loop".into()])], gone, vec![], "rootfs[0].options \"loop\": is not supported"),
         (vec![below], gone, vec![], "rootfs[0].target \"etc\": mounts below the root"),
         (vec![fuse], gone, vec![], "rootfs[0].type \"fuse3.fuse-overlayfs\": filesystems that need"),
+        (vec![template], gone, vec![], "rootfs[0].type \"format/mkdir/overlay\": only containerd's mount manager"),
     ] {
         let error = Chain(&fixture.add("c1", &mounts, rootfs, &binds).unwrap_err()).to_string();
         assert!(error.starts_with(expected), "{expected}\n{error}");

@@ -13,11 +13,12 @@ pub(crate) enum Part {
     Footprint,
     Host,
     Network,
+    Pods,
     Boots,
 }
 
 /// Name on the command line, title in the table, and what is measured. By default, all parts but the last run.
-pub(crate) const PARTS: [(Part, &str, &str, &str); 9] = [
+pub(crate) const PARTS: [(Part, &str, &str, &str); 10] = [
     (
         Part::Ctr,
         "ctr",
@@ -45,6 +46,12 @@ pub(crate) const PARTS: [(Part, &str, &str, &str); 9] = [
         "network",
         "network",
         "throughput and round trips on a CNI bridge, and what a network adds to a start",
+    ),
+    (
+        Part::Pods,
+        "pods",
+        "pods, calls of the CRI, wall clock",
+        "a pod's calls with a pause container, with the Sandbox API, and with runc",
     ),
     (Part::Boots, "boots", "boots in a row", "production VMs that hang; not by default"),
 ];
@@ -132,6 +139,7 @@ Columns:
   floor       the same kernel with an init that only connects to the host: the least that a boot can take
   by hand     the same QEMU, kernel and initramfs, with a tap that `ip` and `tc` connect
   user mode   husk with `io.husk.network=user`
+  sandboxer   husk under the Sandbox API of containerd
 
 Units:
   ms              wall-clock milliseconds; p50 is the median, p99 the 99th percentile (nearest rank)
@@ -164,7 +172,7 @@ mod tests {
         let all = || Arguments {
             json: None,
             rounds: 20,
-            parts: PARTS[..8].iter().map(|(part, ..)| *part).collect(),
+            parts: PARTS[..9].iter().map(|(part, ..)| *part).collect(),
             boots: 200,
             kernel: None,
         };
@@ -189,7 +197,7 @@ mod tests {
             ("--only", "--only needs a value"),
             (
                 "--only all",
-                "--only all: the parts are ctr, steps, guest, programs, boot, footprint, host, network, boots",
+                "--only all: the parts are ctr, steps, guest, programs, boot, footprint, host, network, pods, boots",
             ),
             ("--rounds 0", "--rounds 0: not a positive number"),
             ("--rounds x", "--rounds x: not a positive number"),

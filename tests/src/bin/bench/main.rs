@@ -16,6 +16,8 @@ mod host;
 #[cfg(not(target_env = "musl"))]
 mod network;
 #[cfg(not(target_env = "musl"))]
+mod pods;
+#[cfg(not(target_env = "musl"))]
 mod programs;
 #[cfg(not(target_env = "musl"))]
 mod report;
@@ -42,7 +44,7 @@ mod run {
 
     use crate::arguments::{Arguments, Command, PARTS, Part, help, parse};
     use crate::report::Report;
-    use crate::{boots, ctr, guest, host, network, programs, steps};
+    use crate::{boots, ctr, guest, host, network, pods, programs, steps};
 
     /// Exit status for a wrong argument.
     const USAGE: u8 = 2;
@@ -83,6 +85,7 @@ mod run {
                 Part::Footprint => runtime.block_on(guest::footprint(&mut report)),
                 Part::Host => host::run(&mut report),
                 Part::Network => network::run(arguments.rounds, &runtime, &mut report),
+                Part::Pods => pods::run(arguments.rounds, &mut report),
                 Part::Boots => runtime.block_on(boots::run(arguments.boots, &mut report)),
             };
             // The results of the other parts are still useful.

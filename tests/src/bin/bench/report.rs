@@ -18,14 +18,17 @@ pub(crate) enum Column {
     Manual,
     /// husk with user-mode networking.
     User,
+    /// husk under containerd's Sandbox API.
+    Sandboxer,
 }
 
-const COLUMNS: [(Column, &str); 5] = [
+const COLUMNS: [(Column, &str); 6] = [
     (Column::Husk, "husk"),
     (Column::Runc, "runc"),
     (Column::Floor, "floor"),
     (Column::Manual, "by hand"),
     (Column::User, "user mode"),
+    (Column::Sandboxer, "sandboxer"),
 ];
 
 /// The limit of a value.
