@@ -180,7 +180,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     }
     // The response, the last output and the last exits are still on their way. Once the host has them, it ends the VM.
     let ended_by_host = async {
-        let _ = tokio::time::timeout(HOST_READS_OUTPUT, streams.disconnected()).await;
+        let _ = tokio::time::timeout(HOST_READS_OUTPUT, streams.connections.closed()).await;
         tokio::time::sleep(HOST_ENDS_VM).await;
     };
     tokio::select! {

@@ -78,11 +78,11 @@ impl Ports {
                 let (socket, disconnect) = WatchedConnection::new(accept(&self.stdio).await);
                 let (socket, meter) = Metered::new(socket, RECEIVE_WINDOW);
                 let service = StdioService { streams: streams.clone(), meter, disconnect: disconnect.clone() };
-                let connected = streams.connected();
+                let open = streams.connections.open();
                 let served = serve_one(socket, disconnect, husk_protos::stdio_ttrpc::create_stdio(Arc::new(service)));
                 tokio::spawn(async move {
                     served.await;
-                    drop(connected);
+                    drop(open);
                 });
             }
         });

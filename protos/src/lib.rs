@@ -11,6 +11,7 @@
 //! | `datagram.rs` | datagrams between host and guest                                    |
 //! | `nftables/`  | redirects of connections, as messages for the kernel                 |
 //! | `extras.rs`  | the format of the extras disk                                        |
+//! | `connections.rs` | counts open connections                                          |
 //! | `changes.rs` | changes of the host's files, for programs in the guest that watch    |
 //! | `param.rs`   | names of kernel parameters                                           |
 //! | `chain.rs`   | prints an error with its causes                                      |
@@ -21,6 +22,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 pub mod chain;
 pub mod changes;
+pub mod connections;
 pub mod datagram;
 pub mod extras;
 pub mod frame;

@@ -281,7 +281,7 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
 
     let mut services = crate::task_service::services(sandbox.clone());
     services.extend(crate::sandbox_service::services(sandbox.clone()));
-    let clients = Clients::new();
+    let clients = Clients::default();
     let accepted =
         accept(listener, Known::of(&mut services), clients.clone()).context("listen on the shim's socket")?;
     let mut server = Server::new().add_listener(accepted).register_service(services);

@@ -17,6 +17,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use husk_protos::connections::Connections;
 use husk_protos::lock::lock;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
@@ -195,17 +196,8 @@ impl Slot {
 pub(crate) struct Streams {
     table: Mutex<HashMap<(String, String), Arc<ProcessStreams>>>,
     added: Notify,
-    connections: watch::Sender<usize>,
-}
-
-/// A connection of the host to the streams, while it is open.
-#[derive(Debug)]
-pub(crate) struct Connection(watch::Sender<usize>);
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.0.send_modify(|open| *open -= 1);
-    }
+    /// The host's. It closes one when it has everything that it wants from there.
+    pub(crate) connections: Connections,
 }
 
 impl Streams {
@@ -242,19 +234,6 @@ impl Streams {
         })
     }
 
-    /// Counts a connection of the host until the returned value is dropped.
-    pub(crate) fn connected(&self) -> Connection {
-        self.connections.send_modify(|open| *open += 1);
-        Connection(self.connections.clone())
-    }
-
-    /// Waits until the host has closed all connections to streams. It closes one when it has everything that it wants
-    /// from there.
-    pub(crate) async fn disconnected(&self) {
-        // The sender lives as long as `self`.
-        let _ = self.connections.subscribe().wait_for(|open| *open == 0).await;
-    }
-
     fn table(&self) -> MutexGuard<'_, HashMap<(String, String), Arc<ProcessStreams>>> {
         lock(&self.table)
     }
@@ -287,18 +266,6 @@ mod tests {
         slot.close();
         slot.detach(fd);
         assert!(slot.attach("stdin").unwrap().is_none());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn the_last_connection_to_close_ends_the_wait_for_all() {
-        let streams = Streams::default();
-        streams.disconnected().await;
-        let (first, second) = (streams.connected(), streams.connected());
-        drop(first);
-        let hour = Duration::from_secs(3600);
-        assert!(timeout(hour, streams.disconnected()).await.is_err(), "a connection is still open");
-        drop(second);
-        streams.disconnected().await;
     }
 
     #[tokio::test(start_paused = true)]

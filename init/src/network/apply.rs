@@ -4,9 +4,8 @@ use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::path::Path;
 
-use husk_protos::network::ConfigureNetworkRequest;
-
 use husk_protos::mac::mac_text;
+use husk_protos::network::ConfigureNetworkRequest;
 
 use super::driver::Driver;
 use super::error::{NetlinkError, NetworkError};

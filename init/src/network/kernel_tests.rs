@@ -439,6 +439,18 @@ fn a_spare_nic_is_out_of_sight_until_a_link_needs_it_and_again_afterwards() {
 }
 
 #[test]
+fn the_driver_is_called_only_when_a_link_lacks_its_nic() {
+    in_namespace(&["eth0"], || {
+        let mut last = Applied::default();
+        let mut request = request(&[link("eth0", 1, &[])], &[]);
+        configure(&request, &mut last, &Broken).unwrap();
+        request.links.push(link("net7", 7, &[]));
+        let error = configure(&request, &mut last, &Broken).unwrap_err();
+        assert_eq!(Chain(&error).to_string(), "give the driver to the NICs: entity not found");
+    });
+}
+
+#[test]
 fn the_status_shows_what_was_configured_and_the_traffic() {
     in_namespace(&["eth0", "eth1"], || {
         let addresses = [

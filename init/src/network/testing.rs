@@ -26,6 +26,19 @@ impl Driver for NoDriver {
     }
 }
 
+/// No NIC needs its driver, and there is none.
+pub(super) struct Broken;
+
+impl Driver for Broken {
+    fn attach(&self, _: &[Mac]) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+
+    fn detach(&self, name: &str) -> io::Result<()> {
+        panic!("detach {name}")
+    }
+}
+
 /// The driver of veth devices, by their names and by the last bytes of their MAC addresses.
 pub(super) struct Veths(pub(super) &'static [(&'static str, u8)]);
 

@@ -13,6 +13,17 @@ pub struct Problem {
     pub why: String,
 }
 
+/// Most characters of a value that [`Problem::quoted`] shows.
+const SHOWN: usize = 80;
+
+impl Problem {
+    /// A problem with a value that is shown in quotation marks, as far as it is short.
+    pub(crate) fn quoted(key: impl Into<String>, value: &str, why: impl Into<String>) -> Self {
+        let shown: String = value.chars().take(SHOWN).collect();
+        Self { key: key.into(), value: Some(format!("{shown:?}")), why: why.into() }
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.value {

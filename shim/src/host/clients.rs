@@ -6,29 +6,23 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use husk_protos::connections::{Connections, Open};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::watch;
 
 /// The open connections of a server.
-#[derive(Debug, Clone)]
-pub(crate) struct Clients(watch::Sender<usize>);
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Clients(Connections);
 
 impl Clients {
-    /// None yet.
-    pub(crate) fn new() -> Self {
-        Self(watch::channel(0).0)
-    }
-
     /// Counts a connection until it is dropped.
     pub(crate) fn count<S>(&self, inner: S) -> Counted<S> {
-        self.0.send_modify(|open| *open += 1);
-        Counted { inner, clients: self.clone() }
+        Counted { inner, _open: self.0.open() }
     }
 
     /// Waits until all connections are closed, but not longer than this.
     pub(crate) async fn gone(&self, within: Duration) {
-        // Cannot fail: self holds the sender. A client that stays loses nothing but its connection.
-        let _ = tokio::time::timeout(within, self.0.subscribe().wait_for(|open| *open == 0)).await;
+        // A client that stays loses nothing but its connection.
+        let _ = tokio::time::timeout(within, self.0.closed()).await;
     }
 }
 
@@ -36,13 +30,7 @@ impl Clients {
 #[derive(Debug)]
 pub(crate) struct Counted<S> {
     inner: S,
-    clients: Clients,
-}
-
-impl<S> Drop for Counted<S> {
-    fn drop(&mut self) {
-        self.clients.0.send_modify(|open| *open -= 1);
-    }
+    _open: Open,
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
@@ -71,7 +59,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_server_stays_until_its_last_client_has_left_or_the_time_is_up() {
-        let clients = Clients::new();
+        let clients = Clients::default();
         clients.gone(Duration::MAX).await;
         let (one, two) = (clients.count(tokio::io::empty()), clients.count(tokio::io::empty()));
         clients.gone(Duration::ZERO).await;

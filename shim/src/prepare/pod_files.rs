@@ -4,9 +4,12 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
 
 use husk_protos::cri::DNSConfig;
+
+/// Where a container's resolver looks for its configuration.
+pub(crate) const RESOLV_CONF: &str = "/etc/resolv.conf";
+const HOSTS: &str = "/etc/hosts";
 
 /// A file of a pod's containers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,7 +33,7 @@ impl Node {
     /// # Errors
     /// Those of the files, with their paths.
     pub(super) fn read() -> io::Result<Self> {
-        let read = |path: &str| match fs::read(Path::new(path)) {
+        let read = |path: &str| match fs::read(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
             Err(error) => Err(io::Error::new(error.kind(), format!("read {path}: {error}"))),
             read => read,
@@ -38,8 +41,8 @@ impl Node {
         let hostname = nix::unistd::gethostname()?;
         Ok(Self {
             hostname: hostname.to_string_lossy().into_owned(),
-            hosts: read("/etc/hosts")?,
-            resolv_conf: read("/etc/resolv.conf")?,
+            hosts: read(HOSTS)?,
+            resolv_conf: read(RESOLV_CONF)?,
         })
     }
 }
@@ -57,7 +60,7 @@ pub(super) fn resolv_conf(dns: &DNSConfig) -> Vec<u8> {
 /// All files of a pod with this host name.
 pub(super) fn of_pod(hostname: &str, node: &Node, resolv_conf: Vec<u8>) -> Vec<PodFile> {
     let hostname = format!("{hostname}\n").into_bytes();
-    let files = [("/etc/hostname", hostname), ("/etc/hosts", node.hosts.clone()), ("/etc/resolv.conf", resolv_conf)];
+    let files = [("/etc/hostname", hostname), (HOSTS, node.hosts.clone()), (RESOLV_CONF, resolv_conf)];
     files.map(|(destination, content)| PodFile { destination, content }).into()
 }
 

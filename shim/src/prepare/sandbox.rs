@@ -11,7 +11,7 @@ use oci_spec::runtime::Spec;
 use protobuf::Message;
 use serde_json::{Value, json};
 
-use super::pod_files::{Node, PodFile};
+use super::pod_files::{Node, PodFile, RESOLV_CONF};
 use super::{pod, pod_files, sysctls};
 use crate::config::problem::Problem;
 
@@ -19,8 +19,6 @@ use crate::config::problem::Problem;
 const POD: &str = "runtime.v1.PodSandboxConfig";
 /// `NamespaceMode.NODE` of the Container Runtime Interface.
 const NODE: i32 = 2;
-/// Where a container's resolver looks for its configuration.
-pub(crate) const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// The prefix of the annotations that only containerd may set.
 const OF_CONTAINERD: &str = "io.kubernetes.cri.";
 
@@ -49,7 +47,7 @@ impl SandboxRequest {
     pub(super) fn read(request: &CreateSandboxRequest, node: &Node) -> Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
         if let Some(mount) = request.rootfs.first() {
-            problems.push(problem("rootfs[0].type", &mount.type_, "a VM has no root filesystem of its own"));
+            problems.push(Problem::quoted("rootfs[0].type", &mount.type_, "a VM has no root filesystem of its own"));
         }
         let pod = match request.options.as_ref() {
             None => None,
@@ -57,13 +55,13 @@ impl SandboxRequest {
                 match PodSandboxConfig::parse_from_bytes(&options.value) {
                     Ok(pod) => Some(pod),
                     Err(error) => {
-                        problems.push(problem("options.value", "", &format!("is not a {POD}: {error}")));
+                        problems.push(Problem::quoted("options.value", "", format!("is not a {POD}: {error}")));
                         None
                     }
                 }
             }
             Some(options) => {
-                problems.push(problem("options.type_url", &options.type_url, &format!("must be {POD}")));
+                problems.push(Problem::quoted("options.type_url", &options.type_url, format!("must be {POD}")));
                 None
             }
         };
@@ -72,7 +70,7 @@ impl SandboxRequest {
         let sysctls = sysctls.map_err(|found| problems.extend(found)).ok().flatten().unwrap_or_default();
         let hostname = pod.as_ref().map(|pod| pod.hostname.clone()).filter(|name| !name.is_empty());
         if let Some(name) = hostname.as_ref().filter(|name| !param::is_hostname(name)) {
-            problems.push(problem("hostname", name, "must be at most 64 letters, digits, dots and hyphens"));
+            problems.push(Problem::quoted("hostname", name, "must be at most 64 letters, digits, dots and hyphens"));
         }
         if !problems.is_empty() {
             return Err(problems);
@@ -83,7 +81,8 @@ impl SandboxRequest {
         let resolv_conf = dns.map_or_else(|| node.resolv_conf.clone(), pod_files::resolv_conf);
         let files = pod.as_ref().map(|_| pod_files::of_pod(hostname.as_deref().unwrap_or_default(), node, resolv_conf));
         let spec = serde_json::from_value(spec(request, pod.as_ref(), &linux));
-        let spec = spec.map_err(|error| vec![problem("options", "", &format!("the sandbox's spec: {error}"))])?;
+        let spec =
+            spec.map_err(|error| vec![Problem::quoted("options", "", format!("the sandbox's spec: {error}"))])?;
         Ok(Self {
             id: request.sandbox_id.clone(),
             bundle: request.bundle_path.clone().into(),
@@ -101,11 +100,6 @@ impl SandboxRequest {
             file.content = content;
         }
     }
-}
-
-fn problem(key: &str, value: &str, why: &str) -> Problem {
-    let shown: String = value.chars().take(80).collect();
-    Problem { key: key.to_owned(), value: Some(format!("{shown:?}")), why: why.to_owned() }
 }
 
 /// The spec of a container of the sandbox's own, which is never created.

@@ -19,8 +19,8 @@ pub(crate) struct Size {
     pub(crate) memory_mib: u64,
 }
 
-/// The size of a machine on a host with `cpus` CPUs. An annotation overrides the configuration, and a CPU count overrides a profile.
-/// Without either the limits of the pod decide, then those of the sandbox's first container, else the default.
+/// The size of a machine on a host with `cpus` CPUs. An annotation overrides the configuration, and a CPU count overrides
+/// a profile. Without either the limits of the pod decide, then those of the sandbox's first container, else the default.
 pub(crate) fn size(config: &Config, annotations: &Annotations, pod: SpecLimits, first: SpecLimits, cpus: u32) -> Size {
     let limits = SpecLimits { memory: pod.memory.or(first.memory), cpus: pod.cpus.or(first.cpus) };
     let profile = annotations.profile.or(config.profile).map(Profile::vcpus);

@@ -52,12 +52,7 @@ pub(super) fn of_pod(requested: &HashMap<String, String>) -> Result<HashMap<Stri
             sysctls.insert(name, value.clone());
             continue;
         };
-        let shown: String = value.chars().take(80).collect();
-        problems.push(Problem {
-            key: format!("linux.sysctls[{given:?}]"),
-            value: Some(format!("{shown:?}")),
-            why: why.to_owned(),
-        });
+        problems.push(Problem::quoted(format!("linux.sysctls[{given:?}]"), value, why));
     }
     problems.sort_by(|one, other| one.key.cmp(&other.key));
     if problems.is_empty() { Ok(sysctls) } else { Err(problems) }

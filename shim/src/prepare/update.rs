@@ -15,8 +15,6 @@ use crate::rootfs::spec::whole_cpus;
 /// The extension's key and the last part of its type (containerd, `internal/cri/server/podsandbox/helpers.go`).
 const RESOURCES: &str = "updated-resources";
 const TYPE: &str = "UpdatedResources";
-/// Most characters of a value that a message shows.
-const SHOWN: usize = 80;
 
 /// Reads an update of a sandbox whose spec is `spec` and whose VM has this size. Returns what the host has to do.
 ///
@@ -26,23 +24,27 @@ pub(super) fn read(request: &UpdateSandboxRequest, spec: &[u8], size: Size) -> R
     let mut problems = Vec::new();
     if let Some(resources) = request.resources.as_ref() {
         let why = format!("must be in sandbox.extensions[{RESOURCES:?}]");
-        problems.push(problem("resources.type_url", &resources.type_url, why));
+        problems.push(Problem::quoted("resources.type_url", &resources.type_url, why));
     }
     if let Some((name, value)) = request.annotations.iter().min() {
-        problems.push(problem(&format!("annotations[{name:?}]"), value, "a VM's settings are fixed at its boot"));
+        problems.push(Problem::quoted(
+            format!("annotations[{name:?}]"),
+            value,
+            "a VM's settings are fixed at its boot",
+        ));
     }
     // The labels and the other extensions are containerd's own.
     let known = |field: &str| ["extensions", "labels"].contains(&field.split('.').next().unwrap_or_default());
     for (index, field) in request.fields.iter().enumerate().filter(|(_, field)| !known(field)) {
-        problems.push(problem(
-            &format!("fields[{index}]"),
+        problems.push(Problem::quoted(
+            format!("fields[{index}]"),
             field,
             "a sandbox keeps it: extensions and labels can change",
         ));
     }
     let whole = request.fields.is_empty();
     if let Some(changed) = request.sandbox.spec.as_ref().filter(|changed| whole && changed.value != spec) {
-        problems.push(problem("sandbox.spec", &changed.type_url, "a sandbox keeps its spec"));
+        problems.push(Problem::quoted("sandbox.spec", &changed.type_url, "a sandbox keeps its spec"));
     }
     let names_resources =
         |field: &String| field == "extensions" || field.strip_prefix("extensions.") == Some(RESOURCES);
@@ -56,15 +58,10 @@ pub(super) fn read(request: &UpdateSandboxRequest, spec: &[u8], size: Size) -> R
                 take(&resources, &format!("{key}.Resources"), &mut host, &mut problems);
                 problems.extend(beyond(&resources, &format!("{key}.Resources"), size));
             }
-            Err(why) => problems.push(problem(&key, &extension.type_url, why)),
+            Err(why) => problems.push(Problem::quoted(key, &extension.type_url, why)),
         }
     }
     if problems.is_empty() { Ok(host) } else { Err(problems) }
-}
-
-fn problem(key: &str, value: impl ToString, why: impl Into<String>) -> Problem {
-    let shown: String = value.to_string().chars().take(SHOWN).collect();
-    Problem { key: key.to_owned(), value: Some(format!("{shown:?}")), why: why.into() }
 }
 
 /// The new limits, by the names of `LinuxContainerResources` in the Container Runtime Interface.
@@ -92,11 +89,11 @@ fn take(resources: &Map<String, Value>, key: &str, host: &mut HostResources, pro
             ("cpu_period" | "cpu_quota" | "cpu_shares" | "memory_limit_in_bytes", value) if value.is_i64() => {}
             // A VM has no swap.
             ("memory_swap_limit_in_bytes", value) if value.is_i64() => {}
-            ("cpuset_cpus" | "cpuset_mems", _) => problems.push(problem(&key, shown, "must be a string")),
+            ("cpuset_cpus" | "cpuset_mems", _) => problems.push(Problem::quoted(key, &shown, "must be a string")),
             ("cpu_period" | "cpu_quota" | "cpu_shares" | "memory_limit_in_bytes" | "memory_swap_limit_in_bytes", _) => {
-                problems.push(problem(&key, shown, "must be an integer"));
+                problems.push(Problem::quoted(key, &shown, "must be an integer"));
             }
-            _ => problems.push(problem(&key, shown, "cannot change for a VM as a whole")),
+            _ => problems.push(Problem::quoted(key, &shown, "cannot change for a VM as a whole")),
         }
     }
 }
@@ -124,14 +121,14 @@ fn beyond(resources: &Map<String, Value>, key: &str, size: Size) -> Vec<Problem>
              new pod with this limit",
             size.memory_mib
         );
-        problems.push(problem(&format!("{key}.memory_limit_in_bytes"), memory, why));
+        problems.push(Problem::quoted(format!("{key}.memory_limit_in_bytes"), &memory.to_string(), why));
     }
     let period = number("cpu_period").and_then(|period| u64::try_from(period).ok());
     // Too many to count are too many.
     let too_many = |quota: &i64| *quota > 0 && whole_cpus(*quota, period).is_none_or(|cpus| cpus > size.max_vcpus);
     if let Some(quota) = number("cpu_quota").filter(too_many) {
         let why = format!("the pod's VM has {} vCPUs at most: start a new pod with this limit", size.max_vcpus);
-        problems.push(problem(&format!("{key}.cpu_quota"), quota, why));
+        problems.push(Problem::quoted(format!("{key}.cpu_quota"), &quota.to_string(), why));
     }
     problems
 }

@@ -60,7 +60,8 @@ impl Sandbox {
         Ok(())
     }
 
-    /// StartSandbox: boots the VM, and returns the sandbox's spec too, as JSON. After a failure, only the sandbox's shutdown is possible.
+    /// StartSandbox: boots the VM, and returns the sandbox's spec too, as JSON. After a failure, only the sandbox's
+    /// shutdown is possible.
     pub(crate) async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<(Started, Vec<u8>), SandboxError> {
         self.check_id(id)?;
         let managed = {

@@ -55,7 +55,7 @@ impl Board {
     }
 
     /// Whether machines have virtual CPUs to spare unless the configuration says otherwise. Three of them add a fifth to
-    /// the instructions of the kernel's boot on a microvm, and less than 2% on q35.
+    /// the instructions of the kernel's boot on a microvm. On q35, seven add less than 2%.
     pub(crate) fn has_spare_vcpus(self) -> bool {
         self == Self::Q35
     }
