@@ -22,7 +22,7 @@ use super::redirect::{Classifier, Device, has_ingress, redirect, remove};
 use super::scan::{Scan, Sent, scan};
 use super::status::{LinkStatus, NetworkStatus, NicStatus};
 use super::subscription::{News, Subscription};
-use super::tap::{describe, rename, set_up};
+use super::tap::{describe, remove_all, rename, set_up};
 
 /// The name of the loopback, which every guest has.
 const LOOPBACK: &str = "lo";
@@ -245,6 +245,17 @@ impl Follower {
                 tracing::warn!(link = %link.name, error = %Chain(&error), "failed to undo the redirect of a link");
             }
         }
+    }
+
+    /// Ends the VM's connection: removes its taps, which its processes may still have open. The caller undoes the
+    /// redirects with [`super::disconnect`]. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not remove them in time. They vanish with the VM's processes.
+    pub fn end(mut self, limit: Duration) -> Result<(), NetworkError> {
+        self.netlink.set_deadline(Instant::now() + limit);
+        remove_all(&mut self.netlink).map_err(|error| self.inside(error))
     }
 
     /// The part of a namespace's configuration that the NICs' links have.

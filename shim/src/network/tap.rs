@@ -14,6 +14,9 @@ use super::netlink::Netlink;
 const CLONE_DEVICE: &str = "/dev/net/tun";
 /// `struct virtio_net_hdr_mrg_rxbuf` precedes each frame. QEMU asks for this length too.
 const VNET_HEADER: libc::c_int = 12;
+/// The group of husk's taps in a namespace: `husk` in ASCII. Other devices have group 0 unless an administrator has
+/// given them another.
+const GROUP: u32 = 0x6875_736b;
 
 mod ioctl {
     // linux/if_tun.h. The kernel encodes TUNSETIFF with the size of an int, but takes a `struct ifreq`.
@@ -48,8 +51,22 @@ pub(super) fn create(
     let index = if_nametoindex(name).map_err(|errno| ObjectError::system(&object, "find its index")(errno.into()))?;
     disable_ipv6(name).map_err(ObjectError::system(&object, "disable IPv6"))?;
     let tap = Tap { name: name.to_owned(), index };
-    set(netlink, &tap, "set its alias", |message| message.attributes.push(LinkAttribute::IfAlias(alias)))?;
+    set(netlink, &tap, "set its alias and group", |message| {
+        message.attributes.extend([LinkAttribute::IfAlias(alias), LinkAttribute::Group(GROUP)]);
+    })?;
     Ok((tap, descriptors))
+}
+
+/// Removes all of husk's taps in the namespace, even those that a process has open. The kernel waits for two RCU grace
+/// periods, some 20 ms, and does so once per request: a process that exits waits once for each tap.
+pub(super) fn remove_all(netlink: &mut Netlink) -> Result<(), ObjectError> {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::Group(GROUP));
+    match netlink.change(RouteNetlinkMessage::DelLink(message), 0) {
+        // The namespace has none.
+        Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
+        other => other.map_err(|error| error.at("the VM's taps", "remove them")),
+    }
 }
 
 /// Creates a tap that only reserves a name for a moment: no VM can take the link whose tap has it. None if a VM has it.
@@ -192,6 +209,24 @@ mod tests {
             drop(descriptors);
             namespace.wait_until_taps_are_gone();
         }
+    }
+
+    #[test]
+    fn all_taps_are_removed_at_once_although_a_process_has_them_open_and_other_devices_stay() {
+        let namespace = Namespace::new();
+        namespace.ip("tuntap add name other mode tap");
+        let removed = claim(&namespace.path()).unwrap().run(Duration::from_secs(5), |deadline| {
+            let mut netlink = Netlink::open(deadline).unwrap();
+            let taps = ["husk-s0", "husk-s1"].map(|name| create(&mut netlink, name, String::new(), 2));
+            let taps: Vec<_> = taps.into_iter().collect::<Result<_, _>>()?;
+            remove_all(&mut netlink)?;
+            // None is left.
+            remove_all(&mut netlink)?;
+            Ok(taps)
+        });
+        let _open = removed.unwrap();
+        let links = namespace.ip("link");
+        assert!(!links.contains("husk-") && links.contains("other"), "{links}");
     }
 
     #[test]

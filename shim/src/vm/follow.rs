@@ -130,12 +130,16 @@ impl Following {
         self.status.borrow().clone()
     }
 
-    /// Stops changing the namespace, so that everything in it can be undone. Waits for a change that has begun, but not
-    /// forever: a change whose deadline has passed makes no further request.
+    /// Stops changing the namespace and removes the VM's taps, so that everything in it can be undone. Waits for a
+    /// change that has begun, but not forever: a change whose deadline has passed makes no further request.
     pub(super) async fn stop(&self) {
         let follower = self.follower.clone();
-        let mut stopping = tokio::task::spawn_blocking(move || drop(lock(&follower).take()));
-        if let Err(error) = within(DEADLINE + BLOCKED, &mut stopping).await {
+        let mut stopping = tokio::task::spawn_blocking(move || match lock(&follower).take() {
+            Some(follower) => follower.end(DEADLINE),
+            None => Ok(()),
+        });
+        let stopped = within(DEADLINE + BLOCKED, &mut stopping).await;
+        if let Err(error) = stopped.and_then(|ended| Ok(ended?)) {
             tracing::error!(error = %Chain(&error), "failed to stop following the network namespace");
         }
     }

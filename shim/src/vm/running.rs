@@ -150,11 +150,14 @@ impl Vm {
         if self.cause_of_death().is_none() {
             self.shut_guest_down(delivered).await;
         }
-        if let Some(network) = &self.network {
-            // Returns even if a change of the namespace does not end.
-            network.stop().await;
-        }
         self.machine.kill();
+        // The kernel needs about as long for the taps as for the machine's memory.
+        let disconnected = async {
+            if let Some(network) = &self.network {
+                // Returns even if a change of the namespace does not end.
+                network.stop().await;
+            }
+        };
         // virtiofsd would exit some time after the machine has closed its socket. Killing its worker ends it at once.
         for worker in &self.share_workers {
             if let Err(error) = worker.send_kill() {
@@ -162,7 +165,8 @@ impl Vm {
             }
         }
         let gone = async { tokio::join!(self.machine.exited(), self.share.exited()) };
-        if tokio::time::timeout(EXIT, gone).await.is_err() {
+        let (gone, ()) = tokio::join!(tokio::time::timeout(EXIT, gone), disconnected);
+        if gone.is_err() {
             self.share.kill();
             return Err(StillRunning);
         }
