@@ -43,6 +43,8 @@ mod error;
 mod events;
 mod fd;
 mod forward;
+#[cfg(feature = "hostile")]
+mod hostile;
 mod io;
 mod launch;
 mod log;
@@ -152,6 +154,8 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let (end, mut shutdown) = mpsc::channel(1);
     let supervisor = supervisor.map(Arc::new);
     let task = task::service::TaskService { tasks: tasks.clone(), supervisor, reports: reports.clone(), end };
+    #[cfg(feature = "hostile")]
+    let (task, events) = hostile::Liar::new(task, events, cmdline.ready_port);
     let mut calls = containerd_shim_protos::shim_async::create_task(Arc::new(task));
     calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::BundleService::new(tasks, sockets))));
     calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::SystemService { hello: hello.clone() })));

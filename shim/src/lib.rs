@@ -19,6 +19,7 @@
 //! | `config`          | the configuration file and the annotations                                  |
 //! | `containerd`      | command line, start protocol, events and log                                |
 //! | `state`           | the state on disk, and the steps that undo it                               |
+//! | `fuzz`            | what the fuzz targets run                                                   |
 //! | `host`            | the host's processes, children, hooks and sockets                           |
 //!
 //! Imports run downwards: `serve` and `task_service` → `ctl` → `sandbox` → `prepare` → `vm` → `metadata`, `extras`,
@@ -31,6 +32,8 @@ pub mod containerd;
 pub mod ctl;
 pub mod extras;
 mod forward;
+#[doc(hidden)]
+pub mod fuzz;
 mod guest;
 pub mod host;
 pub mod metadata;

@@ -59,9 +59,14 @@ impl Events {
         };
         // Any::pack would parse the message's descriptor, which costs millions of instructions.
         let any = Any { type_url: format!("{PACKAGE}.{}", M::NAME), value, ..Default::default() };
+        self.add(topic, any);
+    }
+
+    /// Adds an encoded event to the ring.
+    pub(crate) fn add(&self, topic: &str, event: Any) {
         let newest = {
             let mut ring = self.ring();
-            ring.push(topic, any, KEPT);
+            ring.push(topic, event, KEPT);
             ring.newest
         };
         self.newest.send_replace(newest);

@@ -70,6 +70,14 @@ struct Contents {
     journal: Vec<Entry>,
 }
 
+/// Reads a file's bytes, and reads what would be written of them again. For the fuzz target.
+pub(crate) fn reread(bytes: &[u8]) {
+    if let Ok(contents) = serde_json::from_slice::<Contents>(bytes) {
+        let again = serde_json::to_vec(&contents).and_then(|json| serde_json::from_slice::<Contents>(&json));
+        assert!(again.is_ok(), "a state that husk has written is not one: {again:?}");
+    }
+}
+
 impl Contents {
     /// A sandbox about which nothing is recorded.
     fn empty(namespace: &str, sandbox: &str) -> Self {

@@ -25,3 +25,8 @@ pub(crate) use copy::{Input, Output};
 pub(crate) use error::StdioError;
 pub(crate) use logger::Logger;
 pub(crate) use streams::{Outputs, Stdio};
+
+/// Parses the address of an output. For the fuzz target.
+pub(crate) fn parse_address(value: &str) {
+    let _ = destination::Destination::parse("stdout", value);
+}
