@@ -109,6 +109,7 @@ pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         | Error::Cgroup(_)
         | Error::Holder(_)
         | Error::Hook(_)
+        | Error::InvalidReply(_)
         | Error::Internal(_) => Code::INTERNAL,
     };
     status(code, Chain(&error).to_string())

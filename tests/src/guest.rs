@@ -94,6 +94,7 @@ pub fn debug_config() -> Result<VmConfig> {
     let debug_files: Vec<InitramfsFile> = rootfs.collect();
     config.files.extend(debug_files);
     config.kernel_parameters = "husk.debug=1 husk.log=debug".into();
+    config.shell = true;
     Ok(config)
 }
 

@@ -49,6 +49,8 @@ pub struct VmConfig {
     pub disks: Vec<Disk>,
     /// The MACs of network cards that are connected to nothing.
     pub nics: Vec<[u8; 6]>,
+    /// The guest has the console of a debug shell: see [`Vm::shell`].
+    pub shell: bool,
     /// Makes the guest's clock count instructions, one per nanosecond, instead of time: measurements do not depend on
     /// the machine's load.
     pub instruction_clock: bool,
@@ -89,6 +91,7 @@ impl VmConfig {
             kernel_parameters: String::new(),
             disks: Vec::new(),
             nics: Vec::new(),
+            shell: false,
             instruction_clock: false,
             qemu_arguments: Vec::new(),
             network_namespace: None,
@@ -145,6 +148,11 @@ impl Vm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
+        if config.shell {
+            let chardev = prefixed("socket,id=shell,server=on,wait=off,path=", &folder.path().join("shell"));
+            command.arg("-chardev").arg(chardev).args(["-device", &format!("virtio-serial-{bus},max_ports=1")]);
+            command.args(["-device", "virtconsole,chardev=shell"]);
+        }
         for (number, disk) in config.disks.iter().enumerate() {
             let image = folder.path().join(format!("disk{number}"));
             std::fs::write(&image, &disk.content).context("write a disk")?;
@@ -188,10 +196,10 @@ impl Vm {
         String::from_utf8_lossy(&console).into_owned()
     }
 
-    /// Connects to the guest's serial console, which accepts one client at a time. Output without a client is only in
-    /// [`Vm::console`].
-    pub fn serial(&self) -> Result<UnixStream> {
-        UnixStream::connect(self.folder.path().join("serial")).context("connect to the serial console")
+    /// Connects to the console of the guest's debug shell, which accepts one client at a time. Output without a client is
+    /// lost.
+    pub fn shell(&self) -> Result<UnixStream> {
+        UnixStream::connect(self.folder.path().join("shell")).context("connect to the shell's console")
     }
 
     /// Makes QEMU execute QMP commands without arguments, in order, and returns its replies.
@@ -270,11 +278,9 @@ pub fn guest_program(name: &str) -> Result<PathBuf> {
     Ok(target.join("x86_64-unknown-linux-musl/release").join(name))
 }
 
-/// A socket for the serial console, with a log file of everything printed.
+/// The serial console: a log file of everything printed.
 fn serial(folder: &Path) -> OsString {
-    let mut argument = prefixed("socket,id=serial,server=on,wait=off,path=", &folder.join("serial"));
-    argument.push(prefixed(",logfile=", &folder.join("console")));
-    argument
+    prefixed("file,id=serial,path=", &folder.join("console"))
 }
 
 fn prefixed(prefix: &str, path: &Path) -> OsString {

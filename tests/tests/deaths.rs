@@ -1,6 +1,8 @@
 //! How VMs die, and what is reported: every task exits with status 137, waiting clients return, the cause is recorded,
 //! and everything can be removed.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -90,6 +92,27 @@ fn a_killed_qemu_is_reported_as_the_cause() -> Result<()> {
         Ok(())
     })?;
     ensure!(cause == "QEMU was killed by signal 9", "{cause}");
+    Ok(())
+}
+
+#[test]
+fn a_virtiofsd_in_an_endless_loop_of_errors_is_reported_as_the_cause_and_ends() -> Result<()> {
+    husk_only!();
+    // A hostile guest can drive virtiofsd into such a loop, in which it does not notice QEMU's end.
+    let folder = tempfile::tempdir()?;
+    let (program, begin) = (folder.path().join("virtiofsd"), folder.path().join("begin"));
+    let endless = "while :; do echo '[ERROR virtiofsd] an error in a loop'; done";
+    let script = format!(
+        "#!/bin/sh\n(while [ ! -e {} ]; do sleep 0.1; done; {endless}) &\nexec {} \"$@\"\n",
+        begin.display(),
+        built("virtiofsd")?.display()
+    );
+    fs::write(&program, script)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let configured = Configured::start(&format!("virtiofsd = {:?}\n", program.display().to_string()))?;
+    let cause = expect_death(&configured.containerd, "loop", &[], |_| Ok(fs::write(&begin, "")?))?;
+    ensure!(cause.starts_with("virtiofsd prints errors without end: "), "{cause}");
+    ensure!(cause.ends_with("the last one: [ERROR virtiofsd] an error in a loop"), "{cause}");
     Ok(())
 }
 
@@ -256,7 +279,7 @@ fn the_hosts_log_contains_all_lines_of_the_guests_init() -> Result<()> {
     let expected = "the guest is set up";
     let line = wait_for(SOON, "the guest's line is in the log", || containerd.logged(expected).into_iter().next())
         .with_context(|| containerd.log_tail())?;
-    for part in ["level=info", "from=guest", " version=", &format!("sandbox={}", container.id())] {
+    for part in ["level=info", "from=guest", " guest.version=", &format!("sandbox={}", container.id())] {
         ensure!(line.contains(part), "no {part} in {line}");
     }
     let folder = containerd.path("/run/husk").join(NAMESPACE).join(container.id());

@@ -14,15 +14,15 @@ use husk_tests::guest::{Guest, STEP, call, config, debug_config, spec};
 use tokio::time::timeout;
 use ttrpc::{Code, context};
 
-/// The serial console, as a user in front of it sees it.
-struct Serial {
+/// The shell's console, as a user in front of it sees it.
+struct Shell {
     socket: UnixStream,
     unmatched: String,
 }
 
-impl Serial {
+impl Shell {
     fn of(guest: &Guest) -> Result<Self> {
-        let socket = guest.vm.serial()?;
+        let socket = guest.vm.shell()?;
         socket.set_read_timeout(Some(STEP))?;
         Ok(Self { socket, unmatched: String::new() })
     }
@@ -63,38 +63,38 @@ fn text(bytes: &[u8]) -> String {
 #[tokio::test]
 async fn a_shell_runs_on_the_console_and_respawns_when_it_exits() -> Result<()> {
     let guest = Guest::boot_with(debug_config()?).await?;
-    let mut serial = Serial::of(&guest)?;
+    let mut shell = Shell::of(&guest)?;
     // Output before the connection is lost, so the test sends a command instead of waiting for a prompt.
-    serial.send("tty; echo $((6 * 7)) $TERM $HOME $PATH\n")?;
-    serial.expect("/dev/ttyS0")?;
-    serial.expect("42 vt100 / /bin:/sbin:/usr/bin:/usr/sbin")?;
-    serial.send("cat /proc/self/oom_score_adj /proc/self/personality /proc/self/cgroup; echo e''nd\n")?;
-    let own = serial.expect("end\r\n")?;
+    shell.send("tty; echo $((6 * 7)) $TERM $HOME $PATH\n")?;
+    shell.expect("/dev/hvc0")?;
+    shell.expect("42 vt100 / /bin:/sbin:/usr/bin:/usr/sbin")?;
+    shell.send("cat /proc/self/oom_score_adj /proc/self/personality /proc/self/cgroup; echo e''nd\n")?;
+    let own = shell.expect("end\r\n")?;
     ensure!(own.ends_with("0\r\n00000000\r\n0::/debug/shell\r\n"), "{own:?}");
 
     // Job control: Ctrl-C interrupts the command, not the shell.
-    serial.send("echo $(( 40 + 4 )); sleep 1000\n")?;
-    serial.expect("\r\n44\r\n")?;
-    serial.send("\x03")?;
-    serial.expect("# ")?;
-    serial.send("echo $? d''one\n")?;
-    serial.expect("130 done")?;
+    shell.send("echo $(( 40 + 4 )); sleep 1000\n")?;
+    shell.expect("\r\n44\r\n")?;
+    shell.send("\x03")?;
+    shell.expect("# ")?;
+    shell.send("echo $? d''one\n")?;
+    shell.expect("130 done")?;
 
     for (number, end) in ["exit", "exit 3", "kill -9 $$"].into_iter().enumerate() {
-        serial.send(&format!("{end}\n"))?;
+        shell.send(&format!("{end}\n"))?;
         // The next shell starts without login and has the terminal to itself. Input typed between two shells may be
         // lost.
-        serial.expect("built-in shell (ash)").with_context(|| guest.vm.console())?;
-        serial.expect("# ")?;
-        serial.send(&format!("echo shell-$(({number} + 100))\n"))?;
-        serial.expect(&format!("\r\nshell-{}", 100 + number)).with_context(|| guest.vm.console())?;
+        shell.expect("built-in shell (ash)").with_context(|| guest.vm.console())?;
+        shell.expect("# ")?;
+        shell.send(&format!("echo shell-$(({number} + 100))\n"))?;
+        shell.expect(&format!("\r\nshell-{}", 100 + number)).with_context(|| guest.vm.console())?;
     }
     ensure!(guest.info().await?.zombies == 0);
     // PID 1 and containers work as usual.
     ensure!(guest.run("c", &spec(&["sh", "-c", "exit 7"])).await?.0 == 7);
 
-    serial.send("echo $(( 50 + 5 )); sleep 1000\n")?;
-    serial.expect("\r\n55\r\n")?;
+    shell.send("echo $(( 50 + 5 )); sleep 1000\n")?;
+    shell.expect("\r\n55\r\n")?;
     let began = Instant::now();
     guest.shut_down().await?;
     ensure!(began.elapsed() < Duration::from_secs(8), "the shell delayed the shutdown for {:?}", began.elapsed());
@@ -121,13 +121,14 @@ async fn without_debug_mode_no_shell_runs_and_exec_is_rejected() -> Result<()> {
     // Even if the initramfs contains a shell.
     let guest =
         Guest::boot_with(husk_tests::vm::VmConfig { kernel_parameters: String::new(), ..debug_config()? }).await?;
-    let mut serial = Serial::of(&guest)?;
-    serial.send("echo answer-$((1 + 1))\n")?;
+    let mut shell = Shell::of(&guest)?;
+    shell.send("echo answer-$((1 + 1))\n")?;
     let (code, message) = status_of(guest.start_in_vm(&["sh"], false).await)?;
     ensure!(code == Code::UNIMPLEMENTED, "{code:?} {message}");
     // By the end of a container's life, a shell would have responded.
     ensure!(guest.run("c", &spec(&["ls", "/sys/fs/cgroup/debug"])).await?.0 != 0);
-    let console = guest.shut_down().await?;
+    let mut console = guest.shut_down().await?;
+    shell.socket.read_to_string(&mut console)?;
     ensure!(!console.contains("answer-2"), "{console}");
     Ok(())
 }

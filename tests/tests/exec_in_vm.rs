@@ -39,9 +39,9 @@ fn husk_exec_runs_a_command_in_the_vm_with_streams_and_exit_code() -> Result<()>
 
     script("kill -9 $$")?.expect_code(137)?;
     let cases: [(&[&str], i32, &str); 4] = [
-        (&["absent"], 127, "husk: exec: \"absent\": executable file not found in $PATH\n"),
-        (&["/proc"], 126, "husk: exec: \"/proc\": permission denied\n"),
-        (&[""], 127, "husk: exec: \"\": executable file not found in $PATH\n"),
+        (&["absent"], 127, "husk: guest: exec: \"absent\": executable file not found in $PATH\n"),
+        (&["/proc"], 126, "husk: guest: exec: \"/proc\": permission denied\n"),
+        (&[""], 127, "husk: guest: exec: \"\": executable file not found in $PATH\n"),
         (&["sh", "-c", "exit 125"], 125, ""),
     ];
     for (args, code, errors) in cases {
@@ -152,7 +152,9 @@ fn the_console_has_a_shell_and_a_deliberate_crash_is_reported() -> Result<()> {
     husk_only!();
     let configured = Configured::start("debug = true\n")?;
     let containerd = &configured.containerd;
-    let container = containerd.detached(&[], "console", &["sleep", "1000"])?;
+    // A container with CAP_MKNOD, which is in the default set, may open the serial port as its /dev/console.
+    let spy = "mknod /dev/spy c 5 1 && exec cat /dev/spy >/tmp/typed";
+    let container = containerd.detached(&[], "console", &["sh", "-c", spy])?;
     let id = container.id();
     let mut console = Pty::spawn(husk(containerd, &["console", id])?, 24, 80)?;
     for round in 1..=2 {
@@ -160,12 +162,16 @@ fn the_console_has_a_shell_and_a_deliberate_crash_is_reported() -> Result<()> {
         console.expect("# ", DEADLINE)?;
         console.send(&format!("tty; echo shell $(({round} + 40))\r"))?;
         let shown = console.expect(&format!("shell {}", 40 + round), DEADLINE)?;
-        ensure!(shown.contains("/dev/ttyS0"), "{shown}");
+        ensure!(shown.contains("/dev/hvc0"), "{shown}");
         console.send("exit\r")?;
         console.expect("built-in shell", DEADLINE)?;
     }
     console.send("\r~.")?;
     ensure!(console.finish(DEADLINE)?.1 == 0);
+    // It reads nothing of what the operator has typed, and cannot open the shell's console.
+    ensure!(container.script("cat /proc/1/comm /tmp/typed")? == "cat");
+    let denied = container.script("mknod /dev/shell c 229 0; exec 2>&1; cat /dev/shell; true")?;
+    ensure!(denied.contains("Operation not permitted"), "{denied}");
     let status = command::run(husk(containerd, &["status", id])?, None, DEADLINE)?.ok()?;
     ensure!(status.text().contains("on: a shell on the console, and husk exec"), "{status}");
 

@@ -1,4 +1,4 @@
-//! Debug mode (`husk.debug=1`): a shell on the serial console, and processes in the guest itself for `husk exec`.
+//! Debug mode (`husk.debug=1`): a shell on a console of its own, and processes in the guest itself for `husk exec`.
 //! Without the parameter, nothing here runs and the Debug service does not exist.
 //!
 //! All of it runs in separate cgroups: it is neither accounted nor protected like PID 1, and shutdown kills it at once.

@@ -1,4 +1,4 @@
-//! A root shell on the serial console without login, respawned when it exits.
+//! A root shell without login on a console of its own, respawned when it exits.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,8 +16,9 @@ use crate::spawn::ChildStreams;
 
 /// Exists only in the debug initramfs.
 const SHELL: &str = "/bin/sh";
-/// Lists the console's devices; /dev/console is the last one (Documentation/ABI/testing/sysfs-tty).
-const ACTIVE: &str = "/sys/class/tty/console/active";
+/// The shell's console, a virtio console. Not the serial one: containers may open that as /dev/console, and would read
+/// what an operator types.
+const DEVICE: &str = "/dev/hvc0";
 
 /// A shell that ran for this long was used: its successor starts at once.
 const USED: Duration = Duration::from_secs(1);
@@ -57,16 +58,13 @@ async fn run(reaper: &Arc<Reaper>) -> Result<u32, CallError> {
         }
         _ => {}
     }
-    let active = std::fs::read_to_string(ACTIVE).map_err(|e| CallError::internal(format_args!("read {ACTIVE}"), &e))?;
-    // Not /dev/console, which survives the hang-up at the end of a session: two shells would read from it.
-    let device = format!("/dev/{}", active.split_ascii_whitespace().next_back().unwrap_or("console"));
     let program = Program {
         args: &[SHELL.to_owned()],
         env: &environment(&[]),
         cwd: "/",
         group: &group,
         oom_score_adj: "0",
-        terminal: ControllingTerminal::Device(&device),
+        terminal: ControllingTerminal::Device(DEVICE),
     };
     let (_, exit) = launch(reaper, &program, ChildStreams::default()).await?;
     // Cannot fail: the reaper lives as long as the guest and delivers every exit.

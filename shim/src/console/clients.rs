@@ -1,5 +1,5 @@
 //! Serves the console on `console.sock`. Each client receives the last 64 KiB and then new output; its input goes to
-//! the guest's serial port. Bytes pass unchanged. A client that reads too slowly is dropped. One that shuts down its
+//! the guest's serial port, in debug mode to its shell. Bytes pass unchanged. A client that reads too slowly is dropped. One that shuts down its
 //! sending side receives the output up to then and is disconnected.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -125,7 +125,7 @@ mod tests {
         /// Attaches a machine and returns its end.
         fn machine(&self) -> UnixStream {
             let (ours, theirs) = UnixStream::pair().unwrap();
-            self.console.attach(ours);
+            self.console.attach(ours, None);
             theirs
         }
 

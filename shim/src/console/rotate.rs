@@ -16,6 +16,10 @@ pub(super) struct Rotating {
     path: PathBuf,
     file: File,
     size: u64,
+    /// Size at which it is rotated, bytes.
+    rotate: u64,
+    /// Number of older files kept.
+    kept: u32,
 }
 
 impl Rotating {
@@ -24,9 +28,17 @@ impl Rotating {
     /// # Errors
     /// When it cannot be opened.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
+        Self::open_with(path, ROTATE, KEPT)
+    }
+
+    /// Opens a file that is rotated at another size, with another number of older files.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub(super) fn open_with(path: &Path, rotate: u64, kept: u32) -> io::Result<Self> {
         let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
         let size = file.metadata()?.len();
-        Ok(Self { path: path.to_owned(), file, size })
+        Ok(Self { path: path.to_owned(), file, size, rotate, kept })
     }
 
     /// Appends bytes, all to the same file.
@@ -34,15 +46,15 @@ impl Rotating {
     /// # Errors
     /// When the write or the rotation fails.
     pub(super) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.size >= ROTATE {
-            for number in (1..KEPT).rev() {
+        if self.size >= self.rotate {
+            for number in (1..self.kept).rev() {
                 match std::fs::rename(older(&self.path, number), older(&self.path, number + 1)) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                     _ => {}
                 }
             }
             std::fs::rename(&self.path, older(&self.path, 1))?;
-            *self = Self::open(&self.path)?;
+            *self = Self::open_with(&self.path, self.rotate, self.kept)?;
         }
         self.file.write_all(bytes)?;
         self.size += bytes.len() as u64;

@@ -1,5 +1,6 @@
 //! The console of a sandbox, which is its machine's serial port: recorded in `console.log`, served on `console.sock`.
-//! Its last lines explain a failed boot.
+//! Its last lines explain a failed boot. In debug mode, the console of the guest's shell is part of it: containers may
+//! open the serial port as /dev/console, but not the shell's console.
 
 use std::io;
 use std::path::Path;
@@ -14,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use crate::console::endpoint;
 use crate::console::endpoint::Endpoint;
 use crate::console::record::{REPLAY, Record};
+use crate::host::text::{clean, last_lines};
 
 /// The file with the console's output, in the sandbox's directory.
 pub const LOG: &str = "console.log";
@@ -21,7 +23,7 @@ pub const LOG: &str = "console.log";
 pub const SOCKET: &str = "console.sock";
 /// The beginnings of the line in which a guest reports a fatal error.
 const FATAL_PREFIXES: [&str; 2] = ["Kernel panic - not syncing: ", FATAL_PREFIX];
-/// Longest part of that line in an error message, bytes.
+/// Longest part of that line in an error message, characters.
 const FATAL_MAX: usize = 200;
 /// Bytes of the console that may explain a failed boot.
 const TAIL: usize = 4 * 1024;
@@ -69,9 +71,21 @@ impl Console {
         Endpoint { path: log.with_file_name(SOCKET), log: log.to_owned(), machine, replay_bytes: REPLAY }
     }
 
-    /// Connects a machine: records its output from `socket` and sends clients' input to it.
-    pub fn attach(&self, socket: UnixStream) -> Attached {
-        let (read, write) = socket.into_split();
+    /// Connects a machine: records its output from `serial` and sends clients' input to it. A guest in debug mode has a
+    /// shell with a console of its own: then the output of both is recorded, and the shell gets the input.
+    pub fn attach(&self, serial: UnixStream, shell: Option<UnixStream>) -> Attached {
+        let (read, write) = serial.into_split();
+        // The serial port stays connected, without input, as long as there is output: the machine would take the end of
+        // the input for the end of its reader.
+        let (write, without_input) = match shell {
+            Some(shell) => {
+                let (output, input) = shell.into_split();
+                let record = self.record.clone();
+                tokio::spawn(async move { copy_output(output, &record).await });
+                (input, Some(write))
+            }
+            None => (write, None),
+        };
         let (typed, input) = mpsc::channel(INPUT);
         let (end, ended) = watch::channel(false);
         let attached = Attached { record: self.record.clone(), start: self.record.end(), ended };
@@ -80,6 +94,7 @@ impl Console {
         let console = self.clone();
         tokio::spawn(async move {
             copy_output(read, &console.record).await;
+            drop(without_input);
             writer.abort();
             console.machine.send_replace(MachineEnd::Ended);
             end.send_replace(true);
@@ -108,32 +123,30 @@ impl Attached {
     /// the output until `deadline`.
     pub async fn explain(&self, cause: String, deadline: Duration) -> String {
         self.ended(deadline).await;
-        match fatal_error(&self.tail(usize::MAX)) {
+        match fatal_error(&self.recent()) {
             Some(line) => format!("{cause}; console: {line}"),
             None => cause,
         }
     }
 
-    /// The last `lines` lines, without control characters: the text comes from the guest and is shown on terminals.
+    /// The last lines, at most this many: short enough for an error message, and harmless on a terminal.
     pub fn tail(&self, lines: usize) -> String {
+        last_lines(&self.recent(), lines)
+    }
+
+    /// The end of the output, as the guest has written it.
+    fn recent(&self) -> String {
         let from = self.start.max(self.record.end().saturating_sub(TAIL as u64));
         // The record keeps more than TAIL bytes, so this read does not fail.
-        last_lines(&self.record.read(from, TAIL).unwrap_or_default(), lines)
+        String::from_utf8_lossy(&self.record.read(from, TAIL).unwrap_or_default()).into_owned()
     }
 }
 
 /// The line with the kernel's panic or the init's fatal error. The guest controls this text, so it proves nothing.
-fn fatal_error(tail: &str) -> Option<&str> {
+fn fatal_error(tail: &str) -> Option<String> {
     let in_line = |line: &'_ str| FATAL_PREFIXES.iter().find_map(|prefix| line.find(prefix));
     let line = tail.lines().find_map(|line| in_line(line).map(|at| &line[at..]))?;
-    let error = line.trim_end_matches(" ]---");
-    Some(&error[..error.floor_char_boundary(FATAL_MAX)])
-}
-
-fn last_lines(bytes: &[u8], lines: usize) -> String {
-    let text: String = String::from_utf8_lossy(bytes).chars().filter(|&c| c == '\n' || !c.is_control()).collect();
-    let all: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-    all[all.len().saturating_sub(lines)..].join("\n")
+    Some(clean(line.trim_end().trim_end_matches(" ]---")).chars().take(FATAL_MAX).collect())
 }
 
 async fn copy_output(mut from: OwnedReadHalf, record: &Record) {
@@ -172,30 +185,18 @@ mod tests {
     fn the_guests_fatal_error_is_found_on_its_console() {
         let panic = "a\nKernel panic - not syncing: sysrq triggered crash\nCPU: 0\n\
                      ---[ end Kernel panic - not syncing: sysrq triggered crash ]---";
-        let long = format!("husk: fatal: {}", "é".repeat(200));
+        let long = format!("husk: fatal: \x1b[2J\u{202e}{}", "é".repeat(400));
+        let cut = format!("husk: fatal: [2J{}", "é".repeat(200 - 16));
         let table = [
             ("", None),
             ("all is well", None),
             (panic, Some("Kernel panic - not syncing: sysrq triggered crash")),
             ("---[ end Kernel panic - not syncing: x ]---", Some("Kernel panic - not syncing: x")),
             ("[    1.5] husk: fatal: mount proc on /proc: no", Some("husk: fatal: mount proc on /proc: no")),
-            (&long, Some(&long[..199])),
+            (&long, Some(&cut)),
         ];
         for (tail, expected) in table {
-            assert_eq!(fatal_error(tail), expected, "{tail}");
-        }
-    }
-
-    #[test]
-    fn error_messages_show_the_last_lines_without_control_characters() {
-        let table: &[(&[u8], usize, &str)] = &[
-            (b"one\r\ntwo\r\nthree\r\n", 2, "two\nthree"),
-            (b"\x1b[31mred\x1b[0m\x07\n", 5, "[31mred[0m"),
-            (b"", 5, ""),
-            (b"\xff\xfeno utf-8\n\n\n", 1, "\u{fffd}\u{fffd}no utf-8"),
-        ];
-        for (bytes, lines, expected) in table {
-            assert_eq!(last_lines(bytes, *lines), *expected);
+            assert_eq!(fatal_error(tail).as_deref(), expected, "{tail}");
         }
     }
 
@@ -203,7 +204,7 @@ mod tests {
     async fn the_log_file_has_all_output_and_is_rotated() {
         let dir = tempfile::tempdir().unwrap();
         let (ours, mut guest) = UnixStream::pair().unwrap();
-        let console = Console::new(dir.path()).attach(ours);
+        let console = Console::new(dir.path()).attach(ours, None);
         let line = [b"x".repeat(4095), b"\n".to_vec()].concat();
         for _ in 0..1030 {
             guest.write_all(&line).await.unwrap();
@@ -216,12 +217,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_an_operator_types_for_the_shell_does_not_reach_the_serial_port() {
+        let dir = tempfile::tempdir().unwrap();
+        let ((ours, mut serial), (our_shell, mut shell)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        let console = Console::new(dir.path());
+        let attached = console.attach(ours, Some(our_shell));
+        let MachineEnd::Up(typed) = console.machine.borrow().clone() else { panic!("no machine") };
+        typed.send(b"secret\n".to_vec()).await.unwrap();
+        let mut read = [0; 7];
+        shell.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read, b"secret\n");
+        let nothing = serial.try_read(&mut read).unwrap_err();
+        assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock, "the serial port has input, or its end");
+        shell.write_all(b"of the shell\n").await.unwrap();
+        console.record().grown(12).await;
+        serial.write_all(b"of the kernel\n").await.unwrap();
+        drop((serial, shell));
+        attached.ended(Duration::from_secs(10)).await;
+        assert_eq!(attached.tail(10), "of the shell\nof the kernel");
+    }
+
+    #[tokio::test]
     async fn a_machines_tail_excludes_the_output_of_the_previous_machine() {
         let dir = tempfile::tempdir().unwrap();
         let console = Console::new(dir.path());
         for name in ["first", "second"] {
             let (ours, mut guest) = UnixStream::pair().unwrap();
-            let attached = console.attach(ours);
+            let attached = console.attach(ours, None);
             guest.write_all(format!("the {name} machine\n").as_bytes()).await.unwrap();
             drop(guest);
             attached.ended(Duration::from_secs(10)).await;

@@ -26,11 +26,14 @@ use crate::ctl::method::{Answer, Call, Note};
 use crate::ctl::rpc;
 use crate::ctl::rpc::RpcError;
 use crate::guest::client::{Guest, GuestError};
+use crate::host::text::is_unsafe;
 use crate::sandbox::Sandbox;
 use crate::vm::Vm;
 
 /// Chunks of output on their way to the client.
 const CHUNKS: usize = 4;
+/// Longest id of a process, bytes. The guest's init numbers them.
+const ID_MAX: usize = 64;
 /// How long the rest of the output may take after the process has exited.
 const LAST_OUTPUT: Duration = Duration::from_secs(10);
 
@@ -75,7 +78,11 @@ async fn start(vm: Arc<Vm>, params: ExecParams) -> Result<Running, RpcError> {
     let request = StartProcessRequest { args, env, cwd, terminal, height, width, stdin, ..Default::default() };
     let guest = vm.guest.clone();
     match guest.debug.start(guest.context(), &request).await {
-        Ok(started) => Ok(Running { guest, id: started.id, terminal }),
+        // The id goes into the log.
+        Ok(started) if started.id.len() <= ID_MAX && !started.id.contains(is_unsafe) => {
+            Ok(Running { guest, id: started.id, terminal })
+        }
+        Ok(_) => Err(RpcError::internal("the guest returned an invalid id of the process")),
         Err(error) => Err(guest_error(&vm, error).await),
     }
 }

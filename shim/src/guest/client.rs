@@ -25,7 +25,7 @@ use ttrpc::context::{Context, with_duration};
 use ttrpc::get_status;
 
 use crate::guest::link::{HostPort, Link};
-use crate::guest::text::sanitized;
+use crate::host::text::clean;
 use husk_vsock::{Stream, VsockError};
 
 // A receive window holds the largest streamed message, a stdio chunk, with its envelope.
@@ -53,7 +53,8 @@ pub enum GuestError {
         theirs: u32,
     },
     /// The guest returned an error, or the connection failed. `From` makes it from the client's error: a status keeps
-    /// only its code and a bounded, printable message. Not a `source`: it would repeat the message.
+    /// only its code and a clean message that names the guest as its author. Not a `source`: it would repeat the
+    /// message.
     #[error("{}", message(.0))]
     Call(ttrpc::Error),
 }
@@ -62,7 +63,7 @@ impl From<ttrpc::Error> for GuestError {
     fn from(error: ttrpc::Error) -> Self {
         Self::Call(match error {
             ttrpc::Error::RpcStatus(status) => {
-                ttrpc::Error::RpcStatus(get_status(status.code(), sanitized(&status.message)))
+                ttrpc::Error::RpcStatus(get_status(status.code(), clean(&format!("guest: {}", status.message))))
             }
             other => other,
         })
@@ -73,7 +74,7 @@ impl From<ttrpc::Error> for GuestError {
 fn message(error: &ttrpc::Error) -> String {
     match error {
         ttrpc::Error::RpcStatus(status) => format!("{} ({:?})", status.message, status.code()),
-        other => sanitized(&other.to_string()),
+        other => clean(&other.to_string()),
     }
 }
 
@@ -128,7 +129,7 @@ impl Guest {
     /// Connects to a guest that has sent its hello.
     pub async fn connect(link: Link, hello: &Hello, call_timeout: Duration) -> Result<Self, GuestError> {
         if hello.protocol != PROTOCOL {
-            return Err(GuestError::Protocol { version: sanitized(&hello.version), theirs: hello.protocol });
+            return Err(GuestError::Protocol { version: clean(&hello.version), theirs: hello.protocol });
         }
         let client = Client::new(Socket::new(connect(&link, PORT_TASK, call_timeout).await?));
         Ok(Self {
@@ -235,17 +236,17 @@ mod tests {
     use ttrpc::Code;
 
     use super::*;
-    use crate::guest::text::TEXT_MAX;
+    use crate::host::text::{LONGEST, is_unsafe};
 
     #[test]
-    fn an_error_of_the_guest_is_short_and_printable() {
-        let hostile = format!("a\x1b[2J\nlevel=error {}", "\u{e9}".repeat(1 << 20));
+    fn an_error_of_the_guest_is_short_and_printable_and_names_the_guest() {
+        let hostile = format!("a\x1b[2J\n\u{202e}level=error {}", "\u{e9}".repeat(4_000_000));
         let error = GuestError::from(ttrpc::Error::RpcStatus(get_status(Code::NOT_FOUND, hostile.clone())));
-        assert!(error.to_string().starts_with("a [2J level=error \u{e9}"), "{error}");
-        assert!(error.to_string().ends_with("\u{e9} (NOT_FOUND)"), "{error}");
+        assert!(error.to_string().starts_with("guest: a[2J level=error \u{e9}"), "{error}");
+        assert!(error.to_string().ends_with("\u{e9}… (NOT_FOUND)"), "{error}");
         let GuestError::Call(ttrpc::Error::RpcStatus(status)) = &error else { panic!("{error}") };
-        assert!(status.message.len() <= TEXT_MAX && !status.message.contains(char::is_control));
+        assert!(status.message.chars().count() == LONGEST && !status.message.contains(is_unsafe));
         let error = GuestError::from(ttrpc::Error::Others(hostile)).to_string();
-        assert!(error.len() <= TEXT_MAX && !error.contains(char::is_control), "{error}");
+        assert!(error.chars().count() == LONGEST && !error.contains(is_unsafe), "{error}");
     }
 }

@@ -6,4 +6,3 @@ pub(crate) mod clock;
 pub(crate) mod link;
 pub(crate) mod network;
 pub(crate) mod report;
-mod text;

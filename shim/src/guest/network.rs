@@ -11,6 +11,7 @@ use husk_protos::network::{
 use ttrpc::context::with_duration;
 
 use crate::guest::client::{Guest, GuestError};
+use crate::host::text::clean;
 use crate::state::links::{Counters, GuestLink};
 
 /// Deadline for the report. `husk` waits 5 s for the whole status.
@@ -77,7 +78,7 @@ fn link(status: &NetworkLinkStatus) -> (Option<String>, GuestLink) {
 }
 
 fn name(name: &str) -> String {
-    name.chars().map(|c| if c.is_ascii_graphic() { c } else { '?' }).take(NAME_MAX).collect()
+    clean(name).chars().map(|c| if c.is_ascii_graphic() { c } else { '?' }).take(NAME_MAX).collect()
 }
 
 /// As `ip address` prints it; none if it is invalid.
@@ -186,9 +187,9 @@ mod tests {
         let report = read(NetworkStatusResponse { links, ..Default::default() });
         assert_eq!((report.links.len(), report.links[1].1.addresses.len()), (LINKS_MAX, ADDRESSES_MAX));
         let (mac, link) = &report.links[0];
-        assert_eq!((mac, link.name.as_str(), link.addresses.len()), (&None, "?[2J??xxxxxxxxx", 0));
+        assert_eq!((mac, link.name.as_str(), link.addresses.len()), (&None, "[2J?xxxxxxxxxxx", 0));
         let expected = "too many or invalid, and not shown: 39 of the guest's 103 links, \
-             4 addresses of the guest's link ?[2J??xxxxxxxxx, 936 addresses of the guest's link e";
+             4 addresses of the guest's link [2J?xxxxxxxxxxx, 936 addresses of the guest's link e";
         assert_eq!(report.problem.as_deref(), Some(expected));
     }
 }

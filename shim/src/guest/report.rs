@@ -1,8 +1,8 @@
 //! Receives the guest's heartbeats, log lines and supervisor status on the connection of its hello. The end of the
 //! connection, an invalid report and missing heartbeats each mean the death of the VM.
 //!
-//! The guest is untrusted: its texts are bounded and stripped of control characters before they are kept or logged, and
-//! a rate limit keeps them from flooding the host's log.
+//! The guest is untrusted: its texts are cleaned before they are kept or logged, the names of its fields cannot be those
+//! of the host, and a rate limit keeps them from flooding the host's log.
 
 use std::pin::pin;
 use std::sync::Mutex;
@@ -21,9 +21,10 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Level;
 
 use super::clock;
-use super::text::sanitized;
 use crate::console::Record;
 use crate::containerd::log as logging;
+use crate::host::rate::{Admitted, Bucket};
+use crate::host::text::clean;
 use crate::state::recent::{EventKind, Recent};
 use crate::state::status;
 use crate::state::status::Heartbeats;
@@ -93,7 +94,8 @@ impl GuestHealth {
 /// Receives reports until the guest is lost. Returns the reason, as a cause of death.
 pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks, health: &GuestHealth) -> String {
     let (now, level) = (Instant::now(), sinks.level);
-    let mut log = Log { limit: Limit::new(now), supervisors: Limit::new(now), level };
+    let bucket = || Bucket::new(BURST, PER_SECOND, now);
+    let mut log = Log { limit: bucket(), supervisors: bucket(), level };
     let mut late = false;
     loop {
         // Pinned across the waits: a cancelled read would lose the part of a report that has been read.
@@ -175,17 +177,18 @@ fn silence(health: HealthSnapshot) -> String {
     )
 }
 
-/// The name of a field of the guest, restricted to the characters of the shim's own fields.
-fn sanitized_name(name: &str) -> String {
+/// The name of a field of the guest, restricted to the characters of the shim's own fields. With its prefix, no name is
+/// one that the host uses.
+fn field_name(name: &str) -> String {
     let plain = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.');
     let name: String = name.chars().filter(plain).take(64).collect();
-    if name.is_empty() { "field".to_owned() } else { name }
+    format!("guest.{}", if name.is_empty() { "field" } else { &name })
 }
 
 struct Log {
-    limit: Limit,
+    limit: Bucket,
     /// Separate from the lines' limit: a flood of lines must not suppress the supervisor's status.
-    supervisors: Limit,
+    supervisors: Bucket,
     level: Level,
 }
 
@@ -217,7 +220,7 @@ impl Log {
     }
 
     fn supervisor(&mut self, mut status: SupervisorStatus, health: &GuestHealth, recent: &Recent) {
-        status.last_end = sanitized(&status.last_end);
+        status.last_end = clean(&status.last_end);
         let (pid, restarts, last_end) = (status.pid, status.restarts, &status.last_end);
         if let Admitted::Yes { .. } = self.supervisors.admit(Instant::now()) {
             recent.note(EventKind::Supervisor, "the supervisor's state", json!(supervisor_status(&status)));
@@ -248,42 +251,12 @@ impl Log {
 fn message_and_fields(line: &LogLine) -> (String, String) {
     let mut fields = String::new();
     for field in line.fields.iter().take(32) {
-        logging::push_field(&mut fields, &sanitized_name(&field.name), &sanitized(&field.value));
+        logging::push_field(&mut fields, &field_name(&field.name), &clean(&field.value));
     }
     if line.dropped > 0 {
-        logging::push_field(&mut fields, "lost_before", &line.dropped.to_string());
+        logging::push_field(&mut fields, "guest.lost_before", &line.dropped.to_string());
     }
-    (sanitized(&line.message), fields)
-}
-
-enum Admitted {
-    No,
-    Yes { held_back: u64 },
-}
-
-/// Admits [`BURST`] at once and [`PER_SECOND`] in the long run.
-struct Limit {
-    room: f64,
-    since: Instant,
-    held_back: u64,
-}
-
-impl Limit {
-    fn new(now: Instant) -> Self {
-        Self { room: BURST, since: now, held_back: 0 }
-    }
-
-    fn admit(&mut self, now: Instant) -> Admitted {
-        let gained = now.saturating_duration_since(self.since).as_secs_f64() * PER_SECOND;
-        self.room = (self.room + gained).min(BURST);
-        self.since = now;
-        if self.room < 1.0 {
-            self.held_back += 1;
-            return Admitted::No;
-        }
-        self.room -= 1.0;
-        Admitted::Yes { held_back: std::mem::take(&mut self.held_back) }
-    }
+    (clean(&line.message), fields)
 }
 
 #[cfg(test)]
@@ -292,7 +265,7 @@ mod tests {
     use tokio::io::AsyncWriteExt;
 
     use super::*;
-    use crate::guest::text::TEXT_MAX;
+    use crate::host::text::LONGEST;
 
     const INTERVAL: Duration = Duration::from_secs(10);
 
@@ -365,7 +338,9 @@ mod tests {
             level: LogLevel::into(level),
             message: message.into(),
             boottime_ns: 1_234_567_890,
-            fields: vec![LogField { name: "a b=\n".into(), value: "\x1b[31m\n\"x".into(), ..Default::default() }],
+            fields: [("a b=\n", "\x1b[31m\n\"x"), ("namespace", "moby"), ("", "")]
+                .map(|(name, value)| LogField { name: name.into(), value: value.into(), ..Default::default() })
+                .into(),
             dropped: 2,
             ..Default::default()
         };
@@ -375,7 +350,7 @@ mod tests {
             What::Supervisor(SupervisorStatus {
                 state: State::RUNNING.into(),
                 pid: 9,
-                last_end: format!("\x07{}", "y".repeat(3 * TEXT_MAX)),
+                last_end: format!("\x07{}", "y".repeat(3 * LONGEST)),
                 ..Default::default()
             }),
         ] {
@@ -391,9 +366,15 @@ mod tests {
             (EventKind::Supervisor, &json!("running"), &json!(9))
         );
         let kept = std::fs::read_to_string(dir.path().join("guest.log")).unwrap();
-        assert_eq!(kept, "1.234 warn: one level=error msg=forged ab=\" [31m \\\"x\" lost_before=2\n");
+        assert_eq!(
+            kept,
+            "1.234 warn: one level=error msg=forged guest.ab=\"[31m \\\"x\" guest.namespace=moby guest.field=\"\" guest.lost_before=2\n"
+        );
         let status = health.supervisor().borrow().clone().unwrap();
-        assert_eq!((status.pid, status.last_end.len(), status.last_end.starts_with(" y")), (9, TEXT_MAX, true));
+        assert_eq!(
+            (status.pid, status.last_end.chars().count(), status.last_end.starts_with("yy")),
+            (9, LONGEST, true)
+        );
     }
 
     #[tokio::test]
@@ -411,17 +392,5 @@ mod tests {
         let recent = sinks.recent.clone();
         receive(ours, sinks, &GuestHealth::new(INTERVAL)).await;
         assert_eq!(recent.after(0, 100)[0].fields["state"], "given up");
-    }
-
-    #[test]
-    fn a_flood_is_limited_to_a_burst_and_a_rate() {
-        let now = Instant::now();
-        let mut limit = Limit::new(now);
-        let admitted = |limit: &mut Limit, now| matches!(limit.admit(now), Admitted::Yes { .. });
-        let first = (0..1000).filter(|_| admitted(&mut limit, now)).count();
-        assert_eq!(first, BURST as usize);
-        assert!(matches!(limit.admit(now + Duration::from_secs(1)), Admitted::Yes { held_back: 744 }));
-        let later = now + Duration::from_secs(3600);
-        assert_eq!((0..1000).filter(|_| admitted(&mut limit, later)).count(), BURST as usize);
     }
 }

@@ -12,6 +12,8 @@
 //! | `usage.rs`   | CPU time and memory of processes                            |
 //! | `open_files.rs` | limits and numbers of open files                         |
 //! | `inotify.rs` | changes of folders and files                                |
+//! | `text.rs`    | text that others have written                               |
+//! | `rate.rs`    | limits how often something happens                          |
 
 pub(crate) mod child;
 pub(crate) mod clients;
@@ -20,6 +22,8 @@ pub(crate) mod hooks;
 pub(crate) mod inotify;
 pub mod open_files;
 pub mod process;
+pub(crate) mod rate;
 pub mod socket;
+pub mod text;
 pub(crate) mod unix;
 pub(crate) mod usage;

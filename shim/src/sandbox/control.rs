@@ -1,6 +1,7 @@
 //! Calls on existing containers: state, wait, signals, pause and statistics. The guest answers most of them.
 //!
-//! The shim sets the type URLs in the guest's responses: containerd's clients decode whatever type a message names.
+//! The shim rebuilds the guest's responses (`container/guest_reply.rs`): containerd's clients decode whatever type a
+//! message names, and show what it contains.
 
 use std::sync::Arc;
 
@@ -8,8 +9,10 @@ use containerd_shim_protos::api::{
     KillRequest, PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StateRequest, StateResponse,
     StatsRequest, StatsResponse,
 };
-use husk_protos::{METRICS, PROCESS_DETAILS};
+use protobuf::well_known_types::timestamp::Timestamp;
 
+use crate::sandbox::container::guest_reply;
+use crate::sandbox::container::order::Request;
 use crate::sandbox::container::process::{Exit, Process};
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::sandbox::registry::Sandbox;
@@ -21,10 +24,8 @@ impl Sandbox {
     pub(crate) async fn state(&self, id: &str, exec_id: &str) -> Result<StateResponse, SandboxError> {
         let (container, process) = self.process(id, exec_id)?;
         let mut state = self.guest_state(id, &process).await?;
-        state.pid = process.pid_for(state.pid);
         // As in runc's shim, `id` is the exec's id for an exec, and `exec_id` stays empty.
         state.id = if exec_id.is_empty() { id.to_owned() } else { exec_id.to_owned() };
-        state.exec_id.clear();
         state.bundle = container.subject.bundle.display().to_string();
         state.stdin = process.stdio.stdin.clone();
         state.stdout = process.stdio.stdout.clone();
@@ -42,7 +43,10 @@ impl Sandbox {
         };
         let request = StateRequest { id: id.to_owned(), exec_id: process.exec_id.clone(), ..Default::default() };
         match vm.guest.task.state(vm.guest.context(), &request).await {
-            Ok(state) => Ok(state),
+            Ok(claimed) => {
+                let state = guest_reply::state(&claimed, process.exit(), &Timestamp::now());
+                Ok(StateResponse { pid: process.pid_for(state.pid), ..state })
+            }
             Err(_) if vm.cause_of_death().is_some() => Ok(without_guest::state(process)),
             Err(error) => Err(error.into()),
         }
@@ -79,24 +83,22 @@ impl Sandbox {
 
     /// Freezes all processes of a container.
     pub(crate) async fn pause(&self, request: PauseRequest) -> Result<(), SandboxError> {
-        let vm = self.vm_of(&request.id)?;
-        vm.guest.task.pause(vm.guest.context(), &request).await?;
+        let (container, vm) = (self.container(&request.id)?, self.live_vm()?);
+        container.request(Request::Pause, vm.guest.task.pause(vm.guest.context(), &request)).await?;
         Ok(())
     }
 
     /// Thaws all processes of a container.
     pub(crate) async fn resume(&self, request: ResumeRequest) -> Result<(), SandboxError> {
-        let vm = self.vm_of(&request.id)?;
-        vm.guest.task.resume(vm.guest.context(), &request).await?;
+        let (container, vm) = (self.container(&request.id)?, self.live_vm()?);
+        container.request(Request::Resume, vm.guest.task.resume(vm.guest.context(), &request)).await?;
         Ok(())
     }
 
     /// A container's resource usage as the guest's kernel reports it.
     pub(crate) async fn stats(&self, request: StatsRequest) -> Result<StatsResponse, SandboxError> {
         let vm = self.vm_of(&request.id)?;
-        let mut response = vm.guest.task.stats(vm.guest.context(), &request).await?;
-        response.stats.mut_or_insert_default().type_url = METRICS.to_owned();
-        Ok(response)
+        Ok(guest_reply::stats(vm.guest.task.stats(vm.guest.context(), &request).await?)?)
     }
 
     /// A container's processes. The init process and execs have the PID that all other calls return for them. Their
@@ -104,16 +106,8 @@ impl Sandbox {
     pub(crate) async fn pids(&self, request: PidsRequest) -> Result<PidsResponse, SandboxError> {
         let container = self.container(&request.id)?;
         let vm = self.live_vm()?;
-        let mut response = vm.guest.task.pids(vm.guest.context(), &request).await?;
-        for listed in &mut response.processes {
-            if let Some(process) = container.running_as(listed.pid) {
-                listed.pid = process.pid();
-            }
-        }
-        for info in response.processes.iter_mut().filter_map(|process| process.info.as_mut()) {
-            info.type_url = PROCESS_DETAILS.to_owned();
-        }
-        Ok(response)
+        let claimed = vm.guest.task.pids(vm.guest.context(), &request).await?;
+        Ok(guest_reply::processes(&claimed, |guest_pid| container.running_as(guest_pid))?)
     }
 
     /// Rejects checkpoints.

@@ -10,6 +10,8 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use serde_json::json;
 
 use crate::sandbox::container::Container;
+use crate::sandbox::container::guest_reply;
+use crate::sandbox::container::order::Request;
 use crate::sandbox::container::process::{EXIT_RECORDED, Process};
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::{Sandbox, VmSlot};
@@ -28,12 +30,11 @@ impl Sandbox {
     /// Deletes an exec or a container that has exited. The last container's deletion also ends the sandbox.
     pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<DeleteResponse, SandboxError> {
         let (container, process) = self.process(id, exec_id)?;
-        let mut response = match self.live_vm() {
+        let response = match self.live_vm() {
             Ok(vm) => delete_in_guest(&vm, &container, &process).await?,
             Err(SandboxError::VmDead { .. }) => without_guest::delete(&container, &process).await?,
             Err(error) => return Err(error),
         };
-        response.pid = process.pid_for(response.pid);
         if !exec_id.is_empty() {
             // Wait for the guest's exit event: after the removal the process would be unknown and its exit lost.
             if response.pid != 0 && tokio::time::timeout(EXIT_RECORDED, process.exited()).await.is_err() {
@@ -183,8 +184,15 @@ impl Sandbox {
 
 async fn delete_in_guest(vm: &Vm, container: &Container, process: &Process) -> Result<DeleteResponse, SandboxError> {
     let request = DeleteRequest { id: container.id.clone(), exec_id: process.exec_id.clone(), ..Default::default() };
-    match vm.guest.task.delete(vm.guest.context(), &request).await {
-        Ok(response) => {
+    let call = vm.guest.task.delete(vm.guest.context(), &request);
+    let called = match process.exec_id.is_empty() {
+        true => container.request(Request::Delete, call).await,
+        false => call.await,
+    };
+    match called {
+        Ok(claimed) => {
+            let valid = guest_reply::deleted(&claimed, process.exit(), &Timestamp::now());
+            let response = DeleteResponse { pid: process.pid_for(valid.pid), ..valid };
             // The guest reports no exit of an exec that never ran. Its ExecAdded event may still be on its way, and
             // would be rejected after the exec's removal.
             let never_ran = response.pid == 0 && !process.exec_id.is_empty();

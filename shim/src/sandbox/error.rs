@@ -8,6 +8,7 @@ use crate::host::hooks::HookError;
 use crate::network::NetworkError;
 use crate::prepare::PrepareError;
 use crate::rootfs::share::ShareError;
+use crate::sandbox::container::guest_reply::InvalidReply;
 use crate::state::StateError;
 use crate::stdio::StdioError;
 use crate::vm::cgroup::CgroupError;
@@ -59,6 +60,9 @@ pub(crate) enum SandboxError {
     /// The guest returned an error or cannot be reached.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// The guest's response is rejected.
+    #[error(transparent)]
+    InvalidReply(#[from] InvalidReply),
     /// The guest cannot have the network of the sandbox's namespace.
     #[error("the container's network")]
     GuestNetwork(#[from] Arc<FollowError>),

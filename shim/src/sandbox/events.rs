@@ -9,10 +9,13 @@ use async_trait::async_trait;
 use husk_protos::chain::Chain;
 use husk_protos::events::Event;
 use protobuf::well_known_types::timestamp::Timestamp;
+use tokio::time::Instant;
 
 use crate::guest::client::{Guest, GuestError, Metering};
+use crate::host::rate::{Admitted, Bucket};
 use crate::sandbox::container::guest_event;
-use crate::sandbox::container::guest_event::InvalidEvent;
+use crate::sandbox::container::guest_event::{GuestEvent, InvalidEvent};
+use crate::sandbox::container::order::IllegalEvent;
 use crate::sandbox::registry::Sandbox;
 use crate::vm::Vm;
 
@@ -23,8 +26,8 @@ const ATTEMPTS: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(100);
 /// Time limit for reading the events that a dead VM has sent: they are all in the host's buffers.
 const LAST_EVENTS: Duration = Duration::from_secs(1);
-/// How many rejected events are logged as warnings. A limit, so that a hostile guest cannot fill the host's log.
-const WARNINGS: u32 = 16;
+/// Rejected events that are logged at once, and per second in the long run: a hostile guest cannot fill the host's log.
+const LOGGED: (f64, f64) = (4.0, 1.0 / 60.0);
 
 /// Why the guest's events are lost.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -121,15 +124,64 @@ impl<S: EventStream> Follower<S> {
     }
 }
 
+/// The guest's events that are dropped. The first are logged; later ones are counted in a line from time to time, and
+/// in one at the end.
+struct Rejections {
+    invalid: Bucket,
+    /// Separate, because a guest that does nothing wrong may report processes that are gone.
+    unknown: Bucket,
+    total: u64,
+}
+
+impl Rejections {
+    fn new(now: Instant) -> Self {
+        let bucket = || Bucket::new(LOGGED.0, LOGGED.1, now);
+        Self { invalid: bucket(), unknown: bucket(), total: 0 }
+    }
+
+    fn reject(&mut self, sequence: u64, rejected: &Rejected) {
+        let error = Chain(rejected);
+        // For example of a container whose creation timed out and that was deleted then.
+        if matches!(rejected, Rejected::Invalid(InvalidEvent::UnknownProcess { .. })) {
+            if let Admitted::Yes { held_back } = self.unknown.admit(Instant::now()) {
+                tracing::debug!(sequence, %error, not_logged = held_back, "dropped an event of the guest");
+            }
+            return;
+        }
+        self.total += 1;
+        if let Admitted::Yes { held_back } = self.invalid.admit(Instant::now()) {
+            tracing::warn!(sequence, %error, not_logged = held_back, "rejected an event of the guest");
+        }
+    }
+}
+
+impl Drop for Rejections {
+    fn drop(&mut self) {
+        if self.invalid.held_back() > 0 {
+            let (total, not_logged) = (self.total, self.invalid.held_back());
+            tracing::warn!(total, not_logged, "rejected more events of the guest than are logged");
+        }
+    }
+}
+
+/// Why an event is dropped.
+#[derive(Debug, thiserror::Error)]
+enum Rejected {
+    #[error(transparent)]
+    Invalid(#[from] InvalidEvent),
+    #[error("{topic} of container {container:?}, exec {exec:?}")]
+    Illegal { topic: String, container: String, exec: String, source: IllegalEvent },
+}
+
 impl Sandbox {
     /// Forwards the guest's events to their containers until the VM is dead, then records the end of all containers.
     pub(super) async fn forward_events(self: Arc<Self>, vm: Arc<Vm>, events: Metering<Event>) {
         let mut follower = Follower::new(Subscription { guest: vm.guest.clone(), stream: Some(events) });
-        let mut rejected = 0;
+        let mut rejections = Rejections::new(Instant::now());
         let cause = loop {
             tokio::select! {
                 next = follower.next() => match next {
-                    Ok(event) => self.forward_event(event, &mut rejected).await,
+                    Ok(event) => self.forward_event(event, &mut rejections).await,
                     Err(lost) => {
                         vm.fail(format!("the guest's events are lost: {}", Chain(&lost)));
                         break vm.died().await;
@@ -140,7 +192,7 @@ impl Sandbox {
         };
         let rest = async {
             while let Some(event) = follower.next_of_dead_guest().await {
-                self.forward_event(event, &mut rejected).await;
+                self.forward_event(event, &mut rejections).await;
             }
         };
         if tokio::time::timeout(LAST_EVENTS, rest).await.is_err() {
@@ -156,32 +208,27 @@ impl Sandbox {
         self.record_vm_death(&cause);
     }
 
-    /// Forwards one event. Waits for nothing but space in the publisher's queue.
-    async fn forward_event(&self, event: Event, rejected: &mut u32) {
-        let exists = |container: &str, exec: &str| self.process(container, exec).is_ok();
-        match guest_event::parse(&event, exists) {
-            Ok(event) => {
-                // The container may have been deleted since. Then nobody needs the event.
-                if let Ok(container) = self.container(&event.container) {
-                    container.apply(event.change, event.at.unwrap_or_else(Timestamp::now)).await;
-                }
-            }
-            // For example of a container whose creation timed out and that was deleted then.
-            Err(unknown @ InvalidEvent::UnknownProcess { .. }) => {
-                tracing::debug!(sequence = event.sequence, error = %Chain(&unknown), "dropped an event of the guest");
-            }
-            Err(error) => {
-                *rejected += 1;
-                if *rejected <= WARNINGS {
-                    tracing::warn!(
-                        sequence = event.sequence,
-                        error = %Chain(&error),
-                        last = *rejected == WARNINGS,
-                        "rejected an event of the guest"
-                    );
-                }
-            }
+    /// Forwards one event, or drops it. Waits for nothing but space in the publisher's queue.
+    async fn forward_event(&self, event: Event, rejections: &mut Rejections) {
+        if let Err(rejected) = self.try_forward(&event).await {
+            rejections.reject(event.sequence, &rejected);
         }
+    }
+
+    async fn try_forward(&self, event: &Event) -> Result<(), Rejected> {
+        let exists = |container: &str, exec: &str| self.process(container, exec).is_ok();
+        let now = Timestamp::now();
+        let GuestEvent { container, at, change } = guest_event::parse(event, &now, exists)?;
+        // The container may have been deleted since. Then nobody needs the event.
+        let Ok(container) = self.container(&container) else { return Ok(()) };
+        container.admit(&change).map_err(|source| Rejected::Illegal {
+            topic: event.topic.clone(),
+            container: container.id.clone(),
+            exec: change.exec().to_owned(),
+            source,
+        })?;
+        container.apply(change, at.unwrap_or(now)).await;
+        Ok(())
     }
 }
 

@@ -9,7 +9,8 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use crate::guest::client::GuestError;
 use crate::rootfs::spec::parse::parse_exec;
 use crate::sandbox::container::Container;
-use crate::sandbox::container::process::{Exit, Process};
+use crate::sandbox::container::guest_reply;
+use crate::sandbox::container::process::Process;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
 use crate::state::check_identifier;
@@ -104,8 +105,8 @@ async fn record_failed_start(vm: &Vm, container: &Container, process: &Process) 
     let request = StateRequest { id: container.id.clone(), exec_id: process.exec_id.clone(), ..Default::default() };
     match vm.guest.task.state(vm.guest.context(), &request).await {
         Ok(state) if state.status == Status::STOPPED.into() => {
-            let at = state.exited_at.into_option().unwrap_or_else(Timestamp::now);
-            process.record_exit(Exit { status: state.exit_status, at });
+            let exited_at = state.exited_at.as_ref();
+            process.record_exit(guest_reply::exit(state.exit_status, exited_at, &Timestamp::now()));
         }
         Ok(_) => {}
         // If the VM died, every process's exit is recorded anyway.

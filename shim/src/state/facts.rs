@@ -9,6 +9,7 @@ use protobuf::Enum;
 use serde::{Deserialize, Serialize};
 
 use crate::host::process::ProcessId;
+use crate::host::text::clean;
 use crate::state::life::now_ms;
 
 /// Most milestones of a guest that are kept; an honest one reports eight.
@@ -257,9 +258,9 @@ impl Boot {
     }
 }
 
-/// A version string from the guest as it is kept: short, and without control characters.
+/// A version string from the guest as it is kept: clean, and shorter than other text.
 pub fn printable(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(VERSION_MAX).collect()
+    clean(text).chars().take(VERSION_MAX).collect()
 }
 
 #[cfg(test)]

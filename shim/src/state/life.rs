@@ -8,10 +8,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::host::text::clean;
+
 /// How many transitions are kept. Only a VM whose boot is retried many times has more.
 const KEPT: usize = 64;
-/// Longest cause that is kept, in bytes: the guest may have written part of it.
-const MAX_CAUSE: usize = 512;
 
 /// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,7 +116,8 @@ impl Life {
         if !from.next().contains(&to) {
             return Err(InvalidTransition { from, to });
         }
-        let cause = cause[..cause.floor_char_boundary(MAX_CAUSE)].to_owned();
+        // The guest may have written part of it.
+        let cause = clean(cause);
         while self.transitions.len() >= KEPT {
             self.transitions.pop_front();
         }
@@ -187,12 +188,12 @@ mod tests {
     }
 
     #[test]
-    fn a_long_cause_is_cut_between_characters() {
-        // Byte 512 is the first half of a letter.
-        let long = format!("{}ä{}", "x".repeat(511), "y".repeat(10_000));
+    fn a_cause_that_a_guest_has_written_is_short_and_harmless() {
+        let hostile = format!("died:\n\x1b[2J{}", "ä".repeat(10_000));
         let mut life = Life::default();
-        life.enter(Provisioning, &long, 0).unwrap();
-        assert_eq!(life.transitions().next().unwrap().cause, "x".repeat(511));
+        life.enter(Provisioning, &hostile, 0).unwrap();
+        let cause = &life.transitions().next().unwrap().cause;
+        assert!(cause.starts_with("died: [2Jää") && cause.chars().count() == 1000, "{cause}");
     }
 
     #[test]

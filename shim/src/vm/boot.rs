@@ -1,11 +1,9 @@
 //! The boot of a VM, step by step. On failure, the processes that were started are killed; the caller undoes what the
 //! journal records.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -19,14 +17,14 @@ use tokio::sync::watch;
 use super::cgroup::{self, HostCgroup};
 use super::death::watch_death;
 use super::error::{BootError, io};
-use super::hello::Processes;
 use super::network;
 use super::on_failure::OnFailure;
 use super::plan::BootPlan;
+use super::processes::{Processes, kill_share};
 use super::ready::{Ready, ready};
 use super::running::Vm;
 use super::virtiofsd;
-use crate::console::{Attached, GuestLogs};
+use crate::console::{Attached, GuestLogs, HelperLog};
 use crate::guest::client::{Guest, Metering};
 use crate::guest::clock;
 use crate::guest::link::{self, HostPort, Link, NewLink};
@@ -40,9 +38,6 @@ use crate::state::journal::Journal;
 use crate::state::life::VmState;
 use crate::state::{Boot, MachineRecord, Owner, StateError, Step};
 use crate::vmm::{Machine, Sockets, Spec, Vmm};
-
-/// virtiofsd's log file in the sandbox's folder.
-const VIRTIOFSD_LOG: &str = "virtiofsd.log";
 
 impl Vm {
     /// Boots a VM, adds the milestones to `reached`, and returns the VM with its events. The caller records whether the
@@ -64,12 +59,12 @@ impl Vm {
         let identity = identity(journal, link.cid())?;
         metadata::provide(&link, identity, &plan.tokens, plan.workspace.as_ref(), journal.dir())?;
         let mut network = network::connect(vmm, plan, journal).await?;
-        let (console, console_end) = attach_console(logs)?;
+        let (console, console_end, shell) = attach_console(logs, plan.spec.guest.debug)?;
         let cgroups = open_cgroups(plan)?;
         let (share_listener, share) = virtiofsd::socket(journal.dir())?;
-        let log = journal.dir().join(format!("{}.log", vmm.id()));
+        let (machine_log, output) = open_log(vmm.name(), vmm.id(), journal)?;
         let nics = std::mem::take(&mut network.nics);
-        let sockets = Sockets { vsock, share: Some(share), nics, console: console_end, log: open_log(&log)? };
+        let sockets = Sockets { vsock, share: Some(share), nics, console: console_end, shell, log: output };
 
         let spec = linked(&plan.spec, &link, &ready_port, network.spare_nics());
         let machine = start_machine(vmm, &spec, sockets, journal, reached).await?;
@@ -83,17 +78,17 @@ impl Vm {
         // After the machine, because virtiofsd is ready much sooner; and virtiofsd waits for its cgroup, which takes a
         // grace period of the host's kernel, while the machine starts. The machine joins the cgroup without that wait,
         // before the guest has any memory.
-        let share = start_share(plan, share_listener, &cgroups, journal)?;
+        let (share_log, output) = open_log("virtiofsd", "virtiofsd", journal)?;
+        let share = start_share(plan, share_listener, output, &cgroups)?;
         reached.reached(HostMilestone::VirtiofsdStarted);
         let kill_share = OnFailure::new({
             let share = share.clone();
-            move || share.kill()
+            move || kill_share(&share, &[])
         });
         journal.record(&Owner::Sandbox, [Step::Process { id: share.process(), name: "virtiofsd".into() }])?;
         join_cgroups(vmm, machine.process(), cgroups)?;
 
-        let logs_of_processes = [log, journal.dir().join(VIRTIOFSD_LOG)];
-        let processes = Processes { machine, share, console, logs: logs_of_processes };
+        let processes = Processes { machine, share, console, logs: [machine_log, share_log] };
         let (reports, hello) = processes.hello(&mut ready_port, plan.boot_timeout).await?;
         reached.hello_received(&hello);
         let share_workers = record_share_workers(&processes.share, journal)?;
@@ -105,7 +100,6 @@ impl Vm {
 
         kill_machine.succeeded();
         kill_share.succeeded();
-        let Processes { machine, share, console, .. } = processes;
         let (failure, failed) = watch::channel(None);
         let sinks =
             ReportSinks { level: spec.guest.log_level, file: logs.init.clone(), recent: journal.recent().clone() };
@@ -114,11 +108,11 @@ impl Vm {
             guest,
             hello,
             debug: spec.guest.debug,
-            machine: machine.clone(),
-            share: share.clone(),
-            share_workers,
+            machine: processes.machine.clone(),
+            share: processes.share.clone(),
+            share_workers: share_workers.clone(),
             open_files: plan.open_files,
-            console: console.clone(),
+            console: processes.console.clone(),
             health,
             network,
             shutdown_timeout: shutdown_timeout(plan),
@@ -126,7 +120,7 @@ impl Vm {
             failure,
             dead,
         });
-        tokio::spawn(watch_death(machine, share, console, lost, failed, death));
+        tokio::spawn(watch_death(processes, share_workers, lost, failed, death));
         tokio::spawn(keep_clock(vm.guest.clone(), vm.health.clone(), vm.dead.clone()));
         Ok((vm, events))
     }
@@ -163,17 +157,24 @@ fn linked(spec: &Spec, link: &Link, ready: &HostPort, held_nics: Vec<[u8; 6]>) -
     spec
 }
 
-/// Attaches the console, and returns the machine's end of its socket.
-fn attach_console(logs: &GuestLogs) -> Result<(Attached, OwnedFd), BootError> {
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(io("create a socket pair for the console"))?;
-    ours.set_nonblocking(true).map_err(io("make the console non-blocking"))?;
-    let console = logs.console.attach(UnixStream::from_std(ours).map_err(io("register the console"))?);
-    Ok((console, theirs.into()))
+/// Attaches the console, and returns the machine's end of its socket, and in debug mode that of the shell's console.
+fn attach_console(logs: &GuestLogs, debug: bool) -> Result<(Attached, OwnedFd, Option<OwnedFd>), BootError> {
+    let pair = || {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok((UnixStream::from_std(ours)?, OwnedFd::from(theirs)))
+    };
+    let pair = || pair().map_err(io("create a socket pair for the console"));
+    let (serial, machine_end) = pair()?;
+    let (shell, shell_end) =
+        if debug { pair().map(|(ours, theirs)| (Some(ours), Some(theirs)))? } else { (None, None) };
+    Ok((logs.console.attach(serial, shell), machine_end, shell_end))
 }
 
-fn open_log(path: &Path) -> Result<File, BootError> {
-    let opened = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
-    opened.map_err(io(format!("open {}", path.display())))
+/// Starts to record the output of the process `name` in the file `<id>.log`. Returns its log, and its output.
+fn open_log(name: &str, id: &str, journal: &Journal) -> Result<(HelperLog, File), BootError> {
+    let path = journal.dir().join(format!("{id}.log"));
+    HelperLog::start(name, &path).map_err(io(format!("open {}", path.display())))
 }
 
 /// Opens the files through which processes join the VM's cgroup, if there is one.
@@ -232,14 +233,13 @@ fn record_machine(
 fn start_share(
     plan: &BootPlan,
     listener: UnixListener,
+    output: File,
     cgroups: &[File],
-    journal: &Journal,
 ) -> Result<Arc<Child>, BootError> {
     plan.open_files.warn_if_low();
-    let log = open_log(&journal.dir().join(VIRTIOFSD_LOG))?;
     let cgroups = cgroups.iter().map(File::try_clone).collect::<std::io::Result<_>>();
     let cgroups = cgroups.map_err(io("duplicate the descriptor of cgroup.procs"))?;
-    Ok(Arc::new(virtiofsd::start(&plan.virtiofsd, &plan.share, plan.open_files, listener, log, cgroups)?))
+    Ok(Arc::new(virtiofsd::start(&plan.virtiofsd, &plan.share, plan.open_files, listener, output, cgroups)?))
 }
 
 /// Moves the machine's process to the VM's cgroup.

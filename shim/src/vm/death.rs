@@ -1,44 +1,37 @@
 //! When and why a VM is dead. The VM dies with each of its parts: the machine, virtiofsd, and the connection on which
 //! the guest reports.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-use crate::console::Attached;
-use crate::host::child::Child;
+use super::processes::{CONSOLE_DEADLINE, MACHINE_DELAY, Processes};
+use crate::host::process::ProcessId;
 use crate::vmm::Machine;
 
-/// The machine's exit may be noticed this much later than that of its sockets.
-pub(super) const MACHINE_DELAY: Duration = Duration::from_millis(200);
 /// The guest's connection ends when the machine begins to exit, and the exit then takes longer: a loaded host needs
 /// time to free the memory.
 const MACHINE_EXIT_DELAY: Duration = Duration::from_millis(600);
-/// Lines of the console that explain an end.
-pub(super) const CONSOLE_LINES: usize = 24;
-/// How long the console's last output may take to arrive after the machine's exit.
-pub(super) const CONSOLE_DEADLINE: Duration = Duration::from_millis(500);
 
-/// Waits for the first part of the VM to fail, kills the machine, and publishes the cause. `lost` resolves when the
-/// guest's reports end, with the reason; `failed` holds a cause once the VM has to be killed.
+/// Waits for the first part of the VM to fail, kills all its processes, and publishes the cause. `lost` resolves when
+/// the guest's reports end, with the reason; `failed` holds a cause once the VM has to be killed.
 pub(super) async fn watch_death(
-    machine: Arc<dyn Machine>,
-    share: Arc<Child>,
-    console: Attached,
+    processes: Processes,
+    share_workers: Vec<ProcessId>,
     lost: impl Future<Output = String>,
     mut failed: watch::Receiver<Option<String>>,
     death: watch::Sender<Option<String>>,
 ) {
+    let Processes { machine, share, console, .. } = &processes;
     let cause = tokio::select! {
         cause = machine.exited() => cause,
-        exit = share.exited() => machine_exit_or(&*machine, MACHINE_DELAY, format!("virtiofsd {exit}")).await,
-        cause = lost => machine_exit_or(&*machine, MACHINE_EXIT_DELAY, cause).await,
-        cause = failure(&mut failed) => machine_exit_or(&*machine, MACHINE_DELAY, cause).await,
+        cause = processes.flooded() => cause,
+        exit = share.exited() => machine_exit_or(&**machine, MACHINE_DELAY, format!("virtiofsd {exit}")).await,
+        cause = lost => machine_exit_or(&**machine, MACHINE_EXIT_DELAY, cause).await,
+        cause = failure(&mut failed) => machine_exit_or(&**machine, MACHINE_DELAY, cause).await,
     };
     let exited = tokio::time::timeout(Duration::ZERO, machine.exited()).await.is_ok();
-    // virtiofsd exits when the machine closes its socket.
-    machine.kill();
+    processes.kill(&share_workers);
     // The guest may explain an exit on its console, but not a kill.
     let cause = if exited { console.explain(cause, CONSOLE_DEADLINE).await } else { cause };
     death.send_replace(Some(cause));
@@ -61,24 +54,27 @@ async fn failure(failed: &mut watch::Receiver<Option<String>>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::sync::Arc;
+
     use tokio::net::UnixStream;
 
     use super::*;
-    use crate::host::child::Launch;
-    use crate::host::process::ProcessId;
+    use crate::console::{Console, HelperLog};
+    use crate::host::child::{Child, Launch};
 
     /// A process in place of the machine's or virtiofsd's.
     struct Sleeper(Child);
 
     impl Sleeper {
-        fn start() -> Self {
+        fn start(script: &str, output: File) -> Self {
             let launch = Launch {
-                program: "/bin/sleep".into(),
-                args: vec!["60".into()],
+                program: "/bin/sh".into(),
+                args: vec!["-c".into(), script.into()],
                 env: Vec::new(),
                 fds: Vec::new(),
                 user: None,
-                output: tempfile::tempfile().unwrap(),
+                output,
                 cgroups: Vec::new(),
                 leads: true,
             };
@@ -109,20 +105,30 @@ mod tests {
         }
     }
 
+    /// virtiofsd waits for a worker of its own, which does not notice the machine's end.
+    const SHARE: &str = "sleep 60 & wait";
+
     #[tokio::test]
     async fn a_vm_dies_with_each_of_its_parts_and_reports_why_it_was_failed() {
-        let cases = ["machine", "share", "connection", "failed"];
+        let cases = ["machine", "share", "connection", "failed", "flood"];
         for case in cases {
-            let (machine, share) = (Arc::new(Sleeper::start()), Arc::new(Sleeper::start().0));
+            let folder = tempfile::tempdir().unwrap();
+            let log = |name: &str| HelperLog::start(name, &folder.path().join(name)).unwrap();
+            let ((machine_log, machine_output), (share_log, share_output)) = (log("QEMU"), log("virtiofsd"));
+            let machine = Arc::new(Sleeper::start("exec sleep 60", machine_output));
+            let loops = format!("{SHARE}; while :; do echo an error; done");
+            let script = if case == "flood" { loops.replace("sleep 60 & wait; ", "") } else { SHARE.to_owned() };
+            let share = Arc::new(Sleeper::start(&script, share_output).0);
             let (lose, loss) = tokio::sync::oneshot::channel::<()>();
             let lost = async {
                 let _ = loss.await;
                 "the guest's connection was lost".to_owned()
             };
             let ((failure, failed), (death, dead)) = (watch::channel(None), watch::channel(None));
-            let folder = tempfile::tempdir().unwrap();
-            let console = crate::console::Console::new(folder.path()).attach(UnixStream::pair().unwrap().0);
-            let watching = tokio::spawn(watch_death(machine.clone(), share.clone(), console, lost, failed, death));
+            let console = Console::new(folder.path()).attach(UnixStream::pair().unwrap().0, None);
+            let logs = [machine_log, share_log];
+            let processes = Processes { machine: machine.clone(), share: share.clone(), console, logs };
+            let watching = tokio::spawn(watch_death(processes, Vec::new(), lost, failed, death));
             let expected = match case {
                 "machine" => {
                     machine.kill();
@@ -136,15 +142,17 @@ mod tests {
                     lose.send(()).unwrap();
                     "the guest's connection was lost"
                 }
+                "flood" => "virtiofsd prints errors without end: ",
                 _ => {
                     failure.send_replace(Some("its events are lost".to_owned()));
                     "its events are lost"
                 }
             };
             watching.await.unwrap();
-            assert_eq!(dead.borrow().as_deref(), Some(expected), "{case}");
+            let cause = dead.borrow().clone().unwrap_or_default();
+            assert!(cause == expected || case == "flood" && cause.starts_with(expected), "{case}: {cause}");
             assert_eq!(machine.exited().await, "the machine was killed by signal 9");
-            share.kill();
+            assert_eq!(share.exited().await.to_string(), "was killed by signal 9");
         }
     }
 }

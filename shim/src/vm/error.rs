@@ -106,6 +106,11 @@ pub(super) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> BootError
     move |source| BootError::Io { what: what.into(), source }
 }
 
+/// Quotes each line: a guest could otherwise forge lines of whoever shows the error.
 fn last_lines(text: &str) -> String {
-    if text.is_empty() { String::new() } else { format!("; its console's last lines:\n{text}") }
+    if text.is_empty() {
+        return String::new();
+    }
+    let quoted: String = text.lines().map(|line| format!("\n  | {line}")).collect();
+    format!("; its console's last lines:{quoted}")
 }

@@ -1,27 +1,13 @@
 //! The wait of a boot: for the guest's hello, for the end of one of the VM's processes, or for the deadline.
 
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use husk_protos::system::Hello;
 use husk_vsock::Stream;
 
-use super::death::{CONSOLE_DEADLINE, CONSOLE_LINES, MACHINE_DELAY};
 use super::error::BootError;
-use crate::console::Attached;
+use super::processes::{CONSOLE_DEADLINE, CONSOLE_LINES, MACHINE_DELAY, Processes};
 use crate::guest::link::{HostPort, LinkError};
-use crate::host::child::Child;
-use crate::vmm::Machine;
-
-/// The processes of a VM that boots, and what explains their end.
-pub(super) struct Processes {
-    pub(super) machine: Arc<dyn Machine>,
-    pub(super) share: Arc<Child>,
-    pub(super) console: Attached,
-    /// Log files of the two processes.
-    pub(super) logs: [PathBuf; 2],
-}
 
 impl Processes {
     /// The guest's hello, and the connection on which its reports follow.
@@ -43,6 +29,7 @@ impl Processes {
                 };
                 Err(self.ended(cause).await)
             }
+            cause = self.flooded() => Err(self.ended(cause).await),
             () = tokio::time::sleep(deadline) => {
                 Err(BootError::Deadline { deadline, console: self.console.tail(CONSOLE_LINES) })
             }
@@ -62,9 +49,7 @@ impl Processes {
         let cause = self.console.explain(cause, CONSOLE_DEADLINE).await;
         let mut last = self.console.tail(CONSOLE_LINES);
         for log in &self.logs {
-            if let Ok(text) = std::fs::read_to_string(log) {
-                last = format!("{last}\n{}", text.trim()).trim().to_owned();
-            }
+            last = format!("{last}\n{}", log.tail(MACHINE_DELAY).await).trim().to_owned();
         }
         BootError::Ended { cause, console: last }
     }

@@ -7,6 +7,7 @@
 //! | `hello.rs`      | the wait for the guest's hello, or for the end of one of the VM's processes |
 //! | `ready.rs`      | from the hello to a guest that is ready for containers                     |
 //! | `running.rs`    | a VM whose guest is ready: stopping it                                     |
+//! | `processes.rs`  | its processes on the host                                                  |
 //! | `death.rs`      | when and why a VM is dead                                                  |
 //! | `virtiofsd.rs`  | the process that serves the share                                          |
 //! | `open_files.rs` | its limit of open files                                                    |
@@ -30,6 +31,7 @@ mod network;
 mod on_failure;
 mod open_files;
 mod plan;
+mod processes;
 mod ready;
 mod running;
 pub(crate) mod virtiofsd;

@@ -12,9 +12,9 @@ use tokio::sync::watch;
 use ttrpc::context::with_duration;
 
 use super::connections;
-use super::death::CONSOLE_LINES;
 use super::follow::{FollowError, Following};
 use super::open_files::OpenFiles;
+use super::processes::{CONSOLE_LINES, kill_share};
 use crate::console::Attached;
 use crate::guest::client::{Guest, GuestError};
 use crate::guest::report::GuestHealth;
@@ -37,7 +37,7 @@ const DEATH_DELAY: Duration = Duration::from_secs(2);
 #[error("a process of the VM is still running {} ms after it was killed", EXIT.as_millis())]
 pub struct StillRunning;
 
-/// A VM whose guest is ready, until it dies. Dropping it kills the machine.
+/// A VM whose guest is ready, until it dies. Dropping it kills its processes.
 pub struct Vm {
     /// The guest's services.
     pub guest: Arc<Guest>,
@@ -151,6 +151,7 @@ impl Vm {
             self.shut_guest_down(delivered).await;
         }
         self.machine.kill();
+        kill_share(&self.share, &self.share_workers);
         // The kernel needs about as long for the taps as for the machine's memory.
         let disconnected = async {
             if let Some(network) = &self.network {
@@ -158,19 +159,9 @@ impl Vm {
                 network.stop().await;
             }
         };
-        // virtiofsd would exit some time after the machine has closed its socket. Killing its worker ends it at once.
-        for worker in &self.share_workers {
-            if let Err(error) = worker.send_kill() {
-                tracing::warn!(pid = worker.pid, %error, "failed to kill virtiofsd's worker");
-            }
-        }
         let gone = async { tokio::join!(self.machine.exited(), self.share.exited()) };
         let (gone, ()) = tokio::join!(tokio::time::timeout(EXIT, gone), disconnected);
-        if gone.is_err() {
-            self.share.kill();
-            return Err(StillRunning);
-        }
-        Ok(())
+        gone.map(drop).map_err(|_| StillRunning)
     }
 
     /// Asks the guest to stop everything, and waits until it has, or until the machine has exited.
@@ -197,5 +188,6 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         self.machine.kill();
+        kill_share(&self.share, &self.share_workers);
     }
 }

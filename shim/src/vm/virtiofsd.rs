@@ -138,7 +138,8 @@ pub(super) fn start(
         user: None,
         output: log,
         cgroups,
-        leads: false,
+        // It serves from a child, which a kill has to reach as well.
+        leads: true,
     };
     launch.spawn().map_err(|source| VirtiofsdError::Launch { program: program.to_owned(), source })
 }

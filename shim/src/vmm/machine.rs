@@ -122,6 +122,8 @@ pub struct Sockets {
     pub nics: Vec<NicEnd>,
     /// The serial console.
     pub console: OwnedFd,
+    /// The console of a debug shell, if the guest has one: containers can open the serial console as /dev/console.
+    pub shell: Option<OwnedFd>,
     /// Standard output and error of the machine's process.
     pub log: File,
 }

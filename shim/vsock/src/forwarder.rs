@@ -13,14 +13,12 @@ use vmm_sys_util::epoll::{Epoll, EventSet};
 use crate::connection::NextSend;
 use crate::header::{HEADER_LEN, Header, Shut};
 use crate::host_end::{Delivered, HostEnd, is_retry};
+use crate::limits::{LIMITS, WINDOW};
 use crate::ring::Ring;
 use crate::scatter::{Scatter, Side};
-use crate::shared::{CONNECTIONS_MAX, ConnectRequest, Shared};
+use crate::shared::{ConnectRequest, Shared};
 use crate::table::{ConnectionId, NextPacket, Outcome, Table};
 
-/// Receive window of a connection, bytes: the most that the guest may have sent and the host not yet read. The default
-/// of Linux's own vsock sockets (`VIRTIO_VSOCK_DEFAULT_BUF_SIZE`).
-pub const WINDOW: u32 = 256 * 1024;
 /// Packets moved in one direction before the other direction, and the sockets, are served.
 pub(crate) const BATCH: usize = 64;
 /// How long a connection whose stream was dropped may make no progress before the guest gets an RST, and how long the
@@ -49,7 +47,7 @@ pub enum Progress {
 impl Forwarder {
     /// Starts without connections. Their sockets are watched in `epoll`, with the connection's id as the token.
     pub fn new(guest_cid: u64, epoll: Arc<Epoll>, shared: Arc<Shared>) -> Self {
-        let table = Table::new(guest_cid, CONNECTIONS_MAX, WINDOW);
+        let table = Table::new(guest_cid, LIMITS);
         Forwarder { epoll, shared, table, lingering: BTreeSet::new() }
     }
 

@@ -13,6 +13,7 @@
 //! | `connection.rs` | the state machine of one connection (pure)                            |
 //! | `credit.rs`     | flow control arithmetic (pure)                                        |
 //! | `header.rs`     | the packet header (pure)                                              |
+//! | `limits.rs`     | what the connections of one guest may occupy                          |
 //! | `backend.rs`    | QEMU's vhost-user requests                                            |
 //! | `ring.rs`       | a virtqueue and its notifications                                     |
 //! | `scatter.rs`    | pieces of guest memory, and system calls on them                      |
@@ -23,7 +24,7 @@
 //! | `error.rs`      | [`VsockError`]                                                        |
 //! | `lock.rs`       | locking without poison                                                |
 //!
-//! Imports run in one direction: device → worker → forwarder → host_end → table → connection → credit, header. The pure
+//! Imports run in one direction: device → worker → forwarder → host_end → table → connection → credit, header, limits. The pure
 //! files make the decisions and are tested as tables; `tests/` runs them in random order and feeds the device hostile
 //! virtqueues.
 
@@ -36,6 +37,7 @@ mod forwarder;
 mod header;
 mod host_end;
 pub mod kernel;
+mod limits;
 mod lock;
 mod ring;
 mod scatter;
@@ -52,8 +54,9 @@ pub use stream::Stream;
 #[doc(hidden)]
 pub mod testing {
     pub use crate::connection::{Connection, NextSend};
-    pub use crate::forwarder::{Forwarder, LINGER, Progress, WINDOW};
+    pub use crate::forwarder::{Forwarder, LINGER, Progress};
     pub use crate::header::{HEADER_LEN, HOST_CID, Header, Op, Shut, TYPE_STREAM};
+    pub use crate::limits::{Limits, WINDOW};
     pub use crate::ring::Ring;
     pub use crate::shared::Shared;
     pub use crate::table::{ConnectionId, Entry, NextPacket, Outcome, Table};

@@ -10,10 +10,8 @@ use tokio::sync::{mpsc, oneshot};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::VsockError;
+use crate::limits::LIMITS;
 use crate::lock::lock;
-
-/// Most connections of one guest at a time, both directions together. The device refuses any beyond that.
-pub(crate) const CONNECTIONS_MAX: usize = 4096;
 
 /// A connection that the host wants to open, on its way to the device's thread.
 pub(crate) struct ConnectRequest {
@@ -70,7 +68,7 @@ impl Shared {
     pub(crate) fn request_connection(&self, request: ConnectRequest) -> Result<(), VsockError> {
         let mut state = lock(&self.state);
         state.check_open()?;
-        if state.requests.len() >= CONNECTIONS_MAX {
+        if state.requests.len() >= LIMITS.connections {
             return Err(VsockError::TooMany);
         }
         state.requests.push(request);

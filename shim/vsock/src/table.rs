@@ -1,10 +1,11 @@
 //! All connections of one guest: finds the connection of a packet, decides which packets get an RST, and schedules the
 //! connections that have something to send. Pure: the host's end of a connection is the opaque type parameter `H`.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::connection::{Connection, Effect, NextSend, Outgoing};
 use crate::header::{HOST_CID, Header, Op, Shut, TYPE_STREAM};
+use crate::limits::Limits;
 
 /// RSTs queued for the guest. With this many, the device takes no more packets: the guest has to make room first.
 const RSTS_MAX: usize = 256;
@@ -29,8 +30,15 @@ pub struct Entry<H> {
     /// The host's end.
     pub host: H,
     ports: Ports,
-    queued: bool,
+    /// The receive window, bytes.
+    window: u32,
+    by_guest: bool,
+    /// The connection's place in [`Table::ready`].
+    turn: Option<Turn>,
 }
+
+/// A place in the order of turns. Counts up and is never reused.
+type Turn = u64;
 
 /// What the device must do after a packet from the guest.
 #[derive(Debug, PartialEq, Eq)]
@@ -64,27 +72,34 @@ pub enum NextPacket {
 #[derive(Debug)]
 pub struct Table<H> {
     guest_cid: u64,
-    limit: usize,
-    window: u32,
+    limits: Limits,
     ids: HashMap<Ports, ConnectionId>,
     entries: HashMap<ConnectionId, Entry<H>>,
-    /// Connections that may have something to send, in the order of their turns.
-    ready: VecDeque<ConnectionId>,
+    /// How many of the entries the guest has opened.
+    by_guest: usize,
+    /// Sum of the entries' windows, bytes.
+    windows: u64,
+    /// Connections that may have something to send, in the order of their turns. All of them are in `entries`: a guest
+    /// that takes no packets could otherwise add any number.
+    ready: BTreeMap<Turn, ConnectionId>,
+    next_turn: Turn,
     rsts: VecDeque<Header>,
     next_id: ConnectionId,
     next_port: u32,
 }
 
 impl<H> Table<H> {
-    /// Holds at most `limit` connections with a receive window of `window` bytes each.
-    pub fn new(guest_cid: u64, limit: usize, window: u32) -> Self {
+    /// Starts without connections.
+    pub fn new(guest_cid: u64, limits: Limits) -> Self {
         Table {
             guest_cid,
-            limit,
-            window,
+            limits,
             ids: HashMap::new(),
             entries: HashMap::new(),
-            ready: VecDeque::new(),
+            by_guest: 0,
+            windows: 0,
+            ready: BTreeMap::new(),
+            next_turn: 0,
             rsts: VecDeque::new(),
             next_id: 0,
             next_port: FIRST_PORT,
@@ -141,7 +156,21 @@ impl<H> Table<H> {
     }
 
     fn remove(&mut self, id: ConnectionId) -> Outcome<H> {
-        self.entries.remove(&id).map_or(Outcome::Nothing, |entry| Outcome::Dropped(id, entry.host))
+        self.take(id).map_or(Outcome::Nothing, |entry| Outcome::Dropped(id, entry.host))
+    }
+
+    /// Removes a connection with everything that the table counts and links of it.
+    fn take(&mut self, id: ConnectionId) -> Option<Entry<H>> {
+        let entry = self.entries.remove(&id)?;
+        if self.ids.get(&entry.ports) == Some(&id) {
+            self.ids.remove(&entry.ports);
+        }
+        if let Some(turn) = entry.turn {
+            self.ready.remove(&turn);
+        }
+        self.windows -= u64::from(entry.window);
+        self.by_guest -= usize::from(entry.by_guest);
+        Some(entry)
     }
 
     fn reply_rst(&mut self, header: &Header) -> Outcome<H> {
@@ -156,14 +185,15 @@ impl<H> Table<H> {
     ///
     /// # Errors
     ///
-    /// With a full table it rejects the request and returns `host`.
+    /// With a full table, or if the guest has opened too many, it rejects the request and returns `host`.
     pub fn accept(&mut self, request: &Header, host: H) -> Result<ConnectionId, H> {
-        if self.entries.len() >= self.limit {
+        if self.entries.len() >= self.limits.connections || self.by_guest >= self.limits.by_guest {
             self.reject(request);
             return Err(host);
         }
         let ports = Ports { host: request.dst_port, guest: request.src_port };
-        Ok(self.insert(ports, Connection::accepted(self.window, request), host))
+        self.by_guest += 1;
+        Ok(self.insert(ports, Connection::accepted(self.next_window(), request), host, true))
     }
 
     /// Rejects a request with an RST.
@@ -177,7 +207,7 @@ impl<H> Table<H> {
     ///
     /// With a full table it returns `host`.
     pub fn open(&mut self, port: u32, host: H) -> Result<ConnectionId, H> {
-        if self.entries.len() >= self.limit {
+        if self.entries.len() >= self.limits.connections {
             return Err(host);
         }
         let mut ports = Ports { host: self.next_port, guest: port };
@@ -186,14 +216,22 @@ impl<H> Table<H> {
             ports.host = next_port(ports.host);
         }
         self.next_port = next_port(ports.host);
-        Ok(self.insert(ports, Connection::requesting(self.window), host))
+        Ok(self.insert(ports, Connection::requesting(self.next_window()), host, false))
     }
 
-    fn insert(&mut self, ports: Ports, connection: Connection, host: H) -> ConnectionId {
+    /// The receive window of the next connection.
+    pub(crate) fn next_window(&self) -> u32 {
+        let Limits { window, windows, small_window, .. } = self.limits;
+        if self.windows + u64::from(window) <= windows { window } else { small_window }
+    }
+
+    fn insert(&mut self, ports: Ports, connection: Connection, host: H, by_guest: bool) -> ConnectionId {
         let id = self.next_id;
         self.next_id += 1;
+        let window = self.next_window();
+        self.windows += u64::from(window);
         self.ids.insert(ports, id);
-        self.entries.insert(id, Entry { connection, host, ports, queued: false });
+        self.entries.insert(id, Entry { connection, host, ports, window, by_guest, turn: None });
         self.schedule(id);
         id
     }
@@ -206,20 +244,18 @@ impl<H> Table<H> {
     /// Schedules the connection if it has something to send.
     pub fn schedule(&mut self, id: ConnectionId) {
         if let Some(entry) = self.entries.get_mut(&id)
-            && !entry.queued
+            && entry.turn.is_none()
             && entry.connection.next_send() != NextSend::Nothing
         {
-            entry.queued = true;
-            self.ready.push_back(id);
+            entry.turn = Some(self.next_turn);
+            self.ready.insert(self.next_turn, id);
+            self.next_turn += 1;
         }
     }
 
     /// Ends a connection at once from the host's side. The guest gets an RST if it knows the connection.
     pub fn abort(&mut self, id: ConnectionId) -> Option<H> {
-        let entry = self.entries.remove(&id)?;
-        if self.ids.get(&entry.ports) == Some(&id) {
-            self.ids.remove(&entry.ports);
-        }
+        let entry = self.take(id)?;
         if entry.connection.is_known_to_guest() {
             self.rsts.push_back(Header { op: Some(Op::Rst), ..self.header(entry.ports) });
         }
@@ -231,6 +267,7 @@ impl<H> Table<H> {
         self.ids.clear();
         self.ready.clear();
         self.rsts.clear();
+        (self.by_guest, self.windows) = (0, 0);
         self.entries.drain().map(|(id, entry)| (id, entry.host)).collect()
     }
 
@@ -241,13 +278,14 @@ impl<H> Table<H> {
             return Some(NextPacket::Rst(*rst));
         }
         loop {
-            let id = *self.ready.front()?;
+            let turn = self.ready.first_entry()?;
+            let id = *turn.get();
             match self.entries.get_mut(&id) {
                 Some(entry) if entry.connection.next_send() != NextSend::Nothing => return Some(NextPacket::From(id)),
-                Some(entry) => entry.queued = false,
+                Some(entry) => entry.turn = None,
                 None => {}
             }
-            self.ready.pop_front();
+            turn.remove();
         }
     }
 
@@ -263,10 +301,10 @@ impl<H> Table<H> {
 
     /// Ends the turn of the first connection. It goes to the end of the queue if it has more to send.
     pub fn finish_turn(&mut self) {
-        if let Some(id) = self.ready.pop_front()
+        if let Some((_, id)) = self.ready.pop_first()
             && let Some(entry) = self.entries.get_mut(&id)
         {
-            entry.queued = false;
+            entry.turn = None;
             self.schedule(id);
         }
     }
@@ -322,6 +360,7 @@ mod tests {
     use super::*;
 
     const GUEST: u64 = 7;
+    const LIMITS: Limits = Limits { connections: 2, by_guest: 2, window: 100, windows: 1000, small_window: 10 };
 
     fn packet(op: Op) -> Header {
         Header {
@@ -339,7 +378,7 @@ mod tests {
     }
 
     fn table() -> Table<&'static str> {
-        Table::new(GUEST, 2, 100)
+        Table::new(GUEST, LIMITS)
     }
 
     /// A table with one connection that the guest opened with `packet`. Its RESPONSE has been sent.
@@ -422,6 +461,59 @@ mod tests {
         let third = Header { src_port: 6000, ..packet(Op::Request) };
         assert_eq!(table.accept(&third, "d"), Err("d"));
         assert_eq!(table.next_packet(), Some(NextPacket::Rst(third.rst_reply())));
+    }
+
+    #[test]
+    fn a_guest_that_opens_too_many_connections_leaves_room_for_those_of_the_host() {
+        let limits = Limits { connections: 100, by_guest: 3, ..LIMITS };
+        let mut table = Table::new(GUEST, limits);
+        let request = |port| Header { src_port: port, ..packet(Op::Request) };
+        let ids: Vec<_> = (1..=3).map(|port| table.accept(&request(port), "guest").expect("room")).collect();
+        assert_eq!(table.accept(&request(4), "one more"), Err("one more"));
+        assert_eq!(table.next_packet(), Some(NextPacket::Rst(request(4).rst_reply())));
+        table.rst_sent();
+        assert!((0..97).all(|_| table.open(1025, "host").is_ok()));
+        assert_eq!(table.abort(ids[1]), Some("guest"));
+        assert!(table.accept(&request(4), "in its place").is_ok());
+        table.clear();
+        assert!((1..=3).all(|port| table.accept(&request(port), "after a restart").is_ok()));
+    }
+
+    #[test]
+    fn the_windows_of_all_connections_together_are_bounded() {
+        let limits = Limits { connections: 50, by_guest: 50, ..LIMITS };
+        let mut table = Table::new(GUEST, limits);
+        let ids: Vec<_> = (0..50).map(|_| table.open(1025, "a").expect("room")).collect();
+        let total: u32 = table.entries.values().map(|entry| entry.window).sum();
+        assert_eq!((total, table.windows), (10 * 100 + 40 * 10, u64::from(total)));
+        for id in &ids {
+            table.abort(*id);
+        }
+        assert_eq!((table.windows, table.next_window()), (0, 100), "closed connections return their windows");
+    }
+
+    #[test]
+    fn a_guest_that_takes_no_packets_cannot_grow_the_table() {
+        let mut table = Table::new(GUEST, Limits { connections: 8, by_guest: 4, ..LIMITS });
+        let opened = table.open(1025, "host").expect("room");
+        for round in 0..100_000_u32 {
+            let request = Header { src_port: round, ..packet(Op::Request) };
+            // Without receive buffers, the RESPONSE stays due.
+            if table.receive(&request, 0) == Outcome::Request {
+                let _full = table.accept(&request, "guest");
+            }
+            table.receive(&Header { op: Some(Op::Rst), ..request }, 0);
+        }
+        for port in 0..10 {
+            let request = Header { src_port: port, ..packet(Op::Request) };
+            assert_eq!(table.receive(&request, 0), Outcome::Request);
+            let _full = table.accept(&request, "guest");
+        }
+        assert_eq!((table.entries.len(), table.ids.len(), table.ready.len()), (5, 5, 5));
+        assert_eq!(table.rsts.len(), 6);
+        // The host's connection has kept its turn.
+        table.drop_rsts();
+        assert_eq!(table.next_packet(), Some(NextPacket::From(opened)));
     }
 
     #[test]

@@ -295,6 +295,31 @@ fn credit_is_requested_once_until_the_guest_gives_some() {
 }
 
 #[test]
+fn a_guest_that_holds_connections_open_is_refused_further_ones() {
+    let mut rig = Rig::new();
+    let mut held = Vec::new();
+    for port in 0..1000 {
+        rig.send(&Header { src_port: port, ..header(Op::Request, 0) }.encode(), &[], false);
+        let (answer, _) = rig.receive(&[64]).expect("an answer");
+        assert_eq!(answer.op, Some(if port < 256 { Op::Response } else { Op::Rst }), "{port}");
+        held.extend(rig.incoming.try_recv());
+    }
+    assert_eq!(held.len(), 256);
+    // Dropped streams make room for others when the guest has acknowledged their end.
+    held.clear();
+    for _ in 0..256 / 16 {
+        rig.poll();
+    }
+    for _ in 0..256 {
+        let (end, _) = rig.receive(&[64]).expect("a packet");
+        assert_eq!(end.op, Some(Op::Shutdown));
+        rig.send(&Header { src_port: end.dst_port, ..header(Op::Rst, 0) }.encode(), &[], false);
+    }
+    rig.send(&Header { src_port: 5000, ..header(Op::Request, 0) }.encode(), &[], false);
+    assert!(rig.incoming.try_recv().is_ok());
+}
+
+#[test]
 fn a_dropped_stream_lingers_for_a_stalled_guest_but_not_forever() {
     let mut rig = Rig::new();
     let mut stream = rig.connect();

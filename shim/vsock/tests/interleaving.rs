@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use proptest::prelude::*;
 
 use husk_vsock::testing::{
-    ConnectionId, HOST_CID, Header, NextPacket, NextSend, Op, Outcome, Shut, TYPE_STREAM, Table,
+    ConnectionId, HOST_CID, Header, Limits, NextPacket, NextSend, Op, Outcome, Shut, TYPE_STREAM, Table,
 };
 
 const GUEST_CID: u64 = 7;
@@ -98,10 +98,15 @@ fn scenario() -> impl Strategy<Value = Scenario> {
     })
 }
 
+/// Few connections, each with the same window.
+fn limits(window: u32) -> Limits {
+    Limits { connections: 16, by_guest: 16, window, windows: 1 << 20, small_window: window }
+}
+
 impl Simulation {
     fn new(scenario: &Scenario) -> Self {
         let mut simulation = Simulation {
-            table: Table::new(GUEST_CID, 16, scenario.window),
+            table: Table::new(GUEST_CID, limits(scenario.window)),
             users: Vec::new(),
             peers: Vec::new(),
             tx: VecDeque::new(),
@@ -382,7 +387,7 @@ proptest! {
         ),
         sends in prop::collection::vec(0..200usize, 0..100),
     ) {
-        let mut table: Table<()> = Table::new(1, 8, 1000);
+        let mut table: Table<()> = Table::new(1, limits(1000));
         let mut sends = sends.into_iter();
         let mut ids: Vec<ConnectionId> = Vec::new();
         for (addresses, fields, payload) in packets {

@@ -4,11 +4,12 @@ use std::fmt::Display;
 use std::fmt::Write as _;
 use std::io;
 
+use husk_shim::host::text::is_unsafe;
 use serde::Serialize;
 use serde_json::Value;
 
-/// Text in one line that is safe on a terminal: control characters and characters that change the direction of writing
-/// are replaced by caret notation or their number. Tabs stay.
+/// Text in one line that is safe on a terminal: control and format characters are replaced by caret notation or their
+/// number, because an operator who reads a log needs to know of them. Tabs stay.
 pub(crate) fn shown(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -16,12 +17,7 @@ pub(crate) fn shown(text: &str) -> String {
             '\t' => out.push('\t'),
             '\0'..='\x1f' => out.extend(['^', char::from(c as u8 + b'@')]),
             '\x7f' => out.push_str("^?"),
-            '\u{80}'..='\u{9f}'
-            | '\u{61c}'
-            | '\u{200e}'
-            | '\u{200f}'
-            | '\u{2028}'..='\u{202e}'
-            | '\u{2066}'..='\u{2069}' => {
+            c if is_unsafe(c) => {
                 // Writing to a String cannot fail.
                 let _ = write!(out, "<U+{:04X}>", c as u32);
             }

@@ -12,11 +12,18 @@ use husk_protos::events::Event;
 use protobuf::Message;
 use protobuf::well_known_types::timestamp::Timestamp;
 
+use crate::host::text::clean;
+
 /// Largest event in bytes. The largest event of an honest guest, TaskCreate, has a few hundred.
 const MAX_SIZE: usize = 4096;
 /// The last second of the year 9999, the end of a Timestamp's range (protobuf's timestamp.proto). Later times break
 /// clients: Go's JSON encoder rejects them.
 const MAX_SECOND: i64 = 253_402_300_799;
+/// How much earlier and later than now an event may claim to have happened, in seconds. Events arrive at once, but the
+/// shim, or its host, may have been stopped for a while. The guest's clock follows the host's.
+const PLAUSIBLE: (i64, i64) = (3600, 60);
+/// Highest exit status, and the one that containerd uses where it is not known.
+const MAX_STATUS: u32 = 255;
 
 /// A valid event of the guest.
 #[derive(Debug, Clone, PartialEq)]
@@ -97,9 +104,14 @@ pub(crate) enum InvalidEvent {
     },
 }
 
-/// Parses an event of the guest. `exists` reports whether a container has a process with this exec id; an empty id
-/// stands for the init process.
-pub(crate) fn parse(event: &Event, exists: impl Fn(&str, &str) -> bool) -> Result<GuestEvent, InvalidEvent> {
+/// Parses an event of the guest that arrives at `now`. `exists` reports whether a container has a process with this
+/// exec id; an empty id stands for the init process.
+pub(crate) fn parse(
+    event: &Event,
+    now: &Timestamp,
+    exists: impl Fn(&str, &str) -> bool,
+) -> Result<GuestEvent, InvalidEvent> {
+    let time = |at: Option<&Timestamp>| plausible_time(at, now);
     let size = event.compute_size();
     if size > MAX_SIZE as u64 {
         return Err(InvalidEvent::TooLarge(size));
@@ -129,21 +141,24 @@ pub(crate) fn parse(event: &Event, exists: impl Fn(&str, &str) -> bool) -> Resul
             let TaskExit { container_id, id, pid, exit_status: status, exited_at, .. } = decode(bytes)?;
             // In this event the init process has the container's id.
             let exec = if id == container_id { String::new() } else { id };
-            (container_id, TaskChange::Exited { exec, pid, status, at: valid_time(exited_at.as_ref()) })
+            let status = valid_status(status);
+            (container_id, TaskChange::Exited { exec, pid, status, at: time(exited_at.as_ref()) })
         }
         topics::TASK_DELETE_EVENT_TOPIC => {
             let TaskDelete { container_id, pid, exit_status: status, exited_at, .. } = decode(bytes)?;
-            (container_id, TaskChange::Deleted { pid, status, at: valid_time(exited_at.as_ref()) })
+            // The exit may be long ago.
+            let at = valid_time(exited_at.as_ref(), now);
+            (container_id, TaskChange::Deleted { pid, status: valid_status(status), at })
         }
-        other => return Err(InvalidEvent::UnknownTopic(other.to_owned())),
+        other => return Err(InvalidEvent::UnknownTopic(clean(other))),
     };
     let exec = change.exec();
     // An exec with an empty id would be taken for the init process.
     let nameless = exec.is_empty() && matches!(change, TaskChange::ExecAdded { .. } | TaskChange::ExecStarted { .. });
     if nameless || !exists(&container, exec) {
-        return Err(InvalidEvent::UnknownProcess { exec: exec.to_owned(), container });
+        return Err(InvalidEvent::UnknownProcess { exec: clean(exec), container: clean(&container) });
     }
-    Ok(GuestEvent { container, at: valid_time(event.timestamp.as_ref()), change })
+    Ok(GuestEvent { container, at: time(event.timestamp.as_ref()), change })
 }
 
 fn decode<M: Message>(bytes: &[u8]) -> Result<M, InvalidEvent> {
@@ -151,11 +166,22 @@ fn decode<M: Message>(bytes: &[u8]) -> Result<M, InvalidEvent> {
         .map_err(|error| InvalidEvent::Undecodable { message: M::NAME, problem: error.to_string() })
 }
 
-/// A valid time, without unknown fields that a hostile guest may have added.
-fn valid_time(at: Option<&Timestamp>) -> Option<Timestamp> {
+/// A time of the past, without unknown fields that a hostile guest may have added.
+pub(crate) fn valid_time(at: Option<&Timestamp>, now: &Timestamp) -> Option<Timestamp> {
     let at = at?;
-    let valid = (0..=MAX_SECOND).contains(&at.seconds) && (0..1_000_000_000).contains(&at.nanos);
+    let latest = now.seconds.saturating_add(PLAUSIBLE.1).min(MAX_SECOND);
+    let valid = (0..=latest).contains(&at.seconds) && (0..1_000_000_000).contains(&at.nanos);
     valid.then(|| Timestamp { seconds: at.seconds, nanos: at.nanos, ..Default::default() })
+}
+
+/// A time at which what is reported now may have happened.
+fn plausible_time(at: Option<&Timestamp>, now: &Timestamp) -> Option<Timestamp> {
+    valid_time(at, now).filter(|at| at.seconds >= now.seconds.saturating_sub(PLAUSIBLE.0))
+}
+
+/// The status of a process's exit as a shell would see it.
+pub(crate) fn valid_status(status: u32) -> u32 {
+    status.min(MAX_STATUS)
 }
 
 #[cfg(test)]
@@ -182,7 +208,8 @@ mod tests {
 
     /// Parses an event in a sandbox with one container `c`, which has one exec `e`.
     fn parse_here(event: &Event) -> Result<TaskChange, InvalidEvent> {
-        let event = parse(event, |container, exec| container == "c" && ["", "e"].contains(&exec))?;
+        let event =
+            parse(event, &at(AT + 1).unwrap(), |container, exec| container == "c" && ["", "e"].contains(&exec))?;
         assert_eq!((event.container.as_str(), event.at), ("c", at(AT).into_option()));
         Ok(event.change)
     }
@@ -253,7 +280,10 @@ mod tests {
             ("/tasks/exit", exit("c", AT), exited("", at(AT).into_option())),
             ("/tasks/exit", exit("", AT), exited("", at(AT).into_option())),
             ("/tasks/exit", exit("e", AT), exited("e", at(AT).into_option())),
-            ("/tasks/exit", exit("e", MAX_SECOND + 1), exited("e", None)),
+            ("/tasks/exit", exit("e", MAX_SECOND), exited("e", None)),
+            ("/tasks/exit", exit("e", AT - 3600), exited("e", None)),
+            ("/tasks/exit", exit("e", AT + 61), exited("e", at(AT + 61).into_option())),
+            ("/tasks/exit", exit("e", AT + 62), exited("e", None)),
             ("/tasks/exit", exit("e", -1), exited("e", None)),
             ("/tasks/exit", exit("x", AT), unknown("c", "x")),
             ("/tasks/delete", delete.clone(), Ok(TaskChange::Deleted { pid: 7, status: 3, at: None })),
@@ -295,15 +325,19 @@ mod tests {
     }
 
     #[test]
-    fn an_invalid_time_is_dropped() {
+    fn impossible_times_are_dropped_and_impossible_statuses_replaced() {
+        let now = at(AT).unwrap();
         let parsed_time = |timestamp| {
             let oom = TaskOOM { container_id: "c".into(), ..Default::default() };
-            parse(&Event { timestamp, ..event("/tasks/oom", encoded(&oom)) }, |_, _| true).unwrap().at
+            parse(&Event { timestamp, ..event("/tasks/oom", encoded(&oom)) }, &now, |_, _| true).unwrap().at
         };
         assert_eq!(parsed_time(at(AT)), at(AT).into_option());
         assert_eq!(parsed_time(at(MAX_SECOND + 1)), None);
         assert_eq!(parsed_time(MessageField::none()), None);
         let nanos = Timestamp { seconds: AT, nanos: 1_000_000_000, ..Default::default() };
         assert_eq!(parsed_time(MessageField::some(nanos)), None);
+        assert_eq!([0, 137, 255, 256, u32::MAX].map(valid_status), [0, 137, 255, 255, 255]);
+        // A clock of the host beyond the range does not widen it.
+        assert_eq!(valid_time(at(MAX_SECOND + 1).as_ref(), &at(i64::MAX).unwrap()), None);
     }
 }

@@ -21,6 +21,8 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{MessageField, MessageFull};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
+use ttrpc::Code;
 
 use crate::containerd::publisher::Publisher;
 use crate::host::hooks::{Hook, Subject};
@@ -29,12 +31,15 @@ use crate::state::status::ProcessStatus;
 use crate::stdio::Stdio;
 
 pub(super) mod guest_event;
+pub(super) mod guest_reply;
+pub(super) mod order;
 pub(super) mod process;
 mod publish;
 #[cfg(test)]
 mod tests;
 
 use guest_event::TaskChange;
+use order::{IllegalEvent, Request, Requested};
 use process::{EXIT_RECORDED, Exit, Process};
 
 /// Exit status of a process that dies with its VM: as if killed by SIGKILL.
@@ -57,6 +62,7 @@ pub(crate) struct Container {
     /// Publications that wait: the exits of execs; then the exit of the init process, which waits for them; then the
     /// deletion, which waits for that.
     pending: Mutex<JoinSet<()>>,
+    requested: Mutex<Requested>,
     deleting: AtomicBool,
     deleted: Arc<watch::Sender<bool>>,
 }
@@ -80,6 +86,7 @@ impl Container {
             publisher,
             processes: Mutex::new(HashMap::from([(String::new(), init)])),
             pending: Mutex::default(),
+            requested: Mutex::new(Requested::new(Instant::now())),
             deleting: AtomicBool::new(false),
             deleted: Arc::new(watch::channel(false).0),
         })
@@ -152,6 +159,32 @@ impl Container {
     /// Removes an exec.
     pub(super) fn remove(&self, exec_id: &str) -> Option<Arc<Process>> {
         self.processes().remove(exec_id)
+    }
+
+    /// Makes a request of the guest whose success it reports with an event.
+    pub(super) async fn request<T>(
+        &self,
+        request: Request,
+        call: impl Future<Output = ttrpc::Result<T>>,
+    ) -> ttrpc::Result<T> {
+        // First: the event may arrive before the response.
+        lock(&self.requested).ask(request);
+        let result = call.await;
+        // After a deadline, the guest may still do it.
+        if let Err(ttrpc::Error::RpcStatus(status)) = &result
+            && status.code() != Code::DEADLINE_EXCEEDED
+        {
+            lock(&self.requested).rejected(request);
+        }
+        result
+    }
+
+    /// Checks whether a change that the guest reports is legal now, and records it.
+    pub(super) fn admit(&self, change: &TaskChange) -> Result<(), IllegalEvent> {
+        // A process that is gone has no state. `apply` reports it.
+        let Some(process) = self.process(change.exec()) else { return Ok(()) };
+        let (mut requested, mut stage) = (lock(&self.requested), process.stage());
+        requested.admit(change, &mut stage, Instant::now())
     }
 
     /// Applies a change that the guest reports, and publishes it. Waits for nothing but space in the publisher's queue.

@@ -9,6 +9,7 @@ use husk_protos::stdio::StreamKind;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
+use super::order::Stage;
 use crate::guest::client::Guest;
 use crate::stdio::{Input, Logger, Output, Outputs, Stdio, StdioError};
 
@@ -49,6 +50,8 @@ pub(crate) struct Process {
     /// The PID of the container's holder.
     holder: u32,
     guest_pid: AtomicU32,
+    /// How far the guest has reported its life.
+    stage: Mutex<Stage>,
     starting: AtomicBool,
     /// The exit has been reported and will be recorded.
     exiting: watch::Sender<bool>,
@@ -79,6 +82,7 @@ impl Process {
             stdio,
             holder,
             guest_pid: AtomicU32::new(0),
+            stage: Mutex::default(),
             starting: AtomicBool::new(false),
             exiting: watch::channel(false).0,
             ending: watch::channel(false).0,
@@ -108,6 +112,11 @@ impl Process {
     pub(crate) fn set_guest_pid(&self, pid: u32) {
         // Fails if the PID is set already.
         let _ = self.guest_pid.compare_exchange(0, pid, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// How far the guest has reported its life.
+    pub(super) fn stage(&self) -> MutexGuard<'_, Stage> {
+        lock(&self.stage)
     }
 
     /// Claims the start for the caller, who then opens the streams. Returns false if another call has claimed it.

@@ -92,6 +92,55 @@ async fn a_flood_of_oom_events_does_not_wait_for_containerd() {
     assert!(published(&mut kept).await.iter().all(|topic| topic == "oom"));
 }
 
+/// Reports a change as a guest does: illegal ones are dropped.
+async fn report(container: &Container, change: TaskChange) {
+    if container.admit(&change).is_ok() {
+        container.apply(change, at(1)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_floods_its_host_with_events_reaches_no_subscriber_with_them() {
+    let (container, mut kept) = container();
+    let process = Arc::new(Process::new("e", Stdio::default(), HOLDER));
+    assert!(container.add(process));
+    let deleted = || TaskChange::Deleted { pid: 1, status: 0, at: None };
+    let flood = async || {
+        for _ in 0..1000 {
+            for change in [
+                TaskChange::Created { pid: 1 },
+                TaskChange::Started { pid: 1 },
+                TaskChange::ExecAdded { exec: "e".into() },
+                TaskChange::ExecStarted { exec: "e".into(), pid: 2 },
+                TaskChange::OutOfMemory,
+                TaskChange::Paused,
+                TaskChange::Resumed,
+                deleted(),
+            ] {
+                report(&container, change).await;
+            }
+        }
+    };
+    flood().await;
+    let mut topics = published(&mut kept).await;
+    let all = topics.len();
+    topics.retain(|topic| topic != "oom");
+    assert_eq!(topics, ["create", "start", "exec-added", "exec-started"]);
+    assert_eq!(all - topics.len(), 16);
+    // A call that succeeds has one event, one that fails has none.
+    container.request(Request::Pause, async { Ok(()) }).await.unwrap();
+    let failed = ttrpc::Error::RpcStatus(ttrpc::get_status(Code::FAILED_PRECONDITION, "it is not paused"));
+    container.request(Request::Resume, async { Err::<(), _>(failed) }).await.unwrap_err();
+    flood().await;
+    assert_eq!(published(&mut kept).await, ["paused"]);
+    for exec in ["e", "", "e", ""] {
+        report(&container, exited(exec, 3)).await;
+    }
+    container.request(Request::Delete, async { Ok(()) }).await.unwrap();
+    flood().await;
+    assert_eq!(published(&mut kept).await, ["exit e 3", "exit c 3", "delete"]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_stalled_reader_delays_only_its_own_exit_and_the_init_exit() {
     let (container, mut kept) = container();

@@ -27,6 +27,8 @@ pub(crate) struct Fds {
     pub(crate) initrd: i32,
     /// The console's socket.
     pub(crate) console: i32,
+    /// The socket of the debug shell's console.
+    pub(crate) shell: Option<i32>,
     /// QMP's socket.
     pub(crate) qmp: i32,
     /// The vsock device's vhost-user socket, or the kernel's vsock device.
@@ -85,6 +87,11 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
     if let Some(share) = fds.share {
         push(&["-chardev", &format!("socket,id=share,fd={share}")]);
         push(&["-device", &format!("vhost-user-fs-{bus},chardev=share,tag={}", husk_protos::SHARE_TAG)]);
+    }
+    if let Some(shell) = fds.shell {
+        // /dev/hvc0 in the guest.
+        push(&["-chardev", &format!("socket,id=shell,fd={shell}")]);
+        push(&["-device", &format!("virtio-serial-{bus},max_ports=1"), "-device", "virtconsole,chardev=shell"]);
     }
     for (number, (disk, fd)) in spec.disks.iter().zip(&fds.disks).enumerate() {
         // No lock: no other process has the image.
@@ -195,6 +202,7 @@ pub(crate) mod tests {
         kernel: 10,
         initrd: 11,
         console: 12,
+        shell: None,
         qmp: 13,
         vsock: 14,
         share: Some(15),
@@ -305,6 +313,16 @@ pub(crate) mod tests {
     fn a_machine_without_a_share_has_no_virtiofs_device() {
         let args = arguments(&spec(), Board::Microvm, &Fds { share: None, ..FDS });
         assert_eq!(values(&args, "-device"), ["vhost-user-vsock-device,chardev=vsock"]);
+    }
+
+    #[test]
+    fn a_debug_shell_has_a_console_of_its_own() {
+        for (board, device) in [(Board::Microvm, "virtio-serial-device"), (Board::Q35, "virtio-serial-pci")] {
+            let args = arguments(&spec(), board, &Fds { shell: Some(16), ..FDS });
+            let expected = [format!("{device},max_ports=1"), "virtconsole,chardev=shell".to_owned()];
+            assert_eq!(values(&args, "-device")[2..], expected);
+            assert!(values(&args, "-chardev").contains(&"socket,id=shell,fd=16"), "{args:?}");
+        }
     }
 
     #[test]

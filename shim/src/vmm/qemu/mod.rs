@@ -24,6 +24,7 @@ use tokio::sync::watch;
 
 use crate::host::child::{Child, FIRST_FD, LAST_FD, Launch};
 use crate::host::process::ProcessId;
+use crate::host::text::clean;
 use crate::vmm::error::VmmError;
 use crate::vmm::hugepages;
 use crate::vmm::machine::{Accel, Disk, Machine, NicEnd, Sockets, Spec, Vmm};
@@ -72,11 +73,12 @@ impl Vmm for Qemu {
     fn most_nics(&self, spec: &Spec, queues: u16) -> usize {
         // Each queue pair takes a descriptor of its tap, and with KVM one of vhost-net.
         let descriptors = usize::from(queues.max(1)) * if spec.accel == Accel::Kvm { 2 } else { 1 };
-        let others = OTHER_FDS + spec.disks.len();
+        let shell = usize::from(spec.guest.debug);
+        let others = OTHER_FDS + shell + spec.disks.len();
         let inheritable = (LAST_FD - FIRST_FD + 1) as usize;
         let by_descriptors = inheritable.saturating_sub(others) / descriptors;
         let bridge = usize::from(spec.pluggable_nics > 0);
-        self.board.slots().saturating_sub(OTHER_DEVICES + bridge + spec.disks.len()).min(by_descriptors)
+        self.board.slots().saturating_sub(OTHER_DEVICES + shell + bridge + spec.disks.len()).min(by_descriptors)
     }
 
     fn pluggable_nics(&self) -> usize {
@@ -98,6 +100,7 @@ impl Vmm for Qemu {
             kernel: inherited.add(open("kernel", &spec.kernel)?),
             initrd: inherited.add(open("initrd", &spec.initrd)?),
             console: inherited.add(sockets.console),
+            shell: sockets.shell.map(|shell| inherited.add(shell)),
             qmp: inherited.add(qmp_theirs.into()),
             vsock: inherited.add(sockets.vsock),
             share: sockets.share.map(|share| inherited.add(share)),
@@ -210,7 +213,7 @@ async fn listen(
     while let Some(event) = events.recv().await {
         tracing::debug!(event = event.name, data = %event.data, "QMP event");
         if event.name == "SHUTDOWN" {
-            let text = event.data.get("reason").and_then(|reason| reason.as_str()).map(str::to_owned);
+            let text = event.data.get("reason").and_then(|reason| reason.as_str()).map(clean);
             *lock(&reason) = text;
         }
     }

@@ -19,6 +19,8 @@ use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::host::text::clean;
+
 /// Most bytes in one line. The one longer reply, query-qmp-schema's, is never requested.
 const MAX_LINE: usize = 64 * 1024;
 /// Events that may wait for their reader; further ones are dropped and logged.
@@ -122,11 +124,12 @@ impl Qmp {
     ) -> Result<Value, QmpError> {
         let exchange = async {
             let (sender, reply) = oneshot::channel();
-            {
+            let _waiting = {
                 let mut writer = self.writer.lock().await;
                 writer.1 += 1;
                 let id = writer.1;
                 lock(&self.pending).insert(id, sender);
+                let waiting = Waiting { pending: &self.pending, id };
                 let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
                 line.push('\n');
                 let sent = match fd {
@@ -134,13 +137,14 @@ impl Qmp {
                     None => 0,
                 };
                 writer.0.write_all(&line.as_bytes()[sent..]).await?;
-            }
+                waiting
+            };
             match reply.await {
                 Ok(Ok(value)) => Ok(value),
                 Ok(Err(rejection)) => Err(QmpError::Rejected {
                     command: command.to_owned(),
-                    class: rejection.class,
-                    description: rejection.desc,
+                    class: clean(&rejection.class),
+                    description: clean(&rejection.desc),
                 }),
                 Err(_) => Err(QmpError::Closed),
             }
@@ -148,6 +152,18 @@ impl Qmp {
         tokio::time::timeout(deadline, exchange)
             .await
             .map_err(|_| QmpError::Deadline { command: command.to_owned(), deadline })?
+    }
+}
+
+/// A command that waits for its reply. A QEMU that never replies must not leave it behind.
+struct Waiting<'a> {
+    pending: &'a Pending,
+    id: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        lock(self.pending).remove(&self.id);
     }
 }
 
@@ -274,6 +290,19 @@ mod tests {
         let error = Qmp::handshake(ours, SECOND).await.err().unwrap();
         assert!(error.to_string().contains("longer than"), "{error}");
         flood.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn commands_that_qemu_does_not_answer_leave_nothing_behind() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let qemu = tokio::spawn(play(theirs, &["{\"return\": {}, \"id\": 1}\r\n"]));
+        let (qmp, _events) = Qmp::handshake(ours, SECOND).await.unwrap();
+        let _silent = qemu.await.unwrap();
+        for _ in 0..3 {
+            let unanswered = qmp.execute("query-status", json!({}), Duration::from_millis(5)).await;
+            assert!(matches!(unanswered, Err(QmpError::Deadline { .. })));
+        }
+        assert!(lock(&qmp.pending).is_empty());
     }
 
     #[tokio::test]

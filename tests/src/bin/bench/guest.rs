@@ -113,12 +113,13 @@ impl Kit {
         let (console, console_theirs) = std::os::unix::net::UnixStream::pair()?;
         console.set_nonblocking(true)?;
         let console = tokio::net::UnixStream::from_std(console)?;
-        let console = Console::new(self.folder.path()).attach(console);
+        let console = Console::new(self.folder.path()).attach(console, None);
         let sockets = Sockets {
             vsock,
             share: None,
             nics: Vec::new(),
             console: console_theirs.into(),
+            shell: None,
             log: tempfile::tempfile()?,
         };
         let machine: Arc<dyn Machine> = vmm.start(&plan.spec, sockets).await?.into();
