@@ -24,15 +24,15 @@ apt_in_suite() {
 # The lists are refreshed after 12 hours.
 refresh_lists() {
     local folder="$CACHE/apt/$1" mirror
-    if [ "$(cat "$folder/apt.conf" 2>/dev/null)" = "$(apt_conf "$folder")" ] &&
+    mirror=$(debian_mirror)
+    if [ "$(cat "$folder/apt.conf" 2>/dev/null)" = "$(apt_conf "$folder" "$mirror")" ] &&
         [ -n "$(find "$folder/lists" -name '*_Packages*' -mmin -720 2>/dev/null | head -n 1)" ]; then
         return
     fi
-    mirror=$(debian_mirror)
     rm -rf "$folder"
     mkdir -p "$folder/lists/partial" "$folder/archives/partial" "$folder/parts"
     printf 'deb [target=Packages] %s %s main\ndeb-src [target=Sources] %s %s main\n' "$mirror" "$1" "$mirror" "$1" >"$folder/sources.list"
-    apt_conf "$folder" >"$folder/apt.conf"
+    apt_conf "$folder" "$mirror" >"$folder/apt.conf"
     info "fetching the package lists of Debian $1"
     NEXT_STEP="check that the mirror $mirror is reachable and has the suite $1, then run the command again" \
         run_logged "apt-$1" env APT_CONFIG="$folder/apt.conf" apt-get update
@@ -40,8 +40,11 @@ refresh_lists() {
     find "$folder/lists" -type f -exec touch {} +
 }
 
-# The mirror may be a snapshot whose Valid-Until has passed; apt still verifies the signatures.
+# A snapshot of the archive, which has its time in its URL, remains usable after its Valid-Until. A mirror with expired
+# lists is stale or malicious, and apt rejects it.
 apt_conf() {
+    local check=true
+    case $2 in */[0-9]*T[0-9]*Z*) check=false ;; esac
     cat <<-END
 	Dir::Etc::SourceList "$1/sources.list";
 	Dir::Etc::SourceParts "$1/parts";
@@ -52,7 +55,7 @@ apt_conf() {
 	APT::Sandbox::User "root";
 	Acquire::Languages "none";
 	Acquire::Retries "3";
-	Acquire::Check-Valid-Until "false";
+	Acquire::Check-Valid-Until "$check";
 	END
 }
 

@@ -127,7 +127,8 @@ fn run(reports: &Reports) -> anyhow::Result<()> {
 }
 
 async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> anyhow::Result<()> {
-    let ports = serve::Ports::bind()?;
+    let secret = boot::random().context("make the secret of the host's connections")?;
+    let ports = serve::Ports::bind(secret)?;
     timeline.mark(BootStep::LISTENING);
     let reaper = reaper::Reaper::start().context("install the SIGCHLD handler")?;
     let sandbox_pid = match cmdline.sandbox {
@@ -150,7 +151,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     std::fs::create_dir_all(paths::STATE).with_context(|| format!("create {}", paths::STATE))?;
 
     timeline.mark(BootStep::READY);
-    let hello = system::hello(&timeline, sandbox_pid);
+    let mut hello = system::hello(&timeline, sandbox_pid);
     let (end, mut shutdown) = mpsc::channel(1);
     let supervisor = supervisor.map(Arc::new);
     let task = task::service::TaskService { tasks: tasks.clone(), supervisor, reports: reports.clone(), end };
@@ -169,6 +170,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, cmdline.ready_port))
         .await
         .with_context(|| format!("connect to vsock port {} of the host", cmdline.ready_port))?;
+    hello.secret = secret.to_vec();
     frame::write(&mut host, &hello).await.context("send the Hello to the host")?;
 
     tokio::select! {

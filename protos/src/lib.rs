@@ -46,7 +46,10 @@ pub use generated::{
 pub use {protobuf, ttrpc};
 
 /// Version of the protocol. The host rejects a guest whose `Hello` has another one.
-pub const PROTOCOL: u32 = 7;
+pub const PROTOCOL: u32 = 8;
+
+/// Length of [`Hello.secret`](system::Hello::secret), bytes.
+pub const SECRET: usize = 32;
 
 /// The NICs that the guest's kernel leaves alone until a link needs them: a list of MAC addresses with commas, as a
 /// parameter of the kernel and as the file of the running kernel that shows and changes it

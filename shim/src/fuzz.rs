@@ -38,7 +38,7 @@ pub fn annotations(bytes: &[u8]) {
         .filter_map(|line| line.split_once(' '))
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .collect();
-    if let Err(problems) = annotations::read(&given, &Config::default()) {
+    if let Err(problems) = annotations::read(&given, &Config::default(), "ns") {
         assert!(!problems.is_empty(), "annotations are rejected without a reason");
     }
 }

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use husk_protos::lock::lock;
+use husk_shim::prepare::host::Places;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -66,7 +67,8 @@ touch /run/ready
 mount --bind "$HUSK_TEST_READY" /run/ready
 mkdir -p /run/containerd /run/lock
 printf %s "$HUSK_TEST_CONFIG" > /run/containerd/config.toml
-unset HUSK_TEST_CONFIG HUSK_TEST_READY
+printf %s "$HUSK_TEST_HUSK" > "$HUSK_CONFIG"
+unset HUSK_TEST_CONFIG HUSK_TEST_HUSK HUSK_TEST_READY
 while :; do
   env --default-signal=INT,QUIT "$0" --log-level "${HUSK_TEST_LOG:-info}" -c /run/containerd/config.toml &
   wait $! || [ -p /run/again ] || exit 1
@@ -79,7 +81,6 @@ pub struct Containerd {
     version: Version,
     runtime: Runtime,
     bin: PathBuf,
-    env: Vec<(String, String)>,
     pid: i32,
     ready: UnixDatagram,
     token: String,
@@ -90,22 +91,26 @@ pub struct Containerd {
     ended: Mutex<mpsc::Receiver<std::io::Result<ExitStatus>>>,
 }
 
+/// Additions to the environment of the daemon, which its shims inherit: husk's configuration is in the daemon's own /run.
+pub const ENV: [(&str, &str); 1] = [("HUSK_CONFIG", "/run/containerd/husk.toml")];
+
 /// A containerd whose shims read their own husk configuration.
 pub struct Configured {
     /// The daemon.
     pub containerd: Containerd,
-    _folder: tempfile::TempDir,
 }
 
 impl Configured {
-    /// Starts a daemon; `config` is the text of the configuration file.
+    /// Starts a daemon; `config` is [`Setup::husk`].
     pub fn start(config: &str) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
-        let path = folder.path().join("config.toml");
-        std::fs::write(&path, config)?;
-        let env = vec![("HUSK_CONFIG".to_owned(), path.display().to_string())];
-        Ok(Self { containerd: Containerd::with(Setup { env, ..Setup::default() })?, _folder: folder })
+        Ok(Self { containerd: Containerd::with(Setup { husk: config.to_owned(), ..Setup::default() })? })
     }
+}
+
+/// husk's configuration for tests: where there is no KVM, husk emulates the CPU only if it is told to.
+pub fn husk_config(lines: &str) -> String {
+    let emulate = !lines.contains("accel =") && !Places::of_process().kvm;
+    format!("{}{lines}", if emulate { "accel = \"tcg\"\n" } else { "" })
 }
 
 /// Options of a daemon.
@@ -115,10 +120,10 @@ pub struct Setup {
     pub version: Option<Version>,
     /// [`Runtime::under_test`] by default.
     pub runtime: Option<Runtime>,
-    /// Environment of the daemon, inherited by its shims.
-    pub env: Vec<(String, String)>,
     /// Additional lines of containerd's configuration.
     pub config: String,
+    /// husk's configuration. Unless it says otherwise, VMs run on a host without KVM as well.
+    pub husk: String,
     /// Whether containerd serves Kubernetes' Container Runtime Interface.
     pub cri: bool,
 }
@@ -167,8 +172,9 @@ impl Containerd {
             .env("PATH", search_path(&bin))
             .env("NOTIFY_SOCKET", "/run/ready")
             .env("HUSK_TEST_READY", &address)
-            .env("HUSK_TEST_CONFIG", CONFIG.replace("DISABLED", &disabled) + &setup.config);
-        command.envs(setup.env.clone());
+            .env("HUSK_TEST_CONFIG", CONFIG.replace("DISABLED", &disabled) + &setup.config)
+            .env("HUSK_TEST_HUSK", husk_config(&setup.husk));
+        command.envs(ENV);
 
         let log = Arc::new(Mutex::new(VecDeque::new()));
         let (pid, ended) = spawn_daemon(command, log.clone())?;
@@ -176,7 +182,6 @@ impl Containerd {
             version,
             runtime,
             bin,
-            env: setup.env,
             pid,
             ready,
             token,
@@ -276,11 +281,6 @@ impl Containerd {
         &self.token
     }
 
-    /// The test's additions to the daemon's environment, which its shims inherit.
-    pub fn env(&self) -> &[(String, String)] {
-        &self.env
-    }
-
     /// PATH of the daemon and its shims: husk's programs, then this containerd's with its runc, then the machine's.
     pub fn search_path(&self) -> String {
         search_path(&self.bin)
@@ -335,6 +335,7 @@ impl Containerd {
     pub fn enter(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.pid.to_string(), "--mount", "--pid", "--net", "--"]).arg(program.as_ref());
+        command.envs(ENV);
         command
     }
 

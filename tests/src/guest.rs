@@ -22,6 +22,7 @@ use husk_protos::system_ttrpc::SystemClient;
 use husk_protos::{PORT_READY, PORT_STDIO, PORT_TASK};
 use husk_vsock::{Device, Listener};
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::timeout;
@@ -196,8 +197,8 @@ impl Guest {
             Ok(Ok(ready)) => ready,
             other => bail!("the guest did not boot ({other:?}); console:\n{}", vm.console()),
         };
-        let hello = timeout(STEP, frame::read(&mut ready)).await.context("the guest did not send a hello")??;
-        let client = client(&device, PORT_TASK).await?;
+        let hello: Hello = timeout(STEP, frame::read(&mut ready)).await.context("the guest did not send a hello")??;
+        let client = client(&device, &hello, PORT_TASK).await?;
         Ok(Guest {
             task: TaskClient::new(client.clone()),
             bundle: BundleClient::new(client.clone()),
@@ -215,7 +216,7 @@ impl Guest {
 
     /// Connects to a port, for one stream or many calls.
     pub async fn connect(&self, port: u32) -> Result<Client> {
-        client(&self.device, port).await
+        client(&self.device, &self.hello, port).await
     }
 
     /// Sends a bundle and creates its container. `streams` contains the letters (i, o, e) of its standard streams.
@@ -351,6 +352,8 @@ impl Guest {
     }
 }
 
-async fn client(device: &Device, port: u32) -> Result<Client> {
-    Ok(Client::new(Socket::new(device.connect(port, STEP).await?)))
+async fn client(device: &Device, hello: &Hello, port: u32) -> Result<Client> {
+    let mut stream = device.connect(port, STEP).await?;
+    stream.write_all(&hello.secret).await.context("send the guest's secret")?;
+    Ok(Client::new(Socket::new(stream)))
 }

@@ -462,7 +462,6 @@ pub fn action(
     let mut command: Command = containerd.enter("sh");
     // As containerd does: runc's shim looks for runc in PATH, and the machine may not have it installed.
     command.env("PATH", containerd.search_path());
-    command.envs(containerd.env().iter().cloned());
     // Not exec: a shim inspects its parent, which must be in the same PID namespace.
     command.args(["-c", r#"cd "$0" && "$@"; exit $?"#]).arg(&bundle.path).arg(binary);
     command.args(["-namespace", NAMESPACE, "-id", &bundle.id, "-address", socket]);

@@ -4,6 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use husk_shim::prepare::host::Places;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Configured;
 use husk_tests::husk_only;
@@ -21,6 +22,22 @@ fn a_profile_and_kernel_parameters_take_effect_in_the_guest() -> Result<()> {
         let script = "grep -c ^processor /proc/cpuinfo; cat /proc/sys/vm/dirty_ratio";
         let shown = configured.containerd.script(flags, "config", script)?;
         ensure!(shown == expected, "{flags:?}: {shown:?}, not {expected:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn without_kvm_a_container_starts_only_if_the_configuration_accepts_emulation() -> Result<()> {
+    husk_only!();
+    let configured = Configured::start("accel = \"auto\"\n")?;
+    let containerd = &configured.containerd;
+    let output = containerd.run(&[], &containerd.id("accel"), &["echo", "started"]).output()?;
+    if Places::of_process().kvm {
+        ensure!(output.code() == 0 && output.text() == "started", "{output}");
+    } else {
+        let parts = ["QEMU's security policy does not consider a security boundary", "set accel = "];
+        let errors = output.errors();
+        ensure!(output.code() != 0 && parts.iter().all(|part| errors.contains(part)), "{output}");
     }
     Ok(())
 }

@@ -11,11 +11,12 @@ use husk_protos::protobuf::Message;
 use husk_protos::protobuf::well_known_types::any::Any;
 use husk_protos::stdio::{OutputRequest, StreamKind};
 use husk_protos::stdio_ttrpc::StdioClient;
-use husk_protos::system::InfoResponse;
-use husk_protos::{PORT_EVENTS, PORT_STDIO};
+use husk_protos::system::{InfoRequest, InfoResponse};
+use husk_protos::system_ttrpc::SystemClient;
+use husk_protos::{PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_TASK, SECRET};
 use husk_tests::guest::{Guest, STEP, call, spec};
 use serde_json::{Value, json};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use ttrpc::{Code, context};
 
@@ -108,8 +109,31 @@ async fn a_thousand_simultaneous_stream_connections_are_accepted() -> Result<()>
     // As hundreds of processes starting together would do. None is accepted before all have connected, because the
     // guest has one CPU.
     let connections = (0..1000).map(|_| guest.device.connect(PORT_STDIO, Duration::from_secs(30)));
-    let failed = futures::future::join_all(connections).await.into_iter().filter_map(Result::err).collect::<Vec<_>>();
+    let connected = futures::future::join_all(connections).await;
+    let failed = connected.iter().filter_map(|connected| connected.as_ref().err()).collect::<Vec<_>>();
     ensure!(failed.is_empty(), "{} connections failed: {}", failed.len(), failed[0]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_connection_that_does_not_begin_with_the_vms_secret_is_closed_and_delays_no_other() -> Result<()> {
+    let guest = Guest::boot().await?;
+    ensure!(guest.hello.secret.len() == SECRET, "{} bytes", guest.hello.secret.len());
+    let mut wrong = guest.hello.secret.clone();
+    wrong[0] ^= 1;
+    for port in [PORT_TASK, PORT_STDIO, PORT_EVENTS, PORT_RELAY] {
+        let silent = guest.device.connect(port, STEP).await?;
+        let mut guess = guest.device.connect(port, STEP).await?;
+        guess.write_all(&wrong).await?;
+        let answered = timeout(STEP, guess.read_u8()).await.with_context(|| format!("port {port} stays open"))?;
+        ensure!(answered.is_err(), "port {port} answers");
+        drop(silent);
+    }
+    // The guest does not repeat its secret.
+    ensure!(guest.info().await?.hello.secret.is_empty(), "Info returns the secret");
+    let _silent = guest.device.connect(PORT_TASK, STEP).await?;
+    SystemClient::new(guest.connect(PORT_TASK).await?).info(call(), &InfoRequest::new()).await?;
+    guest.shut_down().await?;
     Ok(())
 }
 

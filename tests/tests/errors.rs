@@ -104,7 +104,7 @@ fn all_invalid_annotations_are_named_with_their_values() -> Result<()> {
 
 #[test]
 fn all_invalid_configuration_keys_are_named_with_file_and_value() -> Result<()> {
-    let expected = ["config.toml", "vcpus", "-2", "colour"];
+    let expected = ["husk.toml", "vcpus", "-2", "colour"];
     husk_rejects("vcpus = -2\ncolour = 1", &[], &expected)
 }
 

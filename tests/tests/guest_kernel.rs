@@ -69,7 +69,7 @@ fn install(path: &Path, content: &[u8]) -> Result<()> {
 }
 
 #[test]
-fn old_and_foreign_programs_run_and_io_uring_follows_the_configuration() -> Result<()> {
+fn old_and_foreign_programs_run_and_io_uring_and_user_namespaces_follow_the_configuration() -> Result<()> {
     husk_only!();
     let folder = tempfile::tempdir()?;
     install(&folder.path().join("i386"), &elf(false, I386))?;
@@ -95,17 +95,25 @@ fn old_and_foreign_programs_run_and_io_uring_follows_the_configuration() -> Resu
         ("grep -cw autofs /proc/filesystems", "1"),
         ("grep ^Seccomp: /proc/self/status | cut -f2", "0"),
         (RANDOM, "random"),
+        ("unshare -U true | cut -d: -f3", " No space left on device"),
+        ("cd /proc/sys/kernel; echo $(cat dmesg_restrict kptr_restrict unprivileged_bpf_disabled)", "1 2 2"),
     ];
     let script: Vec<&str> = table.iter().map(|(script, _)| *script).collect();
     let script = script.iter().map(|script| format!("({script}) 2>&1")).collect::<Vec<_>>().join("; ");
     let flags = ["--privileged", "--mount", &mount];
-    let enabled = Configured::start("io_uring = true\n")?;
+    let enabled = Configured::start("io_uring = true\nuser_namespaces = false\n")?;
     let output = enabled.containerd.script(&flags, "kernel", &script)?;
     let expected: Vec<&str> = table.iter().map(|(_, expected)| *expected).collect();
     ensure!(output.lines().eq(expected.iter().copied()), "{output}\n\nexpected: {expected:#?}");
 
-    let output = Containerd::shared()?.script(&flags, "kernel", "/p/probe uring 1 || true")?;
-    ensure!(output == "refused: Operation not permitted (os error 1)", "{output}");
+    let mapped = ["--uidmap", "0:1000:10", "--gidmap", "0:1000:10"];
+    let refused = enabled.containerd.run(&mapped, &enabled.containerd.id("mapped"), &["true"]).output()?;
+    let why = "husk's configuration does not allow user namespaces: user_namespaces = false";
+    ensure!(refused.code() != 0 && refused.errors().contains(why), "{refused}");
+
+    let script = "/p/probe uring 1; unshare -U true && echo unshared";
+    let output = Containerd::shared()?.script(&flags, "kernel", script)?;
+    ensure!(output == "refused: Operation not permitted (os error 1)\nunshared", "{output}");
     Ok(())
 }
 

@@ -38,9 +38,9 @@ impl Host {
     fn start_with(more: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let at = |name: &str| folder.path().join(name).display().to_string();
-        fs::create_dir(at("workspaces"))?;
+        fs::create_dir_all(at(&format!("workspaces/{NAMESPACE}")))?;
         let text = format!(
-            "metadata_key = {:?}\nworkspace_dir = {:?}\ntoken_lifetime_ms = 90000\nlog_level = \"debug\"\n{more}",
+            "metadata_key = {:?}\nworkspace_dir = {:?}\ntoken_lifetime_ms = 90000\ntoken_host = \"node-7\"\nlog_level = \"debug\"\n{more}",
             at("etc/metadata.key"),
             at("workspaces")
         );
@@ -110,8 +110,8 @@ fn base64url(text: &str) -> Result<Vec<u8>> {
 
 /// The probe's command line for a Get request that claims to come from somebody else, in unknown fields.
 fn get_command() -> Result<String> {
-    // GetMetadataRequest does not have these fields, which contain "somebody" and "else".
-    let payload = b"\x0a\x08somebody\x12\x04else".to_vec();
+    // GetMetadataRequest has an audience, and not the other fields, which contain "somebody" and "else".
+    let payload = b"\x0a\x02db\x72\x08somebody\x7a\x04else".to_vec();
     let request = Request { service: "husk.v1.Metadata".into(), method: "Get".into(), payload, ..Default::default() };
     let bytes = request.write_to_bytes()?;
     let frame = [Vec::from(MessageHeader::new_request(1, bytes.len() as u32)), bytes].concat();
@@ -142,7 +142,7 @@ fn now() -> Result<u64> {
 fn a_vm_gets_a_verifiable_token_and_only_its_own_workspace() -> Result<()> {
     husk_only!();
     let host = Host::start()?;
-    let file = host.folder.path().join("workspaces/project");
+    let file = host.folder.path().join(format!("workspaces/{NAMESPACE}/project"));
     // Not JSON, and of the maximum size.
     let content = [SECRET.as_bytes(), &vec![0xfe; 256 * 1024 - SECRET.len()]].concat();
     fs::write(&file, &content)?;
@@ -172,8 +172,8 @@ fn a_vm_gets_a_verifiable_token_and_only_its_own_workspace() -> Result<()> {
         let claims = host.claims(&response.token)?;
         let issued = claims["iat"].as_u64().context("no time of issue")?;
         ensure!((began..=now()?).contains(&issued), "{claims}");
-        let expected = json!({"iss": "husk", "sandbox": container.id(), "namespace": NAMESPACE, "cid": 3,
-            "iat": issued, "exp": issued + 90});
+        let expected = json!({"iss": "husk", "aud": "db", "jti": claims["jti"], "host": "node-7",
+            "sandbox": container.id(), "namespace": NAMESPACE, "cid": 3, "iat": issued, "exp": issued + 90});
         ensure!(claims == expected, "{claims}, expected {expected}");
     }
     // The workspace appears in no file, log or command line of husk, and in no data passed to the guest.
@@ -185,7 +185,7 @@ fn a_vm_gets_a_verifiable_token_and_only_its_own_workspace() -> Result<()> {
             container.id()
         ))?;
         ensure!(state.text().contains(container.id()) && !state.text().contains(SECRET), "{}", state.text());
-        let inside = container.script("cat /proc/cmdline; dmesg")?;
+        let inside = container.script("cat /proc/cmdline")?;
         ensure!(inside.contains("husk.log=debug") && !inside.contains(SECRET), "{inside}");
         let (shim, _) = containerd.shim_of(container.id())?;
         let qemu = containerd.qemu_of(container.id())?;
@@ -283,10 +283,13 @@ fn an_invalid_workspace_is_rejected_at_create_without_printing_it() -> Result<()
     husk_only!();
     let host = Host::start()?;
     let outside = host.folder.path().join("config.toml").display().to_string();
+    let of_another = host.folder.path().join("workspaces/other/project").display().to_string();
+    let folder = host.folder.path().join("workspaces").join(NAMESPACE).display().to_string();
     let large = format!("\"{SECRET}{}\"", "x".repeat(100_000));
     let table = [
         (format!("{{\"password\": {SECRET}}}"), "annotation io.husk.workspace = (21 bytes): must be JSON"),
-        (outside.clone(), &format!("annotation io.husk.workspace = {outside:?}: not a file under workspace_dir, ")),
+        (outside.clone(), &format!("annotation io.husk.workspace = {outside:?}: not a file under {folder}, ")),
+        (of_another.clone(), &format!("annotation io.husk.workspace = {of_another:?}: not a file under {folder}, ")),
         (format!("{large} x"), "annotation io.husk.workspace = (100011 bytes): must be JSON"),
     ];
     for (workspace, expected) in table {

@@ -52,6 +52,8 @@ impl Node {
             fs::write(node.source.path().join(file), file)?;
         }
         node.root.script("usr/libexec/virtiofsd", "exit 1")?;
+        fs::create_dir_all(node.path("etc/husk"))?;
+        fs::write(node.path("etc/husk/config.toml"), "accel = \"tcg\"\n")?;
         let bin = node.path("usr/bin");
         fs::create_dir_all(&bin)?;
         fs::copy(version.bin()?.join("containerd"), bin.join("containerd"))?;
@@ -194,6 +196,11 @@ fn a_node_that_cannot_run_husk_keeps_its_configuration() -> Result<()> {
         ensure!(fs::read_to_string(node.path(CONFIG))? == configured, "{expected}: the configuration changed");
         Ok(())
     };
+    // A configuration that requires KVM, which the folder lacks.
+    let accepted = fs::read_to_string(node.path("etc/husk/config.toml"))?;
+    fs::write(node.path("etc/husk/config.toml"), "")?;
+    refused(&["install"], "set accel = \"tcg\" in /etc/husk/config.toml")?;
+    fs::write(node.path("etc/husk/config.toml"), accepted)?;
     // A restart that fails.
     fs::write(node.path("test/broken"), "")?;
     refused(&["install"], "containerd does not start with husk")?;

@@ -87,6 +87,9 @@ fn the_package_installs_its_programs_run_and_nothing_is_left_after_purge() -> Re
     let before = root.tree()?;
 
     dpkg(&root, &["--install", package])?.ok()?;
+    let config = root.path().join("etc/husk/config.toml");
+    let changed = format!("{}accel = \"tcg\"\n", fs::read_to_string(&config)?);
+    fs::write(&config, &changed)?;
     let version = env!("CARGO_PKG_VERSION");
     let table: [(&[&str], String); 5] = [
         (&["/usr/bin/husk", "--version"], format!("husk {version}")),
@@ -113,9 +116,6 @@ fn the_package_installs_its_programs_run_and_nothing_is_left_after_purge() -> Re
     }
 
     // An upgrade keeps the operator's configuration.
-    let config = root.path().join("etc/husk/config.toml");
-    let changed = format!("{}accel = \"tcg\"\n", fs::read_to_string(&config)?);
-    fs::write(&config, &changed)?;
     dpkg(&root, &["--install", package])?.ok()?;
     ensure!(fs::read_to_string(&config)? == changed, "the configuration was replaced");
 

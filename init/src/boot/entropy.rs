@@ -41,6 +41,17 @@ pub(super) fn credit() -> Result<(), BootError> {
     }
 }
 
+/// Random bytes, for a secret. Waits until the pool is seeded.
+///
+/// # Errors
+/// The kernel has none.
+pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    // SAFETY: the buffer has this length and outlives the call.
+    let read = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) };
+    if read == N as isize { Ok(bytes) } else { Err(io::Error::last_os_error()) }
+}
+
 fn is_seeded() -> bool {
     let mut byte = 0u8;
     // SAFETY: the buffer is one byte long and outlives the call.

@@ -45,18 +45,22 @@ pub(crate) struct Annotations {
     pub(crate) workspace: Option<Workspace>,
 }
 
-/// Reads the annotations of a spec.
+/// Reads the annotations of a spec. `namespace` is containerd's.
 ///
 /// # Errors
 ///
 /// Every annotation that is unknown, not allowed or malformed, sorted by name.
-pub(crate) fn read(annotations: &HashMap<String, String>, config: &Config) -> Result<Annotations, Vec<Problem>> {
+pub(crate) fn read(
+    annotations: &HashMap<String, String>,
+    config: &Config,
+    namespace: &str,
+) -> Result<Annotations, Vec<Problem>> {
     let mut read = Annotations::default();
     let mut problems = Vec::new();
     let mut ours: Vec<_> = annotations.iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
     ours.sort();
     for (name, value) in ours {
-        if let Err(why) = check(name, config).and_then(|()| set(&mut read, name, value, config)) {
+        if let Err(why) = check(name, config).and_then(|()| set(&mut read, name, value, config, namespace)) {
             let quoted = || format!("{:?}", &value[..value.floor_char_boundary(SHOWN)]);
             let shown = if name == WORKSPACE { workspace::shown(value) } else { quoted() };
             problems.push(Problem { key: format!("annotation {name}"), value: Some(shown), why });
@@ -82,7 +86,7 @@ fn check(name: &str, config: &Config) -> Result<(), String> {
     Ok(())
 }
 
-fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Result<(), String> {
+fn set(read: &mut Annotations, name: &str, value: &str, config: &Config, namespace: &str) -> Result<(), String> {
     let number = || value.parse::<i64>().map_err(|_| "must be an integer".to_owned());
     match name {
         VCPUS => read.vcpus = Some(vcpus(number()?)?),
@@ -94,7 +98,7 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config) -> Resu
         PORTS => read.ports = ports::parse(value, config)?,
         VSOCK => read.vsock = boolean(value)?,
         WATCH => read.watch = destinations(value)?,
-        WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref())?),
+        WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref(), namespace)?),
         SUPERVISOR => read.extras.supervisor = Some(boolean(value)?),
         // EXTRAS_FILES may have several problems, so `read` parses it.
         _ => {}
@@ -126,7 +130,7 @@ mod tests {
 
     fn read_pairs(pairs: &[(&str, &str)], config: &Config) -> Result<Annotations, Vec<String>> {
         let annotations = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        read(&annotations, config).map_err(|problems| problems.iter().map(ToString::to_string).collect())
+        read(&annotations, config, "ns").map_err(|problems| problems.iter().map(ToString::to_string).collect())
     }
 
     #[test]
@@ -149,7 +153,7 @@ mod tests {
         let profile = Some(Profile::Throughput);
         let agent = ExtraFile { destination: "/run/husk/supervisor".into(), source: "/agent".into(), mode: 0o755 };
         let extras = Extras { files: vec![agent], supervisor: Some(false) };
-        let workspace = Some(Workspace::read("{}", None).unwrap());
+        let workspace = Some(Workspace::read("{}", None, "ns").unwrap());
         let expected = Annotations {
             vcpus: Some(2),
             profile,

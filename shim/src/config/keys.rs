@@ -10,7 +10,7 @@ use super::kernel_params;
 use super::settings::{AccelMode, Config, NetworkMode, Profile, VsockMode};
 use super::values::{
     absolute, addresses, annotations, boolean, choice, extras_max_mib, integer, list, memory_mib, milliseconds,
-    open_files, sockets, spare_nics, text, user, vcpus,
+    open_files, sockets, spare_nics, text, token_host, user, vcpus,
 };
 use crate::vmm::factory::boards;
 
@@ -27,7 +27,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 32] = [
+pub(crate) const KEYS: [ConfigKey; 34] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("max_vcpus", |config, value| put(&mut config.max_vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
@@ -54,6 +54,7 @@ pub(crate) const KEYS: [ConfigKey; 32] = [
     key("port_addresses", |config, value| put(&mut config.port_addresses, addresses(value))),
     key("port_ranges", |config, value| put(&mut config.port_ranges, boolean(value))),
     key("io_uring", |config, value| put(&mut config.io_uring, boolean(value))),
+    key("user_namespaces", |config, value| put(&mut config.user_namespaces, boolean(value))),
     key("kernel_params", |config, value| {
         put(&mut config.kernel_params, list(value).and_then(|params| kernel_params::check(&params)))
     }),
@@ -75,6 +76,7 @@ pub(crate) const KEYS: [ConfigKey; 32] = [
     key("allowed_annotations", |config, value| put(&mut config.allowed_annotations, annotations(value))),
     key("metadata_key", |config, value| put(&mut config.tokens.key, absolute(value))),
     key("token_lifetime_ms", |config, value| put(&mut config.tokens.lifetime, milliseconds(value))),
+    key("token_host", |config, value| put(&mut config.tokens.host, text(value).and_then(token_host).map(Some))),
     key("workspace_dir", |config, value| put(&mut config.workspace_dir, absolute(value).map(Some))),
     key("sockets", |config, value| put(&mut config.sockets, sockets(value))),
 ];

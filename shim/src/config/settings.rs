@@ -27,7 +27,7 @@ const OPEN_FILES: u64 = 131_072;
 /// The key `accel`: how guest instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AccelMode {
-    /// KVM if the host supports it, else TCG.
+    /// KVM; an error without it. For a configuration that has not chosen.
     Auto,
     /// KVM; an error without it.
     Kvm,
@@ -134,6 +134,8 @@ pub struct Config {
     pub port_ranges: bool,
     /// Containers may use io_uring, as far as their seccomp profiles allow it.
     pub io_uring: bool,
+    /// There may be user namespaces in a guest besides its first.
+    pub user_namespaces: bool,
     /// Parameters of the guest's kernel in addition to husk's own.
     pub kernel_params: Vec<String>,
     /// Guests boot in debug mode: a shell on the console, processes in the VM itself, verbose logs.
@@ -152,7 +154,8 @@ pub struct Config {
     pub allowed_annotations: Vec<String>,
     /// Tokens of the metadata service.
     pub tokens: TokenSettings,
-    /// The folder that may contain workspace files; without it, files are not allowed.
+    /// The folder whose subfolders may contain workspace files, one for each namespace of containerd; without it, files
+    /// are not allowed.
     pub workspace_dir: Option<PathBuf>,
     /// The Unix sockets of the host that containers may mount.
     pub sockets: Vec<AllowedSocket>,
@@ -182,6 +185,7 @@ impl Default for Config {
             port_addresses: Vec::new(),
             port_ranges: false,
             io_uring: false,
+            user_namespaces: true,
             kernel_params: Vec::new(),
             debug: false,
             log_level: tracing::Level::WARN,
@@ -194,7 +198,7 @@ impl Default for Config {
                 .filter(|name| !DENIED_BY_DEFAULT.contains(name))
                 .map(str::to_owned)
                 .collect(),
-            tokens: TokenSettings { key: METADATA_KEY.into(), lifetime: TOKEN_LIFETIME },
+            tokens: TokenSettings { key: METADATA_KEY.into(), lifetime: TOKEN_LIFETIME, host: None },
             workspace_dir: None,
             sockets: Vec::new(),
         }
@@ -217,4 +221,6 @@ pub struct TokenSettings {
     pub key: PathBuf,
     /// Lifetime of a token.
     pub lifetime: Duration,
+    /// The name of the host that issues the tokens; its host name by default.
+    pub host: Option<String>,
 }

@@ -67,6 +67,12 @@ pub(crate) fn text(value: &Value) -> Result<&str, String> {
     value.as_str().filter(|text| !text.is_empty()).ok_or_else(|| "must be a non-empty string".to_owned())
 }
 
+/// Checks the name of a host in tokens. No DNS name is longer.
+pub(crate) fn token_host(name: &str) -> Result<String, String> {
+    let valid = name.len() <= 253 && !name.contains(char::is_control);
+    valid.then(|| name.to_owned()).ok_or_else(|| "must have at most 253 bytes and no control characters".to_owned())
+}
+
 pub(crate) fn absolute(value: &Value) -> Result<PathBuf, String> {
     let path = PathBuf::from(text(value)?);
     if path.is_absolute() { Ok(path) } else { Err("must be an absolute path".to_owned()) }

@@ -31,14 +31,15 @@ impl Workspace {
         &self.0
     }
 
-    /// Reads an annotation's value: JSON, or the absolute path of a file under `folder`. No JSON begins with a slash.
+    /// Reads an annotation's value: JSON, or the absolute path of a file under `<folder>/<namespace>`: whoever uses one
+    /// namespace of containerd cannot read the files of others. No JSON begins with a slash.
     ///
     /// # Errors
     ///
     /// The problem and what is allowed, without any of the content.
-    pub(crate) fn read(value: &str, folder: Option<&Path>) -> Result<Self, String> {
+    pub(crate) fn read(value: &str, folder: Option<&Path>, namespace: &str) -> Result<Self, String> {
         if value.starts_with('/') {
-            return read_file(Path::new(value), folder).map(|bytes| Self(bytes.into()));
+            return read_file(Path::new(value), folder, namespace).map(|bytes| Self(bytes.into()));
         }
         if value.len() > MAX_BYTES {
             return Err(too_large());
@@ -79,14 +80,25 @@ fn too_large() -> String {
     format!("larger than {MAX_BYTES} bytes")
 }
 
-fn read_file(path: &Path, folder: Option<&Path>) -> Result<Vec<u8>, String> {
-    let Some(folder) = folder else {
+fn read_file(path: &Path, folder: Option<&Path>, namespace: &str) -> Result<Vec<u8>, String> {
+    let Some(all) = folder else {
         return Err("files are not allowed, because husk's configuration has no workspace_dir".to_owned());
     };
-    let outside = || format!("not a file under workspace_dir, {}", folder.display());
-    let name = path.strip_prefix(folder).ok().filter(|name| !name.as_os_str().is_empty()).ok_or_else(outside)?;
-    let base = open(folder, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-        .map_err(|error| format!("failed to open workspace_dir, {}: {}", folder.display(), io::Error::from(error)))?;
+    let folder = all.join(namespace);
+    let outside = || {
+        // Before there were folders of namespaces, the files were in workspace_dir itself.
+        let moved = if path.starts_with(all) { ". Move the files of this namespace there" } else { "" };
+        format!("not a file under {}, the folder of this namespace in workspace_dir{moved}", folder.display())
+    };
+    let name = path.strip_prefix(&folder).ok().filter(|name| !name.as_os_str().is_empty()).ok_or_else(outside)?;
+    let base =
+        open(&folder, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).map_err(|error| {
+            let folder = folder.display();
+            format!(
+                "failed to open {folder}, the folder of this namespace in workspace_dir: {}",
+                io::Error::from(error)
+            )
+        })?;
     // Resolved beneath the folder, regardless of the name and of links, even of links that are created meanwhile.
     // O_NONBLOCK: opening a fifo does not block.
     let how = OpenHow::new()
@@ -119,7 +131,7 @@ mod tests {
     const SECRET: &str = "hunter2";
 
     fn rejection(value: &str, folder: Option<&Path>) -> String {
-        let why = Workspace::read(value, folder).unwrap_err();
+        let why = Workspace::read(value, folder, "ns").unwrap_err();
         let text = format!("{} {why}", shown(value));
         assert!(!text.contains(SECRET), "{text}");
         text
@@ -128,10 +140,10 @@ mod tests {
     #[test]
     fn json_is_accepted_unchanged_and_everything_else_is_rejected() {
         for good in ["{}", r#"{ "password":"hunter2" }"#, "[1, 2]", "\"x\"", " 7 "] {
-            assert_eq!(Workspace::read(good, None).unwrap().bytes(), good.as_bytes());
+            assert_eq!(Workspace::read(good, None, "ns").unwrap().bytes(), good.as_bytes());
         }
         let full = format!("\"{}\"", "x".repeat(MAX_BYTES - 2));
-        assert_eq!(Workspace::read(&full, None).unwrap().bytes().len(), MAX_BYTES);
+        assert_eq!(Workspace::read(&full, None, "ns").unwrap().bytes().len(), MAX_BYTES);
         let table = [
             ("", "(0 bytes) must be JSON, or the absolute path of a file: EOF while parsing"),
             ("hunter2", "(7 bytes) must be JSON, or the absolute path of a file: expected value at line 1 column 1"),
@@ -150,24 +162,29 @@ mod tests {
     #[test]
     fn a_file_is_read_only_from_beneath_the_folder() {
         let outer = tempfile::tempdir().unwrap();
-        let folder = outer.path().join("allowed");
+        let all = outer.path().join("allowed");
+        let folder = all.join("ns");
         fs::create_dir_all(folder.join("sub")).unwrap();
-        fs::write(outer.path().join("secret"), SECRET).unwrap();
+        fs::create_dir(all.join("other")).unwrap();
+        fs::write(all.join("other/file"), SECRET).unwrap();
+        fs::write(all.join("file"), SECRET).unwrap();
+        fs::write(all.join("secret"), SECRET).unwrap();
         fs::write(folder.join("sub/file"), SECRET).unwrap();
         fs::write(folder.join("full"), vec![7; MAX_BYTES]).unwrap();
         fs::write(folder.join("large"), vec![7; MAX_BYTES + 1]).unwrap();
         nix::unistd::mkfifo(&folder.join("fifo"), Mode::S_IRWXU).unwrap();
         symlink("sub/file", folder.join("inside")).unwrap();
         symlink("../secret", folder.join("up")).unwrap();
-        symlink(outer.path().join("secret"), folder.join("absolute")).unwrap();
-        symlink(outer.path(), folder.join("way")).unwrap();
+        symlink(all.join("secret"), folder.join("absolute")).unwrap();
+        symlink(&all, folder.join("way")).unwrap();
         let at = |name: &str| format!("{}/{name}", folder.display());
 
         for name in ["sub/file", "inside", "sub/../sub/file", "./sub//file"] {
-            assert_eq!(Workspace::read(&at(name), Some(&folder)).unwrap().bytes(), SECRET.as_bytes(), "{name}");
+            assert_eq!(Workspace::read(&at(name), Some(&all), "ns").unwrap().bytes(), SECRET.as_bytes(), "{name}");
         }
-        assert_eq!(Workspace::read(&at("full"), Some(&folder)).unwrap().bytes().len(), MAX_BYTES);
-        let outside = format!("not a file under workspace_dir, {}", folder.display());
+        assert_eq!(Workspace::read(&at("full"), Some(&all), "ns").unwrap().bytes().len(), MAX_BYTES);
+        let outside = format!("not a file under {}, the folder of this namespace in workspace_dir", folder.display());
+        let moved = format!("{outside}. Move the files of this namespace there");
         let table = [
             (at("../secret"), outside.as_str()),
             (at("up"), &outside),
@@ -175,6 +192,9 @@ mod tests {
             (at("way/secret"), &outside),
             (at(""), &outside),
             (format!("{}x/file", folder.display()), &outside),
+            (at("../other/file"), &outside),
+            (format!("{}/other/file", all.display()), &moved),
+            (format!("{}/file", all.display()), &moved),
             ("/etc/shadow".to_owned(), &outside),
             (at("none"), "failed to open the file: No such file"),
             (at("sub"), "not a regular file"),
@@ -182,18 +202,21 @@ mod tests {
             (at("large"), "larger than 262144 bytes"),
         ];
         for (path, expected) in &table {
-            let text = rejection(path, Some(&folder));
+            let text = rejection(path, Some(&all));
             assert!(text.starts_with(&format!("{path:?} ")) && text.contains(expected), "{text}");
         }
         assert!(rejection(&at("sub/file"), None).ends_with("husk's configuration has no workspace_dir"));
         let gone = rejection("/no/such/folder/x", Some(Path::new("/no/such/folder")));
-        assert!(gone.contains("open workspace_dir, /no/such/folder: No such file"), "{gone}");
+        assert!(gone.contains("not a file under /no/such/folder/ns"), "{gone}");
+        let gone = rejection("/no/such/folder/ns/x", Some(Path::new("/no/such/folder")));
+        let expected = "failed to open /no/such/folder/ns, the folder of this namespace in workspace_dir: No such file";
+        assert!(gone.contains(expected), "{gone}");
     }
 
     #[test]
     fn errors_truncate_a_long_path_and_debug_output_shows_only_the_size() {
         assert_eq!(shown(&format!("/{}", "x".repeat(1000))), format!("\"/{}\"…", "x".repeat(SHOWN - 1)));
-        let workspace = Workspace::read("\"hunter2\"", None).unwrap();
+        let workspace = Workspace::read("\"hunter2\"", None, "ns").unwrap();
         assert_eq!(format!("{workspace:?}"), "Workspace(9 bytes)");
     }
 }

@@ -15,7 +15,7 @@ use husk_protos::relay::{Transport, read_status, write_target};
 use husk_protos::stdio::{InputChunk, InputResponse, OutputChunk, OutputRequest, StreamKind};
 use husk_protos::system::Hello;
 use husk_protos::{
-    PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_TASK, PROTOCOL, RECEIVE_WINDOW, bundle_ttrpc::BundleClient,
+    PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_TASK, PROTOCOL, RECEIVE_WINDOW, SECRET, bundle_ttrpc::BundleClient,
     events_ttrpc::EventsClient, network_ttrpc::NetworkClient, stdio_ttrpc::StdioClient, system_ttrpc::SystemClient,
 };
 use protobuf::Message;
@@ -52,6 +52,9 @@ pub enum GuestError {
         /// The init's protocol version.
         theirs: u32,
     },
+    /// The guest's hello has no secret for connections.
+    #[error("the guest's hello has a secret of {0} bytes instead of {SECRET}")]
+    Secret(usize),
     /// The guest returned an error, or the connection failed. `From` makes it from the client's error: a status keeps
     /// only its code and a clean message that names the guest as its author. Not a `source`: it would repeat the
     /// message.
@@ -112,6 +115,7 @@ impl<M: Message + ttrpc::proto::Codec<E = protobuf::Error>> Metering<M> {
 /// Clients of one guest.
 pub struct Guest {
     link: Link,
+    secret: [u8; SECRET],
     call_timeout: Duration,
     /// containerd's Task service.
     pub task: TaskClient,
@@ -131,7 +135,8 @@ impl Guest {
         if hello.protocol != PROTOCOL {
             return Err(GuestError::Protocol { version: clean(&hello.version), theirs: hello.protocol });
         }
-        let client = Client::new(Socket::new(connect(&link, PORT_TASK, call_timeout).await?));
+        let secret = hello.secret.as_slice().try_into().map_err(|_| GuestError::Secret(hello.secret.len()))?;
+        let client = Client::new(Socket::new(connect(&link, PORT_TASK, &secret, call_timeout).await?));
         Ok(Self {
             task: TaskClient::new(client.clone()),
             bundle: BundleClient::new(client.clone()),
@@ -139,6 +144,7 @@ impl Guest {
             network: NetworkClient::new(client.clone()),
             debug: DebugClient::new(client),
             link,
+            secret,
             call_timeout,
         })
     }
@@ -193,7 +199,7 @@ impl Guest {
     /// Connects to an address of the VM. What follows on the stream is that of [`husk_protos::relay`].
     pub(crate) async fn dial(&self, target: SocketAddr, limit: Duration) -> Result<Stream, DialError> {
         let dial = async {
-            let mut stream = self.link.connect(PORT_RELAY, limit).await?;
+            let mut stream = self.link.connect(PORT_RELAY, &self.secret, limit).await?;
             write_target(&mut stream, Transport::Tcp, target).await?;
             read_status(&mut stream).await?;
             Ok(stream)
@@ -204,7 +210,7 @@ impl Guest {
     /// Sends a datagram to an address that the VM can reach, and returns the answer.
     pub(crate) async fn query(&self, target: SocketAddr, query: &[u8], limit: Duration) -> Result<Vec<u8>, DialError> {
         let answered = async {
-            let mut stream = self.link.connect(PORT_RELAY, limit).await?;
+            let mut stream = self.link.connect(PORT_RELAY, &self.secret, limit).await?;
             write_target(&mut stream, Transport::Udp, target).await?;
             Ok(datagram::query(&mut stream, query).await?)
         };
@@ -222,13 +228,14 @@ impl Guest {
     }
 
     async fn stream_client(&self, port: u32) -> Result<(Client, Meter), GuestError> {
-        let (socket, meter) = Metered::new(connect(&self.link, port, self.call_timeout).await?, RECEIVE_WINDOW);
+        let connected = connect(&self.link, port, &self.secret, self.call_timeout).await?;
+        let (socket, meter) = Metered::new(connected, RECEIVE_WINDOW);
         Ok((Client::new(Socket::new(socket)), meter))
     }
 }
 
-async fn connect(link: &Link, port: u32, deadline: Duration) -> Result<Stream, GuestError> {
-    link.connect(port, deadline).await.map_err(|source| GuestError::Connect { port, source })
+async fn connect(link: &Link, port: u32, secret: &[u8; SECRET], deadline: Duration) -> Result<Stream, GuestError> {
+    link.connect(port, secret, deadline).await.map_err(|source| GuestError::Connect { port, source })
 }
 
 #[cfg(test)]

@@ -5,13 +5,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use husk_protos::{PORT_NAMES, PORT_READY, PORT_RELAY};
+use husk_protos::{PORT_NAMES, PORT_READY, PORT_RELAY, SECRET};
+use tokio::io::AsyncWriteExt;
+use tokio::time::timeout;
 
 use crate::state::cid::{CIDS, CidError};
 use crate::state::journal::Journal;
 use crate::state::lease::Holder;
 use crate::state::{Owner, StateError, Step};
-use husk_vsock::{Device, Listener, Stream, kernel};
+use husk_vsock::{Device, Listener, Stream, VsockError, kernel};
 
 /// CID of every guest with its own device: the CIDs of different devices may be equal. 0 to 2 are reserved (vsock(7)).
 const OWN_CID: u32 = 3;
@@ -37,7 +39,7 @@ pub enum Carrier {
 pub enum LinkError {
     /// The device, or one of its ports.
     #[error("vsock device")]
-    Vsock(#[from] husk_vsock::VsockError),
+    Vsock(#[from] VsockError),
     /// The kernel's device.
     #[error("open {}", kernel::DEVICE)]
     Device(#[source] io::Error),
@@ -69,16 +71,26 @@ impl Link {
         }
     }
 
-    /// Connects to a port of the guest.
+    /// Connects to a port of the guest, and proves with the guest's secret that the connection is the shim's.
     ///
     /// # Errors
     ///
     /// When the guest rejects the connection, is gone, or does not answer in time.
-    pub(super) async fn connect(&self, port: u32, deadline: Duration) -> Result<Stream, husk_vsock::VsockError> {
-        match self {
+    pub(super) async fn connect(
+        &self,
+        port: u32,
+        secret: &[u8; SECRET],
+        deadline: Duration,
+    ) -> Result<Stream, VsockError> {
+        let mut stream = match self {
             Self::Own(device) => device.connect(port, deadline).await.map(Stream::VhostUser),
             Self::Kernel(cid) => kernel::connect(*cid, port, deadline).await.map(Stream::Kernel),
+        }?;
+        match timeout(deadline, stream.write_all(secret)).await {
+            Ok(sent) => sent.map_err(|source| VsockError::Stream { port, source })?,
+            Err(_) => return Err(VsockError::TimedOut { port, deadline }),
         }
+        Ok(stream)
     }
 
     /// Listens for the guest's connections to the host's Unix sockets.
@@ -86,7 +98,7 @@ impl Link {
     /// # Errors
     ///
     /// When the port is in use.
-    pub(super) fn listen_for_relays(&self) -> Result<HostPort, husk_vsock::VsockError> {
+    pub(super) fn listen_for_relays(&self) -> Result<HostPort, VsockError> {
         match self {
             Self::Own(device) => HostPort::own(device, PORT_RELAY),
             Self::Kernel(cid) => HostPort::kernel(RELAY_PORTS + cid, *cid),
@@ -98,7 +110,7 @@ impl Link {
     /// # Errors
     ///
     /// When the port is in use.
-    pub(super) fn listen_for_queries(&self) -> Result<HostPort, husk_vsock::VsockError> {
+    pub(super) fn listen_for_queries(&self) -> Result<HostPort, VsockError> {
         match self {
             Self::Own(device) => HostPort::own(device, PORT_NAMES),
             Self::Kernel(cid) => HostPort::kernel(NAMES_PORTS + cid, *cid),
@@ -115,11 +127,11 @@ pub(crate) enum HostPort {
 }
 
 impl HostPort {
-    fn own(device: &Device, port: u32) -> Result<Self, husk_vsock::VsockError> {
+    fn own(device: &Device, port: u32) -> Result<Self, VsockError> {
         Ok(Self::Own { listener: device.listen(port)?, port })
     }
 
-    fn kernel(port: u32, cid: u32) -> Result<Self, husk_vsock::VsockError> {
+    fn kernel(port: u32, cid: u32) -> Result<Self, VsockError> {
         Ok(Self::Kernel { listener: kernel::KernelListener::bind(port)?, port, cid })
     }
 
@@ -143,7 +155,7 @@ impl HostPort {
     /// # Errors
     ///
     /// When the device has ended.
-    pub(crate) async fn accept(&mut self) -> Result<Stream, husk_vsock::VsockError> {
+    pub(crate) async fn accept(&mut self) -> Result<Stream, VsockError> {
         match self {
             Self::Own { listener, .. } => listener.accept().await.map(Stream::VhostUser),
             Self::Kernel { listener, cid, .. } => Ok(Stream::Kernel(listener.accept_from(*cid).await)),

@@ -69,12 +69,12 @@ struct AllVms {
 
 #[async_trait]
 impl MetadataSource for AllVms {
-    async fn get(&self, cid: u32) -> Result<GetMetadataResponse, Refusal> {
+    async fn get(&self, cid: u32, audience: String) -> Result<GetMetadataResponse, Refusal> {
         let base = self.base.clone();
         let found =
             tokio::task::spawn_blocking(move || find(&base, cid).map_err(|error| Chain(&error).to_string())).await;
         match found.unwrap_or_else(|error| Err(Chain(&error).to_string())) {
-            Ok((identity, workspace)) => Ok(response(self.issuer.issue(identity).await?, workspace.as_ref())),
+            Ok((identity, workspace)) => Ok(response(self.issuer.issue(identity, audience).await?, workspace.as_ref())),
             Err(error) => {
                 tracing::debug!(cid, error, "a caller is not a VM of husk");
                 Err(Refusal { code: Code::NOT_FOUND, message: format!("no VM of husk has CID {cid}") })
@@ -127,7 +127,7 @@ mod tests {
     async fn a_cid_identifies_the_vm_that_leased_it_while_its_qemu_runs() {
         let base = tempfile::tempdir().unwrap();
         let key = base.path().join("key");
-        let settings = TokenSettings { key, lifetime: std::time::Duration::from_secs(1) };
+        let settings = TokenSettings { key, lifetime: std::time::Duration::from_secs(1), host: None };
         let source = AllVms { base: base.path().to_owned(), issuer: Issuer::new(settings) };
         let refused = |cid: u32| {
             let message = format!("no VM of husk has CID {cid}");
@@ -144,7 +144,7 @@ mod tests {
             let mut record = |cid| state.record(&Owner::Sandbox, [Step::Cid { cid, leases: leases.clone(), shim }]);
             let cid = leases.lease(4..=9, &holder, &mut record, &mut |_| Ok(true)).unwrap();
             // Leased, but the VM has not started: another guest could have the CID.
-            assert_eq!(source.get(cid).await, refused(cid));
+            assert_eq!(source.get(cid, String::new()).await, refused(cid));
             state.set_machine(machine(cid, qemu.id()));
             state.save().unwrap();
             if let Some(workspace) = workspace {
@@ -153,31 +153,31 @@ mod tests {
             let (identity, found) = find(base.path(), cid).unwrap();
             assert_eq!(identity, Identity { namespace: "ns".into(), sandbox: sandbox.into(), cid });
             assert_eq!(found.as_ref().map(Workspace::bytes), workspace.map(str::as_bytes));
-            let response = source.get(cid).await.unwrap();
+            let response = source.get(cid, String::new()).await.unwrap();
             assert_eq!(response.workspace.as_deref(), workspace.map(str::as_bytes));
             assert_eq!(response.token.split('.').count(), 3);
             if sandbox == "s2" {
                 qemu.kill().unwrap();
                 qemu.wait().unwrap();
-                assert_eq!(source.get(cid).await, refused(cid));
+                assert_eq!(source.get(cid, String::new()).await, refused(cid));
             }
             vms.push((cid, qemu, state));
         }
         for cid in [0, 1, 2, 3, 6, 65535, u32::MAX] {
-            assert_eq!(source.get(cid).await, refused(cid));
+            assert_eq!(source.get(cid, String::new()).await, refused(cid));
         }
         let (cid, mut qemu, mut state) = vms.swap_remove(0);
         // After another boot with another CID, the first CID may belong to any VM.
         for (with, found) in [(7, false), (cid, true)] {
             state.set_machine(machine(with, qemu.id()));
             state.save().unwrap();
-            assert_eq!(source.get(cid).await.is_ok(), found, "{with}");
+            assert_eq!(source.get(cid, String::new()).await.is_ok(), found, "{with}");
         }
         // The lease belongs to a dead shim; the sandbox has another shim without a lease.
         let path = base.path().join(".cids").join(cid.to_string());
         let lease = std::fs::read_to_string(&path).unwrap().replace("\"start_time\":", "\"start_time\":1");
         std::fs::write(&path, lease).unwrap();
-        assert_eq!(source.get(cid).await, refused(cid));
+        assert_eq!(source.get(cid, String::new()).await, refused(cid));
         qemu.kill().unwrap();
         qemu.wait().unwrap();
     }

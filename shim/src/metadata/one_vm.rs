@@ -87,8 +87,8 @@ pub(super) struct OneVm {
 
 #[async_trait]
 impl MetadataSource for OneVm {
-    async fn get(&self, _cid: u32) -> Result<GetMetadataResponse, Refusal> {
-        Ok(response(self.issuer.issue(self.identity.clone()).await?, self.workspace.as_ref()))
+    async fn get(&self, _cid: u32, audience: String) -> Result<GetMetadataResponse, Refusal> {
+        Ok(response(self.issuer.issue(self.identity.clone(), audience).await?, self.workspace.as_ref()))
     }
 }
 

@@ -15,9 +15,12 @@ use husk_protos::lock::lock;
 use husk_protos::metadata::{GetMetadataRequest, GetMetadataResponse};
 use protobuf::Message;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use ttrpc::Code;
 use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_REQUEST, MessageHeader, Request, Response, Status};
+
+use crate::host::rate::{Admitted, Bucket};
+use crate::metadata::token;
 
 const SERVICE: &str = "husk.v1.Metadata";
 const METHOD: &str = "Get";
@@ -27,6 +30,12 @@ pub(super) const REQUEST_BYTES: u32 = 4096;
 pub(super) const CONNECTIONS: usize = 4;
 /// Limit of concurrent connections of all VMs.
 const TOTAL_CONNECTIONS: usize = 256;
+/// Requests of one VM that are answered at once.
+pub(super) const BURST: f64 = 20.0;
+/// Requests of one VM that are answered in the long run, per second: a token is valid for minutes.
+const PER_SECOND: f64 = 1.0;
+/// VMs whose limit is remembered. Beyond, those are forgotten that are as good as new.
+const REMEMBERED: usize = 256;
 /// Time limit for each step of a request: to receive it, to find the answer, and to send it.
 const STEP: Duration = Duration::from_secs(10);
 
@@ -40,8 +49,8 @@ pub(super) struct Refusal {
 /// Finds the metadata of VMs.
 #[async_trait]
 pub(super) trait MetadataSource: Send + Sync + 'static {
-    /// The response for the VM with this CID.
-    async fn get(&self, cid: u32) -> Result<GetMetadataResponse, Refusal>;
+    /// The response for the VM with this CID, with a token for this audience.
+    async fn get(&self, cid: u32, audience: String) -> Result<GetMetadataResponse, Refusal>;
 }
 
 /// Why the host closed a connection.
@@ -68,18 +77,42 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let connections = Arc::new(Connections::default());
+    let rates = Arc::new(Rates::default());
     while let Some((stream, cid)) = incoming.next().await {
         let Some(permit) = connections.open(cid) else {
             tracing::debug!(cid, "too many connections to the metadata service");
             continue;
         };
-        let source = source.clone();
+        let (source, rates) = (source.clone(), rates.clone());
         tokio::spawn(async move {
             let _permit = permit;
-            if let Err(error) = serve_connection(stream, cid, &*source).await {
+            if let Err(error) = serve_connection(stream, cid, &*source, &rates).await {
                 tracing::debug!(cid, error = %Chain(&error), "closed a connection to the metadata service");
             }
         });
+    }
+}
+
+/// How often each VM asks, by CID.
+#[derive(Default)]
+struct Rates(Mutex<HashMap<u32, Bucket>>);
+
+impl Rates {
+    /// Asks for one request of a VM.
+    fn admit(&self, cid: u32) -> Result<(), Refusal> {
+        let now = Instant::now();
+        let mut rates = lock(&self.0);
+        if rates.len() >= REMEMBERED {
+            rates.retain(|_, bucket| !bucket.is_full(now));
+        }
+        match rates.entry(cid).or_insert_with(|| Bucket::new(BURST, PER_SECOND, now)).admit(now) {
+            Admitted::Yes { .. } => Ok(()),
+            Admitted::No => {
+                let message =
+                    format!("more than {BURST} requests at once, or {PER_SECOND} per second: use a token again");
+                Err(Refusal { code: Code::RESOURCE_EXHAUSTED, message })
+            }
+        }
     }
 }
 
@@ -121,13 +154,18 @@ impl Drop for ConnectionPermit {
     }
 }
 
-async fn serve_connection<S>(mut stream: S, cid: u32, source: &dyn MetadataSource) -> Result<(), ConnectionError>
+async fn serve_connection<S>(
+    mut stream: S,
+    cid: u32,
+    source: &dyn MetadataSource,
+    rates: &Rates,
+) -> Result<(), ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     while let Some((id, request)) = in_time("request", read(&mut stream)).await? {
-        let answer = match check(&request) {
-            Ok(()) => in_time("response of the host", async { Ok(source.get(cid).await) }).await?,
+        let answer = match rates.admit(cid).and_then(|()| check(&request)) {
+            Ok(audience) => in_time("response of the host", async { Ok(source.get(cid, audience).await) }).await?,
             Err(refusal) => Err(refusal),
         };
         let frame = frame(id, answer)?;
@@ -163,15 +201,16 @@ async fn read(from: &mut (impl AsyncRead + Unpin)) -> Result<Option<(u32, Reques
     Ok(Some((header.stream_id, request)))
 }
 
-fn check(request: &Request) -> Result<(), Refusal> {
+/// The audience of the requested token.
+fn check(request: &Request) -> Result<String, Refusal> {
     if request.service != SERVICE || request.method != METHOD {
         let message = format!("the only method is {SERVICE}/{METHOD}");
         return Err(Refusal { code: Code::UNIMPLEMENTED, message });
     }
-    match GetMetadataRequest::parse_from_bytes(&request.payload) {
-        Ok(_) => Ok(()),
-        Err(_) => Err(Refusal { code: Code::INVALID_ARGUMENT, message: "the request cannot be decoded".to_owned() }),
-    }
+    let invalid = |message| Refusal { code: Code::INVALID_ARGUMENT, message };
+    let decoded = GetMetadataRequest::parse_from_bytes(&request.payload);
+    let request = decoded.map_err(|_| invalid("the request cannot be decoded".to_owned()))?;
+    token::audience(&request.audience).map(str::to_owned).map_err(invalid)
 }
 
 fn frame(stream: u32, answer: Result<GetMetadataResponse, Refusal>) -> Result<Vec<u8>, ConnectionError> {

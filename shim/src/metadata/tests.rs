@@ -23,7 +23,7 @@ use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MessageHeader, Request, Response};
 use super::issuer::{Issuer, response};
 use super::key::Key;
 use super::one_vm::{OneVm, provide, serve_vm, workspace_file};
-use super::service::{CONNECTIONS, MetadataSource, REQUEST_BYTES, Refusal, serve};
+use super::service::{BURST, CONNECTIONS, MetadataSource, REQUEST_BYTES, Refusal, serve};
 use super::token::Identity;
 use crate::config::settings::TokenSettings;
 use crate::config::workspace::{MAX_BYTES, Workspace};
@@ -36,8 +36,10 @@ struct ByCid;
 
 #[async_trait]
 impl MetadataSource for ByCid {
-    async fn get(&self, cid: u32) -> Result<GetMetadataResponse, Refusal> {
-        Ok(response(format!("token of {cid}"), None))
+    async fn get(&self, cid: u32, audience: String) -> Result<GetMetadataResponse, Refusal> {
+        let token =
+            if audience == "husk" { format!("token of {cid}") } else { format!("token of {cid} for {audience}") };
+        Ok(response(token, None))
     }
 }
 
@@ -68,11 +70,12 @@ async fn get(client: &MetadataClient) -> ttrpc::Result<GetMetadataResponse> {
 }
 
 fn one_vm(key: &Path, workspace: Option<&str>) -> OneVm {
-    let settings = TokenSettings { key: key.to_owned(), lifetime: Duration::from_secs(300) };
+    let settings =
+        TokenSettings { key: key.to_owned(), lifetime: Duration::from_secs(300), host: Some("node-7".into()) };
     OneVm {
         identity: Identity { namespace: "ns".into(), sandbox: "s1".into(), cid: 3 },
         issuer: Issuer::new(settings),
-        workspace: workspace.map(|text| Workspace::read(text, None).unwrap()),
+        workspace: workspace.map(|text| Workspace::read(text, None, "ns").unwrap()),
     }
 }
 
@@ -84,8 +87,10 @@ async fn a_vm_gets_a_verifiable_token_and_its_unchanged_workspace() {
     for workspace in [None, Some("{}"), Some(r#"{"a": 1}"#), Some(&large)] {
         let host = Host::start(one_vm(&path, workspace));
         let client = host.client(3);
-        let (first, second) = (get(&client).await.unwrap(), get(&client).await.unwrap());
-        for response in [first, second] {
+        let mut ids = std::collections::HashSet::new();
+        for audience in ["", "https://db.example"] {
+            let request = GetMetadataRequest { audience: audience.into(), ..Default::default() };
+            let response = client.get(with_duration(WAIT), &request).await.unwrap();
             assert_eq!(response.workspace.as_deref(), workspace.map(str::as_bytes));
             let (signed, signature) = response.token.rsplit_once('.').unwrap();
             let signature = Signature::from_slice(&Base64UrlUnpadded::decode_vec(signature).unwrap()).unwrap();
@@ -97,9 +102,12 @@ async fn a_vm_gets_a_verifiable_token_and_its_unchanged_workspace() {
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
             let iat = claims["iat"].as_u64().unwrap();
             assert!((now - 60..=now).contains(&iat), "{claims}");
-            let expected =
-                json!({"iss": "husk", "sandbox": "s1", "namespace": "ns", "cid": 3, "iat": iat, "exp": iat + 300});
+            let audience = if audience.is_empty() { "husk" } else { audience };
+            let expected = json!({"iss": "husk", "aud": audience, "jti": claims["jti"], "host": "node-7", "sandbox": "s1",
+                "namespace": "ns", "cid": 3, "iat": iat, "exp": iat + 300});
             assert_eq!(claims, expected);
+            let id = claims["jti"].as_str().unwrap().to_owned();
+            assert!(id.len() == 22 && ids.insert(id), "{claims}");
         }
     }
 }
@@ -144,7 +152,7 @@ async fn each_vm_gets_its_own_metadata_whatever_it_requests() {
     for cid in [4, 5, 65535] {
         assert_eq!(get(&host.client(cid)).await.unwrap().token, format!("token of {cid}"));
         // A request that claims to come from another VM, in fields that the message does not have.
-        let payload = b"\x0a\x01s\x12\x02ns\x18\x05".to_vec();
+        let payload = b"\x72\x01s\x7a\x02ns\x18\x05".to_vec();
         let mut stream = host.dial(cid);
         stream.write_all(&request("husk.v1.Metadata", "Get", payload)).await.unwrap();
         let (_, response) = receive(&mut stream).await.unwrap();
@@ -182,7 +190,9 @@ async fn invalid_requests_are_rejected_or_end_the_connection() {
         bytes[8] = type_;
         bytes
     };
-    let table: [(&str, Vec<u8>, Option<Code>); 9] = [
+    let long = GetMetadataRequest { audience: "x".repeat(256), ..Default::default() }.write_to_bytes().unwrap();
+    let table: [(&str, Vec<u8>, Option<Code>); 10] = [
+        ("a long audience", request("husk.v1.Metadata", "Get", long), Some(Code::INVALID_ARGUMENT)),
         ("another method", request("husk.v1.Metadata", "Put", Vec::new()), Some(Code::UNIMPLEMENTED)),
         ("another service", request("husk.v1.System", "Get", Vec::new()), Some(Code::UNIMPLEMENTED)),
         ("an invalid payload", request("husk.v1.Metadata", "Get", vec![0xff; 9]), Some(Code::INVALID_ARGUMENT)),
@@ -227,7 +237,7 @@ async fn a_guest_that_reads_no_responses_is_disconnected_and_queues_at_most_one_
     struct Large;
     #[async_trait]
     impl MetadataSource for Large {
-        async fn get(&self, _cid: u32) -> Result<GetMetadataResponse, Refusal> {
+        async fn get(&self, _cid: u32, _audience: String) -> Result<GetMetadataResponse, Refusal> {
             Ok(response("x".repeat(256 * 1024), None))
         }
     }
@@ -264,6 +274,28 @@ async fn the_connections_of_each_vm_are_limited_separately() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_asks_again_and_again_is_refused_until_time_has_passed() {
+    let host = Host::start(ByCid);
+    let refused = |got: ttrpc::Result<GetMetadataResponse>| match got {
+        Err(ttrpc::Error::RpcStatus(status)) => status.code() == Code::RESOURCE_EXHAUSTED,
+        _ => false,
+    };
+    for _ in 0..BURST as usize {
+        get(&host.client(4)).await.unwrap();
+    }
+    // Neither another connection nor an invalid request is a way around.
+    assert!(refused(get(&host.client(4)).await));
+    let mut stream = host.dial(4);
+    stream.write_all(&request("husk.v1.Metadata", "Put", Vec::new())).await.unwrap();
+    let (_, response) = receive(&mut stream).await.unwrap();
+    assert_eq!(response.status.code(), Code::RESOURCE_EXHAUSTED);
+    assert_eq!(get(&host.client(5)).await.unwrap().token, "token of 5");
+    tokio::time::advance(Duration::from_secs(1)).await;
+    get(&host.client(4)).await.unwrap();
+    assert!(refused(get(&host.client(4)).await));
+}
+
 #[tokio::test]
 async fn the_service_ends_with_the_device() {
     let (device, _qemu_end) = husk_vsock::Device::start(3).unwrap();
@@ -281,7 +313,7 @@ async fn the_hosts_service_finds_the_workspace_of_the_last_boot_in_a_file_for_ro
     let folder = tempfile::tempdir().unwrap();
     let vm = one_vm(Path::new("/none"), None);
     for text in [None, Some("{}"), Some("[1]"), None, None] {
-        let workspace = text.map(|text| Workspace::read(text, None).unwrap());
+        let workspace = text.map(|text| Workspace::read(text, None, "ns").unwrap());
         let (identity, tokens) = (vm.identity.clone(), &vm.issuer.settings);
         provide(&Link::Kernel(4), identity, tokens, workspace.as_ref(), folder.path()).unwrap();
         let path = workspace_file(folder.path());

@@ -30,7 +30,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use husk_protos::chain::Chain;
 use husk_protos::sandbox_update::UpdateSandboxRequest;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tracing::Level;
 
 use crate::config::annotations::{self, Annotations};
@@ -152,12 +152,25 @@ impl Siblings<'_> {
         Siblings { first: true, find: &|_| None, booted_with: None, booting_with: None };
 }
 
+/// The sandbox that something is prepared for.
+#[derive(Clone, Copy, Debug)]
+pub struct SandboxName<'a> {
+    /// containerd's namespace.
+    pub namespace: &'a str,
+    /// The sandbox's ID.
+    pub id: &'a str,
+}
+
 /// Reads and checks everything that a container needs.
 ///
 /// # Errors
 ///
 /// All problems at once.
-pub fn prepare(request: &CreateTaskRequest, sandbox: &str, siblings: Siblings<'_>) -> Result<Prepared, PrepareError> {
+pub fn prepare(
+    request: &CreateTaskRequest,
+    sandbox: SandboxName<'_>,
+    siblings: Siblings<'_>,
+) -> Result<Prepared, PrepareError> {
     let options = options::read(request.options.as_ref()).map_err(PrepareError)?;
     let config = load::load_named(options.config_path.as_deref()).map_err(|error| PrepareError::one(&error))?;
     let mut prepared = prepare_with(config, &Places::of_process(), request, sandbox, siblings)?;
@@ -170,13 +183,17 @@ pub fn prepare(request: &CreateTaskRequest, sandbox: &str, siblings: Siblings<'_
 /// # Errors
 ///
 /// All problems at once.
-pub(crate) fn prepare_sandbox(request: &CreateSandboxRequest) -> Result<(SandboxRequest, Prepared), PrepareError> {
+pub(crate) fn prepare_sandbox(
+    request: &CreateSandboxRequest,
+    namespace: &str,
+) -> Result<(SandboxRequest, Prepared), PrepareError> {
     let node = Node::read().map_err(|error| PrepareError::one(&error))?;
     let mut request = SandboxRequest::read(request, &node).map_err(all)?;
     let config = load::load().map_err(|error| PrepareError::one(&error))?;
     let parsed = Parsed { spec: request.spec.clone(), ignored: Vec::new() };
     let subject = Subject { id: &request.id, bundle: &request.bundle, parsed };
-    let mut prepared = prepare_spec(config, &Places::of_process(), subject, &request.id, Siblings::NONE)?;
+    let sandbox = SandboxName { namespace, id: &request.id };
+    let mut prepared = prepare_spec(config, &Places::of_process(), subject, sandbox, Siblings::NONE)?;
     prepared.machine.guest.sandbox = true;
     prepared.machine.guest.hostname.clone_from(&request.hostname);
     if prepared.user.is_some() && !request.has_dns {
@@ -211,7 +228,7 @@ fn prepare_with(
     config: Config,
     places: &Places,
     request: &CreateTaskRequest,
-    sandbox: &str,
+    sandbox: SandboxName<'_>,
     siblings: Siblings<'_>,
 ) -> Result<Prepared, PrepareError> {
     let bundle = Path::new(&request.bundle);
@@ -230,16 +247,17 @@ fn prepare_spec(
     mut config: Config,
     places: &Places,
     Subject { id, bundle, parsed: Parsed { mut spec, ignored } }: Subject<'_>,
-    sandbox: &str,
+    sandbox: SandboxName<'_>,
     siblings: Siblings<'_>,
 ) -> Result<Prepared, PrepareError> {
     let mut problems = Vec::new();
-    let annotations = collect(read_annotations(&spec, &config), &mut problems);
+    let annotations = collect(read_annotations(&spec, &config, sandbox.namespace), &mut problems);
     let extras = annotations.as_ref().map(|annotations| annotations.extras.clone()).unwrap_or_default();
     let sources =
         collect(open_extras(&extras, siblings.booted_with.map(|booted| &booted.extras), &config), &mut problems);
     remove_workspace(&mut spec);
     problems.extend(pod::shares_node(&spec));
+    problems.extend(forbidden_namespace(&spec, &config).map(|problem| problem.to_string()));
     let pod = collect(pod::limits(&spec), &mut problems).unwrap_or_default();
     let context = Context {
         id,
@@ -260,7 +278,7 @@ fn prepare_spec(
         let user = network::user_network(&requested, &config, rewritten, booted)?;
         match &user {
             Some(user) if booted.is_none() => {
-                network::check_ports(user, &places.state, sandbox).map(|()| Some(user.clone()))
+                network::check_ports(user, &places.state, sandbox.id).map(|()| Some(user.clone()))
             }
             _ => Ok(user),
         }
@@ -284,7 +302,7 @@ fn prepare_spec(
         config.log_level = config.log_level.max(Level::DEBUG);
     }
     let size = size::size(&config, &annotations, pod, rewritten.limits, host::cpus());
-    let mut machine = machine(sandbox, &config, &host, size, &extras);
+    let mut machine = machine(sandbox.id, &config, &host, size, &extras);
     if user.is_some() {
         rewritten.use_network_of_vm();
         machine.user_network.clone_from(&user);
@@ -303,6 +321,14 @@ fn prepare_spec(
         host,
         config,
     })
+}
+
+/// The guest's kernel would reject the namespace with a message that does not explain it.
+fn forbidden_namespace(spec: &Spec, config: &Config) -> Option<Problem> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    let wanted = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    let why = "husk's configuration does not allow user namespaces: user_namespaces = false";
+    (wanted && !config.user_namespaces).then(|| Problem::quoted("linux.namespaces[].type", "user", why))
 }
 
 /// A workspace may hold secrets: neither the guest's spec, nor hooks, nor the state may contain it.
@@ -334,9 +360,9 @@ fn read_spec(bundle: &Path) -> Result<Parsed, PrepareError> {
     parse(&bytes).map_err(|problems| all(problems.0))
 }
 
-fn read_annotations(spec: &Spec, config: &Config) -> Result<Annotations, Vec<Problem>> {
+fn read_annotations(spec: &Spec, config: &Config, namespace: &str) -> Result<Annotations, Vec<Problem>> {
     let none = HashMap::new();
-    annotations::read(spec.annotations().as_ref().unwrap_or(&none), config)
+    annotations::read(spec.annotations().as_ref().unwrap_or(&none), config, namespace)
 }
 
 /// Opens the extras of a VM that has to be booted, or compares them with those of the booted VM.
@@ -363,6 +389,7 @@ fn machine(sandbox: &str, config: &Config, host: &Host, size: Size, extras: &Ext
         heartbeat: config.heartbeat,
         debug: config.debug,
         io_uring: config.io_uring,
+        user_namespaces: config.user_namespaces,
         configured: config.kernel_params.clone(),
         extras: !extras.files.is_empty(),
         supervisor: extras.runs_supervisor(),

@@ -12,11 +12,15 @@ use crate::vmm::factory::qemu::args::tests::FDS;
 
 const SPEC: &str = include_str!("../rootfs/testdata/ctr-1.6.json");
 
+const NAME: SandboxName<'_> = SandboxName { namespace: "ns", id: "c1" };
+
 /// An annotation of these tests: adds a bind mount with this source.
 const MOUNTED: &str = "test.mounted";
+/// An annotation of these tests: adds a user namespace.
+const IN_USER_NAMESPACE: &str = "test.in-user-namespace";
 
 /// A host without KVM whose files are all empty: `{host}/beside` has the files that are found without a configuration,
-/// `{host}/other` the same files.
+/// `{host}/other` the same files. Unless the configuration says otherwise, it accepts emulation.
 struct TestHost {
     folder: tempfile::TempDir,
     places: Places,
@@ -44,7 +48,10 @@ impl TestHost {
                 std::fs::write(place.join(file), "").unwrap();
             }
         }
-        std::fs::write(folder.path().join("other/workspace"), "a secret").unwrap();
+        for folder in ["other", "other/ns"].map(|name| folder.path().join(name)) {
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::write(folder.join("workspace"), "a secret").unwrap();
+        }
         // The file stays when the listener is gone.
         drop(std::os::unix::net::UnixListener::bind(folder.path().join("other/socket")).unwrap());
         let beside = folder.path().join("beside");
@@ -78,6 +85,9 @@ impl TestHost {
             let mount = serde_json::json!({"destination": "/in", "type": "bind", "source": source});
             spec["mounts"].as_array_mut().unwrap().push(mount);
         }
+        if annotations.get(IN_USER_NAMESPACE).is_some() {
+            spec["linux"]["namespaces"].as_array_mut().unwrap().push(serde_json::json!({"type": "user"}));
+        }
         spec["annotations"] = annotations;
         let booted_with = booted_with.map(|extras| BootedWith { extras: extras.clone(), user: None });
         self.outcome_of_spec(config, &spec, booted_with.as_ref())
@@ -85,11 +95,12 @@ impl TestHost {
 
     fn outcome_of_spec(&self, config: &str, spec: &serde_json::Value, booted_with: Option<&BootedWith>) -> Outcome {
         std::fs::write(self.folder.path().join("config.json"), spec.to_string()).unwrap();
-        let config = parse(config, Path::new("/c.toml")).unwrap();
+        let emulated = if config.contains("accel") { "" } else { "accel = \"tcg\"\n" };
+        let config = parse(&format!("{emulated}{config}"), Path::new("/c.toml")).unwrap();
         let bundle = self.folder.path().display().to_string();
         let request = CreateTaskRequest { id: "c1".into(), bundle, ..Default::default() };
         let siblings = Siblings { first: booted_with.is_none(), booted_with, ..Siblings::NONE };
-        let prepared = prepare_with(config, &self.places, &request, "c1", siblings).map_err(|e| e.to_string())?;
+        let prepared = prepare_with(config, &self.places, &request, NAME, siblings).map_err(|e| e.to_string())?;
         let (_, plan) = plan(&prepared, Attachments::new("/share".into()));
         let Board::Qemu(board) = prepared.config.board;
         let args = arguments(&plan.spec, board, &FDS);
@@ -173,6 +184,12 @@ const PROOFS: &[Proof] = &[
         "annotation io.husk.ports: the host's port 192.0.2.1:8000/tcp: 192.0.2.1 is not an address of this host",
     ),
     ("io_uring", "true", |o| word(o, "sysctl.kernel.io_uring"), "sysctl.kernel.io_uring_disabled=0"),
+    (
+        "user_namespaces",
+        "false",
+        |o| booted(o, |_| "a VM".to_owned()),
+        "linux.namespaces[].type = \"user\": husk's configuration does not allow user namespaces: user_namespaces = false",
+    ),
     ("kernel_params", "[\"nosmt\"]", |o| word(o, "nosmt"), "nosmt"),
     (
         "debug",
@@ -203,6 +220,7 @@ const PROOFS: &[Proof] = &[
         "{host}/other/key",
     ),
     ("network_spare_nics", "2", |o| booted(o, |b| b.plan.spare_nics.to_string()), "2"),
+    ("token_host", "\"node-7\"", |o| booted(o, |b| format!("{:?}", b.plan.tokens.host)), "Some(\"node-7\")"),
     ("token_lifetime_ms", "7", |o| booted(o, |b| format!("{:?}", b.plan.tokens.lifetime)), "7ms"),
     (
         "workspace_dir",
@@ -217,7 +235,8 @@ const PROOFS: &[Proof] = &[
 const WITH: &[(&str, (&str, &str))] = &[
     ("port_addresses", ("io.husk.ports", "tcp:192.0.2.1:8000:80")),
     ("port_ranges", ("io.husk.ports", "tcp:192.0.2.1:8000-8001:80-81")),
-    ("workspace_dir", ("io.husk.workspace", "{host}/other/workspace")),
+    ("workspace_dir", ("io.husk.workspace", "{host}/other/ns/workspace")),
+    ("user_namespaces", (IN_USER_NAMESPACE, "true")),
     ("sockets", (MOUNTED, "{host}/other/socket")),
     ("extras_max_mib", ("io.husk.extras.files", r#"{"/x": {"source": "{host}/other/workspace", "mode": "0644"}}"#)),
 ];

@@ -33,7 +33,7 @@ impl Sandbox {
     /// CreateSandbox: checks everything, and creates nothing yet.
     pub(crate) fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<(), SandboxError> {
         self.check_id(&request.sandbox_id)?;
-        let (request, prepared) = prepare::prepare_sandbox(request)?;
+        let (request, prepared) = prepare::prepare_sandbox(request, &self.namespace)?;
         let spec = serde_json::to_vec(&request.spec)
             .map_err(|error| SandboxError::Internal(format!("encode the sandbox's spec: {error}")))?;
         // As a pod's sandbox container: `delete` of another container must not end the sandbox.

@@ -130,7 +130,7 @@ impl Sandbox {
         };
         let siblings =
             Siblings { first, find: &find, booted_with: booted_with.as_ref(), booting_with: booting_with.as_ref() };
-        let prepared = prepare::prepare(request, &self.id, siblings)?;
+        let prepared = prepare::prepare(request, self.name(), siblings)?;
         for part in &prepared.ignored {
             tracing::warn!(container = request.id, part, "ignored part of the spec");
         }

@@ -14,7 +14,7 @@ use crate::containerd::publisher::Publisher;
 use crate::forward::address::Forwarding;
 use crate::forward::socket::Sockets;
 use crate::network::{Claim, PrivateNamespace};
-use crate::prepare::BootedWith;
+use crate::prepare::{BootedWith, SandboxName};
 use crate::rootfs::share::Share;
 use crate::rootfs::spec::Demand;
 use crate::rootfs::spec::resources::HostResources;
@@ -104,6 +104,11 @@ pub(crate) struct Sandbox {
 }
 
 impl Sandbox {
+    /// The sandbox's name on this host.
+    pub(super) fn name(&self) -> SandboxName<'_> {
+        SandboxName { namespace: &self.namespace, id: &self.id }
+    }
+
     /// An empty sandbox.
     pub(crate) fn new(id: &str, namespace: &str, journal: Journal, publisher: Publisher) -> Arc<Self> {
         Arc::new(Self {

@@ -97,6 +97,9 @@ fn init(guest: &GuestParams) -> Vec<String> {
         // husk's kernel disables it by default (kernel-config/patches/io-uring-off.patch).
         words.push("sysctl.kernel.io_uring_disabled=0".to_owned());
     }
+    if !guest.user_namespaces {
+        words.push("sysctl.user.max_user_namespaces=0".to_owned());
+    }
     words.extend(guest.configured.iter().cloned());
     if guest.extras {
         words.push(format!("{}={SERIAL}", param::EXTRAS));
@@ -137,6 +140,7 @@ pub(crate) mod tests {
             heartbeat: Duration::from_secs(10),
             debug: false,
             io_uring: false,
+            user_namespaces: true,
             configured: Vec::new(),
             extras: false,
             supervisor: false,
@@ -197,6 +201,10 @@ pub(crate) mod tests {
                 "husk.log=warn husk.heartbeat_ms=10000 husk.debug=1 loglevel=7 loglevel=3 nosmt",
             ),
             (|guest| guest.io_uring = true, "husk.log=warn husk.heartbeat_ms=10000 sysctl.kernel.io_uring_disabled=0"),
+            (
+                |guest| guest.user_namespaces = false,
+                "husk.log=warn husk.heartbeat_ms=10000 sysctl.user.max_user_namespaces=0",
+            ),
             (
                 |guest| (guest.extras, guest.supervisor) = (true, true),
                 "husk.log=warn husk.heartbeat_ms=10000 husk.extras=husk-extras husk.supervisor=1",

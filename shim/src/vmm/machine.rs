@@ -54,6 +54,8 @@ pub struct GuestParams {
     pub debug: bool,
     /// Programs may use io_uring.
     pub io_uring: bool,
+    /// Programs may create user namespaces.
+    pub user_namespaces: bool,
     /// Kernel parameters of the configuration.
     pub configured: Vec<String>,
     /// The guest has a disk with extras.

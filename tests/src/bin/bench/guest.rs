@@ -10,7 +10,7 @@ use husk_protos::bundle::PutBundleRequest;
 use husk_protos::system::{BootStep, Hello, InfoRequest, InfoResponse};
 use husk_protos::{PORT_READY, SHARE_PATH};
 use husk_shim::console::{Console, GuestLogs};
-use husk_shim::prepare::{self, Attachments, Prepared, Siblings};
+use husk_shim::prepare::{self, Attachments, Prepared, SandboxName, Siblings};
 use husk_shim::state::journal::Journal;
 use husk_shim::state::{Boot, State};
 use husk_shim::vm::{BootPlan, Vm};
@@ -73,7 +73,8 @@ impl Kit {
         std::fs::write(bundle.join("config.json"), bundle::spec(CONTAINER, &["true"]).to_string())?;
         let request =
             api::CreateTaskRequest { id: CONTAINER.into(), bundle: bundle.display().to_string(), ..Default::default() };
-        let mut prepared = prepare::prepare(&request, CONTAINER, Siblings::NONE)?;
+        let mut prepared =
+            prepare::prepare(&request, SandboxName { namespace: "bench", id: CONTAINER }, Siblings::NONE)?;
         let root = prepared.rewritten.spec.root_mut().as_mut().context("the spec has no root")?;
         root.set_path(Path::new(SHARE_PATH).join("rootfs"));
         Ok(Self { folder, prepared })

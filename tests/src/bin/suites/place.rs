@@ -1,6 +1,5 @@
 //! Where a test runs: a private containerd's namespaces, with the suites' programs first in PATH.
 
-use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -29,23 +28,19 @@ pub struct Place {
     /// Its containerd receives the events of shims that a test drives itself.
     pub containerd: Containerd,
     processes: usize,
-    _config: tempfile::TempDir,
 }
 
 impl Place {
     /// Makes one whose shims are of this runtime.
     pub fn new(runtime: Runtime) -> Result<Self> {
         // A test copies the shim to another folder, where it does not find the guest's files beside itself.
-        let config = tempfile::tempdir().context("create the folder of the configuration")?;
-        let path = config.path().join("config.toml");
-        fs::write(&path, format!("image_dir = {:?}\n", repository().join("out")))?;
-        let env = vec![("HUSK_CONFIG".to_owned(), path.display().to_string())];
-        let setup = Setup { runtime: Some(runtime), version: Some(Version::V2_1), env, ..Setup::default() };
+        let husk = format!("image_dir = {:?}\n", repository().join("out"));
+        let setup = Setup { runtime: Some(runtime), version: Some(Version::V2_1), husk, ..Setup::default() };
         let containerd = Containerd::with(setup)?;
         // Tests of containerd's client keep their daemon's data in /var/lib.
         containerd.sh(&format!("mount -t tmpfs tmpfs /var/lib && mkdir {TEMPORARY}"))?;
         let processes = process::descendants(containerd.pid()).len();
-        Ok(Self { containerd, processes, _config: config })
+        Ok(Self { containerd, processes })
     }
 
     /// Runs a program in a folder until it exits or its deadline expires.
@@ -59,7 +54,7 @@ impl Place {
         let mut command = self.containerd.enter("sh");
         command.args(["-c", r#"cd "$0" && exec "$@""#]).arg(folder).arg(program);
         command.env("PATH", format!("{}:{}", bin().display(), self.containerd.search_path()));
-        command.env("TMPDIR", TEMPORARY).envs(self.containerd.env().iter().cloned());
+        command.env("TMPDIR", TEMPORARY);
         prepare(&mut command);
         command::run(command, None, deadline)
     }
