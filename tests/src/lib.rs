@@ -34,6 +34,7 @@ pub mod programs;
 pub mod pty;
 pub mod registry;
 pub mod root;
+pub mod sandbox_api;
 pub mod share;
 pub mod shim;
 pub mod table;

@@ -3,7 +3,8 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::process::Stdio;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -206,6 +207,84 @@ fn a_hanging_vm_is_killed_after_missed_heartbeats() -> Result<()> {
         cause.starts_with("the guest has not sent a heartbeat for ") && cause.ends_with(" ms, due every 1000 ms"),
         "{cause}"
     );
+    Ok(())
+}
+
+/// A program that takes the CPU time of a VM, until this is dropped.
+struct Hog {
+    program: std::process::Child,
+    cgroup: PathBuf,
+    /// The file with the shares of the VM's group, and its content before.
+    shares: (PathBuf, String),
+    machine: String,
+}
+
+impl Hog {
+    /// Confines a VM's machine to one CPU, of which a program with a much larger share takes nearly everything.
+    fn start(containerd: &Containerd, machine: i32) -> Result<Self> {
+        let groups = fs::read_to_string(format!("/proc/{machine}/cgroup"))?;
+        let find = |name: &str| groups.lines().find_map(|line| line.split_once(name).map(|(_, path)| path.to_owned()));
+        // The hierarchy of the CPU controller, and the files with shares: cgroup v1, or v2.
+        let (root, group, shares, least, most) = match find(":cpu,cpuacct:").or_else(|| find(":cpu:")) {
+            Some(group) => ("/sys/fs/cgroup/cpu", group, "cpu.shares", "2", "262144"),
+            None => ("/sys/fs/cgroup", find("0::").context(groups.clone())?, "cpu.weight", "1", "10000"),
+        };
+        let group = Path::new(root).join(group.trim_start_matches('/'));
+        let cgroup = group.with_file_name(containerd.id("hog"));
+        fs::create_dir(&cgroup)?;
+        let script = format!("echo $$ > {}/cgroup.procs; while :; do :; done", cgroup.display());
+        let program = Command::new("taskset").args(["-c", "0", "sh", "-c", &script]).spawn();
+        let file = group.join(shares);
+        let before = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+        let machine = machine.to_string();
+        let hog = Self { program: program.context("start the hog")?, cgroup, shares: (file, before), machine };
+        fs::write(hog.cgroup.join(shares), most)?;
+        fs::write(&hog.shares.0, least)?;
+        hog.pin("0")?;
+        Ok(hog)
+    }
+
+    /// Lets the machine's threads run on these CPUs.
+    fn pin(&self, cpus: &str) -> Result<()> {
+        let pinned = Command::new("taskset").args(["-apc", cpus, &self.machine]).stdout(Stdio::null()).status()?;
+        ensure!(pinned.success(), "taskset failed");
+        Ok(())
+    }
+
+    /// Gives the VM its share and its CPUs back.
+    fn end(self) -> Result<()> {
+        fs::write(&self.shares.0, &self.shares.1)?;
+        self.pin("0-1023")
+    }
+}
+
+impl Drop for Hog {
+    fn drop(&mut self) {
+        let _ = self.program.kill();
+        let _ = self.program.wait();
+        let _ = fs::remove_dir(&self.cgroup);
+    }
+}
+
+#[test]
+fn a_vm_without_cpu_time_on_the_host_is_shown_as_starved_and_not_killed() -> Result<()> {
+    husk_only!();
+    let configured = Configured::start(FAST_HEARTBEATS)?;
+    let containerd = &configured.containerd;
+    let container = containerd.detached(&[], "starved", &["sh", "-c", "while :; do :; done"])?;
+    let hog = Hog::start(containerd, containerd.qemu_of(container.id())?.pid)?;
+    // A VM that hangs would be killed now.
+    wait_for(SOON, "the VM is starved", || containerd.logged("the VM is starved").pop())
+        .with_context(|| containerd.log_tail())?;
+    let page = operator::husk(containerd, &["status", container.id()])?.ok()?.text();
+    hog.end()?;
+    ensure!(page.contains("health      starved: the host gives the VM too little CPU time: last"), "{page}");
+    let resumed = || {
+        let events = operator::husk(containerd, &["events", container.id()]).ok()?.text();
+        (events.contains("the VM is starved") && events.contains("the heartbeats have resumed")).then_some(())
+    };
+    wait_for(SOON, "the VM is no longer starved", resumed).with_context(|| containerd.log_tail())?;
+    ensure!(container.script("echo alive")? == "alive", "{}", containerd.log_tail());
     Ok(())
 }
 

@@ -191,7 +191,8 @@ fn volumes(containerd: &'static Containerd) -> Result<String> {
          mount -t tmpfs -o size=1m,mode=1777 m mem && mount -t tmpfs t host/early && echo early > host/early/file && \
          echo image > lower/file && mount -t overlay -o lowerdir=lower:path i image && \
          chgrp 2000 group && chmod 2775 group && \
-         echo file > file && : > created && mkdir path/sub && echo sub > path/sub/file"
+         echo file > file && : > created && mkdir path/sub && echo sub > path/sub/file && \
+         mkdir -p taken/sub && echo x > taken/file && mount -t tmpfs t taken/sub"
     ))?;
     let mut spec = bundle::spec(&id, &SLEEP);
     let (follow, private) = (["rslave", "rw"], ["rprivate", "rw"]);
@@ -206,6 +207,9 @@ fn volumes(containerd: &'static Containerd) -> Result<String> {
         bind(&at("path/sub"), "/sub", &private),
         bind(&at("path/sub/file"), "/sub-file", &private),
         bind(Path::new("/dev/null"), "/null", &private),
+        bind(&at("taken"), "/taken", &private),
+        bind(&at("taken"), "/taken-ro", &["rprivate", "ro"]),
+        bind(&at("taken/file"), "/taken-file", &["rprivate", "ro"]),
     ];
     bundle::append(&mut spec, "/mounts", mounts);
     let shim = Shim::running(containerd, &id, &spec)?;
@@ -229,6 +233,9 @@ fn volumes(containerd: &'static Containerd) -> Result<String> {
         .sh(&format!("cd {shown} && cat path/sub/file created && stat -c '%a %u %g %n' group/* && df -k mem | wc -l"))?
         .text();
     seen += &later_mounts(containerd, &shim, &at("host"))?;
+    // Mounts below a folder that a container has do not keep the host from removing the folder.
+    let remove = format!("cd {shown} && umount taken/sub && rm -r taken && ls -d taken 2>&1 | grep -o 'No such.*'");
+    seen += &containerd.sh(&remove)?.text();
     drop(shim);
     if containerd.runtime() == Runtime::Husk {
         check_rejections(containerd)?;
@@ -258,7 +265,7 @@ fn check_rejections(containerd: &Containerd) -> Result<()> {
 #[test]
 fn volumes_of_every_kind_behave_as_under_runc() -> Result<()> {
     let seen = same(volumes)?;
-    for expected in ["1024\nNo space left", "664 1000 2000 /group/file", "(0, \"late\")"] {
+    for expected in ["No such file", "1024\nNo space left", "664 1000 2000 /group/file", "(0, \"late\")"] {
         ensure!(seen.contains(expected), "{expected}\n{seen}");
     }
     Ok(())

@@ -1,21 +1,22 @@
-//! Containers of one sandbox share a shim and a VM, and nothing else unless their specs say so.
+//! Containers of one sandbox share a shim and a VM, and nothing else unless their specs say so. This holds for sandboxes
+//! with a pause container and for those of the Sandbox API, which have none: the checks are the same.
 
 use std::collections::HashSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::ttrpc::Code;
+use husk_protos::cri::{LinuxContainerResources, LinuxPodSandboxConfig, PodSandboxConfig};
 use husk_tests::artifacts::Version;
 use husk_tests::bundle;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
+use husk_tests::sandbox_api::{self, SANDBOX_ID};
 use husk_tests::shim::{Shim, Streams, code};
 use serde_json::{Value, json};
-
-/// The annotation with which the CRI plugin identifies a container's pod.
-const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
 /// The spec of a container in this sandbox.
 fn spec(sandbox: &str, id: &str, args: &[&str]) -> Value {
@@ -36,19 +37,78 @@ fn remove(shim: &Shim) -> Result<u32> {
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 
-#[test]
-fn containers_of_a_sandbox_share_a_vm_of_the_pods_size_but_not_files_or_cgroups() -> Result<()> {
-    husk_only!();
-    let containerd = Containerd::shared()?;
-    let (pod, other) = (containerd.id("pod"), containerd.id("other"));
-    let mut sized = spec(&pod, &pod, &SLEEP);
-    // As the CRI plugin tells the limits of the pod's containers together: 900 MiB, and one and a half CPUs.
-    let limits = [("memory", "943718400"), ("cpu-quota", "150000"), ("cpu-period", "100000"), ("cpu-shares", "1536")];
-    for (name, value) in limits {
-        sized["annotations"][format!("io.kubernetes.cri.sandbox-{name}")] = json!(value);
+/// The pod's limits: 900 MiB, and one and a half CPUs.
+const MEMORY: i64 = 900 << 20;
+const CPU: (i64, i64) = (150_000, 100_000);
+
+/// A sandbox of the pod's size.
+struct Pod<'a> {
+    /// Its shim, and its pause container if it has one.
+    shim: Shim<'a>,
+    /// The PID by whose namespaces containers join the sandbox.
+    pid: u32,
+}
+
+impl<'a> Pod<'a> {
+    fn with_pause_container(containerd: &'a Containerd, name: &str) -> Result<Self> {
+        let id = containerd.id(name);
+        let mut sized = spec(&id, &id, &SLEEP);
+        // As the CRI plugin tells the limits of the pod's containers together.
+        let (memory, quota, period) = (MEMORY.to_string(), CPU.0.to_string(), CPU.1.to_string());
+        let limits =
+            [("memory", memory.as_str()), ("cpu-quota", &quota), ("cpu-period", &period), ("cpu-shares", "1536")];
+        for (name, value) in limits {
+            sized["annotations"][format!("io.kubernetes.cri.sandbox-{name}")] = json!(value);
+        }
+        let shim = Shim::running(containerd, &id, &sized)?;
+        // The CRI plugin builds the paths of namespaces from this PID.
+        let pid = shim.task.state(&id, "")?.pid;
+        Ok(Self { shim, pid })
     }
-    let first = Shim::running(containerd, &pod, &sized)?;
-    let second = Shim::running(containerd, &other, &spec(&pod, &other, &SLEEP))?;
+
+    fn of_the_sandbox_api(containerd: &'a Containerd, name: &str) -> Result<Self> {
+        let shim = Shim::start_sandbox(containerd, &containerd.id(name))?;
+        let resources = LinuxContainerResources {
+            memory_limit_in_bytes: MEMORY,
+            cpu_quota: CPU.0,
+            cpu_period: CPU.1,
+            cpu_shares: 1536,
+            ..Default::default()
+        };
+        let linux = LinuxPodSandboxConfig { resources: MessageField::some(resources), ..Default::default() };
+        let config =
+            PodSandboxConfig { hostname: "husk-test".into(), linux: MessageField::some(linux), ..Default::default() };
+        sandbox_api::create(&shim, "", &config)?;
+        let pid = sandbox_api::start(&shim)?;
+        Ok(Self { shim, pid })
+    }
+
+    fn id(&self) -> &str {
+        &self.shim.bundle.id
+    }
+
+    fn containerd(&self) -> &'a Containerd {
+        self.shim.containerd()
+    }
+
+    /// A container that shares nothing with the sandbox's others.
+    fn container(&self, name: &str) -> Result<Shim<'a>> {
+        let id = self.containerd().id(name);
+        Shim::running(self.containerd(), &id, &spec(self.id(), &id, &SLEEP))
+    }
+}
+
+/// Kills and deletes containers.
+fn remove_all(containers: &[&Shim]) -> Result<()> {
+    containers.iter().try_for_each(|container| {
+        ensure!(remove(container)? == 137);
+        Ok(())
+    })
+}
+
+/// Containers of a sandbox are in one VM, of the pod's size, and see nothing of each other.
+fn share_a_vm(pod: &Pod, first: &Shim) -> Result<()> {
+    let second = pod.container("other")?;
     ensure!(first.socket == second.socket, "two shims: {:?} {:?}", first.socket, second.socket);
     let size = second.exec("size", &["sh", "-c", "nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo"])?.1;
     let (cpus, memory) = size.split_once('\n').context("two lines")?;
@@ -66,6 +126,30 @@ fn containers_of_a_sandbox_share_a_vm_of_the_pods_size_but_not_files_or_cgroups(
     // Two processes in its own cgroup, `sleep` and `cat`: a shared cgroup would contain the first container's too.
     let pids = ["cat", "/sys/fs/cgroup/cgroup.procs"];
     ensure!(second.exec("pids", &pids)?.1.lines().count() == 2, "{:?}", second.exec("again", &pids)?);
+    remove_all(&[&second])
+}
+
+#[test]
+fn containers_of_a_sandbox_share_a_vm_of_the_pods_size_but_not_files_or_cgroups() -> Result<()> {
+    husk_only!();
+    let pod = Pod::with_pause_container(Containerd::shared()?, "pod")?;
+    share_a_vm(&pod, &pod.shim)
+}
+
+#[test]
+fn containers_of_a_sandbox_without_a_pause_container_are_what_those_of_one_with_it_are() -> Result<()> {
+    husk_only!();
+    let containerd = &Containerd::start(Version::default_for_tests())?;
+    let pod = Pod::of_the_sandbox_api(containerd, "api")?;
+    let first = pod.container("first")?;
+    share_a_vm(&pod, &first)?;
+    rejects_foreign_namespaces(&pod)?;
+    let joined = containerd.id("joined");
+    let joined = Shim::running(containerd, &joined, &sandbox_api::member(pod.id(), &joined, &SLEEP, pod.pid))?;
+    joins_namespaces(&pod, &joined, &["net", "ipc", "uts"])?;
+    run_a_crowd(&pod)?;
+    remove_all(&[&first, &joined])?;
+    sandbox_api::shutdown(&pod.shim)?;
     Ok(())
 }
 
@@ -96,48 +180,42 @@ fn a_sandbox_lives_until_its_last_container_is_deleted() -> Result<()> {
     wait_for(Duration::from_secs(20), "the shim and its children are gone", gone)
 }
 
-#[test]
-fn a_container_can_join_namespaces_of_the_first_by_path() -> Result<()> {
-    husk_only!();
-    let containerd = Containerd::shared()?;
-    let (pod, other) = (containerd.id("joined"), containerd.id("joins"));
-    let first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
-    // The CRI plugin builds the paths from this PID.
-    let pid = first.task.state(&pod, "")?.pid;
-    let mut joins = spec(&pod, &other, &SLEEP);
-    joins["linux"]["namespaces"] = json!([
-        {"type": "mount"},
-        {"type": "network", "path": format!("/proc/{pid}/ns/net")},
-        {"type": "ipc", "path": format!("/proc/{pid}/ns/ipc")},
-        {"type": "uts", "path": format!("/proc/{pid}/ns/uts")},
-        {"type": "pid", "path": format!("/proc/{pid}/ns/pid")},
-    ]);
-    // Only the creator of a UTS namespace may set the host name.
-    joins.as_object_mut().context("an object")?.remove("hostname");
+/// A container that joins namespaces by the sandbox's PID is in those of `member`, of which `common` are the sandbox's.
+fn joins_namespaces(pod: &Pod, member: &Shim, common: &[&str]) -> Result<()> {
+    let (containerd, pid) = (pod.containerd(), pod.pid);
+    let other = containerd.id("joins");
+    let mut joins = sandbox_api::member(pod.id(), &other, &SLEEP, pid);
+    joins["linux"]["namespaces"][1]["path"] = json!(format!("/proc/{pid}/ns/pid"));
     let second = Shim::running(containerd, &other, &joins)?;
-    for namespace in ["net", "ipc", "uts", "pid"] {
+    for namespace in common {
         let link = ["readlink", &format!("/proc/self/ns/{namespace}")];
-        let (one, two) = (first.exec("ns", &link)?, second.exec("ns", &link)?);
+        let (one, two) = (member.exec("ns", &link)?, second.exec("ns", &link)?);
         ensure!(one.0 == 0 && one == two, "{namespace}: {one:?} {two:?}");
     }
     ensure!(second.exec("name", &["hostname"])?.1 == "husk-test");
-    // The first container sees the second's process in the shared PID namespace.
-    let processes = first.exec("ps", &["ps", "-o", "args"])?.1;
-    ensure!(processes.lines().filter(|line| line.starts_with("sleep")).count() == 2, "{processes}");
+    if common.contains(&"pid") {
+        let processes = member.exec("ps", &["ps", "-o", "args"])?.1;
+        ensure!(processes.lines().filter(|line| line.starts_with("sleep")).count() == 2, "{processes}");
+    }
     // The joined container's process is not the PID namespace's init; its exit must still be noticed.
-    ensure!(remove(&second)? == 137);
-    ensure!(first.exec("there", &["echo", "there"])? == (0, "there".to_owned()));
+    remove_all(&[&second])?;
+    ensure!(member.exec("there", &["echo", "there"])? == (0, "there".to_owned()));
     Ok(())
 }
 
 #[test]
-fn a_namespace_path_from_outside_the_sandbox_is_rejected() -> Result<()> {
+fn a_container_can_join_namespaces_of_the_first_by_path() -> Result<()> {
     husk_only!();
-    let containerd = Containerd::shared()?;
-    let (pod, other) = (containerd.id("refuses"), containerd.id("refused"));
-    let _first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
+    let pod = Pod::with_pause_container(Containerd::shared()?, "joined")?;
+    joins_namespaces(&pod, &pod.shim, &["net", "ipc", "uts", "pid"])?;
+    rejects_foreign_namespaces(&pod)
+}
+
+/// Namespaces from outside the sandbox are rejected by their path.
+fn rejects_foreign_namespaces(pod: &Pod) -> Result<()> {
+    let (containerd, other) = (pod.containerd(), pod.containerd().id("refused"));
     for path in ["/proc/1/ns/net", "/proc/self/ns/net", "/run/netns/host"] {
-        let mut wrong = spec(&pod, &other, &SLEEP);
+        let mut wrong = spec(pod.id(), &other, &SLEEP);
         wrong["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "network", "path": path}]);
         let shim = Shim::start(containerd, &other, &wrong)?;
         let request = shim.create_request(&Streams::default());
@@ -151,21 +229,24 @@ fn a_namespace_path_from_outside_the_sandbox_is_rejected() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn twenty_concurrent_containers_in_one_vm_leave_nothing_behind() -> Result<()> {
-    husk_only!();
+/// Twenty containers that run at the same time leave nothing in the sandbox and on the host.
+fn run_a_crowd(pod: &Pod) -> Result<()> {
     const COUNT: usize = 20;
-    let containerd = &Containerd::start(Version::default_for_tests())?;
-    let pod = containerd.id("crowd");
-    let mut sees_all = spec(&pod, &pod, &SLEEP);
+    let containerd = pod.containerd();
+    let watcher = containerd.id("watcher");
+    let mut sees_all = spec(pod.id(), &watcher, &SLEEP);
     sees_all["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "uts"}]);
-    let first = Shim::running(containerd, &pod, &sees_all)?;
+    let first = Shim::running(containerd, &watcher, &sees_all)?;
     // Command lines, which are empty for kernel threads, and the number of zombies.
     let script = "all=$(for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done); echo \"$all\" | sort -u; \
         cat /proc/[0-9]*/stat | grep -c ') Z '";
     let processes = |exec: &str| first.exec(exec, &["sh", "-c", script]);
     let ids: Vec<String> = (0..COUNT).map(|n| containerd.id(&format!("one-of-{n}"))).collect();
-    let before = Leftovers::now(containerd);
+    let share = || -> Result<HashSet<_>> {
+        let entries = std::fs::read_dir(containerd.path("/run/husk/husk-test").join(pod.id()).join("share"))?;
+        Ok(entries.map(|entry| entry.map(|entry| entry.file_name())).collect::<std::io::Result<_>>()?)
+    };
+    let (before, shared) = (Leftovers::now(containerd), share()?);
     let listed = processes("before")?;
     ensure!(listed.1.contains("sleep 1000"), "{listed:?}");
 
@@ -174,7 +255,7 @@ fn twenty_concurrent_containers_in_one_vm_leave_nothing_behind() -> Result<()> {
             .iter()
             .enumerate()
             .map(|(n, id)| {
-                let pod = &pod;
+                let pod = pod.id();
                 scope.spawn(move || -> Result<()> {
                     // Half of the containers exit at once, the others are killed, so that deletions mix with creations.
                     let script = format!("echo {n}; exit {n}");
@@ -202,9 +283,14 @@ fn twenty_concurrent_containers_in_one_vm_leave_nothing_behind() -> Result<()> {
     before.expect_none_since(containerd)?;
     let after = processes("after")?;
     ensure!(after == listed, "processes in the guest: {after:?}, before: {listed:?}");
-    let left: HashSet<_> = std::fs::read_dir(containerd.path("/run/husk/husk-test").join(&pod).join("share"))?
-        .map(|entry| entry.map(|entry| entry.file_name()))
-        .collect::<std::io::Result<_>>()?;
-    ensure!(left.len() == 1, "left in the share: {left:?}");
-    Ok(())
+    let left = share()?;
+    ensure!(left == shared, "left in the share: {left:?}, before: {shared:?}");
+    remove_all(&[&first])
+}
+
+#[test]
+fn twenty_concurrent_containers_in_one_vm_leave_nothing_behind() -> Result<()> {
+    husk_only!();
+    let containerd = &Containerd::start(Version::default_for_tests())?;
+    run_a_crowd(&Pod::with_pause_container(containerd, "crowd")?)
 }

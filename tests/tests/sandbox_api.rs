@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
-use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::sandbox_api as api;
 use containerd_shim_protos::ttrpc::{self, Code};
@@ -14,46 +13,17 @@ use husk_protos::cri::{
 };
 use husk_protos::sandbox_update::{SandboxRecord, Typed, UpdateSandboxRequest, UpdateSandboxResponse};
 use husk_tests::artifacts::Version;
-use husk_tests::bundle;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::pods::Bridge;
 use husk_tests::process;
-use husk_tests::shim::{Shim, Task, code};
+use husk_tests::sandbox_api::{self, call, create, shutdown, start, start_with};
+use husk_tests::shim::{Shim, code};
 use serde_json::{Value, json};
 
-const SERVICE: &str = "containerd.runtime.sandbox.v1.Sandbox";
 const SLEEP: [&str; 2] = ["sleep", "1000"];
-
-/// Calls the Sandbox service.
-fn call<Q: Message, A: Message>(shim: &Shim, method: &str, request: &Q) -> ttrpc::Result<A> {
-    shim.task.call_service(SERVICE, method, request)
-}
-
-fn create(shim: &Shim, netns: &str, pod: &PodSandboxConfig) -> ttrpc::Result<api::CreateSandboxResponse> {
-    let value = pod.write_to_bytes().map_err(|error| ttrpc::Error::Others(error.to_string()))?;
-    let options = Any { type_url: "runtime.v1.PodSandboxConfig".into(), value, ..Default::default() };
-    let request = api::CreateSandboxRequest {
-        sandbox_id: shim.bundle.id.clone(),
-        bundle_path: shim.bundle.path.display().to_string(),
-        netns_path: netns.into(),
-        options: MessageField::some(options),
-        ..Default::default()
-    };
-    call(shim, "CreateSandbox", &request)
-}
-
-fn start(shim: &Shim) -> ttrpc::Result<u32> {
-    start_with(&shim.task, &shim.bundle.id)
-}
-
-fn start_with(task: &Task, id: &str) -> ttrpc::Result<u32> {
-    let request = api::StartSandboxRequest { sandbox_id: id.into(), ..Default::default() };
-    let started: api::StartSandboxResponse = task.call_service(SERVICE, "StartSandbox", &request)?;
-    Ok(started.pid)
-}
 
 fn status(shim: &Shim) -> ttrpc::Result<api::SandboxStatusResponse> {
     let id = shim.bundle.id.clone();
@@ -63,11 +33,6 @@ fn status(shim: &Shim) -> ttrpc::Result<api::SandboxStatusResponse> {
 fn wait(shim: &Shim) -> ttrpc::Result<u32> {
     let request = api::WaitSandboxRequest { sandbox_id: shim.bundle.id.clone(), ..Default::default() };
     call(shim, "WaitSandbox", &request).map(|response: api::WaitSandboxResponse| response.exit_status)
-}
-
-fn shutdown(shim: &Shim) -> ttrpc::Result<api::ShutdownSandboxResponse> {
-    let request = api::ShutdownSandboxRequest { sandbox_id: shim.bundle.id.clone(), ..Default::default() };
-    call(shim, "ShutdownSandbox", &request)
 }
 
 fn update(shim: &Shim, limits: &Value) -> ttrpc::Result<UpdateSandboxResponse> {
@@ -101,14 +66,7 @@ fn expect_updates(shim: &Shim) -> Result<()> {
 
 /// The spec of a container that joins the sandbox's namespaces by the PID that StartSandbox has reported.
 fn member(sandbox: &str, id: &str, pid: u32) -> Value {
-    let mut spec = bundle::spec(id, &SLEEP);
-    spec["annotations"] = json!({"io.kubernetes.cri.sandbox-id": sandbox});
-    let path = |kind: &str, name: &str| json!({"type": kind, "path": format!("/proc/{pid}/ns/{name}")});
-    spec["linux"]["namespaces"] = json!([
-        {"type": "mount"}, {"type": "pid"}, path("network", "net"), path("ipc", "ipc"), path("uts", "uts"),
-    ]);
-    spec.as_object_mut().map(|spec| spec.remove("hostname"));
-    spec
+    sandbox_api::member(sandbox, id, &SLEEP, pid)
 }
 
 fn pod() -> PodSandboxConfig {

@@ -6,3 +6,4 @@ pub(crate) mod clock;
 pub(crate) mod link;
 pub(crate) mod network;
 pub(crate) mod report;
+mod silence;

@@ -1,11 +1,13 @@
 //! Receives the guest's heartbeats, log lines and supervisor status on the connection of its hello. The end of the
-//! connection, an invalid report and missing heartbeats each mean the death of the VM.
+//! connection, an invalid report and missing heartbeats (`silence.rs`) each mean the death of the VM.
 //!
 //! The guest is untrusted: its texts are cleaned before they are kept or logged, the names of its fields cannot be those
 //! of the host, and a rate limit keeps them from flooding the host's log.
 
+use std::io;
 use std::pin::pin;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use husk_protos::chain::Chain;
@@ -21,16 +23,16 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Level;
 
 use super::clock;
+use super::silence::{Silence, window};
 use crate::console::Record;
 use crate::containerd::log as logging;
 use crate::host::rate::{Admitted, Bucket};
+use crate::host::run_delay::RunDelays;
 use crate::host::text::clean;
 use crate::state::recent::{EventKind, Recent};
 use crate::state::status;
 use crate::state::status::Heartbeats;
 
-/// This many missing heartbeats in a row mean the death of the VM.
-const MISSED: u32 = 3;
 /// Log lines of a guest that go to the host's log in a burst. The guest's own file gets all lines.
 const BURST: f64 = 256.0;
 /// Log lines of a guest that go to the host's log in the long run, per second.
@@ -56,6 +58,8 @@ pub(crate) struct HealthSnapshot {
     pub(crate) since_heartbeat: Duration,
     /// Heartbeats that were due in that time.
     pub(crate) missed: u32,
+    /// They are missing because the host gives the machine too little CPU time.
+    pub(crate) starved: bool,
 }
 
 /// The last heartbeat and the last supervisor status of a guest.
@@ -63,6 +67,7 @@ pub(crate) struct HealthSnapshot {
 pub(crate) struct GuestHealth {
     interval: Duration,
     last: Mutex<Instant>,
+    starved: AtomicBool,
     clock: Notify,
     supervisor: watch::Sender<Option<SupervisorStatus>>,
 }
@@ -70,14 +75,16 @@ pub(crate) struct GuestHealth {
 impl GuestHealth {
     /// The health of a guest that has just sent its hello.
     pub(crate) fn new(interval: Duration) -> Self {
-        Self { interval, last: Mutex::new(Instant::now()), clock: Notify::new(), supervisor: watch::channel(None).0 }
+        let (last, starved) = (Mutex::new(Instant::now()), AtomicBool::new(false));
+        Self { interval, last, starved, clock: Notify::new(), supervisor: watch::channel(None).0 }
     }
 
     /// The heartbeats so far.
     pub(crate) fn snapshot(&self) -> HealthSnapshot {
         let since_heartbeat = lock(&self.last).elapsed();
         let missed = since_heartbeat.as_nanos() / self.interval.as_nanos().max(1);
-        HealthSnapshot { interval: self.interval, since_heartbeat, missed: missed.try_into().unwrap_or(u32::MAX) }
+        let (missed, starved) = (missed.try_into().unwrap_or(u32::MAX), self.starved.load(Ordering::Relaxed));
+        HealthSnapshot { interval: self.interval, since_heartbeat, missed, starved }
     }
 
     /// Notified when a heartbeat shows that the guest's clock differs from the host's.
@@ -91,42 +98,42 @@ impl GuestHealth {
     }
 }
 
-/// Receives reports until the guest is lost. Returns the reason, as a cause of death.
-pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks, health: &GuestHealth) -> String {
+/// Receives reports until the guest is lost. Returns the reason, as a cause of death. `machine` shows how long the
+/// machine's threads wait for a CPU.
+pub(crate) async fn receive(
+    mut from: impl AsyncRead + Unpin,
+    sinks: ReportSinks,
+    health: &GuestHealth,
+    machine: impl Fn() -> io::Result<RunDelays>,
+) -> String {
     let (now, level) = (Instant::now(), sinks.level);
     let bucket = || Bucket::new(BURST, PER_SECOND, now);
     let mut log = Log { limit: bucket(), supervisors: bucket(), level };
-    let mut late = false;
+    let mut watched = Watched { health, recent: &sinks.recent, machine, late: None };
     loop {
         // Pinned across the waits: a cancelled read would lose the part of a report that has been read.
         let mut next = pin!(frame::read::<Report>(&mut from));
-        let last = *lock(&health.last);
         let read = loop {
             tokio::select! {
                 biased;
                 read = &mut next => break read,
-                () = sleep_until(last + health.interval * MISSED) => {
+                () = sleep_until(watched.until()) => {
+                    if !watched.is_late() {
+                        watched.begin();
+                        continue;
+                    }
                     // The shim itself may have been stopped, and the guest's reports are still on their way.
                     match timeout(health.interval / 2, &mut next).await {
                         Ok(read) => break read,
+                        Err(_) if watched.extend() => {}
                         Err(_) => return silence(health.snapshot()),
                     }
-                }
-                () = sleep_until(last + health.interval * 3 / 2), if !late => {
-                    late = true;
-                    sinks.recent.note(EventKind::Health, "a heartbeat is late", json!(heartbeats(health.snapshot())));
                 }
             }
         };
         match read.map(|report| report.what) {
             Ok(Some(What::Heartbeat(heartbeat))) => {
-                if std::mem::take(&mut late) {
-                    sinks.recent.note(
-                        EventKind::Health,
-                        "the heartbeats have resumed",
-                        json!(heartbeats(health.snapshot())),
-                    );
-                }
+                watched.end();
                 *lock(&health.last) = Instant::now();
                 if clock::differs(heartbeat.realtime_ns) {
                     health.clock.notify_one();
@@ -142,12 +149,76 @@ pub(crate) async fn receive(mut from: impl AsyncRead + Unpin, sinks: ReportSinks
     }
 }
 
+/// Notices late heartbeats.
+struct Watched<'a, Machine> {
+    health: &'a GuestHealth,
+    recent: &'a Recent,
+    machine: Machine,
+    /// With the machine's threads when the current window began, if they are known.
+    late: Option<(Silence, Option<RunDelays>)>,
+}
+
+impl<Machine: Fn() -> io::Result<RunDelays>> Watched<'_, Machine> {
+    /// Until when the next heartbeat is waited for.
+    fn until(&self) -> Instant {
+        let late = || *lock(&self.health.last) + window(self.health.interval);
+        self.late.as_ref().map_or_else(late, |(silence, _)| silence.until)
+    }
+
+    fn is_late(&self) -> bool {
+        self.late.is_some()
+    }
+
+    fn begin(&mut self) {
+        self.note("a heartbeat is late");
+        let silence = Silence::begin(self.health.interval, *lock(&self.health.last));
+        self.late = Some((silence, self.delays()));
+    }
+
+    /// Whether the guest gets more time, because it had too little CPU time.
+    fn extend(&mut self) -> bool {
+        let now = self.delays();
+        let Some((silence, before)) = &mut self.late else { return true };
+        let waited = match (&now, &*before) {
+            (Some(now), Some(before)) => now.longest_since(before, silence.since.elapsed()),
+            _ => Duration::ZERO,
+        };
+        let starved = silence.extend(waited);
+        *before = now;
+        if starved && !self.health.starved.swap(true, Ordering::Relaxed) {
+            self.note("the VM is starved: the host gives it too little CPU time");
+            tracing::warn!(
+                waited_ms = waited.as_millis() as u64,
+                "the VM is starved: the host gives it too little CPU time for its heartbeats"
+            );
+        }
+        starved
+    }
+
+    fn end(&mut self) {
+        self.health.starved.store(false, Ordering::Relaxed);
+        if self.late.take().is_some() {
+            self.note("the heartbeats have resumed");
+        }
+    }
+
+    fn delays(&self) -> Option<RunDelays> {
+        let delays = (self.machine)();
+        delays.inspect_err(|error| tracing::debug!(%error, "failed to read how long the VM waits for CPUs")).ok()
+    }
+
+    fn note(&self, what: &str) {
+        self.recent.note(EventKind::Health, what, json!(heartbeats(self.health.snapshot())));
+    }
+}
+
 /// The guest's heartbeats for `husk status`.
 pub(crate) fn heartbeats(health: HealthSnapshot) -> Heartbeats {
     Heartbeats {
         heartbeat_interval_ms: health.interval.as_millis() as u64,
         since_heartbeat_ms: health.since_heartbeat.as_millis() as u64,
         missed: health.missed,
+        starved: health.starved,
     }
 }
 
@@ -171,9 +242,10 @@ pub(crate) fn supervisor_status(status: &SupervisorStatus) -> status::Supervisor
 
 fn silence(health: HealthSnapshot) -> String {
     format!(
-        "the guest has not sent a heartbeat for {} ms, due every {} ms",
+        "the guest has not sent a heartbeat for {} ms, due every {} ms{}",
         health.since_heartbeat.as_millis(),
-        health.interval.as_millis()
+        health.interval.as_millis(),
+        if health.starved { "; the host gave it too little CPU time" } else { "" }
     )
 }
 
@@ -265,9 +337,14 @@ mod tests {
     use tokio::io::AsyncWriteExt;
 
     use super::*;
+    use crate::guest::silence::{MISSED, STARVED};
     use crate::host::text::LONGEST;
 
     const INTERVAL: Duration = Duration::from_secs(10);
+
+    fn unknown() -> io::Result<RunDelays> {
+        Err(io::ErrorKind::NotFound.into())
+    }
 
     fn report(what: What) -> Report {
         Report { what: Some(what), ..Default::default() }
@@ -297,7 +374,7 @@ mod tests {
         };
         let sinks = sinks(&dir);
         let recent = sinks.recent.clone();
-        let (cause, _guest) = tokio::join!(receive(ours, sinks, &health), guest);
+        let (cause, _guest) = tokio::join!(receive(ours, sinks, &health, unknown), guest);
         // Each late heartbeat is reported, and each arrival after it.
         let events: Vec<_> = recent.after(0, 100).into_iter().map(|event| event.what).collect();
         let (late, resumed) = ("a heartbeat is late", "the heartbeats have resumed");
@@ -308,7 +385,37 @@ mod tests {
             format!("the guest has not sent a heartbeat for {} ms, due every 10000 ms", silent.as_millis())
         );
         assert!(silent >= 3 * INTERVAL && silent < 4 * INTERVAL, "{silent:?}");
-        assert_eq!(health.snapshot().missed, MISSED);
+        assert_eq!((health.snapshot().missed, health.snapshot().starved), (MISSED, false));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_starved_guest_is_not_killed_until_it_has_cpu_time_again_or_too_much_time_has_passed() {
+        for (starved, missed) in [(40, 4), (1000, STARVED)] {
+            let dir = tempfile::tempdir().unwrap();
+            let (mut guest, ours) = tokio::io::duplex(4096);
+            let (health, began, sinks) = (GuestHealth::new(INTERVAL), Instant::now(), sinks(&dir));
+            let recent = sinks.recent.clone();
+            let delays = || Ok(RunDelays::of_waiting(began.elapsed().min(Duration::from_secs(starved))));
+            let guest = async {
+                tokio::time::sleep(4 * INTERVAL).await;
+                assert!(health.snapshot().starved);
+                frame::write(&mut guest, &beat()).await.unwrap();
+                guest
+            };
+            if missed == STARVED {
+                let cause = receive(ours, sinks, &health, delays).await;
+                assert!(cause.ends_with(" ms, due every 10000 ms; the host gave it too little CPU time"), "{cause}");
+                assert_eq!(health.snapshot().missed, STARVED);
+                continue;
+            }
+            let (cause, _guest) = tokio::join!(receive(ours, sinks, &health, delays), guest);
+            assert!(cause.ends_with(" ms, due every 10000 ms"), "{cause}");
+            assert_eq!(health.snapshot().missed, MISSED);
+            let events: Vec<_> = recent.after(0, 100).into_iter().map(|event| event.what).collect();
+            let starved = "the VM is starved: the host gives it too little CPU time";
+            let (late, resumed) = ("a heartbeat is late", "the heartbeats have resumed");
+            assert_eq!(events, [late, starved, resumed, late]);
+        }
     }
 
     #[tokio::test]
@@ -324,7 +431,7 @@ mod tests {
             let (mut guest, ours) = tokio::io::duplex(4096);
             guest.write_all(bytes).await.unwrap();
             drop(guest);
-            let cause = receive(ours, sinks(&dir), &GuestHealth::new(INTERVAL)).await;
+            let cause = receive(ours, sinks(&dir), &GuestHealth::new(INTERVAL), unknown).await;
             assert!(cause.starts_with(expected), "{bytes:?}: {cause}");
         }
     }
@@ -359,7 +466,7 @@ mod tests {
         drop(guest);
         let sinks = sinks(&dir);
         let recent = sinks.recent.clone();
-        receive(ours, sinks, &health).await;
+        receive(ours, sinks, &health, unknown).await;
         let event = &recent.after(0, 100)[0];
         assert_eq!(
             (event.kind, &event.fields["state"], &event.fields["pid"]),
@@ -390,7 +497,7 @@ mod tests {
         drop(guest);
         let sinks = sinks(&dir);
         let recent = sinks.recent.clone();
-        receive(ours, sinks, &GuestHealth::new(INTERVAL)).await;
+        receive(ours, sinks, &GuestHealth::new(INTERVAL), unknown).await;
         assert_eq!(recent.after(0, 100)[0].fields["state"], "given up");
     }
 }

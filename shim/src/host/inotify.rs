@@ -1,8 +1,8 @@
 //! Changes of folders and files (inotify(7)).
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -53,12 +53,14 @@ impl Watcher {
         Ok(Self(registered.map_err(|error| error.into_parts().1)?))
     }
 
-    /// Watches a folder or file. Returns the same descriptor for the same one, by whatever path.
+    /// Watches an open folder or file, which may have been opened with `O_PATH`. Returns the same descriptor for the
+    /// same one, by whatever path it was opened.
     ///
     /// # Errors
     /// When inotify_add_watch(2) fails, for example because of `fs.inotify.max_user_watches`.
-    pub(crate) fn add(&self, path: &Path) -> io::Result<WatchDescriptor> {
-        Ok(self.0.get_ref().0.add_watch(path, changes())?)
+    pub(crate) fn add(&self, file: &File) -> io::Result<WatchDescriptor> {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        Ok(self.0.get_ref().0.add_watch(path.as_str(), changes())?)
     }
 
     /// Ends a watch.
@@ -103,8 +105,9 @@ mod tests {
     async fn changes_of_one_update_arrive_together_and_later_ones_are_not_lost() {
         let folder = tempfile::tempdir().unwrap();
         let watcher = Watcher::new().unwrap();
-        let watch = watcher.add(folder.path()).unwrap();
-        assert_eq!(watcher.add(&folder.path().join(".")).unwrap(), watch);
+        let open = |path: &str| File::open(folder.path().join(path)).unwrap();
+        let watch = watcher.add(&open("")).unwrap();
+        assert_eq!(watcher.add(&open(".")).unwrap(), watch);
         let names = |events: Vec<InotifyEvent>| {
             let name = |event: InotifyEvent| event.name.unwrap_or_default().into_string().unwrap();
             events.into_iter().filter(|event| event.wd == watch).map(name).collect::<Vec<_>>()

@@ -23,6 +23,7 @@ pub(crate) mod inotify;
 pub mod open_files;
 pub mod process;
 pub(crate) mod rate;
+pub(crate) mod run_delay;
 pub mod socket;
 pub mod text;
 pub(crate) mod unix;

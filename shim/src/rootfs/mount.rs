@@ -1,7 +1,6 @@
 //! Mount trees that are complete before they become visible, and containerd's mounts with their options.
 //!
-//! If a bind mount were attached first and made read-only afterwards, it would be writable in between, and would stay
-//! writable in virtiofsd's mount namespace: attaching propagates there, a change of flags does not. So a tree is
+//! If a bind mount were attached first and made read-only afterwards, it would be writable in between. So a tree is
 //! cloned, restricted, and attached last. This requires Linux 5.12 (mount_setattr(2)).
 
 use std::ffi::{CStr, CString};
@@ -138,14 +137,22 @@ pub(crate) fn set_read_only(namespace: &File, path: &Path, read_only: bool) -> i
     let path = c_path(path)?;
     let (set, clear) = if read_only { (libc::MOUNT_ATTR_RDONLY, 0) } else { (0, libc::MOUNT_ATTR_RDONLY) };
     let attributes = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
+    in_namespace(namespace, || mount_setattr(libc::AT_FDCWD, &path, libc::AT_SYMLINK_NOFOLLOW, &attributes))
+}
+
+/// Runs `work` in another mount namespace.
+///
+/// # Errors
+/// When the namespace cannot be entered, or `work` fails.
+pub(crate) fn in_namespace<T: Send>(namespace: &File, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     on_a_thread(|| {
         setns(namespace, CloneFlags::CLONE_NEWNS)?;
-        mount_setattr(libc::AT_FDCWD, &path, libc::AT_SYMLINK_NOFOLLOW, &attributes)
+        work()
     })
 }
 
 /// Runs `work` on a thread that shares neither root nor working directory with the others, and is not reused.
-fn on_a_thread(work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
+fn on_a_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("mount".into()).spawn_scoped(scope, || {
             unshare(CloneFlags::CLONE_FS)?;

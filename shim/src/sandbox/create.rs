@@ -83,7 +83,7 @@ impl Sandbox {
             join_cgroup(cgroup, holder.process()).await?;
             self.run_create_hooks(&prepared.rewritten.hooks, &subject).await
         };
-        // Mount the root filesystem while the VM boots: later mounts propagate into the share.
+        // Mount the root filesystem while the VM boots: it propagates to virtiofsd. Folders of the host follow.
         let (vm, mounted, hooked) =
             tokio::join!(self.ensure_vm(&prepared, attachments), self.mount(&share, &request, &prepared), hooked);
         let vm = vm?;
@@ -93,8 +93,7 @@ impl Sandbox {
         hooked?;
         let below = std::mem::take(&mut places.below);
         prepared.rewritten.place(places);
-        self.settle_share(&vm, &share).await?;
-        self.watch_share(&vm, &share, &id).await?;
+        self.complete_share(&vm, &share, &id).await?;
         // The hooks may have added links after the boot has looked for some.
         vm.settle_network().await?;
 

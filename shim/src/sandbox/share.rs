@@ -1,5 +1,7 @@
 //! A sandbox's containers in the share: what is mounted for them, who may write, and what the guest forgets after them.
 
+use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,7 +11,7 @@ use husk_protos::chain::Chain;
 
 use crate::guest::client::GuestError;
 use crate::prepare::Prepared;
-use crate::rootfs::share::{Released, Share};
+use crate::rootfs::share::{Released, Server, Share, ShareError};
 use crate::rootfs::spec::Places;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
@@ -30,8 +32,7 @@ impl Sandbox {
         Ok(share)
     }
 
-    /// Mounts a container's root filesystem and bind mounts in the share, on a separate thread because mount(2) may
-    /// block.
+    /// Adds a container's root filesystem and bind mounts to the share, on a separate thread because mount(2) may block.
     pub(super) async fn mount(
         &self,
         share: &Share,
@@ -47,29 +48,24 @@ impl Sandbox {
         .await
     }
 
-    /// Lets the VM write to the sources that a container may write to, and to no others.
-    pub(super) async fn settle_share(&self, vm: &Arc<Vm>, share: &Share) -> Result<(), SandboxError> {
-        let (share, server) = (share.clone(), vm.clone());
-        // virtiofsd has made the share its root.
-        let settled = blocking("change the share", move || share.settle(|| server.share_namespace(), Path::new("/")));
-        settled.await.map_err(|error| match vm.cause_of_death() {
-            Some(cause) => SandboxError::VmDead { cause },
-            None => error,
-        })
+    /// Completes a container's part of the share, which virtiofsd serves by now: mounts the host's folders and files,
+    /// lets the VM write where the container may write, and watches what its programs watch.
+    pub(super) async fn complete_share(&self, vm: &Arc<Vm>, share: &Share, id: &str) -> Result<(), SandboxError> {
+        let (share, server, watches, id) = (share.clone(), vm.clone(), self.watches.clone(), id.to_owned());
+        let completed = blocking("complete the share", move || {
+            share.attach(server_of(&server), &id)?;
+            share.settle(server_of(&server))?;
+            watches.add(&server, share.watched(server_of(&server), &id)?);
+            Ok::<_, ShareError>(())
+        });
+        completed.await.map_err(|error| death_or(vm, error))
     }
 
-    /// Watches the sources of a container whose changes by the host its programs notice.
-    pub(super) async fn watch_share(&self, vm: &Arc<Vm>, share: &Share, id: &str) -> Result<(), SandboxError> {
-        let sources = share.watched(id);
-        if sources.is_empty() {
-            return Ok(());
-        }
-        let (watches, vm) = (self.watches.clone(), vm.clone());
-        blocking("watch volumes", move || {
-            watches.add(&vm, sources);
-            Ok::<_, SandboxError>(())
-        })
-        .await
+    /// Lets the VM write to the sources that a container may write to, and to no others.
+    async fn settle_share(&self, vm: &Arc<Vm>, share: &Share) -> Result<(), SandboxError> {
+        let (share, server) = (share.clone(), vm.clone());
+        let settled = blocking("change the share", move || share.settle(server_of(&server)));
+        settled.await.map_err(|error| death_or(vm, error))
     }
 
     /// Ends a container's use of the share: the guest unmounts what nobody uses any more, then the host does. If the
@@ -107,4 +103,14 @@ impl Sandbox {
             }
         }
     }
+}
+
+/// virtiofsd, which has made the share its root.
+fn server_of(vm: &Vm) -> Server<'static, impl FnOnce() -> io::Result<File>> {
+    Server { open: || vm.share_namespace(), root: Path::new("/") }
+}
+
+/// The VM's death, if that is why a call for it has failed.
+fn death_or(vm: &Vm, error: SandboxError) -> SandboxError {
+    vm.cause_of_death().map_or(error, |cause| SandboxError::VmDead { cause })
 }

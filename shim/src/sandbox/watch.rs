@@ -6,8 +6,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -34,7 +36,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// A source of the share.
 struct Watch {
-    source: Watchable,
+    /// Its path on the host, for messages.
+    source: PathBuf,
     /// The watch, or why there is none.
     descriptor: Result<WatchDescriptor, String>,
     reported: u64,
@@ -73,18 +76,19 @@ impl Watches {
             if watched.watches.contains_key(&source.entry) {
                 continue;
             }
-            let descriptor = self.watch(&mut watched, vm, &source);
+            let descriptor = self.watch(&mut watched, vm, &source.file);
+            let Watchable { entry, source, .. } = source;
             if let Err(why) = &descriptor {
                 tracing::warn!(
-                    source = %source.source.display(), why,
+                    source = %source.display(), why,
                     "programs in the VM do not notice when the host changes a volume"
                 );
             }
-            watched.watches.insert(source.entry, Watch { source, descriptor, reported: 0, lost: 0 });
+            watched.watches.insert(entry, Watch { source, descriptor, reported: 0, lost: 0 });
         }
     }
 
-    fn watch(&self, watched: &mut Watched, vm: &Arc<Vm>, source: &Watchable) -> Result<WatchDescriptor, String> {
+    fn watch(&self, watched: &mut Watched, vm: &Arc<Vm>, source: &File) -> Result<WatchDescriptor, String> {
         if let Some(why) = &watched.broken {
             return Err(why.clone());
         }
@@ -101,7 +105,7 @@ impl Watches {
                 watcher
             }
         };
-        watcher.add(&source.path).map_err(|error| failed("watch it", error))
+        watcher.add(source).map_err(|error| failed("watch it", error))
     }
 
     /// Ends the watches of entries that leave the share.
@@ -124,7 +128,7 @@ impl Watches {
     pub(super) fn status(&self) -> Option<WatchStatus> {
         let watched = lock(&self.0);
         let volume = |watch: &Watch| WatchedVolume {
-            path: watch.source.source.clone(),
+            path: watch.source.clone(),
             problem: watch.descriptor.as_ref().err().cloned(),
             reported: watch.reported,
             lost: watch.lost,
@@ -187,7 +191,7 @@ impl Watches {
         watch.lost += lost;
         if lost > 0 {
             tracing::warn!(
-                source = %watch.source.source.display(), lost,
+                source = %watch.source.display(), lost,
                 "a volume changes too often: programs in the VM miss changes"
             );
         }
@@ -206,7 +210,7 @@ impl Watches {
             return Err(error);
         }
         if vm.cause_of_death().is_none() {
-            tracing::warn!(source = %watch.source.source.display(), error, "failed to report changes to the guest");
+            tracing::warn!(source = %watch.source.display(), error, "failed to report changes to the guest");
         }
         Ok(())
     }

@@ -257,6 +257,9 @@ pub struct Heartbeats {
     pub since_heartbeat_ms: u64,
     /// Heartbeats that are overdue.
     pub missed: u32,
+    /// They are overdue because the host gives the VM too little CPU time. Absent from the JSON if not.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub starved: bool,
 }
 
 /// A VM's health.

@@ -31,6 +31,7 @@ use crate::guest::link::{self, HostPort, Link, NewLink};
 use crate::guest::report::{self, GuestHealth, ReportSinks};
 use crate::host::child::Child;
 use crate::host::process::ProcessId;
+use crate::host::run_delay::RunDelays;
 use crate::metadata;
 use crate::metadata::token::Identity;
 use crate::state::facts::HostMilestone;
@@ -103,7 +104,7 @@ impl Vm {
         let (failure, failed) = watch::channel(None);
         let sinks =
             ReportSinks { level: spec.guest.log_level, file: logs.init.clone(), recent: journal.recent().clone() };
-        let lost = lost(reports, sinks, health.clone());
+        let lost = lost(reports, sinks, health.clone(), machine.process());
         let vm = Arc::new(Self {
             guest,
             hello,
@@ -127,8 +128,8 @@ impl Vm {
 }
 
 /// Receives the guest's reports until it is lost, and returns the reason.
-async fn lost(reports: Stream, sinks: ReportSinks, health: Arc<GuestHealth>) -> String {
-    report::receive(reports, sinks, &health).await
+async fn lost(reports: Stream, sinks: ReportSinks, health: Arc<GuestHealth>, machine: ProcessId) -> String {
+    report::receive(reports, sinks, &health, || RunDelays::of(machine)).await
 }
 
 /// Keeps the guest's clock correct until the VM is dead.

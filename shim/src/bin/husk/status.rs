@@ -112,7 +112,11 @@ fn health(health: &HealthStatus) -> String {
     let beats = &health.heartbeats;
     format!(
         "{}: last heartbeat {} ago, expected every {}, {} missed",
-        if beats.missed > 0 { "heartbeats are missing" } else { "good" },
+        match beats.missed {
+            0 => "good",
+            _ if beats.starved => "starved: the host gives the VM too little CPU time",
+            _ => "heartbeats are missing",
+        },
         duration(beats.since_heartbeat_ms),
         duration(beats.heartbeat_interval_ms),
         beats.missed

@@ -11,14 +11,20 @@
 //! A number is never used again. The guest's kernel remembers what it has found under a name. If that name led to
 //! something else, the kernel would unmount everything below it, which may be in the middle of a create.
 //!
+//! Filesystems, such as the overlay of an image, are mounted in the shim's mount namespace. The share's own mount has
+//! shared propagation, so they appear in virtiofsd's mount namespace, which is a slave of the shim's. Folders and files
+//! of the host are mounted in virtiofsd's namespace only, as soon as virtiofsd has made the share its root. A copy in
+//! the host's namespace would also copy what is mounted below, and nobody could remove a folder on which something is
+//! mounted there: rmdir(2) and unlink(2) fail with EBUSY for a mount point of the caller's own namespace. In another
+//! one, they unmount what is mounted on it. That is also how a source leaves the share: its mount point is removed.
+//!
 //! The guest can do to the share whatever virtiofsd can. The share's own mount is therefore read-only: the guest can
-//! neither place a symbolic link where the host is about to mount something, nor move a folder with a mount. The mount
-//! has shared propagation, so that later mounts appear in virtiofsd's mount namespace, which is a slave of the shim's.
+//! neither place a symbolic link where the host is about to mount something, nor move a folder with a mount.
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -29,108 +35,26 @@ use husk_protos::changes::SHARE_SOURCE;
 use husk_protos::lock::lock;
 
 use self::entries::{Entries, Unused};
+pub(crate) use self::error::ShareError;
+use self::error::mount_error;
+pub(crate) use self::inspect::inspect;
+use self::root::Root;
 use self::source::Source;
-use crate::rootfs::mount::{
-    DetachedTree, MAX_OPTIONS, Propagation, mount_data, mount_filesystem, parse_options, set_read_only,
-};
-use crate::rootfs::spec::{Bind, FileKind, HostFile, Places};
+use self::waiting::{ROOTFS, Waiting};
+use crate::rootfs::mount::{DetachedTree, Propagation, in_namespace, set_read_only};
+use crate::rootfs::spec::{Bind, Places};
 use crate::state::{Owner, Recorder, StateError, Step, check_identifier};
 
 mod entries;
+mod error;
+mod inspect;
+mod root;
 mod source;
-
-/// Name of the mount point in an entry for a container's root.
-const ROOTFS: &str = "rootfs";
+mod waiting;
 
 /// Most mounts below sources that the guest mounts before a container that needs them exists. Each takes a call to
 /// virtiofsd and some memory.
 const MAX_BELOW: usize = 256;
-
-/// Why the share, or a container's part of it, cannot be created.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ShareError {
-    /// The container's ID, or the journal.
-    #[error(transparent)]
-    State(#[from] StateError),
-    /// A folder or file of the share.
-    #[error("create {}", path.display())]
-    Create {
-        /// The folder or file.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// A mount.
-    #[error("mount {what} on {}{}", target.display(), hint(source))]
-    Mount {
-        /// The field that requires the mount, and its source.
-        what: String,
-        /// The mount point.
-        target: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// An entry that is removed.
-    #[error("rename {}", path.display())]
-    Rename {
-        /// The entry's folder.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// virtiofsd's mount namespace.
-    #[error("open virtiofsd's mount namespace")]
-    Server(#[source] io::Error),
-    /// A source that becomes writable.
-    #[error("make {} writable", path.display())]
-    Writable {
-        /// The source in the share, as virtiofsd sees it.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// One of containerd's mounts that husk does not support.
-    #[error("rootfs[{index}].{field} {value:?}: {why}")]
-    Unsupported {
-        /// The mount's index.
-        index: usize,
-        /// The mount's field.
-        field: &'static str,
-        /// The field's value.
-        value: String,
-        /// The reason.
-        why: &'static str,
-    },
-}
-
-fn hint(error: &io::Error) -> &'static str {
-    if error.raw_os_error() == Some(libc::ENOSYS) { " (husk requires Linux 5.12 or newer)" } else { "" }
-}
-
-/// Looks up a path on the host and resolves symbolic links, for [`crate::rootfs::spec::Context`].
-///
-/// # Errors
-/// When the path does not exist or is not accessible.
-pub(crate) fn inspect(path: &Path) -> io::Result<HostFile> {
-    let path = fs::canonicalize(path)?;
-    let metadata = fs::symlink_metadata(&path)?;
-    let file_type = metadata.file_type();
-    let kind = if file_type.is_dir() {
-        FileKind::Dir
-    } else if file_type.is_socket() {
-        FileKind::Socket
-    } else if file_type.is_fifo() {
-        FileKind::Fifo
-    } else if file_type.is_block_device() {
-        FileKind::BlockDevice
-    } else if file_type.is_char_device() {
-        let number = metadata.rdev();
-        FileKind::CharDevice { major: libc::major(number).into(), minor: libc::minor(number).into() }
-    } else {
-        FileKind::File
-    };
-    Ok(HostFile { path, kind })
-}
 
 /// The share of one sandbox.
 #[derive(Clone, Debug)]
@@ -154,14 +78,22 @@ pub(crate) struct Released {
 }
 
 /// A source whose changes by the host programs in the guest notice.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Watchable {
     /// The entry's number.
     pub(crate) entry: u64,
-    /// The source in the share: a mount, so no path to it changes what it is.
-    pub(crate) path: PathBuf,
+    /// The source in the share, opened with `O_PATH`. A path of the host may lead to something else by now.
+    pub(crate) file: File,
     /// Its path on the host, for messages.
     pub(crate) source: PathBuf,
+}
+
+/// virtiofsd's mount namespace, and where the share is in it.
+pub(crate) struct Server<'a, Open> {
+    /// Opens the namespace.
+    pub(crate) open: Open,
+    /// The share's path there.
+    pub(crate) root: &'a Path,
 }
 
 impl Share {
@@ -196,8 +128,9 @@ impl Share {
     }
 
     /// Adds a container to the share: its root, which consists of containerd's mounts stacked on each other, or of
-    /// `rootfs` if there are none, and the spec's bind mounts. Blocks until everything is mounted. To remove the
-    /// container, [`release`](Self::release) it and undo its steps.
+    /// `rootfs` if there are none, and the spec's bind mounts. Blocks until filesystems are mounted; folders and files
+    /// of the host wait for [`attach`](Self::attach). To remove the container, [`release`](Self::release) it and undo
+    /// its steps.
     ///
     /// # Errors
     /// When a step fails. The caller removes the container.
@@ -210,17 +143,17 @@ impl Share {
         binds: &[Bind],
     ) -> Result<Places, ShareError> {
         check_identifier("container id", id)?;
-        let number = lock(&self.entries).add_root(id, mounts.len().max(1));
+        let parsed = Root::parse(mounts)?;
+        let number = lock(&self.entries).add_root(id, parsed.filesystems.len());
         let root = self.dir.join(number.to_string()).join(ROOTFS);
-        let steps = self.steps(&number.to_string(), ROOTFS, true, mounts.len().max(1));
+        let steps = self.steps(&number.to_string(), ROOTFS, true, parsed.filesystems.len());
         make(steps, |steps| record(&Owner::Container(id.to_owned()), steps))?;
-        if mounts.is_empty() {
-            let what = format!("root.path {:?}", rootfs.display());
-            let rootfs = inspect(rootfs).map_err(mount_error(what.clone(), &root))?.path;
-            bind(&rootfs, true, 0, Propagation::Private, &root).map_err(mount_error(what, &root))?;
+        for filesystem in &parsed.filesystems {
+            filesystem.mount(&root).map_err(mount_error(filesystem.what(), &root))?;
         }
-        for (index, mount) in mounts.iter().enumerate() {
-            mount_root(index, mount, &root)?;
+        if let Some(top) = parsed.top(rootfs) {
+            let waiting = top.open().map_err(mount_error(top.what(), &root))?;
+            lock(&self.entries).root_waits(id, waiting);
         }
         let mut places = Places { root: in_guest(number, ROOTFS), binds: Vec::new(), below: Vec::new() };
         for entry in binds {
@@ -249,57 +182,91 @@ impl Share {
     /// Adds the source of a bind mount, unless it is there already. Returns its number, and what is mounted below it if
     /// the mount's options do not apply there.
     fn add_bind(&self, record: OwnedRecorder<'_>, id: &str, entry: &Bind) -> Result<(u64, Vec<PathBuf>), ShareError> {
-        let what = || format!("mounts[{}].source {:?}", entry.index, entry.source.display());
-        let (file, source) = Source::open(entry).map_err(mount_error(what(), &self.dir))?;
+        let what = format!("mounts[{}].source {:?}", entry.index, entry.source.display());
+        let (file, source) = Source::open(entry).map_err(mount_error(what.clone(), &self.dir))?;
         let below = source.paths_below().filter(|_| entry.own_options).collect();
         let mut entries = lock(&self.entries);
         if let Some(number) = entries.reuse(&source, id, !entry.read_only) {
             return Ok((number, below));
         }
         let number = entries.add_volume(source, entry.is_dir, id, !entry.read_only);
-        make(self.steps(&number.to_string(), SHARE_SOURCE, entry.is_dir, 1), |steps| {
+        make(self.steps(&number.to_string(), SHARE_SOURCE, entry.is_dir, 0), |steps| {
             record(&Owner::Volume(number), steps)
         })?;
-        let target = self.dir.join(number.to_string()).join(SHARE_SOURCE);
-        let read_only = |restricted| if restricted { libc::MOUNT_ATTR_RDONLY } else { 0 };
-        let propagation = if entry.follows_host { Propagation::Slave } else { Propagation::Private };
-        let mount = || {
-            let tree = DetachedTree::clone_of_file(&file, entry.recursive)?;
-            tree.restrict(read_only(entry.read_only_below), propagation)?;
-            tree.restrict_top(read_only(entry.read_only), propagation)?;
-            tree.attach(&target)
-        };
-        mount().map_err(mount_error(what(), &target))?;
-        entries.mounted(number);
+        entries.volume_waits(number, Waiting::for_bind(what, file, entry));
         Ok((number, below))
     }
 
-    /// The sources that a container uses and whose changes by the host its programs notice.
-    pub(crate) fn watched(&self, id: &str) -> Vec<Watchable> {
-        let watched = lock(&self.entries).watched(id).into_iter();
-        let watchable = |(entry, source): (u64, PathBuf)| {
-            let path = self.dir.join(entry.to_string()).join(SHARE_SOURCE);
-            Watchable { entry, path, source }
-        };
-        watched.map(watchable).collect()
+    /// Mounts the folders and files of the host that wait for virtiofsd and that a container needs.
+    ///
+    /// # Errors
+    /// When virtiofsd has exited, or a mount fails.
+    pub(crate) fn attach(
+        &self,
+        server: Server<'_, impl FnOnce() -> io::Result<File>>,
+        id: &str,
+    ) -> Result<(), ShareError> {
+        let mut entries = lock(&self.entries);
+        let mut ready = Vec::new();
+        for (entry, waiting, read_only) in entries.waiting(id) {
+            let target = server.root.join(entry.to_string()).join(waiting.name);
+            let tree = waiting.clone_tree(read_only).map_err(mount_error(waiting.what.clone(), &target))?;
+            ready.push((entry, tree, target, waiting.what.clone()));
+        }
+        if ready.is_empty() {
+            return Ok(());
+        }
+        let namespace = (server.open)().map_err(ShareError::Server)?;
+        let entries = &mut *entries;
+        let attached = in_namespace(&namespace, || {
+            let attach = |(entry, tree, target, what): (u64, DetachedTree, PathBuf, String)| {
+                tree.attach(&target).map_err(mount_error(what, &target))?;
+                entries.attached(entry);
+                Ok(())
+            };
+            Ok(ready.into_iter().try_for_each(attach))
+        });
+        attached.map_err(ShareError::Server)?
     }
 
-    /// Lets the guest write to the sources that a container may write to, and to no others. `server` opens virtiofsd's
-    /// mount namespace, whose root is the share at the path `root`.
+    /// The sources that a container uses and whose changes by the host its programs notice.
+    ///
+    /// # Errors
+    /// When virtiofsd has exited, or a source cannot be opened.
+    pub(crate) fn watched(
+        &self,
+        server: Server<'_, impl FnOnce() -> io::Result<File>>,
+        id: &str,
+    ) -> Result<Vec<Watchable>, ShareError> {
+        let watched = lock(&self.entries).watched(id);
+        if watched.is_empty() {
+            return Ok(Vec::new());
+        }
+        let open = |(entry, source): (u64, PathBuf)| {
+            let path = server.root.join(entry.to_string()).join(SHARE_SOURCE);
+            let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)?;
+            Ok(Watchable { entry, file, source })
+        };
+        let namespace = (server.open)().map_err(ShareError::Server)?;
+        let opened = in_namespace(&namespace, || watched.into_iter().map(open).collect());
+        opened.map_err(ShareError::Server)
+    }
+
+    /// Lets the guest write to the sources that a container may write to, and to no others.
     ///
     /// # Errors
     /// When a source cannot become writable. One that cannot become read-only, because the guest has a file in it open
     /// for writing, stays writable until the next call.
-    pub(crate) fn settle(&self, server: impl FnOnce() -> io::Result<File>, root: &Path) -> Result<(), ShareError> {
+    pub(crate) fn settle(&self, server: Server<'_, impl FnOnce() -> io::Result<File>>) -> Result<(), ShareError> {
         let mut entries = lock(&self.entries);
         let mut unsettled = entries.unsettled().peekable();
         if unsettled.peek().is_none() {
             return Ok(());
         }
-        let server = server().map_err(ShareError::Server)?;
+        let namespace = (server.open)().map_err(ShareError::Server)?;
         for volume in unsettled {
-            let path = root.join(volume.number.to_string()).join(SHARE_SOURCE);
-            match set_read_only(&server, &path, !volume.read_only) {
+            let path = server.root.join(volume.number.to_string()).join(SHARE_SOURCE);
+            match set_read_only(&namespace, &path, !volume.read_only) {
                 Ok(()) => volume.read_only = !volume.read_only,
                 Err(source) if volume.read_only => return Err(ShareError::Writable { path, source }),
                 Err(error) => tracing::warn!(
@@ -316,14 +283,15 @@ impl Share {
     /// not find them again. The caller makes the guest forget them, and then undoes their steps.
     pub(crate) fn release(&self, record: OwnedRecorder<'_>, id: &str) -> Released {
         let Unused { root, volumes } = lock(&self.entries).release(id);
-        let root = root.map(|root| (Owner::Container(id.to_owned()), root.number, ROOTFS, true, root.mounts));
-        let volume = |(number, is_dir)| (Owner::Volume(number), number, SHARE_SOURCE, is_dir, 1);
+        let root = root.map(|root| (Owner::Container(id.to_owned()), root.number, ROOTFS, true, root.filesystems));
+        let volume = |(number, is_dir)| (Owner::Volume(number), number, SHARE_SOURCE, is_dir, 0);
         let mut released = Released::default();
-        for (owner, number, child, is_dir, mounts) in root.into_iter().chain(volumes.into_iter().map(volume)) {
+        for (owner, number, child, is_dir, filesystems) in root.into_iter().chain(volumes.into_iter().map(volume)) {
             let name = number.to_string();
             let gone = format!("{name}.gone");
-            let renamed =
-                record(&owner, self.steps(&gone, child, is_dir, mounts)).map_err(ShareError::from).and_then(|()| {
+            let renamed = record(&owner, self.steps(&gone, child, is_dir, filesystems))
+                .map_err(ShareError::from)
+                .and_then(|()| {
                     let path = self.skeleton.join(name);
                     fs::rename(&path, self.skeleton.join(gone)).map_err(|source| ShareError::Rename { path, source })
                 });
@@ -342,13 +310,13 @@ impl Share {
         released
     }
 
-    /// The steps that create an entry and mount something in it.
-    fn steps(&self, name: &str, child: &str, is_dir: bool, mounts: usize) -> Vec<Step> {
+    /// The steps that create an entry and mount filesystems in it.
+    fn steps(&self, name: &str, child: &str, is_dir: bool, filesystems: usize) -> Vec<Step> {
         let folder = self.skeleton.join(name);
         let path = folder.join(child);
         let child_step = if is_dir { Step::Dir { path } } else { Step::File { path } };
         let mount = Step::Mount { path: self.dir.join(name).join(child) };
-        [Step::Dir { path: folder }, child_step].into_iter().chain(std::iter::repeat_n(mount, mounts)).collect()
+        [Step::Dir { path: folder }, child_step].into_iter().chain(std::iter::repeat_n(mount, filesystems)).collect()
     }
 }
 
@@ -392,50 +360,6 @@ fn make_dir(path: &Path) -> Result<(), ShareError> {
 fn make_file(path: &Path) -> Result<(), ShareError> {
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     file.map(drop).map_err(|source| ShareError::Create { path: path.into(), source })
-}
-
-fn mount_error(what: String, target: &Path) -> impl FnOnce(io::Error) -> ShareError {
-    let target = target.to_path_buf();
-    move |source| ShareError::Mount { what, target, source }
-}
-
-fn bind(source: &Path, recursive: bool, flags: u64, propagation: Propagation, target: &Path) -> io::Result<()> {
-    let tree = DetachedTree::clone_of(source, recursive)?;
-    tree.restrict(flags, propagation)?;
-    tree.attach(target)
-}
-
-fn mount_root(index: usize, mount: &Mount, target: &Path) -> Result<(), ShareError> {
-    let unsupported = |field, value: &str, why| ShareError::Unsupported { index, field, value: value.into(), why };
-    if !mount.target.is_empty() {
-        return Err(unsupported("target", &mount.target, "mounts below the root are not supported"));
-    }
-    if mount.type_.starts_with("fuse") {
-        return Err(unsupported("type", &mount.type_, "filesystems that need a mount helper are not supported"));
-    }
-    if mount.type_.contains('/') {
-        let why = "only containerd's mount manager resolves such mounts, from version 2.2";
-        return Err(unsupported("type", &mount.type_, why));
-    }
-    let options = parse_options(&mount.options)
-        .map_err(|option| unsupported("options", option, "is not supported for a container's root"))?;
-    let what = || format!("rootfs[{index}] ({} {:?})", mount.type_, mount.source);
-    if mount.type_ == "bind" || options.bind.is_some() {
-        // containerd's bind mounts follow symbolic links, as mount(2) does.
-        let source = inspect(Path::new(&mount.source)).map_err(mount_error(what(), target))?.path;
-        let recursive = options.bind.unwrap_or(false);
-        return bind(&source, recursive, options.attributes, Propagation::Private, target)
-            .map_err(mount_error(what(), target));
-    }
-    let (folder, data) = mount_data(&mount.type_, &options.data).map_err(|length| {
-        let source = io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("the options have {length} bytes, more than {MAX_OPTIONS}"),
-        );
-        mount_error(what(), target)(source)
-    })?;
-    mount_filesystem(&mount.type_, &mount.source, target, options.flags, &data, folder.as_deref())
-        .map_err(mount_error(what(), target))
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! Tests with real mounts, which require root. A mount namespace that is a slave of the test's stands for virtiofsd's.
 
-use std::os::unix::fs::symlink;
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::process::{Child, Command};
 use std::time::Duration;
 
@@ -49,7 +48,14 @@ impl Fixture {
 
     fn add(&mut self, id: &str, mounts: &[Mount], rootfs: &Path, binds: &[Bind]) -> Result<Places, ShareError> {
         let state = self.state.as_mut().unwrap();
-        self.share.add_container(&mut |owner, steps| state.record(owner, steps), id, mounts, rootfs, binds)
+        let record = &mut |owner: &Owner, steps| state.record(owner, steps);
+        let places = self.share.add_container(record, id, mounts, rootfs, binds)?;
+        self.share.attach(self.server(), id)?;
+        Ok(places)
+    }
+
+    fn server(&self) -> Server<'_, impl FnOnce() -> io::Result<File>> {
+        Server { open: || File::open(format!("/proc/{}/ns/mnt", self.server.id())), root: self.share.path() }
     }
 
     /// Removes a container, and returns the entries that went with it.
@@ -63,7 +69,7 @@ impl Fixture {
     }
 
     fn settle(&self) -> Result<(), ShareError> {
-        self.share.settle(|| File::open(format!("/proc/{}/ns/mnt", self.server.id())), self.share.path())
+        self.share.settle(self.server())
     }
 
     fn dir(&self, name: &str) -> PathBuf {
@@ -252,6 +258,53 @@ fn later_mounts_of_the_host_appear_only_if_requested() {
 }
 
 #[test]
+fn the_host_can_remove_folders_that_containers_have_mounted_with_mounts_below_them() {
+    let mut fixture = Fixture::new();
+    let (image, data, file) = (fixture.dir("image"), fixture.dir("data"), fixture.dir("data").join("file"));
+    fs::write(&file, "").unwrap();
+    let binds = [writable(1, &data), read_only(2, &data), read_only(3, &file)];
+    let follower = Bind { follows_host: true, ..writable(4, &data) };
+    let folders = ["data/sub", "image/sub"].map(|name| fixture.base.path().join(name));
+    folders.iter().for_each(|folder| tmpfs(folder));
+    let waiting = |fixture: &mut Fixture| {
+        let state = fixture.state.as_mut().unwrap();
+        let record = &mut |owner: &Owner, steps| state.record(owner, steps);
+        fixture.share.add_container(record, "c2", &[], &image, &[writable(1, &image)]).unwrap();
+    };
+    let places = fixture.add("c1", &[], &image, &[&binds[..], &[follower]].concat()).unwrap();
+    waiting(&mut fixture);
+    for folder in &folders {
+        nix::mount::umount(folder).unwrap();
+        fs::remove_dir(folder).unwrap();
+    }
+    fs::remove_dir_all(&data).unwrap();
+    assert!(fixture.served(&places.root, "").exists() && !fixture.served(&places.root, "sub").exists());
+    assert_eq!(fixture.remove("c1").len(), 4);
+    // One that is not attached yet, and never is.
+    assert_eq!(fixture.remove("c2").len(), 2);
+    fixture.end();
+}
+
+#[test]
+fn a_source_is_writable_at_once_if_a_container_that_comes_before_it_is_attached_writes() {
+    let mut fixture = Fixture::new();
+    let (image, data) = (fixture.dir("image"), fixture.dir("data"));
+    let state = fixture.state.as_mut().unwrap();
+    let record = &mut |owner: &Owner, steps| state.record(owner, steps);
+    let reader = fixture.share.add_container(record, "reader", &[], &image, &[read_only(1, &data)]).unwrap();
+    let writer = fixture.add("writer", &[], &image, &[writable(1, &data)]).unwrap();
+    assert_eq!(reader.binds, writer.binds);
+    fs::write(fixture.served(&writer.binds[0].1, "new"), "x").unwrap();
+    fixture.share.attach(fixture.server(), "reader").unwrap();
+    assert!(fixture.served(&reader.root, "").exists());
+    fixture.remove("writer");
+    fixture.settle().unwrap();
+    assert_eq!(errno(fs::write(fixture.served(&reader.binds[0].1, "new"), "x")), Some(libc::EROFS));
+    fixture.remove("reader");
+    fixture.end();
+}
+
+#[test]
 fn roots_can_be_stacked_and_can_be_symbolic_links() {
     let mut fixture = Fixture::new();
     let (first, second) = (fixture.dir("first"), fixture.dir("second"));
@@ -354,27 +407,4 @@ fn a_failed_mount_is_named_and_leaves_nothing() {
     }
     assert!(fixture.add("../x", &[], &image, &[]).is_err());
     fixture.end();
-}
-
-#[test]
-fn inspect_resolves_links_and_reports_the_type() {
-    let base = tempfile::tempdir().unwrap();
-    let path = |name: &str| base.path().join(name);
-    let _socket = UnixListener::bind(path("socket")).unwrap();
-    nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    fs::write(path("file"), "").unwrap();
-    symlink("file", path("link")).unwrap();
-    symlink("nowhere", path("dangling")).unwrap();
-    let null = FileKind::CharDevice { major: 1, minor: 3 };
-    for (given, real, kind) in [
-        (path("socket"), path("socket"), FileKind::Socket),
-        (path("fifo"), path("fifo"), FileKind::Fifo),
-        (path("link"), path("file"), FileKind::File),
-        (base.path().join("."), base.path().into(), FileKind::Dir),
-        ("/dev/null".into(), "/dev/null".into(), null),
-    ] {
-        let real = fs::canonicalize(real).unwrap();
-        assert_eq!(inspect(&given).unwrap(), HostFile { path: real, kind }, "{}", given.display());
-    }
-    assert!(inspect(&path("dangling")).is_err());
 }
