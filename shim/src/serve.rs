@@ -60,6 +60,9 @@ const DELETE_TIMEOUT: Duration = Duration::from_millis(4500);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long the server waits at its end for its clients to close their connections.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
+/// How long the server waits for its first container, or for its sandbox. containerd sends it right after `start`; if
+/// containerd is killed in between, no later call ends the shim.
+const UNUSED_WAIT: Duration = Duration::from_secs(120);
 /// Exit status of a task whose shim is gone: that of SIGKILL.
 const KILLED: u32 = 137;
 
@@ -297,8 +300,17 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
         // containerd reports a failed ShutdownSandbox if its connection closes before it has read the response.
         clients.gone(CLOSE_WAIT).await;
     };
+    let unused = async {
+        tokio::time::sleep(UNUSED_WAIT).await;
+        // Has no effect on a sandbox in use. After the end of an unused one, `finished` is ready.
+        match sandbox.shutdown(false).await {
+            Ok(()) => std::future::pending().await,
+            Err(error) => error,
+        }
+    };
     tokio::select! {
         () = finished => {}
+        error = unused => return Err(error.into()),
         _ = terminate.recv() => sandbox.shutdown(true).await?,
         _ = interrupt.recv() => sandbox.shutdown(true).await?,
     }

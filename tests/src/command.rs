@@ -140,7 +140,12 @@ pub fn describe(command: &Command) -> String {
 }
 
 /// Polls `probe` until it returns a value. The last resort, for conditions without a notification.
-pub fn wait_for<T>(deadline: Duration, what: &str, mut probe: impl FnMut() -> Option<T>) -> Result<T> {
+pub fn wait_for<T>(deadline: Duration, what: &str, probe: impl FnMut() -> Option<T>) -> Result<T> {
+    poll(Duration::from_millis(5), deadline, what, probe)
+}
+
+/// Like [`wait_for`], with this interval between the ends of the probes, which cost something.
+pub fn poll<T>(interval: Duration, deadline: Duration, what: &str, mut probe: impl FnMut() -> Option<T>) -> Result<T> {
     let started = Instant::now();
     loop {
         if let Some(value) = probe() {
@@ -149,6 +154,6 @@ pub fn wait_for<T>(deadline: Duration, what: &str, mut probe: impl FnMut() -> Op
         if started.elapsed() > deadline {
             bail!("{what}: not within {deadline:?}");
         }
-        thread::sleep(Duration::from_millis(5));
+        thread::sleep(interval);
     }
 }

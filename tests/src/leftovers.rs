@@ -21,6 +21,11 @@ pub struct Leftovers(BTreeSet<String>);
 impl Leftovers {
     /// Takes the snapshot.
     pub fn now(containerd: &Containerd) -> Self {
+        Self::now_without(containerd, &[])
+    }
+
+    /// Takes the snapshot without the content of these folders of `/run`.
+    pub fn now_without(containerd: &Containerd, folders: &[&str]) -> Self {
         let mut found = BTreeSet::new();
         for process in process::descendants(containerd.pid()) {
             let command = if process.zombie { "zombie" } else { process.command.as_str() };
@@ -34,7 +39,8 @@ impl Leftovers {
         }
         let run = containerd.path("/run");
         // Except containerd's own store, and what this harness mounts and writes.
-        let except = ["/run/containerd/root", "/run/image", "/run/bundles"].map(|path| containerd.path(path));
+        let own = ["/run/containerd/root", "/run/image", "/run/bundles"];
+        let except: Vec<_> = own.iter().chain(folders).map(|path| containerd.path(path)).collect();
         walk(&run, &except, &mut |path, kind| {
             let path = path.strip_prefix(&run).unwrap_or(path);
             found.insert(format!("{kind} /run/{}", path.display()));

@@ -67,10 +67,12 @@ pub enum BootError {
         console: String,
     },
     /// The VM was not ready in time.
-    #[error("the VM was not ready after {} ms{}", deadline.as_millis(), last_lines(console))]
+    #[error("the VM was not ready after {}{}", limit(*deadline, *waited), last_lines(console))]
     Deadline {
         /// The time limit.
         deadline: Duration,
+        /// For how long the machine has waited for a CPU besides.
+        waited: Duration,
         /// The console's last lines.
         console: String,
     },
@@ -95,9 +97,20 @@ impl BootError {
     pub(crate) fn cause(&self) -> String {
         match self {
             Self::Ended { cause, .. } => cause.clone(),
-            Self::Deadline { deadline, .. } => format!("it was not ready after {} ms", deadline.as_millis()),
+            Self::Deadline { deadline, waited, .. } => {
+                format!("it was not ready after {}", limit(*deadline, *waited))
+            }
             other => Chain(other).to_string(),
         }
+    }
+}
+
+/// A deadline, and the time for a CPU beyond it that is worth a word.
+fn limit(deadline: Duration, waited: Duration) -> String {
+    let deadline_ms = deadline.as_millis();
+    match waited < deadline / 10 {
+        true => format!("{deadline_ms} ms"),
+        false => format!("{deadline_ms} ms and {} ms of waiting for a CPU of the host", waited.as_millis()),
     }
 }
 

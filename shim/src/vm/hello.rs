@@ -1,13 +1,21 @@
 //! The wait of a boot: for the guest's hello, for the end of one of the VM's processes, or for the deadline.
 
+use std::io;
 use std::time::Duration;
 
 use husk_protos::system::Hello;
 use husk_vsock::Stream;
+use tokio::time::Instant;
 
 use super::error::BootError;
 use super::processes::{CONSOLE_DEADLINE, CONSOLE_LINES, MACHINE_DELAY, Processes};
 use crate::guest::link::{HostPort, LinkError};
+use crate::host::run_delay::RunDelays;
+
+/// The longest boot of a machine that waits for CPUs, in deadlines.
+const STARVED: u32 = 4;
+/// How often a deadline is measured.
+const PARTS: u32 = 10;
 
 impl Processes {
     /// The guest's hello, and the connection on which its reports follow.
@@ -30,8 +38,8 @@ impl Processes {
                 Err(self.ended(cause).await)
             }
             cause = self.flooded() => Err(self.ended(cause).await),
-            () = tokio::time::sleep(deadline) => {
-                Err(BootError::Deadline { deadline, console: self.console.tail(CONSOLE_LINES) })
+            waited = expired(deadline, || RunDelays::of(self.machine.process())) => {
+                Err(BootError::Deadline { deadline, waited, console: self.console.tail(CONSOLE_LINES) })
             }
         }
     }
@@ -55,8 +63,55 @@ impl Processes {
     }
 }
 
+/// Returns when a boot has had the time of its deadline, in which the machine's waits for a CPU of the host do not count,
+/// or [`STARVED`] deadlines have passed. Returns for how long the machine has waited. When many VMs boot at once, the
+/// last would otherwise be killed shortly before they are ready, and those in their place as well.
+async fn expired(deadline: Duration, delays: impl Fn() -> io::Result<RunDelays>) -> Duration {
+    let (began, mut counted, mut before) = (Instant::now(), Duration::ZERO, delays().ok());
+    loop {
+        let since = Instant::now();
+        tokio::time::sleep((deadline / PARTS).min(deadline - counted)).await;
+        let (passed, now) = (since.elapsed(), delays().ok());
+        let waited = before.zip(now.clone()).map(|(before, now)| now.longest_since(&before, passed));
+        counted += passed.saturating_sub(waited.unwrap_or_default());
+        before = now;
+        if counted >= deadline || began.elapsed() >= deadline * STARVED {
+            return began.elapsed().saturating_sub(counted);
+        }
+    }
+}
+
 async fn receive(ready: &mut HostPort) -> Result<(Stream, Hello), BootError> {
     let mut stream = ready.accept().await.map_err(LinkError::from)?;
     let hello = husk_protos::frame::read(&mut stream).await?;
     Ok((stream, hello))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_wait_for_a_cpu_does_not_count_for_a_boot_but_not_without_end() {
+        let deadline = Duration::from_secs(60);
+        // The share of its time for which the machine waits, in percent, and when the boot fails.
+        for (share, expected) in [(0, 60), (50, 120), (100, 240)] {
+            let (began, waited) = (Instant::now(), Cell::new(Duration::ZERO));
+            let delays = || {
+                waited.set(began.elapsed() * share / 100);
+                Ok(RunDelays::of_waiting(waited.get()))
+            };
+            let reported = expired(deadline, delays).await;
+            let took = began.elapsed();
+            // Timers have a resolution of a millisecond.
+            assert!(took.abs_diff(Duration::from_secs(expected)) < Duration::from_millis(100), "{share}: {took:?}");
+            assert!(reported.abs_diff(waited.get()) < Duration::from_millis(100), "{share}: {reported:?}");
+        }
+        // Without the numbers, every second counts.
+        let began = Instant::now();
+        expired(deadline, || Err(io::ErrorKind::NotFound.into())).await;
+        assert!(began.elapsed().abs_diff(deadline) < Duration::from_millis(100), "{:?}", began.elapsed());
+    }
 }

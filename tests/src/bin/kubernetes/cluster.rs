@@ -1,14 +1,16 @@
 //! A control plane of one node: etcd, kube-apiserver and kubelet, without a scheduler and controllers. Pods name their
 //! node; the objects that controllers would make are made at the start.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use husk_tests::artifacts::repository;
 use husk_tests::command::{self, Output};
 
+use crate::daemon::Daemon;
 use crate::node::{self, Node};
 
 /// The node's name.
@@ -60,6 +62,10 @@ cgroupDriver: cgroupfs
 cgroupRoot: /GROUP
 enforceNodeAllocatable: []
 failSwapOn: false
+# A container that fails is restarted after a second, each time.
+featureGates: {KubeletCrashLoopBackOffMax: true}
+crashLoopBackOff: {maxContainerRestartPeriod: 1s}
+volumeStatsAggPeriod: 5s
 oomScoreAdj: 0
 staticPodPath: /run/node/manifests
 volumePluginDir: /run/node/volumes
@@ -77,14 +83,14 @@ containerRuntimeEndpoint: unix:///run/node/containerd.sock
 END
 "#;
 
-/// The objects that tests need.
+/// husk's RuntimeClass, and the label of the nodes that it selects.
+const CLASS: &str = "setup/kubernetes/install/runtimeclass.yaml";
+const LABEL: &str = "io.husk/runtime=true";
+
+/// The other objects that tests need.
 const OBJECTS: &str = r#"
 {"kind": "List", "apiVersion": "v1", "items": [
   {"kind": "RuntimeClass", "apiVersion": "node.k8s.io/v1", "metadata": {"name": "runc"}, "handler": "runc"},
-  {"kind": "RuntimeClass", "apiVersion": "node.k8s.io/v1", "metadata": {"name": "husk"}, "handler": "husk",
-   "overhead": {"podFixed": {"memory": "160Mi", "cpu": "250m"}}},
-  {"kind": "RuntimeClass", "apiVersion": "node.k8s.io/v1", "metadata": {"name": "husk-shim"}, "handler": "husk-shim",
-   "overhead": {"podFixed": {"memory": "160Mi", "cpu": "250m"}}},
   {"kind": "ServiceAccount", "apiVersion": "v1", "metadata": {"name": "default", "namespace": "default"}},
   {"kind": "ConfigMap", "apiVersion": "v1", "metadata": {"name": "kube-root-ca.crt", "namespace": "default"},
    "data": {"ca.crt": "none"}}
@@ -94,7 +100,8 @@ const OBJECTS: &str = r#"
 pub struct Cluster {
     node: Node,
     bin: PathBuf,
-    daemons: Vec<Child>,
+    /// etcd, kube-apiserver, kubelet.
+    daemons: Vec<Daemon>,
 }
 
 /// The programs of a minor version of Kubernetes.
@@ -118,6 +125,12 @@ impl Cluster {
         cluster.sh(&PREPARE.replace("GROUP", &group), CALL)?.ok()?;
         cluster.control_plane(folder)?;
         cluster.apply(OBJECTS)?;
+        let class = repository().join(CLASS);
+        let class = fs::read_to_string(&class).with_context(|| format!("read {}", class.display()))?;
+        cluster.apply(&class)?;
+        cluster.apply(
+            &class.replace("name: husk\n", "name: husk-shim\n").replace("handler: husk\n", "handler: husk-shim\n"),
+        )?;
         cluster.kubelet(folder)?;
         cluster.node.mark_idle();
         Ok(cluster)
@@ -156,8 +169,13 @@ impl Cluster {
             "--cert-dir=/run/node/kubelet/pki",
             "--hostname-override=node",
             "--node-ip=192.0.2.1",
+            &format!("--node-labels={LABEL}"),
         ];
         self.spawn(&self.bin.join("kubelet"), &words, folder)?;
+        self.await_kubelet()
+    }
+
+    fn await_kubelet(&mut self) -> Result<()> {
         let ready = format!("kubectl wait --for=condition=Ready node/{NODE} --timeout=1s");
         self.await_success(&ready, "the node is ready")
     }
@@ -165,12 +183,27 @@ impl Cluster {
     /// Starts a daemon that writes its log to `folder`.
     fn spawn(&mut self, program: &Path, words: &[&str], folder: &Path) -> Result<()> {
         let name = program.file_name().unwrap_or_default().to_string_lossy();
-        let log = folder.join(format!("{name}.log"));
-        let file = File::create(&log).with_context(|| format!("create {}", log.display()))?;
         let mut command = self.node.enter(program);
-        command.args(words).stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
-        self.daemons.push(command.spawn().with_context(|| format!("start {name}"))?);
+        command.args(words);
+        self.daemons.push(Daemon::start(command, &folder.join(format!("{name}.log")))?);
         Ok(())
+    }
+
+    /// Kills containerd and the kubelet with SIGKILL, and starts both again.
+    pub fn interrupt(&mut self) -> Result<()> {
+        let kubelet = self.daemons.last_mut().context("no daemon")?;
+        self.node.daemon().kill()?;
+        kubelet.kill()?;
+        self.node.daemon().start_again()?;
+        self.node.await_ready()?;
+        // It exits if containerd does not answer.
+        kubelet.start_again()
+    }
+
+    /// The memory that the daemons use, in KiB, by name.
+    pub fn daemons_memory(&mut self) -> Result<Vec<(String, u64)>> {
+        let daemons = self.daemons.iter().map(Daemon::process).chain([self.node.daemon().process()]);
+        daemons.map(|daemon| daemon.and_then(|daemon| Ok((daemon.name.clone(), rss(daemon.pid)?)))).collect()
     }
 
     /// Repeats a command until it succeeds. Fails if a daemon exits.
@@ -180,21 +213,22 @@ impl Cluster {
             Ok(_) => Some(Ok(())),
             Err(error) => {
                 last = format!("{error:#}");
-                let ended = self.daemons.iter_mut().any(|daemon| matches!(daemon.try_wait(), Ok(Some(_))));
+                let ended = self.daemons.iter_mut().any(Daemon::has_exited);
                 ended.then(|| bail!("a daemon has exited"))
             }
         });
         ready.and_then(|ready| ready).with_context(|| last)
     }
 
-    fn apply(&self, objects: &str) -> Result<()> {
+    /// Creates objects from JSON or YAML.
+    pub fn apply(&self, objects: &str) -> Result<()> {
         let mut command = self.command();
         command.args(["-c", "kubectl apply -f -"]);
         command::run(command, Some(objects.as_bytes().to_vec()), CALL)?.ok().map(drop)
     }
 
     /// A shell in the node's namespaces, with kubectl.
-    fn command(&self) -> Command {
+    pub fn command(&self) -> Command {
         let mut command = self.node.enter("env");
         let path = format!("PATH={}:{}", self.bin.display(), self.node.search_path());
         command.args([&path, "KUBECONFIG=/run/node/admin.conf", "sh"]);
@@ -219,8 +253,16 @@ impl Drop for Cluster {
         // `nsenter` waits for the daemon, which is in the node's PID namespace.
         self.node.kill();
         for daemon in &mut self.daemons {
-            // It has been killed: there is no other result.
-            let _ = daemon.wait();
+            daemon.wait();
         }
     }
+}
+
+/// A process's memory outside of files, in KiB.
+fn rss(pid: i32) -> Result<u64> {
+    let file = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&file).with_context(|| format!("read {file}"))?;
+    let line =
+        status.lines().find_map(|line| line.strip_prefix("RssAnon:")).with_context(|| format!("RssAnon in {file}"))?;
+    line.trim().trim_end_matches(" kB").parse().with_context(|| format!("parse {line:?} in {file}"))
 }

@@ -1,14 +1,16 @@
 //! Kubernetes under runc and under husk: critest, the test suite of the Container Runtime Interface, on a node, and pods
 //! on a cluster of one node.
 //!
-//! `kubernetes [--kubernetes VERSION] [--only SUITE] [--match TEXT] [--jobs N] [--update]` runs every test under both, prints a table of the
-//! differences and compares all results with `tests/kubernetes/expected.tsv`. It fails if anything differs from that
-//! file.
+//! `kubernetes [--kubernetes VERSION] [--only SUITE] [--match TEXT] [--jobs N] [--update]` runs every test under both,
+//! prints a table of the differences and compares all results with `tests/kubernetes/expected.tsv`. It fails if anything
+//! differs from that file. The suites `stress` and `stress-shim`, which take long, run only if `--only` names them.
 
 #[cfg(not(target_env = "musl"))]
 mod cluster;
 #[cfg(not(target_env = "musl"))]
 mod critest;
+#[cfg(not(target_env = "musl"))]
+mod daemon;
 #[cfg(not(target_env = "musl"))]
 mod node;
 #[cfg(not(target_env = "musl"))]
@@ -17,6 +19,10 @@ mod outcome;
 mod pods;
 #[cfg(not(target_env = "musl"))]
 mod run;
+#[cfg(not(target_env = "musl"))]
+mod stress;
+#[cfg(not(target_env = "musl"))]
+mod traces;
 
 #[cfg(not(target_env = "musl"))]
 fn main() -> std::process::ExitCode {

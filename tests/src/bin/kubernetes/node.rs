@@ -1,9 +1,8 @@
 //! A node: a containerd with its CRI plugin, a bridge network for pods and a registry, in a machine of its own.
 
-use std::fs::File;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +14,10 @@ use husk_tests::machine::Machine;
 use husk_tests::process::{self, Process};
 use husk_tests::registry::{Images, serve};
 
+use crate::daemon::Daemon;
+
+/// The runtime handler and RuntimeClass of runc.
+pub const RUNC: &str = "runc";
 /// The registry for all images, whichever registry they name.
 const REGISTRY: &str = "127.0.0.1:5000";
 /// The node's CRI socket.
@@ -31,7 +34,7 @@ const CGROUP: &str = "k8s.io";
 /// A pod with a host port is reached on the loopback address, so that address must be routable. Tests share IPC objects
 /// and host names with the node; its namespaces outlive containerd.
 const PREPARE: &str = r#"set -e
-mkdir -p /run/node/cni /run/node/registries/_default /run/tmp
+mkdir -p /run/node/cni /run/node/registries/_default /run/node/files /run/tmp
 ip route add default via 192.0.2.2
 sysctl -qw net.ipv4.conf.all.route_localnet=1 net.ipv6.conf.all.forwarding=1
 touch /run/node/ipc /run/node/uts
@@ -126,8 +129,8 @@ pub fn needs() -> [PathBuf; 4] {
 /// A running node. It ends with everything in it when it is dropped.
 pub struct Node {
     machine: Machine,
-    /// containerd, as this process has started it.
-    daemon: Child,
+    /// containerd.
+    daemon: Daemon,
     /// What runs on the node without a pod.
     idle: usize,
 }
@@ -154,13 +157,24 @@ impl Node {
         self.idle = self.processes().len();
     }
 
-    fn await_ready(&mut self) -> Result<()> {
+    /// containerd.
+    pub fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+
+    /// The machine that the node is.
+    pub fn machine(&self) -> &Containerd {
+        self.machine.containerd()
+    }
+
+    /// Waits until the CRI plugin answers.
+    pub fn await_ready(&mut self) -> Result<()> {
         let mut last = String::new();
         let ready = command::wait_for(START, "the CRI plugin answers", || match self.crictl(&["version"]) {
             Ok(_) => Some(Ok(())),
             Err(error) => {
                 last = format!("{error:#}");
-                matches!(self.daemon.try_wait(), Ok(Some(_))).then(|| bail!("containerd has exited"))
+                self.daemon.has_exited().then(|| bail!("containerd has exited"))
             }
         });
         ready.and_then(|ready| ready).with_context(|| last)
@@ -224,8 +238,7 @@ impl Drop for Node {
     fn drop(&mut self) {
         // containerd runs in the machine's PID namespace, which would end only afterwards.
         self.kill();
-        // It has been killed: there is no other result.
-        let _ = self.daemon.wait();
+        self.daemon.wait();
         remove_cgroup();
     }
 }
@@ -244,12 +257,10 @@ fn search_path(machine: &Containerd) -> String {
     format!("{}:{}:{}", repository().join("out").display(), bin().display(), machine.search_path())
 }
 
-fn start_containerd(machine: &Containerd, log: &Path) -> Result<Child> {
-    let log = File::create(log).with_context(|| format!("create {}", log.display()))?;
+fn start_containerd(machine: &Containerd, log: &Path) -> Result<Daemon> {
     let mut command = enter(machine, &bin().join("containerd"));
     command.args(["--log-level", "debug", "--config", "/run/node/config.toml"]);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    command.spawn().context("start containerd")
+    Daemon::start(command, log).context("start containerd")
 }
 
 /// The CRI plugin leaves its cgroup behind, which others on this machine may use too: only an empty one is removed.

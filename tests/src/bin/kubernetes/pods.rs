@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use husk_tests::artifacts::repository;
+use husk_tests::command::Output;
 use husk_tests::table::Verdict;
 
 use crate::cluster::{Cluster, NODE};
@@ -14,20 +15,20 @@ use crate::outcome::{Outcome, Outcomes, in_one_line, left};
 
 /// Deadline for one script.
 const DEADLINE: Duration = Duration::from_secs(600);
-/// Of a script that is there for all others.
-const COMMON: &str = "common.sh";
 
+/// Where scripts are, and `common.sh` with their functions.
 fn folder() -> PathBuf {
-    repository().join("tests/kubernetes/pods")
+    repository().join("tests/kubernetes")
 }
 
 /// The names of all scripts.
 fn scripts() -> Result<Vec<String>> {
-    let entries = fs::read_dir(folder()).with_context(|| format!("read {}", folder().display()))?;
+    let folder = folder().join("pods");
+    let entries = fs::read_dir(&folder).with_context(|| format!("read {}", folder.display()))?;
     let mut names = Vec::new();
     for entry in entries {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        names.extend(name.strip_suffix(".sh").filter(|_| name != COMMON).map(str::to_owned));
+        names.extend(name.strip_suffix(".sh").map(str::to_owned));
     }
     names.sort();
     Ok(names)
@@ -51,6 +52,15 @@ pub fn run(version: &str, classes: &[&str], matching: &str, logs: &Path) -> Resu
     Ok(all)
 }
 
+/// Runs a script, a path in [`folder`] without its suffix, for the pod of this name with this class.
+pub fn script(cluster: &Cluster, script: &str, class: &str, pod: &str, deadline: Duration) -> Result<Output> {
+    let (top, folder) = (repository(), folder());
+    let (top, folder) = (top.display(), folder.display());
+    let variables = format!("CLASS={class} POD={pod} NODE={NODE} REPOSITORY={top}");
+    let line = format!("set -eu; {variables}; . {folder}/common.sh; . {folder}/{script}.sh");
+    cluster.sh(&line, deadline)
+}
+
 /// Runs a script for one class. Returns the result, and what it printed if it ended well.
 fn run_one(
     cluster: &Cluster,
@@ -60,12 +70,7 @@ fn run_one(
     logs: &Path,
 ) -> Result<(Outcome, Option<String>)> {
     let pod = format!("{script}-{class}").replace('_', "-");
-    let folder = folder();
-    let line = format!(
-        "set -eu; CLASS={class} POD={pod} NODE={NODE}; . {folder}/{COMMON}; . {folder}/{script}.sh",
-        folder = folder.display()
-    );
-    let ran = cluster.sh(&line, DEADLINE);
+    let ran = self::script(cluster, &format!("pods/{script}"), class, &pod, DEADLINE);
     let described = cluster.sh(&format!("kubectl describe pod {pod}; kubectl get pod {pod} -o yaml"), DEADLINE)?;
     let deleted = cluster.sh(&format!("kubectl delete pod {pod} --ignore-not-found --timeout=120s"), DEADLINE)?.ok();
     let (printed, why) = match ran {

@@ -14,8 +14,9 @@ use husk_protos::lock::lock;
 use husk_tests::expected::Expected;
 use husk_tests::table::{Name, Results, Table, Verdict};
 
+use crate::node::RUNC;
 use crate::outcome::Outcomes;
-use crate::{cluster, critest, node, pods};
+use crate::{cluster, critest, node, pods, stress};
 
 /// First lines of the table.
 const HEADER: &str = "\
@@ -25,8 +26,6 @@ const HEADER: &str = "\
 # last column. `varies: ` there means that the result depends on the machine's speed: such a test is run, but not compared.
 # suite\ttest\trunc\thusk\treason
 ";
-/// The runtime handler and RuntimeClass of runc.
-const RUNC: &str = "runc";
 /// The default version of Kubernetes.
 const NEWEST: &str = "1.37";
 
@@ -35,6 +34,7 @@ const NEWEST: &str = "1.37";
 enum Source {
     Critest,
     Pods,
+    Stress,
 }
 
 /// The tests of one source with one of husk's runtime handlers. runc's results count for all suites of a source.
@@ -45,17 +45,20 @@ struct Suite {
     handler: &'static str,
 }
 
-const SUITES: [Suite; 4] = [
+const SUITES: [Suite; 6] = [
     Suite { name: "critest", source: Source::Critest, handler: "husk" },
     Suite { name: "critest-shim", source: Source::Critest, handler: "husk-shim" },
     Suite { name: "pods", source: Source::Pods, handler: "husk" },
     Suite { name: "pods-shim", source: Source::Pods, handler: "husk-shim" },
+    Suite { name: "stress", source: Source::Stress, handler: "husk" },
+    Suite { name: "stress-shim", source: Source::Stress, handler: "husk-shim" },
 ];
 
 /// What one worker does at a time.
 enum Job {
     Critest(&'static str),
     Pods(Vec<&'static str>),
+    Stress(Vec<&'static str>),
 }
 
 /// Results by source and runtime handler.
@@ -72,8 +75,9 @@ struct Arguments {
 }
 
 fn parse(words: &[String]) -> Result<Arguments> {
-    let mut arguments =
-        Arguments { version: NEWEST.into(), suites: SUITES.into(), matching: String::new(), jobs: 1, update: false };
+    // Stress takes too long for a run that does not ask for it.
+    let suites = SUITES.into_iter().filter(|suite| suite.source != Source::Stress).collect();
+    let mut arguments = Arguments { version: NEWEST.into(), suites, matching: String::new(), jobs: 1, update: false };
     let mut words = words.iter();
     while let Some(word) = words.next() {
         let mut value = || words.next().with_context(|| format!("{word} needs a value"));
@@ -147,14 +151,15 @@ fn logs() -> PathBuf {
     node::folder().join("output")
 }
 
-/// What there is to do for these suites. All pods run on one cluster.
+/// What there is to do for these suites. All pods run on one cluster, except under stress.
 fn jobs(suites: &[Suite]) -> VecDeque<Job> {
     let handlers = |source| -> Vec<&'static str> {
         let of_source: Vec<_> =
             suites.iter().filter(|suite| suite.source == source).map(|suite| suite.handler).collect();
         if of_source.is_empty() { of_source } else { [vec![RUNC], of_source].concat() }
     };
-    let pods = Some(handlers(Source::Pods)).filter(|classes| !classes.is_empty()).map(Job::Pods);
+    let classes = |source| Some(handlers(source)).filter(|classes| !classes.is_empty());
+    let pods = classes(Source::Pods).map(Job::Pods).into_iter().chain(classes(Source::Stress).map(Job::Stress));
     handlers(Source::Critest).into_iter().map(Job::Critest).chain(pods).collect()
 }
 
@@ -184,6 +189,7 @@ fn run_one(job: &Job, arguments: &Arguments) -> Result<Vec<((Source, &'static st
     let name = match job {
         Job::Critest(handler) => format!("critest-{handler}"),
         Job::Pods(_) => "pods".into(),
+        Job::Stress(_) => "stress".into(),
     };
     let folder = logs().join(&name);
     if folder.exists() {
@@ -199,6 +205,10 @@ fn run_one(job: &Job, arguments: &Arguments) -> Result<Vec<((Source, &'static st
         Job::Pods(classes) => {
             let all = pods::run(&arguments.version, classes, &arguments.matching, &folder).context(name)?;
             classes.iter().map(|class| (Source::Pods, *class)).zip(all).collect()
+        }
+        Job::Stress(classes) => {
+            let all = stress::run(&arguments.version, classes, &arguments.matching, &folder).context(name)?;
+            classes.iter().map(|class| (Source::Stress, *class)).zip(all).collect()
         }
     };
     for ((source, handler), outcomes) in &done {

@@ -1,4 +1,4 @@
-# Functions of the scripts in this folder. Each prints what must be the same under runc and under husk, for the pod named
+# Functions of the scripts in `pods` and `stress`. Each prints what must be the same under runc and under husk, for the pod named
 # $POD with the RuntimeClass $CLASS on $NODE. It ends at the first command that fails. The pod is deleted afterwards.
 
 BUSYBOX=registry.k8s.io/e2e-test-images/busybox:1.29-2
@@ -7,11 +7,12 @@ NGINX=registry.k8s.io/e2e-test-images/nginx:1.14-2
 FILES=/run/node/files/$POD
 mkdir -p "$FILES"
 
-# pod creates the pod; its spec, in YAML, comes from stdin. Without a request, the pod's share of a busy machine's CPUs
-# would be next to nothing.
+# pod creates the pod; its spec, in YAML, comes from stdin, and $ANNOTATIONS may have more annotations. Without a request,
+# the pod's share of a busy machine's CPUs would be next to nothing.
 pod() {
     {
-        printf 'apiVersion: v1\nkind: Pod\nmetadata: {name: %s, labels: {app: test}, annotations: {color: green}}\n' "$POD"
+        printf 'apiVersion: v1\nkind: Pod\nmetadata: {name: %s, labels: {app: test}, annotations: {color: green%s}}\n' \
+            "$POD" "${ANNOTATIONS:+, $ANNOTATIONS}"
         printf 'spec:\n  runtimeClassName: %s\n  nodeName: %s\n  resources: {requests: {cpu: 500m}}\n' "$CLASS" "$NODE"
         sed 's/^/  /'
     } | kubectl apply -f - >/dev/null
@@ -30,12 +31,13 @@ fetch() {
     python3 -c 'import sys, urllib.request as u
 print(u.build_opener(u.ProxyHandler({})).open(sys.argv[1], timeout=20).read().decode().strip())' "$1"
 }
-# until_true COMMAND... repeats a command until it succeeds, for what no `kubectl wait` reports.
+# until_true COMMAND... repeats a command until it succeeds, for what no `kubectl wait` reports. $TRIES replaces the number
+# of tries, two a second.
 until_true() {
     tries=0
     until "$@"; do
         tries=$((tries + 1))
-        [ $tries -lt 240 ] || { echo "failed for two minutes: $*" >&2; return 1; }
+        [ $tries -lt "${TRIES:-240}" ] || { echo "failed for too long: $*" >&2; return 1; }
         sleep 0.5
     done
 }
