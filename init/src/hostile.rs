@@ -18,6 +18,7 @@
 use std::future::pending;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
@@ -39,8 +40,11 @@ use crate::error::{CallError, FailureKind};
 use crate::events::{Events, Next};
 use crate::task::service::TaskService;
 
-/// Events of a flood between two moments in which the guest does something else.
+/// Log lines of a flood between two moments in which the guest does something else.
 const WAVE: usize = 64;
+/// Time between two waves of events: a thousand events a second, which the host can just read. It fails a guest whose
+/// events are lost.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// The Task service of a hostile guest.
 pub(crate) struct Liar {
@@ -116,17 +120,17 @@ async fn censor(events: Arc<Events>, shown: Arc<Events>) {
 
 async fn flood(shown: Arc<Events>, id: String) {
     let container_id = id.as_str();
-    loop {
-        for _ in 0..WAVE {
+    for pid in 0.. {
+        for _ in 0..2 {
             shown.publish("/tasks/paused", &TaskPaused { container_id: container_id.into(), ..Default::default() });
             shown.publish("/tasks/oom", &TaskOOM { container_id: container_id.into(), ..Default::default() });
-            let start = TaskStart { container_id: container_id.into(), pid: u32::MAX, ..Default::default() };
+            let start = TaskStart { container_id: container_id.into(), pid, ..Default::default() };
             shown.publish("/tasks/start", &start);
             let exit = TaskExit { container_id: "other".into(), exit_status: u32::MAX, ..Default::default() };
             shown.publish("/tasks/exit", &TaskExit { exited_at: never(), ..exit });
             shown.add("/forged/topic", Any { value: vec![0xff; 1024], ..Any::default() });
         }
-        tokio::task::yield_now().await;
+        tokio::time::sleep(PAUSE).await;
     }
 }
 

@@ -104,7 +104,7 @@ impl Vm {
         let (failure, failed) = watch::channel(None);
         let sinks =
             ReportSinks { level: spec.guest.log_level, file: logs.init.clone(), recent: journal.recent().clone() };
-        let lost = lost(reports, sinks, health.clone(), machine.process());
+        let lost = lost(reports, sinks, health.clone(), processes.machine.process());
         let vm = Arc::new(Self {
             guest,
             hello,
