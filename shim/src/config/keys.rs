@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use toml::Value;
 use tracing::Level;
 
+use super::ids::IdRange;
 use super::kernel_params;
 use super::settings::{AccelMode, Config, NetworkMode, Profile, VsockMode};
 use super::values::{
     absolute, addresses, annotations, boolean, choice, extras_max_mib, integer, list, memory_mib, milliseconds,
-    open_files, sockets, spare_nics, text, token_host, user, vcpus,
+    open_files, sockets, spare_nics, text, token_host, vcpus,
 };
 use crate::vmm::factory::boards;
 
@@ -46,7 +47,7 @@ pub(crate) const KEYS: [ConfigKey; 34] = [
     }),
     key("machine", |config, value| put(&mut config.board, choice(value, &boards()))),
     key("qemu", |config, value| put(&mut config.qemu, text(value).map(PathBuf::from))),
-    key("qemu_user", |config, value| put(&mut config.qemu_user, user(value))),
+    key("vm_ids", |config, value| put(&mut config.vm_ids, text(value).and_then(IdRange::parse))),
     key("virtiofsd", |config, value| put(&mut config.virtiofsd, absolute(value).map(Some))),
     key("virtiofsd_open_files", |config, value| put(&mut config.open_files, integer(value).and_then(open_files))),
     key("network_spare_nics", |config, value| put(&mut config.spare_nics, integer(value).and_then(spare_nics))),

@@ -145,7 +145,7 @@ mod tests {
             ("debug = \"yes\"", "must be true or false"),
             ("kernel = \"vmlinux\"", "must be an absolute path"),
             ("qemu = \"\"", "must be a non-empty string"),
-            ("qemu_user = \"nobody\"", "must be a string \"UID:GID\" of two numbers"),
+            ("vm_ids = \"nobody\"", "must be a string \"FIRST:COUNT\" of two numbers"),
             ("kernel_params = [\"init=/bin/sh\"]", "\"init=/bin/sh\" would replace husk's init"),
             ("kernel_params = [\"a b\"]", "\"a b\" is not a single kernel parameter"),
             ("metadata_key = \"key\"", "must be an absolute path"),

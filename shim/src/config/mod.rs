@@ -8,6 +8,7 @@
 //! | `keys.rs`          | its keys                                                                 |
 //! | `settings.rs`      | the configuration as values, with defaults                               |
 //! | `values.rs`        | checks of single values                                                  |
+//! | `ids.rs`           | the user IDs that VMs may have                                           |
 //! | `kernel_params.rs` | the kernel parameters that an operator may set                           |
 //! | `artifacts.rs`     | finds the guest's kernel and initramfs                                   |
 //! | `annotations.rs`   | reads the annotations                                                    |
@@ -22,6 +23,7 @@ pub(crate) mod artifacts;
 #[cfg(test)]
 mod example_tests;
 pub mod extras;
+pub mod ids;
 pub(crate) mod kernel_params;
 pub(crate) mod keys;
 pub mod load;

@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::ids::IdRange;
 use super::names::{DENIED_BY_DEFAULT, NAMES};
 use crate::vmm::Board;
 
@@ -118,8 +119,8 @@ pub struct Config {
     pub board: Board,
     /// QEMU's program; a name without a slash is searched in PATH.
     pub qemu: PathBuf,
-    /// User and group ID of QEMU.
-    pub qemu_user: (u32, u32),
+    /// User and group IDs of the VMs' machines.
+    pub vm_ids: IdRange,
     /// virtiofsd's program, if not in a default place.
     pub virtiofsd: Option<PathBuf>,
     /// How many files virtiofsd may have open.
@@ -176,8 +177,7 @@ impl Default for Config {
             vsock: VsockMode::Auto,
             board: Board::default(),
             qemu: "qemu-system-x86_64".into(),
-            // nobody and nogroup, which have these IDs on every Linux distribution.
-            qemu_user: (65534, 65534),
+            vm_ids: IdRange::default(),
             virtiofsd: None,
             open_files: OPEN_FILES,
             spare_nics: 1,

@@ -130,9 +130,3 @@ pub(crate) fn sockets(value: &Value) -> Result<Vec<AllowedSocket>, String> {
     };
     list(value)?.into_iter().map(socket).collect()
 }
-
-/// A user and group ID.
-pub(crate) fn user(value: &Value) -> Result<(u32, u32), String> {
-    let ids = text(value)?.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
-    ids.ok_or_else(|| "must be a string \"UID:GID\" of two numbers".to_owned())
-}

@@ -11,12 +11,16 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, LazyLock, Mutex, mpsc};
 
 use husk_protos::lock::lock;
+use nix::fcntl::{OFlag, open};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, killpg};
+use nix::sys::stat::Mode;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
+use crate::host::jail::Jail;
 use crate::host::process::{ProcessId, pidfd_open, pidfd_send_signal};
 
 /// Lowest number for an inherited descriptor. It is far above the descriptors in use at the fork: one of these is the
@@ -71,8 +75,8 @@ pub(crate) struct Launch {
     /// The inherited descriptors and their numbers in the program: from [`FIRST_FD`] to [`LAST_FD`], or up to
     /// [`LAST_RESERVED`]. All others are closed.
     pub(crate) fds: Vec<(OwnedFd, i32)>,
-    /// The user (uid, gid), without supplementary groups; root if `None`.
-    pub(crate) user: Option<(u32, u32)>,
+    /// What separates it from the host; if `None`, it has the caller's user, namespaces and privileges.
+    pub(crate) jail: Option<Jail>,
     /// Standard output and standard error.
     pub(crate) output: File,
     /// The `cgroup.procs` files of the cgroups to join, open for writing.
@@ -81,20 +85,43 @@ pub(crate) struct Launch {
     pub(crate) leads: bool,
 }
 
-type Job = (Command, mpsc::SyncSender<io::Result<u32>>);
+/// A command, whether it has a PID namespace of its own, and where its PID goes.
+type Job = (Command, bool, mpsc::SyncSender<io::Result<u32>>);
 
 /// The thread that forks all children. The kernel sends a child's death signal when the forking *thread* ends
 /// (prctl(2)), so this thread lives as long as the process.
 static SPAWNER: LazyLock<io::Result<mpsc::SyncSender<Job>>> = LazyLock::new(|| {
     let (jobs, queue) = mpsc::sync_channel::<Job>(8);
     std::thread::Builder::new().name("spawner".into()).spawn(move || {
-        for (mut command, done) in queue {
+        for (command, own_pids, done) in queue {
+            let started = if own_pids { start_with_own_pids(command) } else { start(command) };
             // The caller is waiting on the channel, so this cannot fail.
-            let _ = done.send(command.spawn().map(|child| child.id()));
+            let _ = done.send(started);
         }
     })?;
     Ok(jobs)
 });
+
+fn start(mut command: Command) -> io::Result<u32> {
+    command.spawn().map(|child| child.id())
+}
+
+/// Starts a command as the first process of a new PID namespace.
+fn start_with_own_pids(mut command: Command) -> io::Result<u32> {
+    let own = File::open("/proc/self/ns/pid")?;
+    // Applies to the children that this thread starts from now on, not to itself (pid_namespaces(7)).
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    let started = command.spawn();
+    match (setns(&own, CloneFlags::CLONE_NEWPID), started) {
+        (Ok(()), started) => started.map(|child| child.id()),
+        (Err(errno), Ok(mut child)) => {
+            child.kill()?;
+            child.wait()?;
+            Err(errno.into())
+        }
+        (Err(_), Err(error)) => Err(error),
+    }
+}
 
 impl Launch {
     /// Starts the program. The kernel kills it when the calling process ends for whatever reason.
@@ -106,7 +133,8 @@ impl Launch {
         let error = self.output.try_clone().map_err(failed("duplicate the output's descriptor"))?;
         command.args(&self.args).env_clear().envs(self.env);
         command.stdin(Stdio::null()).stdout(self.output).stderr(error);
-        let (user, cgroups, leads) = (self.user, self.cgroups, self.leads);
+        let (jail, cgroups, leads) = (self.jail, self.cgroups, self.leads);
+        let own_pids = jail.as_ref().is_some_and(Jail::has_own_pids);
         let parent = std::process::id();
         let fds: Vec<(i32, i32)> = self.fds.iter().map(|(fd, target)| (fd.as_raw_fd(), *target)).collect();
         // SAFETY: the closure makes only async-signal-safe calls, on memory that was allocated before the fork. The
@@ -118,24 +146,25 @@ impl Launch {
                 if leads {
                     nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
                 }
-                if let Some((uid, gid)) = user {
-                    become_user(uid, gid)?;
+                if let Some(jail) = &jail {
+                    jail.enter()?;
                 }
                 die_with(parent)?;
-                place(&fds)
+                place(&fds)?;
+                jail.as_ref().map_or(Ok(()), Jail::restrict)
             })
         };
-        spawn(command, leads)
+        spawn(command, own_pids, leads)
     }
 }
 
 /// Starts a command on the thread that lives as long as the process. Descriptors that its `pre_exec` uses must stay
-/// open until this returns.
-pub(super) fn spawn(command: Command, leads: bool) -> Result<Child, LaunchError> {
+/// open until this returns. With `own_pids`, it is the first process of a new PID namespace.
+pub(super) fn spawn(command: Command, own_pids: bool, leads: bool) -> Result<Child, LaunchError> {
     let jobs = SPAWNER.as_ref().map_err(|error| failed("start the spawner thread")(clone_error(error)))?;
     let (done, result) = mpsc::sync_channel(1);
     let gone = || failed("start")(io::Error::other("the spawner thread has ended"));
-    jobs.send((command, done)).map_err(|_| gone())?;
+    jobs.send((command, own_pids, done)).map_err(|_| gone())?;
     let pid = result.recv().map_err(|_| gone())?.map_err(failed("start"))?;
     Child::adopt(pid, leads)
 }
@@ -155,24 +184,37 @@ fn join(cgroups: &[File]) -> io::Result<()> {
     Ok(())
 }
 
-/// In the child: changes the user.
-fn become_user(uid: u32, gid: u32) -> io::Result<()> {
-    let (uid, gid) = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(gid));
-    nix::unistd::setgroups(&[])?;
-    nix::unistd::setresgid(gid, gid, gid)?;
-    nix::unistd::setresuid(uid, uid, uid)?;
-    Ok(())
-}
-
 /// In the child: requests SIGKILL for the end of the parent. Call it after a change of user, which resets the request
 /// (prctl(2)).
 pub(super) fn die_with(parent: u32) -> io::Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     // If the parent ended before the call, the signal would never be sent.
-    if nix::unistd::getppid().as_raw() as u32 != parent {
+    if parent_now()? != parent {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
     Ok(())
+}
+
+/// In the child: its parent's PID, as the parent knows it.
+fn parent_now() -> io::Result<u32> {
+    match nix::unistd::getppid().as_raw() {
+        // The parent is in another PID namespace, whose /proc this still is.
+        0 => {
+            let stat = open("/proc/self/stat", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+            let mut text = [0; 512];
+            let length = nix::unistd::read(&stat, &mut text)?;
+            parent_in(&text[..length]).ok_or_else(|| io::Error::from_raw_os_error(libc::EBADMSG))
+        }
+        pid => Ok(pid as u32),
+    }
+}
+
+/// The fourth field of `/proc/<pid>/stat`. Allocates no memory, as the crate `procfs` does.
+fn parent_in(stat: &[u8]) -> Option<u32> {
+    // The name, in parentheses, may contain some itself: proc_pid_stat(5).
+    let after_name = stat.iter().rposition(|byte| *byte == b')')? + 1;
+    let mut fields = stat[after_name..].split(u8::is_ascii_whitespace).filter(|field| !field.is_empty());
+    std::str::from_utf8(fields.nth(1)?).ok()?.parse().ok()
 }
 
 /// In the child: closes all descriptors but the standard streams at the exec. Those that this process inherited without
@@ -310,11 +352,11 @@ mod tests {
 
     use super::*;
 
-    fn shell(script: &str, output: &File, fds: Vec<(OwnedFd, i32)>, user: Option<(u32, u32)>) -> Child {
-        launch(script, output, fds, user, false)
+    fn shell(script: &str, output: &File, fds: Vec<(OwnedFd, i32)>) -> Child {
+        launch(script, output, fds, false)
     }
 
-    fn launch(script: &str, output: &File, fds: Vec<(OwnedFd, i32)>, user: Option<(u32, u32)>, leads: bool) -> Child {
+    fn launch(script: &str, output: &File, fds: Vec<(OwnedFd, i32)>, leads: bool) -> Child {
         let args = ["-c".into(), script.into()].to_vec();
         // Not sh: dash cannot redirect to descriptors of two digits.
         Launch {
@@ -322,7 +364,7 @@ mod tests {
             args,
             env: Vec::new(),
             fds,
-            user,
+            jail: None,
             output: output.try_clone().unwrap(),
             cgroups: Vec::new(),
             leads,
@@ -347,7 +389,7 @@ mod tests {
         let numbers = (theirs.as_raw_fd(), crossed.as_raw_fd());
         let fds = vec![(theirs.into(), numbers.1), (crossed.into(), numbers.0)];
         let script = format!("echo a >&{}; echo b >&{}; ls /proc/self/fd | wc -l", numbers.1, numbers.0);
-        let child = shell(&script, &output, fds, None);
+        let child = shell(&script, &output, fds);
         assert_eq!(child.exited().await.to_string(), "exited with status 0");
         for (mut end, expected) in [(ours, "a\n"), (other, "b\n")] {
             let mut text = String::new();
@@ -361,9 +403,9 @@ mod tests {
     #[tokio::test]
     async fn the_exit_names_the_status_or_the_signal() {
         let output = tempfile::tempfile().unwrap();
-        let child = shell("exit 7", &output, Vec::new(), None);
+        let child = shell("exit 7", &output, Vec::new());
         assert_eq!(child.exited().await.to_string(), "exited with status 7");
-        let child = shell("sleep 60", &output, Vec::new(), None);
+        let child = shell("sleep 60", &output, Vec::new());
         child.kill();
         assert_eq!(child.exited().await.to_string(), "was killed by signal 9");
         assert_eq!(child.exited().await.to_string(), "was killed by signal 9", "repeated");
@@ -375,7 +417,7 @@ mod tests {
         let output = tempfile::tempfile().unwrap();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let script = format!("sleep 60 & echo $! >&{FIRST_FD}; {then}");
-        let child = launch(&script, &output, vec![(theirs.into(), FIRST_FD)], None, leads);
+        let child = launch(&script, &output, vec![(theirs.into(), FIRST_FD)], leads);
         let mut pid = String::new();
         std::io::BufRead::read_line(&mut std::io::BufReader::new(&mut ours), &mut pid).unwrap();
         let other = ProcessId::of(pid.trim().parse().unwrap()).unwrap().unwrap();
@@ -400,17 +442,12 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn a_program_of_another_user_has_no_privileges() {
-        let output = tempfile::tempfile().unwrap();
-        let script = "grep -E '^(Uid|Gid|Groups|CapEff)' /proc/self/status";
-        let child = shell(script, &output, Vec::new(), Some((65534, 65533)));
-        child.exited().await;
-        let text = written(output);
-        let fields: Vec<&str> = text.split_whitespace().collect();
-        assert_eq!(fields[..5], ["Uid:", "65534", "65534", "65534", "65534"], "{text}");
-        assert!(text.contains("Gid:\t65533"), "{text}");
-        assert!(text.contains("CapEff:\t0000000000000000"), "{text}");
+    #[test]
+    fn the_parent_is_found_whatever_the_programs_name_is() {
+        let table = [("1 (sh) S 42 7", Some(42)), ("1 (a) R 3 (b) S 42 7", Some(42)), ("1 (sh", None), ("", None)];
+        for (stat, parent) in table {
+            assert_eq!(parent_in(stat.as_bytes()), parent, "{stat}");
+        }
     }
 
     #[tokio::test]
@@ -421,7 +458,7 @@ mod tests {
             args: Vec::new(),
             env: Vec::new(),
             fds: Vec::new(),
-            user: None,
+            jail: None,
             output,
             cgroups: Vec::new(),
             leads: false,

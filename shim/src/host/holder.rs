@@ -120,7 +120,7 @@ pub(crate) fn start(container: &str, netns: Option<File>) -> Result<Child, Launc
     // SAFETY: `isolate` makes only async-signal-safe calls and touches no memory that was not allocated before the
     // fork. `netns` stays open until `spawn` returns.
     unsafe { command.pre_exec(move || isolate(namespace, parent)) };
-    child::spawn(command, false)
+    child::spawn(command, false, false)
 }
 
 /// In the child: takes away everything that a holder does not need.

@@ -5,6 +5,8 @@
 //! | `process.rs` | identifies processes reliably, and kills them               |
 //! | `child.rs`   | starts programs that must not outlive the shim              |
 //! | `clients.rs` | the connections of a server                                 |
+//! | `jail/`      | separates a program from the host                           |
+//! | `thread.rs`  | work that changes what threads share                        |
 //! | `holder.rs`  | the process that represents a container on the host         |
 //! | `hooks.rs`   | runs OCI hooks                                              |
 //! | `socket.rs`  | unix sockets in the sandbox's directory                     |
@@ -20,11 +22,15 @@ pub(crate) mod clients;
 pub(crate) mod holder;
 pub(crate) mod hooks;
 pub(crate) mod inotify;
+pub mod jail;
+#[cfg(test)]
+mod jail_tests;
 pub mod open_files;
 pub mod process;
 pub(crate) mod rate;
 pub(crate) mod run_delay;
 pub mod socket;
 pub mod text;
+pub(crate) mod thread;
 pub(crate) mod unix;
 pub(crate) mod usage;

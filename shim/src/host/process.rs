@@ -1,6 +1,7 @@
 //! Identifies processes so that a reused PID is never mistaken for the original: PID, start time, pidfd. `child.rs`
 //! starts processes.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -91,6 +92,22 @@ impl ProcessId {
             }
         }
         Ok(children)
+    }
+
+    /// Its threads' TIDs, by those that they have in their own PID namespace. Without the threads that end meanwhile.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub(crate) fn threads_by_inner_number(self) -> io::Result<HashMap<i32, i32>> {
+        let tasks = found(Process::new(self.pid.cast_signed()).and_then(|process| process.tasks()))?;
+        let mut threads = HashMap::new();
+        for task in tasks.into_iter().flatten() {
+            let Some(status) = found(task.and_then(|task| task.status()))? else { continue };
+            // From the namespace of /proc to the thread's own: proc_pid_status(5).
+            let inner = status.nspid.as_ref().and_then(|numbers| numbers.last()).copied().unwrap_or(status.pid);
+            threads.insert(inner, status.pid);
+        }
+        Ok(threads)
     }
 
     /// Sends SIGKILL and returns a handle to wait with; `None` if the process had ended before.

@@ -15,6 +15,7 @@ use crate::config::problem::Problem;
 use crate::config::settings::{AccelMode, Config, VsockMode};
 use crate::guest::link::Carrier;
 use crate::host::open_files::FileLimits;
+use crate::prepare::ids;
 use crate::state;
 use crate::vm::OpenFiles;
 use crate::vm::virtiofsd;
@@ -57,6 +58,8 @@ pub struct Places {
     pub state: PathBuf,
     /// How many files a process may have open.
     pub files: FileLimits,
+    /// The folder with the host's account files.
+    pub accounts: PathBuf,
 }
 
 impl Places {
@@ -70,6 +73,7 @@ impl Places {
             vhost_vsock: Path::new(kernel::DEVICE).exists(),
             state: state::base(),
             files: FileLimits::of_process(),
+            accounts: "/etc".into(),
         }
     }
 }
@@ -92,13 +96,14 @@ pub(crate) fn find(config: &Config, places: &Places, debug: bool) -> Result<Host
     let open_files = OpenFiles { limit: places.files.grant(config.open_files), configured: config.open_files };
     let accel = accelerator(config.accel, places.kvm);
     let carrier = carrier(config.vsock, places.vhost_vsock);
-    match (artifacts, vmm, virtiofsd, accel, carrier) {
-        (Ok(artifacts), Ok(vmm), Ok(virtiofsd), Ok(accel), Ok(carrier)) => {
+    let ids = ids::check(config.vm_ids, &places.accounts);
+    match (artifacts, vmm, virtiofsd, accel, carrier, ids) {
+        (Ok(artifacts), Ok(vmm), Ok(virtiofsd), Ok(accel), Ok(carrier), Ok(())) => {
             Ok(Host { artifacts, vmm, virtiofsd, open_files, accel, carrier })
         }
-        (artifacts, vmm, virtiofsd, accel, carrier) => {
+        (artifacts, vmm, virtiofsd, accel, carrier, ids) => {
             let mut missing = artifacts.err().unwrap_or_default();
-            missing.extend([vmm.err(), virtiofsd.err(), accel.err(), carrier.err()].into_iter().flatten());
+            missing.extend([vmm.err(), virtiofsd.err(), accel.err(), carrier.err(), ids.err()].into_iter().flatten());
             Err(missing)
         }
     }
@@ -184,6 +189,7 @@ mod tests {
             vhost_vsock: false,
             state: PathBuf::new(),
             files: FILES,
+            accounts: PathBuf::new(),
         };
         match check(Some(file.path()), &places) {
             Err(ConfigError::Invalid { problems, .. }) => problems.iter().map(ToString::to_string).collect(),
@@ -256,8 +262,15 @@ mod tests {
 
     #[test]
     fn a_named_configuration_file_must_exist() {
-        let places =
-            Places { beside: None, path: None, kvm: false, vhost_vsock: false, state: PathBuf::new(), files: FILES };
+        let places = Places {
+            beside: None,
+            path: None,
+            kvm: false,
+            vhost_vsock: false,
+            state: PathBuf::new(),
+            files: FILES,
+            accounts: PathBuf::new(),
+        };
         let error = Chain(&check(Some(Path::new("/no/such/config.toml")), &places).unwrap_err()).to_string();
         assert!(error.starts_with("read /no/such/config.toml: No such file"), "{error}");
     }

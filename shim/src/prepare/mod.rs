@@ -4,6 +4,7 @@
 //! | file           | contents                                                             |
 //! |----------------|----------------------------------------------------------------------|
 //! | `host.rs`      | what the host provides: the guest's files, programs, the accelerator |
+//! | `ids.rs`       | whether the VMs' user IDs are others' too                            |
 //! | `network.rs`   | whether the container is in user mode, and with which ports          |
 //! | `pod.rs`       | what the CRI plugin says of a pod (pure)                             |
 //! | `pod_files.rs` | the files that a pod's containers find in `/etc`                     |
@@ -13,6 +14,7 @@
 //! | `update.rs`    | updates of a sandbox (pure)                                          |
 
 pub mod host;
+mod ids;
 mod network;
 mod pod;
 mod pod_files;
@@ -416,19 +418,17 @@ fn machine(sandbox: &str, config: &Config, host: &Host, size: Size, extras: &Ext
         pluggable_nics: 0,
         user_network: None,
         guest,
-        user: Some(user(config, host.accel)),
+        user: None,
     }
 }
 
-/// User and group of the machine's process: the configured ones, or the group of /dev/kvm if only that group may open
-/// it.
-fn user(config: &Config, accel: Accel) -> (u32, u32) {
-    let (uid, gid) = config.qemu_user;
+/// The groups that the machine's user needs: that of /dev/kvm, if only that group may open it.
+fn groups(accel: Accel) -> Vec<u32> {
     match (accel, std::fs::metadata("/dev/kvm")) {
         (Accel::Kvm, Ok(device)) if device.mode() & 0o006 != 0o006 && device.mode() & 0o060 == 0o060 => {
-            (uid, device.gid())
+            vec![device.gid()]
         }
-        _ => (uid, gid),
+        _ => Vec::new(),
     }
 }
 
@@ -467,6 +467,8 @@ pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, Boo
     }
     let plan = BootPlan {
         spec,
+        ids: prepared.config.vm_ids,
+        groups: groups(prepared.host.accel),
         carrier: prepared.host.carrier,
         virtiofsd: prepared.host.virtiofsd.clone(),
         open_files: prepared.host.open_files,

@@ -61,6 +61,7 @@ impl TestHost {
             kvm: false,
             vhost_vsock: true,
             state: folder.path().join("state"),
+            accounts: folder.path().into(),
             files: FileLimits { hard: 20_000, max: 1_000_000, raisable: false },
         };
         Self { folder, places }
@@ -161,7 +162,7 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |b| b.qemu.display().to_string()),
         "{host}/other/qemu-system-x86_64",
     ),
-    ("qemu_user", "\"7:8\"", |o| booted(o, |b| format!("{:?}", b.plan.spec.user)), "Some((7, 8))"),
+    ("vm_ids", "\"7000:8\"", |o| booted(o, |b| b.plan.ids.to_string()), "7000:8"),
     (
         "virtiofsd",
         "\"{host}/other/virtiofsd\"",

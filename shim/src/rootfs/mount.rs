@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, setns};
+
+use crate::host::thread::with_own_root;
 
 /// Size limit of a filesystem's options, bytes: one page, minus the terminating zero.
 pub(super) const MAX_OPTIONS: usize = 4095;
@@ -145,20 +147,9 @@ pub(crate) fn set_read_only(namespace: &File, path: &Path, read_only: bool) -> i
 /// # Errors
 /// When the namespace cannot be entered, or `work` fails.
 pub(crate) fn in_namespace<T: Send>(namespace: &File, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    on_a_thread(|| {
+    with_own_root(|| {
         setns(namespace, CloneFlags::CLONE_NEWNS)?;
         work()
-    })
-}
-
-/// Runs `work` on a thread that shares neither root nor working directory with the others, and is not reused.
-fn on_a_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("mount".into()).spawn_scoped(scope, || {
-            unshare(CloneFlags::CLONE_FS)?;
-            work()
-        })?;
-        thread.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
     })
 }
 
@@ -278,7 +269,7 @@ pub(crate) fn mount_filesystem(
     let flags = flags | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     let mount = || mount(Some(source), target, Some(fs_type), flags, Some(data)).map_err(io::Error::from);
     let Some(folder) = folder else { return mount() };
-    on_a_thread(|| {
+    with_own_root(|| {
         nix::unistd::chdir(folder)?;
         mount()
     })

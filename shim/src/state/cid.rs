@@ -1,7 +1,6 @@
 //! Leases of CIDs, the guests' addresses on the kernel's vsock device. CIDs are unique per host, so each sandbox leases
 //! one: the file `<state>/.cids/<cid>`.
 
-use std::collections::HashSet;
 use std::io;
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -64,22 +63,8 @@ impl Leases {
         record: &mut dyn FnMut(u32) -> Result<(), StateError>,
         claim: &mut dyn FnMut(u32) -> io::Result<bool>,
     ) -> Result<u32, CidError> {
-        let locked = self.dir.lock()?;
-        // Try unleased CIDs first: checking whether a holder is alive is the slowest part, and other shims wait for the
-        // lock.
-        let leased = self.leased()?;
-        let (taken, free): (Vec<u32>, Vec<u32>) = among.partition(|cid| leased.contains(cid));
-        for cid in free.into_iter().chain(taken) {
-            if leased.contains(&cid) && self.is_held(cid)?
-                || !claim(cid).map_err(|source| CidError::Claim { cid, source })?
-            {
-                continue;
-            }
-            record(cid)?;
-            self.dir.write(&locked, &cid.to_string(), holder)?;
-            return Ok(cid);
-        }
-        Err(CidError::Exhausted)
+        let mut claim = |cid| claim(cid).map_err(|source| CidError::Claim { cid, source });
+        self.dir.lease_number(among, holder, record, &mut claim)?.ok_or(CidError::Exhausted)
     }
 
     /// Returns the holder of a CID, `None` if there is none or if the lease cannot be decoded.
@@ -96,14 +81,6 @@ impl Leases {
     /// A file operation failed.
     pub(crate) fn release(&self, cid: u32, shim: ProcessId) -> Result<(), CidError> {
         Ok(self.dir.release([cid.to_string()], shim)?)
-    }
-
-    fn leased(&self) -> Result<HashSet<u32>, CidError> {
-        Ok(self.dir.names()?.iter().filter_map(|name| name.parse().ok()).collect())
-    }
-
-    fn is_held(&self, cid: u32) -> Result<bool, CidError> {
-        Ok(self.dir.living_holder(&cid.to_string())?.is_some())
     }
 }
 

@@ -1,8 +1,10 @@
 //! Leases of what a host has only once. A lease is a file that names its holder, created and removed under a lock in a
 //! directory beside the sandboxes. No namespace's name begins with a dot, and neither does a lease's.
 
+use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
+use std::ops::RangeInclusive;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,6 +14,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::error::StateError;
 use crate::host::process::ProcessId;
 
 const LOCK: &str = "lock";
@@ -68,6 +71,35 @@ impl LeaseDir {
         };
         let names = listing.iter().filter_map(|entry| entry.file_name().into_string().ok());
         Ok(names.filter(|name| name != LOCK && name != NEW).collect())
+    }
+
+    /// Leases a number of `among`: the first without a lease, or else the first whose holder is dead. `None` if there is
+    /// none. `claim` returns false for a number that cannot be had, `record` runs before the lease is written.
+    pub(super) fn lease_number<E: From<LeaseError>>(
+        &self,
+        among: RangeInclusive<u32>,
+        holder: &Holder,
+        record: &mut dyn FnMut(u32) -> Result<(), StateError>,
+        claim: &mut dyn FnMut(u32) -> Result<bool, E>,
+    ) -> Result<Option<u32>, E>
+    where
+        E: From<StateError>,
+    {
+        let locked = self.lock()?;
+        let leased: HashSet<u32> = self.names()?.iter().filter_map(|name| name.parse().ok()).collect();
+        // Try unleased numbers first: checking whether a holder is alive is the slowest part, and other shims wait for
+        // the lock.
+        let free = among.clone().filter(|number| !leased.contains(number));
+        for number in free.chain(among.clone().filter(|number| leased.contains(number))) {
+            let name = number.to_string();
+            if leased.contains(&number) && self.living_holder(&name)?.is_some() || !claim(number)? {
+                continue;
+            }
+            record(number)?;
+            self.write(&locked, &name, holder)?;
+            return Ok(Some(number));
+        }
+        Ok(None)
     }
 
     /// Returns the holder of a lease, `None` if there is none or if the lease cannot be decoded.

@@ -19,6 +19,7 @@ pub mod store;
 mod tests;
 mod tree;
 pub mod undo;
+pub mod users;
 pub mod volumes;
 
 pub use error::StateError;

@@ -14,6 +14,7 @@ use super::facts::{Boot, MachineRecord};
 use super::life::{Life, VmState};
 use super::ports::PortLeases;
 use super::undo::Step;
+use super::users::UserLeases;
 use super::volumes::VolumeLeases;
 use super::{cid, life, tree};
 use crate::host::hooks::{Hook, Subject};
@@ -188,6 +189,11 @@ impl State {
     /// The leases of the host's folders and files.
     pub(crate) fn volume_leases(&self) -> VolumeLeases {
         VolumeLeases::under(self.dir.ancestors().nth(2).unwrap_or(Path::new("/")))
+    }
+
+    /// The leases of user IDs on this host.
+    pub(crate) fn user_leases(&self) -> UserLeases {
+        UserLeases::under(self.dir.ancestors().nth(2).unwrap_or(Path::new("/")))
     }
 
     /// The leases of the host's ports.

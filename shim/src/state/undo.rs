@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::cid::Leases;
 use super::ports::PortLeases;
 use super::tree::{self, is_gone};
+use super::users::UserLeases;
 use super::volumes::VolumeLeases;
 use crate::host::hooks;
 use crate::host::hooks::{Hook, Subject};
@@ -58,6 +59,13 @@ pub(crate) enum Step {
         /// The shim that leased it: undo does not release another shim's lease.
         shim: ProcessId,
     },
+    /// A user ID was leased for the VM. Undo releases it.
+    User {
+        id: u32,
+        leases: UserLeases,
+        /// The shim that leased it: undo does not release another shim's lease.
+        shim: ProcessId,
+    },
     /// Host hooks may have run for a container. Undo runs its `poststop` hooks. This is the only step that may run
     /// twice: when the shim is killed right after the hooks. A failing hook is logged and is not an error (runtime.md,
     /// "Lifecycle").
@@ -95,6 +103,7 @@ impl fmt::Display for Step {
             Step::Dir { path } | Step::Tree { path } | Step::File { path } => write!(f, "remove {}", path.display()),
             Step::Cgroup { path } | Step::CgroupParent { path } => write!(f, "remove cgroup {}", path.display()),
             Step::Cid { cid, .. } => write!(f, "release vsock CID {cid}"),
+            Step::User { id, .. } => write!(f, "release the user ID {id}"),
             Step::Network { claim, .. } => write!(f, "disconnect the network namespace {}", claim.netns.display()),
             Step::Ports { ports, .. } => {
                 let plural = if ports.len() == 1 { "" } else { "s" };
@@ -136,6 +145,7 @@ impl Step {
                 loopback::release(claim, sandbox, remaining()).map_err(io::Error::other)
             }
             Step::Cid { cid, leases, shim } => leases.release(*cid, *shim).map_err(io::Error::other),
+            Step::User { id, leases, shim } => leases.release(*id, *shim).map_err(io::Error::other),
             Step::Ports { ports, leases, shim } => leases.release(ports, *shim).map_err(io::Error::other),
             Step::Volumes { container, leases, shim } => leases.release(container, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {

@@ -65,7 +65,7 @@ impl Logger {
             args,
             env: vec![("CONTAINER_ID".into(), container.into()), ("CONTAINER_NAMESPACE".into(), namespace.into())],
             fds: vec![(stdout.0, STDOUT), (stderr.0, STDERR), (ready.1, READY)],
-            user: None,
+            jail: None,
             output: File::options().read(true).write(true).open("/dev/null").map_err(io_failed)?,
             cgroups: Vec::new(),
             leads: true,

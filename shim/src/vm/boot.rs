@@ -23,7 +23,7 @@ use super::plan::BootPlan;
 use super::processes::{Processes, kill_share};
 use super::ready::{Ready, ready};
 use super::running::Vm;
-use super::virtiofsd;
+use super::{user, virtiofsd};
 use crate::console::{Attached, GuestLogs, HelperLog};
 use crate::guest::client::{Guest, Metering};
 use crate::guest::clock;
@@ -38,7 +38,7 @@ use crate::state::facts::HostMilestone;
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
 use crate::state::{Boot, MachineRecord, Owner, StateError, Step};
-use crate::vmm::{Machine, Sockets, Spec, Vmm};
+use crate::vmm::{Machine, Sockets, Spec, Vmm, VmmError};
 
 impl Vm {
     /// Boots a VM, adds the milestones to `reached`, and returns the VM with its events. The caller records whether the
@@ -67,7 +67,8 @@ impl Vm {
         let nics = std::mem::take(&mut network.nics);
         let sockets = Sockets { vsock, share: Some(share), nics, console: console_end, shell, log: output };
 
-        let spec = linked(&plan.spec, &link, &ready_port, network.spare_nics());
+        let mut spec = linked(&plan.spec, &link, &ready_port, network.spare_nics());
+        spec.user = Some(user::lease(plan, journal).await?);
         let machine = start_machine(vmm, &spec, sockets, journal, reached).await?;
         let kill_machine = OnFailure::new({
             let machine = machine.clone();
@@ -75,6 +76,8 @@ impl Vm {
         });
         reached.reached(HostMilestone::VmmStarted);
         record_machine(vmm, &spec, machine.process(), link.cid(), journal)?;
+
+        let confined = tokio::spawn(confine(machine.clone()));
 
         // After the machine, because virtiofsd is ready much sooner; and virtiofsd waits for its cgroup, which takes a
         // grace period of the host's kernel, while the machine starts. The machine joins the cgroup without that wait,
@@ -92,6 +95,8 @@ impl Vm {
         let processes = Processes { machine, share, console, logs: [machine_log, share_log] };
         let (reports, hello) = processes.hello(&mut ready_port, plan.boot_timeout).await?;
         reached.hello_received(&hello);
+        // Before a container runs. If the boot fails earlier, the machine is killed, and this ends.
+        confined.await.map_err(|error| io("confine the machine")(std::io::Error::other(error)))??;
         let share_workers = record_share_workers(&processes.share, journal)?;
         let health = Arc::new(GuestHealth::new(spec.guest.heartbeat));
         let (death, dead) = watch::channel(None);
@@ -125,6 +130,10 @@ impl Vm {
         tokio::spawn(keep_clock(vm.guest.clone(), vm.health.clone(), vm.dead.clone()));
         Ok((vm, events))
     }
+}
+
+async fn confine(machine: Arc<dyn Machine>) -> Result<(), VmmError> {
+    machine.confine().await
 }
 
 /// Receives the guest's reports until it is lost, and returns the reason.

@@ -73,7 +73,7 @@ mod tests {
                 args: vec!["-c".into(), script.into()],
                 env: Vec::new(),
                 fds: Vec::new(),
-                user: None,
+                jail: None,
                 output,
                 cgroups: Vec::new(),
                 leads: true,
@@ -90,6 +90,10 @@ mod tests {
 
         async fn exited(&self) -> String {
             format!("the machine {}", self.0.exited().await)
+        }
+
+        async fn confine(&self) -> Result<(), crate::vmm::VmmError> {
+            Ok(())
         }
 
         async fn plug(&self, _: crate::vmm::NicEnd) -> Result<(), crate::vmm::VmmError> {

@@ -12,6 +12,7 @@ use crate::metadata::MetadataError;
 use crate::network::NetworkError;
 use crate::state::StateError;
 use crate::state::ports::PortError;
+use crate::state::users::UserError;
 use crate::vm::cgroup::CgroupError;
 use crate::vm::follow::FollowError;
 use crate::vm::virtiofsd::VirtiofsdError;
@@ -41,6 +42,9 @@ pub enum BootError {
     /// The host's ports.
     #[error(transparent)]
     Ports(#[from] PortError),
+    /// The machine's user.
+    #[error(transparent)]
+    User(#[from] UserError),
     /// The metadata service.
     #[error(transparent)]
     Metadata(#[from] MetadataError),

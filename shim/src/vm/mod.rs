@@ -11,6 +11,7 @@
 //! | `death.rs`      | when and why a VM is dead                                                  |
 //! | `virtiofsd.rs`  | the process that serves the share                                          |
 //! | `open_files.rs` | its limit of open files                                                    |
+//! | `user.rs`       | the user of the machine's process                                          |
 //! | `network.rs`    | connects the VM to its sandbox's network namespace                         |
 //! | `follow.rs`     | passes the namespace's changes on to the guest                             |
 //! | `connections.rs` | the status of its network                                                  |
@@ -34,6 +35,7 @@ mod plan;
 mod processes;
 mod ready;
 mod running;
+mod user;
 pub(crate) mod virtiofsd;
 
 pub use affinity::AffinityError;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::cgroup::HostCgroup;
 use super::open_files::OpenFiles;
+use crate::config::ids::IdRange;
 use crate::config::settings::TokenSettings;
 use crate::config::workspace::Workspace;
 use crate::guest::link::Carrier;
@@ -16,6 +17,10 @@ use crate::vmm::Spec;
 pub struct BootPlan {
     /// The machine, and what the shim passes to its guest.
     pub spec: Spec,
+    /// The user IDs that VMs may have.
+    pub(crate) ids: IdRange,
+    /// The groups that the machine's user needs to open devices of the host.
+    pub(crate) groups: Vec<u32>,
     /// The vsock device.
     pub carrier: Carrier,
     /// virtiofsd's program.

@@ -7,8 +7,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use nix::sched::CloneFlags;
+
 use super::open_files::OpenFiles;
 use crate::host::child::{Child, FIRST_FD, Launch, LaunchError};
+use crate::host::jail::Jail;
 
 /// The descriptor at which virtiofsd inherits its listening socket.
 const LISTENER: i32 = FIRST_FD;
@@ -134,14 +137,20 @@ pub(super) fn start(
         args: arguments(share, open_files),
         env: Vec::new(),
         fds: vec![(listener.into(), LISTENER)],
-        // virtiofsd sets up namespaces and serves files of every owner. Its own sandbox drops everything else.
-        user: None,
+        jail: Some(jail()),
         output: log,
         cgroups,
         // It serves from a child, which a kill has to reach as well.
         leads: true,
     };
     launch.spawn().map_err(|source| VirtiofsdError::Launch { program: program.to_owned(), source })
+}
+
+/// What its own sandbox leaves out. That one creates the mount, PID and network namespaces, makes the share the root, and
+/// drops all capabilities but those that the owner of every file needs: root, because the files have every owner.
+fn jail() -> Jail {
+    let namespaces = CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
+    Jail { namespaces, user: None, loader: None, filter: None }
 }
 
 #[cfg(test)]

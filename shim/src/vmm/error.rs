@@ -49,6 +49,14 @@ pub enum VmmError {
         /// The VMM's error.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A running machine keeps the host's files.
+    #[error("take the host's files away from {machine}")]
+    Confine {
+        /// The VMM.
+        machine: &'static str,
+        /// The failed step.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A running machine cannot be given another network card.
     #[error("plug a network card into {machine}")]
     Plug {

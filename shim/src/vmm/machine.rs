@@ -9,6 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tracing::Level;
 
+use crate::host::jail::User;
 use crate::host::process::ProcessId;
 use crate::network::user::UserNetwork;
 use crate::vmm::error::VmmError;
@@ -109,8 +110,8 @@ pub struct Spec {
     pub user_network: Option<UserNetwork>,
     /// What the shim passes to the guest on the kernel command line.
     pub guest: GuestParams,
-    /// User and group of the machine's process (uid, gid); root if none.
-    pub user: Option<(u32, u32)>,
+    /// The user of the machine's process; root if none.
+    pub user: Option<User>,
 }
 
 /// The open files that connect a machine to the shim. Each socket is one end of a connected pair.
@@ -164,6 +165,14 @@ pub trait Machine: Send + Sync {
 
     /// Resolves when the process has exited, with a description of its end. May be called any number of times.
     async fn exited(&self) -> String;
+
+    /// Takes the host's files away from the machine's process, which needs them only to start. Waits until it has
+    /// started. Call it once, before anything runs in the guest that is not husk's.
+    ///
+    /// # Errors
+    ///
+    /// The process has exited or does not start, or the host's kernel rejects a step.
+    async fn confine(&self) -> Result<(), VmmError>;
 
     /// Gives the running machine another network card. The guest has to search its buses for it.
     ///

@@ -22,7 +22,7 @@ use netlink_packet_route::route::{RouteProtocol, RouteScope, RouteType};
 
 pub use bind::BindError;
 pub use port::{HostPort, PortMapping, Protocol};
-pub(crate) use resolv::{DNS, DNS6, resolv_conf};
+pub(crate) use resolv::{DNS, DNS6, host_resolv_conf, resolv_conf};
 
 /// The guest's address. Its prefix has [`PREFIX`] bits.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);

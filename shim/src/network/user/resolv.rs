@@ -22,6 +22,14 @@ const KEPT: [&str; 3] = ["domain", "search", "options"];
 /// # Errors
 /// The host's file cannot be read.
 pub(crate) fn resolv_conf() -> io::Result<String> {
+    Ok(translate(&String::from_utf8_lossy(&host_resolv_conf()?)))
+}
+
+/// The host's file, for the VMM.
+///
+/// # Errors
+/// It cannot be read.
+pub(crate) fn host_resolv_conf() -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     match File::open(Path::new(HOST)) {
         Ok(file) => drop(file.take(MAX).read_to_end(&mut text)?),
@@ -29,7 +37,7 @@ pub(crate) fn resolv_conf() -> io::Result<String> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    Ok(translate(&String::from_utf8_lossy(&text)))
+    Ok(text)
 }
 
 /// Translates the host's file. The VMM relays to the host's first resolver of the relay's address family.

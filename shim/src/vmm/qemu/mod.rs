@@ -5,6 +5,7 @@
 //! | `args.rs`  | the arguments (pure)                    |
 //! | `board.rs` | the boards                              |
 //! | `qmp.rs`   | QMP, QEMU's control protocol            |
+//! | `syscalls.rs` | the system calls that QEMU may use   |
 //! | `plug.rs`  | network cards of a running machine      |
 
 use std::fs::File;
@@ -17,14 +18,19 @@ use std::time::Duration;
 use async_trait::async_trait;
 use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
+use nix::sched::CloneFlags;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use crate::host::child::{Child, FIRST_FD, LAST_FD, Launch};
+use crate::host::jail::Jail;
+use crate::host::jail::loader::Loader;
+use crate::host::jail::root::{self, RootFile};
 use crate::host::process::ProcessId;
 use crate::host::text::clean;
+use crate::network::user;
 use crate::vmm::error::VmmError;
 use crate::vmm::hugepages;
 use crate::vmm::machine::{Accel, Disk, Machine, NicEnd, Sockets, Spec, Vmm};
@@ -33,6 +39,7 @@ pub(crate) mod args;
 pub(crate) mod board;
 mod plug;
 mod qmp;
+mod syscalls;
 
 /// The name in messages.
 pub(super) const NAME: &str = "QEMU";
@@ -111,12 +118,13 @@ impl Vmm for Qemu {
                 .collect::<Result<_, VmmError>>()?,
             nics: sockets.nics.into_iter().map(|nic| inherited.add_nic(nic, spec.accel)).collect(),
         };
+        let files = root_files(&spec)?;
         let launch = Launch {
             program: self.program.clone(),
             args: args::arguments(&spec, self.board, &fds).into_iter().map(Into::into).collect(),
             env: Vec::new(),
             fds: inherited.0,
-            user: spec.user,
+            jail: Some(self.jail(&spec)?),
             output: sockets.log,
             cgroups: Vec::new(),
             leads: false,
@@ -127,6 +135,7 @@ impl Vmm for Qemu {
             child: Arc::new(child),
             reason: Arc::default(),
             accel: spec.accel,
+            files,
             slots: plug::Slots::new(spec.pluggable_nics),
             qmp: connection,
         };
@@ -134,6 +143,35 @@ impl Vmm for Qemu {
         tokio::spawn(listen(qmp, machine.reason.clone(), connected));
         Ok(Box::new(machine))
     }
+}
+
+impl Qemu {
+    /// What separates the process from the host and from other machines.
+    fn jail(&self, spec: &Spec) -> Result<Jail, VmmError> {
+        let mut namespaces = CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWPID
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWNET;
+        let user_network = spec.user_network.is_some();
+        // Without user mode, QEMU connects to nothing: taps arrive as descriptors.
+        namespaces.set(CloneFlags::CLONE_NEWNET, !user_network);
+        let loader = Loader::unreadable(&self.program).map_err(|source| VmmError::Open {
+            what: "the loader of",
+            path: self.program.clone(),
+            source,
+        })?;
+        Ok(Jail { namespaces, user: spec.user.clone(), loader, filter: Some(syscalls::filter(user_network)) })
+    }
+}
+
+/// The files that QEMU opens while it runs.
+fn root_files(spec: &Spec) -> Result<Vec<RootFile>, VmmError> {
+    let read =
+        || user::host_resolv_conf().map_err(|source| VmmError::System { what: "read the host's resolv.conf", source });
+    let resolver = |contents| RootFile { folder: "etc", name: "resolv.conf", contents };
+    // In user mode, QEMU looks for the host's resolver when the guest asks for a name.
+    Ok(spec.user_network.iter().map(|_| read()).collect::<Result<Vec<_>, _>>()?.into_iter().map(resolver).collect())
 }
 
 #[derive(Default)]
@@ -188,6 +226,8 @@ struct QemuMachine {
     /// Why the guest ended, as QEMU reports it.
     reason: Arc<Mutex<Option<String>>>,
     accel: Accel,
+    /// What stays of the host's files once QEMU runs.
+    files: Vec<RootFile>,
     slots: plug::Slots,
     /// QMP, once it is connected.
     qmp: watch::Receiver<Option<Arc<qmp::Qmp>>>,
@@ -234,6 +274,15 @@ impl Machine for QemuMachine {
         }
     }
 
+    async fn confine(&self) -> Result<(), VmmError> {
+        let failed = |source| VmmError::Confine { machine: NAME, source };
+        // QEMU replies to QMP's first command when everything is set up: it opens no more files.
+        self.connection().await.map_err(|error| failed(error.into()))?;
+        let (process, files) = (self.child.process(), self.files.clone());
+        let confined = tokio::task::spawn_blocking(move || root::empty(process, &files)).await;
+        confined.map_err(std::io::Error::other).flatten().map_err(|error| failed(error.into()))
+    }
+
     async fn plug(&self, nic: NicEnd) -> Result<(), VmmError> {
         let failed = |source: qmp::QmpError| VmmError::Plug { machine: NAME, source: source.into() };
         let qmp = self.connection().await.map_err(failed)?;
@@ -253,7 +302,11 @@ impl Machine for QemuMachine {
         let threads = async {
             let qmp = self.connection().await?;
             let reply = qmp.execute("query-cpus-fast", json!({}), QMP_DEADLINE).await?;
-            threads(reply)
+            let inside = threads(reply)?;
+            // QEMU reports the numbers that its threads have in its own PID namespace.
+            let outside = self.child.process().threads_by_inner_number()?;
+            let thread = |number| outside.get(&number).copied().ok_or_else(|| thread_has_ended(number));
+            inside.into_iter().map(thread).collect::<Result<_, _>>()
         };
         threads.await.map_err(|source| VmmError::Vcpus { machine: NAME, source: source.into() })
     }
@@ -282,6 +335,10 @@ impl QemuMachine {
 struct CpuInfo {
     cpu_index: u32,
     thread_id: i32,
+}
+
+fn thread_has_ended(number: i32) -> qmp::QmpError {
+    std::io::Error::other(format!("thread {number} does not exist")).into()
 }
 
 fn threads(reply: Value) -> Result<Vec<i32>, qmp::QmpError> {

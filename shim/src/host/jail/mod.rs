@@ -1,0 +1,93 @@
+//! Separates a program from the host and from the programs of other VMs: namespaces and a user of its own, no way to
+//! gain privileges, and a list of the system calls that it may use.
+//!
+//! A program needs files of the host to start: its libraries and modules. They are taken away when it runs, from outside:
+//! see `root.rs`. Until then it reads nothing that comes from a container.
+//!
+//! | file        | contents                                                        |
+//! |-------------|-----------------------------------------------------------------|
+//! | `filter.rs` | a list of permitted system calls as a program for the kernel    |
+//! | `loader.rs` | keeps a process's memory from other processes with its user     |
+//! | `root.rs`   | gives a running process an empty root                           |
+//! | `tmpfs.rs`  | a filesystem in memory that is mounted nowhere yet              |
+
+use std::io;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::prctl;
+use nix::unistd::{Gid, Uid, chdir, setresgid, setresuid};
+
+pub(crate) mod filter;
+pub(crate) mod loader;
+pub(crate) mod root;
+mod tmpfs;
+
+use filter::Filter;
+use loader::Loader;
+
+/// A user without capabilities.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User {
+    /// User ID.
+    pub uid: u32,
+    /// Group ID.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+}
+
+/// What a program is separated by. It never gains privileges by executing another program.
+#[derive(Debug)]
+pub(crate) struct Jail {
+    /// Namespaces of its own. In a PID namespace it is process 1: signals other than SIGKILL and SIGSTOP reach it only if
+    /// it handles them.
+    pub(crate) namespaces: CloneFlags,
+    /// Root with all capabilities if none.
+    pub(crate) user: Option<User>,
+    /// Requires a mount namespace and a user.
+    pub(crate) loader: Option<Loader>,
+    /// The system calls that it may use; all if none. Must allow what the start of a program uses.
+    pub(crate) filter: Option<Filter>,
+}
+
+impl Jail {
+    /// Whether the program has a PID namespace of its own: only the child of a process can be in a new one.
+    pub(super) fn has_own_pids(&self) -> bool {
+        self.namespaces.contains(CloneFlags::CLONE_NEWPID)
+    }
+
+    /// In the child: enters the namespaces, then changes the user.
+    pub(super) fn enter(&self) -> io::Result<()> {
+        unshare(self.namespaces.difference(CloneFlags::CLONE_NEWPID))?;
+        if self.namespaces.contains(CloneFlags::CLONE_NEWNS) {
+            // Receives the host's unmounts, so that it keeps no filesystem busy, and sends none of its own.
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)?;
+            if let Some(loader) = &self.loader {
+                loader.mount()?;
+            }
+            // A working directory elsewhere would stay reachable when the root is taken away.
+            chdir("/")?;
+        }
+        if let Some(User { uid, gid, groups }) = &self.user {
+            become_user(*uid, *gid, groups)?;
+        }
+        Ok(())
+    }
+
+    /// In the child, last: the program and what starts it can only do what the filter allows.
+    pub(super) fn restrict(&self) -> io::Result<()> {
+        prctl::set_no_new_privs()?;
+        self.filter.as_ref().map_or(Ok(()), Filter::install)
+    }
+}
+
+fn become_user(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
+    // SAFETY: the kernel reads as many IDs as the slice has. Not nix's function: its IDs would have to be allocated.
+    let set = unsafe { libc::setgroups(groups.len(), groups.as_ptr()) };
+    nix::errno::Errno::result(set)?;
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)?;
+    Ok(())
+}
