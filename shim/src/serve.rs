@@ -25,7 +25,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
-use crate::config::names::PATH_ENV;
+use crate::config::names::{PATH_ENV, PLACED_ENV};
 use crate::console;
 use crate::containerd::address::socket_path;
 use crate::containerd::bootstrap;
@@ -167,6 +167,7 @@ fn spawn_server(start: &StartParams, sandbox: &str, listener: UnixListener, sock
     let options = valid_options(start);
     // For a sandbox without a container: only `start` receives its options.
     command.envs(options.config_path.iter().map(|path| (PATH_ENV, path)));
+    command.env_remove(PLACED_ENV).envs(options.shim_cgroup.iter().map(|cgroup| (PLACED_ENV, cgroup)));
     let fd = listener.as_raw_fd();
     // SAFETY: the closure calls only dup2, fcntl and setsid, which are async-signal-safe. `fd` is open until spawn()
     // returns.

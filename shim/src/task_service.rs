@@ -98,7 +98,7 @@ pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         | Error::Stdio(_)
         | Error::State(StateError::Identifier { .. })
         | Error::Share(ShareError::Unsupported { .. })
-        | Error::Cgroup(CgroupError::Cpuset { .. } | CgroupError::NoCpus { .. }) => Code::INVALID_ARGUMENT,
+        | Error::Cgroup(CgroupError::Rejected { .. } | CgroupError::NoCpus { .. }) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Boot(_) | Error::Guest(_) | Error::Sockets(_) | Error::Affinity(_) | Error::VmDead { .. } => {
             Code::UNAVAILABLE

@@ -13,7 +13,7 @@ pub fn tested() -> Result<&'static Containerd> {
 }
 
 /// A shared daemon whose shims are runc's.
-fn runc() -> Result<&'static Containerd> {
+pub fn runc() -> Result<&'static Containerd> {
     static RUNC: OnceLock<Result<Containerd, String>> = OnceLock::new();
     let setup = || Setup { version: Some(Version::V2_1), runtime: Some(Runtime::Runc), ..Setup::default() };
     RUNC.get_or_init(|| Containerd::with(setup()).map_err(|e| format!("{e:?}"))).as_ref().map_err(|e| anyhow!("{e}"))

@@ -271,8 +271,7 @@ fn devices_of_the_guest_work_alone_and_in_a_privileged_container() -> Result<()>
         };
         let found = same(|containerd| observe(containerd, script))?;
         ensure!(found.starts_with("fuse character special file a:e5 600\nnet/tun character"), "{found}");
-        let opened =
-            observe(tested()?, "for d in fuse net/tun kmsg; do true >/dev/$d && echo opened; done")?;
+        let opened = observe(tested()?, "for d in fuse net/tun kmsg; do true >/dev/$d && echo opened; done")?;
         ensure!(opened.matches("opened").count() == 3, "privileged {privileged}: {opened}");
     }
     // A hundred devices of the host make one line, which names some of them.

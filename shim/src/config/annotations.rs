@@ -1,6 +1,7 @@
 //! The `io.husk.` annotations of a sandbox: the options that a user sets, within the limits of the configuration.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::path::{Component, Path, PathBuf};
 
 use super::extras::{self, Extras};
@@ -89,9 +90,15 @@ fn check(name: &str, config: &Config) -> Result<(), String> {
 fn set(read: &mut Annotations, name: &str, value: &str, config: &Config, namespace: &str) -> Result<(), String> {
     let number = || value.parse::<i64>().map_err(|_| "must be an integer".to_owned());
     match name {
-        VCPUS => read.vcpus = Some(vcpus(number()?)?),
-        PROFILE => read.profile = Some(one_of(Some(value), &Profile::NAMES)?),
-        MEMORY_MIB => read.memory_mib = Some(memory_mib(number()?)?),
+        VCPUS => read.vcpus = Some(at_most(vcpus(number()?)?, config.max_vcpus, "max_vcpus")?),
+        PROFILE => {
+            let profile = one_of(Some(value), &Profile::NAMES)?;
+            at_most(profile.vcpus(), config.max_vcpus, "max_vcpus")?;
+            read.profile = Some(profile);
+        }
+        MEMORY_MIB => {
+            read.memory_mib = Some(at_most(memory_mib(number()?)?, config.max_memory_mib, "max_memory_mib")?);
+        }
         SPARE_NICS => read.spare_nics = Some(spare_nics(number()?)?),
         DEBUG => read.debug = Some(boolean(value)?),
         NETWORK => read.network = Some(one_of(Some(value), &NetworkMode::NAMES)?),
@@ -104,6 +111,14 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config, namespa
         _ => {}
     }
     Ok(())
+}
+
+/// Checks a value against the operator's limit.
+fn at_most<T: Copy + PartialOrd + Display>(value: T, limit: Option<T>, key: &str) -> Result<T, String> {
+    match limit {
+        Some(limit) if value > limit => Err(format!("husk's configuration allows at most {limit} ({key})")),
+        _ => Ok(value),
+    }
 }
 
 fn boolean(value: &str) -> Result<bool, String> {
@@ -222,6 +237,18 @@ mod tests {
                 "annotation io.husk.vsock = \"true\": not among the allowed_annotations of husk's configuration (/etc/husk/config.toml)",
                 "annotation io.husk.watch = \"/data,etc\": \"etc\": must be absolute paths of the container without .., separated by commas",
                 "annotation io.husk.workspace = (21 bytes): must be JSON, or the absolute path of a file: expected value at line 1 column 14",
+            ]
+        );
+        let limited = Config { max_vcpus: Some(2), max_memory_mib: Some(256), ..config };
+        let within = [("io.husk.vcpus", "2"), ("io.husk.profile", "latency"), ("io.husk.memory_mib", "256")];
+        assert!(read_pairs(&within, &limited).is_ok());
+        let beyond = [("io.husk.vcpus", "3"), ("io.husk.profile", "throughput"), ("io.husk.memory_mib", "257")];
+        assert_eq!(
+            read_pairs(&beyond, &limited).unwrap_err(),
+            [
+                "annotation io.husk.memory_mib = \"257\": husk's configuration allows at most 256 (max_memory_mib)",
+                "annotation io.husk.profile = \"throughput\": husk's configuration allows at most 2 (max_vcpus)",
+                "annotation io.husk.vcpus = \"3\": husk's configuration allows at most 2 (max_vcpus)",
             ]
         );
         let by_default = read_pairs(&[("io.husk.extras.files", "{}")], &Config::default()).unwrap_err();

@@ -28,11 +28,14 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 34] = [
+pub(crate) const KEYS: [ConfigKey; 36] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("max_vcpus", |config, value| put(&mut config.max_vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
+    key("max_memory_mib", |config, value| {
+        put(&mut config.max_memory_mib, integer(value).and_then(memory_mib).map(Some))
+    }),
     key("hugepages", |config, value| put(&mut config.hugepages, boolean(value))),
     key("kernel", |config, value| put(&mut config.kernel, absolute(value).map(Some))),
     key("initrd", |config, value| put(&mut config.initrd, absolute(value).map(Some))),
@@ -72,6 +75,7 @@ pub(crate) const KEYS: [ConfigKey; 34] = [
     }),
     key("boot_timeout_ms", |config, value| put(&mut config.boot_timeout, milliseconds(value))),
     key("call_timeout_ms", |config, value| put(&mut config.call_timeout, milliseconds(value))),
+    key("kill_timeout_ms", |config, value| put(&mut config.kill_timeout, milliseconds(value))),
     key("heartbeat_interval_ms", |config, value| put(&mut config.heartbeat, milliseconds(value))),
     key("extras_max_mib", |config, value| put(&mut config.extras_max_mib, integer(value).and_then(extras_max_mib))),
     key("allowed_annotations", |config, value| put(&mut config.allowed_annotations, annotations(value))),

@@ -41,3 +41,6 @@ pub(crate) const NAMES: [&str; 12] =
 /// The annotations that an operator must allow by name. With this one, everyone who may start a container can read any
 /// file of the host as root.
 pub(crate) const DENIED_BY_DEFAULT: [&str; 1] = [EXTRAS_FILES];
+
+/// The environment variable of a shim whose cgroup the runtime's options name.
+pub(crate) const PLACED_ENV: &str = "HUSK_SHIM_PLACED";

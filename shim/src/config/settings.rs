@@ -97,12 +97,15 @@ impl Profile {
 pub struct Config {
     /// Virtual CPUs of a guest; without it, the profile or else the spec's limits decide.
     pub vcpus: Option<u32>,
-    /// Virtual CPUs that a running guest can have; without it, the board decides.
+    /// Virtual CPUs that a running guest can have, and the most that an annotation or a limit may ask for; without it, the
+    /// board decides.
     pub max_vcpus: Option<u32>,
     /// Virtual CPUs by purpose.
     pub profile: Option<Profile>,
     /// Memory of a guest, MiB; without it, the spec's limits decide.
     pub memory_mib: Option<u64>,
+    /// Most memory of a guest that an annotation or a limit may ask for, MiB.
+    pub max_memory_mib: Option<u64>,
     /// Guest memory consists of the host's huge pages.
     pub hugepages: bool,
     /// The guest's kernel, if not in a default place.
@@ -147,6 +150,8 @@ pub struct Config {
     pub boot_timeout: Duration,
     /// Deadline of a call to the guest.
     pub call_timeout: Duration,
+    /// How long the guest may take to end a container, or everything, before the host ends the VM.
+    pub kill_timeout: Duration,
     /// Interval of a guest's heartbeats. husk kills a guest that misses three.
     pub heartbeat: Duration,
     /// Total size limit of a sandbox's extras, MiB.
@@ -169,6 +174,7 @@ impl Default for Config {
             max_vcpus: None,
             profile: None,
             memory_mib: None,
+            max_memory_mib: None,
             hugepages: false,
             kernel: None,
             initrd: None,
@@ -191,6 +197,7 @@ impl Default for Config {
             log_level: tracing::Level::WARN,
             boot_timeout: Duration::from_secs(60),
             call_timeout: Duration::from_secs(60),
+            kill_timeout: Duration::from_secs(10),
             heartbeat: Duration::from_secs(10),
             extras_max_mib: 64,
             allowed_annotations: NAMES

@@ -13,6 +13,7 @@ use std::sync::{Arc, LazyLock, Mutex, mpsc};
 use husk_protos::lock::lock;
 use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::stat::Mode;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -149,6 +150,8 @@ impl Launch {
                 if let Some(jail) = &jail {
                     jail.enter()?;
                 }
+                // A core file would contain the guest's memory.
+                setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
                 die_with(parent)?;
                 place(&fds)?;
                 jail.as_ref().map_or(Ok(()), Jail::restrict)
@@ -175,7 +178,7 @@ pub(super) fn clone_error(error: &io::Error) -> io::Error {
 
 /// In the child: joins its cgroups before it allocates memory, which would otherwise be charged to the parent's
 /// cgroups.
-fn join(cgroups: &[File]) -> io::Result<()> {
+pub(super) fn join(cgroups: &[File]) -> io::Result<()> {
     for procs in cgroups {
         // 0 means the writing process (cgroup-v2.rst; v1 does the same).
         let mut procs = procs;

@@ -22,7 +22,8 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::host::child::ChildExit;
+use crate::host::cgroup::home;
+use crate::host::child::{self, ChildExit};
 use crate::host::process::pidfd_open;
 
 /// Time limit of a hook without a timeout of its own.
@@ -209,9 +210,15 @@ fn spawn(hook: &Hook, subject: &Subject) -> io::Result<Child> {
     command.env_clear().envs(hook.env.iter().filter_map(|variable| variable.split_once('=')));
     command.current_dir(if subject.bundle.is_dir() { subject.bundle.as_path() } else { Path::new("/") });
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
-    // SAFETY: prctl(2) is async-signal-safe and touches no memory. The forking thread waits for the hook, so it does
+    let home = home::files()?;
+    // SAFETY: prctl(2) and write(2) are async-signal-safe and change no memory. The forking thread waits for the hook, so it does
     // not end earlier and trigger the signal.
-    unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
+    unsafe {
+        command.pre_exec(move || {
+            child::join(&home)?;
+            Ok(set_pdeathsig(Signal::SIGKILL)?)
+        })
+    };
     command.spawn()
 }
 

@@ -3,6 +3,7 @@
 //! | file         | content                                                     |
 //! |--------------|-------------------------------------------------------------|
 //! | `process.rs` | identifies processes reliably, and kills them               |
+//! | `cgroup/`    | cgroups: their users, limits and removal                    |
 //! | `child.rs`   | starts programs that must not outlive the shim              |
 //! | `clients.rs` | the connections of a server                                 |
 //! | `jail/`      | separates a program from the host                           |
@@ -12,11 +13,14 @@
 //! | `socket.rs`  | unix sockets in the sandbox's directory                     |
 //! | `unix.rs`    | unix sockets of other programs                              |
 //! | `usage.rs`   | CPU time and memory of processes                            |
+//! | `blocked.rs` | whether a process serves its requests                         |
 //! | `open_files.rs` | limits and numbers of open files                         |
 //! | `inotify.rs` | changes of folders and files                                |
 //! | `text.rs`    | text that others have written                               |
 //! | `rate.rs`    | limits how often something happens                          |
 
+pub(crate) mod blocked;
+pub(crate) mod cgroup;
 pub(crate) mod child;
 pub(crate) mod clients;
 pub(crate) mod holder;

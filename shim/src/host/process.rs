@@ -2,7 +2,8 @@
 //! starts processes.
 
 use std::collections::HashMap;
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -75,6 +76,33 @@ impl ProcessId {
         let Some(fd) = pidfd_open(self.pid)? else { return Ok(None) };
         // Check after opening: if the PID names the original process now, it did so when the handle was opened.
         Ok(self.exists()?.then_some(fd))
+    }
+
+    /// Sets how eagerly the OOM killer takes the process (proc_pid_oom_score_adj(5)). Without a score, takes only an
+    /// inherited protection away. Does nothing if the process has ended.
+    ///
+    /// # Errors
+    /// When the file cannot be written, for example because a lower score requires CAP_SYS_RESOURCE.
+    pub(crate) fn set_oom_score(self, score: Option<i32>) -> io::Result<()> {
+        let path = format!("/proc/{}/oom_score_adj", self.pid);
+        let mut file = match OpenOptions::new().read(true).write(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            opened => opened?,
+        };
+        let mut inherited = String::new();
+        let written = file.read_to_string(&mut inherited).and_then(|_| {
+            // Check after opening: if the PID names the original process now, it did so then.
+            let runs = self.exists()?;
+            match score {
+                Some(score) if runs => file.write_all(score.to_string().as_bytes()),
+                None if runs && inherited.starts_with('-') => file.write_all(b"0"),
+                _ => Ok(()),
+            }
+        });
+        match written {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            written => written,
+        }
     }
 
     /// The children of the main thread. Empty if the process is gone, or if the kernel lacks CONFIG_PROC_CHILDREN.
@@ -241,6 +269,22 @@ mod tests {
         for pid in [child.id(), u32::MAX] {
             assert_eq!(ProcessId::of(pid).unwrap(), None, "{pid}");
         }
+    }
+
+    #[test]
+    fn an_oom_score_is_set_and_without_one_only_a_protection_is_taken_away() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let id = ProcessId::of(child.id()).unwrap().unwrap();
+        let score = || std::fs::read_to_string(format!("/proc/{}/oom_score_adj", child.id())).unwrap();
+        id.set_oom_score(Some(321)).unwrap();
+        assert_eq!(score(), "321\n");
+        id.set_oom_score(None).unwrap();
+        assert_eq!(score(), "321\n");
+        ProcessId { start_time: id.start_time + 1, ..id }.set_oom_score(Some(400)).unwrap();
+        assert_eq!(score(), "321\n");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        id.set_oom_score(Some(400)).unwrap();
     }
 
     #[test]

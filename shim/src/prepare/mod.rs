@@ -6,6 +6,7 @@
 //! | `host.rs`      | what the host provides: the guest's files, programs, the accelerator |
 //! | `ids.rs`       | whether the VMs' user IDs are others' too                            |
 //! | `network.rs`   | whether the container is in user mode, and with which ports          |
+//! | `overhead.rs`  | what a sandbox takes on the host besides its containers (pure)       |
 //! | `pod.rs`       | what the CRI plugin says of a pod (pure)                             |
 //! | `pod_files.rs` | the files that a pod's containers find in `/etc`                     |
 //! | `sandbox.rs`   | what containerd's Sandbox API says of a sandbox (pure)               |
@@ -16,6 +17,7 @@
 pub mod host;
 mod ids;
 mod network;
+pub(crate) mod overhead;
 mod pod;
 mod pod_files;
 mod sandbox;
@@ -26,7 +28,7 @@ mod update;
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
@@ -49,6 +51,7 @@ use crate::network::user::{UserNetwork, resolv_conf};
 use crate::network::{Claim, claim};
 use crate::prepare::host::{Host, Places};
 pub(crate) use crate::prepare::network::RequestedNetwork;
+use crate::prepare::pod::Role;
 use crate::prepare::pod_files::Node;
 pub(crate) use crate::prepare::pod_files::{PodFile, RESOLV_CONF};
 use crate::prepare::sandbox::SandboxRequest;
@@ -94,6 +97,8 @@ pub struct Prepared {
     /// The opened files of the extras, for a VM that has to be booted.
     pub(crate) sources: Vec<OpenedFile>,
     workspace: Option<Workspace>,
+    /// In a pod, the kubelet limits the cgroup above the sandbox's.
+    role: Role,
     host: Host,
     /// The configuration with the annotations applied.
     config: Config,
@@ -103,6 +108,29 @@ impl Prepared {
     /// What the VM has if it is booted for this container.
     pub(crate) fn booting_with(&self) -> BootedWith {
         BootedWith { extras: self.extras.clone(), user: self.user.clone() }
+    }
+
+    /// The most memory that the sandbox's processes may take on the host, bytes, if its cgroup is to be limited.
+    pub(crate) fn host_memory(&self) -> Option<u64> {
+        let vmm = vmm::factory::create(self.config.board, self.host.vmm.clone());
+        let cache = vmm.cache_mib(&self.machine);
+        (self.role == Role::None).then(|| overhead::memory(self.machine.memory_mib, cache, self.host.open_files.limit))
+    }
+
+    /// The score of a program in the container, for the host's OOM killer. The CRI plugin protects a pod's sandbox
+    /// container, which would protect all other containers of its VM too.
+    pub(crate) fn oom_score_adj(&self) -> Option<i32> {
+        self.rewritten.oom_score_adj.filter(|_| !self.is_pods_sandbox())
+    }
+
+    /// How long the guest may take to end what has to end.
+    pub(crate) fn kill_timeout(&self) -> Duration {
+        self.config.kill_timeout
+    }
+
+    /// Whether it is a pod's sandbox container.
+    pub(crate) fn is_pods_sandbox(&self) -> bool {
+        self.role == Role::Sandbox
     }
 
     /// What this container requests and the sandbox's VM lacks.
@@ -196,6 +224,7 @@ pub(crate) fn prepare_sandbox(
     let subject = Subject { id: &request.id, bundle: &request.bundle, parsed };
     let sandbox = SandboxName { namespace, id: &request.id };
     let mut prepared = prepare_spec(config, &Places::of_process(), subject, sandbox, Siblings::NONE)?;
+    prepared.role = Role::Sandbox;
     prepared.machine.guest.sandbox = true;
     prepared.machine.guest.hostname.clone_from(&request.hostname);
     if prepared.user.is_some() && !request.has_dns {
@@ -260,6 +289,7 @@ fn prepare_spec(
     remove_workspace(&mut spec);
     problems.extend(pod::shares_node(&spec));
     problems.extend(forbidden_namespace(&spec, &config).map(|problem| problem.to_string()));
+    let role = pod::role(&spec);
     let pod = collect(pod::limits(&spec), &mut problems).unwrap_or_default();
     let context = Context {
         id,
@@ -300,9 +330,7 @@ fn prepare_spec(
     config.debug = debug;
     let announced = rewritten.announced_links.try_into().map_or(MAX_SPARE_NICS, |links: u32| links.min(MAX_SPARE_NICS));
     config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics.max(announced));
-    if debug {
-        config.log_level = config.log_level.max(Level::DEBUG);
-    }
+    config.log_level = config.log_level.max(if debug { Level::DEBUG } else { Level::ERROR });
     let size = size::size(&config, &annotations, pod, rewritten.limits, host::cpus());
     let mut machine = machine(sandbox.id, &config, &host, size, &extras);
     if user.is_some() {
@@ -320,6 +348,7 @@ fn prepare_spec(
         extras,
         sources,
         workspace: annotations.workspace,
+        role,
         host,
         config,
     })
@@ -475,6 +504,8 @@ pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, Boo
         share,
         boot_timeout: prepared.config.boot_timeout,
         call_timeout: prepared.config.call_timeout,
+        kill_timeout: prepared.config.kill_timeout,
+        oom_score_adj: prepared.oom_score_adj(),
         cgroup,
         network,
         spare_nics: prepared.config.spare_nics,

@@ -28,6 +28,26 @@ fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
     spec.annotations().as_ref()?.get(name).map(String::as_str)
 }
 
+/// What a container is in its pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// The CRI plugin has not made it.
+    None,
+    /// The sandbox container, or the sandbox itself.
+    Sandbox,
+    /// A container with a program of the pod.
+    Container,
+}
+
+/// What the spec's container is in its pod.
+pub(super) fn role(spec: &Spec) -> Role {
+    match annotation(spec, CONTAINER_TYPE) {
+        None => Role::None,
+        Some("sandbox") => Role::Sandbox,
+        Some(_) => Role::Container,
+    }
+}
+
 /// The limits of all containers of the pod together; none for a container without a pod.
 ///
 /// # Errors

@@ -20,16 +20,20 @@ pub(crate) struct Size {
 }
 
 /// The size of a machine on a host with `cpus` CPUs. An annotation overrides the configuration, and a CPU count overrides
-/// a profile. Without either the limits of the pod decide, then those of the sandbox's first container, else the default.
+/// a profile. `max_vcpus` and `max_memory_mib` cap what limits ask for. Without an annotation and a key the limits of the pod decide, then those of the sandbox's first container, else the default.
 pub(crate) fn size(config: &Config, annotations: &Annotations, pod: SpecLimits, first: SpecLimits, cpus: u32) -> Size {
     let limits = SpecLimits { memory: pod.memory.or(first.memory), cpus: pod.cpus.or(first.cpus) };
     let profile = annotations.profile.or(config.profile).map(Profile::vcpus);
-    let vcpus = annotations.vcpus.or(config.vcpus).or(profile).or(limits.cpus).unwrap_or(1).clamp(1, MAX_VCPUS);
+    // A limit is no request: a larger one than a VM may have is capped.
+    let cpus_of_limits = limits.cpus.map(|cpus| cpus.min(config.max_vcpus.unwrap_or(MAX_VCPUS)));
+    let vcpus = annotations.vcpus.or(config.vcpus).or(profile).or(cpus_of_limits).unwrap_or(1).clamp(1, MAX_VCPUS);
+    let most = config.max_memory_mib.unwrap_or(u64::MAX);
     let for_limit = |bytes: u64| bytes.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB).max(DEFAULT_MEMORY_MIB);
-    let memory = annotations.memory_mib.or(config.memory_mib).or(limits.memory.map(for_limit));
+    let memory = limits.memory.map_or(DEFAULT_MEMORY_MIB, for_limit).min(most);
+    let memory_mib = annotations.memory_mib.or(config.memory_mib).unwrap_or(memory);
     let spare = if config.board.has_spare_vcpus() { cpus.min(SPARE_UP_TO) } else { 0 };
     let max_vcpus = config.max_vcpus.unwrap_or(spare).max(vcpus);
-    Size { vcpus, max_vcpus, memory_mib: memory.unwrap_or(DEFAULT_MEMORY_MIB) }
+    Size { vcpus, max_vcpus, memory_mib }
 }
 
 #[cfg(test)]
@@ -55,6 +59,21 @@ mod tests {
             let found = size(&config, &wanted, limit(pod), limit(bytes), 2).memory_mib;
             assert_eq!(found, expected, "{annotation:?} {memory_mib:?} {pod:?} {bytes:?}");
         }
+    }
+
+    #[test]
+    fn limits_of_containers_ask_for_no_more_than_the_configuration_allows() {
+        let limits = SpecLimits { memory: Some(4 << 30), cpus: Some(8) };
+        for (max_vcpus, max_memory_mib, expected) in
+            [(None, None, (8, 4096 + 128)), (Some(3), Some(1024), (3, 1024)), (Some(9), Some(8192), (8, 4096 + 128))]
+        {
+            let config = Config { max_vcpus, max_memory_mib, ..Config::default() };
+            let found = size(&config, &Annotations::default(), limits, limits, 2);
+            assert_eq!((found.vcpus, found.memory_mib), expected, "{max_vcpus:?} {max_memory_mib:?}");
+        }
+        let config = Config { max_memory_mib: Some(256), ..Config::default() };
+        let none = SpecLimits::default();
+        assert_eq!(size(&config, &Annotations::default(), none, none, 2).memory_mib, 256);
     }
 
     #[test]

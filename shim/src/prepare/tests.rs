@@ -133,6 +133,7 @@ const PROOFS: &[Proof] = &[
     ("vcpus", "3", |o| value(o, "-smp"), "3"),
     ("max_vcpus", "4", |o| value(o, "-smp"), "4"),
     ("profile", "\"throughput\"", |o| value(o, "-smp"), "4"),
+    ("max_memory_mib", "300", |o| value(o, "-m"), "300M"),
     ("memory_mib", "300", |o| value(o, "-m"), "300M"),
     ("hugepages", "true", |o| value(o, "-object"), "memory-backend-memfd,id=memory,size=512M,share=on,hugetlb=on"),
     (
@@ -199,6 +200,7 @@ const PROOFS: &[Proof] = &[
         "true {host}/beside/initrd-debug.img",
     ),
     ("log_level", "\"debug\"", |o| word(o, "husk.log="), "husk.log=debug"),
+    ("kill_timeout_ms", "6", |o| booted(o, |b| format!("{:?}", b.plan.kill_timeout)), "6ms"),
     ("boot_timeout_ms", "5", |o| booted(o, |b| format!("{:?}", b.plan.boot_timeout)), "5ms"),
     ("call_timeout_ms", "6", |o| booted(o, |b| format!("{:?}", b.plan.call_timeout)), "6ms"),
     ("heartbeat_interval_ms", "7", |o| word(o, "husk.heartbeat_ms="), "husk.heartbeat_ms=7"),

@@ -83,6 +83,7 @@ impl Sandbox {
         let cgroup = self.host_cgroup(prepared).await?;
         let holder = self.start_holder(Owner::Sandbox, id, network.clone()).await?;
         join_cgroup(cgroup.clone(), holder.process()).await?;
+        self.enter_cgroup(cgroup.clone()).await?;
         let attachments = Attachments { network, cgroup, ..Attachments::new(share.path().to_owned()) };
         let vm = self.ensure_vm(prepared, attachments).await?;
         vm.settle_network().await?;
@@ -148,6 +149,8 @@ impl Sandbox {
             }
         }
         vm.died().await;
+        // The kubelet kills what is left in a stopped pod's cgroup, and the shim still has to serve its shutdown.
+        self.leave_cgroup().await;
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! Boots the sandbox's VM for its first container. Containers that arrive during the boot wait for it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use husk_protos::chain::Chain;
 use husk_protos::events::Event;
@@ -59,7 +60,15 @@ impl Sandbox {
         slots.vm = VmSlot::Booting(booting.clone());
         let (sandbox, prepared) = (self.clone(), prepared.clone());
         tokio::spawn(async move {
-            let booted = sandbox.boot(&prepared, attachments).await.map_err(Arc::new);
+            let booted = tokio::select! {
+                booted = sandbox.boot(&prepared, attachments) => booted,
+                limit = sandbox.given_up(prepared.kill_timeout()) => {
+                    let error = BootError::GivenUp { limit };
+                    sandbox.set_vm_state(VmState::StartFailed, &error.cause());
+                    Err(error)
+                }
+            };
+            let booted = booted.map_err(Arc::new);
             let mut slots = sandbox.lock();
             // If the sandbox is being torn down, the slot is `Stopping` and the teardown waits for `done`. After a
             // failed boot the next container may retry.
@@ -69,6 +78,14 @@ impl Sandbox {
             done.send_replace(Some(booted));
         });
         booting
+    }
+
+    /// Resolves when a boot has lasted for `limit` after a shutdown was requested.
+    async fn given_up(&self, limit: Duration) -> Duration {
+        // Cannot fail: self holds the sender.
+        let _ = self.shutdown_requested.subscribe().wait_for(|requested| *requested).await;
+        tokio::time::sleep(limit).await;
+        limit
     }
 
     async fn boot(self: &Arc<Self>, prepared: &Prepared, attachments: Attachments) -> Result<Arc<Vm>, BootError> {

@@ -13,11 +13,14 @@ use protobuf::well_known_types::timestamp::Timestamp;
 
 use crate::sandbox::container::guest_reply;
 use crate::sandbox::container::order::Request;
-use crate::sandbox::container::process::{Exit, Process};
+use crate::sandbox::container::process::{EXIT_RECORDED, Exit, Process};
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::sandbox::registry::Sandbox;
 use crate::sandbox::without_guest;
 use crate::vm::Vm;
+
+/// The number of the signal that ends a process in any case.
+const SIGKILL: u32 = libc::SIGKILL as u32;
 
 impl Sandbox {
     /// The state of a process.
@@ -67,11 +70,26 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Sends a signal.
+    /// Sends a signal. If SIGKILL does not end a container in time, the host ends the VM.
     pub(crate) async fn kill(&self, request: KillRequest) -> Result<(), SandboxError> {
         let vm = self.vm_of_process(&request.id, &request.exec_id)?;
-        vm.guest.task.kill(vm.guest.context(), &request).await?;
-        Ok(())
+        let (_, process) = self.process(&request.id, &request.exec_id)?;
+        // The guest decides about a process that it has not created yet.
+        let ends = request.signal == SIGKILL
+            && request.exec_id.is_empty()
+            && process.guest_pid() != 0
+            && process.exit().is_none();
+        if ends && process.note_kill() {
+            tokio::spawn(enforce_kill(vm.clone(), request.id.clone(), process.clone()));
+        }
+        let Err(error) = vm.guest.task.kill(vm.guest.context(), &request).await else { return Ok(()) };
+        let error = SandboxError::from(error);
+        if ends && error.may_be_death() && vm.died_under_call().await.is_some() {
+            // The container has ended with its VM. Without a record of that in time, its output is stalled.
+            let _ = tokio::time::timeout(EXIT_RECORDED, process.exited()).await;
+            return Ok(());
+        }
+        Err(error)
     }
 
     /// Resizes a process's terminal.
@@ -130,4 +148,10 @@ impl Sandbox {
             other => other,
         })
     }
+}
+
+/// Ends the VM unless the guest reports in time that a killed container has exited.
+async fn enforce_kill(vm: Arc<Vm>, id: String, init: Arc<Process>) {
+    let missing = format!("container {id}: the guest reported no exit after SIGKILL");
+    vm.enforce(&missing, init.exit_reported()).await;
 }

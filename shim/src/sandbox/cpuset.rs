@@ -141,7 +141,7 @@ fn apply(cgroup: Option<&HostCgroup>, set: Cpuset, value: Option<String>) -> Res
 
 /// Names the container's own value in an error about what the sandbox's containers name together.
 fn with_own_value(mut error: SandboxError, own: &HostResources) -> SandboxError {
-    if let SandboxError::Cgroup(CgroupError::Cpuset { field, value, .. } | CgroupError::NoCpus { field, value, .. }) =
+    if let SandboxError::Cgroup(CgroupError::Rejected { field, value, .. } | CgroupError::NoCpus { field, value, .. }) =
         &mut error
     {
         let named = if *field == CPUS.field { &own.cpus } else { &own.mems };

@@ -75,19 +75,25 @@ impl Sandbox {
         let cgroup = self.host_cgroup(&prepared).await?;
         self.restrict_cpuset(&id, prepared.rewritten.host_resources.clone()).await?;
         self.demand(&id, prepared.rewritten.demand);
+        self.limit_cgroup(&id).await?;
         let holder = self.start_holder(Owner::Container(id.clone()), &id, network.clone()).await?;
         let subject = hooks::subject(&request, &prepared, holder.process().pid);
         let attachments = Attachments { network, cgroup: cgroup.clone(), ..Attachments::new(share.path().to_owned()) };
         // The hooks see the holder in its cgroup.
         let hooked = async {
-            join_cgroup(cgroup, holder.process()).await?;
-            self.run_create_hooks(&prepared.rewritten.hooks, &subject).await
+            join_cgroup(cgroup.clone(), holder.process()).await?;
+            self.run_create_hooks(&prepared.rewritten.hooks, &subject).await?;
+            self.enter_cgroup(cgroup).await
         };
         // Mount the root filesystem while the VM boots: it propagates to virtiofsd. Folders of the host follow.
         let (vm, mounted, hooked) =
             tokio::join!(self.ensure_vm(&prepared, attachments), self.mount(&share, &request, &prepared), hooked);
         let vm = vm?;
         self.pin_vcpus().await?;
+        self.limit_cgroup(&id).await?;
+        if !prepared.is_pods_sandbox() {
+            self.add_oom_score(&id, prepared.oom_score_adj(), &vm)?;
+        }
         let mut places = mounted?;
         self.lease_volumes(&id, &prepared.rewritten.binds).await;
         hooked?;
@@ -112,7 +118,7 @@ impl Sandbox {
         let container = Container::new(request, subject, in_vms_network, poststart, self.publisher.clone());
         // Register the container before the guest creates it: its first events may arrive before the response.
         self.lock().containers.insert(id, ContainerSlot::Ready(container.clone()));
-        let pid = self.create_in_guest(&vm, &guest_request).await?;
+        let pid = self.create_in_guest(&vm, &guest_request, prepared.rewritten.read_only).await?;
         watch_holder(&vm, &container, holder);
         Ok(pid)
     }
@@ -162,12 +168,18 @@ impl Sandbox {
 
     /// Opens the streams of the init process and creates the task in the guest. If it fails, the task and its bundle
     /// are removed from the guest.
-    async fn create_in_guest(&self, vm: &Arc<Vm>, request: &CreateTaskRequest) -> Result<u32, SandboxError> {
+    async fn create_in_guest(
+        &self,
+        vm: &Arc<Vm>,
+        request: &CreateTaskRequest,
+        read_only: bool,
+    ) -> Result<u32, SandboxError> {
         let id = &request.id;
         let init = self.process(id, "")?.1;
         let created = async {
             init.attach_outputs(&vm.guest, id, &self.namespace).await?;
             let response = vm.guest.task.create(vm.guest.context(), request).await?;
+            self.protect_root(vm, id, read_only).await?;
             init.attach_input(&vm.guest, id)?;
             Ok::<_, SandboxError>(response)
         };

@@ -31,7 +31,7 @@ impl Sandbox {
     pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<DeleteResponse, SandboxError> {
         let (container, process) = self.process(id, exec_id)?;
         let response = match self.live_vm() {
-            Ok(vm) => delete_in_guest(&vm, &container, &process).await?,
+            Ok(vm) => delete_by_guest(&vm, &container, &process).await?,
             Err(SandboxError::VmDead { .. }) => without_guest::delete(&container, &process).await?,
             Err(error) => return Err(error),
         };
@@ -74,6 +74,8 @@ impl Sandbox {
             None => {
                 self.release_share(id).await;
                 self.release_demand(id);
+                self.remove_oom_score(id);
+                self.limit_cgroup_again(id).await;
                 self.release_cpuset(id).await;
                 if let Err(error) = self.journal.undo(Owner::Container(id.to_owned())).await {
                     tracing::error!(container = id, error = %Chain(&error), "failed to undo all effects of the container");
@@ -107,6 +109,8 @@ impl Sandbox {
         }
         futures::future::join_all(containers.iter().map(|container| container.finish_output())).await;
         self.end_managed();
+        // Before its cgroup is removed.
+        self.leave_cgroup().await;
         // Before its rule is removed.
         self.lock().forwarding = None;
         self.undo_all().await;
@@ -180,6 +184,26 @@ impl Sandbox {
         self.ended().await;
         Ok(())
     }
+}
+
+/// Lets the guest delete a process. If it does not, and the process has exited, the host ends the VM.
+async fn delete_by_guest(
+    vm: &Arc<Vm>,
+    container: &Arc<Container>,
+    process: &Process,
+) -> Result<DeleteResponse, SandboxError> {
+    let name = if process.exec_id.is_empty() { &container.id } else { &process.exec_id };
+    let missing = format!("container {}: the guest did not delete {name}", container.id);
+    let deleted = match vm.enforce(&missing, delete_in_guest(vm, container, process)).await {
+        Some(deleted) => deleted,
+        None => without_guest::delete(container, process).await,
+    };
+    if deleted.is_err() && process.exec_id.is_empty() && process.exit().is_some() {
+        // A client may try again until the deadline.
+        let (vm, container) = (vm.clone(), container.clone());
+        tokio::spawn(async move { vm.enforce(&missing, container.delete_published()).await });
+    }
+    deleted
 }
 
 async fn delete_in_guest(vm: &Vm, container: &Container, process: &Process) -> Result<DeleteResponse, SandboxError> {

@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::KillRequest;
 use husk_protos::chain::Chain;
+use husk_protos::lock::lock;
 
 use crate::guest::client::GuestError;
+use crate::host::cgroup::User;
 use crate::host::child::Child;
 use crate::host::holder;
 use crate::host::process::ProcessId;
@@ -24,8 +26,6 @@ use crate::state::{Owner, Step};
 use crate::vm::Vm;
 use crate::vm::cgroup::{self, Hierarchies, HostCgroup};
 
-/// How long the guest may take to report the exit of a container that was killed.
-const EXIT: Duration = Duration::from_secs(10);
 /// How long a killed holder may take to end, on a loaded machine.
 const HOLDER_END: Duration = Duration::from_secs(2);
 
@@ -37,11 +37,13 @@ impl Sandbox {
         let no_vm = matches!(self.lock().vm, VmSlot::Empty);
         if let (true, None, Some(path)) = (no_vm, &*cgroup, prepared.rewritten.cgroups_path.clone()) {
             let journal = self.journal.clone();
+            let user = User::new(&self.namespace, &self.id);
             let create = move || -> Result<_, SandboxError> {
                 let record = &mut |steps| journal.record(&Owner::Sandbox, steps);
-                Ok(Hierarchies::of_host()?.create(record, &path)?)
+                Ok(Hierarchies::of_host()?.create(record, user, &path)?)
             };
             *cgroup = Some(blocking("create the sandbox's cgroup", create).await?);
+            *lock(&self.host_memory) = prepared.host_memory();
         }
         Ok(cgroup.clone())
     }
@@ -108,12 +110,12 @@ pub(super) fn watch_holder(vm: &Arc<Vm>, container: &Container, holder: Child) {
 /// its exit, the VM is killed.
 async fn kill_with_holder(vm: &Vm, id: &str, init: &Process) {
     let kill = KillRequest { id: id.to_owned(), signal: libc::SIGKILL as u32, ..Default::default() };
-    if let Err(error) = vm.guest.task.kill(vm.guest.context(), &kill).await.map_err(GuestError::from) {
-        // It may have exited in the meantime.
-        tracing::warn!(container = id, error = %Chain(&error), "failed to kill the container");
-    }
-    if tokio::time::timeout(EXIT, init.exit_reported()).await.is_err() {
-        let ms = EXIT.as_millis();
-        vm.fail(format!("container {id}: the guest reported no exit within {ms} ms after its holder was killed"));
-    }
+    let killed = async {
+        if let Err(error) = vm.guest.task.kill(vm.guest.context(), &kill).await.map_err(GuestError::from) {
+            // It may have exited in the meantime.
+            tracing::warn!(container = id, error = %Chain(&error), "failed to kill the container");
+        }
+        init.exit_reported().await;
+    };
+    vm.enforce(&format!("container {id}: its holder was killed, and the guest reported no exit"), killed).await;
 }

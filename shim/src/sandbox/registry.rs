@@ -13,6 +13,7 @@ use crate::console::GuestLogs;
 use crate::containerd::publisher::Publisher;
 use crate::forward::address::Forwarding;
 use crate::forward::socket::Sockets;
+use crate::host::cgroup::Limits;
 use crate::network::{Claim, PrivateNamespace};
 use crate::prepare::{BootedWith, SandboxName};
 use crate::rootfs::share::Share;
@@ -33,6 +34,9 @@ const SHUTDOWN_WAIT: Duration = Duration::from_secs(10);
 
 /// The resources of the host that each container names.
 pub(super) type Cpusets = BTreeMap<String, HostResources>;
+
+/// The `oomScoreAdj` of each container, if its spec has one.
+pub(super) type Scores = BTreeMap<String, Option<i32>>;
 
 /// What each container requires of the VM's size.
 pub(super) type Demands = BTreeMap<String, Demand>;
@@ -96,6 +100,14 @@ pub(crate) struct Sandbox {
     pub(super) cpusets: tokio::sync::Mutex<Cpusets>,
     /// What the containers require of the VM's size.
     pub(super) demands: Mutex<Demands>,
+    /// The scores of the containers for the host's OOM killer.
+    pub(super) oom_scores: Mutex<Scores>,
+    /// The most memory that the sandbox's processes may take on the host, bytes, if its cgroup is to be limited.
+    pub(super) host_memory: Mutex<Option<u64>>,
+    /// The limits of the sandbox's cgroup.
+    pub(super) host_limits: Mutex<Limits>,
+    /// The shim has moved to the sandbox's cgroup.
+    pub(super) in_cgroup: Mutex<bool>,
     slots: Mutex<Slots>,
     /// True after everything has been cleaned up.
     pub(super) ended: watch::Sender<bool>,
@@ -122,6 +134,10 @@ impl Sandbox {
             cgroup: tokio::sync::Mutex::default(),
             cpusets: tokio::sync::Mutex::default(),
             demands: Mutex::default(),
+            oom_scores: Mutex::default(),
+            host_memory: Mutex::default(),
+            host_limits: Mutex::default(),
+            in_cgroup: Mutex::default(),
             slots: Mutex::new(Slots {
                 vm: VmSlot::Empty,
                 booted_with: BootedWith::default(),

@@ -49,6 +49,7 @@ impl Sandbox {
         let updated = self.update_both(&vm, &request, update.host).await;
         if updated.is_err() {
             self.demand(&id, before);
+            self.limit_cgroup_again(&id).await;
         }
         updated
     }
@@ -56,6 +57,7 @@ impl Sandbox {
     /// Changes the limits on the host and in the guest.
     async fn update_both(&self, vm: &Vm, request: &UpdateTaskRequest, host: HostResources) -> Result<(), SandboxError> {
         self.add_vcpus(vm).await?;
+        self.limit_cgroup(&request.id).await?;
         if host == HostResources::default() {
             return update_in_guest(vm, request).await;
         }

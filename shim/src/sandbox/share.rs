@@ -8,6 +8,7 @@ use std::sync::Arc;
 use containerd_shim_protos::api::CreateTaskRequest;
 use husk_protos::bundle::ReleaseRequest;
 use husk_protos::chain::Chain;
+use ttrpc::context::with_duration;
 
 use crate::guest::client::GuestError;
 use crate::prepare::Prepared;
@@ -61,6 +62,16 @@ impl Sandbox {
         completed.await.map_err(|error| death_or(vm, error))
     }
 
+    /// Makes the host keep the VM from writing to a container's root filesystem, if its spec says so. Until then the guest
+    /// creates mount points there.
+    pub(super) async fn protect_root(&self, vm: &Arc<Vm>, id: &str, read_only: bool) -> Result<(), SandboxError> {
+        let share = self.lock().share.clone();
+        let (Some(share), true) = (share, read_only) else { return Ok(()) };
+        let (server, id) = (vm.clone(), id.to_owned());
+        let protect = move || share.protect_root(server_of(&server), &id);
+        blocking("protect a root filesystem", protect).await
+    }
+
     /// Lets the VM write to the sources that a container may write to, and to no others.
     async fn settle_share(&self, vm: &Arc<Vm>, share: &Share) -> Result<(), SandboxError> {
         let (share, server) = (share.clone(), vm.clone());
@@ -87,7 +98,9 @@ impl Sandbox {
             && !entries.is_empty()
         {
             let request = ReleaseRequest { entries, ..Default::default() };
-            let answered = vm.guest.bundle.release(vm.guest.context(), &request).await.map_err(GuestError::from);
+            // Part of Delete, which the guest may not delay.
+            let context = with_duration(vm.kill_timeout());
+            let answered = vm.guest.bundle.release(context, &request).await.map_err(GuestError::from);
             if let Err(error) = answered
                 && vm.cause_of_death().is_none()
             {

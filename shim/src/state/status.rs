@@ -142,6 +142,9 @@ pub struct FilesStatus {
     pub limit: u64,
     /// The configured limit, which the host may not allow.
     pub configured: u64,
+    /// Why virtiofsd does not serve the share. Absent from the JSON if it does, as far as is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// A sandbox's shim.

@@ -13,6 +13,7 @@ use super::error::{StateError, check_identifier};
 use super::life::{Life, VmState};
 use super::store::{FILE, Owner, State};
 use super::undo::Step;
+use crate::host::cgroup::User;
 use crate::host::process::ProcessId;
 use crate::network::Claim;
 use crate::vm::cgroup::Hierarchies;
@@ -149,8 +150,10 @@ fn a_later_process_undoes_everything_and_touches_nothing_else() {
     fs::create_dir(&empty).unwrap();
     fs::write(&file, "").unwrap();
 
-    let made =
-        Hierarchies::of_host().unwrap().create(&mut |steps| state.record(&owner, steps), "/husk-test-undo/s1").unwrap();
+    let made = Hierarchies::of_host()
+        .unwrap()
+        .create(&mut |steps| state.record(&owner, steps), User::new("ns", "s1"), "/husk-test-undo/s1")
+        .unwrap();
     let (mut ours, ours_id) = sleeper();
     let (mut grandchild, grandchild_id) = sleeper();
     let (mut theirs, theirs_id) = sleeper();

@@ -15,6 +15,7 @@ use super::ports::PortLeases;
 use super::tree::{self, is_gone};
 use super::users::UserLeases;
 use super::volumes::VolumeLeases;
+use crate::host::cgroup::{self, User};
 use crate::host::hooks;
 use crate::host::hooks::{Hook, Subject};
 use crate::host::process::ProcessId;
@@ -23,8 +24,6 @@ use crate::network::{self, Claim, loopback};
 
 /// Shortest wait, even after the deadline: a process that receives SIGKILL is normally dead by then.
 const MIN_WAIT: Duration = Duration::from_millis(100);
-/// First and longest pause between two attempts to remove a cgroup: cgroup v1 does not report when a cgroup is empty.
-const CGROUP_PAUSE: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
 
 /// One effect on the host and the way to undo it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,8 +47,14 @@ pub(crate) enum Step {
     Tree { path: PathBuf },
     /// A file, socket or symbolic link was created. Undo removes it and does not follow the link.
     File { path: PathBuf },
-    /// A cgroup was created, with its directory at `path`. Undo kills the processes in it and removes it.
-    Cgroup { path: PathBuf },
+    /// A cgroup was created, with its directory at `path`. Undo kills the processes in it and removes it, unless other
+    /// sandboxes use it by now.
+    Cgroup {
+        path: PathBuf,
+        /// The sandbox; `None` in the state of a shim that did not share cgroups.
+        #[serde(default)]
+        user: Option<User>,
+    },
     /// A parent cgroup was created, with its directory at `path`. Undo removes it unless others use it by now.
     CgroupParent { path: PathBuf },
     /// A CID was leased. Undo releases it.
@@ -101,7 +106,7 @@ impl fmt::Display for Step {
             Step::Process { id, name } => write!(f, "kill {name} (PID {})", id.pid),
             Step::Mount { path } => write!(f, "unmount {}", path.display()),
             Step::Dir { path } | Step::Tree { path } | Step::File { path } => write!(f, "remove {}", path.display()),
-            Step::Cgroup { path } | Step::CgroupParent { path } => write!(f, "remove cgroup {}", path.display()),
+            Step::Cgroup { path, .. } | Step::CgroupParent { path } => write!(f, "remove cgroup {}", path.display()),
             Step::Cid { cid, .. } => write!(f, "release vsock CID {cid}"),
             Step::User { id, .. } => write!(f, "release the user ID {id}"),
             Step::Network { claim, .. } => write!(f, "disconnect the network namespace {}", claim.netns.display()),
@@ -135,7 +140,7 @@ impl Step {
             Step::Dir { path } => ignore_missing(fs::remove_dir(path)),
             Step::Tree { path } => tree::remove(path),
             Step::File { path } => ignore_missing(fs::remove_file(path)),
-            Step::Cgroup { path } => remove_cgroup(path, remaining()),
+            Step::Cgroup { path, user } => cgroup::leave(path, user.as_ref(), remaining()),
             Step::CgroupParent { path } => match fs::remove_dir(path) {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty || is_busy(&e) => Ok(()),
                 other => ignore_missing(other),
@@ -178,40 +183,5 @@ fn unmount(path: &Path) -> io::Result<()> {
         // EINVAL: not a mount point.
         Ok(()) | Err(Errno::EINVAL | Errno::ENOENT | Errno::ENOTDIR) => Ok(()),
         Err(e) => Err(e.into()),
-    }
-}
-
-fn remove_cgroup(path: &Path, within: Duration) -> io::Result<()> {
-    let deadline = Instant::now() + within;
-    let mut pause = CGROUP_PAUSE.0;
-    loop {
-        match fs::remove_dir(path) {
-            Err(e) if is_busy(&e) && Instant::now() < deadline => {}
-            Err(e) if is_busy(&e) => return Err(e),
-            other => return ignore_missing(other),
-        }
-        // husk's own processes are dead by now. The cgroup contains children that they left behind.
-        for pid in pids_in(path)? {
-            // The PID may have been reused since the first read. Check again after `of`: a process is killed only if
-            // it is in this cgroup.
-            if let Some(id) = ProcessId::of(pid)?
-                && pids_in(path)?.contains(&pid)
-            {
-                id.kill(deadline.saturating_duration_since(Instant::now()).max(MIN_WAIT))?;
-            }
-        }
-        std::thread::sleep(pause);
-        pause = (2 * pause).min(CGROUP_PAUSE.1);
-    }
-}
-
-/// The PIDs in a cgroup. Read by hand: the `procfs` crate covers `/proc` only.
-fn pids_in(cgroup: &Path) -> io::Result<Vec<u32>> {
-    match fs::read_to_string(cgroup.join("cgroup.procs")) {
-        // 0 stands for a process of another PID namespace, which cannot be killed from here.
-        Ok(text) => Ok(text.lines().filter_map(|line| line.parse().ok()).filter(|&pid| pid != 0).collect()),
-        // ENODEV: the cgroup was removed while its file was open.
-        Err(e) if is_gone(&e) || e.raw_os_error() == Some(libc::ENODEV) => Ok(Vec::new()),
-        Err(e) => Err(e),
     }
 }

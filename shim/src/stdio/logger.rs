@@ -15,6 +15,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
+use crate::host::cgroup::home;
 use crate::host::child::{Child, Launch};
 use crate::stdio::error::StdioError;
 use crate::stdio::sink::Sink;
@@ -67,7 +68,7 @@ impl Logger {
             fds: vec![(stdout.0, STDOUT), (stderr.0, STDERR), (ready.1, READY)],
             jail: None,
             output: File::options().read(true).write(true).open("/dev/null").map_err(io_failed)?,
-            cgroups: Vec::new(),
+            cgroups: home::files().map_err(io_failed)?,
             leads: true,
         };
         let child = launch.spawn().map_err(|error| failed(Chain(&error).to_string()))?;

@@ -23,6 +23,7 @@ use super::plan::BootPlan;
 use super::processes::{Processes, kill_share};
 use super::ready::{Ready, ready};
 use super::running::Vm;
+use super::share_health::ShareHealth;
 use super::{user, virtiofsd};
 use crate::console::{Attached, GuestLogs, HelperLog};
 use crate::guest::client::{Guest, Metering};
@@ -76,7 +77,6 @@ impl Vm {
         });
         reached.reached(HostMilestone::VmmStarted);
         record_machine(vmm, &spec, machine.process(), link.cid(), journal)?;
-
         let confined = tokio::spawn(confine(machine.clone()));
 
         // After the machine, because virtiofsd is ready much sooner; and virtiofsd waits for its cgroup, which takes a
@@ -90,46 +90,50 @@ impl Vm {
             move || kill_share(&share, &[])
         });
         journal.record(&Owner::Sandbox, [Step::Process { id: share.process(), name: "virtiofsd".into() }])?;
-        join_cgroups(vmm, machine.process(), cgroups)?;
+        place_machine(plan, vmm, machine.process(), cgroups)?;
 
         let processes = Processes { machine, share, console, logs: [machine_log, share_log] };
         let (reports, hello) = processes.hello(&mut ready_port, plan.boot_timeout).await?;
         reached.hello_received(&hello);
         // Before a container runs. If the boot fails earlier, the machine is killed, and this ends.
         confined.await.map_err(|error| io("confine the machine")(std::io::Error::other(error)))??;
-        let share_workers = record_share_workers(&processes.share, journal)?;
+        let share_workers = record_share_workers(plan, &processes.share, journal)?;
         let health = Arc::new(GuestHealth::new(spec.guest.heartbeat));
         let (death, dead) = watch::channel(None);
         let machine = processes.machine.clone();
         let Ready { guest, network, events } =
             ready(link, &hello, network, machine, plan.call_timeout, dead.clone(), reached).await?;
-
         kill_machine.succeeded();
         kill_share.succeeded();
         let (failure, failed) = watch::channel(None);
-        let sinks =
-            ReportSinks { level: spec.guest.log_level, file: logs.init.clone(), recent: journal.recent().clone() };
-        let lost = lost(reports, sinks, health.clone(), processes.machine.process());
+        let lost = lost(reports, sinks(&spec, logs, journal), health.clone(), processes.machine.process());
         let vm = Arc::new(Self {
             guest,
             hello,
             debug: spec.guest.debug,
             machine: processes.machine.clone(),
             share: processes.share.clone(),
+            share_health: ShareHealth::new(&share_workers),
             share_workers: share_workers.clone(),
             open_files: plan.open_files,
             console: processes.console.clone(),
             health,
             network,
+            kill_timeout: plan.kill_timeout,
             shutdown_timeout: shutdown_timeout(plan),
             stopping: AtomicBool::new(false),
             failure,
             dead,
         });
         tokio::spawn(watch_death(processes, share_workers, lost, failed, death));
-        tokio::spawn(keep_clock(vm.guest.clone(), vm.health.clone(), vm.dead.clone()));
+        tend(&vm, journal);
         Ok((vm, events))
     }
+}
+
+/// Where the guest's log lines and its supervisor's status go.
+fn sinks(spec: &Spec, logs: &GuestLogs, journal: &Journal) -> ReportSinks {
+    ReportSinks { level: spec.guest.log_level, file: logs.init.clone(), recent: journal.recent().clone() }
 }
 
 async fn confine(machine: Arc<dyn Machine>) -> Result<(), VmmError> {
@@ -139,6 +143,12 @@ async fn confine(machine: Arc<dyn Machine>) -> Result<(), VmmError> {
 /// Receives the guest's reports until it is lost, and returns the reason.
 async fn lost(reports: Stream, sinks: ReportSinks, health: Arc<GuestHealth>, machine: ProcessId) -> String {
     report::receive(reports, sinks, &health, || RunDelays::of(machine)).await
+}
+
+/// Keeps the guest's clock correct and looks after its share until the VM is dead.
+fn tend(vm: &Vm, journal: &Journal) {
+    tokio::spawn(vm.share_health.clone().watch(journal.recent().clone(), vm.dead.clone()));
+    tokio::spawn(keep_clock(vm.guest.clone(), vm.health.clone(), vm.dead.clone()));
 }
 
 /// Keeps the guest's clock correct until the VM is dead.
@@ -249,25 +259,37 @@ fn start_share(
     plan.open_files.warn_if_low();
     let cgroups = cgroups.iter().map(File::try_clone).collect::<std::io::Result<_>>();
     let cgroups = cgroups.map_err(io("duplicate the descriptor of cgroup.procs"))?;
-    Ok(Arc::new(virtiofsd::start(&plan.virtiofsd, &plan.share, plan.open_files, listener, output, cgroups)?))
+    let share = virtiofsd::start(&plan.virtiofsd, &plan.share, plan.open_files, listener, output, cgroups)?;
+    unprotect(plan, share.process()).inspect_err(|_| share.kill())?;
+    Ok(Arc::new(share))
 }
 
-/// Moves the machine's process to the VM's cgroup.
-fn join_cgroups(vmm: &dyn Vmm, machine: ProcessId, cgroups: Vec<File>) -> Result<(), BootError> {
+/// Takes containerd's protection from the OOM killer away from a process of the VM, which has inherited it.
+fn unprotect(plan: &BootPlan, process: ProcessId) -> Result<(), BootError> {
+    let score = plan.oom_score_adj;
+    let shown = score.map_or_else(|| "(none)".to_owned(), |score| score.to_string());
+    process.set_oom_score(score).map_err(io(format!("process.oomScoreAdj {shown}: set it for process {}", process.pid)))
+}
+
+/// Moves the machine's process to the VM's cgroup, and takes containerd's protection from the OOM killer away from it.
+fn place_machine(plan: &BootPlan, vmm: &dyn Vmm, machine: ProcessId, cgroups: Vec<File>) -> Result<(), BootError> {
+    unprotect(plan, machine)?;
     // If the process has exited, the wait for the hello reports why.
     cgroup::join(&cgroups, machine).map_err(io(format!("move {} to the VM's cgroup", vmm.name())))
 }
 
 /// Records virtiofsd's children. virtiofsd serves from a child that is the first process of its own PID namespace and
 /// does not die with its parent. The child exists by the time of the hello, because it has served the guest.
-fn record_share_workers(share: &Child, journal: &Journal) -> Result<Vec<ProcessId>, BootError> {
+fn record_share_workers(plan: &BootPlan, share: &Child, journal: &Journal) -> Result<Vec<ProcessId>, BootError> {
     let workers = share.process().children().map_err(io("list virtiofsd's children"))?;
     let step = |id: &ProcessId| Step::Process { id: *id, name: "virtiofsd's worker".into() };
     journal.record(&Owner::Sandbox, workers.iter().map(step))?;
+    // One that was started before virtiofsd's own score had changed.
+    workers.iter().try_for_each(|worker| unprotect(plan, *worker))?;
     Ok(workers)
 }
 
 /// The deadline for the guest's shutdown. A supervisor agent gets extra time to exit.
 fn shutdown_timeout(plan: &BootPlan) -> Duration {
-    plan.call_timeout + if plan.spec.guest.supervisor { SUPERVISOR_GRACE } else { Duration::ZERO }
+    plan.kill_timeout + if plan.spec.guest.supervisor { SUPERVISOR_GRACE } else { Duration::ZERO }
 }

@@ -1,6 +1,6 @@
 //! The host cgroup of the VM's processes: the one that the container's spec names, on cgroup v1, v2 and hybrid hosts.
-//! husk sets no limits in it: containerd, the kubelet and systemd set theirs on its parents, and the guest applies the
-//! container's own.
+//! It carries the limits that the sandbox's containers ask for together, with an overhead, unless the kubelet limits the
+//! pod's cgroup above it. The guest applies each container's own.
 //!
 //! The crate `cgroups-rs` (0.5) does not fit:
 //!
@@ -14,22 +14,18 @@
 //!   `cgroup.procs` between fork and exec, so its first allocation is already charged to the cgroup.
 //! - It depends on `zbus`, a D-Bus client that brings some forty crates.
 
-use std::ffi::{CStr, CString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use procfs::process::MountInfo;
 
+use crate::host::cgroup::{self, LimitError, Limits, User, enable_controller, home, is_marked, mark, write_value};
 use crate::host::process::ProcessId;
 use crate::state::{Recorder, StateError, Step};
 
 /// Attempts to create a cgroup. One fails if another shim removes an empty parent at the same time.
 const CREATE_ATTEMPTS: u32 = 16;
-/// The extended attribute that marks husk's own cgroups. Both versions of cgroupfs store attributes in `trusted.`.
-const MARK: &CStr = c"trusted.husk";
 
 /// Why the cgroup could not be created.
 #[derive(Debug, thiserror::Error)]
@@ -48,12 +44,12 @@ pub enum CgroupError {
         /// The cause.
         source: io::Error,
     },
-    /// The host's kernel rejects processors or memory nodes.
+    /// The host's kernel rejects a value.
     #[error("{field} {value:?}: write {}", path.display())]
-    Cpuset {
+    Rejected {
         /// The spec's field.
         field: &'static str,
-        /// What the sandbox's containers name together.
+        /// What the sandbox's containers ask for together.
         value: String,
         /// The file.
         path: PathBuf,
@@ -103,6 +99,9 @@ pub(crate) const MEMS: Cpuset = Cpuset { field: "linux.resources.cpu.mems", file
 #[derive(Clone, Debug)]
 pub(crate) struct HostCgroup {
     procs: Vec<PathBuf>,
+    user: User,
+    /// The mount points of the hierarchies.
+    roots: Vec<PathBuf>,
 }
 
 impl HostCgroup {
@@ -111,25 +110,25 @@ impl HostCgroup {
     /// # Errors
     /// A file cannot be opened.
     pub(crate) fn open(&self) -> io::Result<Vec<File>> {
-        self.procs.iter().map(|path| OpenOptions::new().write(true).open(path)).collect()
+        open(&self.procs)
     }
 
     /// Restricts the cgroup to processors or memory nodes of the host. Returns false, and changes nothing, if husk did
     /// not create the cgroup or the host's cgroups have no such controller there.
     ///
     /// # Errors
-    /// [`CgroupError::Cpuset`].
+    /// [`CgroupError::Rejected`].
     pub(crate) fn set_cpuset(&self, set: Cpuset, value: &str) -> Result<bool, CgroupError> {
         let groups = self.procs.iter().filter_map(|procs| procs.parent());
         for group in groups.filter(|group| is_marked(group)) {
             let path = group.join(set.file);
             if !path.exists() {
-                enable_cpuset(group);
+                enable_controller(group, "cpuset");
             }
             match write_value(&path, value) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(source) => {
-                    return Err(CgroupError::Cpuset { field: set.field, value: value.into(), path, source });
+                    return Err(CgroupError::Rejected { field: set.field, value: value.into(), path, source });
                 }
                 Ok(()) => return Ok(true),
             }
@@ -140,7 +139,7 @@ impl HostCgroup {
     /// Gives the cgroup all processors or memory nodes of its parent.
     ///
     /// # Errors
-    /// [`CgroupError::Cpuset`].
+    /// [`CgroupError::Rejected`].
     pub(crate) fn clear_cpuset(&self, set: Cpuset) -> Result<(), CgroupError> {
         let groups = self.procs.iter().filter_map(|procs| procs.parent());
         for group in groups.filter(|group| is_marked(group)) {
@@ -149,7 +148,7 @@ impl HostCgroup {
             let (Ok(now), Ok(all)) = (fs::read_to_string(&path), fs::read_to_string(above)) else { continue };
             let (now, all) = (now.trim(), all.trim());
             if now != all {
-                write_value(&path, all).map_err(|source| CgroupError::Cpuset {
+                write_value(&path, all).map_err(|source| CgroupError::Rejected {
                     field: set.field,
                     value: all.into(),
                     path,
@@ -160,10 +159,39 @@ impl HostCgroup {
         Ok(())
     }
 
+    /// Limits the cgroup, together with what other sandboxes that use it ask for. Returns the fields whose limits it
+    /// cannot carry, because husk did not create it, the host has no such controller there, or a cgroup above is limited
+    /// more.
+    ///
+    /// # Errors
+    /// [`CgroupError::Rejected`].
+    pub(crate) fn limit(&self, wanted: &Limits) -> Result<Vec<&'static str>, CgroupError> {
+        let (mut applied, mut missing) = (Vec::new(), wanted.fields());
+        for group in self.procs.iter().filter_map(|procs| procs.parent()).filter(|group| is_marked(group)) {
+            let rejected =
+                |LimitError { field, value, path, source }| CgroupError::Rejected { field, value, path, source };
+            applied.extend(cgroup::limit(group, &self.user, wanted).map_err(rejected)?);
+        }
+        missing.retain(|field| !applied.contains(field));
+        Ok(missing)
+    }
+
+    /// Moves the calling process to the cgroup. [`home::come_back`] moves it back.
+    ///
+    /// # Errors
+    /// When a file cannot be opened or written.
+    pub(crate) fn enter(&self) -> io::Result<()> {
+        home::leave_for(&self.open()?, &self.roots)
+    }
+
     #[cfg(test)]
     pub(crate) fn procs_files(&self) -> &[PathBuf] {
         &self.procs
     }
+}
+
+fn open(procs: &[PathBuf]) -> io::Result<Vec<File>> {
+    procs.iter().map(|path| OpenOptions::new().write(true).open(path)).collect()
 }
 
 /// Moves a process to a cgroup, through the files of [`HostCgroup::open`]. Does nothing if the process has exited. Blocks:
@@ -278,31 +306,37 @@ impl Hierarchies {
     pub(crate) fn open_existing(&self, cgroup: &str) -> Result<Vec<File>, CgroupError> {
         let relative = relative_path(cgroup)?;
         let procs = self.roots.iter().map(|root| root.join(&relative).join("cgroup.procs"));
-        let cgroup = HostCgroup { procs: procs.filter(|procs| procs.exists()).collect() };
-        match cgroup.open() {
+        let procs: Vec<_> = procs.filter(|procs| procs.exists()).collect();
+        match open(&procs) {
             Ok(files) if files.is_empty() => Err(CgroupError::Absent),
             opened => opened.map_err(|source| CgroupError::Create { path: relative, source }),
         }
     }
 
-    /// Creates the cgroup at `cgroups_path` in every hierarchy, after recording how to remove it. Existing directories
-    /// are used and stay when the sandbox ends.
+    /// Creates the cgroup at `cgroups_path` in every hierarchy for a sandbox, after recording how to remove it. Existing
+    /// directories are used and stay when the sandbox ends, except those of husk's other sandboxes: the last one that
+    /// uses them removes them.
     ///
     /// # Errors
     /// When the path is malformed, or a directory cannot be created.
-    pub(crate) fn create(&self, record: Recorder<'_>, cgroups_path: &str) -> Result<HostCgroup, CgroupError> {
+    pub(crate) fn create(
+        &self,
+        record: Recorder<'_>,
+        user: User,
+        cgroups_path: &str,
+    ) -> Result<HostCgroup, CgroupError> {
         let relative = relative_path(cgroups_path)?;
         let mut procs = Vec::new();
         for root in &self.roots {
             let leaf = root.join(&relative);
-            create_in(root, &leaf, record)?;
+            create_in(root, &leaf, &user, record)?;
             procs.push(leaf.join("cgroup.procs"));
         }
-        Ok(HostCgroup { procs })
+        Ok(HostCgroup { procs, user, roots: self.roots.clone() })
     }
 }
 
-fn create_in(root: &Path, leaf: &Path, record: Recorder<'_>) -> Result<(), CgroupError> {
+fn create_in(root: &Path, leaf: &Path, user: &User, record: Recorder<'_>) -> Result<(), CgroupError> {
     // Directories of husk's other sandboxes count as ours: the sandbox that ends last removes them.
     let mut ours: Vec<PathBuf> = leaf
         .ancestors()
@@ -312,71 +346,37 @@ fn create_in(root: &Path, leaf: &Path, record: Recorder<'_>) -> Result<(), Cgrou
         .collect();
     ours.reverse();
     let steps = ours.iter().map(|path| match path == leaf {
-        true => Step::Cgroup { path: path.clone() },
+        true => Step::Cgroup { path: path.clone(), user: Some(user.clone()) },
         false => Step::CgroupParent { path: path.clone() },
     });
     record(steps.collect())?;
     let mut result = Ok(());
     for _ in 0..CREATE_ATTEMPTS {
-        result = fs::create_dir_all(leaf);
+        result = create_and_mark(leaf, &ours, user);
         match &result {
-            // The end of another sandbox removed an empty parent.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            // The end of another sandbox removed the cgroup, or an empty parent.
+            Err((_, e)) if e.kind() == io::ErrorKind::NotFound => {}
             _ => break,
         }
     }
-    result.map_err(|source| CgroupError::Create { path: leaf.into(), source })?;
-    for path in &ours {
-        mark(path).map_err(|source| CgroupError::Create { path: path.clone(), source })?;
-    }
+    result.map_err(|(path, source)| CgroupError::Create { path, source })?;
     inherit_cpuset(root, &ours)
 }
 
-fn path_for_c(path: &Path) -> io::Result<CString> {
-    CString::new(path.as_os_str().as_bytes()).map_err(Into::into)
-}
-
-/// Marks a cgroup as husk's.
-fn mark(path: &Path) -> io::Result<()> {
-    let path = path_for_c(path)?;
-    // SAFETY: both strings are zero-terminated and outlive the call, which does not read an empty value.
-    let result = unsafe { libc::setxattr(path.as_ptr(), MARK.as_ptr(), std::ptr::null(), 0, 0) };
-    Errno::result(result).map(drop).map_err(Into::into)
-}
-
-fn is_marked(path: &Path) -> bool {
-    let Ok(path) = path_for_c(path) else { return false };
-    // SAFETY: both strings are zero-terminated and outlive the call, which writes no value for a size of 0.
-    unsafe { libc::getxattr(path.as_ptr(), MARK.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
-}
-
-/// Enables the cpuset controller of cgroup v2 down to `group`, as runc does. Best effort: the caller notices whether the
-/// group has the files.
-fn enable_cpuset(group: &Path) {
-    let mut above: Vec<_> =
-        group.ancestors().skip(1).take_while(|path| path.join("cgroup.controllers").exists()).collect();
-    above.reverse();
-    for path in above {
-        let enabled = |file: &str| {
-            let text = fs::read_to_string(path.join(file)).unwrap_or_default();
-            text.split_ascii_whitespace().any(|name| name == "cpuset")
+/// Creates a cgroup and marks those of them that are husk's. An error names the directory.
+fn create_and_mark(leaf: &Path, ours: &[PathBuf], user: &User) -> Result<(), (PathBuf, io::Error)> {
+    fs::create_dir_all(leaf).map_err(|error| (leaf.to_owned(), error))?;
+    for path in ours {
+        let marked = match path == leaf {
+            true => cgroup::enter(path, user).and_then(|entered| match entered {
+                true => Ok(()),
+                false => Err(io::ErrorKind::NotFound.into()),
+            }),
+            false => mark(path),
         };
-        let file = path.join("cgroup.subtree_control");
-        if !enabled("cgroup.controllers") {
-            return;
-        }
-        if !enabled("cgroup.subtree_control")
-            && let Err(error) = write_value(&file, "+cpuset")
-        {
-            tracing::warn!(path = %file.display(), %error, "failed to enable the cpuset controller");
-            return;
-        }
+        marked.map_err(|error| (path.clone(), error))?;
     }
-}
-
-/// Writes to an existing file of a cgroup.
-fn write_value(path: &Path, value: &str) -> io::Result<()> {
-    OpenOptions::new().write(true).open(path)?.write_all(format!("{value}\n").as_bytes())
+    Ok(())
 }
 
 /// Copies the parent's processors and memory nodes to new v1 cpusets, which are empty: a process cannot join an empty
@@ -469,7 +469,7 @@ mod tests {
         assert!(!host.roots.is_empty());
         let [one, two] = [0, 1].map(|n| {
             let record = &mut |steps| states[n].record(&Owner::Sandbox, steps);
-            host.create(record, &format!("/husk-test-cgroup/s{n}")).unwrap().procs
+            host.create(record, User::new("ns", &format!("s{n}")), &format!("/husk-test-cgroup/s{n}")).unwrap().procs
         });
         let mut child = Command::new("sleep").arg("600").spawn().unwrap();
         for procs in &one {

@@ -80,6 +80,12 @@ pub enum BootError {
         /// The console's last lines.
         console: String,
     },
+    /// A shutdown was requested meanwhile.
+    #[error("the VM was not ready {} ms after a shutdown was requested", limit.as_millis())]
+    GivenUp {
+        /// The time limit.
+        limit: Duration,
+    },
     /// The guest sent its hello, but did not answer in time what follows.
     #[error("the guest was not ready {} ms after its hello: {step}", limit.as_millis())]
     Unanswered {

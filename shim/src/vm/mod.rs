@@ -7,9 +7,11 @@
 //! | `hello.rs`      | the wait for the guest's hello, or for the end of one of the VM's processes |
 //! | `ready.rs`      | from the hello to a guest that is ready for containers                     |
 //! | `running.rs`    | a VM whose guest is ready: stopping it                                     |
+//! | `enforce.rs`    | what happens if the guest does not do in time what it has to               |
 //! | `processes.rs`  | its processes on the host                                                  |
 //! | `death.rs`      | when and why a VM is dead                                                  |
 //! | `virtiofsd.rs`  | the process that serves the share                                          |
+//! | `share_health.rs` | whether it serves the share                                              |
 //! | `open_files.rs` | its limit of open files                                                    |
 //! | `user.rs`       | the user of the machine's process                                          |
 //! | `network.rs`    | connects the VM to its sandbox's network namespace                         |
@@ -25,6 +27,7 @@ mod boot;
 pub(crate) mod cgroup;
 mod connections;
 mod death;
+mod enforce;
 mod error;
 mod follow;
 mod hello;
@@ -35,6 +38,7 @@ mod plan;
 mod processes;
 mod ready;
 mod running;
+mod share_health;
 mod user;
 pub(crate) mod virtiofsd;
 

@@ -41,6 +41,6 @@ impl OpenFiles {
     /// The limit, and how many files virtiofsd's processes have open.
     pub(super) fn status(self, workers: &[ProcessId]) -> FilesStatus {
         let counts = workers.iter().map(|worker| open_files::count(*worker).ok());
-        FilesStatus { open: counts.sum(), limit: self.limit, configured: self.configured }
+        FilesStatus { open: counts.sum(), limit: self.limit, configured: self.configured, problem: None }
     }
 }

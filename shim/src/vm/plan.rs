@@ -33,6 +33,10 @@ pub struct BootPlan {
     pub boot_timeout: Duration,
     /// For one call to the guest.
     pub call_timeout: Duration,
+    /// For the end of a container or of everything in the guest.
+    pub(crate) kill_timeout: Duration,
+    /// How eagerly the host's OOM killer takes the VM's processes; without a score, as a program without one.
+    pub(crate) oom_score_adj: Option<i32>,
     /// The cgroup of the VM's processes; if none, they stay in the shim's.
     pub(crate) cgroup: Option<HostCgroup>,
     /// The host's network namespace that the VM is connected to.

@@ -15,6 +15,7 @@ use super::connections;
 use super::follow::{FollowError, Following};
 use super::open_files::OpenFiles;
 use super::processes::{CONSOLE_LINES, kill_share};
+use super::share_health::ShareHealth;
 use crate::console::Attached;
 use crate::guest::client::{Guest, GuestError};
 use crate::guest::report::GuestHealth;
@@ -48,11 +49,15 @@ pub struct Vm {
     pub(super) machine: Arc<dyn Machine>,
     pub(super) share: Arc<Child>,
     pub(super) share_workers: Vec<ProcessId>,
+    pub(super) share_health: Arc<ShareHealth>,
     pub(super) open_files: OpenFiles,
     pub(super) console: Attached,
     pub(super) health: Arc<GuestHealth>,
     /// The VM's connection to a network namespace, if it has one.
     pub(super) network: Option<Following>,
+    /// How long the guest may take to end a container.
+    pub(super) kill_timeout: Duration,
+    /// How long it may take to end everything.
     pub(super) shutdown_timeout: Duration,
     pub(super) stopping: AtomicBool,
     /// Why the VM has to be killed.
@@ -128,9 +133,27 @@ impl Vm {
         connections::status(connections.as_ref(), guest).await
     }
 
-    /// How many files virtiofsd has open, and how many it may have.
+    /// How many files virtiofsd has open, how many it may have, and why it does not serve them.
     pub(crate) fn files_status(&self) -> FilesStatus {
-        self.open_files.status(&self.share_workers)
+        FilesStatus { problem: self.share_problem(), ..self.open_files.status(&self.share_workers) }
+    }
+
+    /// Why virtiofsd does not serve the share now; `None` if it does, as far as is known.
+    pub(crate) fn share_problem(&self) -> Option<String> {
+        self.share_health.problem()
+    }
+
+    /// How long the guest may take for a call that ends something.
+    pub(crate) fn kill_timeout(&self) -> Duration {
+        self.kill_timeout
+    }
+
+    /// Sets how eagerly the host's OOM killer takes the VM's processes.
+    ///
+    /// # Errors
+    /// See [`ProcessId::set_oom_score`].
+    pub(crate) fn set_oom_score(&self, score: Option<i32>) -> io::Result<()> {
+        self.processes().into_iter().try_for_each(|process| process.set_oom_score(score))
     }
 
     /// The console's last lines.
@@ -167,14 +190,23 @@ impl Vm {
     /// Asks the guest to stop everything, and waits until it has, or until the machine has exited.
     async fn shut_guest_down(&self, delivered: impl Future<Output = ()>) {
         let request = ShutdownRequest { now: true, ..Default::default() };
-        match self.guest.task.shutdown(with_duration(self.shutdown_timeout), &request).await {
+        // The context's own deadline is a little later: its error would not be told from others.
+        let context = with_duration(self.shutdown_timeout + EXIT);
+        match tokio::time::timeout(self.shutdown_timeout, self.guest.task.shutdown(context, &request)).await {
             // The guest has stopped its processes and written its files back. Killing the machine is faster than the
             // rest of the shutdown.
-            Ok(_) => tokio::select! {
+            Ok(Ok(_)) => tokio::select! {
                 () = delivered => {}
                 _ = self.machine.exited() => {}
             },
-            Err(error) => {
+            Err(_) => {
+                tracing::warn!(
+                    deadline_ms = self.shutdown_timeout.as_millis() as u64,
+                    share = self.share_problem(),
+                    "the guest did not shut down in time: killing the VM"
+                );
+            }
+            Ok(Err(error)) => {
                 let error = GuestError::from(error);
                 tracing::debug!(%error, "the guest did not answer its shutdown");
                 if tokio::time::timeout(EXIT, self.machine.exited()).await.is_err() {

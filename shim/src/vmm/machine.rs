@@ -149,6 +149,9 @@ pub trait Vmm: Send + Sync {
     /// The most network cards that a running machine can be given, in addition to those that it starts with.
     fn pluggable_nics(&self) -> usize;
 
+    /// The VMM's own cache for a machine with this spec, on top of the guest's memory, MiB.
+    fn cache_mib(&self, spec: &Spec) -> u64;
+
     /// Starts a machine. Returns when its process runs; the guest reports its own readiness.
     ///
     /// # Errors

@@ -55,6 +55,9 @@ fn page(known: &Known<Status>, now_ms: u64) -> String {
     line("supervisor", live.and_then(|live| live.supervisor.as_ref()).map_or_else(|| "none".to_owned(), supervisor));
     if let Some(open) = live.and_then(|live| live.files.as_ref()) {
         line("files", files(open));
+        if let Some(problem) = &open.problem {
+            line("WARNING", format!("the share does not respond: virtiofsd {}", shown(problem)));
+        }
     }
     for shared in live.iter().flat_map(|live| &live.shared_volumes) {
         line("WARNING", shared_volume(shared));
@@ -124,7 +127,7 @@ fn health(health: &HealthStatus) -> String {
 }
 
 fn files(files: &FilesStatus) -> String {
-    let FilesStatus { open, limit, configured } = files;
+    let FilesStatus { open, limit, configured, problem: _ } = files;
     let mut text = format!("virtiofsd has {} open, of at most {limit}", or_dash(open.as_ref()));
     if limit < configured {
         let _ = write!(text, "; the host does not allow the configured {configured}");

@@ -69,6 +69,11 @@ impl Entries {
         number
     }
 
+    /// The number of a container's root.
+    pub(super) fn root(&self, container: &str) -> Option<u64> {
+        self.roots.get(container).map(|root| root.number)
+    }
+
     /// Notes what is to be mounted on the root of a container.
     pub(super) fn root_waits(&mut self, container: &str, waiting: Waiting) {
         if let Some(root) = self.roots.get_mut(container) {

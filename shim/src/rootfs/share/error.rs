@@ -48,6 +48,14 @@ pub(crate) enum ShareError {
         /// The cause.
         source: io::Error,
     },
+    /// A root filesystem that becomes read-only.
+    #[error("root.readonly: make {} read-only", path.display())]
+    ReadOnly {
+        /// The root in the share, as virtiofsd sees it.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// One of containerd's mounts that husk does not support.
     #[error("rootfs[{index}].{field} {value:?}: {why}")]
     Unsupported {

@@ -27,6 +27,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::types::mount::Mount;
 use husk_protos::SHARE_PATH;
@@ -55,6 +56,12 @@ mod waiting;
 /// Most mounts below sources that the guest mounts before a container that needs them exists. Each takes a call to
 /// virtiofsd and some memory.
 const MAX_BELOW: usize = 256;
+
+/// How long the guest may take to close the files that it has created in a root that becomes read-only: its kernel closes
+/// them in the background.
+const WRITERS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between two attempts: nothing reports the last close.
+const WRITERS_PAUSE: Duration = Duration::from_millis(2);
 
 /// The share of one sandbox.
 #[derive(Clone, Debug)]
@@ -277,6 +284,29 @@ impl Share {
             }
         }
         Ok(())
+    }
+
+    /// Makes a container's root read-only for virtiofsd, and so for the guest, whatever privileges a program has there.
+    ///
+    /// # Errors
+    /// When the mount cannot become read-only, for example because the guest keeps a file in it open for writing.
+    pub(crate) fn protect_root(
+        &self,
+        server: Server<'_, impl FnOnce() -> io::Result<File>>,
+        id: &str,
+    ) -> Result<(), ShareError> {
+        let Some(number) = lock(&self.entries).root(id) else { return Ok(()) };
+        let path = server.root.join(number.to_string()).join(ROOTFS);
+        let namespace = (server.open)().map_err(ShareError::Server)?;
+        let deadline = Instant::now() + WRITERS_TIMEOUT;
+        loop {
+            match set_read_only(&namespace, &path, true) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {}
+                Err(source) => return Err(ShareError::ReadOnly { path, source }),
+            }
+            std::thread::sleep(WRITERS_PAUSE);
+        }
     }
 
     /// Ends a container's use of the share, and renames the entries that nobody uses any more, so that the guest does

@@ -38,6 +38,8 @@ pub(crate) struct Demand {
     quota: Option<i64>,
     /// Per so many microseconds.
     period: Option<u64>,
+    /// Processes and threads.
+    pids: Option<i64>,
 }
 
 impl Demand {
@@ -45,6 +47,7 @@ impl Demand {
     pub(super) fn of(resources: &LinuxResources) -> Self {
         let memory = resources.memory().and_then(|memory| memory.limit());
         let (quota, period) = resources.cpu().as_ref().map_or((None, None), |cpu| (cpu.quota(), cpu.period()));
+        let pids = resources.pids().map(|pids| pids.limit());
         let file = |name: &str| resources.unified().as_ref()?.get(name).map(|text| text.trim());
         // The guest rejects what is not a number.
         let number = |text: &str| if text == "max" { Some(-1) } else { text.parse().ok() };
@@ -54,13 +57,14 @@ impl Demand {
             memory: file("memory.max").and_then(number).or(memory).filter(|&limit| limit != 0),
             quota: next().and_then(number).or(quota).filter(|&quota| quota != 0),
             period: next().and_then(|text| text.parse().ok()).or(period).filter(|&period| period != 0),
+            pids: file("pids.max").and_then(number).or(pids).filter(|&limit| limit != 0),
         }
     }
 
     /// The limits after an update that sets these.
     pub(crate) fn updated(self, new: Self) -> Self {
         let (memory, quota) = (new.memory.or(self.memory), new.quota.or(self.quota));
-        Self { memory, quota, period: new.period.or(self.period) }
+        Self { memory, quota, period: new.period.or(self.period), pids: new.pids.or(self.pids) }
     }
 
     /// Bytes, if limited.
@@ -73,6 +77,11 @@ impl Demand {
         let quota = self.quota.and_then(|quota| u64::try_from(quota).ok())?;
         let milli = (u128::from(quota) * 1000).div_ceil(u128::from(self.period.unwrap_or(DEFAULT_CPU_PERIOD)));
         Some(u64::try_from(milli).unwrap_or(u64::MAX))
+    }
+
+    /// Processes and threads, if limited.
+    pub(crate) fn pids(self) -> Option<u64> {
+        self.pids.and_then(|limit| u64::try_from(limit).ok())
     }
 
     /// The quota in microseconds, as the container's author has set it.

@@ -72,6 +72,10 @@ pub struct Rewritten {
     pub(crate) sockets: Vec<SocketMount>,
     /// The root folder that the spec names on the host, used when containerd passes no mounts.
     pub(crate) rootfs: PathBuf,
+    /// The container may not write to its root filesystem.
+    pub(crate) read_only: bool,
+    /// How eagerly the host's OOM killer takes the VM's processes, if the spec says so.
+    pub(crate) oom_score_adj: Option<i32>,
     /// The cgroup that the spec names on the host.
     pub(crate) cgroups_path: Option<String>,
     pub(crate) limits: SpecLimits,
@@ -189,6 +193,8 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     let linux = rewrite_linux(&mut spec, context, has_cgroup_mount, &mut findings);
     check_size(&spec, &mut findings);
     let announced_links = announced_links(&spec);
+    let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+    let oom_score_adj = spec.process().as_ref().and_then(|process| process.oom_score_adj());
     match (rootfs, linux) {
         (Some(rootfs), Some(linux)) if findings.problems.is_empty() => {
             let LinuxOfHost { cgroups_path, limits, demand, host_resources, network } = linux;
@@ -197,6 +203,8 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
                 binds,
                 sockets,
                 rootfs,
+                read_only,
+                oom_score_adj,
                 cgroups_path,
                 limits,
                 demand,

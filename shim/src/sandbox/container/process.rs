@@ -53,6 +53,8 @@ pub(crate) struct Process {
     /// How far the guest has reported its life.
     stage: Mutex<Stage>,
     starting: AtomicBool,
+    /// The process has been killed, and its exit is awaited.
+    killed: AtomicBool,
     /// The exit has been reported and will be recorded.
     exiting: watch::Sender<bool>,
     /// The exit is to be recorded as soon as what represents the process on the host has ended.
@@ -84,6 +86,7 @@ impl Process {
             guest_pid: AtomicU32::new(0),
             stage: Mutex::default(),
             starting: AtomicBool::new(false),
+            killed: AtomicBool::new(false),
             exiting: watch::channel(false).0,
             ending: watch::channel(false).0,
             represented: Mutex::default(),
@@ -127,6 +130,11 @@ impl Process {
     /// Releases the claim after a failed start.
     pub(crate) fn release_start(&self) {
         self.starting.store(false, Ordering::Relaxed);
+    }
+
+    /// Notes that the process has been killed. Returns false if that was noted before.
+    pub(crate) fn note_kill(&self) -> bool {
+        !self.killed.swap(true, Ordering::Relaxed)
     }
 
     /// Claims the exit for the caller, who then records it. Returns false if it was claimed before.

@@ -152,10 +152,18 @@ fn nic_device(netdev: &str, mac: [u8; 6], queues: &str, board: Board) -> String 
     format!("virtio-net-{},netdev={netdev},mac={mac}{queues}{rom}", board.bus())
 }
 
+/// How much translated code QEMU keeps, MiB; none with hardware virtualization. QEMU's default is 1 GiB. The code of
+/// programs that have exited stays until the cache is full, so a pod whose containers restart reaches the limit, whatever
+/// its programs need.
+pub(super) fn code_cache_mib(spec: &Spec) -> u64 {
+    match spec.accel {
+        Accel::Kvm => 0,
+        Accel::Tcg | Accel::TcgCounted => (spec.memory_mib / 2).clamp(*CODE_CACHE_MIB.start(), *CODE_CACHE_MIB.end()),
+    }
+}
+
 fn accel(spec: &Spec) -> String {
-    // QEMU's default is 1 GiB. The code of programs that have exited stays until the cache is full, so a pod whose
-    // containers restart reaches the limit, whatever its programs need.
-    let cache = (spec.memory_mib / 2).clamp(*CODE_CACHE_MIB.start(), *CODE_CACHE_MIB.end());
+    let cache = code_cache_mib(spec);
     match spec.accel {
         Accel::Kvm => "kvm".to_owned(),
         Accel::Tcg => format!("tcg,thread=multi,tb-size={cache}"),

@@ -31,8 +31,10 @@ impl Board {
         match self {
             // acpi=off: with ACPI, under TCG, a tenth of the boots never get the first timer tick and hang. rtc=on:
             // without it, the kernel waits two seconds for a missing clock.
-            Self::Microvm => "microvm,acpi=off,rtc=on,isa-serial=on,auto-kernel-cmdline=on,memory-backend=memory",
-            Self::Q35 => "q35,memory-backend=memory",
+            Self::Microvm => {
+                "microvm,acpi=off,rtc=on,isa-serial=on,auto-kernel-cmdline=on,memory-backend=memory,dump-guest-core=off"
+            }
+            Self::Q35 => "q35,memory-backend=memory,dump-guest-core=off",
         }
     }
 

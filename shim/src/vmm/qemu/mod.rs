@@ -92,6 +92,10 @@ impl Vmm for Qemu {
         self.board.pluggable_nics()
     }
 
+    fn cache_mib(&self, spec: &Spec) -> u64 {
+        args::code_cache_mib(spec)
+    }
+
     async fn start(&self, spec: &Spec, sockets: Sockets) -> Result<Box<dyn Machine>, VmmError> {
         let system = |what| move |source| VmmError::System { what, source };
         let mut spec = spec.clone();
