@@ -38,6 +38,9 @@ for root in $roots; do
   for file in cpuset.cpus cpuset.mems; do
     [ ! -e $root/$file ] || cat $root/$file >$root/GROUP/$file
   done
+  # All pods together would count as one of the machine's processes.
+  [ ! -e $root/GROUP/cpu.shares ] || echo 10240 >$root/GROUP/cpu.shares
+  [ ! -e $root/GROUP/cpu.weight ] || echo 1000 >$root/GROUP/cpu.weight
 done
 openssl genrsa -out /run/node/pki/sa.key 2048 2>/dev/null
 cat >/run/node/tokens.csv <<END

@@ -32,7 +32,7 @@ const AT_ONCE: usize = 20;
 const CYCLED: usize = 150;
 const GROUP: usize = 10;
 
-/// A pod with a volume. Its request for CPU time is that of its RuntimeClass.
+/// A pod with a volume. Without a request, it would get next to nothing of a busy machine's CPUs.
 const POD: &str = r#"---
 apiVersion: v1
 kind: Pod
@@ -45,6 +45,7 @@ spec:
   - name: box
     image: registry.k8s.io/e2e-test-images/busybox:1.29-2
     command: [sh, -c, "echo started >>/data/log; sleep 100000"]
+    resources: {requests: {cpu: 60m}}
     volumeMounts: [{name: data, mountPath: /data}]
   volumes: [{name: data, emptyDir: {}}]
 "#;
