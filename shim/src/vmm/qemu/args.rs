@@ -298,7 +298,7 @@ pub(crate) mod tests {
                 |spec, _| (spec.accel, spec.tsc_khz) = (Accel::Tcg, Some(2_400_000)),
                 "-append",
                 &[
-                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 noreplace-smp acpi=off pci=off norandmaps randmaps_once noreplace-returns virtiofs.rewrite_pages=1 tsc_early_khz=2400000 tsc=reliable lapic_timer_khz=1000000 husk.log=warn husk.heartbeat_ms=10000",
+                    "console=ttyS0 quiet reboot=t panic=-1 no_timer_check rcupdate.rcu_expedited=1 noreplace-smp acpi=off pci=off norandmaps randmaps_once noreplace-returns init_on_alloc=0 virtiofs.rewrite_pages=1 tsc_early_khz=2400000 tsc=reliable lapic_timer_khz=1000000 husk.log=warn husk.heartbeat_ms=10000",
                 ],
             ),
             (
