@@ -56,13 +56,18 @@ const MAX_STDIN: u64 = 1 << 20;
 const SERVER_FILE: &str = "husk-shim.json";
 /// Time limit of `delete`. containerd's limit is 5 seconds, including the start of the program.
 const DELETE_TIMEOUT: Duration = Duration::from_millis(4500);
+/// Time limit for what `delete` undoes, in a process of its own. On a busy host it takes longer than containerd waits, and
+/// containerd does not ask again.
+const UNDO_TIMEOUT: Duration = Duration::from_secs(120);
+/// The environment variable of that process.
+const UNDO_ENV: &str = "HUSK_DELETE_UNDOES";
 /// Pause after a failed accept, which means a lack of descriptors or memory. Without it the loop would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long the server waits at its end for its clients to close their connections.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
-/// How long the server waits for its first container, or for its sandbox. containerd sends it right after `start`; if
-/// containerd is killed in between, no later call ends the shim.
-const UNUSED_WAIT: Duration = Duration::from_secs(120);
+/// How often the server looks whether containerd has forgotten it, and how long it waits for its first container or for
+/// its sandbox, which containerd sends right after `start`.
+const FORGOTTEN_CHECK: Duration = Duration::from_secs(120);
 /// Exit status of a task whose shim is gone: that of SIGKILL.
 const KILLED: u32 = 137;
 
@@ -301,17 +306,18 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
         // containerd reports a failed ShutdownSandbox if its connection closes before it has read the response.
         clients.gone(CLOSE_WAIT).await;
     };
-    let unused = async {
-        tokio::time::sleep(UNUSED_WAIT).await;
-        // Has no effect on a sandbox in use. After the end of an unused one, `finished` is ready.
-        match sandbox.shutdown(false).await {
-            Ok(()) => std::future::pending().await,
-            Err(error) => error,
+    let forgotten = async {
+        loop {
+            tokio::time::sleep(FORGOTTEN_CHECK).await;
+            // After the end of a forgotten sandbox, `finished` is ready.
+            if let Err(error) = sandbox.end_if_forgotten().await {
+                break error;
+            }
         }
     };
     tokio::select! {
         () = finished => {}
-        error = unused => return Err(error.into()),
+        error = forgotten => return Err(error.into()),
         _ = terminate.recv() => sandbox.shutdown(true).await?,
         _ = interrupt.recv() => sandbox.shutdown(true).await?,
     }
@@ -363,29 +369,70 @@ fn create_state(namespace: &str, sandbox: &str) -> Result<State> {
 /// # Errors
 /// When the cleanup fails, or the shim is alive and still needed.
 pub fn delete(flags: &Flags) -> Result<()> {
-    let deadline = Instant::now() + DELETE_TIMEOUT;
-    // The bundle may be gone or incomplete. A container outside of a pod is its own sandbox.
-    let bundle = if flags.bundle.is_empty() { Path::new(".") } else { Path::new(&flags.bundle) };
-    let sandbox = sandbox_of(bundle, &flags.id).unwrap_or_else(|_| flags.id.clone());
-    match State::load(&base(), &flags.namespace, &sandbox) {
-        Ok(state) => clean_up(state, &flags.id, deadline)?,
-        // A shim that has undone everything waits for Shutdown, which a client may not send after a failed Create.
-        Err(StateError::NotFound(_)) => {
-            if let Some(shim) = noted_server(bundle) {
-                end(shim, deadline)?;
-            }
-        }
-        Err(error) => return Err(error.into()),
+    if std::env::var_os(UNDO_ENV).is_some() {
+        return undo(flags);
     }
+    let mut command = Command::new(std::env::current_exe().context("find the shim's own binary")?);
+    command.args(std::env::args_os().skip(1)).env(UNDO_ENV, "1");
+    // containerd reads the streams of `delete` until nothing has them open, even after it has killed `delete`.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    // SAFETY: setsid is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            nix::unistd::setsid()?;
+            Ok(())
+        })
+    };
+    let child = command.spawn().context("start the process that cleans up")?;
+    let ended = match ProcessId::of(child.id())? {
+        Some(process) => ended(process, DELETE_TIMEOUT)?,
+        None => true,
+    };
+    ensure!(ended, "not clean after {DELETE_TIMEOUT:?}; process {} goes on", child.id());
+    let output = child.wait_with_output().context("wait for the process that cleans up")?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}", errors.trim().trim_start_matches("io.containerd.husk.v1: "));
     let response =
         DeleteResponse { exit_status: KILLED, exited_at: MessageField::some(Timestamp::now()), ..Default::default() };
     io::stdout().write_all(&response.write_to_bytes()?).context("write stdout")
 }
 
+/// Undoes what the task's shim left.
+fn undo(flags: &Flags) -> Result<()> {
+    let deadline = Instant::now() + DELETE_TIMEOUT;
+    // The bundle may be gone or incomplete. A container outside of a pod is its own sandbox.
+    let bundle = if flags.bundle.is_empty() { Path::new(".") } else { Path::new(&flags.bundle) };
+    let sandbox = sandbox_of(bundle, &flags.id).unwrap_or_else(|_| flags.id.clone());
+    match State::load(&base(), &flags.namespace, &sandbox) {
+        Ok(state) => clean_up(state, &flags.id, deadline),
+        // A shim that has undone everything waits for Shutdown, which a client may not send after a failed Create.
+        Err(StateError::NotFound(_)) => match noted_server(bundle) {
+            Some(shim) => {
+                end(shim, deadline)?;
+                remove_socket(bundle)
+            }
+            None => Ok(()),
+        },
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Removes the socket of a server that has ended before it could record the socket.
+fn remove_socket(bundle: &Path) -> Result<()> {
+    let address = fs::read_to_string(bundle.join("address")).unwrap_or_default();
+    let Some(path) = address.strip_prefix("unix://").filter(|path| UnixStream::connect(path).is_err()) else {
+        return Ok(());
+    };
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).with_context(|| format!("remove {path}")),
+        _ => Ok(()),
+    }
+}
+
 fn clean_up(state: State, container: &str, deadline: Instant) -> Result<()> {
     let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
     let Some(shim) = state.shim().filter(|_| state.shim_lives().unwrap_or(true)) else {
-        return Ok(state.undo_all(left(deadline))?);
+        return Ok(state.undo_all(UNDO_TIMEOUT)?);
     };
     let others = state.containers().keys().any(|id| id != container);
     if others && !state.containers().contains_key(container) {
@@ -404,7 +451,7 @@ fn clean_up(state: State, container: &str, deadline: Instant) -> Result<()> {
         end(shim, deadline)?;
     }
     match State::load(&base(), state.namespace(), state.sandbox()) {
-        Ok(state) => Ok(state.undo_all(left(deadline))?),
+        Ok(state) => Ok(state.undo_all(UNDO_TIMEOUT)?),
         Err(StateError::NotFound(_)) => Ok(()),
         Err(error) => Err(error.into()),
     }
@@ -414,7 +461,7 @@ fn clean_up(state: State, container: &str, deadline: Instant) -> Result<()> {
 fn end(shim: ProcessId, deadline: Instant) -> Result<()> {
     shim.send_terminate().context("terminate the shim")?;
     if !ended(shim, deadline.saturating_duration_since(Instant::now()) / 2)? {
-        shim.kill(Duration::from_millis(500)).context("kill the shim")?;
+        shim.kill(UNDO_TIMEOUT).context("kill the shim")?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Deletes processes and containers. The last container's deletion stops the VM and undoes everything that was created
 //! for the sandbox.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -183,6 +184,21 @@ impl Sandbox {
         }
         self.ended().await;
         Ok(())
+    }
+
+    /// Ends the sandbox if containerd has forgotten it: it has no container, or containerd has removed the bundles of all.
+    /// A containerd that is killed while it starts a shim or creates a task may not know them when it runs again.
+    pub(crate) async fn end_if_forgotten(self: &Arc<Self>) -> Result<(), SandboxError> {
+        let bundles = self.journal.with(|state| {
+            let bundle = |facts: &serde_json::Value| facts["bundle"].as_str().map(PathBuf::from);
+            Ok(state.containers().values().filter_map(bundle).collect::<Vec<_>>())
+        })?;
+        let removed = |bundle: &PathBuf| matches!(bundle.try_exists(), Ok(false));
+        let forgotten = !bundles.is_empty() && bundles.iter().all(removed);
+        if forgotten {
+            tracing::warn!(?bundles, "containerd has removed the bundles of all containers without deleting these");
+        }
+        self.shutdown(forgotten).await
     }
 }
 
