@@ -35,15 +35,15 @@ at_least() { [ -n "$2" ] && [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n
 drop_go() { rm -rf "$1/modules" "$1/objects" "$1/go"; }
 
 # fetch_module STEP FOLDER MODULE VERSION SUM sets $source to the module's source. SUM is the hash of the reviewed
-# source, in go.sum's format. If the module cannot be downloaded, fails and leaves the reason in FOLDER/missing.
+# source, in go.sum's format.
 fetch_module() {
     local step="$1" folder="$2" module="$3" version="$4" sum="$5" why
     download() { (cd "$folder" && timeout 300 "$go" mod download -json "$module@$version"); }
     if ! download >"$folder/module.json" 2>"$LOGS/$step-module.log"; then
         why=$(tail -n 1 "$LOGS/$step-module.log" | cut -c 1-200)
         [ -n "$why" ] || why=$(sed -n 's/.*"Error": "\(.*\)".*/\1/p' "$folder/module.json" | cut -c 1-200)
-        printf 'cannot download the module %s %s: %s\n' "$module" "$version" "$why" >"$folder/missing"
-        return 1
+        die "cannot download the module $module $version: $why" \
+            "check that Go can download modules (go env GOPROXY), then run the command again"
     fi
     source=$(sed -n 's/^\t"Dir": "\(.*\)",*$/\1/p' "$folder/module.json")
     grep -q "\"Sum\": \"$sum\"" "$folder/module.json" ||

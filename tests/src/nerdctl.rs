@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 
-use crate::artifacts::{current_test, repository};
+use crate::artifacts::repository;
 use crate::cni::Plugins;
 use crate::command::{self, Output};
 use crate::containerd::{Containerd, NAMESPACE};
@@ -23,18 +23,11 @@ pub struct Nerdctl<'a> {
 }
 
 impl<'a> Nerdctl<'a> {
-    /// Where the setup of the tests has put nerdctl. `None`, with a message, if it found nerdctl unavailable.
-    pub fn program_or_report_skip() -> Result<Option<PathBuf>> {
-        let folder = repository().join(".cache/nerdctl");
-        if let Ok(why) = std::fs::read_to_string(folder.join("missing")) {
-            eprintln!("{}: skipped, nerdctl is unavailable: {}", current_test(), why.trim());
-            return Ok(None);
-        }
-        let program = folder.join("nerdctl");
-        if !program.exists() {
-            bail!("{} is missing: run `./task test-tools` first", program.display());
-        }
-        Ok(Some(program))
+    /// Where the setup of the tests has put nerdctl.
+    pub fn program() -> Result<PathBuf> {
+        let program = repository().join(".cache/nerdctl/nerdctl");
+        ensure!(program.exists(), "{} is missing: run `./task test-tools` first", program.display());
+        Ok(program)
     }
 
     /// nerdctl for this daemon.

@@ -8,7 +8,6 @@ use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Watch;
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::process;
 
@@ -134,20 +133,20 @@ fn a_killed_shim_leaves_nothing_behind() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_killed_qemu_means_exit_status_137_and_leaves_nothing_behind() -> Result<()> {
-    husk_only!();
     expect_clean_host_after_killing(Some("qemu"))
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_killed_virtiofsd_means_exit_status_137_and_leaves_nothing_behind() -> Result<()> {
-    husk_only!();
     expect_clean_host_after_killing(Some("virtiofsd"))
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_shim_killed_while_the_vm_boots_leaves_nothing_behind() -> Result<()> {
-    husk_only!();
     let (containerd, before) = private_containerd()?;
     let id = containerd.id("early");
     std::thread::scope(|scope| -> Result<()> {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Containerd};
 use husk_tests::shim::Shim;
-use husk_tests::{bundle, fifo, husk_only};
+use husk_tests::{bundle, fifo};
 use serde_json::json;
 
 /// The largest error of a clock that has been set.
@@ -87,8 +87,8 @@ fn a_container_starts_with_the_hosts_time() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_clock_that_was_wrong_is_corrected() -> Result<()> {
-    husk_only!();
     let configured = Configured::start("heartbeat_interval_ms = 500\n")?;
     let mut clock = Clock::start(&configured.containerd, "wrong-clock")?;
     clock.printed()?;
@@ -105,8 +105,8 @@ fn a_clock_that_was_wrong_is_corrected() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_vm_that_was_stopped_has_the_hosts_time_again() -> Result<()> {
-    husk_only!();
     let configured = Configured::start("heartbeat_interval_ms = 1500\n")?;
     let mut clock = Clock::start(&configured.containerd, "stopped-clock")?;
     clock.printed()?;

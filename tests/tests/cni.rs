@@ -14,7 +14,6 @@ use husk_tests::artifacts::Runtime;
 use husk_tests::cni::{NODE, Network, Node, OUTSIDE, Plugins, Pod, host_local};
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Container, Containerd};
-use husk_tests::husk_only;
 use husk_tests::vm::guest_program;
 use serde_json::{Value, json};
 
@@ -217,8 +216,8 @@ fn normal(query: &str, mut object: Value) -> String {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_vm_has_the_network_that_the_plugins_give_to_runc() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let mut failed = Vec::new();
     for plugins in Plugins::all()? {
@@ -283,8 +282,8 @@ const GATEWAY: &str = "10.90.0.1";
 const ADDRESS: &str = "10.90.0.2";
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_gibibyte_passes_intact_in_both_directions() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let node = Node::new(containerd, &Plugins::newest()?, "large")?;
     let pod = node.pod(&[simple()])?;
@@ -300,8 +299,8 @@ fn a_gibibyte_passes_intact_in_both_directions() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_hundred_connections_at_once_pass_in_each_direction() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let node = Node::new(containerd, &Plugins::newest()?, "many")?;
     let pod = node.pod(&[simple()])?;
@@ -320,8 +319,8 @@ fn a_hundred_connections_at_once_pass_in_each_direction() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn hostports_lead_to_the_container() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     for plugins in Plugins::all()? {
         let node = Node::new(containerd, &plugins, "ports")?;
@@ -360,8 +359,8 @@ fn hostports_lead_to_the_container() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn bandwidth_limits_hold_for_a_vm() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let node = Node::new(containerd, &Plugins::newest()?, "slow")?;
     let mut network = simple();
@@ -397,8 +396,8 @@ fn limits(statistics: &str) -> Vec<u64> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn killing_any_process_of_a_vm_leaves_its_network_clean() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let node = Node::new(containerd, &Plugins::newest()?, "kill")?;
     let mut pod = node.pod(&[simple(), network("second", vec![bridge("cni1", 9000, &["10.91.0.0/24"])])])?;
@@ -426,8 +425,8 @@ fn killing_any_process_of_a_vm_leaves_its_network_clean() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_namespace_that_vanishes_with_its_links_ends_cleanly() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let node = Node::new(containerd, &Plugins::newest()?, "vanish")?;
     let links = || Ok::<_, anyhow::Error>(node.sh("ip -n $node -o link | cut -d: -f2 | grep -c veth || true")?.text());
@@ -446,8 +445,8 @@ fn a_namespace_that_vanishes_with_its_links_ends_cleanly() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn ping_needs_the_capability_that_it_needs_under_runc() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let node = Node::new(containerd, &Plugins::newest()?, "ping")?;
     let pod = node.pod(&[network("both", vec![bridge("cni0", 1500, &["10.90.0.0/24", "fd00:90::/64"])])])?;
@@ -467,8 +466,8 @@ fn ping_needs_the_capability_that_it_needs_under_runc() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn groups_that_a_container_joins_reach_it_on_a_macvlan() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let node = Node::new(containerd, &Plugins::newest()?, "groups")?;
     let ipam = json!({"type": "host-local", "ranges": [[{"subnet": "192.0.2.0/24", "rangeStart": "192.0.2.50"}]],

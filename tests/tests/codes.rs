@@ -10,7 +10,6 @@ use containerd_shim_protos::ttrpc::{self, Code};
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
 use husk_tests::containerd::{Containerd, Setup};
-use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams};
 use serde_json::{Value, json};
 
@@ -319,8 +318,8 @@ fn never_started(containerd: &Containerd) -> Result<Results> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn calls_return_the_codes_of_runcs_shim() -> Result<()> {
-    husk_only!();
     let runc = Containerd::with(Setup { runtime: Some(Runtime::Runc), ..Setup::default() })?;
     let husk = Containerd::shared()?;
     let all = |containerd: &Containerd| -> Result<Results> {

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::containerd::{Container, Containerd};
-use husk_tests::husk_only;
 use husk_tests::process::{self, Process};
 
 /// The default of `vm_ids`.
@@ -150,8 +149,8 @@ fn expect_confined_virtiofsd(vm: &Vm) -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_vms_processes_reach_neither_the_host_nor_another_vm() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let alone = containerd.detached(&[], "alone", &["sleep", "600"])?;
     let user = ["--annotation", "io.husk.network=user"];

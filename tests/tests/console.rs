@@ -9,7 +9,6 @@ use anyhow::{Context, Result, bail, ensure};
 use husk_tests::artifacts::built;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Container, Containerd};
-use husk_tests::husk_only;
 use husk_tests::operator::{SOON, folder, husk, husk_json};
 use husk_tests::process;
 use husk_tests::pty::Pty;
@@ -52,8 +51,8 @@ fn until(stream: &mut UnixStream, needle: &str) -> Result<Vec<u8>> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn every_client_gets_earlier_and_new_output_and_can_type() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let container = privileged(containerd, "console")?;
     container.script("echo first-words >/dev/serial")?;
@@ -89,8 +88,8 @@ fn every_client_gets_earlier_and_new_output_and_can_type() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_slow_client_is_dropped_while_others_and_the_log_file_get_everything() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let container = privileged(containerd, "slow")?;
     let mut slow = client(containerd, container.id())?;
@@ -133,8 +132,8 @@ fn on_a_terminal(containerd: &Containerd, id: &str) -> Result<Pty> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn husk_console_connects_a_terminal_until_the_user_leaves() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let container = privileged(containerd, "terminal")?;
     container.script("echo before-husk >/dev/serial")?;
@@ -159,8 +158,8 @@ fn husk_console_connects_a_terminal_until_the_user_leaves() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_terminal_is_restored_when_husk_is_killed_and_when_the_vm_dies() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let container = privileged(containerd, "restored")?;
     let id = container.id();
@@ -187,8 +186,8 @@ fn the_terminal_is_restored_when_husk_is_killed_and_when_the_vm_dies() -> Result
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn piped_input_is_sent_as_fast_as_the_guest_reads() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let container = privileged(containerd, "typed")?;
     let text: String = (0..200).map(|n| format!("line {n}\n")).collect();

@@ -6,14 +6,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Version;
 use husk_tests::containerd::{Configured, Containerd};
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::operator::{Rpc, folder, husk};
 use serde_json::{Value, json};
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_sockets_are_private_and_speak_json_rpc() -> Result<()> {
-    husk_only!();
     // Makes the init write log lines.
     let configured = Configured::start("log_level = \"debug\"\n")?;
     let containerd = &configured.containerd;
@@ -84,8 +83,8 @@ fn the_sockets_are_private_and_speak_json_rpc() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn clients_that_stay_connected_do_not_delay_deletion_and_leave_nothing_behind() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     containerd.run(&[], &containerd.id("first"), &["true"]).ok()?;
     let before = Leftovers::now(&containerd);

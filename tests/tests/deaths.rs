@@ -13,7 +13,6 @@ use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Container, Containerd, NAMESPACE};
 use husk_tests::debug::{IN_DEBUG_MODE, panic_kernel, run_in_vm};
 use husk_tests::events::Watch;
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::operator;
 use husk_tests::vm::{self, InitramfsFile};
@@ -85,8 +84,8 @@ fn expect_death(
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_killed_qemu_is_reported_as_the_cause() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     let cause = expect_death(&containerd, "killed", &[], |container| {
         containerd.qemu_of(container.id())?.kill();
@@ -97,8 +96,8 @@ fn a_killed_qemu_is_reported_as_the_cause() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_virtiofsd_in_an_endless_loop_of_errors_is_reported_as_the_cause_and_ends() -> Result<()> {
-    husk_only!();
     // A hostile guest can drive virtiofsd into such a loop, in which it does not notice QEMU's end.
     let folder = tempfile::tempdir()?;
     let (program, begin) = (folder.path().join("virtiofsd"), folder.path().join("begin"));
@@ -118,8 +117,8 @@ fn a_virtiofsd_in_an_endless_loop_of_errors_is_reported_as_the_cause_and_ends() 
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_kernel_panic_is_reported_as_the_cause() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     let cause = expect_death(&containerd, "panicked", &IN_DEBUG_MODE, |container| {
         panic_kernel(&containerd, container.id())?.expect_code(125).map(drop)
@@ -131,8 +130,8 @@ fn a_kernel_panic_is_reported_as_the_cause() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_guest_out_of_memory_is_reported_as_the_cause() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     // Memory of tmpfs files is not freed by killing processes; the kernel panics when no process is left to kill.
     let eat = "echo 2 > /proc/sys/vm/panic_on_oom; mount -o remount,size=100% /dev/shm; dd if=/dev/zero of=/dev/shm/all bs=1M";
@@ -145,8 +144,8 @@ fn a_guest_out_of_memory_is_reported_as_the_cause() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn husk_status_shows_the_cause_of_a_vms_death() -> Result<()> {
-    husk_only!();
     type Kill = fn(&Containerd, &str) -> Result<()>;
     let kill: Kill = |containerd, id| containerd.qemu_of(id).map(|qemu| qemu.kill());
     let stop: Kill = |containerd, id| containerd.qemu_of(id).map(|qemu| qemu.stop());
@@ -177,8 +176,8 @@ fn husk_status_shows_the_cause_of_a_vms_death() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_call_interrupted_by_the_vms_death_reports_the_cause() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "under", &["sleep", "1000"])?;
     let qemu = containerd.qemu_of(container.id())?;
@@ -195,8 +194,8 @@ fn a_call_interrupted_by_the_vms_death_reports_the_cause() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_hanging_vm_is_killed_after_missed_heartbeats() -> Result<()> {
-    husk_only!();
     let configured = Configured::start(FAST_HEARTBEATS)?;
     let containerd = &configured.containerd;
     let cause = expect_death(containerd, "stopped", &[], |container| {
@@ -267,8 +266,8 @@ impl Drop for Hog {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_vm_without_cpu_time_on_the_host_is_shown_as_starved_and_not_killed() -> Result<()> {
-    husk_only!();
     let configured = Configured::start(FAST_HEARTBEATS)?;
     let containerd = &configured.containerd;
     let container = containerd.detached(&[], "starved", &["sh", "-c", "while :; do :; done"])?;
@@ -289,8 +288,8 @@ fn a_vm_without_cpu_time_on_the_host_is_shown_as_starved_and_not_killed() -> Res
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_suspended_shim_does_not_kill_its_vm_when_it_resumes() -> Result<()> {
-    husk_only!();
     let configured = Configured::start(FAST_HEARTBEATS)?;
     let containerd = &configured.containerd;
     let container = containerd.detached(&[], "patient", &["sleep", "1000"])?;
@@ -308,8 +307,8 @@ fn a_suspended_shim_does_not_kill_its_vm_when_it_resumes() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_failed_boot_is_explained_on_the_console_and_in_the_create_error() -> Result<()> {
-    husk_only!();
     // A file in place of a mount point.
     let obstacle = InitramfsFile { path: "tmp".into(), content: b"x".to_vec(), link: false };
     let folder = tempfile::tempdir()?;
@@ -334,8 +333,8 @@ fn a_failed_boot_is_explained_on_the_console_and_in_the_create_error() -> Result
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_oom_killer_ends_only_the_process_that_eats_the_memory() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     let container = containerd.detached(&[], "frugal", &["sleep", "1000"])?;
     let events = Watch::start(&containerd)?;
@@ -349,8 +348,8 @@ fn the_oom_killer_ends_only_the_process_that_eats_the_memory() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_hosts_log_contains_all_lines_of_the_guests_init() -> Result<()> {
-    husk_only!();
     // The init writes this line before vsock is available.
     let configured = Configured::start("log_level = \"info\"\n")?;
     let containerd = &configured.containerd;

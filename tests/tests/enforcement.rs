@@ -12,7 +12,6 @@ use husk_tests::cgroup;
 use husk_tests::compare;
 use husk_tests::containerd::{Configured, Container, Containerd};
 use husk_tests::events::Watch;
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::operator;
 use husk_tests::process::Process;
@@ -67,8 +66,8 @@ fn expect_enforced(containerd: &Containerd, container: Container<'_>, end: &[&st
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_container_that_the_guest_cannot_kill_ends_within_the_deadline_and_can_be_removed() -> Result<()> {
-    husk_only!();
     let configured = Configured::start(KILL_TIMEOUT)?;
     let containerd = &configured.containerd;
     let before = Leftovers::now(containerd);
@@ -153,8 +152,8 @@ fn expect_processes(containerd: &Containerd, id: &str) -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_host_limits_a_vm_as_runc_limits_a_container_and_keeps_its_root_read_only() -> Result<()> {
-    husk_only!();
     let containerd = compare::tested()?;
     let runc = compare::runc()?;
     let id = runc.id("limited");
@@ -204,8 +203,8 @@ fn the_host_limits_a_vm_as_runc_limits_a_container_and_keeps_its_root_read_only(
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_end_of_one_of_two_sandboxes_in_one_cgroup_leaves_the_other_running() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let before = Leftovers::now(containerd);
     let group = format!("/shared-{}", containerd.id("cgroup"));

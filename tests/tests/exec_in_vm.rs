@@ -11,7 +11,6 @@ use husk_tests::artifacts::built;
 use husk_tests::command::{self, wait_for};
 use husk_tests::containerd::{Configured, Containerd, NAMESPACE};
 use husk_tests::debug::{IN_DEBUG_MODE, panic_kernel, run_in_vm};
-use husk_tests::husk_only;
 use husk_tests::operator::command as husk;
 use husk_tests::process;
 use husk_tests::pty::Pty;
@@ -19,8 +18,8 @@ use husk_tests::pty::Pty;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn husk_exec_runs_a_command_in_the_vm_with_streams_and_exit_code() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&IN_DEBUG_MODE, "exec", &["sleep", "1000"])?;
     let id = container.id();
@@ -71,8 +70,8 @@ fn husk_exec_runs_a_command_in_the_vm_with_streams_and_exit_code() -> Result<()>
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_process_in_the_vm_ends_with_its_client() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&IN_DEBUG_MODE, "gone", &["sleep", "1000"])?;
     let id = container.id();
@@ -102,8 +101,8 @@ fn a_process_in_the_vm_ends_with_its_client() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_terminal_in_the_vm_works_and_the_users_own_terminal_is_restored() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&IN_DEBUG_MODE, "tty", &["sleep", "1000"])?;
     let mut shell = Pty::spawn(husk(containerd, &["exec", container.id()])?, 33, 101)?;
@@ -148,8 +147,8 @@ fn a_terminal_in_the_vm_works_and_the_users_own_terminal_is_restored() -> Result
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_console_has_a_shell_and_a_deliberate_crash_is_reported() -> Result<()> {
-    husk_only!();
     let configured = Configured::start("debug = true\n")?;
     let containerd = &configured.containerd;
     // A container with CAP_MKNOD, which is in the default set, may open the serial port as its /dev/console.
@@ -183,8 +182,8 @@ fn the_console_has_a_shell_and_a_deliberate_crash_is_reported() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn without_debug_mode_there_is_neither_shell_nor_exec() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "production", &["sleep", "1000"])?;
     let id = container.id();

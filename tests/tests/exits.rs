@@ -11,7 +11,6 @@ use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Published;
 use husk_tests::fifo;
-use husk_tests::husk_only;
 use husk_tests::shim::{Api, Shim, Streams, code};
 use serde_json::json;
 
@@ -126,8 +125,8 @@ fn exceeding_the_memory_limit_means_an_oom_event_then_exit_status_137() -> Resul
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn an_unstarted_exec_ends_with_its_vm_and_can_be_deleted() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "never")?;
     let id = shim.bundle.id.clone();
@@ -156,8 +155,8 @@ fn an_unstarted_exec_ends_with_its_vm_and_can_be_deleted() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_vms_death_waits_for_stalled_readers_only_once() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "unread")?;
     let id = shim.bundle.id.clone();
@@ -188,8 +187,8 @@ fn the_vms_death_waits_for_stalled_readers_only_once() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_stalled_reader_delays_no_other_exit() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "holds-up")?;
     let id = shim.bundle.id.clone();
@@ -210,8 +209,8 @@ fn a_stalled_reader_delays_no_other_exit() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_shutdown_loses_neither_the_last_output_nor_the_exit() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     for round in 0..3 {
         let id = containerd.id("last-words");

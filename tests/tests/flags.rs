@@ -240,8 +240,8 @@ fn host_devices_are_rejected_with_path_and_numbers() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn devices_of_the_guest_work_alone_and_in_a_privileged_container() -> Result<()> {
-    husk_only!();
     let device = |path: &str, kind: &str, major: i64, minor: i64| json!({"path": path, "type": kind, "major": major, "minor": minor, "fileMode": 0o600});
     let rule =
         |major: i64, minor: i64| json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rwm"});
@@ -348,8 +348,8 @@ fn a_failing_start_container_hook_is_named_by_start_and_the_process_does_not_run
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn id_mapped_mounts_are_rejected_by_name() -> Result<()> {
-    husk_only!();
     let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
     let more = [("uidMappings", mapping.clone()), ("gidMappings", mapping), ("options", json!(["rbind", "idmap"]))];
     for (field, value) in more {

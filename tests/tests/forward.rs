@@ -16,7 +16,6 @@ use anyhow::{Context, Result, anyhow, ensure};
 use husk_tests::artifacts::Runtime;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Container, Containerd};
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::netns;
 use husk_tests::vm::guest_program;
@@ -111,8 +110,8 @@ fn bytes(length: usize) -> Vec<u8> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_port_forward_reaches_servers_on_the_pods_loopback() -> Result<()> {
-    husk_only!();
     let pod = Pod::new(Containerd::shared()?, "reach")?;
     let addresses = ["127.0.0.1:8080", "[::1]:8080", "10.88.0.7:9000", "[fd00:88::7]:9000"];
     // runc shows that the client and the server are right.
@@ -131,8 +130,8 @@ fn a_port_forward_reaches_servers_on_the_pods_loopback() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_server_that_ends_first_still_receives_everything() -> Result<()> {
-    husk_only!();
     let pod = Pod::new(Containerd::shared()?, "greet")?;
     let container = pod.peer(Runtime::Husk, "greet", &["greet", "127.0.0.1:8080"])?;
     pod.await_server("127.0.0.1:8080")?;
@@ -156,8 +155,8 @@ fn a_server_that_ends_first_still_receives_everything() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_closed_port_is_refused_and_a_dead_server_resets() -> Result<()> {
-    husk_only!();
     let pod = Pod::new(Containerd::shared()?, "closed")?;
     let container = pod.peer(Runtime::Husk, "closed", &["echo", "127.0.0.1:8080"])?;
     pod.await_server("127.0.0.1:8080")?;
@@ -185,8 +184,8 @@ fn containerd_kill_vm(pod: &Pod, container: &Container) -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_thousand_connections_leave_nothing_behind() -> Result<()> {
-    husk_only!();
     let pod = Pod::new(Containerd::shared()?, "many")?;
     let container = pod.peer(Runtime::Husk, "many", &["echo", "127.0.0.1:8080"])?;
     pod.await_server("127.0.0.1:8080")?;
@@ -225,8 +224,8 @@ fn a_thousand_connections_leave_nothing_behind() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn more_clients_than_may_be_served_at_a_time_wait_for_their_turn() -> Result<()> {
-    husk_only!();
     let pod = Pod::new(Containerd::shared()?, "wait")?;
     let _container = pod.peer(Runtime::Husk, "wait", &["echo", "127.0.0.1:8080"])?;
     pod.await_server("127.0.0.1:8080")?;
@@ -241,8 +240,8 @@ fn more_clients_than_may_be_served_at_a_time_wait_for_their_turn() -> Result<()>
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_redirection_ends_with_the_vm() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let pod = Pod::new(containerd, "ends")?;
     let container = pod.peer(Runtime::Husk, "deleted", &["echo", "127.0.0.1:8080"])?;
@@ -271,8 +270,8 @@ fn nft(pod: &Pod, command: &str) -> Result<Child> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_pod_whose_connections_cannot_be_redirected_works_and_the_log_says_so() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let pod = Pod::new(containerd, "without")?;
     let id = containerd.id("without");
@@ -355,8 +354,8 @@ fn ask(containerd: &Containerd, source: &str, user: &str, options: &str, questio
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_mounted_socket_of_the_host_works_for_those_who_may_open_it() -> Result<()> {
-    husk_only!();
     let daemon = configured()?;
     let containerd = &daemon.containerd;
     let _echo = EchoServer::start(containerd.path("/run/echo.sock"), 0o660, 1000)?;
@@ -383,8 +382,8 @@ fn a_mounted_socket_of_the_host_works_for_those_who_may_open_it() -> Result<()> 
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn sockets_that_the_configuration_does_not_allow_are_rejected_by_name() -> Result<()> {
-    husk_only!();
     let daemon = configured()?;
     let containerd = &daemon.containerd;
     containerd.sh("mkdir /run/plugins /run/plugins-other; ln -s /run/secret.sock /run/plugins/link")?;
@@ -405,8 +404,8 @@ fn sockets_that_the_configuration_does_not_allow_are_rejected_by_name() -> Resul
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_guest_reaches_only_the_sockets_that_its_containers_mount() -> Result<()> {
-    husk_only!();
     let daemon = configured()?;
     let containerd = &daemon.containerd;
     let _echo = EchoServer::start(containerd.path("/run/echo.sock"), 0o600, 0)?;
@@ -423,8 +422,8 @@ fn a_guest_reaches_only_the_sockets_that_its_containers_mount() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_mounted_socket_outlives_its_server_and_ends_with_its_container() -> Result<()> {
-    husk_only!();
     let daemon = configured()?;
     let containerd = &daemon.containerd;
     containerd.run(&[], &containerd.id("first"), &["true"]).ok()?;

@@ -121,8 +121,8 @@ fn poststop_hooks_run_after_the_shim_was_killed() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn hooks_that_need_the_containers_process_are_rejected_by_name() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("refused");
     let mut spec = bundle::spec(&id, &["true"]);

@@ -9,7 +9,6 @@ use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::bundle;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Container, Containerd};
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::process::{self, Process};
 use husk_tests::shim::{Shim, Streams};
@@ -141,8 +140,8 @@ fn a_container_that_was_created_and_not_started_ends_with_its_process_too() -> R
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_process_is_gone_after_the_exit_and_after_the_shims_death() -> Result<()> {
-    husk_only!();
     let containerd = &Containerd::start(Version::default_for_tests())?;
     let (exits, dies) = (containerd.id("exits"), containerd.id("dies"));
     {
@@ -207,8 +206,8 @@ fn in_sandbox(sandbox: &str, id: &str, namespaces: &[Value]) -> Value {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_pod_has_a_pid_for_each_container_and_a_debug_container_joins_its_target() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let [pod, one, two, debugger] = ["pod", "one", "two", "debugger"].map(|name| containerd.id(name));
     let pause = Shim::running(
@@ -254,8 +253,8 @@ fn a_pod_has_a_pid_for_each_container_and_a_debug_container_joins_its_target() -
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_pid_survives_a_restart_of_containerd() -> Result<()> {
-    husk_only!();
     let containerd = &Containerd::start(Version::default_for_tests())?;
     let container: Container<'_> = containerd.detached(&[], "stays", &SLEEP)?;
     let pid = shown_pid(containerd, container.id())?;

@@ -6,7 +6,6 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Version;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Container, Containerd, NAMESPACE};
-use husk_tests::husk_only;
 use husk_tests::operator::{husk_json, listed};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -52,8 +51,8 @@ fn logged(containerd: &Containerd, id: &str, last: &str) -> Result<Vec<String>> 
 const UP: [&str; 5] = ["Pending", "Provisioning", "Configured", "Starting", "Running"];
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_vms_states_are_on_disk_while_it_runs_and_remain_in_the_log() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_millis() as u64);
     let before = now()?;
@@ -97,8 +96,8 @@ fn cause_of_death(containerd: &Containerd, container: &Container, name: &str, st
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_killed_qemu_is_the_cause_of_the_vms_failure() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let container = containerd.detached(&[], "qemu", &["sleep", "1000"])?;
     let cause = cause_of_death(containerd, &container, "qemu", true)?;
@@ -112,8 +111,8 @@ fn a_killed_qemu_is_the_cause_of_the_vms_failure() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_killed_virtiofsd_is_the_cause_of_the_vms_failure() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     // The parent, which the shim has started, and its child, which serves. The parent exits with the child's status
     // (-9).
@@ -128,8 +127,8 @@ fn a_killed_virtiofsd_is_the_cause_of_the_vms_failure() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_vm_without_a_container_is_stopped() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("refused");
     let ran = containerd.run(&["--annotation", "io.husk.vcpus=many"], &id, &["true"]).output()?;
@@ -140,8 +139,8 @@ fn a_vm_without_a_container_is_stopped() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_failed_boot_leads_to_start_failed() -> Result<()> {
-    husk_only!();
     let table = [
         ("kernel = \"/etc/passwd\"", "Starting", "QEMU exited with status 1"),
         ("qemu = \"/etc/passwd\"", "Configured", "start /etc/passwd"),
@@ -160,8 +159,8 @@ fn a_failed_boot_leads_to_start_failed() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn husk_shows_a_vms_state_and_cause_of_failure_without_containerd() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     let container = containerd.detached(&[], "seen", &["sleep", "1000"])?;
     let (shim, _) = containerd.shim_of(container.id())?;

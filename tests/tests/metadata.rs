@@ -14,7 +14,6 @@ use husk_protos::{HOST_CID, PORT_METADATA};
 use husk_tests::agent::{Agent, request};
 use husk_tests::artifacts::built;
 use husk_tests::containerd::{Configured, Containerd, NAMESPACE};
-use husk_tests::husk_only;
 use husk_tests::vm::guest_program;
 use serde_json::{Value, json};
 
@@ -139,8 +138,8 @@ fn now() -> Result<u64> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_vm_gets_a_verifiable_token_and_only_its_own_workspace() -> Result<()> {
-    husk_only!();
     let host = Host::start()?;
     let file = host.folder.path().join(format!("workspaces/{NAMESPACE}/project"));
     // Not JSON, and of the maximum size.
@@ -226,8 +225,8 @@ fn memory_has(pid: i32, text: &str) -> Result<bool> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn containers_of_a_pod_share_the_workspace_of_its_first_container() -> Result<()> {
-    husk_only!();
     let host = Host::start()?;
     let pod = host.containerd().id("pod");
     let in_pod = format!("io.kubernetes.cri.sandbox-id={pod}");
@@ -246,8 +245,8 @@ fn containers_of_a_pod_share_the_workspace_of_its_first_container() -> Result<()
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_supervisor_agent_reaches_the_metadata_service_and_containers_do_not() -> Result<()> {
-    husk_only!();
     let host = Host::start_with("allowed_annotations = [\"io.husk.extras.files\", \"io.husk.workspace\"]\n")?;
     let mut agent = Agent::new("serve")?;
     agent.add("/probe", &fs::read(guest_program("probe")?)?, 0o755)?;
@@ -265,8 +264,8 @@ fn the_supervisor_agent_reaches_the_metadata_service_and_containers_do_not() -> 
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_container_without_vsock_cannot_reach_the_metadata_service() -> Result<()> {
-    husk_only!();
     let host = Host::start()?;
     let script = format!("{} || echo $?", get_command()?);
     for more in [&[][..], &["--privileged"], &["--annotation", "io.husk.vsock=false"]] {
@@ -279,8 +278,8 @@ fn a_container_without_vsock_cannot_reach_the_metadata_service() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn an_invalid_workspace_is_rejected_at_create_without_printing_it() -> Result<()> {
-    husk_only!();
     let host = Host::start()?;
     let outside = host.folder.path().join("config.toml").display().to_string();
     let of_another = host.folder.path().join("workspaces/other/project").display().to_string();

@@ -8,7 +8,6 @@ use anyhow::{Result, ensure};
 use husk_tests::bundle;
 use husk_tests::compare::{same, tested};
 use husk_tests::containerd::Containerd;
-use husk_tests::husk_only;
 use husk_tests::shim::Shim;
 use serde_json::{Value, json};
 
@@ -43,8 +42,8 @@ fn bind(source: &Path, destination: &str, options: &[&str]) -> Value {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_file_can_be_mounted_over_a_link_whose_target_does_not_exist() -> Result<()> {
-    husk_only!();
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("resolv.conf");
     fs::write(&file, "nameserver 192.0.2.1\n")?;
@@ -69,8 +68,8 @@ fn a_file_can_be_mounted_over_a_link_whose_target_does_not_exist() -> Result<()>
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_destination_may_contain_dots_and_links() -> Result<()> {
-    husk_only!();
     let folder = tempfile::tempdir()?;
     fs::write(folder.path().join("file"), "data\n")?;
     let table = [
@@ -94,8 +93,8 @@ fn a_destination_may_contain_dots_and_links() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_tmpfs_keeps_the_mode_of_the_folder_that_it_covers() -> Result<()> {
-    husk_only!();
     let prepare = |upper: &Path| {
         for (name, mode) in [("plain", 0o2750), ("sticky", 0o1777), ("explicit", 0o755)] {
             fs::create_dir_all(upper.join(name))?;
@@ -114,8 +113,8 @@ fn a_tmpfs_keeps_the_mode_of_the_folder_that_it_covers() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_tmpfs_can_begin_with_the_contents_of_its_folder() -> Result<()> {
-    husk_only!();
     let folder = tempfile::tempdir()?;
     let hosts = folder.path().join("hosts");
     fs::write(&hosts, "192.0.2.7 host\n")?;
@@ -150,8 +149,8 @@ fn a_tmpfs_can_begin_with_the_contents_of_its_folder() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_tmpfs_that_copies_works_in_a_user_namespace() -> Result<()> {
-    husk_only!();
     let containerd = tested()?;
     let id = containerd.id("copy-user");
     let script = "exec 2>&1; stat -c '%a %u:%g' /etc; cat /etc/hosts; touch /etc/new && echo writable";
@@ -170,8 +169,8 @@ fn a_tmpfs_that_copies_works_in_a_user_namespace() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_filesystem_of_the_kernel_needs_no_source() -> Result<()> {
-    husk_only!();
     let kinds = ["tmpfs", "proc", "mqueue", "devpts"];
     let mounts = kinds.map(|kind| json!({"destination": format!("/m/{kind}"), "type": kind}));
     let script = "grep ' /m/' /proc/mounts | cut -d ' ' -f 2,3; echo x > /m/tmpfs/x && cat /m/tmpfs/x";
@@ -181,8 +180,8 @@ fn a_filesystem_of_the_kernel_needs_no_source() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn mount_flags_and_filesystem_flags_take_effect() -> Result<()> {
-    husk_only!();
     let folder = tempfile::tempdir()?;
     let sets: [&[&str]; 9] = [
         &["ro", "nosuid", "nodev", "noexec", "relatime"],
@@ -240,8 +239,8 @@ fn mount_flags_and_filesystem_flags_take_effect() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn an_option_without_an_r_does_not_apply_to_mounts_below() -> Result<()> {
-    husk_only!();
     let mounts = ["ro", "rro", "noexec", "rnoexec"];
     let script = mounts.map(|name| {
         format!(
@@ -278,8 +277,8 @@ fn an_option_without_an_r_does_not_apply_to_mounts_below() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_mount_has_the_propagation_that_its_options_name() -> Result<()> {
-    husk_only!();
     let folder = tempfile::tempdir()?;
     let script =
         r"sed -n 's/.* \/m [^ ]* \(.*\)- .*/\1/p' /proc/self/mountinfo | grep -o '^shared\|^unbindable' || true";
@@ -295,8 +294,8 @@ fn a_mount_has_the_propagation_that_its_options_name() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn an_option_that_nothing_applies_is_rejected_by_name() -> Result<()> {
-    husk_only!();
     let folder = tempfile::tempdir()?;
     let table = [
         (

@@ -12,14 +12,13 @@ use husk_tests::pty::Pty;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
-fn nerdctl_or_report_skip() -> Result<Option<Nerdctl<'static>>> {
-    let Some(program) = Nerdctl::program_or_report_skip()? else { return Ok(None) };
-    Ok(Some(Nerdctl::new(Containerd::shared()?, program)))
+fn nerdctl() -> Result<Nerdctl<'static>> {
+    Ok(Nerdctl::new(Containerd::shared()?, Nerdctl::program()?))
 }
 
 #[test]
 fn nerdctl_run_supports_input_limits_and_exit_status() -> Result<()> {
-    let Some(nerdctl) = nerdctl_or_report_skip()? else { return Ok(()) };
+    let nerdctl = nerdctl()?;
     let through = nerdctl.run(&nerdctl.run_args("none", &["--rm", "-i"], &["cat"]), Some("through stdin"))?.ok()?;
     ensure!(through.text() == "through stdin", "{through}");
     nerdctl.run(&nerdctl.run_args("none", &["--rm"], &["sh", "-c", "exit 7"]), None)?.expect_code(7)?;
@@ -46,7 +45,7 @@ fn nerdctl_run_supports_input_limits_and_exit_status() -> Result<()> {
 
 #[test]
 fn nerdctl_can_exec_pause_update_stop_restart_and_remove_a_container() -> Result<()> {
-    let Some(nerdctl) = nerdctl_or_report_skip()? else { return Ok(()) };
+    let nerdctl = nerdctl()?;
     let id = nerdctl.containerd().id("nerdctl");
     let script = "echo out; echo err >&2; trap 'echo bye; exit 5' TERM; while :; do sleep 0.1; done";
     nerdctl.ok(&nerdctl.run_args("none", &["-d", "--name", &id], &["sh", "-c", script]))?;

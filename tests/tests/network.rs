@@ -7,7 +7,6 @@ use anyhow::{Result, ensure};
 use husk_tests::artifacts::Runtime;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Container, Containerd};
-use husk_tests::husk_only;
 use husk_tests::shim::Shim;
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
@@ -85,8 +84,8 @@ const CONFIGURATION: &str = "for link in lo eth0 net1; do
     ip -4 route; ip -6 route | grep -v '^fe80\\|^ff00\\|multicast' | awk '{print $1, $2, $3, $4, $5}'";
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn links_addresses_and_routes_are_those_that_runc_shows() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let pod = Pod::new(containerd, "same")?;
     let expected = pod.container(Runtime::Runc, "runc")?.script(CONFIGURATION)?;
@@ -97,8 +96,8 @@ fn links_addresses_and_routes_are_those_that_runc_shows() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn traffic_passes_in_both_directions_on_every_link() -> Result<()> {
-    husk_only!();
     let pod = Pod::new(Containerd::shared()?, "traffic")?;
     // With two virtual CPUs, each card has two pairs of queues.
     let container = pod.container_with(Runtime::Husk, &["--annotation", "io.husk.vcpus=2"], "traffic")?;
@@ -124,8 +123,8 @@ print(hashlib.md5(direct.open('http://{address}:8080/data', timeout=60).read()).
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn containers_of_a_pod_share_its_network() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let (pod, other) = (Pod::new(containerd, "pod")?, Pod::new(containerd, "other")?);
     let ids = ["pause", "app", "stray", "node"].map(|name| containerd.id(name));
@@ -160,8 +159,8 @@ fn containers_of_a_pod_share_its_network() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn sysctls_of_a_pod_apply_to_its_network() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let pod = Pod::new(containerd, "sysctl")?;
     let id = containerd.id("sysctl");
@@ -183,8 +182,8 @@ fn sysctls_of_a_pod_apply_to_its_network() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_namespace_that_outlives_its_vm_is_clean() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let pod = Pod::new(containerd, "clean")?;
     let before = pod.devices_and_qdiscs()?;
@@ -210,8 +209,8 @@ fn a_namespace_that_outlives_its_vm_is_clean() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_vm_ends_cleanly_when_its_namespace_is_gone() -> Result<()> {
-    husk_only!();
     let pod = Pod::new(Containerd::shared()?, "gone")?;
     let container = pod.container(Runtime::Husk, "gone")?;
     pod.sh("ip netns delete $pod")?;
@@ -225,8 +224,8 @@ fn a_vm_ends_cleanly_when_its_namespace_is_gone() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn networks_that_a_vm_cannot_have_are_rejected_by_name() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("node");
     containerd.sh(&format!("touch /run/{id}; mount --bind /proc/1/ns/net /run/{id}; touch /run/file-{id}"))?;

@@ -9,7 +9,6 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Runtime;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Container, Containerd};
-use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams};
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
@@ -124,8 +123,8 @@ print(hashlib.md5(direct.open('http://{address}:8080/data', timeout=60).read()).
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_network_that_is_configured_after_create_is_there_before_the_first_instruction() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let pod = Pod::new(containerd, "created")?;
     let before = pod.devices_and_qdiscs()?;
@@ -150,8 +149,8 @@ fn a_network_that_is_configured_after_create_is_there_before_the_first_instructi
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn changes_of_a_namespace_reach_its_running_container() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let pod = Pod::new(containerd, "changes")?;
     let before = pod.devices_and_qdiscs()?;
@@ -197,8 +196,8 @@ fn changes_of_a_namespace_reach_its_running_container() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_link_without_a_network_card_fails_the_start_by_name() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let pod = Pod::new(containerd, "cards")?;
     let id = containerd.id("cards");
@@ -221,8 +220,8 @@ fn a_link_without_a_network_card_fails_the_start_by_name() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn links_beyond_the_spare_network_cards_are_plugged_into_a_q35() -> Result<()> {
-    husk_only!();
     let configured = Configured::start("machine = \"q35\"\nnetwork_spare_nics = 0\nvcpus = 2\n")?;
     let containerd = &configured.containerd;
     let pod = Pod::new(containerd, "plugged")?;

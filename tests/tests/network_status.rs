@@ -5,7 +5,6 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
 use husk_tests::containerd::{Container, Containerd};
-use husk_tests::husk_only;
 use husk_tests::operator::{husk, husk_json};
 use husk_tests::pods::{Bridge, Pod};
 use husk_tests::shim::Shim;
@@ -23,8 +22,8 @@ fn ping(container: &Container<'_>) -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn status_shows_each_link_with_its_connection_addresses_and_counters() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let bridge = Bridge::new(containerd, "status")?;
     let pod = bridge.pod(7)?;
@@ -91,8 +90,8 @@ fn expect_pings(what: &str, before: [u64; 2], now: [u64; 2]) -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn counters_grow_with_the_traffic_as_under_runc() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let bridge = Bridge::new(containerd, "counters")?;
 

@@ -8,7 +8,6 @@ use anyhow::{Context, Result, anyhow, ensure};
 use husk_tests::artifacts::Version;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Container, Containerd, NAMESPACE};
-use husk_tests::husk_only;
 use husk_tests::operator::{Follower, SOON, folder, husk, husk_json, listed};
 use husk_tests::process::Process;
 use nix::sys::signal::Signal;
@@ -24,11 +23,12 @@ fn verbose() -> Result<&'static Containerd> {
     shared.as_ref().map(|configured| &configured.containerd).map_err(|error| anyhow!("{error}"))
 }
 
-/// The PID of a process in its own namespace, as `husk` and the shim see it.
+/// The PID of a machine's process as `husk` and the shim see it: the last but one, because it is process 1 of a namespace
+/// of its own.
 fn pid_inside(process: &Process) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid))?;
     let line = status.lines().find(|line| line.starts_with("NSpid:")).context("NSpid")?;
-    Ok(line.split_whitespace().last().context("a pid")?.parse()?)
+    Ok(line.split_whitespace().rev().nth(1).context("a pid")?.parse()?)
 }
 
 fn status(containerd: &Containerd, id: &str) -> Result<Value> {
@@ -117,8 +117,8 @@ fn expect_running_vm(containerd: &Containerd, container: &Container<'_>) -> Resu
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn every_command_shows_a_running_vm_with_and_without_containerd() -> Result<()> {
-    husk_only!();
     let configured = Configured::start(VERBOSE)?;
     let containerd = &configured.containerd;
     let nothing = husk(containerd, &["list"])?.ok()?.text();
@@ -132,8 +132,8 @@ fn every_command_shows_a_running_vm_with_and_without_containerd() -> Result<()> 
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_dead_vm_is_shown_with_the_cause() -> Result<()> {
-    husk_only!();
     let containerd = verbose()?;
     let container = containerd.detached(&[], "dead", &["sleep", "1000"])?;
     let id = container.id();
@@ -174,8 +174,8 @@ fn a_dead_vm_is_shown_with_the_cause() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_failed_boot_is_shown_with_its_progress() -> Result<()> {
-    husk_only!();
     // The stopped guest does not respond before the timeout, so husk can inspect a booting sandbox.
     let configured = Configured::start("boot_timeout_ms = 4000\nkernel_params = [\"loglevel=7\"]\n")?;
     let containerd = &configured.containerd;
@@ -200,8 +200,8 @@ fn a_failed_boot_is_shown_with_its_progress() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_dead_shims_last_state_is_shown_and_marked_as_such() -> Result<()> {
-    husk_only!();
     let configured = Configured::start(VERBOSE)?;
     let containerd = &configured.containerd;
     let container = containerd.detached(&[], "orphan", &["sleep", "1000"])?;
@@ -256,8 +256,8 @@ fn a_dead_shims_last_state_is_shown_and_marked_as_such() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn husk_does_not_wait_for_a_hanging_shim() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     let container = containerd.detached(&[], "frozen", &["sleep", "1000"])?;
     let (shim, _) = containerd.shim_of(container.id())?;
@@ -273,8 +273,8 @@ fn husk_does_not_wait_for_a_hanging_shim() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn ids_can_be_shortened_to_a_unique_prefix() -> Result<()> {
-    husk_only!();
     let containerd = verbose()?;
     let (one, other) = std::thread::scope(|scope| -> Result<_> {
         let other = scope.spawn(|| containerd.detached(&[], "prefix-b", &["sleep", "1000"]));
@@ -300,8 +300,8 @@ fn ids_can_be_shortened_to_a_unique_prefix() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_steps_of_a_boot_profile_add_up() -> Result<()> {
-    husk_only!();
     let containerd = verbose()?;
     let container = containerd.detached(&[], "profile", &["sleep", "1000"])?;
     let profile = husk_json(containerd, &["boot-profile", "--json", container.id()])?;
@@ -339,8 +339,8 @@ fn the_steps_of_a_boot_profile_add_up() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn followers_see_events_and_log_lines_as_they_happen() -> Result<()> {
-    husk_only!();
     let containerd = verbose()?;
     let container = containerd.detached(&["--privileged"], "follow", &["sleep", "1000"])?;
     let id = container.id();
@@ -364,8 +364,8 @@ fn followers_see_events_and_log_lines_as_they_happen() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_hanging_guest_is_reported_before_it_is_killed() -> Result<()> {
-    husk_only!();
     // Long enough for a loaded machine to resume the guest in time.
     let configured = Configured::start("heartbeat_interval_ms = 4000\n")?;
     let containerd = &configured.containerd;
@@ -385,11 +385,11 @@ fn a_hanging_guest_is_reported_before_it_is_killed() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn check_config_reports_all_problems_as_json() -> Result<()> {
-    husk_only!();
     let containerd = verbose()?;
     let file = tempfile::NamedTempFile::new()?;
-    std::fs::write(file.path(), "vcpus = 0\nmemory_mib = 0\n")?;
+    std::fs::write(file.path(), "accel = \"tcg\"\nvcpus = 0\nmemory_mib = 0\n")?;
     let path = file.path().to_str().context("a path")?;
     let wrong = husk(containerd, &["check-config", "--json", path])?.expect_code(1)?;
     let report: Value = serde_json::from_slice(&wrong.stdout)?;
@@ -398,15 +398,15 @@ fn check_config_reports_all_problems_as_json() -> Result<()> {
     for (problem, expected) in problems.iter().zip(["memory must be greater", "vCPU count must be greater"]) {
         ensure!(problem.as_str().is_some_and(|problem| problem.contains(expected)), "{report:#}");
     }
-    std::fs::write(file.path(), "vcpus = 1\n")?;
+    std::fs::write(file.path(), "accel = \"tcg\"\nvcpus = 1\n")?;
     let right = husk_json(containerd, &["check-config", "--json", path])?;
     ensure!(right == json!({"ok": true, "file": path, "exists": true, "problems": []}), "{right:#}");
     Ok(())
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn shell_completion_knows_husks_commands() -> Result<()> {
-    husk_only!();
     let containerd = verbose()?;
     let script = husk(containerd, &["completion", "bash"])?.ok()?;
     let folder = tempfile::tempdir()?;

@@ -9,7 +9,6 @@ use husk_tests::artifacts::Version;
 use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Watch;
-use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams, code};
 
 /// Limit for a call that has nothing to wait for, on a loaded machine that emulates its guests.
@@ -31,8 +30,8 @@ fn at_once<T>(what: &str, call: impl FnOnce() -> T) -> Result<T> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_paused_container_is_frozen_and_every_call_on_it_returns_at_once() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("pause");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", COUNT]))?;

@@ -9,7 +9,6 @@ use containerd_shim_protos::protobuf::MessageField;
 use husk_protos::cri::{DNSConfig, LinuxContainerResources, LinuxPodSandboxConfig, PodSandboxConfig};
 use husk_tests::command::wait_for;
 use husk_tests::cri::{Cri, Handler};
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use serde_json::Value;
 
@@ -119,8 +118,8 @@ fn pod(cri: &Cri, handler: Handler) -> Result<String> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_pod_is_under_husk_with_and_without_a_pause_container_what_it_is_under_runc() -> Result<()> {
-    husk_only!();
     let cgroup = Cgroup::create(&format!("shims-{}", std::process::id()))?;
     let cri = Cri::start(&format!("ShimCgroup = \"/shims-{}\"", std::process::id()))?;
     let expected = pod(&cri, Handler::Runc)?;

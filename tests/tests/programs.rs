@@ -5,7 +5,6 @@ use anyhow::{Result, ensure};
 use husk_tests::bundle;
 use husk_tests::compare::{same, tested};
 use husk_tests::containerd::Containerd;
-use husk_tests::husk_only;
 use husk_tests::shim::Shim;
 use serde_json::{Value, json};
 
@@ -19,8 +18,8 @@ fn in_user_namespace(spec: &mut Value) {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_user_namespace_with_several_mappings_works() -> Result<()> {
-    husk_only!();
     let maps = "cat /proc/self/uid_map /proc/self/gid_map | tr -s ' '; id -u; id -g";
     let text = same(|containerd| {
         let id = containerd.id("mappings");
@@ -71,8 +70,8 @@ const LOOPBACK: &str = "ip -o addr show lo | awk '{print $3, $4}'
     ping -6 -c 1 -w 20 ::1 >/dev/null && echo reached";
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn programs_reach_themselves_over_the_loopback_interface() -> Result<()> {
-    husk_only!();
     let plain = same(|containerd| containerd.script(&[], "lo", LOOPBACK))?;
     ensure!(plain == "inet 127.0.0.1/8\ninet6 ::1/128\nreached\nreached", "{plain}");
     // An unprivileged root needs no raw socket for a connection.
@@ -88,8 +87,8 @@ fn programs_reach_themselves_over_the_loopback_interface() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn every_container_of_a_pod_has_a_loopback_interface_also_after_a_restart() -> Result<()> {
-    husk_only!();
     let containerd = tested()?;
     let pod = containerd.id("lo-pod");
     let start = |id: &str| {
@@ -121,8 +120,8 @@ const BY_NAME: &str = "echo out > /dev/stdout && echo err > /dev/stderr && echo 
     stat -L -c '%u %F' /dev/stdout /dev/stderr; id -u; id -G";
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_program_without_root_opens_its_output_by_name() -> Result<()> {
-    husk_only!();
     let users = [
         json!({"uid": 0, "gid": 0}),
         json!({"uid": 1000, "gid": 1000}),
@@ -149,8 +148,8 @@ fn a_program_without_root_opens_its_output_by_name() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn an_exec_without_root_opens_its_output_by_name() -> Result<()> {
-    husk_only!();
     let observe = |containerd: &'static Containerd, mapped: bool| {
         let id = containerd.id("exec-by-name");
         let mut spec = bundle::spec(&id, &SLEEP);
@@ -176,8 +175,8 @@ fn an_exec_without_root_opens_its_output_by_name() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_environment_keeps_its_order_and_home_is_never_missing() -> Result<()> {
-    husk_only!();
     let environment = ["Z=1", "PATH=/bin:/usr/bin", "A=x=y", "Z=2", "EMPTY="];
     // `app` is in the image's passwd, the last user is not.
     for (uid, home) in [(0, "/root"), (1000, "/home/app"), (4242, "/")] {

@@ -8,7 +8,6 @@ use containerd_shim_protos::ttrpc::Code;
 use husk_tests::bundle;
 use husk_tests::compare::{same, tested};
 use husk_tests::containerd::{Configured, Containerd};
-use husk_tests::husk_only;
 use husk_tests::shim::{Shim, code};
 use serde_json::{Value, json};
 
@@ -40,8 +39,8 @@ fn cpus_of_qemu(containerd: &Containerd, id: &str) -> Result<String> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn limits_that_name_the_hosts_cpus_or_set_nothing_do_not_prevent_a_container() -> Result<()> {
-    husk_only!();
     let cpus = std::thread::available_parallelism()?.get();
     // The VM has one CPU.
     let cpu = json!({"cpus": format!("0-{}", cpus - 1), "mems": "0", "quota": 0, "period": 0, "shares": 0});
@@ -57,8 +56,8 @@ fn limits_that_name_the_hosts_cpus_or_set_nothing_do_not_prevent_a_container() -
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn cpus_of_the_host_restrict_the_vm_and_what_the_guest_lacks_is_ignored_by_name() -> Result<()> {
-    husk_only!();
     let containerd = tested()?;
     let id = containerd.id("cpuset");
     let limit = |size: &str| json!({"pageSize": size, "limit": 0});
@@ -115,8 +114,8 @@ fn cpus_of_the_host_restrict_the_vm_and_what_the_guest_lacks_is_ignored_by_name(
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_raised_cpu_limit_starts_virtual_cpus_and_one_beyond_the_vms_size_is_rejected() -> Result<()> {
-    husk_only!();
     let configured = Configured::start("machine = \"q35\"\nmax_vcpus = 3\n")?;
     let containerd = &configured.containerd;
     let id = containerd.id("grows");

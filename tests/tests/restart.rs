@@ -98,8 +98,8 @@ fn outlive(version: Version, signal: Signal) -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn events_wait_for_containerd_and_arrive_once_and_in_order() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("events");
     let mut shim = Shim::start_with(containerd, &id, &bundle::spec(&id, &["sh", "-c", "exit 6"]), Sink::closed()?)?;

@@ -12,7 +12,6 @@ use husk_tests::artifacts::Version;
 use husk_tests::bundle;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::sandbox_api::{self, SANDBOX_ID};
 use husk_tests::shim::{Shim, Streams, code};
@@ -130,15 +129,15 @@ fn share_a_vm(pod: &Pod, first: &Shim) -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn containers_of_a_sandbox_share_a_vm_of_the_pods_size_but_not_files_or_cgroups() -> Result<()> {
-    husk_only!();
     let pod = Pod::with_pause_container(Containerd::shared()?, "pod")?;
     share_a_vm(&pod, &pod.shim)
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn containers_of_a_sandbox_without_a_pause_container_are_what_those_of_one_with_it_are() -> Result<()> {
-    husk_only!();
     let containerd = &Containerd::start(Version::default_for_tests())?;
     let pod = Pod::of_the_sandbox_api(containerd, "api")?;
     let first = pod.container("first")?;
@@ -154,8 +153,8 @@ fn containers_of_a_sandbox_without_a_pause_container_are_what_those_of_one_with_
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_sandbox_lives_until_its_last_container_is_deleted() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let (pod, other) = (containerd.id("lives"), containerd.id("second"));
     let first = Shim::running(containerd, &pod, &spec(&pod, &pod, &SLEEP))?;
@@ -204,8 +203,8 @@ fn joins_namespaces(pod: &Pod, member: &Shim, common: &[&str]) -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_container_can_join_namespaces_of_the_first_by_path() -> Result<()> {
-    husk_only!();
     let pod = Pod::with_pause_container(Containerd::shared()?, "joined")?;
     joins_namespaces(&pod, &pod.shim, &["net", "ipc", "uts", "pid"])?;
     rejects_foreign_namespaces(&pod)
@@ -289,8 +288,8 @@ fn run_a_crowd(pod: &Pod) -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn twenty_concurrent_containers_in_one_vm_leave_nothing_behind() -> Result<()> {
-    husk_only!();
     let containerd = &Containerd::start(Version::default_for_tests())?;
     run_a_crowd(&Pod::with_pause_container(containerd, "crowd")?)
 }

@@ -15,7 +15,6 @@ use husk_protos::sandbox_update::{SandboxRecord, Typed, UpdateSandboxRequest, Up
 use husk_tests::artifacts::Version;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::pods::Bridge;
 use husk_tests::process;
@@ -83,8 +82,8 @@ fn pod() -> PodSandboxConfig {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_sandbox_without_a_container_has_the_pods_network_name_and_size_until_it_is_stopped() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::start(Version::default_for_tests())?;
     let containerd = &containerd;
     containerd.run(&[], &containerd.id("first"), &["true"]).ok()?;
@@ -163,8 +162,8 @@ fn a_sandbox_without_a_container_has_the_pods_network_name_and_size_until_it_is_
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_sandbox_whose_vm_dies_reports_137_and_can_be_shut_down() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("dies");
     let shim = Shim::start_sandbox(containerd, &id)?;
@@ -195,8 +194,8 @@ fn expect_nothing_left(before: &Leftovers, containerd: &Containerd) -> Result<()
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_sandbox_that_loses_its_vm_or_its_shim_while_it_starts_leaves_nothing_behind() -> Result<()> {
-    husk_only!();
     let containerd = &Containerd::start(Version::default_for_tests())?;
     containerd.run(&[], &containerd.id("first"), &["true"]).ok()?;
     containerd.unpacked_image()?;
@@ -233,8 +232,8 @@ fn a_sandbox_that_loses_its_vm_or_its_shim_while_it_starts_leaves_nothing_behind
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_sandbox_on_a_full_disk_is_rejected_and_leaves_nothing_behind() -> Result<()> {
-    husk_only!();
     let containerd = &Containerd::start(Version::default_for_tests())?;
     containerd.unpacked_image()?;
     containerd.sh("mkdir /run/husk && mount -t tmpfs -o size=2m,mode=755 tmpfs /run/husk")?;

@@ -15,7 +15,6 @@ use husk_tests::bundle::{self, Bundle};
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
 use husk_tests::events::Sink;
-use husk_tests::husk_only;
 use husk_tests::process::{self, Process};
 use husk_tests::shim::{Any, Api, Bootstrap, Shim, Streams, Task, action, address, code};
 use serde_json::Value;
@@ -28,8 +27,8 @@ fn running<'a>(containerd: &'a Containerd, name: &str) -> Result<(Shim<'a>, Stri
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn start_prints_an_address_and_nothing_on_stderr() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("start");
     let bundle = Bundle::write(containerd, &id, &bundle::spec(&id, &["true"]))?;
@@ -44,8 +43,8 @@ fn start_prints_an_address_and_nothing_on_stderr() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn start_understands_the_parameters_of_containerd_2_3() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("params");
     let bundle = Bundle::write(containerd, &id, &bundle::spec(&id, &["true"]))?;
@@ -65,8 +64,8 @@ fn start_understands_the_parameters_of_containerd_2_3() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn start_rejects_ids_that_containerd_does_not_have() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = format!("{}#01", containerd.id("invalid"));
     let bundle = Bundle::write(containerd, &id, &bundle::spec(&id, &["true"]))?;
@@ -159,8 +158,8 @@ fn options_of_the_runtime_are_applied_or_rejected_by_name() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_runtimes_options_can_name_a_configuration_file() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("config-path");
     let path = format!("/run/{id}.toml");
@@ -178,8 +177,8 @@ fn the_runtimes_options_can_name_a_configuration_file() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn after_a_failed_create_delete_ends_the_shim_at_once() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("failed-create");
     let mut shim = Shim::start(containerd, &id, &bundle::spec(&id, &["true"]))?;
@@ -210,8 +209,8 @@ fn calls_of_unknown_services_return_unimplemented() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_task_service_is_available_under_both_names() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "names")?;
     let two = shim.client(Api::V2)?.state(&id, "")?;
@@ -222,8 +221,8 @@ fn the_task_service_is_available_under_both_names() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn unsupported_calls_return_unimplemented() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "unimplemented")?;
     let task = &shim.task;
@@ -345,8 +344,8 @@ fn delete_of_a_killed_shim_reports_137_and_cleans_up() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn the_shim_runs_after_the_last_delete_until_shutdown() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "last-delete")?;
     let (process, below) = containerd.shim_of(&id)?;
@@ -363,8 +362,8 @@ fn the_shim_runs_after_the_last_delete_until_shutdown() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn delete_kills_a_hanging_shim_and_cleans_up() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = running(containerd, "hangs")?;
     let (process, below) = containerd.shim_of(&id)?;

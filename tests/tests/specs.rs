@@ -4,7 +4,6 @@ use anyhow::{Result, ensure};
 use husk_tests::bundle;
 use husk_tests::compare::{same, tested};
 use husk_tests::containerd::Containerd;
-use husk_tests::husk_only;
 use husk_tests::shim::Shim;
 use serde_json::{Value, json};
 
@@ -23,8 +22,8 @@ fn from_the_future(spec: &mut Value) {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn what_a_runtime_does_not_know_is_ignored_and_named_in_the_log() -> Result<()> {
-    husk_only!();
     let observe = |containerd: &'static Containerd| {
         let id = containerd.id("future");
         let mut spec = bundle::spec(&id, &["sleep", "1000"]);
@@ -61,8 +60,8 @@ fn what_a_runtime_does_not_know_is_ignored_and_named_in_the_log() -> Result<()> 
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_known_field_that_cannot_be_applied_is_still_rejected() -> Result<()> {
-    husk_only!();
     let id = tested()?.id("known");
     let mut spec = bundle::spec(&id, &["true"]);
     from_the_future(&mut spec);
@@ -73,8 +72,8 @@ fn a_known_field_that_cannot_be_applied_is_still_rejected() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_large_spec_works_and_one_that_is_too_large_is_rejected_by_field_and_size() -> Result<()> {
-    husk_only!();
     let with_annotation = |containerd: &'static Containerd, length: usize| {
         let id = containerd.id("large");
         let mut spec = bundle::spec(&id, &["echo", "ran"]);

@@ -5,13 +5,12 @@ use containerd_shim_protos::ttrpc::Code;
 use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
-use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams, code};
 use serde_json::json;
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn stats_contain_every_field_that_the_guests_kernel_counts() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let id = containerd.id("stats");
     let mut spec = bundle::spec(&id, &["sleep", "1000"]);
@@ -56,8 +55,8 @@ fn stats_contain_every_field_that_the_guests_kernel_counts() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn ctr_task_metrics_shows_the_stats_with_every_containerd() -> Result<()> {
-    husk_only!();
     for version in Version::ALL {
         let containerd = Containerd::shared_of(version)?;
         let container = containerd.detached(&["--memory-limit", "67108864"], "metrics", &["sleep", "1000"])?;

@@ -14,7 +14,6 @@ use husk_tests::bundle;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Containerd};
 use husk_tests::guest::{Guest, STEP, config, spec};
-use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams};
 use husk_tests::vm::{Disk, MachineType, Vm, VmConfig};
 use serde_json::{Value, json};
@@ -35,8 +34,8 @@ fn strs(strings: &[String]) -> Vec<&str> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn an_agent_runs_beside_the_containers_and_inherits_nothing_from_pid_1() -> Result<()> {
-    husk_only!();
     let configured = Configured::start(ALLOWED)?;
     let containerd = &configured.containerd;
     let mut agent = Agent::new("serve")?;
@@ -95,8 +94,8 @@ fn an_agent_runs_beside_the_containers_and_inherits_nothing_from_pid_1() -> Resu
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn an_agent_runs_only_if_present_and_not_disabled() -> Result<()> {
-    husk_only!();
     let configured = Configured::start(ALLOWED)?;
     let containerd = &configured.containerd;
     let script = "grep -o 'husk.[es][xu][^ ]*' /proc/cmdline | tr '\\n' ' '; echo about | nc 127.0.0.1 7007 2>&1 | grep -c ^pid || true";
@@ -112,8 +111,8 @@ fn an_agent_runs_only_if_present_and_not_disabled() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn invalid_extras_are_rejected_by_field_and_value() -> Result<()> {
-    husk_only!();
     let configured = Configured::start(&format!("{ALLOWED}extras_max_mib = 1\n"))?;
     let create_error = |containerd: &Containerd, annotations: &[String]| -> Result<String> {
         let flags: Vec<&str> = annotations.iter().flat_map(|annotation| ["--annotation", annotation]).collect();
@@ -169,8 +168,8 @@ fn invalid_extras_are_rejected_by_field_and_value() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_later_container_cannot_request_extras_that_its_vm_lacks() -> Result<()> {
-    husk_only!();
     let configured = Configured::start(ALLOWED)?;
     let containerd = &configured.containerd;
     let (agent, other) = (Agent::new("serve")?, Agent::new("serve")?);
@@ -328,8 +327,8 @@ async fn an_agent_that_ignores_sigterm_is_killed_after_five_seconds_with_its_chi
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_vm_whose_agent_ignores_sigterm_is_not_killed() -> Result<()> {
-    husk_only!();
     // A call timeout shorter than the agent's grace period.
     let configured = Configured::start(&format!("{ALLOWED}call_timeout_ms = 4000\n"))?;
     let containerd = &configured.containerd;

@@ -9,7 +9,6 @@ use containerd_shim_protos::ttrpc::{self, Code};
 use husk_tests::bundle;
 use husk_tests::command::wait_for;
 use husk_tests::containerd::Containerd;
-use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams, code};
 use serde_json::{Value, json};
 
@@ -32,8 +31,8 @@ fn update_error(shim: &Shim, resources: &Value) -> Result<(Code, String)> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn limits_change_in_place_inside_and_in_the_stats() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = limited(containerd, "update")?;
     let files = "memory.max memory.low memory.swap.max cpu.max cpu.weight pids.max hugetlb.2MB.max memory.high";
@@ -83,8 +82,8 @@ fn limits_change_in_place_inside_and_in_the_stats() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_failed_update_names_the_limit_and_changes_nothing() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = limited(containerd, "update-error")?;
     let before = shim.task.metrics(&id)?;
@@ -135,8 +134,8 @@ fn a_failed_update_names_the_limit_and_changes_nothing() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn lowering_a_memory_limit_below_the_usage_causes_an_oom_event() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let (shim, id) = limited(containerd, "lowered")?;
     let process = bundle::process(&["sh", "-c", "head -c 20000000 /dev/zero | tail -c 20000000 | (sleep 1000; cat)"]);

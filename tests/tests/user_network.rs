@@ -13,7 +13,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use husk_tests::command::wait_for;
 use husk_tests::containerd::{Configured, Containerd, Setup};
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::operator;
 
@@ -127,8 +126,8 @@ fn refusal(containerd: &Containerd, flags: &[&str]) -> Result<String> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_container_in_user_mode_reaches_the_host_and_resolves_names() -> Result<()> {
-    husk_only!();
     let configured = Configured::start("network = \"user\"\nport_addresses = [\"0.0.0.0\"]\nport_ranges = true\n")?;
     let containerd = &configured.containerd;
     let resolver = Server::udp(containerd, "127.77.0.1:53", dns)?;
@@ -173,16 +172,16 @@ s.sendto(b'hello', ('10.0.2.2', int(sys.argv[1]))); print(s.recv(100).decode())"
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn without_the_annotation_a_container_has_a_loopback_only() -> Result<()> {
-    husk_only!();
     let links = Containerd::shared()?.script(&[], "none", "ls /sys/class/net; ls /etc/resolv.conf || true")?;
     ensure!(links == "lo", "{links}");
     Ok(())
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn mapped_ports_lead_to_the_container_and_are_released() -> Result<()> {
-    husk_only!();
     // A daemon of its own: the test counts what is left behind.
     let containerd = &Containerd::with(Setup::default())?;
     containerd.script(&USER, "first", "true")?;
@@ -262,8 +261,8 @@ impl Drop for Killed {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn two_vms_talk_through_a_mapped_port() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let port = free_port(containerd)?;
     let mapping = ports(&format!("tcp:{port}:80"));
@@ -276,8 +275,8 @@ fn two_vms_talk_through_a_mapped_port() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_port_that_cannot_be_mapped_is_named_before_anything_starts() -> Result<()> {
-    husk_only!();
     let containerd = Containerd::shared()?;
     let listener = "import os, socket, sys
 s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); print(s.getsockname()[1], os.getpid(), flush=True)

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use husk_vsock::testing::{Forwarder, HEADER_LEN, HOST_CID, Header, Op, Ring, Shared, Shut, TYPE_STREAM};
+use husk_vsock::testing::{Forwarder, HEADER_LEN, HOST_CID, Header, Op, Ring, Shared, Shut, TYPE_STREAM, ring};
 use tokio::sync::mpsc;
 use virtio_queue::QueueT;
 use virtio_queue::desc::RawDescriptor;
@@ -52,7 +52,14 @@ impl Rig {
         let (queue, incoming) = mpsc::channel(8);
         shared.listen(PORT, queue).expect("listen");
         let forwarder = Forwarder::new(CID, epoll.clone(), shared);
-        Self { forwarder, memory, epoll, rings: RINGS.map(ring), incoming, accepted: Vec::new() }
+        Self {
+            forwarder,
+            memory,
+            epoll,
+            rings: RINGS.map(|base| ring(base, SIZE).expect("a ring")),
+            incoming,
+            accepted: Vec::new(),
+        }
     }
 
     /// The first byte selects the operation, the others are its operands.
@@ -131,17 +138,6 @@ impl Rig {
         }
         self.forwarder.send_to_guest(&self.memory, &mut self.rings[0]);
     }
-}
-
-fn ring(base: u64) -> Ring {
-    let mut ring = Ring::new().expect("a ring");
-    ring.queue.set_size(SIZE);
-    ring.queue.try_set_desc_table_address(GuestAddress(base)).expect("a table");
-    ring.queue.try_set_avail_ring_address(GuestAddress(base + 0x4000)).expect("a ring");
-    ring.queue.try_set_used_ring_address(GuestAddress(base + 0x8000)).expect("a ring");
-    ring.enabled = true;
-    ring.start();
-    ring
 }
 
 /// A packet that asks for a connection.

@@ -60,4 +60,22 @@ pub mod testing {
     pub use crate::ring::Ring;
     pub use crate::shared::Shared;
     pub use crate::table::{ConnectionId, Entry, NextPacket, Outcome, Table};
+    use virtio_queue::QueueT;
+    use vm_memory::GuestAddress;
+
+    /// A running ring of `size` descriptors with its parts 16 KiB apart, from `base` on: table, avail and used ring.
+    ///
+    /// # Errors
+    ///
+    /// The size or an address is none that a ring can have.
+    pub fn ring(base: u64, size: u16) -> Result<Ring, virtio_queue::Error> {
+        let mut ring = Ring::new()?;
+        ring.queue.set_size(size);
+        ring.queue.try_set_desc_table_address(GuestAddress(base))?;
+        ring.queue.try_set_avail_ring_address(GuestAddress(base + 0x4000))?;
+        ring.queue.try_set_used_ring_address(GuestAddress(base + 0x8000))?;
+        ring.enabled = true;
+        ring.start();
+        Ok(ring)
+    }
 }

@@ -19,7 +19,7 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use husk_vsock::testing::{
-    Forwarder, HEADER_LEN, HOST_CID, Header, LINGER, Op, Progress, Ring, Shared, Shut, TYPE_STREAM, WINDOW,
+    Forwarder, HEADER_LEN, HOST_CID, Header, LINGER, Op, Progress, Ring, Shared, Shut, TYPE_STREAM, WINDOW, ring,
 };
 
 const CID: u64 = 3;
@@ -49,16 +49,7 @@ impl Rig {
         let shared = Arc::new(Shared::new(EventFd::new(EFD_NONBLOCK).expect("eventfd")));
         let (queue, incoming) = mpsc::channel(8);
         shared.listen(PORT, queue).expect("listen");
-        let ring = |base: u64| {
-            let mut ring = Ring::new().expect("ring");
-            ring.queue.set_size(SIZE);
-            ring.queue.try_set_desc_table_address(GuestAddress(base)).expect("table");
-            ring.queue.try_set_avail_ring_address(GuestAddress(base + 0x4000)).expect("avail");
-            ring.queue.try_set_used_ring_address(GuestAddress(base + 0x8000)).expect("used");
-            ring.enabled = true;
-            ring.start();
-            ring
-        };
+        let ring = |base| ring(base, SIZE).expect("a ring");
         let forwarder = Forwarder::new(CID, epoll.clone(), shared);
         Rig { forwarder, memory, epoll, rx: ring(0x1_0000), tx: ring(0x2_0000), incoming }
     }

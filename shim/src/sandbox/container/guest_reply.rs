@@ -38,7 +38,10 @@ pub(crate) fn exit(status: u32, at: Option<&Timestamp>, now: &Timestamp) -> Exit
 
 /// A process's state. The shim's own record of the exit counts, if there is one.
 pub(crate) fn state(claimed: &StateResponse, recorded: Option<Exit>, now: &Timestamp) -> StateResponse {
-    let known = claimed.status.enum_value().unwrap_or(Status::UNKNOWN);
+    let known = match recorded {
+        Some(_) => Status::STOPPED,
+        None => claimed.status.enum_value().unwrap_or(Status::UNKNOWN),
+    };
     let mut state = StateResponse { pid: claimed.pid, status: EnumOrUnknown::new(known), ..Default::default() };
     if known == Status::STOPPED {
         let exit = recorded.unwrap_or_else(|| exit(claimed.exit_status, claimed.exited_at.as_ref(), now));
@@ -131,6 +134,9 @@ mod tests {
         let odd = StateResponse { status: EnumOrUnknown::from_i32(99), exit_status: 300, ..Default::default() };
         let valid = state(&odd, None, &now);
         assert_eq!((valid.status.enum_value(), valid.exit_status), (Ok(Status::UNKNOWN), 0));
+        // The guest denies an exit that the shim has reported.
+        let valid = state(&odd, Some(Exit { status: 7, at: at(NOW) }), &now);
+        assert_eq!((valid.status.enum_value(), valid.exit_status), (Ok(Status::STOPPED), 7));
     }
 
     #[test]
