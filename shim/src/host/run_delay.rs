@@ -109,7 +109,9 @@ mod tests {
         let (own, end) = (ProcessId::own().unwrap(), AtomicBool::new(false));
         let spin = || {
             sched_setaffinity(Pid::from_raw(0), &one).unwrap();
-            while !end.load(Ordering::Relaxed) {}
+            while !end.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
         };
         let waited = std::thread::scope(|scope| {
             (0..2).for_each(|_| drop(scope.spawn(spin)));

@@ -75,7 +75,7 @@ impl LeaseDir {
 
     /// Leases a number of `among`: the first without a lease, or else the first whose holder is dead. `None` if there is
     /// none. `claim` returns false for a number that cannot be had, `record` runs before the lease is written.
-    pub(super) fn lease_number<E: From<LeaseError>>(
+    pub(super) fn lease_number<E>(
         &self,
         among: RangeInclusive<u32>,
         holder: &Holder,
@@ -83,7 +83,7 @@ impl LeaseDir {
         claim: &mut dyn FnMut(u32) -> Result<bool, E>,
     ) -> Result<Option<u32>, E>
     where
-        E: From<StateError>,
+        E: From<LeaseError> + From<StateError>,
     {
         let locked = self.lock()?;
         let leased: HashSet<u32> = self.names()?.iter().filter_map(|name| name.parse().ok()).collect();
