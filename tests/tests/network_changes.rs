@@ -93,14 +93,14 @@ const CONFIGURATION: &str = "for link in $(ls /sys/class/net | grep -v ^husk); d
 
 /// Waits until a container in a VM shows what a container of runc in the same namespace shows. `husk` runs a script.
 fn wait_until_same(husk: impl Fn(&str) -> Result<String>, runc: &Container<'_>) -> Result<String> {
-    let expected = runc.script(CONFIGURATION)?;
-    let mut found = String::new();
+    let (mut found, mut expected) = (String::new(), String::new());
     let same = wait_for(ARRIVES, "the guest has the namespace's network", || {
-        found = match husk(CONFIGURATION) {
-            Ok(found) => found,
+        let read = husk(CONFIGURATION).and_then(|found| Ok((found, runc.script(CONFIGURATION)?)));
+        (found, expected) = match read {
+            Ok(read) => read,
             Err(error) => return Some(Err(error)),
         };
-        (found == expected).then_some(Ok(()))
+        (found == expected && !found.is_empty()).then_some(Ok(()))
     });
     same.with_context(|| format!("husk:\n{found}\nrunc:\n{expected}"))??;
     Ok(expected)
