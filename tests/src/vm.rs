@@ -119,7 +119,8 @@ impl Vm {
         };
         let fd = vsock.as_raw_fd();
         let memory = config.memory;
-        let parameters = format!("{} {}", COMMON.join(" "), config.kernel_parameters);
+        // As the shim has it in VMs without KVM, such as these.
+        let parameters = format!("{} init_on_alloc=0 {}", COMMON.join(" "), config.kernel_parameters);
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"])
