@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 
+use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -41,6 +42,13 @@ impl Process {
             started: fields.get(19)?.parse().ok()?,
             zombie: fields.first() == Some(&"Z"),
         })
+    }
+
+    /// A line of `/proc/<pid>/status` (proc_pid_status(5)): its words, separated by spaces.
+    pub fn status(&self, name: &str) -> Result<String> {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.pid))?;
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        Ok(line.with_context(|| format!("no {name}"))?.split_whitespace().collect::<Vec<_>>().join(" "))
     }
 
     /// Whether it is still the same process, and not a zombie.

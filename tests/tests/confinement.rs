@@ -64,13 +64,6 @@ impl Vm {
     }
 }
 
-/// A line of `/proc/<pid>/status`.
-fn status(process: &Process, name: &str) -> Result<String> {
-    let text = fs::read_to_string(format!("/proc/{}/status", process.pid))?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    Ok(line.with_context(|| format!("no {name}"))?.split_whitespace().collect::<Vec<_>>().join(" "))
-}
-
 fn namespace(process: &Process, name: &str) -> Result<PathBuf> {
     Ok(fs::read_link(format!("/proc/{}/ns/{name}", process.pid))?)
 }
@@ -107,7 +100,7 @@ fn attack(id: Option<u32>, target: &Process) -> Result<Vec<(String, i32)>> {
 
 fn expect_confined_qemu(vm: &Vm) -> Result<u32> {
     let qemu = &vm.qemu;
-    let id: u32 = status(qemu, "Uid")?.split(' ').next().unwrap_or_default().parse()?;
+    let id: u32 = qemu.status("Uid")?.split(' ').next().unwrap_or_default().parse()?;
     ensure!(IDS.contains(&id), "{id}");
     let all = format!("{id} {id} {id} {id}");
     let expected = [
@@ -124,9 +117,9 @@ fn expect_confined_qemu(vm: &Vm) -> Result<u32> {
         ("Seccomp_filters", "2"),
     ];
     for (name, value) in expected {
-        ensure!(status(qemu, name)? == value, "{name}: {}", status(qemu, name)?);
+        ensure!(qemu.status(name)? == value, "{name}: {}", qemu.status(name)?);
     }
-    ensure!(status(qemu, "NSpid")?.ends_with(" 1"), "{}", status(qemu, "NSpid")?);
+    ensure!(qemu.status("NSpid")?.ends_with(" 1"), "{}", qemu.status("NSpid")?);
     ensure!(mounts(qemu)? == ["/ ro,nosuid,nodev,noexec,relatime"], "{:?}", mounts(qemu)?);
     ensure!(fs::read_link(format!("/proc/{}/cwd", qemu.pid))?.as_os_str() == "/");
     // A process that can be dumped has its own user there.
@@ -138,7 +131,7 @@ fn expect_confined_qemu(vm: &Vm) -> Result<u32> {
 fn expect_confined_virtiofsd(vm: &Vm) -> Result<()> {
     let virtiofsd = &vm.virtiofsd;
     for (name, value) in [("CapEff", OF_VIRTIOFSD), ("CapPrm", OF_VIRTIOFSD), ("NoNewPrivs", "1"), ("Seccomp", "2")] {
-        ensure!(status(virtiofsd, name)? == value, "{name}: {}", status(virtiofsd, name)?);
+        ensure!(virtiofsd.status(name)? == value, "{name}: {}", virtiofsd.status(name)?);
     }
     // The share's entries have numbers.
     let root = names(virtiofsd, "")?;

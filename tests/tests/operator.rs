@@ -26,9 +26,7 @@ fn verbose() -> Result<&'static Containerd> {
 /// The PID of a machine's process as `husk` and the shim see it: the last but one, because it is process 1 of a namespace
 /// of its own.
 fn pid_inside(process: &Process) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid))?;
-    let line = status.lines().find(|line| line.starts_with("NSpid:")).context("NSpid")?;
-    Ok(line.split_whitespace().rev().nth(1).context("a pid")?.parse()?)
+    Ok(process.status("NSpid")?.rsplit(' ').nth(1).context("a pid")?.parse()?)
 }
 
 fn status(containerd: &Containerd, id: &str) -> Result<Value> {

@@ -4,14 +4,15 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use husk_vsock::testing::{Forwarder, HEADER_LEN, HOST_CID, Header, Op, Ring, Shared, Shut, TYPE_STREAM, ring};
+use husk_vsock::testing::{
+    Forwarder, HEADER_LEN, HOST_CID, Header, Op, Ring, Shut, TYPE_STREAM, forwarder, ring, serve_host,
+};
 use tokio::sync::mpsc;
 use virtio_queue::QueueT;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::epoll::{Epoll, EpollEvent};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::epoll::Epoll;
 
 const CID: u64 = 3;
 const PORT: u32 = 1027;
@@ -47,11 +48,7 @@ pub(crate) fn run(program: &[u8]) {
 impl Rig {
     fn new() -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
-        let epoll = Arc::new(Epoll::new().expect("epoll"));
-        let shared = Arc::new(Shared::new(EventFd::new(EFD_NONBLOCK).expect("eventfd")));
-        let (queue, incoming) = mpsc::channel(8);
-        shared.listen(PORT, queue).expect("listen");
-        let forwarder = Forwarder::new(CID, epoll.clone(), shared);
+        let (forwarder, epoll, incoming) = forwarder(CID, PORT).expect("a forwarder");
         Self {
             forwarder,
             memory,
@@ -131,11 +128,7 @@ impl Rig {
     /// The device serves both rings once.
     fn pass(&mut self) {
         self.forwarder.receive_from_guest(&self.memory, &mut self.rings[1]);
-        let mut events = [EpollEvent::default(); 16];
-        let ready = self.epoll.wait(0, &mut events).unwrap_or(0);
-        for event in &events[..ready] {
-            self.forwarder.host_event(event.data(), event.event_set());
-        }
+        serve_host(&mut self.forwarder, &self.epoll).expect("events");
         self.forwarder.send_to_guest(&self.memory, &mut self.rings[0]);
     }
 }

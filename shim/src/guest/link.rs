@@ -11,7 +11,6 @@ use tokio::time::timeout;
 
 use crate::state::cid::{CIDS, CidError};
 use crate::state::journal::Journal;
-use crate::state::lease::Holder;
 use crate::state::{Owner, StateError, Step};
 use husk_vsock::{Device, Listener, Stream, VsockError, kernel};
 
@@ -196,11 +195,7 @@ pub(crate) async fn create(carrier: Carrier, journal: &Journal) -> Result<NewLin
 /// Leases a CID, claims it on the kernel's device, and records the lease.
 fn lease(journal: &Journal) -> Result<(u32, OwnedFd), LinkError> {
     let device = kernel::open().map_err(LinkError::Device)?;
-    let (leases, holder) = journal.with(|state| {
-        let shim = state.shim().ok_or_else(|| StateError::NotFound(state.dir().to_owned()))?;
-        let holder = Holder { namespace: state.namespace().to_owned(), sandbox: state.sandbox().to_owned(), shim };
-        Ok((state.leases(), holder))
-    })?;
+    let (leases, holder) = journal.with(|state| Ok((state.leases(), state.holder()?)))?;
     let mut record = |cid| {
         let step = Step::Cid { cid, leases: leases.clone(), shim: holder.shim };
         journal.record(&Owner::Sandbox, [step])

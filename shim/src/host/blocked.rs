@@ -4,10 +4,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use procfs::process::MountInfo;
+use procfs::process::{MountInfo, Process};
 
 use crate::host::process::ProcessId;
 
@@ -104,25 +103,26 @@ impl Observer {
 }
 
 fn threads(process: ProcessId) -> io::Result<Vec<Thread>> {
-    let folder = PathBuf::from(format!("/proc/{}/task", process.pid));
+    let tasks =
+        Process::new(process.pid.cast_signed()).and_then(|process| process.tasks()).map_err(io::Error::other)?;
     let mut threads = Vec::new();
-    for entry in fs::read_dir(&folder)?.take(THREADS) {
-        let entry = entry?;
-        let id = entry.file_name().to_string_lossy().parse().map_err(io::Error::other)?;
+    for task in tasks.take(THREADS) {
         // A thread that has ended in between does not wait.
-        let Ok(status) = fs::read_to_string(entry.path().join("status")) else { continue };
-        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
-        let state = field("State:").and_then(|state| state.chars().next()).unwrap_or('?');
-        let sleeps = field("voluntary_ctxt_switches:").and_then(|count| count.parse().ok()).unwrap_or_default();
-        threads.push(Thread { id, state, sleeps, call: call(&entry.path()) });
+        let Ok((id, status)) = task.and_then(|task| Ok((task.tid, task.status()?))) else { continue };
+        threads.push(Thread {
+            id,
+            state: status.state.chars().next().unwrap_or('?'),
+            sleeps: status.voluntary_ctxt_switches.unwrap_or_default(),
+            call: call(process, id),
+        });
     }
     // Check after reading: the PID may belong to a later process.
     if process.exists()? { Ok(threads) } else { Err(io::ErrorKind::NotFound.into()) }
 }
 
 /// The system call of a thread and its first argument.
-fn call(thread: &Path) -> Option<(i64, u64)> {
-    let text = fs::read_to_string(thread.join("syscall")).ok()?;
+fn call(process: ProcessId, thread: i32) -> Option<(i64, u64)> {
+    let text = fs::read_to_string(format!("/proc/{}/task/{thread}/syscall", process.pid)).ok()?;
     let mut words = text.split_ascii_whitespace();
     let number = words.next()?.parse().ok()?;
     let argument = u64::from_str_radix(words.next()?.trim_start_matches("0x"), 16).ok()?;
@@ -159,6 +159,8 @@ fn filesystem(process: ProcessId, descriptor: u64) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     /// Unmounts in any case: whoever looks at the mount waits for ever.

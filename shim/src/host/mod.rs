@@ -13,7 +13,9 @@
 //! | `socket.rs`  | unix sockets in the sandbox's directory                     |
 //! | `unix.rs`    | unix sockets of other programs                              |
 //! | `usage.rs`   | CPU time and memory of processes                            |
-//! | `blocked.rs` | whether a process serves its requests                         |
+//! | `blocked.rs` | whether a process serves its requests                       |
+//! | `run_delay.rs` | how long threads wait for a CPU                           |
+//! | `lock.rs`    | locks of files that their last user removes                 |
 //! | `open_files.rs` | limits and numbers of open files                         |
 //! | `inotify.rs` | changes of folders and files                                |
 //! | `text.rs`    | text that others have written                               |
@@ -29,6 +31,7 @@ pub(crate) mod inotify;
 pub mod jail;
 #[cfg(test)]
 mod jail_tests;
+pub(crate) mod lock;
 pub mod open_files;
 pub mod process;
 pub(crate) mod rate;

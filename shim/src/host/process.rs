@@ -2,7 +2,7 @@
 //! starts processes.
 
 use std::collections::HashMap;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -103,6 +103,16 @@ impl ProcessId {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
             written => written,
         }
+    }
+
+    /// Its mount namespace.
+    ///
+    /// # Errors
+    /// ESRCH if the process has exited.
+    pub(crate) fn mount_namespace(self) -> io::Result<File> {
+        let namespace = File::open(format!("/proc/{}/ns/mnt", self.pid))?;
+        // Check after opening: if the PID names the process now, it did so then.
+        if self.exists()? { Ok(namespace) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
     }
 
     /// The children of the main thread. Empty if the process is gone, or if the kernel lacks CONFIG_PROC_CHILDREN.

@@ -5,24 +5,19 @@ use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::ops::RangeInclusive;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::error::StateError;
+use crate::host::lock;
 use crate::host::process::ProcessId;
 
 const LOCK: &str = "lock";
 const NEW: &str = "new";
-/// How long to wait for the lock: a holder only lists a directory.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two attempts to lock: flock(2) has no deadline.
-const LOCK_PAUSE: Duration = Duration::from_millis(2);
 
 /// The holder of a lease.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,36 +158,19 @@ impl LeaseDir {
 
     pub(super) fn lock(&self) -> Result<Locked, LeaseError> {
         let path = self.path(LOCK);
-        let failed = |source| LeaseError { what: "lock", path: path.clone(), source };
-        let deadline = Instant::now() + LOCK_TIMEOUT;
-        loop {
-            DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(failed)?;
-            let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
-            let in_time = Instant::now() < deadline;
-            match opened.map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock)) {
-                // The last release may have removed this file, or the directory before the file was created.
-                Ok(Ok(lock)) if is_at(&lock, &path).map_err(failed)? => return Ok(Locked { _lock: lock }),
-                Ok(Ok(_) | Err((_, Errno::EWOULDBLOCK | Errno::EINTR))) if in_time => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound && in_time => {}
-                Ok(Ok(_)) => return Err(failed(io::ErrorKind::TimedOut.into())),
-                Ok(Err((_, errno))) => return Err(failed(errno.into())),
-                Err(error) => return Err(failed(error)),
+        let open = || {
+            DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
+            match OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path) {
+                // The last release may have removed the directory in between.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                opened => opened.map(Some),
             }
-            std::thread::sleep(LOCK_PAUSE);
-        }
+        };
+        let locked = lock::lock(&path, lock::TIMEOUT, open);
+        Ok(Locked { _lock: locked.map_err(|source| LeaseError { what: "lock", path, source })? })
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
-    }
-}
-
-/// Whether an open file is still the one at `path`.
-fn is_at(file: &File, path: &Path) -> io::Result<bool> {
-    let opened = file.metadata()?;
-    match fs::metadata(path) {
-        Ok(found) => Ok((found.dev(), found.ino()) == (opened.dev(), opened.ino())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
     }
 }

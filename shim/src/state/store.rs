@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{StateError, UndoFailure, check_identifier, io_error};
 use super::facts::{Boot, MachineRecord};
+use super::lease::Holder;
 use super::life::{Life, VmState};
 use super::ports::PortLeases;
 use super::undo::Step;
@@ -214,6 +215,15 @@ impl State {
     /// The shim that serves or served this sandbox. `None` if it was killed before it could write the file.
     pub fn shim(&self) -> Option<ProcessId> {
         self.contents.shim
+    }
+
+    /// The sandbox as the holder of leases.
+    ///
+    /// # Errors
+    /// [`StateError::NotFound`] if it has no shim.
+    pub(crate) fn holder(&self) -> Result<Holder, StateError> {
+        let shim = self.shim().ok_or_else(|| StateError::NotFound(self.dir().to_owned()))?;
+        Ok(Holder { namespace: self.namespace().to_owned(), sandbox: self.sandbox().to_owned(), shim })
     }
 
     /// Whether the sandbox's shim is running.

@@ -14,9 +14,8 @@ use crate::guest::client::{Guest, GuestError};
 use crate::network::user::{HostPort, UserNetwork};
 use crate::network::{self, Connected, Follower, NetworkError, NicPlan, Settled};
 use crate::state::journal::Journal;
-use crate::state::lease::Holder;
 use crate::state::ports::PortError;
-use crate::state::{Owner, StateError, Step};
+use crate::state::{Owner, Step};
 use crate::vmm::{Machine, NicEnd, Vmm};
 
 /// More queue pairs gain little, and each takes up to two of the descriptors that a machine's process can inherit.
@@ -92,11 +91,7 @@ async fn lease_ports(user: &UserNetwork, journal: &Journal) -> Result<(), BootEr
     let ports: Vec<HostPort> = user.ports.iter().map(|mapping| mapping.host).collect();
     let journal = journal.clone();
     let leased = tokio::task::spawn_blocking(move || {
-        let (leases, holder) = journal.with(|state| {
-            let shim = state.shim().ok_or_else(|| StateError::NotFound(state.dir().to_owned()))?;
-            let holder = Holder { namespace: state.namespace().to_owned(), sandbox: state.sandbox().to_owned(), shim };
-            Ok((state.port_leases(), holder))
-        })?;
+        let (leases, holder) = journal.with(|state| Ok((state.port_leases(), state.holder()?)))?;
         let step = Step::Ports { ports: ports.clone(), leases: leases.clone(), shim: holder.shim };
         leases.lease(&ports, &holder, || journal.record(&Owner::Sandbox, [step]))
     });

@@ -107,10 +107,7 @@ impl Vm {
     /// # Errors
     /// When virtiofsd has exited.
     pub(crate) fn share_namespace(&self) -> io::Result<File> {
-        let process = self.share.process();
-        let namespace = File::open(format!("/proc/{}/ns/mnt", process.pid))?;
-        // Check after opening: if the PID names virtiofsd now, it did so then.
-        if process.exists()? { Ok(namespace) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
+        self.share.process().mount_namespace()
     }
 
     /// What the guest has reported: its heartbeats and its supervisor's status.
@@ -173,8 +170,7 @@ impl Vm {
         if self.cause_of_death().is_none() {
             self.shut_guest_down(delivered).await;
         }
-        self.machine.kill();
-        kill_share(&self.share, &self.share_workers);
+        self.kill();
         // The kernel needs about as long for the taps as for the machine's memory.
         let disconnected = async {
             if let Some(network) = &self.network {
@@ -185,6 +181,11 @@ impl Vm {
         let gone = async { tokio::join!(self.machine.exited(), self.share.exited()) };
         let (gone, ()) = tokio::join!(tokio::time::timeout(EXIT, gone), disconnected);
         gone.map(drop).map_err(|_| StillRunning)
+    }
+
+    fn kill(&self) {
+        self.machine.kill();
+        kill_share(&self.share, &self.share_workers);
     }
 
     /// Asks the guest to stop everything, and waits until it has, or until the machine has exited.
@@ -219,7 +220,6 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        self.machine.kill();
-        kill_share(&self.share, &self.share_workers);
+        self.kill();
     }
 }

@@ -6,19 +6,14 @@ use super::error::{BootError, io as failed};
 use super::plan::BootPlan;
 use crate::host::jail::User;
 use crate::state::journal::Journal;
-use crate::state::lease::Holder;
 use crate::state::users::UserError;
-use crate::state::{Owner, StateError, Step};
+use crate::state::{Owner, Step};
 
 /// Leases the user, on a separate thread because waiting for the lock may block.
 pub(super) async fn lease(plan: &BootPlan, journal: &Journal) -> Result<User, BootError> {
     let (ids, journal) = (plan.ids.numbers(), journal.clone());
     let leased = tokio::task::spawn_blocking(move || {
-        let (leases, holder) = journal.with(|state| {
-            let shim = state.shim().ok_or_else(|| StateError::NotFound(state.dir().to_owned()))?;
-            let holder = Holder { namespace: state.namespace().to_owned(), sandbox: state.sandbox().to_owned(), shim };
-            Ok((state.user_leases(), holder))
-        })?;
+        let (leases, holder) = journal.with(|state| Ok((state.user_leases(), state.holder()?)))?;
         let mut record = |id| {
             let step = Step::User { id, leases: leases.clone(), shim: holder.shim };
             journal.record(&Owner::Sandbox, [step])

@@ -60,8 +60,44 @@ pub mod testing {
     pub use crate::ring::Ring;
     pub use crate::shared::Shared;
     pub use crate::table::{ConnectionId, Entry, NextPacket, Outcome, Table};
+    use std::io;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    use tokio::sync::mpsc;
     use virtio_queue::QueueT;
     use vm_memory::GuestAddress;
+    use vmm_sys_util::epoll::{Epoll, EpollEvent};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use crate::error::VsockError;
+
+    /// The packet path of a guest with this CID, its epoll set, and the connections to a listener on `port`.
+    ///
+    /// # Errors
+    ///
+    /// [`VsockError::Setup`].
+    pub fn forwarder(cid: u64, port: u32) -> Result<(Forwarder, Arc<Epoll>, mpsc::Receiver<UnixStream>), VsockError> {
+        let epoll = Arc::new(Epoll::new().map_err(VsockError::Setup)?);
+        let shared = Arc::new(Shared::new(EventFd::new(EFD_NONBLOCK).map_err(VsockError::Setup)?));
+        let (queue, incoming) = mpsc::channel(8);
+        shared.listen(port, queue)?;
+        Ok((Forwarder::new(cid, epoll.clone(), shared), epoll, incoming))
+    }
+
+    /// Handles the events of the host's sockets that are due.
+    ///
+    /// # Errors
+    ///
+    /// Those of epoll_wait(2).
+    pub fn serve_host(forwarder: &mut Forwarder, epoll: &Epoll) -> io::Result<()> {
+        let mut events = [EpollEvent::default(); 16];
+        let count = epoll.wait(0, &mut events)?;
+        for event in &events[..count] {
+            forwarder.host_event(event.data(), event.event_set());
+        }
+        Ok(())
+    }
 
     /// A running ring of `size` descriptors with its parts 16 KiB apart, from `base` on: table, avail and used ring.
     ///

@@ -15,11 +15,11 @@ use virtio_queue::QueueT;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::epoll::{Epoll, EpollEvent};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::epoll::Epoll;
 
 use husk_vsock::testing::{
-    Forwarder, HEADER_LEN, HOST_CID, Header, LINGER, Op, Progress, Ring, Shared, Shut, TYPE_STREAM, WINDOW, ring,
+    Forwarder, HEADER_LEN, HOST_CID, Header, LINGER, Op, Progress, Ring, Shut, TYPE_STREAM, WINDOW, forwarder, ring,
+    serve_host,
 };
 
 const CID: u64 = 3;
@@ -45,12 +45,8 @@ struct Rig {
 impl Rig {
     fn new() -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
-        let epoll = Arc::new(Epoll::new().expect("epoll"));
-        let shared = Arc::new(Shared::new(EventFd::new(EFD_NONBLOCK).expect("eventfd")));
-        let (queue, incoming) = mpsc::channel(8);
-        shared.listen(PORT, queue).expect("listen");
+        let (forwarder, epoll, incoming) = forwarder(CID, PORT).expect("a forwarder");
         let ring = |base| ring(base, SIZE).expect("a ring");
-        let forwarder = Forwarder::new(CID, epoll.clone(), shared);
         Rig { forwarder, memory, epoll, rx: ring(0x1_0000), tx: ring(0x2_0000), incoming }
     }
 
@@ -134,11 +130,7 @@ impl Rig {
 
     /// Passes the pending epoll events to the packet path.
     fn poll(&mut self) {
-        let mut events = [EpollEvent::default(); 16];
-        let count = self.epoll.wait(0, &mut events).expect("events");
-        for event in &events[..count] {
-            self.forwarder.host_event(event.data(), event.event_set());
-        }
+        serve_host(&mut self.forwarder, &self.epoll).expect("events");
     }
 
     /// Opens a connection from the guest and takes the RESPONSE.

@@ -5,17 +5,13 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::host::lock::is_gone;
 use crate::host::process::ProcessId;
 
 /// Shortest wait for a killed process: normally it is dead by then.
 const MIN_WAIT: Duration = Duration::from_millis(100);
 /// First and longest pause between two attempts to remove a cgroup: cgroup v1 does not report when a cgroup is empty.
 const PAUSE: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
-
-/// Whether the error means that a path does not exist.
-pub(super) fn is_gone(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
-}
 
 fn is_busy(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EBUSY)

@@ -1,49 +1,23 @@
 //! The sandboxes that use one cgroup. Each has an attribute there with the limits that it asks for. The last one that
 //! leaves removes the cgroup, and so an end of a sandbox never kills another's processes.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 
 use super::limits::{self, LimitError, Limits};
 use super::marks::{self, User};
-use super::remove::{is_gone, remove};
-
-/// How long to wait for the lock: the holder removes a cgroup at most.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two attempts to lock: flock(2) has no deadline.
-const LOCK_PAUSE: Duration = Duration::from_millis(2);
+use super::remove::remove;
+use crate::host::lock::{self, is_gone};
 
 /// Locks a cgroup against other shims. `None` if it is gone.
 fn lock(path: &Path, within: Duration) -> io::Result<Option<Flock<File>>> {
-    let deadline = Instant::now() + within;
-    loop {
-        let folder = match File::open(path) {
-            Err(error) if is_gone(&error) => return Ok(None),
-            opened => opened?,
-        };
-        match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
-            // It may have been removed, and created again, before the lock was taken.
-            Ok(lock) if is_at(&lock, path)? => return Ok(Some(lock)),
-            Ok(_) | Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => {}
-            Ok(_) => return Err(io::ErrorKind::TimedOut.into()),
-            Err((_, errno)) => return Err(errno.into()),
-        }
-        std::thread::sleep(LOCK_PAUSE);
-    }
-}
-
-fn is_at(file: &File, path: &Path) -> io::Result<bool> {
-    let opened = file.metadata()?;
-    match fs::metadata(path) {
-        Ok(found) => Ok((found.dev(), found.ino()) == (opened.dev(), opened.ino())),
-        Err(error) if is_gone(&error) => Ok(false),
-        Err(error) => Err(error),
+    match lock::lock(path, within, || File::open(path).map(Some)) {
+        Err(error) if is_gone(&error) => Ok(None),
+        locked => locked.map(Some),
     }
 }
 
@@ -59,7 +33,7 @@ fn together(path: &Path) -> io::Result<Option<Limits>> {
 /// # Errors
 /// When the cgroup cannot be locked or marked, or a limit of its other users cannot be changed.
 pub(crate) fn enter(path: &Path, user: &User) -> io::Result<bool> {
-    let Some(_locked) = lock(path, LOCK_TIMEOUT)? else { return Ok(false) };
+    let Some(_locked) = lock(path, lock::TIMEOUT)? else { return Ok(false) };
     marks::mark(path)?;
     let before = together(path)?.unwrap_or_default();
     marks::set_user(path, user, &Limits::default().to_string())?;
@@ -76,7 +50,7 @@ pub(crate) fn enter(path: &Path, user: &User) -> io::Result<bool> {
 pub(crate) fn limit(path: &Path, user: &User, wanted: &Limits) -> Result<Vec<&'static str>, LimitError> {
     let failed =
         |source| LimitError { field: "linux.resources", value: wanted.to_string(), path: path.to_owned(), source };
-    let locked = lock(path, LOCK_TIMEOUT).map_err(failed)?;
+    let locked = lock(path, lock::TIMEOUT).map_err(failed)?;
     let Some(_locked) = locked else { return Err(failed(io::ErrorKind::NotFound.into())) };
     let before = together(path).map_err(failed)?.unwrap_or_default();
     marks::set_user(path, user, &wanted.to_string()).map_err(failed)?;
@@ -104,6 +78,7 @@ pub(crate) fn leave(path: &Path, user: Option<&User>, within: Duration) -> io::R
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::process::Command;
 
     use super::*;

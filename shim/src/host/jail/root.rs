@@ -8,7 +8,6 @@ use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat};
@@ -18,6 +17,7 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::fchdir;
 
 use super::tmpfs;
+use crate::host::lock::is_same;
 use crate::host::process::ProcessId;
 use crate::host::thread::with_own_root;
 
@@ -39,14 +39,9 @@ pub(crate) struct RootFile {
 /// # Errors
 /// When the process has exited or has no mount namespace of its own, or a system call fails.
 pub(crate) fn empty(process: ProcessId, files: &[RootFile]) -> io::Result<()> {
-    let namespace = File::open(format!("/proc/{}/ns/mnt", process.pid))?;
-    // Check after opening: if the PID names the process now, it did so then.
-    if !process.exists()? {
-        return Err(io::Error::from_raw_os_error(libc::ESRCH));
-    }
+    let namespace = process.mount_namespace()?;
     // The caller would lose its own root.
-    let (own, other) = (fs::metadata(OWN)?, namespace.metadata()?);
-    if (own.dev(), own.ino()) == (other.dev(), other.ino()) {
+    if is_same(&fs::metadata(OWN)?, &namespace.metadata()?) {
         return Err(io::Error::other("the process is in the caller's mount namespace"));
     }
     with_own_root(|| {
