@@ -3,6 +3,8 @@
 
 BUSYBOX=registry.k8s.io/e2e-test-images/busybox:1.29-2
 NGINX=registry.k8s.io/e2e-test-images/nginx:1.14-2
+# Answers gRPC health checks; see tests/kubernetes/images/health.go.
+HEALTH=registry.k8s.io/husk-tests/health:latest
 # Files of the node, for this pod.
 FILES=/run/node/files/$POD
 mkdir -p "$FILES"

@@ -79,6 +79,20 @@ impl Programs {
         })
     }
 
+    /// As [`Self::vm`], with the machine's clock.
+    pub fn vm_without_clock(&self) -> Result<VmConfig> {
+        Ok(VmConfig { qemu_arguments: self.share.qemu_arguments().into(), ..self.vm()? })
+    }
+
+    /// Runs `true` in a container.
+    pub async fn run(&self, guest: &Guest, id: &str) -> Result<()> {
+        let mut spec = spec(&["true"]);
+        spec["root"]["path"] = Value::from(format!("{SHARE_PATH}/rootfs"));
+        let (status, output) = guest.run(id, &spec).await?;
+        ensure!(status == 0, "true: {status}: {output}");
+        Ok(())
+    }
+
     /// Runs the program `times` times in a container, after some times that are not counted, and returns the
     /// instructions that its processes execute each time, with those of the shell's fork and wait.
     ///

@@ -1,5 +1,5 @@
 # A failing liveness probe restarts its container, after its preStop hook; a container that exits restarts; postStart
-# hooks, TCP and HTTP probes work.
+# hooks, TCP, HTTP and gRPC probes work.
 pod <<END
 terminationGracePeriodSeconds: 5
 containers:
@@ -19,8 +19,21 @@ containers:
   image: $NGINX
   startupProbe: {tcpSocket: {port: 80}, periodSeconds: 1, timeoutSeconds: 20, failureThreshold: 60}
   livenessProbe: {httpGet: {port: 80}, periodSeconds: 2, timeoutSeconds: 20}
+- name: checked
+  image: $HEALTH
+  command: [health, "5000", /files/serving]
+  startupProbe: {tcpSocket: {port: 5000}, periodSeconds: 1, timeoutSeconds: 20, failureThreshold: 60}
+  readinessProbe: {grpc: {port: 5000, service: any}, periodSeconds: 1, timeoutSeconds: 20, failureThreshold: 1}
+  volumeMounts: [{name: files, mountPath: /files}]
 volumes: [{name: files, hostPath: {path: $FILES}}]
 END
+await "jsonpath={.status.containerStatuses[?(@.name=='checked')].started}=true"
+get '{.status.containerStatuses[?(@.name=="checked")].ready}'
+touch "$FILES/serving"
+await condition=Ready
+rm "$FILES/serving"
+await condition=Ready=false
+touch "$FILES/serving"
 await condition=Ready
 rm "$FILES/healthy"
 await "jsonpath={.status.containerStatuses[?(@.name=='liveness')].restartCount}=1"

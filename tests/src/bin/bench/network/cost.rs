@@ -13,7 +13,7 @@ use crate::report::{Column, Report, Target};
 const MAX_RUN_MS: f64 = 15.0;
 const MAX_READY_MINSTR: f64 = 0.5;
 /// What it took when this limit was set, and a quarter.
-const MAX_CONFIGURE_MINSTR: f64 = 2.0;
+const MAX_CONFIGURE_MINSTR: f64 = 2.5;
 
 /// Compares a `ctr run` in a pod's namespace with one without a namespace of the host.
 pub(super) fn of_a_run(node: &Node<'_>, networks: &[Network], rounds: usize, report: &mut Report) -> Result<()> {

@@ -1,10 +1,13 @@
 // Plugin of QEMU's TCG: counts guest instructions by what the kernel executes them for, and by kernel function.
 //
-//   -plugin FILE.so,map=System.map,out=FILE
+//   -plugin FILE.so,map=System.map,out=FILE[,phases=on]
+//
+// It also counts the instructions that TCG translates, which takes longer than executing them a few times.
 //
 // The reason is the innermost of: the system call, page fault or interrupt that a task is in, and the functions in
 // INNER; or `user`. A task is known by its kernel stack. umask(2), the kernel's start and the execution of the init end
-// a window: its counts are appended to the file, and the next window starts.
+// a window: its counts are appended to the file, and the next window starts. With phases=on, any execve(2) and each
+// connection to the host end one as well.
 //
 // It needs a kernel at fixed addresses, one processor, and CONFIG_VMAP_STACK. The declarations follow the documentation
 // of the plugin interface, version 1 (QEMU 4.2 and newer); QEMU offers no header to compile against without its source.
@@ -21,6 +24,7 @@ enum { NO_REGISTERS = 0, LOADS_AND_STORES = 3 };
 void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t, void (*)(qemu_plugin_id_t, struct qemu_plugin_tb *));
 void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *, void (*)(unsigned, void *), int, void *);
 void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *, void (*)(unsigned, void *), int, void *);
+void qemu_plugin_register_atexit_cb(qemu_plugin_id_t, void (*)(qemu_plugin_id_t, void *), void *);
 typedef void accessed(unsigned cpu, uint32_t info, uint64_t address, void *data);
 void qemu_plugin_register_vcpu_mem_cb(struct qemu_plugin_insn *, accessed *, int, int, void *);
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *);
@@ -51,6 +55,8 @@ static struct reason { char name[64]; uint64_t entries, *counts; } reasons[MAX_R
 static unsigned reason_count;
 static struct task { uint64_t stack; unsigned depth, reasons[MAX_DEPTH]; } tasks[MAX_TASKS], *current = tasks;
 static unsigned user, entry, new_task, thread;
+static uint64_t translated_kernel, translated_user;
+static bool phases;
 static FILE *out;
 
 static void fail(const char *what) {
@@ -90,7 +96,8 @@ static void classify(struct symbol *symbol) {
         symbol->action = SYSCALL_ENTRY;
     } else if (!strcmp(name, "ret_from_fork_asm")) {
         symbol->action = NEW_TASK;
-    } else if (!strcmp(name, "run_init_process") || !strcmp(name, "start_kernel")) {
+    } else if (!strcmp(name, "run_init_process") || !strcmp(name, "start_kernel") ||
+               (phases && (!strcmp(name, "vsock_connect") || !strcmp(name, "begin_new_exec")))) {
         symbol->action = WINDOW;
     } else if (!strcmp(name, "kthread")) {
         symbol->action = THREAD;
@@ -154,9 +161,12 @@ static void enter(unsigned level, unsigned reason) {
     reasons[reason].entries++;
 }
 
-static void end_window(void) {
+// `end` names what ends the window.
+static void end_window(const char *end) {
     static unsigned number;
-    fprintf(out, "window\t%u\n", number++);
+    fprintf(out, "window\t%u\t%s\ntranslated\tkernel\t%" PRIu64 "\ntranslated\tuser\t%" PRIu64 "\n", number++, end,
+            translated_kernel, translated_user);
+    translated_kernel = translated_user = 0;
     for (unsigned r = 0; r < reason_count; r++) {
         if (reasons[r].entries) fprintf(out, "entries\t%s\t%" PRIu64 "\n", reasons[r].name, reasons[r].entries);
         reasons[r].entries = 0;
@@ -181,7 +191,7 @@ static void act(unsigned cpu, void *data) {
     case RETURN: if (current->depth) current->depth--; break;
     case NEW_TASK: enter(0, new_task); break;
     case THREAD: enter(0, thread); break;
-    case WINDOW: end_window(); break;
+    case WINDOW: end_window(symbol->name); break;
     default: break;
     }
 }
@@ -221,6 +231,7 @@ static void translate(qemu_plugin_id_t id, struct qemu_plugin_tb *tb) {
     struct block *block = malloc(sizeof *block);
     if (!block) fail("out of memory");
     *block = (struct block){.instructions = qemu_plugin_tb_n_insns(tb)};
+    *(start >= KERNEL ? &translated_kernel : &translated_user) += block->instructions;
     if (start >= KERNEL) block->symbol = symbol_at(start);
     if (block->symbol) {
         for (size_t i = 0; i < block->instructions; i++) {
@@ -240,6 +251,11 @@ static void translate(qemu_plugin_id_t id, struct qemu_plugin_tb *tb) {
     qemu_plugin_register_vcpu_tb_exec_cb(tb, execute, NO_REGISTERS, block);
 }
 
+static void at_exit(qemu_plugin_id_t id, void *data) {
+    (void)id, (void)data;
+    end_window("exit");
+}
+
 EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const void *info, int argc, char **argv) {
     (void)info;
     user = reason("user");
@@ -247,12 +263,16 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const void *info, int argc, 
     new_task = reason("new task");
     thread = reason("kernel thread");
     current->reasons[0] = thread;
+    const char *map = NULL;
     for (int i = 0; i < argc; i++) {
-        if (starts(argv[i], "map=")) read_map(argv[i] + 4);
+        if (starts(argv[i], "map=")) map = argv[i] + 4;
         else if (starts(argv[i], "out=")) out = fopen(argv[i] + 4, "w");
-        else fail("the arguments are map= and out=");
+        else if (!strcmp(argv[i], "phases=on")) phases = true;
+        else fail("the arguments are map=, out= and phases=on");
     }
+    if (map) read_map(map);
     if (symbol_count < 2 || !out) fail("map= or out= is missing or unusable");
     qemu_plugin_register_vcpu_tb_trans_cb(id, translate);
+    qemu_plugin_register_atexit_cb(id, at_exit, NULL);
     return 0;
 }

@@ -1,5 +1,7 @@
 //! Where the instructions of a boot and of starting programs go, as a plugin of QEMU (`count.c`) counts them.
 
+mod translated;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -32,6 +34,10 @@ const ROWS: [(&str, &[&str], &[&str]); 9] = [
 /// What the plugin has counted between two marks.
 #[derive(Debug, Default)]
 struct Window {
+    /// The kernel's function whose execution ended it; `exit` in the last one.
+    end: String,
+    /// Instructions that QEMU translated.
+    translated: u64,
     /// How often each reason began.
     entries: BTreeMap<String, u64>,
     /// Instructions by reason.
@@ -48,29 +54,64 @@ fn sum(map: &BTreeMap<String, u64>, keys: &[&str]) -> u64 {
     keys.iter().filter_map(|key| map.get(*key)).sum()
 }
 
+/// The compiled plugin, and the kernel whose functions it knows.
+struct Plugin {
+    image: PathBuf,
+    map: PathBuf,
+    folder: tempfile::TempDir,
+}
+
+impl Plugin {
+    /// For the kernel in a build folder.
+    fn compile(kernel: &Path) -> Result<Self> {
+        let [image, map] = ["vmlinux", "System.map"].map(|name| kernel.join(name));
+        for file in [&image, &map] {
+            ensure!(file.is_file(), "{} is missing: run kernel-config/build", file.display());
+        }
+        let plugin = Self { image, map, folder: tempfile::tempdir()? };
+        let source = repository().join("tests/src/bin/bench/programs/count.c");
+        let mut cc = Command::new("cc");
+        cc.args(["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]).arg(plugin.file("so")).arg(source);
+        let output = cc.output().context("run cc")?;
+        ensure!(output.status.success(), "cc: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(plugin)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// QEMU's arguments for a VM whose windows [`Self::windows`] reads under the same name.
+    fn arguments(&self, name: &str, options: &str) -> [String; 4] {
+        let (plugin, map, out) = (self.file("so"), self.map.display(), self.file(name));
+        let plugin = format!("{},map={map},out={}{options}", plugin.display(), out.display());
+        ["-kernel".into(), self.image.display().to_string(), "-plugin".into(), plugin]
+    }
+
+    fn windows(&self, name: &str) -> Result<Vec<Window>> {
+        let windows = read(&std::fs::read_to_string(self.file(name))?)?;
+        let (map, image) = (self.map.display(), self.image.display());
+        // The first window ends when the kernel starts, the second with the execution of the init.
+        let boot = windows.get(1).is_some_and(|boot| boot.total() > BOOT);
+        ensure!(boot, "{map} is not the map of {image}");
+        Ok(windows)
+    }
+}
+
 /// Counts with the kernel in the build folder `kernel`, by default that of `out/vmlinux`.
 pub(crate) async fn run(kernel: Option<&Path>, report: &mut Report) -> Result<()> {
-    let kernel = kernel.map_or_else(|| repository().join(".cache/kernel/kernel"), PathBuf::from);
-    let [image, map] = ["vmlinux", "System.map"].map(|name| kernel.join(name));
-    for file in [&image, &map] {
-        ensure!(file.is_file(), "{} is missing: run kernel-config/build", file.display());
-    }
-    let folder = tempfile::tempdir()?;
-    let (plugin, counts) = (folder.path().join("count.so"), folder.path().join("counts"));
-    compile(&plugin)?;
+    let plugin = Plugin::compile(&kernel.map_or_else(|| repository().join(".cache/kernel/kernel"), PathBuf::from))?;
+    translated::run(&plugin, report).await?;
     let programs = Programs::new()?;
     let mut config = programs.vm()?;
-    let plugin = format!("{},map={},out={}", plugin.display(), map.display(), counts.display());
-    config.qemu_arguments.extend(["-kernel".into(), image.display().to_string(), "-plugin".into(), plugin]);
+    config.qemu_arguments.extend(plugin.arguments("programs", ""));
     let guest = Guest::boot_with(config).await?;
     for program in [Program::Static, Program::Dynamic] {
         programs.cost(&guest, &format!("{program:?}").to_lowercase(), program, TIMES).await?;
     }
     guest.shut_down().await?;
-    let windows = read(&std::fs::read_to_string(&counts)?)?;
-    // The first window ends when the kernel starts, the second with the execution of the init.
-    let boot = windows.get(1).filter(|window| window.total() > BOOT);
-    let boot = boot.with_context(|| format!("{} is not the map of {}", map.display(), image.display()))?;
+    let windows = plugin.windows("programs")?;
+    let boot = &windows[1];
     let million = boot.total() as f64 / 1e6;
     report.row("kernel's first instruction -> PID 1", "M instr", &[(Column::Husk, million)], Target::Any);
     let counted = |window: &&Window| window.entries.get("execve") == Some(&TIMES.into());
@@ -82,25 +123,21 @@ pub(crate) async fn run(kernel: Option<&Path>, report: &mut Report) -> Result<()
     Ok(())
 }
 
-fn compile(plugin: &Path) -> Result<()> {
-    let source = repository().join("tests/src/bin/bench/programs/count.c");
-    let mut cc = Command::new("cc");
-    cc.args(["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]).arg(plugin).arg(source);
-    let output = cc.output().context("run cc")?;
-    ensure!(output.status.success(), "cc: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
-
-/// Reads the plugin's lines: `window NUMBER`, `entries REASON NUMBER` and `REASON FUNCTION INSTRUCTIONS`.
+/// Reads the plugin's lines: `window NUMBER END`, `translated WHERE NUMBER`,
+/// `entries REASON NUMBER` and `REASON FUNCTION INSTRUCTIONS`.
 fn read(lines: &str) -> Result<Vec<Window>> {
     let mut windows = Vec::new();
     for line in lines.lines() {
         let fields: Vec<&str> = line.split('\t').collect();
-        if let ["window", _] = fields[..] {
-            windows.push(Window::default());
+        if let ["window", _, end] = fields[..] {
+            windows.push(Window { end: end.into(), ..Window::default() });
             continue;
         }
         let window = windows.last_mut().context("the first line is no window")?;
+        if let ["translated", _, number] = fields[..] {
+            window.translated += number.parse::<u64>().with_context(|| format!("in {line:?}"))?;
+            continue;
+        }
         let (map, reason, number) = match fields[..] {
             ["entries", reason, number] => (&mut window.entries, reason, number),
             [reason, _, number] => (&mut window.instructions, reason, number),
@@ -136,9 +173,12 @@ mod tests {
 
     #[test]
     fn the_plugins_lines_are_summed_by_reason() -> Result<()> {
-        let windows = read("window\t0\nwindow\t1\nentries\texecve\t2\nexecve\tf\t30\nexecve\tg\t4\nuser\tuser\t5\n")?;
+        let windows = read(
+            "window\t0\ta\nwindow\t1\tb\ntranslated\tkernel\t6\ntranslated\tuser\t1\nentries\texecve\t2\nexecve\tf\t30\nexecve\tg\t4\nuser\tuser\t5\n",
+        )?;
         let [first, second] = &windows[..] else { anyhow::bail!("{windows:?}") };
         assert_eq!((first.total(), second.total()), (0, 39));
+        assert_eq!((&*first.end, first.translated, &*second.end, second.translated), ("a", 0, "b", 7));
         assert_eq!((second.entries["execve"], sum(&second.instructions, &["execve", "fork"])), (2, 34));
         Ok(())
     }
@@ -147,8 +187,8 @@ mod tests {
     fn a_line_of_another_form_is_named() {
         for (lines, expected) in [
             ("execve\tf\t30\n", "the first line is no window"),
-            ("window\t0\nx\n", "unexpected line \"x\""),
-            ("window\t0\na\tb\tc\n", "in \"a\\tb\\tc\""),
+            ("window\t0\ta\nx\n", "unexpected line \"x\""),
+            ("window\t0\ta\na\tb\tc\n", "in \"a\\tb\\tc\""),
         ] {
             assert_eq!(read(lines).unwrap_err().to_string(), expected, "{lines:?}");
         }
