@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::guest::Guest;
 use husk_tests::programs::Programs;
 
-use super::{Plugin, Window};
+use super::plugin::{Plugin, Window};
 use crate::report::{Column, Report, Target};
 
 /// The phases of a start in a new VM, each with the kernel's function that ends it and how often that has been executed
