@@ -14,7 +14,7 @@ use husk_protos::{HELD_NICS, PROTOCOL};
 use procfs::process::all_processes;
 use ttrpc::r#async::TtrpcContext;
 
-use crate::boot::Timeline;
+use crate::boot::{Timeline, reseed};
 use crate::clock::boottime_ns;
 use crate::error::CallError;
 use crate::rpc::handle;
@@ -56,6 +56,11 @@ impl System for SystemService {
         if clock.by_ns != 0 {
             let failed = |e| CallError::internal(format_args!("adjust the clock by {} ns", clock.by_ns), &e);
             handle(async { clock::adjust(clock.by_ns, clock.gradually).map_err(failed) }).await?;
+        }
+        let seed = std::mem::take(&mut clock.seed);
+        if !seed.is_empty() {
+            let failed = |e| CallError::internal("seed the random number generator", &e);
+            handle(async { reseed(&seed).map_err(failed) }).await?;
         }
         clock.realtime_ns = clock::realtime_ns();
         Ok(clock)

@@ -46,7 +46,7 @@ pub use generated::{
 pub use {protobuf, ttrpc};
 
 /// Version of the protocol. The host rejects a guest whose `Hello` has another one.
-pub const PROTOCOL: u32 = 8;
+pub const PROTOCOL: u32 = 9;
 
 /// Length of [`Hello.secret`](system::Hello::secret), bytes.
 pub const SECRET: usize = 32;

@@ -3,6 +3,8 @@
 //! | module            | content                                                                     |
 //! |-------------------|-----------------------------------------------------------------------------|
 //! | `serve`           | the shim's three modes: `start`, server, `delete`                           |
+//! | `waiting`         | the shim that boots a VM for the pool and waits with it                     |
+//! | `claim`           | how `start` gets a VM from the pool                                         |
 //! | `task_service`    | containerd's Task service                                                   |
 //! | `ctl`             | the operator's JSON-RPC                                                     |
 //! | `sandbox`         | the containers and processes of one VM                                      |
@@ -16,16 +18,18 @@
 //! | `rootfs`          | the share with the containers' root filesystems, and the guest's spec       |
 //! | `stdio`           | the standard streams of processes                                           |
 //! | `console`         | the guest's console and logs                                                |
+//! | `pool`            | who waits in the pool, and how one is claimed                               |
 //! | `config`          | the configuration file and the annotations                                  |
 //! | `containerd`      | command line, start protocol, events and log                                |
 //! | `state`           | the state on disk, and the steps that undo it                               |
 //! | `fuzz`            | what the fuzz targets run                                                   |
 //! | `host`            | the host's processes, children, hooks and sockets                           |
 //!
-//! Imports run downwards: `serve` and `task_service` → `ctl` → `sandbox` → `prepare` → `vm` → `metadata`, `extras`,
+//! Imports run downwards: `waiting` → `serve` → `claim`, `task_service` → `ctl` → `sandbox` → `prepare` → `vm` → `metadata`, `extras`,
 //! `guest`, `rootfs`, `stdio`, `console` → `config`, `containerd`, `state` → `vmm`, `host`. The VM's device for vsock
 //! is a crate of its own, `husk-vsock`.
 
+mod claim;
 pub mod config;
 pub mod console;
 pub mod containerd;
@@ -38,6 +42,7 @@ mod guest;
 pub mod host;
 pub mod metadata;
 mod network;
+pub mod pool;
 pub mod prepare;
 mod rootfs;
 mod sandbox;
@@ -48,5 +53,6 @@ mod stdio;
 mod task_service;
 pub mod vm;
 pub mod vmm;
+pub mod waiting;
 
 pub use network::copied_sysctls;

@@ -8,7 +8,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use husk_protos::chain::Chain;
 use husk_shim::containerd::flags::Flags;
-use husk_shim::serve;
+use husk_shim::pool::launch;
+use husk_shim::{serve, waiting};
 
 fn main() -> ExitCode {
     match run() {
@@ -31,6 +32,8 @@ fn run() -> Result<()> {
         return serve::info();
     }
     match flags.action.as_str() {
+        launch::FILL => waiting::fill(),
+        launch::WAIT => waiting::wait(),
         "start" => serve::start(&flags),
         "delete" => serve::delete(&flags),
         "" => serve::serve(&flags),

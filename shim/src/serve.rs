@@ -9,6 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -25,12 +26,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
+use crate::claim::{ClaimRequest, Claimed, claim};
 use crate::config::names::{PATH_ENV, PLACED_ENV};
 use crate::console;
 use crate::containerd::address::socket_path;
 use crate::containerd::bootstrap;
 use crate::containerd::bootstrap::StartParams;
 use crate::containerd::flags::Flags;
+use crate::containerd::log::Log;
 use crate::containerd::options;
 use crate::containerd::options::RuntimeOptions;
 use crate::containerd::publisher::Publisher;
@@ -38,9 +41,11 @@ use crate::ctl;
 use crate::host::clients::Clients;
 use crate::host::process::{ProcessId, wait_dead};
 use crate::host::socket;
+use crate::pool::handover::{Confirmation, Identity};
 use crate::prepare::sandbox_of;
 use crate::rootfs::spec::features;
 use crate::sandbox::Sandbox;
+use crate::sandbox::spare::Waited;
 use crate::state::journal::Journal;
 use crate::state::recent::EventKind;
 use crate::state::{Owner, State, StateError, Step, base, check_identifier};
@@ -125,7 +130,7 @@ pub fn start(flags: &Flags) -> Result<()> {
     // Before the new socket exists: a dead shim's socket had the same path.
     undo_dead(&start.namespace, &sandbox)?;
     if let Some(listener) = listen(&path)? {
-        spawn_server(&start, &sandbox, listener, &path)
+        serve_new(&start, &sandbox, listener, &path)
             .inspect_err(|_| drop(fs::remove_file(&path)))
             .context("start the server")?;
     }
@@ -153,6 +158,26 @@ fn listen(path: &Path) -> Result<Option<UnixListener>> {
     fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
     let listener = UnixListener::bind(path).with_context(|| format!("bind {}", path.display()))?;
     Ok(Some(listener))
+}
+
+/// Gives a new sandbox a server: a shim that waits with a VM, or one that boots its own.
+fn serve_new(start: &StartParams, sandbox: &str, listener: UnixListener, socket: &Path) -> Result<()> {
+    let request = ClaimRequest { start, options: &valid_options(start), sandbox, socket };
+    match claim(&request, &listener) {
+        Claimed::Serves(member, shim) => {
+            adjust_oom_score(shim.pid);
+            // Without the note, `delete` might not find the shim.
+            note_server(shim.pid).inspect_err(|_| drop(member.end(Duration::ZERO)))
+        }
+        Claimed::None => spawn_server(start, sandbox, listener, socket),
+        Claimed::Failed => {
+            // The shim may have taken the sandbox's name, and removed the socket with it.
+            drop(listener);
+            undo_dead(&start.namespace, sandbox)?;
+            let listener = listen(socket)?.context("another shim serves the sandbox")?;
+            spawn_server(start, sandbox, listener, socket)
+        }
+    }
 }
 
 fn spawn_server(start: &StartParams, sandbox: &str, listener: UnixListener, socket: &Path) -> Result<()> {
@@ -267,24 +292,44 @@ pub fn serve(flags: &Flags) -> Result<()> {
 }
 
 async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
-    crate::containerd::log::init(Path::new("log"), flags.debug, &flags.namespace, &flags.id)
-        .context("open the log fifo")?;
+    Log::init(Path::new("log"), flags.debug, &flags.namespace, &flags.id).context("open the log fifo")?;
     let state = create_state(&flags.namespace, &flags.id).inspect_err(|error| {
         tracing::error!(error = %Chain(error.as_ref()), "failed to create the sandbox's state");
     })?;
-    let journal = Journal::new(state);
+    let identity = Identity {
+        namespace: flags.namespace.clone(),
+        sandbox: flags.id.clone(),
+        bundle: ".".into(),
+        socket: PathBuf::from(&flags.socket),
+        ttrpc_address: std::env::var("TTRPC_ADDRESS").context("TTRPC_ADDRESS")?,
+        debug: flags.debug,
+    };
+    serve_as(&identity, listener, Journal::new(state), None).await
+}
+
+/// Serves a sandbox until it ends: one that boots a VM when it needs it, or one for which a VM has waited. Then `start`
+/// waits for the confirmation.
+///
+/// # Errors
+/// When the server cannot start, or the sandbox cannot be shut down.
+pub(crate) async fn serve_as(
+    identity: &Identity,
+    listener: UnixListener,
+    journal: Journal,
+    waited: Option<(Waited, Confirmation)>,
+) -> Result<()> {
+    let (waited, confirmation) = waited.unzip();
     // One write for all. The sockets in the sandbox's directory would be removed with it; these steps remove them
     // earlier, so that no client finds a socket without a server.
     let operator_sockets = [ctl::SOCKET, console::SOCKET];
-    let sockets =
-        [PathBuf::from(&flags.socket)].into_iter().chain(operator_sockets.map(|name| journal.dir().join(name)));
+    let sockets = [identity.socket.clone()].into_iter().chain(operator_sockets.map(|name| journal.dir().join(name)));
     journal.record(&Owner::Sandbox, sockets.map(|path| Step::File { path }))?;
     let listen = |name| socket::listen(journal.dir(), name).and_then(tokio::net::UnixListener::from_std);
     let (control, console) = (listen(ctl::SOCKET), listen(console::SOCKET));
     let (control, console) = (control.context("listen on ctl.sock")?, console.context("listen on console.sock")?);
-    let ttrpc_address = std::env::var("TTRPC_ADDRESS").context("TTRPC_ADDRESS")?;
-    let publisher = Publisher::start(&ttrpc_address, &flags.namespace, journal.recent().clone());
-    let sandbox = Sandbox::new(&flags.id, &flags.namespace, journal, publisher);
+    let Identity { namespace, sandbox, ttrpc_address, .. } = identity;
+    let publisher = Publisher::start(ttrpc_address, namespace, journal.recent().clone());
+    let sandbox = Sandbox::new(sandbox, namespace, journal, publisher, waited);
     sandbox.guest_logs().console.serve(console);
     ctl::serve(control, sandbox.clone(), ctl::methods::METHODS, ctl::Limits::default());
 
@@ -298,7 +343,18 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(version, "serving");
     sandbox.recent().note(EventKind::Sandbox, "the shim serves", serde_json::json!({"version": version}));
+    if let Some(Err(error)) = confirmation.map(Confirmation::confirm) {
+        tracing::warn!(%error, "`start` has given up");
+        sandbox.shutdown(true).await?;
+    }
+    until_end(&sandbox, &clients).await?;
+    // Sends the responses that are in progress.
+    server.shutdown().await?;
+    Ok(())
+}
 
+/// Waits for the sandbox's end, or ends it.
+async fn until_end(sandbox: &Arc<Sandbox>, clients: &Clients) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("catch SIGINT")?;
     let finished = async {
@@ -321,8 +377,6 @@ async fn serve_sandbox(flags: &Flags, listener: UnixListener) -> Result<()> {
         _ = terminate.recv() => sandbox.shutdown(true).await?,
         _ = interrupt.recv() => sandbox.shutdown(true).await?,
     }
-    // Sends the responses that are in progress.
-    server.shutdown().await?;
     Ok(())
 }
 

@@ -150,7 +150,7 @@ fn the_unit_is_disabled_and_its_link_is_gone_after_removal() -> Result<()> {
     // The part of systemctl that works without systemd.
     root.script(
         "usr/bin/systemctl",
-        "[ \"$*\" = '--no-reload disable husk-metadata.service' ] &&
+        "[ \"$*\" = '--no-reload disable husk-metadata.service husk-pool.service' ] &&
             rm -f /etc/systemd/system/multi-user.target.wants/husk-metadata.service",
     )?;
     let wants = root.path().join("etc/systemd/system/multi-user.target.wants");

@@ -20,6 +20,8 @@ struct PoolInfo {
 
 /// `_IOW('R', 0x03, int [2])`.
 const RNDADDENTROPY: libc::Ioctl = 0x4008_5203_u32 as libc::Ioctl;
+/// `_IO('R', 0x07)`.
+const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
 
 /// Ensures that getrandom(2) does not block: unless the kernel has already credited RDRAND, credits a seed from the
 /// hardware generator (virtio-rng).
@@ -50,6 +52,19 @@ pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
     // SAFETY: the buffer has this length and outlives the call.
     let read = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) };
     if read == N as isize { Ok(bytes) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Mixes the host's random bytes into the pool, and makes the kernel's generator depend on them at once.
+///
+/// # Errors
+/// The seed has another length, or the kernel rejects it.
+pub(crate) fn reseed(seed: &[u8]) -> io::Result<()> {
+    let seed = seed.try_into().map_err(|_| io::Error::other("the seed does not have 32 bytes"))?;
+    add(seed)?;
+    let random = File::options().write(true).open("/dev/random")?;
+    // SAFETY: the request takes no argument and the descriptor is open.
+    let done = unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn is_seeded() -> bool {

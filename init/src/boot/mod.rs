@@ -18,7 +18,7 @@ use husk_protos::param;
 use husk_protos::system::BootStep;
 
 pub(crate) use cmdline::Cmdline;
-pub(crate) use entropy::random;
+pub(crate) use entropy::{random, reseed};
 pub(crate) use limits::randomize_addresses;
 pub(crate) use timeline::Timeline;
 

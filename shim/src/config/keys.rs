@@ -11,7 +11,7 @@ use super::kernel_params;
 use super::settings::{AccelMode, Config, NetworkMode, Profile, VsockMode};
 use super::values::{
     absolute, addresses, annotations, boolean, choice, extras_max_mib, integer, list, memory_mib, milliseconds,
-    open_files, sockets, spare_nics, text, token_host, vcpus,
+    open_files, pool, sockets, spare_nics, text, token_host, vcpus,
 };
 use crate::vmm::factory::boards;
 
@@ -28,7 +28,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 36] = [
+pub(crate) const KEYS: [ConfigKey; 39] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("max_vcpus", |config, value| put(&mut config.max_vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
@@ -53,6 +53,11 @@ pub(crate) const KEYS: [ConfigKey; 36] = [
     key("vm_ids", |config, value| put(&mut config.vm_ids, text(value).and_then(IdRange::parse))),
     key("virtiofsd", |config, value| put(&mut config.virtiofsd, absolute(value).map(Some))),
     key("virtiofsd_open_files", |config, value| put(&mut config.open_files, integer(value).and_then(open_files))),
+    key("pool", |config, value| put(&mut config.pool.size, integer(value).and_then(pool))),
+    key("pool_idle_ms", |config, value| put(&mut config.pool.idle, milliseconds(value))),
+    key("pool_max_memory_mib", |config, value| {
+        put(&mut config.pool.max_memory_mib, integer(value).and_then(memory_mib).map(Some))
+    }),
     key("network_spare_nics", |config, value| put(&mut config.spare_nics, integer(value).and_then(spare_nics))),
     key("network", |config, value| put(&mut config.network, choice(value, &NetworkMode::NAMES))),
     key("port_addresses", |config, value| put(&mut config.port_addresses, addresses(value))),

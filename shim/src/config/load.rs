@@ -66,14 +66,24 @@ pub(crate) fn load_named(named: Option<&Path>) -> Result<Config, ConfigError> {
 ///
 /// When the file cannot be read.
 pub(crate) fn read(named: Option<&Path>) -> Result<(PathBuf, Option<String>), ConfigError> {
-    let from_env = || std::env::var_os(PATH_ENV).filter(|path| !path.is_empty()).map(PathBuf::from);
-    let named = named.map(Path::to_owned).or_else(from_env);
+    let named = explicit(named);
     let path = named.clone().unwrap_or_else(|| PATH.into());
     match std::fs::read_to_string(&path) {
         Ok(text) => Ok((path, Some(text))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => Ok((path, None)),
         Err(source) => Err(ConfigError::Read { path, source }),
     }
+}
+
+/// The configuration file that [`load_named`] reads.
+pub(crate) fn path(named: Option<&Path>) -> PathBuf {
+    explicit(named).unwrap_or_else(|| PATH.into())
+}
+
+/// The file that is named, here or by `HUSK_CONFIG`.
+fn explicit(named: Option<&Path>) -> Option<PathBuf> {
+    let from_env = || std::env::var_os(PATH_ENV).filter(|path| !path.is_empty()).map(PathBuf::from);
+    named.map(Path::to_owned).or_else(from_env)
 }
 
 /// Parses and checks the text of a configuration file; `path` is for messages.

@@ -22,6 +22,9 @@ pub(crate) const MIN_MEMORY_MIB: u64 = 64;
 /// QEMU's microvm supports 288.
 pub(crate) const MAX_VCPUS: u32 = 64;
 
+/// How long a VM waits in the pool at most.
+const POOL_IDLE: Duration = Duration::from_secs(60 * 60);
+
 /// virtiofsd's limit of open files: about 200 MiB of the host's kernel memory if a guest fills it.
 const OPEN_FILES: u64 = 131_072;
 
@@ -128,6 +131,8 @@ pub struct Config {
     pub virtiofsd: Option<PathBuf>,
     /// How many files virtiofsd may have open.
     pub open_files: u64,
+    /// VMs that boot before anybody asks for them.
+    pub pool: PoolSettings,
     /// Network cards for links that appear in a VM's network namespace after its boot.
     pub spare_nics: u32,
     /// The network of sandboxes that nothing else connects.
@@ -186,6 +191,7 @@ impl Default for Config {
             vm_ids: IdRange::default(),
             virtiofsd: None,
             open_files: OPEN_FILES,
+            pool: PoolSettings { size: 0, idle: POOL_IDLE, max_memory_mib: None },
             spare_nics: 1,
             network: NetworkMode::None,
             port_addresses: Vec::new(),
@@ -219,6 +225,17 @@ pub enum AllowedSocket {
     File(PathBuf),
     /// Every socket below this folder.
     Below(PathBuf),
+}
+
+/// Settings of the pool of waiting VMs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolSettings {
+    /// How many VMs wait at most.
+    pub size: u32,
+    /// How long one waits at most.
+    pub idle: Duration,
+    /// The most guest memory that they have together, MiB.
+    pub max_memory_mib: Option<u64>,
 }
 
 /// Settings of the metadata service's tokens.

@@ -9,6 +9,8 @@ use toml::Value;
 use super::names::NAMES;
 use super::settings::{AllowedSocket, MAX_VCPUS, MIN_MEMORY_MIB};
 
+/// Upper limit of `pool`.
+const MAX_POOL: u32 = 64;
 /// Upper limit of `network_spare_nics`. Each takes a slot of the machine and memory of the guest.
 pub(crate) const MAX_SPARE_NICS: u32 = 8;
 /// Upper limit of `extras_max_mib`: extras stay in the guest's memory, and take as much of the host's memory while the
@@ -44,6 +46,11 @@ pub(crate) fn memory_mib(size: i64) -> Result<u64, String> {
 }
 
 /// Checks a number of spare network cards.
+pub(crate) fn pool(count: i64) -> Result<u32, String> {
+    let count = u32::try_from(count).ok().filter(|count| *count <= MAX_POOL);
+    count.ok_or_else(|| format!("must be 0 to {MAX_POOL} VMs"))
+}
+
 pub(crate) fn spare_nics(count: i64) -> Result<u32, String> {
     let count = u32::try_from(count).ok().filter(|count| *count <= MAX_SPARE_NICS);
     count.ok_or_else(|| format!("must be a number from 0 to {MAX_SPARE_NICS}"))

@@ -1,19 +1,22 @@
-//! The shim's log: one line of `key=value` pairs per event, in the fifo that containerd reads (`log` in the bundle).
+//! The shim's log: one line of `key=value` pairs per event, in the fifo that containerd reads (`log` in the bundle). A
+//! shim that waits for a sandbox logs to a file of its own.
 
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
+use husk_protos::lock::lock;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::registry::{LookupSpan, Registry};
+use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// Target of the events that the guest's init logged.
@@ -21,26 +24,69 @@ const GUEST: &str = "guest";
 /// Name of the field that holds other fields, already formatted.
 const RAW: &str = "raw";
 
-/// Opens containerd's fifo and installs it as this process's log. Each line names the sandbox and its namespace.
-///
-/// # Errors
-/// When the fifo cannot be opened, or a log is already installed.
-pub(crate) fn init(fifo: &Path, debug: bool, namespace: &str, sandbox: &str) -> io::Result<()> {
+/// Most bytes that a shim logs before it has a fifo.
+const WAITING_MAX: u64 = 256 * 1024;
+
+/// This process's log, whose destination can change.
+pub(crate) struct Log {
+    level: reload::Handle<Targets, Registry>,
+    output: Arc<Mutex<Output>>,
+}
+
+impl Log {
+    /// Opens containerd's fifo and installs it as this process's log. Each line names the sandbox and its namespace.
+    ///
+    /// # Errors
+    /// When the fifo cannot be opened, or a log is already installed.
+    pub(crate) fn init(fifo: &Path, debug: bool, namespace: &str, sandbox: &str) -> io::Result<Self> {
+        Self::install(Output::new(open_fifo(fifo)?, u64::MAX, namespace, sandbox), debug)
+    }
+
+    /// Installs a file as the log of a process that has no sandbox yet.
+    ///
+    /// # Errors
+    /// When the file cannot be opened, or a log is already installed.
+    pub(crate) fn init_waiting(file: &Path, namespace: &str, sandbox: &str) -> io::Result<Self> {
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(file)?;
+        Self::install(Output::new(file, WAITING_MAX, namespace, sandbox), false)
+    }
+
+    /// Continues in a sandbox's fifo.
+    ///
+    /// # Errors
+    /// When the fifo cannot be opened.
+    pub(crate) fn move_to(&self, fifo: &Path, debug: bool, namespace: &str, sandbox: &str) -> io::Result<()> {
+        *lock(&self.output) = Output::new(open_fifo(fifo)?, u64::MAX, namespace, sandbox);
+        self.level.reload(targets(debug)).map_err(io::Error::other)
+    }
+
+    fn install(output: Output, debug: bool) -> io::Result<Self> {
+        let output = Arc::new(Mutex::new(output));
+        let (writer, name) = (output.clone(), output.clone());
+        let (level, handle) = reload::Layer::new(targets(debug));
+        tracing_subscriber::registry()
+            .with(level)
+            .with(
+                tracing_subscriber::fmt::layer()
+                    .event_format(KeyValue(name))
+                    .with_writer(move || Writing(writer.clone())),
+            )
+            .try_init()
+            .map_err(io::Error::other)?;
+        std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "the shim panicked")));
+        Ok(Self { level: handle, output })
+    }
+}
+
+fn open_fifo(fifo: &Path) -> io::Result<File> {
     // Read access as well: the open does not wait for containerd, and a restart of containerd causes no EPIPE.
-    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(fifo)?;
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(fifo)
+}
+
+fn targets(debug: bool) -> Targets {
     let level = if debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
-    tracing_subscriber::registry()
-        // The guest filters its own events by the level in the configuration.
-        .with(Targets::new().with_default(level).with_target(GUEST, LevelFilter::TRACE))
-        .with(
-            tracing_subscriber::fmt::layer()
-                .event_format(KeyValue { namespace: namespace.to_owned(), sandbox: sandbox.to_owned() })
-                .with_writer(Mutex::new(Fifo { file, dropped: 0 })),
-        )
-        .try_init()
-        .map_err(io::Error::other)?;
-    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "the shim panicked")));
-    Ok(())
+    // The guest filters its own events by the level in the configuration.
+    Targets::new().with_default(level).with_target(GUEST, LevelFilter::TRACE)
 }
 
 /// Logs an event of the guest's init. `fields` are formatted by [`push_field`].
@@ -54,25 +100,50 @@ pub(crate) fn guest(level: Level, message: &str, fields: &str) {
     }
 }
 
-/// A full fifo drops lines and never blocks, because there may be no reader. The next line that fits is preceded by the
-/// count.
-struct Fifo {
+/// Where lines go, and whom they name. A full fifo drops lines and never blocks, because there may be no reader. The next
+/// line that fits is preceded by the count.
+struct Output {
     file: File,
+    /// Bytes that may follow.
+    left: u64,
     dropped: u64,
+    namespace: String,
+    sandbox: String,
 }
 
-impl Write for Fifo {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+impl Output {
+    fn new(file: File, left: u64, namespace: &str, sandbox: &str) -> Self {
+        Self { file, left, dropped: 0, namespace: namespace.to_owned(), sandbox: sandbox.to_owned() }
+    }
+
+    fn write(&mut self, line: &[u8]) {
         if self.dropped > 0 {
             let notice =
                 format!("level=warning msg=\"log lines were dropped: the fifo was full\" lines={}\n", self.dropped);
-            if self.file.write_all(notice.as_bytes()).is_ok() {
+            if self.append(notice.as_bytes()) {
                 self.dropped = 0;
             }
         }
-        if self.file.write_all(line).is_err() {
+        if !self.append(line) {
             self.dropped += 1;
         }
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> bool {
+        let length = bytes.len() as u64;
+        let written = self.left >= length && self.file.write_all(bytes).is_ok();
+        if written {
+            self.left -= length;
+        }
+        written
+    }
+}
+
+struct Writing(Arc<Mutex<Output>>);
+
+impl Write for Writing {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        lock(&self.0).write(line);
         Ok(line.len())
     }
 
@@ -81,10 +152,7 @@ impl Write for Fifo {
     }
 }
 
-struct KeyValue {
-    namespace: String,
-    sandbox: String,
-}
+struct KeyValue(Arc<Mutex<Output>>);
 
 impl<S, N> FormatEvent<S, N> for KeyValue
 where
@@ -105,7 +173,11 @@ where
         if event.metadata().target() == GUEST {
             write!(writer, " from=guest")?;
         }
-        write!(writer, " runtime=io.containerd.husk.v1 namespace={} sandbox={}", self.namespace, self.sandbox)?;
+        let (namespace, sandbox) = {
+            let output = lock(&self.0);
+            (output.namespace.clone(), output.sandbox.clone())
+        };
+        write!(writer, " runtime=io.containerd.husk.v1 namespace={namespace} sandbox={sandbox}")?;
         writeln!(writer, "{}", fields.rest)
     }
 }

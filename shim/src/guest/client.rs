@@ -149,6 +149,11 @@ impl Guest {
         })
     }
 
+    /// The connection to the guest.
+    pub(crate) fn link(&self) -> &Link {
+        &self.link
+    }
+
     /// How long a call may take.
     pub(crate) fn call_timeout(&self) -> Duration {
         self.call_timeout

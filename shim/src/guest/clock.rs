@@ -47,14 +47,17 @@ enum Correction {
     Step,
 }
 
-/// Sets the clock of a guest whose containers have not started.
+/// Sets the clock of a guest whose containers have not started. With a `seed`, the guest's random numbers depend on it
+/// from then on.
 ///
 /// # Errors
 ///
 /// When the guest does not answer.
-pub(crate) async fn set(guest: &Guest) -> Result<(), GuestError> {
+pub(crate) async fn set(guest: &Guest, seed: Option<&[u8]>) -> Result<(), GuestError> {
     let offset = measure(guest).await?;
-    adjust(guest, guest.context(), offset.ns, false).await?;
+    let seed = seed.map(<[u8]>::to_vec).unwrap_or_default();
+    let request = ClockAdjustment { by_ns: offset.ns, seed, ..Default::default() };
+    guest.system.adjust_clock(guest.context(), &request).await?;
     tracing::debug!(by_us = offset.ns / 1000, error_us = offset.error.as_micros() as u64, "set the guest's clock");
     Ok(())
 }

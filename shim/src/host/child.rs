@@ -178,7 +178,7 @@ pub(super) fn clone_error(error: &io::Error) -> io::Error {
 
 /// In the child: joins its cgroups before it allocates memory, which would otherwise be charged to the parent's
 /// cgroups.
-pub(super) fn join(cgroups: &[File]) -> io::Result<()> {
+pub(crate) fn join(cgroups: &[File]) -> io::Result<()> {
     for procs in cgroups {
         // 0 means the writing process (cgroup-v2.rst; v1 does the same).
         let mut procs = procs;

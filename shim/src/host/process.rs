@@ -164,6 +164,14 @@ impl ProcessId {
         self.send(libc::SIGTERM)
     }
 
+    /// Sends SIGHUP; a process that has ended is no error.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    pub(crate) fn send_hangup(self) -> io::Result<()> {
+        self.send(libc::SIGHUP).map(drop)
+    }
+
     fn send(self, signal: i32) -> io::Result<Option<OwnedFd>> {
         let Some(fd) = self.pidfd()? else { return Ok(None) };
         match pidfd_send_signal(&fd, signal) {

@@ -13,7 +13,7 @@ use super::netlink::Netlink;
 use super::netns::Claim;
 use super::nic::{Nic, NicState, random_mac};
 use super::redirect::{Classifier, Device, has_ingress};
-use super::scan::{Sent, scan};
+use super::scan::{Scan, Sent, scan};
 use super::subscription::{News, Subscription};
 use super::tap::{create, reserve};
 
@@ -67,15 +67,7 @@ fn connect_inside(deadline: Instant, plan: NicPlan, claim: Claim) -> Result<Conn
     let mut netlink = Netlink::open(deadline).map_err(|error| error.at("rtnetlink", "connect"))?;
     // Before the scan: a change after it would be missed.
     let subscription = Subscription::open().map_err(|error| error.at("rtnetlink", "connect"))?;
-    if let Some(other) = link::all(&mut netlink)?.into_iter().find(|link| is_tap(&link.name)) {
-        return Err(ObjectError::unsupported(
-            format!("tap {}", other.name),
-            format!(
-                "the namespace is in use ({}), and its links serve one VM: put both containers into one pod, or connect each to the network",
-                if other.alias.is_empty() { "by another VM" } else { &other.alias }
-            ),
-        ));
-    }
+    reject_others(&mut netlink)?;
     let mut name_server = NameServer::open()?;
     name_server.look()?;
     let scan = scan(&mut netlink)?;
@@ -96,7 +88,7 @@ fn connect_inside(deadline: Instant, plan: NicPlan, claim: Claim) -> Result<Conn
         states.push(NicState { mac, tap, link: None });
     }
     let classifier = Classifier::MatchAll;
-    let mut follower = Follower {
+    let follower = Follower {
         claim,
         vm: plan.vm,
         queues: plan.queues,
@@ -111,12 +103,31 @@ fn connect_inside(deadline: Instant, plan: NicPlan, claim: Claim) -> Result<Conn
         news: News::default(),
         sysctls: Sent::default(),
     };
+    begin(follower, scan, nics)
+}
+
+/// Connects the NICs to the links that the namespace has at the beginning.
+pub(super) fn begin(mut follower: Follower, scan: Scan, nics: Vec<Nic>) -> Result<Connected, ObjectError> {
     let mut settled = follower.apply(scan, |_| false);
     if settled.problems.is_empty() {
         return Ok(Connected { nics, follower, settled });
     }
     follower.release_links();
     Err(settled.problems.swap_remove(0))
+}
+
+/// Fails if the thread's namespace has another VM.
+pub(super) fn reject_others(netlink: &mut Netlink) -> Result<(), ObjectError> {
+    if let Some(other) = link::all(netlink)?.into_iter().find(|link| is_tap(&link.name)) {
+        return Err(ObjectError::unsupported(
+            format!("tap {}", other.name),
+            format!(
+                "the namespace is in use ({}), and its links serve one VM: put both containers into one pod, or connect each to the network",
+                if other.alias.is_empty() { "by another VM" } else { &other.alias }
+            ),
+        ));
+    }
+    Ok(())
 }
 
 /// Removes what a VM's connection left at the links of the namespace: redirects and ingress qdiscs. Leaves a link alone

@@ -36,6 +36,7 @@
 //! | `follow.rs`       | keeps the NICs connected                                                |
 //! | `plug.rs`         | NICs that are plugged into the running machine                          |
 //! | `connect.rs`      | the beginning and the end                                               |
+//! | `relocate.rs`     | moves the NICs of a VM that has waited to its sandbox's namespace       |
 //! | `status.rs`       | what operators see                                                      |
 //! | `error.rs`        | errors                                                                  |
 //! | `user/`           | user-mode networking, which needs no namespace                          |
@@ -54,6 +55,7 @@ mod nic;
 mod plug;
 mod private;
 mod redirect;
+mod relocate;
 mod reply;
 mod scan;
 mod status;
@@ -71,5 +73,6 @@ pub use follow::{Follower, Settled};
 pub use netns::{Claim, claim};
 pub use nic::Waiting;
 pub use private::{PrivateNamespace, create};
+pub use relocate::relocate;
 pub use scan::copied_sysctls;
 pub use status::{LinkStatus, NetworkStatus, NicStatus};

@@ -3,39 +3,41 @@
 //!
 //! | file           | contents                                                             |
 //! |----------------|----------------------------------------------------------------------|
+//! | `bootable.rs`  | a machine that can be booted, for a sandbox or for the pool          |
 //! | `host.rs`      | what the host provides: the guest's files, programs, the accelerator |
 //! | `ids.rs`       | whether the VMs' user IDs are others' too                            |
 //! | `network.rs`   | whether the container is in user mode, and with which ports          |
 //! | `overhead.rs`  | what a sandbox takes on the host besides its containers (pure)       |
 //! | `pod.rs`       | what the CRI plugin says of a pod (pure)                             |
 //! | `pod_files.rs` | the files that a pod's containers find in `/etc`                     |
+//! | `pooled.rs`    | VMs of the pool: what they are booted with, and whom they serve      |
 //! | `sandbox.rs`   | what containerd's Sandbox API says of a sandbox (pure)               |
 //! | `size.rs`      | the size of the VM (pure)                                            |
 //! | `sysctls.rs`   | the sysctls of a pod without a pause container (pure)                |
 //! | `update.rs`    | updates of a sandbox (pure)                                          |
 
+mod bootable;
 pub mod host;
 mod ids;
 mod network;
 pub(crate) mod overhead;
 mod pod;
 mod pod_files;
+pub(crate) mod pooled;
 mod sandbox;
 mod size;
 mod sysctls;
 mod update;
 
 use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::path::Path;
+use std::time::Duration;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use husk_protos::chain::Chain;
 use husk_protos::sandbox_update::UpdateSandboxRequest;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
-use tracing::Level;
 
 use crate::config::annotations::{self, Annotations};
 use crate::config::extras::Extras;
@@ -49,7 +51,9 @@ use crate::containerd::options;
 use crate::extras::files::{self, OpenedFile};
 use crate::network::user::{UserNetwork, resolv_conf};
 use crate::network::{Claim, claim};
-use crate::prepare::host::{Host, Places};
+pub use crate::prepare::bootable::Attachments;
+pub(crate) use crate::prepare::bootable::Bootable;
+use crate::prepare::host::Places;
 pub(crate) use crate::prepare::network::RequestedNetwork;
 use crate::prepare::pod::Role;
 use crate::prepare::pod_files::Node;
@@ -61,8 +65,8 @@ use crate::rootfs::spec::parse::{Parsed, parse};
 use crate::rootfs::spec::resources::HostResources;
 use crate::rootfs::spec::{Context, HostNetwork, Rewritten, Sibling, rewrite};
 use crate::vm::BootPlan;
-use crate::vm::cgroup::{Hierarchies, HostCgroup};
-use crate::vmm::{self, Accel, Disk, GuestParams, Vmm};
+use crate::vm::cgroup::Hierarchies;
+use crate::vmm::Vmm;
 
 /// All problems of a request.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +89,7 @@ pub struct Prepared {
     /// The runtime's options that have nothing to do here, for the log.
     pub(crate) ignored_options: Vec<String>,
     /// The machine, if it has to be booted for this container.
-    machine: vmm::Spec,
+    pub(crate) boot: Bootable,
     /// The host's network namespace that the spec names.
     pub(crate) network: Option<Claim>,
     /// The sandbox's network, if it is in user mode.
@@ -99,9 +103,6 @@ pub struct Prepared {
     workspace: Option<Workspace>,
     /// In a pod, the kubelet limits the cgroup above the sandbox's.
     role: Role,
-    host: Host,
-    /// The configuration with the annotations applied.
-    config: Config,
 }
 
 impl Prepared {
@@ -112,9 +113,9 @@ impl Prepared {
 
     /// The most memory that the sandbox's processes may take on the host, bytes, if its cgroup is to be limited.
     pub(crate) fn host_memory(&self) -> Option<u64> {
-        let vmm = vmm::factory::create(self.config.board, self.host.vmm.clone());
-        let cache = vmm.cache_mib(&self.machine);
-        (self.role == Role::None).then(|| overhead::memory(self.machine.memory_mib, cache, self.host.open_files.limit))
+        let Bootable { machine, host, .. } = &self.boot;
+        let cache = self.boot.vmm().cache_mib(machine);
+        (self.role == Role::None).then(|| overhead::memory(machine.memory_mib, cache, host.open_files.limit))
     }
 
     /// The score of a program in the container, for the host's OOM killer. The CRI plugin protects a pod's sandbox
@@ -125,7 +126,7 @@ impl Prepared {
 
     /// How long the guest may take to end what has to end.
     pub(crate) fn kill_timeout(&self) -> Duration {
-        self.config.kill_timeout
+        self.boot.config.kill_timeout
     }
 
     /// Whether it is a pod's sandbox container.
@@ -204,6 +205,7 @@ pub fn prepare(
     let options = options::read(request.options.as_ref()).map_err(PrepareError)?;
     let config = load::load_named(options.config_path.as_deref()).map_err(|error| PrepareError::one(&error))?;
     let mut prepared = prepare_with(config, &Places::of_process(), request, sandbox, siblings)?;
+    prepared.boot.named_config = options.config_path;
     prepared.ignored_options = options.notes;
     Ok(prepared)
 }
@@ -225,8 +227,8 @@ pub(crate) fn prepare_sandbox(
     let sandbox = SandboxName { namespace, id: &request.id };
     let mut prepared = prepare_spec(config, &Places::of_process(), subject, sandbox, Siblings::NONE)?;
     prepared.role = Role::Sandbox;
-    prepared.machine.guest.sandbox = true;
-    prepared.machine.guest.hostname.clone_from(&request.hostname);
+    prepared.boot.machine.guest.sandbox = true;
+    prepared.boot.machine.guest.hostname.clone_from(&request.hostname);
     if prepared.user.is_some() && !request.has_dns {
         request.set_resolv_conf(resolv_conf().map_err(|error| PrepareError::one(&error))?.into_bytes());
     }
@@ -244,9 +246,9 @@ pub(crate) fn update_of_sandbox(
     prepared: &Prepared,
 ) -> Result<HostResources, PrepareError> {
     let size = Size {
-        vcpus: prepared.machine.vcpus,
-        max_vcpus: prepared.machine.max_vcpus,
-        memory_mib: prepared.machine.memory_mib,
+        vcpus: prepared.boot.machine.vcpus,
+        max_vcpus: prepared.boot.machine.max_vcpus,
+        memory_mib: prepared.boot.machine.memory_mib,
     };
     update::read(request, spec, size).map_err(all)
 }
@@ -330,18 +332,17 @@ fn prepare_spec(
     config.debug = debug;
     let announced = rewritten.announced_links.try_into().map_or(MAX_SPARE_NICS, |links: u32| links.min(MAX_SPARE_NICS));
     config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics.max(announced));
-    config.log_level = config.log_level.max(if debug { Level::DEBUG } else { Level::ERROR });
     let size = size::size(&config, &annotations, pod, rewritten.limits, host::cpus());
-    let mut machine = machine(sandbox.id, &config, &host, size, &extras);
+    let mut boot = Bootable::new(sandbox.id, config, host, size, &extras);
     if user.is_some() {
         rewritten.use_network_of_vm();
-        machine.user_network.clone_from(&user);
+        boot.machine.user_network.clone_from(&user);
     }
     Ok(Prepared {
         rewritten,
         ignored,
         ignored_options: Vec::new(),
-        machine,
+        boot,
         network,
         user,
         requested,
@@ -349,8 +350,6 @@ fn prepare_spec(
         sources,
         workspace: annotations.workspace,
         role,
-        host,
-        config,
     })
 }
 
@@ -412,107 +411,9 @@ fn open_extras(
     }
 }
 
-/// The machine of a sandbox.
-fn machine(sandbox: &str, config: &Config, host: &Host, size: Size, extras: &Extras) -> vmm::Spec {
-    let Size { vcpus, max_vcpus, memory_mib } = size;
-    let guest = GuestParams {
-        log_level: config.log_level,
-        heartbeat: config.heartbeat,
-        debug: config.debug,
-        io_uring: config.io_uring,
-        user_namespaces: config.user_namespaces,
-        configured: config.kernel_params.clone(),
-        extras: !extras.files.is_empty(),
-        supervisor: extras.runs_supervisor(),
-        sandbox: false,
-        vcpus: (max_vcpus > vcpus).then_some(vcpus),
-        max_inodes: Some(host.open_files.cached_inodes()),
-        hostname: None,
-        held_nics: Vec::new(),
-        wall_clock: None,
-        ready_port: None,
-    };
-    vmm::Spec {
-        name: format!("husk-{sandbox}"),
-        accel: host.accel,
-        vcpus,
-        max_vcpus,
-        tsc_khz: None,
-        memory_mib,
-        hugepages: config.hugepages,
-        kernel: host.artifacts.kernel.clone(),
-        initrd: host.artifacts.initrd.clone(),
-        kernel_cid: None,
-        disks: Vec::new(),
-        pluggable_nics: 0,
-        user_network: None,
-        guest,
-        user: None,
-    }
-}
-
-/// The groups that the machine's user needs: that of /dev/kvm, if only that group may open it.
-fn groups(accel: Accel) -> Vec<u32> {
-    match (accel, std::fs::metadata("/dev/kvm")) {
-        (Accel::Kvm, Ok(device)) if device.mode() & 0o006 != 0o006 && device.mode() & 0o060 == 0o060 => {
-            vec![device.gid()]
-        }
-        _ => Vec::new(),
-    }
-}
-
-/// What a machine is connected to on the host.
-#[derive(Debug)]
-pub struct Attachments {
-    /// The folder that the guest mounts.
-    pub share: PathBuf,
-    /// The disk of the extras.
-    pub extras: Option<Disk>,
-    /// The sandbox's network namespace.
-    pub(crate) network: Option<Claim>,
-    /// The cgroup of the VM's processes; if none, they stay in the shim's.
-    pub(crate) cgroup: Option<HostCgroup>,
-}
-
-impl Attachments {
-    /// Only the folder.
-    pub fn new(share: PathBuf) -> Self {
-        Self { share, extras: None, network: None, cgroup: None }
-    }
-}
-
 /// The VMM and the plan that boot the machine of `prepared`.
 pub fn plan(prepared: &Prepared, attachments: Attachments) -> (Box<dyn Vmm>, BootPlan) {
-    let Attachments { share, extras, network, cgroup } = attachments;
-    let mut spec = prepared.machine.clone();
-    spec.disks.extend(extras);
-    // The guest has no clock of its own. It starts with the host's time, read as late as possible.
-    spec.guest.wall_clock = SystemTime::now().duration_since(UNIX_EPOCH).ok();
-    // Late as well: a longer measurement is more accurate.
-    spec.tsc_khz = vmm::tsc::khz();
-    let vmm = vmm::factory::create(prepared.config.board, prepared.host.vmm.clone());
-    if network.is_some() && spec.user_network.is_none() {
-        spec.pluggable_nics = vmm.pluggable_nics();
-    }
-    let plan = BootPlan {
-        spec,
-        ids: prepared.config.vm_ids,
-        groups: groups(prepared.host.accel),
-        carrier: prepared.host.carrier,
-        virtiofsd: prepared.host.virtiofsd.clone(),
-        open_files: prepared.host.open_files,
-        share,
-        boot_timeout: prepared.config.boot_timeout,
-        call_timeout: prepared.config.call_timeout,
-        kill_timeout: prepared.config.kill_timeout,
-        oom_score_adj: prepared.oom_score_adj(),
-        cgroup,
-        network,
-        spare_nics: prepared.config.spare_nics,
-        tokens: prepared.config.tokens.clone(),
-        workspace: prepared.workspace.clone(),
-    };
-    (vmm, plan)
+    prepared.boot.plan(attachments, prepared.oom_score_adj(), prepared.workspace.clone())
 }
 
 #[cfg(test)]

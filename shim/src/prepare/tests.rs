@@ -3,8 +3,11 @@
 use oci_spec::runtime::LinuxNamespaceType;
 
 use super::*;
+use std::path::PathBuf;
+
 use crate::config::keys::KEYS;
 use crate::config::load::parse;
+use crate::config::settings::PoolSettings;
 use crate::host::open_files::FileLimits;
 use crate::vmm::Board;
 use crate::vmm::factory::qemu::args::arguments;
@@ -36,6 +39,7 @@ struct Booted {
     spec: Spec,
     qemu: PathBuf,
     args: Vec<String>,
+    pool: PoolSettings,
 }
 
 impl TestHost {
@@ -103,9 +107,10 @@ impl TestHost {
         let siblings = Siblings { first: booted_with.is_none(), booted_with, ..Siblings::NONE };
         let prepared = prepare_with(config, &self.places, &request, NAME, siblings).map_err(|e| e.to_string())?;
         let (_, plan) = plan(&prepared, Attachments::new("/share".into()));
-        let Board::Qemu(board) = prepared.config.board;
+        let Board::Qemu(board) = prepared.boot.config.board;
         let args = arguments(&plan.spec, board, &FDS);
-        Ok(Booted { plan, spec: prepared.rewritten.spec, qemu: prepared.host.vmm, args })
+        let pool = prepared.boot.config.pool;
+        Ok(Booted { plan, spec: prepared.rewritten.spec, qemu: prepared.boot.host.vmm, args, pool })
     }
 }
 
@@ -222,6 +227,9 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |b| b.plan.tokens.key.display().to_string()),
         "{host}/other/key",
     ),
+    ("pool", "3", |o| booted(o, |b| b.pool.size.to_string()), "3"),
+    ("pool_idle_ms", "8", |o| booted(o, |b| format!("{:?}", b.pool.idle)), "8ms"),
+    ("pool_max_memory_mib", "900", |o| booted(o, |b| format!("{:?}", b.pool.max_memory_mib)), "Some(900)"),
     ("network_spare_nics", "2", |o| booted(o, |b| b.plan.spare_nics.to_string()), "2"),
     ("token_host", "\"node-7\"", |o| booted(o, |b| format!("{:?}", b.plan.tokens.host)), "Some(\"node-7\")"),
     ("token_lifetime_ms", "7", |o| booted(o, |b| format!("{:?}", b.plan.tokens.lifetime)), "7ms"),

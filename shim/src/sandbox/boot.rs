@@ -90,6 +90,9 @@ impl Sandbox {
 
     async fn boot(self: &Arc<Self>, prepared: &Prepared, attachments: Attachments) -> Result<Arc<Vm>, BootError> {
         let started = std::time::Instant::now();
+        if let Some(vm) = self.adopt_spare(prepared, &attachments).await {
+            return Ok(vm);
+        }
         let mut reached = Boot::begin();
         let booted = self.boot_with_extras(prepared, attachments, &mut reached).await;
         let (vm, events) = match booted {
@@ -108,8 +111,17 @@ impl Sandbox {
         );
         self.record_boot(reached, Some(&vm));
         self.set_vm_state(VmState::Running, "the guest has answered");
-        tokio::spawn(self.clone().forward_events(vm.clone(), events));
+        tokio::spawn(self.clone().forward_events(vm.clone(), events, 0));
         Ok(vm)
+    }
+
+    /// Forwards the connections of programs inside the VM's network namespace.
+    pub(super) async fn start_forwarding(&self, prepared: &Prepared, vm: &Vm) {
+        // Only now is it certain that no other VM uses the namespace, whose connections this would take.
+        if let Some(claim) = &prepared.network {
+            let forwarding = address::start(claim, &self.id, &self.journal, &vm.guest).await;
+            self.lock().forwarding = forwarding;
+        }
     }
 
     /// Boots the VM with the disk for extras, and forwards the connections of programs inside its network namespace.
@@ -122,11 +134,7 @@ impl Sandbox {
         let extras = extras_disk(prepared.sources.clone()).await?;
         let (vmm, plan) = prepare::plan(prepared, Attachments { extras: extras.clone(), ..attachments });
         let (vm, events) = Vm::boot(&*vmm, &plan, &self.journal, &self.guest_logs, reached).await?;
-        // Only now is it certain that no other VM uses the namespace, whose connections this would take.
-        if let Some(claim) = &prepared.network {
-            let forwarding = address::start(claim, &self.id, &self.journal, &vm.guest).await;
-            self.lock().forwarding = forwarding;
-        }
+        self.start_forwarding(prepared, &vm).await;
         // The guest has copied the disk's contents before its hello.
         if let Some(disk) = extras
             && let Err(error) = disk::give_back(&disk)
@@ -137,7 +145,7 @@ impl Sandbox {
     }
 
     /// Records the milestones of a boot and the guest's versions. The next change of state writes them.
-    fn record_boot(&self, reached: Boot, vm: Option<&Vm>) {
+    pub(super) fn record_boot(&self, reached: Boot, vm: Option<&Vm>) {
         let recorded = self.journal.with(|state| {
             state.set_boot(reached);
             if let (Some(vm), Some(mut machine)) = (vm, state.machine().cloned()) {

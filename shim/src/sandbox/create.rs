@@ -64,6 +64,7 @@ impl Sandbox {
             )));
         }
         let mut prepared = self.prepare(&request)?;
+        self.note_refill(&prepared);
         let facts = serde_json::json!({"bundle": request.bundle});
         self.journal.with(|state| state.set_container(&id, facts))?;
         if self.lock().managed.is_some() {

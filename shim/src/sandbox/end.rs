@@ -95,6 +95,7 @@ impl Sandbox {
             }
             VmSlot::Empty | VmSlot::Stopping => None,
         };
+        self.discard_spare("nobody has used it").await;
         if let Some(vm) = vm {
             self.stop(&vm, cause, self.delivered()).await;
             // The VM's last events are still being read. Processes without an exit event end with the VM.

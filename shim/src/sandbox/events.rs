@@ -175,8 +175,10 @@ enum Rejected {
 
 impl Sandbox {
     /// Forwards the guest's events to their containers until the VM is dead, then records the end of all containers.
-    pub(super) async fn forward_events(self: Arc<Self>, vm: Arc<Vm>, events: Metering<Event>) {
+    /// `last` is the number of the last event that somebody else has read.
+    pub(super) async fn forward_events(self: Arc<Self>, vm: Arc<Vm>, events: Metering<Event>, last: u64) {
         let mut follower = Follower::new(Subscription { guest: vm.guest.clone(), stream: Some(events) });
+        follower.last = last;
         let mut rejections = Rejections::new(Instant::now());
         let cause = loop {
             tokio::select! {

@@ -17,12 +17,15 @@ mod managed;
 mod network;
 mod oom;
 mod registry;
+pub(crate) mod rehearsal;
 mod resize;
 mod share;
+pub(crate) mod spare;
 mod start;
 mod status;
 mod thread;
 mod volumes;
+mod waited;
 mod watch;
 mod without_guest;
 

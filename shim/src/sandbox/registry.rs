@@ -15,6 +15,7 @@ use crate::forward::address::Forwarding;
 use crate::forward::socket::Sockets;
 use crate::host::cgroup::Limits;
 use crate::network::{Claim, PrivateNamespace};
+use crate::pool::request::PoolRequest;
 use crate::prepare::{BootedWith, SandboxName};
 use crate::rootfs::share::Share;
 use crate::rootfs::spec::Demand;
@@ -23,6 +24,7 @@ use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::sandbox::managed::Managed;
+use crate::sandbox::spare::{Spare, Waited};
 use crate::sandbox::watch::Watches;
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
@@ -65,6 +67,8 @@ pub(super) enum ContainerSlot {
 
 pub(super) struct Slots {
     pub(super) vm: VmSlot,
+    /// A VM from the pool, for the first boot.
+    pub(super) spare: Option<Spare>,
     /// What the VM was or is being booted with.
     pub(super) booted_with: BootedWith,
     /// The host's network namespace that the VM is connected to.
@@ -108,6 +112,8 @@ pub(crate) struct Sandbox {
     pub(super) host_limits: Mutex<Limits>,
     /// The shim has moved to the sandbox's cgroup.
     pub(super) in_cgroup: Mutex<bool>,
+    /// The VM that replaces the one from the pool, once the first container runs.
+    pub(super) refill: Mutex<Option<PoolRequest>>,
     slots: Mutex<Slots>,
     /// True after everything has been cleaned up.
     pub(super) ended: watch::Sender<bool>,
@@ -121,12 +127,22 @@ impl Sandbox {
         SandboxName { namespace: &self.namespace, id: &self.id }
     }
 
-    /// An empty sandbox.
-    pub(crate) fn new(id: &str, namespace: &str, journal: Journal, publisher: Publisher) -> Arc<Self> {
+    /// An empty sandbox, perhaps with a VM that has waited for it.
+    pub(crate) fn new(
+        id: &str,
+        namespace: &str,
+        journal: Journal,
+        publisher: Publisher,
+        waited: Option<Waited>,
+    ) -> Arc<Self> {
+        let (spare, share, private_network, logs) = match waited {
+            Some(Waited { spare, share, network, logs }) => (Some(spare), Some(share), Some(network), Some(logs)),
+            None => (None, None, None, None),
+        };
         Arc::new(Self {
             id: id.to_owned(),
             namespace: namespace.to_owned(),
-            guest_logs: GuestLogs::new(journal.dir()),
+            guest_logs: logs.unwrap_or_else(|| GuestLogs::new(journal.dir())),
             journal,
             publisher,
             sockets: Sockets::default(),
@@ -138,13 +154,15 @@ impl Sandbox {
             host_memory: Mutex::default(),
             host_limits: Mutex::default(),
             in_cgroup: Mutex::default(),
+            refill: Mutex::default(),
             slots: Mutex::new(Slots {
                 vm: VmSlot::Empty,
+                spare,
                 booted_with: BootedWith::default(),
                 network: None,
-                private_network: None,
+                private_network,
                 first: None,
-                share: None,
+                share,
                 forwarding: None,
                 containers: HashMap::new(),
                 warned_of: HashSet::new(),

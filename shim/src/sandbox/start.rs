@@ -48,6 +48,7 @@ impl Sandbox {
                 process.set_guest_pid(response.pid);
                 if exec_id.is_empty() {
                     self.run_poststart_hooks(&vm, &container).await?;
+                    self.refill_pool();
                 }
                 Ok(process.pid())
             }

@@ -13,6 +13,7 @@ use super::error::{StateError, UndoFailure, check_identifier, io_error};
 use super::facts::{Boot, MachineRecord};
 use super::lease::Holder;
 use super::life::{Life, VmState};
+use super::places::{is_link, remove_empty, resolved, sandbox_dir};
 use super::ports::PortLeases;
 use super::undo::Step;
 use super::users::UserLeases;
@@ -55,14 +56,14 @@ struct Entry {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Contents {
+pub(super) struct Contents {
     version: u32,
-    namespace: String,
-    sandbox: String,
+    pub(super) namespace: String,
+    pub(super) sandbox: String,
     shim: Option<ProcessId>,
     containers: BTreeMap<String, serde_json::Value>,
     /// Milliseconds since the epoch.
-    created_ms: Option<u64>,
+    pub(super) created_ms: Option<u64>,
     /// `None` if the shim was killed before it could write the file.
     vm: Option<Life>,
     /// The machine that was started last.
@@ -101,19 +102,13 @@ impl Contents {
 /// A sandbox's directory and the contents of its `state.json`. The process that holds this value is the only writer.
 #[derive(Debug)]
 pub struct State {
-    dir: PathBuf,
-    contents: Contents,
+    pub(super) dir: PathBuf,
+    pub(super) contents: Contents,
 }
 
 /// The directory for the state of all sandboxes: `HUSK_STATE_DIR`, or else [`BASE`].
 pub fn base() -> PathBuf {
     std::env::var_os(BASE_ENV).filter(|dir| !dir.is_empty()).map_or_else(|| BASE.into(), PathBuf::from)
-}
-
-fn sandbox_dir(base: &Path, namespace: &str, sandbox: &str) -> Result<PathBuf, StateError> {
-    check_identifier("namespace", namespace)?;
-    check_identifier("sandbox id", sandbox)?;
-    Ok(base.join(namespace).join(sandbox))
 }
 
 impl State {
@@ -124,6 +119,13 @@ impl State {
     /// what to do.
     pub fn create(base: &Path, namespace: &str, sandbox: &str) -> Result<Self, StateError> {
         let dir = sandbox_dir(base, namespace, sandbox)?;
+        if is_link(&dir) {
+            return Err(StateError::Exists(dir));
+        }
+        Self::create_in(dir, namespace, sandbox)
+    }
+
+    pub(super) fn create_in(dir: PathBuf, namespace: &str, sandbox: &str) -> Result<Self, StateError> {
         let shim = ProcessId::own().map_err(io_error("read the start time of this process in", Path::new("/proc")))?;
         let contents = Contents {
             shim: Some(shim),
@@ -131,7 +133,7 @@ impl State {
             vm: Some(Life::default()),
             ..Contents::empty(namespace, sandbox)
         };
-        let parent = base.join(namespace);
+        let parent = dir.parent().unwrap_or(Path::new("/")).to_owned();
         for _ in 0..CREATE_ATTEMPTS {
             DirBuilder::new().recursive(true).mode(0o700).create(&parent).map_err(io_error("create", &parent))?;
             match DirBuilder::new().mode(0o700).create(&dir) {
@@ -158,6 +160,17 @@ impl State {
         if !dir.is_dir() {
             return Err(StateError::NotFound(dir));
         }
+        let state = Self::load_in(resolved(base, dir), namespace, sandbox)?;
+        if state.contents.namespace != namespace || state.contents.sandbox != sandbox {
+            let Contents { namespace, sandbox, .. } = &state.contents;
+            let why = format!("belongs to sandbox {namespace}/{sandbox}");
+            return Err(StateError::Unreadable { path: state.dir.join(FILE), why });
+        }
+        Ok(state)
+    }
+
+    /// Reads the state in a directory, whichever sandbox it belongs to. Without a file, it is that of the named one.
+    pub(super) fn load_in(dir: PathBuf, namespace: &str, sandbox: &str) -> Result<Self, StateError> {
         let path = dir.join(FILE);
         let unreadable = |why: String| StateError::Unreadable { path: path.clone(), why };
         let contents = match fs::read(&path) {
@@ -169,9 +182,6 @@ impl State {
         };
         if contents.version != VERSION {
             return Err(unreadable(format!("version {}, but this husk supports version {VERSION}", contents.version)));
-        }
-        if contents.namespace != namespace || contents.sandbox != sandbox {
-            return Err(unreadable(format!("belongs to sandbox {}/{}", contents.namespace, contents.sandbox)));
         }
         Ok(Self { dir, contents })
     }
@@ -357,14 +367,10 @@ impl State {
             self.save()?;
             return Err(StateError::Undo(failures));
         }
+        // First: what is left without its name is found in the pool.
+        self.remove_link()?;
         tree::remove(&self.dir).map_err(io_error("remove", &self.dir))?;
-        let Some(namespace) = self.dir.parent() else { return Ok(()) };
-        match fs::remove_dir(namespace) {
-            Err(e) if !tree::is_gone(&e) && e.kind() != io::ErrorKind::DirectoryNotEmpty => {
-                Err(io_error("remove", namespace)(e))
-            }
-            _ => Ok(()),
-        }
+        self.dir.parent().map_or(Ok(()), remove_empty)
     }
 
     fn undo_where(&mut self, selected: impl Fn(&Owner) -> bool, within: Duration) -> Vec<UndoFailure> {

@@ -4,8 +4,8 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_protos::events::Event;
@@ -14,11 +14,13 @@ use husk_vsock::Stream;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use super::cgroup::{self, HostCgroup};
+use super::cgroup;
 use super::death::watch_death;
 use super::error::{BootError, io};
+use super::identity::identify;
 use super::network;
 use super::on_failure::OnFailure;
+use super::place::{open_cgroups, unprotect};
 use super::plan::BootPlan;
 use super::processes::{Processes, kill_share};
 use super::ready::{Ready, ready};
@@ -33,8 +35,6 @@ use crate::guest::report::{self, GuestHealth, ReportSinks};
 use crate::host::child::Child;
 use crate::host::process::ProcessId;
 use crate::host::run_delay::RunDelays;
-use crate::metadata;
-use crate::metadata::token::Identity;
 use crate::state::facts::HostMilestone;
 use crate::state::journal::Journal;
 use crate::state::life::VmState;
@@ -42,8 +42,9 @@ use crate::state::{Boot, MachineRecord, Owner, StateError, Step};
 use crate::vmm::{Machine, Sockets, Spec, Vmm, VmmError};
 
 impl Vm {
-    /// Boots a VM, adds the milestones to `reached`, and returns the VM with its events. The caller records whether the
-    /// VM is running, and undoes the journal's steps on failure.
+    /// Boots a VM, adds the milestones to `reached`, and returns the VM with its events. The VM belongs to nobody in
+    /// particular until [`Vm::identify`]. The caller records whether the VM is running, and undoes the journal's steps on
+    /// failure.
     ///
     /// # Errors
     ///
@@ -58,8 +59,8 @@ impl Vm {
     ) -> Result<(Arc<Self>, Metering<Event>), BootError> {
         journal.set_vm_state_unsaved(VmState::Provisioning, "a container needs it")?;
         let NewLink { link, ready: mut ready_port, machine_end: vsock } = link::create(plan.carrier, journal).await?;
-        let identity = identity(journal, link.cid())?;
-        metadata::provide(&link, identity, &plan.tokens, plan.workspace.as_ref(), journal.dir())?;
+        // Before the machine starts: an agent in the guest may ask at once.
+        identify(&link, plan, journal)?;
         let mut network = network::connect(vmm, plan, journal).await?;
         let (console, console_end, shell) = attach_console(logs, plan.spec.guest.debug)?;
         let cgroups = open_cgroups(plan)?;
@@ -118,7 +119,7 @@ impl Vm {
             open_files: plan.open_files,
             console: processes.console.clone(),
             health,
-            network,
+            network: Mutex::new(network.map(Arc::new)),
             kill_timeout: plan.kill_timeout,
             shutdown_timeout: shutdown_timeout(plan),
             stopping: AtomicBool::new(false),
@@ -159,13 +160,6 @@ async fn keep_clock(guest: Arc<Guest>, health: Arc<GuestHealth>, mut dead: watch
     }
 }
 
-/// The identity of the journal's VM.
-fn identity(journal: &Journal, cid: u32) -> Result<Identity, StateError> {
-    journal.with(|state| {
-        Ok(Identity { namespace: state.namespace().to_owned(), sandbox: state.sandbox().to_owned(), cid })
-    })
-}
-
 /// Adds what depends on the link and on the network to the spec of the machine.
 fn linked(spec: &Spec, link: &Link, ready: &HostPort, held_nics: Vec<[u8; 6]>) -> Spec {
     let mut spec = spec.clone();
@@ -195,12 +189,6 @@ fn attach_console(logs: &GuestLogs, debug: bool) -> Result<(Attached, OwnedFd, O
 fn open_log(name: &str, id: &str, journal: &Journal) -> Result<(HelperLog, File), BootError> {
     let path = journal.dir().join(format!("{id}.log"));
     HelperLog::start(name, &path).map_err(io(format!("open {}", path.display())))
-}
-
-/// Opens the files through which processes join the VM's cgroup, if there is one.
-fn open_cgroups(plan: &BootPlan) -> Result<Vec<File>, BootError> {
-    let opened = plan.cgroup.as_ref().map(HostCgroup::open).transpose();
-    Ok(opened.map_err(io("open cgroup.procs of the VM's cgroup"))?.unwrap_or_default())
 }
 
 async fn start_machine(
@@ -262,13 +250,6 @@ fn start_share(
     let share = virtiofsd::start(&plan.virtiofsd, &plan.share, plan.open_files, listener, output, cgroups)?;
     unprotect(plan, share.process()).inspect_err(|_| share.kill())?;
     Ok(Arc::new(share))
-}
-
-/// Takes containerd's protection from the OOM killer away from a process of the VM, which has inherited it.
-fn unprotect(plan: &BootPlan, process: ProcessId) -> Result<(), BootError> {
-    let score = plan.oom_score_adj;
-    let shown = score.map_or_else(|| "(none)".to_owned(), |score| score.to_string());
-    process.set_oom_score(score).map_err(io(format!("process.oomScoreAdj {shown}: set it for process {}", process.pid)))
 }
 
 /// Moves the machine's process to the VM's cgroup, and takes containerd's protection from the OOM killer away from it.

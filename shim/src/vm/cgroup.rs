@@ -104,6 +104,22 @@ pub(crate) struct HostCgroup {
     roots: Vec<PathBuf>,
 }
 
+impl Hierarchies {
+    /// Moves a process with all its descendants to the cgroups of this process.
+    ///
+    /// # Errors
+    /// See [`home::bring`].
+    pub(crate) fn bring(&self, process: ProcessId) -> io::Result<()> {
+        let mut all = vec![process];
+        let mut next = 0;
+        while let Some(parent) = all.get(next) {
+            all.extend(parent.children()?);
+            next += 1;
+        }
+        home::bring(&all, &self.roots)
+    }
+}
+
 impl HostCgroup {
     /// Opens the `cgroup.procs` files. A process joins by writing its PID, or 0 for itself, to each.
     ///

@@ -130,6 +130,14 @@ impl Following {
         self.status.borrow().clone()
     }
 
+    /// Stops following the namespace, and returns the NICs with all that they are connected to. The task ends with the
+    /// handle. Waits for a change that has begun.
+    pub(super) async fn leave(&self) -> Result<Follower, FollowError> {
+        let follower = self.follower.clone();
+        let mut leaving = tokio::task::spawn_blocking(move || lock(&follower).take());
+        within(DEADLINE + BLOCKED, &mut leaving).await?.ok_or(FollowError::Ended)
+    }
+
     /// Stops changing the namespace and removes the VM's taps, so that everything in it can be undone. Waits for a
     /// change that has begun, but not forever: a change whose deadline has passed makes no further request.
     pub(super) async fn stop(&self) {

@@ -4,6 +4,9 @@
 //! |-----------------|----------------------------------------------------------------------------|
 //! | `plan.rs`       | everything that a boot needs                                               |
 //! | `boot.rs`       | the boot, step by step                                                     |
+//! | `adopt.rs`      | what a VM becomes part of: its sandbox's identity, cgroup and network       |
+//! | `identity.rs`   | whose VM it is, for the metadata service                                   |
+//! | `place.rs`      | the cgroup and the OOM score of its processes                              |
 //! | `hello.rs`      | the wait for the guest's hello, or for the end of one of the VM's processes |
 //! | `ready.rs`      | from the hello to a guest that is ready for containers                     |
 //! | `running.rs`    | a VM whose guest is ready: stopping it                                     |
@@ -22,6 +25,7 @@
 //! | `error.rs`      | why a VM did not boot                                                      |
 //! | `on_failure.rs` | undoing a step unless the boot succeeds                                    |
 
+mod adopt;
 pub(crate) mod affinity;
 mod boot;
 pub(crate) mod cgroup;
@@ -31,9 +35,11 @@ mod enforce;
 mod error;
 mod follow;
 mod hello;
+mod identity;
 mod network;
 mod on_failure;
 mod open_files;
+mod place;
 mod plan;
 mod processes;
 mod ready;

@@ -12,10 +12,10 @@ use super::plan::BootPlan;
 use crate::forward::names::Names;
 use crate::guest::client::{Guest, GuestError};
 use crate::network::user::{HostPort, UserNetwork};
-use crate::network::{self, Connected, Follower, NetworkError, NicPlan, Settled};
+use crate::network::{self, Claim, Connected, Follower, NetworkError, NicPlan, Settled};
 use crate::state::journal::Journal;
 use crate::state::ports::PortError;
-use crate::state::{Owner, Step};
+use crate::state::{Owner, StateError, Step};
 use crate::vmm::{Machine, NicEnd, Vmm};
 
 /// More queue pairs gain little, and each takes up to two of the descriptors that a machine's process can inherit.
@@ -37,10 +37,8 @@ pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -
         return Ok(Network { user: Some(UserNetwork::configuration()), ..Network::default() });
     }
     let Some(claim) = plan.network.clone() else { return Ok(Network::default()) };
-    let (sandbox, name) =
-        journal.with(|state| Ok((state.sandbox().to_owned(), format!("{}/{}", state.namespace(), state.sandbox()))))?;
+    let (names, name) = names(&claim, journal)?;
     journal.record(&Owner::Sandbox, [Step::Network { claim: claim.clone(), vm: name.clone() }])?;
-    let names = Names::new(claim.clone(), sandbox, journal.clone());
     let queues = u16::try_from(plan.spec.vcpus).map_or(MAX_QUEUES, |vcpus| vcpus.min(MAX_QUEUES));
     let nics = NicPlan {
         vm: name,
@@ -54,6 +52,14 @@ pub(super) async fn connect(vmm: &dyn Vmm, plan: &BootPlan, journal: &Journal) -
     let Connected { nics, follower, settled } = connected;
     let nics = nics.into_iter().map(|nic| NicEnd { mac: nic.mac, taps: nic.taps }).collect();
     Ok(Network { nics, connected: Some((follower, settled, names)), user: None })
+}
+
+/// What relays the containers' DNS queries, and the VM's name for its taps.
+pub(super) fn names(claim: &Claim, journal: &Journal) -> Result<(Names, String), StateError> {
+    journal.with(|state| {
+        let names = Names::new(claim.clone(), state.sandbox().to_owned(), journal.clone());
+        Ok((names, format!("{}/{}", state.namespace(), state.sandbox())))
+    })
 }
 
 impl Network {

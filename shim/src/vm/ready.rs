@@ -43,7 +43,7 @@ pub(super) async fn ready(
     let network =
         deadline.keep("configure its network", network.follow(&guest, hello.holds_nics, machine, dead)).await?;
     let subscribed = async {
-        deadline.keep("set its clock", clock::set(&guest)).await?;
+        deadline.keep("set its clock", clock::set(&guest, None)).await?;
         // Without its events the guest is unusable.
         deadline.keep("subscribe to its events", guest.events(0)).await
     };

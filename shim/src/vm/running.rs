@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use containerd_shim_protos::api::ShutdownRequest;
+use husk_protos::lock::lock;
 use husk_protos::system::Hello;
 use tokio::sync::watch;
 use ttrpc::context::with_duration;
@@ -54,7 +55,7 @@ pub struct Vm {
     pub(super) console: Attached,
     pub(super) health: Arc<GuestHealth>,
     /// The VM's connection to a network namespace, if it has one.
-    pub(super) network: Option<Following>,
+    pub(super) network: Mutex<Option<Arc<Following>>>,
     /// How long the guest may take to end a container.
     pub(super) kill_timeout: Duration,
     /// How long it may take to end everything.
@@ -117,16 +118,21 @@ impl Vm {
 
     /// Returns when the guest has the network that the sandbox's namespace has now.
     pub(crate) async fn settle_network(&self) -> Result<(), Arc<FollowError>> {
-        match &self.network {
+        match self.following() {
             Some(network) => network.settle().await,
             None => Ok(()),
         }
     }
 
+    /// What follows the VM's network namespace.
+    pub(super) fn following(&self) -> Option<Arc<Following>> {
+        lock(&self.network).clone()
+    }
+
     /// Its network, within a few seconds.
     pub(crate) async fn network_status(&self) -> NetworkStatus {
         let guest = self.cause_of_death().is_none().then_some(&*self.guest);
-        let connections = self.network.as_ref().map(Following::status);
+        let connections = self.following().map(|network| network.status());
         connections::status(connections.as_ref(), guest).await
     }
 
@@ -170,10 +176,24 @@ impl Vm {
         if self.cause_of_death().is_none() {
             self.shut_guest_down(delivered).await;
         }
+        self.end().await
+    }
+
+    /// Kills the VM, in which nothing runs that anybody needs, and waits for its end.
+    ///
+    /// # Errors
+    ///
+    /// When a process survives its kill.
+    pub(crate) async fn discard(&self) -> Result<(), StillRunning> {
+        self.stopping.store(true, Ordering::Relaxed);
+        self.end().await
+    }
+
+    async fn end(&self) -> Result<(), StillRunning> {
         self.kill();
         // The kernel needs about as long for the taps as for the machine's memory.
         let disconnected = async {
-            if let Some(network) = &self.network {
+            if let Some(network) = self.following() {
                 // Returns even if a change of the namespace does not end.
                 network.stop().await;
             }

@@ -11,7 +11,7 @@ use husk_protos::chain::Chain;
 use husk_shim::ctl::messages::NoParams;
 use husk_shim::state::status;
 use husk_shim::state::status::Status;
-use husk_shim::state::{State, StateError, base};
+use husk_shim::state::{POOL, State, StateError, base};
 use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
 
@@ -27,6 +27,10 @@ pub(crate) fn sandboxes() -> Result<Vec<State>> {
     for namespace in folders(&base())? {
         for sandbox in folders(&namespace)? {
             let (Some(namespace), Some(sandbox)) = (name(&namespace), name(&sandbox)) else { continue };
+            // What waits in the pool is no sandbox, and what has left it is listed under its name.
+            if namespace == POOL {
+                continue;
+            }
             match State::load(&base(), namespace, sandbox) {
                 Ok(state) => found.push(state),
                 // Deleted in the meantime.

@@ -3,7 +3,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `list`, `status`, `boot_profile`, `events`, `logs`, `console`, `exec`, `check_config`, `metadata`, `node` | a command |
+//! | `list`, `status`, `boot_profile`, `events`, `logs`, `console`, `exec`, `check_config`, `metadata`, `node`, `pool` | a command |
 //! | `manual` | the manual pages, for the package |
 //! | `find` | selects a sandbox, and reads its status from the shim or from disk |
 //! | `client` | calls the methods of a shim |
@@ -23,6 +23,7 @@ mod manual;
 mod metadata;
 mod network;
 mod node;
+mod pool;
 mod print;
 mod status;
 mod term;
@@ -162,6 +163,9 @@ enum Command {
     /// Installs husk on a Kubernetes node, or removes it
     #[command(subcommand)]
     Node(node::Command),
+    /// Shows, fills and empties the pool of VMs that wait for a sandbox
+    #[command(subcommand)]
+    Pool(pool::Command),
     /// Prints a manual page in the format of man(7)
     ///
     /// Example: husk manual husk | man -l -
@@ -209,6 +213,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::CheckConfig { file, format } => return check_config::run(file.as_deref(), format.json),
         Command::Metadata(command) => metadata::run(command)?,
         Command::Node(command) => node::run(&command)?,
+        Command::Pool(command) => pool::run(&command)?,
         Command::Manual { page } => io::stdout().write_all(manual::page(page, &mut Cli::command()).as_bytes())?,
         Command::Completion { shell } => {
             let mut script = Vec::new();

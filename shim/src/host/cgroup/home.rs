@@ -9,6 +9,8 @@ use std::sync::Mutex;
 use husk_protos::lock::lock;
 use procfs::process::Process;
 
+use crate::host::process::ProcessId;
+
 /// Where this process was in a hierarchy.
 #[derive(Debug)]
 struct Place {
@@ -37,6 +39,27 @@ pub(crate) fn leave_for(cgroup: &[File], roots: &[PathBuf]) -> io::Result<()> {
     let home = roots.iter().filter_map(|root| in_hierarchy(root, &paths, &own)).collect();
     *lock(&HOME) = home;
     cgroup.iter().try_for_each(|mut file| file.write_all(own.as_bytes()))
+}
+
+/// Moves other processes to this process's cgroups, unless the first of them is there. `roots` are the mount points of the
+/// host's hierarchies.
+///
+/// # Errors
+/// When `/proc` cannot be read or a file cannot be written. The processes may then have moved in some hierarchies.
+pub(crate) fn bring(processes: &[ProcessId], roots: &[PathBuf]) -> io::Result<()> {
+    let Some(first) = processes.first() else { return Ok(()) };
+    let groups = |pid: u32| fs::read_to_string(format!("/proc/{pid}/cgroup"));
+    let own = std::process::id();
+    let here = groups(own)?;
+    if groups(first.pid)? == here {
+        return Ok(());
+    }
+    let paths: Vec<String> = here.lines().filter_map(|line| Some(line.splitn(3, ':').nth(2)?.to_owned())).collect();
+    for place in roots.iter().filter_map(|root| in_hierarchy(root, &paths, &own.to_string())) {
+        let mut procs = OpenOptions::new().write(true).open(&place.home)?;
+        processes.iter().try_for_each(|process| procs.write_all(process.pid.to_string().as_bytes()))?;
+    }
+    Ok(())
 }
 
 /// This process's place in a hierarchy. `/proc` names controllers instead of mount points, so the right path is

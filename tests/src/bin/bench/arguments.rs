@@ -14,11 +14,12 @@ pub(crate) enum Part {
     Host,
     Network,
     Pods,
+    Pool,
     Boots,
 }
 
 /// Name on the command line, title in the table, and what is measured. By default, all parts but the last run.
-pub(crate) const PARTS: [(Part, &str, &str, &str); 10] = [
+pub(crate) const PARTS: [(Part, &str, &str, &str); 11] = [
     (
         Part::Ctr,
         "ctr",
@@ -52,6 +53,12 @@ pub(crate) const PARTS: [(Part, &str, &str, &str); 10] = [
         "pods",
         "pods, calls of the CRI, wall clock",
         "a pod's calls with a pause container, with the Sandbox API, and with runc",
+    ),
+    (
+        Part::Pool,
+        "pool",
+        "pool of waiting VMs, wall clock",
+        "a complete `ctr run` that takes a VM from the pool, and many at once",
     ),
     (Part::Boots, "boots", "boots in a row", "production VMs that hang; not by default"),
 ];
@@ -172,7 +179,7 @@ mod tests {
         let all = || Arguments {
             json: None,
             rounds: 20,
-            parts: PARTS[..9].iter().map(|(part, ..)| *part).collect(),
+            parts: PARTS[..10].iter().map(|(part, ..)| *part).collect(),
             boots: 200,
             kernel: None,
         };

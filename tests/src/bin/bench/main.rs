@@ -18,6 +18,8 @@ mod network;
 #[cfg(not(target_env = "musl"))]
 mod pods;
 #[cfg(not(target_env = "musl"))]
+mod pool;
+#[cfg(not(target_env = "musl"))]
 mod programs;
 #[cfg(not(target_env = "musl"))]
 mod report;
@@ -44,7 +46,7 @@ mod run {
 
     use crate::arguments::{Arguments, Command, PARTS, Part, help, parse};
     use crate::report::Report;
-    use crate::{boots, ctr, guest, host, network, pods, programs, steps};
+    use crate::{boots, ctr, guest, host, network, pods, pool, programs, steps};
 
     /// Exit status for a wrong argument.
     const USAGE: u8 = 2;
@@ -86,6 +88,7 @@ mod run {
                 Part::Host => host::run(&mut report),
                 Part::Network => network::run(arguments.rounds, &runtime, &mut report),
                 Part::Pods => pods::run(arguments.rounds, &mut report),
+                Part::Pool => pool::run(arguments.rounds, &mut report),
                 Part::Boots => runtime.block_on(boots::run(arguments.boots, &mut report)),
             };
             // The results of the other parts are still useful.

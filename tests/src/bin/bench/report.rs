@@ -20,15 +20,18 @@ pub(crate) enum Column {
     User,
     /// husk under containerd's Sandbox API.
     Sandboxer,
+    /// husk without a pool, beside one with it.
+    Cold,
 }
 
-const COLUMNS: [(Column, &str); 6] = [
+const COLUMNS: [(Column, &str); 7] = [
     (Column::Husk, "husk"),
     (Column::Runc, "runc"),
     (Column::Floor, "floor"),
     (Column::Manual, "by hand"),
     (Column::User, "user mode"),
     (Column::Sandboxer, "sandboxer"),
+    (Column::Cold, "no pool"),
 ];
 
 /// The limit of a value.
