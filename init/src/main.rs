@@ -60,6 +60,7 @@ mod spawn;
 mod supervisor;
 mod system;
 mod task;
+mod uevents;
 mod worker;
 
 use std::panic::catch_unwind;

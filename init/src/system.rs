@@ -12,13 +12,17 @@ use husk_protos::system::{ClockAdjustment, Hello, InfoRequest, InfoResponse, Sys
 use husk_protos::system_ttrpc::System;
 use husk_protos::{HELD_NICS, PROTOCOL};
 use procfs::process::all_processes;
+use tokio::io::Interest;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::boot::{Timeline, reseed};
 use crate::clock::boottime_ns;
 use crate::error::CallError;
+use crate::fd::watch_fd;
 use crate::rpc::handle;
-use crate::{cgroup, clock, sandbox};
+use crate::{cgroup, clock, sandbox, uevents};
+
+const MEMINFO: &str = "/proc/meminfo";
 
 pub(crate) struct SystemService {
     /// The message that this guest sent when it became ready.
@@ -45,6 +49,9 @@ impl System for SystemService {
         let info = async {
             let failed = |e| CallError::internal(format_args!("start CPU {}", request.start_cpu), &e);
             start_cpu(request.start_cpu).map_err(failed)?;
+            let memory = request.await_memory_bytes;
+            let failed = |e| CallError::internal(format_args!("wait for {memory} bytes of memory"), &e);
+            await_memory(memory).await.map_err(failed)?;
             measure().map_err(|e| CallError::internal("measure the guest", &e))
         };
         let mut info = handle(info).await?;
@@ -79,15 +86,35 @@ fn start_cpu(number: u32) -> io::Result<()> {
     if number == 0 || fs::read(&file)?.starts_with(b"1") { Ok(()) } else { fs::write(file, "1") }
 }
 
+/// Waits until the guest has this much memory in all. The caller limits the time.
+async fn await_memory(bytes: u64) -> io::Result<()> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    // Subscribe before the first look: memory that comes in between would be missed. An event follows each block of
+    // memory that the kernel has begun to use.
+    let events = watch_fd(uevents::subscribe()?, Interest::READABLE)?;
+    while memory_total(&fs::read_to_string(MEMINFO)?) < bytes {
+        // In this order: an event that arrives after the draining would be missed otherwise.
+        events.readable().await?.clear_ready();
+        uevents::drain(events.get_ref())?;
+    }
+    Ok(())
+}
+
+fn memory_total(meminfo: &str) -> u64 {
+    field(meminfo, "MemTotal:") * 1024
+}
+
 fn measure() -> io::Result<InfoResponse> {
     let status = fs::read_to_string("/proc/self/status")?;
-    let memory = fs::read_to_string("/proc/meminfo")?;
+    let memory = fs::read_to_string(MEMINFO)?;
     let switches = field(&status, "voluntary_ctxt_switches:") + field(&status, "nonvoluntary_ctxt_switches:");
     let (processes, zombies) = processes()?;
     Ok(InfoResponse {
         uptime_ns: boottime_ns(),
         init_rss_bytes: field(&status, "VmRSS:") * 1024,
-        memory_total_bytes: field(&memory, "MemTotal:") * 1024,
+        memory_total_bytes: memory_total(&memory),
         memory_available_bytes: field(&memory, "MemAvailable:") * 1024,
         init_cpu_usec: cpu_usec(cgroup::OWN)?,
         containers_cpu_usec: cpu_usec(cgroup::CONTAINERS)?,

@@ -100,9 +100,12 @@ pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         | Error::Share(ShareError::Unsupported { .. })
         | Error::Cgroup(CgroupError::Rejected { .. } | CgroupError::NoCpus { .. }) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
-        Error::Boot(_) | Error::Guest(_) | Error::Sockets(_) | Error::Affinity(_) | Error::VmDead { .. } => {
-            Code::UNAVAILABLE
-        }
+        Error::Boot(_)
+        | Error::Guest(_)
+        | Error::Sockets(_)
+        | Error::Affinity(_)
+        | Error::Growth { .. }
+        | Error::VmDead { .. } => Code::UNAVAILABLE,
         Error::State(_)
         | Error::Share(_)
         | Error::Namespace(_)

@@ -1,6 +1,9 @@
 //! The cgroups of a private containerd's containers, found by the token in their names.
 
+use std::fs;
 use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
 
 use crate::walk::walk;
 
@@ -13,4 +16,15 @@ pub fn find(token: &str) -> Vec<PathBuf> {
         }
     });
     found
+}
+
+/// The number in the first of these files that one of a container's cgroups has; none if it is unlimited.
+pub fn limit(id: &str, files: &[&str]) -> Result<Option<u64>> {
+    let groups = find(id);
+    let mut found = groups.iter().flat_map(|group| files.iter().map(move |file| group.join(file)));
+    let file = found.find(|file| file.exists()).with_context(|| format!("no cgroup of {id} has one of {files:?}"))?;
+    let text = fs::read_to_string(&file)?;
+    let number = text.split_whitespace().next().unwrap_or_default().parse().ok();
+    // cgroup v1 has a huge number for no limit of memory.
+    Ok(number.filter(|number| *number < 1 << 50))
 }

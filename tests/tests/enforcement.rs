@@ -92,23 +92,12 @@ fn a_container_that_the_guest_cannot_kill_ends_within_the_deadline_and_can_be_re
     expect_nothing_left(containerd, &before, " /run/containerd/fifo/")
 }
 
-/// The number in the first of these files that one of a container's cgroups has; none if it is unlimited.
-fn limit(id: &str, files: &[&str]) -> Result<Option<u64>> {
-    let groups = cgroup::find(id);
-    let mut found = groups.iter().flat_map(|group| files.iter().map(move |file| group.join(file)));
-    let file = found.find(|file| file.exists()).with_context(|| format!("no cgroup of {id} has one of {files:?}"))?;
-    let text = fs::read_to_string(&file)?;
-    let number = text.split_whitespace().next().unwrap_or_default().parse().ok();
-    // cgroup v1 has a huge number for no limit of memory.
-    Ok(number.filter(|number| *number < 1 << 50))
-}
-
 /// The limits of a container's cgroup on the host: bytes, CPU time in microseconds per 100 ms, and processes.
 fn limits(id: &str) -> Result<[Option<u64>; 3]> {
     Ok([
-        limit(id, &["memory.max", "memory.limit_in_bytes"])?,
-        limit(id, &["cpu.max", "cpu.cfs_quota_us"])?,
-        limit(id, &["pids.max"])?,
+        cgroup::limit(id, &["memory.max", "memory.limit_in_bytes"])?,
+        cgroup::limit(id, &["cpu.max", "cpu.cfs_quota_us"])?,
+        cgroup::limit(id, &["pids.max"])?,
     ])
 }
 

@@ -2,12 +2,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::ttrpc::Code;
 use husk_tests::bundle;
-use husk_tests::compare::{same, tested};
-use husk_tests::containerd::{Configured, Containerd};
+use husk_tests::cgroup;
+use husk_tests::command::wait_for;
+use husk_tests::compare::{runc, same, tested};
+use husk_tests::containerd::{Configured, Containerd, NAMESPACE};
+use husk_tests::leftovers::Leftovers;
+use husk_tests::operator::husk_json;
 use husk_tests::shim::{Shim, code};
 use serde_json::{Value, json};
 
@@ -116,7 +123,7 @@ fn cpus_of_the_host_restrict_the_vm_and_what_the_guest_lacks_is_ignored_by_name(
 #[test]
 #[cfg_attr(runc, ignore = "about VMs")]
 fn a_raised_cpu_limit_starts_virtual_cpus_and_one_beyond_the_vms_size_is_rejected() -> Result<()> {
-    let configured = Configured::start("machine = \"q35\"\nmax_vcpus = 3\n")?;
+    let configured = Configured::start("machine = \"q35\"\nmax_vcpus = 3\nmax_memory_mib = 512\n")?;
     let containerd = &configured.containerd;
     let id = containerd.id("grows");
     let cpu = json!({"cpus": "1", "quota": 100_000, "period": 100_000});
@@ -155,4 +162,118 @@ fn a_raised_cpu_limit_starts_virtual_cpus_and_one_beyond_the_vms_size_is_rejecte
     shim.task.update(&id, &json!({"cpu": {"quota": 50_000}, "memory": {"limit": 64 << 20}}))?;
     ensure!(shown("lower")? == "3\n0-2");
     Ok(())
+}
+
+/// A raised limit of memory, MiB.
+const RAISED: u64 = 320;
+
+/// Exit statuses of programs that use memory, under a limit of 64 MiB and after it has been raised.
+fn uses_of_memory(shim: &Shim, raise: impl Fn() -> Result<()>) -> Result<[u32; 3]> {
+    let uses = |exec: &str, mib: u64| {
+        // One buffer, which dd fills.
+        let block = format!("bs={mib}M");
+        let (status, _) = shim.exec(exec, &["dd", "if=/dev/zero", "of=/dev/null", &block, "count=1"])?;
+        anyhow::Ok(status)
+    };
+    // Less than the VM has: its kernel would refuse to promise more.
+    let before = uses("before", 150)?;
+    raise()?;
+    Ok([before, uses("within", RAISED - 20)?, uses("beyond", RAISED + 50)?])
+}
+
+/// Files of the share and output pass through memory that the VM has got.
+fn expect_files_and_output(shim: &Shim, data: &Path) -> Result<()> {
+    let (io, mut stdout, _stderr) = shim.streams("writes")?;
+    let script = "head -c 3000000 /dev/urandom | base64 >/data/written; cat /data/written";
+    shim.start_exec("writes", &bundle::process(&["sh", "-c", script]), &io)?;
+    let out = String::from_utf8(stdout.read_to_end(Duration::from_secs(60))?)?;
+    let written = fs::read_to_string(data.join("written"))?;
+    ensure!(out == written && out.len() > 4_000_000, "{} and {} bytes", out.len(), written.len());
+    fs::write(data.join("from-host"), &written)?;
+    let same = shim.script("reads", "cmp /data/written /data/from-host && echo same")?;
+    ensure!(same == "same", "{same}");
+    Ok(())
+}
+
+/// What `husk status` and the cgroup on the host have for the size of the VM, MiB, and for its limit, bytes.
+fn memory_of_vm(containerd: &Containerd, id: &str) -> Result<(u64, u64, u64)> {
+    let machine = husk_json(containerd, &["status", "--json", id])?["machine"].take();
+    let mib = |key: &str| machine[key].as_u64().with_context(|| machine.to_string());
+    let limit = cgroup::limit(id, &["memory.max", "memory.limit_in_bytes"])?.context("no limit on the host")?;
+    Ok((mib("memory_mib")?, mib("max_memory_mib")?, limit))
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn a_raised_memory_limit_gives_the_vm_memory_that_programs_files_and_output_use() -> Result<()> {
+    let spec = |id: &str| spec(id, &["sleep", "1000"], &[("memory", json!({"limit": 64 << 20}))]);
+    let raised = json!({"memory": {"limit": RAISED << 20}});
+    let runc = runc()?;
+    let id = runc.id("grows");
+    let shim = Shim::running(runc, &id, &spec(&id))?;
+    let of_runc = uses_of_memory(&shim, || Ok(shim.task.update(&id, &raised)?))?;
+    ensure!(of_runc == [137, 0, 137], "{of_runc:?}");
+    drop(shim);
+
+    let configured = Configured::start("machine = \"q35\"\nmemory_mib = 256\nmax_memory_mib = 650\n")?;
+    let containerd = &configured.containerd;
+    containerd.unpacked_image()?;
+    let id = containerd.id("grows");
+    let data = format!("/run/data-{id}");
+    fs::create_dir(containerd.path(&data))?;
+    let before = Leftovers::now(containerd);
+    let mut spec = spec(&id);
+    let options = ["rbind", "rw"];
+    bundle::append(
+        &mut spec,
+        "/mounts",
+        [json!({"destination": "/data", "type": "bind", "source": data, "options": options})],
+    );
+    let shim = Shim::running(containerd, &id, &spec)?;
+    let total = |exec: &str| -> Result<u64> {
+        Ok(shim.script(exec, "awk '/^MemTotal:/ {print $2}' /proc/meminfo")?.parse::<u64>()? >> 10)
+    };
+    let (total_before, (mib, most, limit)) = (total("total")?, memory_of_vm(containerd, &id)?);
+    ensure!((mib, most) == (256, 640), "{mib} {most}");
+    let beyond = shim.task.update(&id, &json!({"memory": {"limit": 513 << 20}}));
+    let message = format!("{beyond:?}");
+    ensure!(code(&beyond) == Some(Code::INVALID_ARGUMENT), "{message}");
+    ensure!(message.contains("memory.limit 537919488: the VM (Q35) has 256 MiB and can have at most 640"), "{message}");
+    ensure!(memory_of_vm(containerd, &id)? == (mib, most, limit) && total("unchanged")? == total_before);
+
+    let used = uses_of_memory(&shim, || {
+        shim.task.update(&id, &raised)?;
+        // As soon as the update returns.
+        let grown = memory_of_vm(containerd, &id)?;
+        ensure!(grown == (512, most, limit + (256 << 20)), "{grown:?} after {limit}");
+        let total = total("grown")?;
+        ensure!(total == total_before + 256, "{total} MiB after {total_before}");
+        Ok(())
+    })?;
+    ensure!(used == of_runc, "{used:?} instead of {of_runc:?}");
+    ensure!(shim.task.metrics(&id)?.memory.usage_limit == RAISED << 20);
+    expect_files_and_output(&shim, &containerd.path(&data))?;
+    // A VM does not give memory back.
+    shim.task.update(&id, &json!({"memory": {"limit": 64 << 20}}))?;
+    ensure!(memory_of_vm(containerd, &id)? == (512, most, limit + (256 << 20)));
+
+    // The shim is killed while it waits for QEMU to offer the memory.
+    let qemu = containerd.qemu_of(&id)?;
+    qemu.stop();
+    let state = containerd.path("/run/husk").join(NAMESPACE).join(&id).join("state.json");
+    thread::scope(|scope| {
+        let update = scope.spawn(|| shim.task.update(&id, &json!({"memory": {"limit": 512 << 20}})));
+        wait_for(Duration::from_secs(20), "the shim has begun to let the VM grow", || {
+            let state: Value = serde_json::from_slice(&fs::read(&state).ok()?).ok()?;
+            (state["machine"]["memory_mib"] == 640).then_some(())
+        })?;
+        containerd.shim_of(&id)?.0.kill();
+        let update = update.join().map_err(|_| anyhow::anyhow!("the update panicked"))?;
+        ensure!(update.is_err(), "{update:?}");
+        anyhow::Ok(())
+    })?;
+    shim.delete_action()?.ok()?;
+    // Folders that all containers of a daemon share, and the test's own.
+    let shared = ["folder /run/bundles", "folder /run/containerd/s", "folder /run/husk"];
+    before.expect_none_since_but(containerd, |line| shared.contains(&line) || line.contains(&data))
 }

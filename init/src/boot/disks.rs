@@ -3,20 +3,19 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, ErrorKind, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
+
+use crate::uevents::{drain, subscribe};
 
 /// The kernel's list of block devices, including partitions.
 const DEVICES: &str = "/sys/class/block";
 /// Time for a device to appear.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Multicast group of the kernel's uevents, as opposed to udev's (libudev: UDEV_MONITOR_KERNEL).
-const KERNEL_EVENTS: u32 = 1;
 
 /// Bytes per read: more than the kernel's readahead, because every request to an emulated disk is expensive.
 const CHUNK: usize = 512 * 1024;
@@ -76,7 +75,8 @@ impl Read for DiskReader {
 /// # Errors
 /// TimedOut when the device does not appear within 5 s, with the serials that exist; or an error of the kernel.
 pub(super) fn open(serial: &str) -> io::Result<DiskReader> {
-    // Subscribe before the first search: a device that appears in between would be missed.
+    // Subscribe before the first search: a device that appears in between would be missed. An event arrives when a disk
+    // is ready to be opened.
     let uevents = subscribe()?;
     let found = wait(&uevents, DEADLINE, || find(serial))?;
     found.map(DiskReader::new).ok_or_else(|| {
@@ -91,14 +91,6 @@ pub(super) fn open(serial: &str) -> io::Result<DiskReader> {
         let what = format!("no block device with serial {serial:?} within {} s; {present}", DEADLINE.as_secs());
         io::Error::new(ErrorKind::TimedOut, what)
     })
-}
-
-/// Subscribes to the kernel's uevents: one arrives when a disk is ready to be opened.
-fn subscribe() -> io::Result<OwnedFd> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let uevents = socket(AddressFamily::Netlink, SockType::Datagram, flags, SockProtocol::NetlinkKObjectUEvent)?;
-    bind(uevents.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_EVENTS))?;
-    Ok(uevents)
 }
 
 /// Calls `find` at once and after each batch of events until it finds something. Returns None at the deadline.
@@ -119,18 +111,6 @@ fn wait<T>(
             Ok(0) => return Ok(None),
             Ok(_) => drain(uevents)?,
             Err(Errno::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// Discards all pending events. Their content does not matter: each batch leads to a new search.
-fn drain(uevents: &OwnedFd) -> io::Result<()> {
-    loop {
-        match recv(uevents.as_raw_fd(), &mut [0; 64], MsgFlags::MSG_DONTWAIT) {
-            Ok(0) | Err(Errno::EAGAIN) => return Ok(()),
-            // ENOBUFS: the kernel dropped events. One is enough.
-            Ok(_) | Err(Errno::EINTR | Errno::ENOBUFS) => {}
             Err(error) => return Err(error.into()),
         }
     }

@@ -111,6 +111,7 @@ mod tests {
             vcpus: 1,
             max_vcpus: 1,
             memory_mib: 64,
+            max_memory_mib: 64,
             accel: String::new(),
             board: String::new(),
             kernel_file: String::new(),

@@ -16,6 +16,8 @@ pub struct PoolRequest {
     pub max_vcpus: Option<u32>,
     /// Memory, MiB.
     pub memory_mib: Option<u64>,
+    /// Memory that it can have, MiB.
+    pub max_memory_mib: Option<u64>,
     /// Debug mode.
     pub debug: Option<bool>,
     /// Network cards for links that appear later.

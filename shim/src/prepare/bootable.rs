@@ -103,7 +103,7 @@ impl Bootable {
 }
 
 fn machine(name: &str, config: &Config, host: &Host, size: Size, extras: &Extras) -> vmm::Spec {
-    let Size { vcpus, max_vcpus, memory_mib } = size;
+    let Size { vcpus, max_vcpus, memory_mib, max_memory_mib } = size;
     let guest = GuestParams {
         log_level: config.log_level,
         heartbeat: config.heartbeat,
@@ -128,6 +128,7 @@ fn machine(name: &str, config: &Config, host: &Host, size: Size, extras: &Extras
         max_vcpus,
         tsc_khz: None,
         memory_mib,
+        max_memory_mib,
         hugepages: config.hugepages,
         kernel: host.artifacts.kernel.clone(),
         initrd: host.artifacts.initrd.clone(),

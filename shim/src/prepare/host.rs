@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use husk_protos::chain::Chain;
 use husk_vsock::kernel;
+use procfs::{Current, Meminfo};
 
 use crate::config::artifacts::Artifacts;
 use crate::config::load::{self, ConfigError};
@@ -16,6 +17,7 @@ use crate::config::settings::{AccelMode, Config, VsockMode};
 use crate::guest::link::Carrier;
 use crate::host::open_files::FileLimits;
 use crate::prepare::ids;
+use crate::prepare::size::HostSize;
 use crate::state;
 use crate::vm::OpenFiles;
 use crate::vm::virtiofsd;
@@ -168,9 +170,13 @@ fn carrier(configured: VsockMode, vhost_vsock: bool) -> Result<Carrier, Problem>
     }
 }
 
-/// The host's CPUs that this process may use.
-pub(super) fn cpus() -> u32 {
-    std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX))
+/// The host's CPUs that this process may use, and its memory. A size that cannot be read limits nothing.
+pub(super) fn size() -> HostSize {
+    let cpus = std::thread::available_parallelism();
+    HostSize {
+        cpus: cpus.map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX)),
+        memory_mib: Meminfo::current().map_or(u64::MAX, |meminfo| meminfo.mem_total >> 20),
+    }
 }
 
 #[cfg(test)]

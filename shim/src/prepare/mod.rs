@@ -25,7 +25,7 @@ mod pod;
 mod pod_files;
 pub(crate) mod pooled;
 mod sandbox;
-mod size;
+pub(crate) mod size;
 mod sysctls;
 mod update;
 
@@ -235,7 +235,8 @@ pub(crate) fn prepare_sandbox(
     Ok((request, prepared))
 }
 
-/// Reads and checks an update of a sandbox whose spec is `spec`, JSON. Returns what the host has to do.
+/// Reads and checks an update of a sandbox whose spec is `spec`, JSON, and whose VM has this size. Returns what the host
+/// has to do.
 ///
 /// # Errors
 ///
@@ -243,13 +244,8 @@ pub(crate) fn prepare_sandbox(
 pub(crate) fn update_of_sandbox(
     request: &UpdateSandboxRequest,
     spec: &[u8],
-    prepared: &Prepared,
+    size: Size,
 ) -> Result<HostResources, PrepareError> {
-    let size = Size {
-        vcpus: prepared.boot.machine.vcpus,
-        max_vcpus: prepared.boot.machine.max_vcpus,
-        memory_mib: prepared.boot.machine.memory_mib,
-    };
     update::read(request, spec, size).map_err(all)
 }
 
@@ -332,7 +328,7 @@ fn prepare_spec(
     config.debug = debug;
     let announced = rewritten.announced_links.try_into().map_or(MAX_SPARE_NICS, |links: u32| links.min(MAX_SPARE_NICS));
     config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics.max(announced));
-    let size = size::size(&config, &annotations, pod, rewritten.limits, host::cpus());
+    let size = size::size(&config, &annotations, pod, rewritten.limits, host::size());
     let mut boot = Bootable::new(sandbox.id, config, host, size, &extras);
     if user.is_some() {
         rewritten.use_network_of_vm();

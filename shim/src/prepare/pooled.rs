@@ -53,11 +53,12 @@ impl Bootable {
         config.spare_nics = request.spare_nics.unwrap_or(config.spare_nics);
         let host = host::find(&config, &Places::of_process(), config.debug).map_err(all)?;
         let of_limits = SpecLimits::default();
-        let usual = size::size(&config, &Annotations::default(), of_limits, of_limits, host::cpus());
+        let usual = size::size(&config, &Annotations::default(), of_limits, of_limits, host::size());
         let size = size::Size {
             vcpus: request.vcpus.unwrap_or(usual.vcpus),
             max_vcpus: request.max_vcpus.unwrap_or(usual.max_vcpus),
             memory_mib: request.memory_mib.unwrap_or(usual.memory_mib),
+            max_memory_mib: request.max_memory_mib.unwrap_or(usual.max_memory_mib),
         };
         let mut boot = Self::new(name, config, host, size, &Extras::default());
         boot.named_config.clone_from(&request.config);
@@ -71,6 +72,7 @@ impl Bootable {
             vcpus: Some(self.machine.vcpus),
             max_vcpus: Some(self.machine.max_vcpus),
             memory_mib: Some(self.machine.memory_mib),
+            max_memory_mib: Some(self.machine.max_memory_mib),
             debug: Some(self.config.debug),
             spare_nics: Some(self.config.spare_nics),
         }

@@ -16,7 +16,7 @@ use crate::rootfs::spec::whole_cpus;
 const RESOURCES: &str = "updated-resources";
 const TYPE: &str = "UpdatedResources";
 
-/// Reads an update of a sandbox whose spec is `spec` and whose VM has this size. Returns what the host has to do.
+/// Reads an update of a sandbox whose spec is `spec` and whose VM has this size now. Returns what the host has to do.
 ///
 /// # Errors
 /// Every field that has changed and cannot be applied.
@@ -115,10 +115,15 @@ fn beyond(resources: &Map<String, Value>, key: &str, size: Size) -> Vec<Problem>
     let number = |name: &str| resources.get(name).and_then(Value::as_i64);
     let mut problems = Vec::new();
     let memory = number("memory_limit_in_bytes").and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or_default();
-    if memory.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB) > size.memory_mib.max(GUEST_OVERHEAD_MIB) {
+    if memory.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB) > size.max_memory_mib.max(GUEST_OVERHEAD_MIB) {
+        let most = if size.max_memory_mib > size.memory_mib {
+            format!("can have at most {} MiB", size.max_memory_mib)
+        } else {
+            "keeps its size".to_owned()
+        };
         let why = format!(
-            "the pod's VM has {} MiB, of which {GUEST_OVERHEAD_MIB} MiB are the guest's own, and keeps its size: start a \
-             new pod with this limit",
+            "the pod's VM has {} MiB and {most}; {GUEST_OVERHEAD_MIB} MiB are the guest's own: start a new pod \
+             with this limit",
             size.memory_mib
         );
         problems.push(Problem::quoted(format!("{key}.memory_limit_in_bytes"), &memory.to_string(), why));
@@ -140,7 +145,7 @@ mod tests {
 
     use super::*;
 
-    const SIZE: Size = Size { vcpus: 1, max_vcpus: 2, memory_mib: 828 };
+    const SIZE: Size = Size { vcpus: 1, max_vcpus: 2, memory_mib: 828, max_memory_mib: 828 };
 
     fn typed(type_url: &str, value: &[u8]) -> Typed {
         Typed { type_url: type_url.to_owned(), value: value.to_owned(), ..Default::default() }
@@ -221,6 +226,15 @@ mod tests {
         whole.fields.clear();
         let found = read(&whole, b"{\"other\":1}", SIZE).unwrap_err()[0].to_string();
         assert_eq!(found, "sandbox.spec = \"spec\": a sandbox keeps its spec");
+    }
+
+    #[test]
+    fn memory_that_the_vm_can_still_get_is_accepted_and_more_is_rejected_with_both_sizes() {
+        let size = Size { max_memory_mib: 1084, ..SIZE };
+        let limit = |mib: u64| with(&json!({"memory_limit_in_bytes": mib << 20}));
+        assert_eq!(read(&limit(956), b"{}", size).unwrap(), HostResources::default());
+        let problem = read(&limit(957), b"{}", size).unwrap_err()[0].to_string();
+        assert!(problem.contains("has 828 MiB and can have at most 1084 MiB; 128 MiB are"), "{problem}");
     }
 
     #[test]

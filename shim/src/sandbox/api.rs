@@ -104,7 +104,8 @@ impl Sandbox {
         Ok((started, spec))
     }
 
-    /// UpdateSandbox: checks that the VM is large enough for the pod's new limits, and applies what concerns the host.
+    /// UpdateSandbox: checks that the VM is, or can become, large enough for the pod's new limits, and applies what concerns
+    /// the host. The VM grows when the limits of its containers do.
     pub(crate) async fn update_sandbox(&self, request: &UpdateSandboxRequest) -> Result<(), SandboxError> {
         self.check_id(&request.sandbox_id)?;
         let managed = {
@@ -114,7 +115,8 @@ impl Sandbox {
             managed
         };
         self.live_vm()?;
-        let host = prepare::update_of_sandbox(request, &managed.spec, &managed.prepared)?;
+        let size = self.size().ok_or_else(|| SandboxError::Internal("the VM's size is not known".to_owned()))?;
+        let host = prepare::update_of_sandbox(request, &managed.spec, size)?;
         if host != HostResources::default() {
             self.restrict_cpuset(&self.id, host).await?;
         }

@@ -12,7 +12,7 @@ use crate::sandbox::container::guest_reply::InvalidReply;
 use crate::state::StateError;
 use crate::stdio::StdioError;
 use crate::vm::cgroup::CgroupError;
-use crate::vm::{AffinityError, BootError, FollowError};
+use crate::vm::{AffinityError, BootError, FollowError, GrowthError};
 use husk_vsock::VsockError;
 
 /// Why a call failed.
@@ -80,6 +80,13 @@ pub(crate) enum SandboxError {
     /// The CPUs of the host on which the virtual CPUs run.
     #[error(transparent)]
     Affinity(#[from] AffinityError),
+    /// The VM does not get the memory that the limits of its containers need.
+    #[error("linux.resources.memory.limit {limit}")]
+    Growth {
+        /// The container's new limit, bytes.
+        limit: u64,
+        source: GrowthError,
+    },
     /// The process that represents the container on the host does not start.
     #[error("start the holder")]
     Holder(#[from] LaunchError),

@@ -104,6 +104,8 @@ pub(crate) struct Sandbox {
     pub(super) cpusets: tokio::sync::Mutex<Cpusets>,
     /// What the containers require of the VM's size.
     pub(super) demands: Mutex<Demands>,
+    /// Locked while the VM grows.
+    pub(super) growth: tokio::sync::Mutex<()>,
     /// The scores of the containers for the host's OOM killer.
     pub(super) oom_scores: Mutex<Scores>,
     /// The most memory that the sandbox's processes may take on the host, bytes, if its cgroup is to be limited.
@@ -150,6 +152,7 @@ impl Sandbox {
             cgroup: tokio::sync::Mutex::default(),
             cpusets: tokio::sync::Mutex::default(),
             demands: Mutex::default(),
+            growth: tokio::sync::Mutex::default(),
             oom_scores: Mutex::default(),
             host_memory: Mutex::default(),
             host_limits: Mutex::default(),

@@ -1,12 +1,14 @@
-//! New limits for a running container: the host's part, the guest's, and the VM's size. A VM gets the virtual CPUs that
-//! the limits of its containers need together, as far as its machine has some to spare. It gets no more memory.
+//! New limits for a running container: the host's part, the guest's, and the VM's size. A VM gets the virtual CPUs and
+//! the memory that the limits of its containers need together, as far as its machine has some to spare.
 
 use containerd_shim_protos::api::UpdateTaskRequest;
+use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
 use husk_protos::system::InfoRequest;
 
 use crate::config::settings::GUEST_OVERHEAD_MIB;
 use crate::prepare::PrepareError;
+use crate::prepare::size::Size;
 use crate::rootfs::spec::resources::HostResources;
 use crate::rootfs::spec::{Demand, resources};
 use crate::sandbox::error::SandboxError;
@@ -29,7 +31,7 @@ impl Sandbox {
     }
 
     /// Changes a container's limits: the host's part, and the guest's. If it fails, no limit changes; the VM keeps the
-    /// virtual CPUs that it may have got.
+    /// virtual CPUs and the memory that it may have got.
     pub(crate) async fn update(&self, mut request: UpdateTaskRequest) -> Result<(), SandboxError> {
         let vm = self.vm_of(&request.id)?;
         let Some(given) = request.resources.as_mut().filter(|given| given.type_url.ends_with(RESOURCES)) else {
@@ -46,7 +48,7 @@ impl Sandbox {
         }
         given.value = update.guest;
         let before = self.demand_of(&id, update.demand).map_err(invalid)?;
-        let updated = self.update_both(&vm, &request, update.host).await;
+        let updated = self.update_both(&vm, &request, update.host, before).await;
         if updated.is_err() {
             self.demand(&id, before);
             self.limit_cgroup_again(&id).await;
@@ -55,8 +57,14 @@ impl Sandbox {
     }
 
     /// Changes the limits on the host and in the guest.
-    async fn update_both(&self, vm: &Vm, request: &UpdateTaskRequest, host: HostResources) -> Result<(), SandboxError> {
-        self.add_vcpus(vm).await?;
+    async fn update_both(
+        &self,
+        vm: &Vm,
+        request: &UpdateTaskRequest,
+        host: HostResources,
+        before: Demand,
+    ) -> Result<(), SandboxError> {
+        self.grow(vm, &request.id, before).await?;
         self.limit_cgroup(&request.id).await?;
         if host == HostResources::default() {
             return update_in_guest(vm, request).await;
@@ -86,6 +94,55 @@ impl Sandbox {
         Ok(before)
     }
 
+    /// Gives the guest what its containers' limits need together, after those of the container `id` have changed.
+    async fn grow(&self, vm: &Vm, id: &str, before: Demand) -> Result<(), SandboxError> {
+        let _one_at_a_time = self.growth.lock().await;
+        let after = lock(&self.demands).get(id).copied().unwrap_or_default();
+        // Unlike a virtual CPU, memory has a price. A limit that was larger than the VM from the start does not grow it.
+        if let Some(limit) = after.memory().filter(|&limit| before.memory().is_none_or(|before| limit > before)) {
+            self.add_memory(vm, id, limit).await?;
+        }
+        self.add_vcpus(vm).await
+    }
+
+    /// Gives the guest the memory that its containers' limits need together, for the new limit of one of them. The limit
+    /// of the sandbox's cgroup grows first, and stays the only one that a hostile guest cannot evade.
+    async fn add_memory(&self, vm: &Vm, id: &str, limit: u64) -> Result<(), SandboxError> {
+        let Some(size) = self.size() else { return Ok(()) };
+        let needed = lock(&self.demands).values().copied().filter_map(Demand::memory).fold(0, u64::saturating_add);
+        let mib = size.memory_for(needed.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB));
+        if mib <= size.memory_mib {
+            return Ok(());
+        }
+        self.record_memory(size.memory_mib, mib)?;
+        if let Err(error) = self.limit_cgroup(id).await {
+            self.record_memory(mib, size.memory_mib)?;
+            return Err(error);
+        }
+        let Err(source) = vm.grow_memory(mib).await else {
+            tracing::info!(from = size.memory_mib, to = mib, "the guest has got memory, in MiB");
+            return Ok(());
+        };
+        match vm.keep_memory(|taken| size.memory_for(taken)).await {
+            Ok(kept) => {
+                self.record_memory(mib, kept)?;
+                self.limit_cgroup_again(id).await;
+            }
+            // The limit stays: the guest may have it all.
+            Err(error) => tracing::warn!(error = %Chain(&error), "failed to take an offer of memory back"),
+        }
+        Err(SandboxError::Growth { limit, source })
+    }
+
+    /// Records a change of the VM's memory, also for the limit of the sandbox's cgroup.
+    fn record_memory(&self, from_mib: u64, to_mib: u64) -> Result<(), SandboxError> {
+        if let Some(limit) = &mut *lock(&self.host_memory) {
+            *limit = limit.saturating_add(to_mib << 20).saturating_sub(from_mib << 20);
+        }
+        self.journal.change_machine(|machine| machine.memory_mib = to_mib)?;
+        Ok(())
+    }
+
     /// Gives the guest the virtual CPUs that its containers' limits need together.
     async fn add_vcpus(&self, vm: &Vm) -> Result<(), SandboxError> {
         let Some(machine) = self.machine() else { return Ok(()) };
@@ -108,7 +165,14 @@ impl Sandbox {
     /// The VM's machine, as far as it is known.
     pub(super) fn machine(&self) -> Option<MachineRecord> {
         let machine = self.journal.with(|state| Ok(state.machine().cloned())).ok().flatten()?;
-        Some(MachineRecord { max_vcpus: machine.max_vcpus.max(machine.vcpus), ..machine })
+        let max_memory_mib = machine.max_memory_mib.max(machine.memory_mib);
+        Some(MachineRecord { max_vcpus: machine.max_vcpus.max(machine.vcpus), max_memory_mib, ..machine })
+    }
+
+    /// The VM's size now, as far as it is known.
+    pub(super) fn size(&self) -> Option<Size> {
+        let MachineRecord { vcpus, max_vcpus, memory_mib, max_memory_mib, .. } = self.machine()?;
+        Some(Size { vcpus, max_vcpus, memory_mib, max_memory_mib })
     }
 }
 
@@ -129,12 +193,17 @@ fn beyond(
     let grows = |before: Option<u64>, after: u64| before.is_none_or(|before| after > before);
     if let Some(limit) = after.memory().filter(|&limit| grows(before.memory(), limit)) {
         let others = others.clone().filter_map(Demand::memory).fold(0, u64::saturating_add);
-        let room = machine.memory_mib.saturating_sub(GUEST_OVERHEAD_MIB) << 20;
+        let room = machine.max_memory_mib.saturating_sub(GUEST_OVERHEAD_MIB) << 20;
         if limit.saturating_add(others) > room {
+            let (most, key) = if machine.max_memory_mib > machine.memory_mib {
+                (format!("can have at most {} MiB", machine.max_memory_mib), "max_memory_mib")
+            } else {
+                ("cannot grow".to_owned(), "memory_mib")
+            };
             problems.push(format!(
-                "linux.resources.memory.limit {limit:?}: the VM ({}) has {} MiB, of which {GUEST_OVERHEAD_MIB} MiB are for \
-                 the guest itself and {} MiB for the sandbox's other containers, and it cannot grow: create the sandbox \
-                 anew, or with a larger memory_mib",
+                "linux.resources.memory.limit {limit:?}: the VM ({}) has {} MiB and {most}; {GUEST_OVERHEAD_MIB} \
+                 MiB are for the guest itself and {} MiB for the sandbox's other containers: create the sandbox anew, or \
+                 with a larger {key}",
                 machine.board,
                 machine.memory_mib,
                 others >> 20,
@@ -172,10 +241,11 @@ mod tests {
     use super::*;
     use crate::host::process::ProcessId;
 
-    fn machine(vcpus: u32, max_vcpus: u32, memory_mib: u64) -> MachineRecord {
+    fn machine(vcpus: u32, max_vcpus: u32, memory_mib: u64, max_memory_mib: u64) -> MachineRecord {
         let process = ProcessId { pid: 1, start_time: 1 };
         let machine = json!({
-            "process": process, "cid": 3, "vcpus": vcpus, "max_vcpus": max_vcpus, "memory_mib": memory_mib, "accel": "Tcg",
+            "process": process, "cid": 3, "vcpus": vcpus, "max_vcpus": max_vcpus, "memory_mib": memory_mib,
+            "max_memory_mib": max_memory_mib, "accel": "Tcg",
             "board": "Microvm", "kernel_file": "/k", "initrd_file": "/i", "kernel": null, "init": null,
         });
         serde_json::from_value(machine).unwrap()
@@ -191,8 +261,9 @@ mod tests {
         let cpus = |quota: i64| json!({"cpu": {"quota": quota, "period": 100_000}});
         let memory = |limit: i64, others: i64| {
             format!(
-                "linux.resources.memory.limit {}: the VM (Microvm) has 512 MiB, of which 128 MiB are for the guest itself and \
-                 {others} MiB for the sandbox's other containers, and it cannot grow: ",
+                "linux.resources.memory.limit {}: the VM (Microvm) has 512 MiB and cannot grow; 128 MiB are for the \
+                 guest itself and {others} MiB for the sandbox's other containers: create the sandbox anew, or with a larger \
+                 memory_mib",
                 limit << 20
             )
         };
@@ -220,13 +291,19 @@ mod tests {
         ] {
             let before = demand(&before);
             let others: Vec<_> = others.iter().map(demand).collect();
-            let problems = beyond(before, before.updated(demand(&new)), others.into_iter(), &machine(1, 3, 512));
+            let problems = beyond(before, before.updated(demand(&new)), others.into_iter(), &machine(1, 3, 512, 512));
             assert_eq!(problems.len(), usize::from(expected.is_some()), "{new}: {problems:?}");
             if let (Some(problem), Some(expected)) = (problems.first(), expected) {
                 assert!(problem.starts_with(&expected), "{problem}\n{expected}");
             }
         }
         let both = json!({"memory": {"limit": 1_i64 << 40}, "cpu": {"quota": 900_000}});
-        assert_eq!(beyond(Demand::default(), demand(&both), [].into_iter(), &machine(1, 1, 512)).len(), 2);
+        assert_eq!(beyond(Demand::default(), demand(&both), [].into_iter(), &machine(1, 1, 512, 512)).len(), 2);
+
+        let grows =
+            |mib_limit| beyond(Demand::default(), demand(&mib(mib_limit)), [].into_iter(), &machine(1, 1, 512, 1024));
+        assert!(grows(896).is_empty(), "{:?}", grows(896));
+        assert!(grows(897)[0].contains("has 512 MiB and can have at most 1024 MiB; 128 MiB"), "{:?}", grows(897));
+        assert!(grows(897)[0].ends_with("with a larger max_memory_mib"), "{:?}", grows(897));
     }
 }

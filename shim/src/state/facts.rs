@@ -31,6 +31,9 @@ pub struct MachineRecord {
     pub max_vcpus: u32,
     /// Guest memory, MiB.
     pub memory_mib: u64,
+    /// Guest memory that it can have, MiB.
+    #[serde(default)]
+    pub max_memory_mib: u64,
     /// How guest instructions are executed.
     pub accel: String,
     /// The VMM's board.

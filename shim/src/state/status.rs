@@ -169,8 +169,14 @@ pub struct MachineStatus {
     pub cid: u32,
     /// Virtual CPUs.
     pub vcpus: u32,
+    /// Virtual CPUs that it can have. 0 if that is not known.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub max_vcpus: u32,
     /// Guest memory, MiB.
     pub memory_mib: u64,
+    /// Guest memory that it can have, MiB. 0 if that is not known.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub max_memory_mib: u64,
     /// How guest instructions are executed.
     pub accel: String,
     /// The VMM's board.
@@ -333,14 +339,19 @@ pub fn summary(state: &State) -> Summary {
     }
 }
 
+fn is_zero<T: Default + PartialEq>(number: &T) -> bool {
+    *number == T::default()
+}
+
 impl From<&MachineRecord> for MachineStatus {
     fn from(machine: &MachineRecord) -> Self {
         let MachineRecord {
             process,
             cid,
             vcpus,
-            max_vcpus: _,
+            max_vcpus,
             memory_mib,
+            max_memory_mib,
             accel,
             board,
             kernel_file,
@@ -356,7 +367,9 @@ impl From<&MachineRecord> for MachineStatus {
             alive: process.runs().unwrap_or(false),
             cid,
             vcpus,
+            max_vcpus,
             memory_mib,
+            max_memory_mib,
             accel,
             board,
             kernel,

@@ -220,6 +220,7 @@ fn record_machine(
         vcpus: spec.vcpus,
         max_vcpus: spec.max_vcpus,
         memory_mib: spec.memory_mib,
+        max_memory_mib: spec.max_memory_mib,
         accel: format!("{:?}", spec.accel),
         board: vmm.board().to_owned(),
         kernel_file: spec.kernel.display().to_string(),

@@ -100,6 +100,14 @@ mod tests {
             Err(crate::vmm::VmmError::NoSlot)
         }
 
+        async fn offer_memory(&self, _: u64) -> Result<(), crate::vmm::VmmError> {
+            Err(crate::vmm::VmmError::FixedMemory { machine: "sh" })
+        }
+
+        async fn memory_mib(&self) -> Result<u64, crate::vmm::VmmError> {
+            Err(crate::vmm::VmmError::FixedMemory { machine: "sh" })
+        }
+
         async fn vcpu_threads(&self) -> Result<Vec<i32>, crate::vmm::VmmError> {
             Ok(Vec::new())
         }

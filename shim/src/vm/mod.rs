@@ -20,6 +20,7 @@
 //! | `network.rs`    | connects the VM to its sandbox's network namespace                         |
 //! | `follow.rs`     | passes the namespace's changes on to the guest                             |
 //! | `connections.rs` | the status of its network                                                  |
+//! | `memory.rs`     | more memory than it has booted with                                        |
 //! | `cgroup.rs`     | the host cgroup of the VM's processes                                      |
 //! | `affinity.rs`   | on which of the host's CPUs its virtual CPUs run                           |
 //! | `error.rs`      | why a VM did not boot                                                      |
@@ -36,6 +37,7 @@ mod error;
 mod follow;
 mod hello;
 mod identity;
+mod memory;
 mod network;
 mod on_failure;
 mod open_files;
@@ -51,6 +53,7 @@ pub(crate) mod virtiofsd;
 pub use affinity::AffinityError;
 pub use error::BootError;
 pub use follow::FollowError;
+pub use memory::GrowthError;
 pub(crate) use open_files::OpenFiles;
 pub use plan::BootPlan;
 pub(crate) use running::DELIVERY;

@@ -49,6 +49,22 @@ pub enum VmmError {
         /// The VMM's error.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The machine's memory is fixed.
+    #[error("{machine} cannot give this machine more memory")]
+    FixedMemory {
+        /// The VMM.
+        machine: &'static str,
+    },
+    /// A running machine's memory cannot be changed or queried.
+    #[error("{what} of {machine}")]
+    Memory {
+        /// The attempted operation.
+        what: &'static str,
+        /// The VMM.
+        machine: &'static str,
+        /// The VMM's error.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A running machine keeps the host's files.
     #[error("take the host's files away from {machine}")]
     Confine {

@@ -23,6 +23,13 @@ impl Board {
             Self::Qemu(board) => board.has_spare_vcpus(),
         }
     }
+
+    /// Whether the memory of a running machine can grow.
+    pub(crate) fn has_spare_memory(self) -> bool {
+        match self {
+            Self::Qemu(board) => board.has_spare_memory(),
+        }
+    }
 }
 
 impl Default for Board {

@@ -92,8 +92,11 @@ pub struct Spec {
     pub max_vcpus: u32,
     /// Frequency of the host's time stamp counter, kHz, if known.
     pub tsc_khz: Option<u64>,
-    /// Guest memory, MiB.
+    /// Memory that the guest starts with, MiB.
     pub memory_mib: u64,
+    /// Memory that the guest can have, MiB, at least as much. The machine offers it more on request, in steps of whole
+    /// blocks of its kernel.
+    pub max_memory_mib: u64,
     /// Back guest memory with the host's huge pages.
     pub hugepages: bool,
     /// ELF kernel with a PVH entry.
@@ -183,6 +186,21 @@ pub trait Machine: Send + Sync {
     ///
     /// The machine has no room left, or the VMM rejects the card or does not answer: the machine does not have it.
     async fn plug(&self, nic: NicEnd) -> Result<(), VmmError>;
+
+    /// Offers the guest so much memory in all, MiB, at most [`Spec::max_memory_mib`]. A driver of the guest takes it. With
+    /// less than before, the driver may keep what it has.
+    ///
+    /// # Errors
+    ///
+    /// The machine cannot have more memory, or the VMM rejects the size or does not answer.
+    async fn offer_memory(&self, memory_mib: u64) -> Result<(), VmmError>;
+
+    /// The memory that the guest has, MiB in all, as the VMM counts it: what it has taken of an offer, rounded up.
+    ///
+    /// # Errors
+    ///
+    /// The machine cannot have more memory than at its start, or the VMM does not answer.
+    async fn memory_mib(&self) -> Result<u64, VmmError>;
 
     /// The threads (TIDs) that execute the virtual CPUs, in the order in which the guest numbers them. Several virtual
     /// CPUs may have the same. The VMM reports them: they may be no threads of the machine's process.

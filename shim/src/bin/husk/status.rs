@@ -92,10 +92,15 @@ fn process(pid: Option<u32>, alive: bool) -> String {
 }
 
 fn machine_lines(machine: &MachineStatus, line: &mut impl FnMut(&str, String)) {
-    let MachineStatus { vcpus, memory_mib, cid, .. } = machine;
+    let most = |most: u64, now: u64, unit: &str| {
+        if most > now { format!(" of at most {most}{unit}") } else { unit.to_owned() }
+    };
+    let vcpus = format!("{}{}", machine.vcpus, most(machine.max_vcpus.into(), machine.vcpus.into(), " vCPU"));
+    let memory = format!("{}{}", machine.memory_mib, most(machine.max_memory_mib, machine.memory_mib, " MiB"));
+    let cid = machine.cid;
     let (accel, board) = (shown(&machine.accel), shown(&machine.board));
     let process = process(Some(machine.pid), machine.alive);
-    line("machine", format!("QEMU, {process}; {vcpus} vCPU, {memory_mib} MiB, CID {cid}, {accel} on {board}"));
+    line("machine", format!("QEMU, {process}; {vcpus}, {memory}, CID {cid}, {accel} on {board}"));
     let version = |version: &Option<String>, file: &str| format!("{} from {}", or_dash(version.as_ref()), shown(file));
     line("kernel", version(&machine.kernel, &machine.kernel_file));
     line("init", version(&machine.init, &machine.initrd_file));
@@ -215,8 +220,8 @@ mod tests {
         let status = json!({
             "sandbox": "web", "namespace": "default", "created_ms": 1000, "state": "Failed",
             "shim": {"pid": 10, "alive": true},
-            "machine": {"pid": 11, "alive": false, "cid": 3, "vcpus": 2, "memory_mib": 256, "accel": "Tcg",
-                "board": "Microvm", "kernel": "6.12\u{1b}[2J", "init": "0.1.0", "kernel_file": "/k",
+            "machine": {"pid": 11, "alive": false, "cid": 3, "vcpus": 2, "max_vcpus": 2, "memory_mib": 256,
+                "max_memory_mib": 1024, "accel": "Tcg", "board": "Microvm", "kernel": "6.12\u{1b}[2J", "init": "0.1.0", "kernel_file": "/k",
                 "initrd_file": "/i"},
             "health": {"heartbeat_interval_ms": 10000, "since_heartbeat_ms": 12000, "missed": 1, "alive": true,
                 "cause_of_death": null},
@@ -245,7 +250,7 @@ mod tests {
             "sandbox     web in namespace default",
             "state       Failed, for 1m00s: QEMU was killed^Jby signal 9",
             "shim        pid 10, alive",
-            "machine     QEMU, pid 11, dead; 2 vCPU, 256 MiB, CID 3, Tcg on Microvm",
+            "machine     QEMU, pid 11, dead; 2 vCPU, 256 of at most 1024 MiB, CID 3, Tcg on Microvm",
             "kernel      6.12^[[2J from /k",
             "init        0.1.0 from /i",
             "health      heartbeats are missing: last heartbeat 12.0 s ago, expected every 10.0 s, 1 missed",

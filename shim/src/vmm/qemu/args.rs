@@ -14,6 +14,9 @@ pub(super) const PLUG_BUS: &str = "plug";
 /// searches the bus.
 const BRIDGE_CONTROLS_ITSELF: &str = "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off";
 
+/// The memory that the running machine can be given, and the device that offers it to the guest.
+pub(super) const GROWTH: &str = "growth";
+
 /// How much translated code QEMU keeps without KVM, in MiB: half of the VM's memory, within these limits.
 const CODE_CACHE_MIB: std::ops::RangeInclusive<u64> = 256..=1024;
 
@@ -67,7 +70,9 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
     }
     push(&["-cpu", cpu(spec.accel)]);
     push(&["-smp", &spec.max_vcpus.to_string()]);
-    push(&["-m", &format!("{}M", spec.memory_mib)]);
+    let growth = growth_mib(spec);
+    let most = if growth > 0 { format!(",maxmem={}M", spec.max_memory_mib) } else { String::new() };
+    push(&["-m", &format!("{}M{most}", spec.memory_mib)]);
     // vhost-user back ends map the guest's memory.
     let pages = if spec.hugepages { ",hugetlb=on" } else { "" };
     push(&["-object", &format!("memory-backend-memfd,id=memory,size={}M,share=on{pages}", spec.memory_mib)]);
@@ -109,12 +114,22 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
         push(&["-netdev", &user_netdev(network)]);
         push(&["-device", &nic_device("user", user::MAC, "", board)]);
     }
+    if growth > 0 {
+        push(&["-object", &format!("memory-backend-memfd,id={GROWTH},size={growth}M,share=on")]);
+        // The whole range is one region from the start: no back end has to learn of it while the machine runs.
+        push(&["-device", &format!("virtio-mem-{bus},id={GROWTH},memdev={GROWTH}")]);
+    }
     if spec.pluggable_nics > 0 {
         push(&["-global", BRIDGE_CONTROLS_ITSELF]);
         // Last, so that the other devices keep their places.
         push(&["-device", &format!("pci-bridge,id={PLUG_BUS},chassis_nr=1,shpc=on")]);
     }
     args
+}
+
+/// The memory that the running machine can be given, MiB.
+pub(super) fn growth_mib(spec: &Spec) -> u64 {
+    spec.max_memory_mib.saturating_sub(spec.memory_mib)
 }
 
 fn netdev(number: usize, nic: &NicFds) -> String {
@@ -194,6 +209,7 @@ pub(crate) mod tests {
             max_vcpus: 2,
             tsc_khz: None,
             memory_mib: 256,
+            max_memory_mib: 256,
             hugepages: false,
             kernel: "/k".into(),
             initrd: "/i".into(),
@@ -234,7 +250,8 @@ pub(crate) mod tests {
             (Accel::Kvm, 512, "kvm"),
         ];
         for (accel, memory_mib, expected) in table {
-            let args = arguments(&Spec { accel, memory_mib, ..spec() }, Board::Microvm, &FDS);
+            let args =
+                arguments(&Spec { accel, memory_mib, max_memory_mib: memory_mib, ..spec() }, Board::Microvm, &FDS);
             assert_eq!(values(&args, "-accel"), [expected], "{accel:?} with {memory_mib} MiB");
         }
     }
@@ -315,6 +332,14 @@ pub(crate) mod tests {
             change(&mut spec, &mut board);
             assert_eq!(values(&arguments(&spec, board, &FDS), option), *expected, "{name}");
         }
+    }
+
+    #[test]
+    fn a_machine_whose_memory_can_grow_has_the_range_from_the_start_and_offers_none_of_it() {
+        let args = arguments(&Spec { max_memory_mib: 1024, ..spec() }, Board::Q35, &FDS);
+        assert_eq!(values(&args, "-m"), ["256M,maxmem=1024M"]);
+        assert_eq!(values(&args, "-object")[1..], ["memory-backend-memfd,id=growth,size=768M,share=on"]);
+        assert_eq!(values(&args, "-device").last(), Some(&"virtio-mem-pci,id=growth,memdev=growth"));
     }
 
     #[test]

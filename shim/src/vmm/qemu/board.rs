@@ -62,6 +62,11 @@ impl Board {
         self == Self::Q35
     }
 
+    /// Whether the memory of a running machine can grow. microvm has no place for more.
+    pub(crate) fn has_spare_memory(self) -> bool {
+        self == Self::Q35
+    }
+
     /// Network cards that a running machine can be given.
     pub(super) fn pluggable_nics(self) -> usize {
         match self {

@@ -7,6 +7,7 @@
 //! | `qmp.rs`   | QMP, QEMU's control protocol            |
 //! | `syscalls.rs` | the system calls that QEMU may use   |
 //! | `plug.rs`  | network cards of a running machine      |
+//! | `memory.rs` | more memory of a running machine       |
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -37,6 +38,7 @@ use crate::vmm::machine::{Accel, Disk, Machine, NicEnd, Sockets, Spec, Vmm};
 
 pub(crate) mod args;
 pub(crate) mod board;
+mod memory;
 mod plug;
 mod qmp;
 mod syscalls;
@@ -85,7 +87,9 @@ impl Vmm for Qemu {
         let inheritable = (LAST_FD - FIRST_FD + 1) as usize;
         let by_descriptors = inheritable.saturating_sub(others) / descriptors;
         let bridge = usize::from(spec.pluggable_nics > 0);
-        self.board.slots().saturating_sub(OTHER_DEVICES + shell + bridge + spec.disks.len()).min(by_descriptors)
+        let growth = usize::from(args::growth_mib(spec) > 0);
+        let taken = OTHER_DEVICES + shell + bridge + growth + spec.disks.len();
+        self.board.slots().saturating_sub(taken).min(by_descriptors)
     }
 
     fn pluggable_nics(&self) -> usize {
@@ -101,6 +105,7 @@ impl Vmm for Qemu {
         let mut spec = spec.clone();
         if spec.hugepages {
             spec.memory_mib = hugepages::fit_host(spec.memory_mib)?;
+            spec.max_memory_mib = spec.memory_mib;
         }
         let (qmp, qmp_theirs) =
             std::os::unix::net::UnixStream::pair().map_err(system("create a socket pair for QMP"))?;
@@ -141,6 +146,8 @@ impl Vmm for Qemu {
             accel: spec.accel,
             files,
             slots: plug::Slots::new(spec.pluggable_nics),
+            boot_memory_mib: spec.memory_mib,
+            grows: args::growth_mib(&spec) > 0,
             qmp: connection,
         };
         let qmp = UnixStream::from_std(qmp).map_err(system("register the QMP socket"))?;
@@ -233,6 +240,10 @@ struct QemuMachine {
     /// What stays of the host's files once QEMU runs.
     files: Vec<RootFile>,
     slots: plug::Slots,
+    /// The memory that the guest started with.
+    boot_memory_mib: u64,
+    /// It can have more.
+    grows: bool,
     /// QMP, once it is connected.
     qmp: watch::Receiver<Option<Arc<qmp::Qmp>>>,
 }
@@ -302,6 +313,24 @@ impl Machine for QemuMachine {
         })
     }
 
+    async fn offer_memory(&self, memory_mib: u64) -> Result<(), VmmError> {
+        let failed = |source: qmp::QmpError| VmmError::Memory {
+            what: "change the memory",
+            machine: NAME,
+            source: source.into(),
+        };
+        let qmp = self.growing().await?.map_err(failed)?;
+        memory::offer(&qmp, memory_mib.saturating_sub(self.boot_memory_mib)).await.map_err(failed)
+    }
+
+    async fn memory_mib(&self) -> Result<u64, VmmError> {
+        let failed =
+            |source: qmp::QmpError| VmmError::Memory { what: "query the memory", machine: NAME, source: source.into() };
+        let qmp = self.growing().await?.map_err(failed)?;
+        let taken = memory::taken_mib(&qmp).await.map_err(failed)?;
+        Ok(self.boot_memory_mib.saturating_add(taken))
+    }
+
     async fn vcpu_threads(&self) -> Result<Vec<i32>, VmmError> {
         let threads = async {
             let qmp = self.connection().await?;
@@ -321,6 +350,11 @@ impl Machine for QemuMachine {
 }
 
 impl QemuMachine {
+    /// QMP of a machine whose memory can grow.
+    async fn growing(&self) -> Result<Result<Arc<qmp::Qmp>, qmp::QmpError>, VmmError> {
+        if self.grows { Ok(self.connection().await) } else { Err(VmmError::FixedMemory { machine: NAME }) }
+    }
+
     /// QMP, once it is connected.
     async fn connection(&self) -> Result<Arc<qmp::Qmp>, qmp::QmpError> {
         let mut connection = self.qmp.clone();
