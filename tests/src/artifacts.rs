@@ -112,7 +112,8 @@ pub fn current_test() -> String {
     std::thread::current().name().unwrap_or("a test").to_owned()
 }
 
-/// Returns from a test unless husk is the runtime under test. Prints that the test is skipped.
+/// Returns from a test that has checked what also holds for runc, unless husk is the runtime under test. Prints that the
+/// rest is skipped. A test of which nothing holds for runc has the attribute `cfg_attr(runc, ignore)` instead.
 #[macro_export]
 macro_rules! husk_only {
     () => {
@@ -129,18 +130,20 @@ pub fn built(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Turns each scenario, a function of a [`Version`] in the test file, into one test per containerd version.
+/// Turns each scenario, a function of a [`Version`] in the test file, into one test per containerd version, with the
+/// scenario's attributes.
 #[macro_export]
 macro_rules! on_every_containerd {
-    ($($scenario:ident),* $(,)?) => {
-        $crate::on_every_containerd!(@ containerd_1_6 V1_6 $($scenario),*);
-        $crate::on_every_containerd!(@ containerd_1_7 V1_7 $($scenario),*);
-        $crate::on_every_containerd!(@ containerd_2_1 V2_1 $($scenario),*);
-        $crate::on_every_containerd!(@ containerd_2_4 V2_4 $($scenario),*);
+    ($($(#[$attribute:meta])* $scenario:ident),* $(,)?) => {
+        $crate::on_every_containerd!(@ containerd_1_6 V1_6 $($(#[$attribute])* $scenario),*);
+        $crate::on_every_containerd!(@ containerd_1_7 V1_7 $($(#[$attribute])* $scenario),*);
+        $crate::on_every_containerd!(@ containerd_2_1 V2_1 $($(#[$attribute])* $scenario),*);
+        $crate::on_every_containerd!(@ containerd_2_4 V2_4 $($(#[$attribute])* $scenario),*);
     };
-    (@ $module:ident $version:ident $($scenario:ident),*) => {
+    (@ $module:ident $version:ident $($(#[$attribute:meta])* $scenario:ident),*) => {
         mod $module {
             $(#[test]
+            $(#[$attribute])*
             fn $scenario() -> ::anyhow::Result<()> {
                 super::$scenario($crate::artifacts::Version::$version)
             })*

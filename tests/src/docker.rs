@@ -20,11 +20,6 @@ const LOG: &str = "/run/docker/log";
 /// The release lines of docker that husk works with: directory names under `.cache/docker`.
 pub const VERSIONS: [&str; 2] = ["26.1", "28.5"];
 
-/// Why setup has no docker of this version. Only a version that no Debian release has may be missing.
-pub fn missing(version: &str) -> Option<String> {
-    std::fs::read_to_string(repository().join(".cache/docker").join(version).join("missing")).ok()
-}
-
 /// The name of the test image in docker.
 pub const IMAGE: &str = "husk-busybox";
 

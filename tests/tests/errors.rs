@@ -4,7 +4,6 @@ use std::fs;
 
 use anyhow::{Result, ensure};
 use husk_tests::containerd::Configured;
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 
 /// Tries to run a container that this configuration makes impossible, and returns ctr's error output.
@@ -24,9 +23,8 @@ fn create_error(config: &str, flags: &[&str], args: &[&str]) -> Result<String> {
     Ok(ran.errors())
 }
 
-/// Checks the error of a container that husk cannot create. Does nothing for runc.
+/// Checks the error of a container that husk cannot create.
 fn husk_rejects(config: &str, flags: &[&str], expected: &[&str]) -> Result<()> {
-    husk_only!();
     let message = create_error(config, flags, &["true"])?;
     for part in expected {
         ensure!(message.contains(part), "no {part:?} in: {message}");
@@ -35,6 +33,7 @@ fn husk_rejects(config: &str, flags: &[&str], expected: &[&str]) -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_missing_kernel_error_names_the_searched_paths() -> Result<()> {
     let expected = ["kernel path or restore snapshot is required", "/no/such/vmlinux", "/no/such/initrd"];
     let config = "kernel = \"/no/such/vmlinux\"\ninitrd = \"/no/such/initrd\"";
@@ -42,38 +41,45 @@ fn a_missing_kernel_error_names_the_searched_paths() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_file_that_is_no_kernel_is_named() -> Result<()> {
     husk_rejects("kernel = \"/etc/passwd\"", &[], &["kernel"])
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn an_initrd_without_an_init_is_reported_with_the_kernels_panic() -> Result<()> {
     let config = "initrd = \"/etc/passwd\"";
     husk_rejects(config, &[], &["Kernel panic"])
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_missing_qemu_is_named() -> Result<()> {
     husk_rejects("qemu = \"/no/such/qemu\"", &[], &["/no/such/qemu"])
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_failing_qemu_is_reported_with_its_status() -> Result<()> {
     husk_rejects("qemu = \"/bin/false\"", &[], &["QEMU exited with status 1"])
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_missing_virtiofsd_is_named() -> Result<()> {
     let expected = ["virtiofsd", "/no/such/virtiofsd"];
     husk_rejects("virtiofsd = \"/no/such/virtiofsd\"", &[], &expected)
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_failing_virtiofsd_is_reported_with_its_status() -> Result<()> {
     husk_rejects("virtiofsd = \"/bin/false\"", &[], &["virtiofsd exited with status 1"])
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_guest_larger_than_the_host_is_rejected() -> Result<()> {
     // 100 TiB.
     let flags = ["--annotation", "io.husk.memory_mib=104857600"];
@@ -81,6 +87,7 @@ fn a_guest_larger_than_the_host_is_rejected() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_guest_too_small_to_boot_is_rejected_with_the_minimum() -> Result<()> {
     let flags = ["--annotation", "io.husk.memory_mib=16"];
     let expected = ["io.husk.memory_mib", "16", "at least"];
@@ -88,6 +95,7 @@ fn a_guest_too_small_to_boot_is_rejected_with_the_minimum() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_lack_of_huge_pages_is_reported_with_the_hosts_number() -> Result<()> {
     // 100 TiB.
     let config = "hugepages = true\nmemory_mib = 104857600";
@@ -96,6 +104,7 @@ fn a_lack_of_huge_pages_is_reported_with_the_hosts_number() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn all_invalid_annotations_are_named_with_their_values() -> Result<()> {
     let flags = ["--annotation", "io.husk.vcpus=many", "--annotation", "io.husk.colour=green"];
     let expected = ["io.husk.vcpus", "many", "io.husk.colour", "green"];
@@ -103,6 +112,7 @@ fn all_invalid_annotations_are_named_with_their_values() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn all_invalid_configuration_keys_are_named_with_file_and_value() -> Result<()> {
     let expected = ["husk.toml", "vcpus", "-2", "colour"];
     husk_rejects("vcpus = -2\ncolour = 1", &[], &expected)

@@ -12,7 +12,6 @@ use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::command::{self, wait_for};
 use husk_tests::compare::{same, tested};
 use husk_tests::containerd::Containerd;
-use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams};
 use husk_tests::{bundle, process};
 use serde_json::{Value, json};
@@ -221,9 +220,9 @@ fn the_pid_file_contains_the_tasks_pid_and_null_io_discards_all_streams() -> Res
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn host_devices_are_rejected_with_path_and_numbers() -> Result<()> {
     let containerd = newest()?;
-    husk_only!();
     let disk = format!("/run/{}", containerd.id("disk"));
     containerd.sh(&format!("mknod {disk} b 7 77"))?;
     let message = run_error(&["--device", &disk, "--device", "/dev/kmsg"])?;
@@ -284,9 +283,9 @@ fn devices_of_the_guest_work_alone_and_in_a_privileged_container() -> Result<()>
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn gpus_are_rejected_because_a_host_hook_cannot_act_inside_a_vm() -> Result<()> {
     let containerd = newest()?;
-    husk_only!();
     // ctr looks for both programs before it adds them to the spec as a hook.
     let folder = tempfile::tempdir()?;
     std::os::unix::fs::symlink("/bin/true", folder.path().join("nvidia-container-cli"))?;

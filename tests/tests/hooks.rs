@@ -7,7 +7,6 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
-use husk_tests::husk_only;
 use husk_tests::process::Process;
 use husk_tests::shim::{Shim, Streams};
 use serde_json::{Value, json};
@@ -42,9 +41,9 @@ fn names(shim: &Shim<'_>) -> Result<String> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn hooks_run_at_their_points_and_receive_the_containers_state() -> Result<()> {
     // runc runs `poststart` hooks at the container's creation, before its process.
-    husk_only!();
     let hooks = json!({
         "prestart": note("prestart", ""), "createRuntime": note("createRuntime", ""),
         "poststart": note("poststart", ""), "poststop": note("poststop", ""),
@@ -91,9 +90,9 @@ fn a_failing_hook_before_the_container_is_named_by_create_and_nothing_is_left_be
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_failing_poststart_hook_kills_the_container() -> Result<()> {
     // With runc, Create fails instead.
-    husk_only!();
     let hooks = json!({"poststart": note("poststart", "exit 3")});
     let shim = with_hooks("late-hook", &["sleep", "1000"], hooks)?;
     let id = &shim.bundle.id;

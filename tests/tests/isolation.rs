@@ -6,7 +6,6 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
 use husk_tests::containerd::Containerd;
-use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams};
 use husk_tests::vm::guest_program;
 use serde_json::{Value, json};
@@ -339,9 +338,9 @@ fn the_flags_of_ctr_run_reach_the_container() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_container_cannot_open_vsock_sockets() -> Result<()> {
     let containerd = Containerd::shared()?;
-    husk_only!();
     let probe = guest_program("probe")?;
     let mount = format!("type=bind,src={},dst=/probe,options=rbind:ro", probe.display());
     // 40 is AF_VSOCK, 1 is AF_UNIX (linux/socket.h).

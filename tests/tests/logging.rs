@@ -214,9 +214,9 @@ fn a_container_with_a_terminal_can_use_a_logging_program() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn unknown_output_uris_are_rejected_with_stream_and_value() -> Result<()> {
     let containerd = Containerd::shared()?;
-    husk_only!();
     let cases = [
         (Streams { stderr: "syslog://local".into(), ..Streams::default() }, "stderr \"syslog://local\""),
         (Streams { stdout: "binary://logger".into(), ..Streams::default() }, "stdout \"binary://logger\""),
@@ -243,10 +243,10 @@ fn unknown_output_uris_are_rejected_with_stream_and_value() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_logging_program_that_does_not_become_ready_is_named_and_leaves_nothing_behind() -> Result<()> {
     let containerd = Containerd::shared()?;
     // runc's shim mistakes the program's exit for its readiness, and waits without a deadline.
-    husk_only!();
     let shim = Shim::idle(containerd, "not-ready")?;
     let id = shim.bundle.id.clone();
     let cases = [
@@ -270,10 +270,10 @@ fn a_logging_program_that_does_not_become_ready_is_named_and_leaves_nothing_behi
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_logging_program_that_exits_early_stalls_nothing() -> Result<()> {
     let containerd = Containerd::shared()?;
     // With runc, the process itself writes to the broken pipe and is killed by SIGPIPE.
-    husk_only!();
     let shim = Shim::idle(containerd, "dies")?;
     let id = shim.bundle.id.clone();
     let logger = Logger::new("head -c 1000 <&3 >$dir/stdout 3<&- 4<&- 5>&- & exec 3<&- 4<&- 5>&-; wait")?;
@@ -306,10 +306,10 @@ fn a_logging_program_that_does_not_read_stalls_nothing_and_ends_with_its_contain
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_slow_logging_program_has_all_output_when_its_container_is_deleted() -> Result<()> {
     let containerd = Containerd::shared()?;
     // runc's shim terminates the program at once, even if its pipe still contains output.
-    husk_only!();
     let logger = Logger::new("cat <&3 >$dir/stdout 5>&- & exec 3<&- 4<&- 5>&-; wait; sleep 0.5; echo done >$dir/done")?;
     let container = containerd.detached(&["--log-uri", &logger.uri()], "slow-log", &["sh", "-c", "seq 1 100000"])?;
     container.await_status("STOPPED")?;
@@ -320,9 +320,9 @@ fn a_slow_logging_program_has_all_output_when_its_container_is_deleted() -> Resu
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn no_logging_program_outlives_its_shim() -> Result<()> {
     let containerd = Containerd::shared()?;
-    husk_only!();
     let logger = Logger::new("trap '' TERM; exec 5>&-; while :; do sleep 0.05; done")?;
     let container = containerd.detached(&["--log-uri", &logger.uri()], "outlive", &["sleep", "1000"])?;
     ensure!(logger.processes(containerd.pid()) > 0);
@@ -332,10 +332,10 @@ fn no_logging_program_outlives_its_shim() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn children_of_a_logging_program_are_killed_with_it() -> Result<()> {
     let containerd = Containerd::shared()?;
     // runc's shim kills only the program itself.
-    husk_only!();
     let shim = Shim::idle(containerd, "with-children")?;
     let id = shim.bundle.id.clone();
     // The child runs the same script, so its command line identifies it. Both ignore SIGTERM.
@@ -364,10 +364,10 @@ fn children_of_a_logging_program_are_killed_with_it() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn a_fifo_given_as_a_file_does_not_wait_for_its_reader() -> Result<()> {
     let containerd = Containerd::shared()?;
     // With runc, Start waits for the reader.
-    husk_only!();
     let shim = Shim::idle(containerd, "fifo-file")?;
     let id = shim.bundle.id.clone();
     let folder = tempfile::tempdir()?;

@@ -12,7 +12,6 @@ use husk_tests::command::wait_for;
 use husk_tests::containerd::{Container, Containerd, Setup};
 use husk_tests::events::{Sink, Watch};
 use husk_tests::fifo;
-use husk_tests::husk_only;
 use husk_tests::leftovers::Leftovers;
 use husk_tests::on_every_containerd;
 use husk_tests::shim::{Api, Shim, Streams, Task};
@@ -29,6 +28,7 @@ interval = "1s"
 on_every_containerd!(
     containers_outlive_a_stopped_containerd,
     containers_outlive_a_killed_containerd,
+    #[cfg_attr(runc, ignore = "about VMs")]
     the_restart_monitor_restarts_a_container_after_its_vm_was_killed,
 );
 
@@ -154,7 +154,6 @@ fn a_restarted_containerd_receives_new_events() -> Result<()> {
 }
 
 fn the_restart_monitor_restarts_a_container_after_its_vm_was_killed(version: Version) -> Result<()> {
-    husk_only!();
     let setup = Setup { version: Some(version), config: MONITOR.to_owned(), ..Setup::default() };
     let containerd = Containerd::with(setup)?;
     let label = ["--label", "containerd.io/restart.status=running"];

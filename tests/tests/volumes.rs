@@ -109,8 +109,8 @@ fn open_files(containerd: &Containerd, pod: &str) -> Result<usize> {
 }
 
 #[test]
+#[cfg_attr(runc, ignore = "about VMs")]
 fn twenty_restarts_of_a_container_leave_nothing_in_the_guest_or_in_virtiofsd() -> Result<()> {
-    husk_tests::husk_only!();
     let containerd = compare::tested()?;
     let (pod, id) = (containerd.id("restarts"), containerd.id("again"));
     let folder = tempfile::tempdir()?;

@@ -26,10 +26,10 @@ use crate::host::text::{clean, last_lines};
 /// Size at which the file is rotated, bytes. One older file is kept.
 const ROTATE: u64 = 512 * 1024;
 /// Lines that the file gets at once, and per second in the long run.
-const WRITTEN: (f64, f64) = (256.0, 16.0);
+pub(crate) const WRITTEN: (f64, f64) = (256.0, 16.0);
 /// Lines at once, and per second in the long run, beyond which a process is taken to be in an endless loop. A healthy
 /// one prints a few in its life.
-const ENDLESS: (f64, f64) = (16_384.0, 256.0);
+pub(crate) const ENDLESS: (f64, f64) = (16_384.0, 256.0);
 /// Lines kept in memory, for error messages.
 const TAIL: usize = 10;
 
@@ -56,11 +56,20 @@ impl HelperLog {
         // Only this end becomes non-blocking: the other one belongs to a process that expects a blocking one.
         let ours = pipe::Receiver::from_owned_fd(OwnedFd::from(ours))?;
         let file = Rotating::open_with(path, ROTATE, 1)?;
-        let shared = Shared { tail: Mutex::default(), flooded: watch::channel(None).0, ended: watch::channel(false).0 };
-        let log = Self(Arc::new(shared));
+        let log = Self::new();
         let intake = Intake::new(name, path, file, log.clone(), Instant::now());
         tokio::spawn(intake.run(ours));
         Ok((log, OwnedFd::from(theirs).into()))
+    }
+
+    pub(crate) fn new() -> Self {
+        let (flooded, ended) = (watch::channel(None).0, watch::channel(false).0);
+        Self(Arc::new(Shared { tail: Mutex::default(), flooded, ended }))
+    }
+
+    /// Why the process is taken to be in an endless loop, if it is.
+    pub(crate) fn flood(&self) -> Option<String> {
+        self.0.flooded.borrow().clone()
     }
 
     /// Waits until the process prints lines without end. Returns a cause of death.
@@ -83,11 +92,22 @@ impl HelperLog {
     }
 }
 
+/// Where the lines go that are kept.
+pub(crate) trait Kept {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
+}
+
+impl Kept for Rotating {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        Self::append(self, bytes)
+    }
+}
+
 /// Receives the output.
-struct Intake {
+pub(crate) struct Intake<F> {
     name: String,
     path: PathBuf,
-    file: Rotating,
+    file: F,
     log: HelperLog,
     lines: Lines,
     written: Bucket,
@@ -98,8 +118,8 @@ struct Intake {
     failing: bool,
 }
 
-impl Intake {
-    fn new(name: &str, path: &Path, file: Rotating, log: HelperLog, now: Instant) -> Self {
+impl<F: Kept> Intake<F> {
+    pub(crate) fn new(name: &str, path: &Path, file: F, log: HelperLog, now: Instant) -> Self {
         Self {
             name: name.to_owned(),
             path: path.to_owned(),
@@ -129,13 +149,14 @@ impl Intake {
         self.end();
     }
 
-    fn take(&mut self, bytes: &[u8], now: Instant) {
+    pub(crate) fn take(&mut self, bytes: &[u8], now: Instant) {
         for line in self.lines.take(bytes) {
             self.line(&line, now);
         }
     }
 
-    fn end(&mut self) {
+    /// Writes what is left, and returns the file.
+    pub(crate) fn end(mut self) -> F {
         if let Some(line) = self.lines.end() {
             self.line(&line, Instant::now());
         }
@@ -143,6 +164,7 @@ impl Intake {
             self.write(&dropped(self.written.held_back()));
         }
         self.log.0.ended.send_replace(true);
+        self.file
     }
 
     fn line(&mut self, line: &str, now: Instant) {
@@ -239,8 +261,7 @@ mod tests {
         let (dir, now) = (tempfile::tempdir().unwrap(), Instant::now());
         let path = dir.path().join("log");
         let file = Rotating::open_with(&path, ROTATE, 1).unwrap();
-        let shared = Shared { tail: Mutex::default(), flooded: watch::channel(None).0, ended: watch::channel(false).0 };
-        let log = HelperLog(Arc::new(shared));
+        let log = HelperLog::new();
         let mut intake = Intake::new("a", &path, file, log.clone(), now);
         for second in 0..200 {
             let long = format!("{}\n", "y".repeat(900)).repeat(200);

@@ -17,11 +17,11 @@ mod chain;
 mod clients;
 pub mod endpoint;
 mod guest_logs;
-mod helper_log;
+pub(crate) mod helper_log;
 pub mod lines;
 mod record;
 mod rotate;
-mod serial;
+pub(crate) mod serial;
 
 pub use chain::LogChain;
 pub use guest_logs::{GuestLogs, INIT_LOG};

@@ -24,7 +24,7 @@ pub const SOCKET: &str = "console.sock";
 /// The beginnings of the line in which a guest reports a fatal error.
 const FATAL_PREFIXES: [&str; 2] = ["Kernel panic - not syncing: ", FATAL_PREFIX];
 /// Longest part of that line in an error message, characters.
-const FATAL_MAX: usize = 200;
+pub(crate) const FATAL_MAX: usize = 200;
 /// Bytes of the console that may explain a failed boot.
 const TAIL: usize = 4 * 1024;
 /// Pieces of input queued for the guest. While the queue is full, clients that type wait.
@@ -143,7 +143,7 @@ impl Attached {
 }
 
 /// The line with the kernel's panic or the init's fatal error. The guest controls this text, so it proves nothing.
-fn fatal_error(tail: &str) -> Option<String> {
+pub(crate) fn fatal_error(tail: &str) -> Option<String> {
     let in_line = |line: &'_ str| FATAL_PREFIXES.iter().find_map(|prefix| line.find(prefix));
     let line = tail.lines().find_map(|line| in_line(line).map(|at| &line[at..]))?;
     Some(clean(line.trim_end().trim_end_matches(" ]---")).chars().take(FATAL_MAX).collect())

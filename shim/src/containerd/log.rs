@@ -16,7 +16,7 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::{LookupSpan, Registry};
-use tracing_subscriber::reload;
+use tracing_subscriber::{Layer, reload};
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// Target of the events that the guest's init logged.
@@ -62,20 +62,27 @@ impl Log {
 
     fn install(output: Output, debug: bool) -> io::Result<Self> {
         let output = Arc::new(Mutex::new(output));
-        let (writer, name) = (output.clone(), output.clone());
         let (level, handle) = reload::Layer::new(targets(debug));
-        tracing_subscriber::registry()
-            .with(level)
-            .with(
-                tracing_subscriber::fmt::layer()
-                    .event_format(KeyValue(name))
-                    .with_writer(move || Writing(writer.clone())),
-            )
-            .try_init()
-            .map_err(io::Error::other)?;
+        tracing_subscriber::registry().with(level).with(lines(output.clone())).try_init().map_err(io::Error::other)?;
         std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "the shim panicked")));
         Ok(Self { level: handle, output })
     }
+}
+
+/// Writes the lines of a sandbox's log to `writer`.
+pub(crate) fn subscriber(
+    debug: bool,
+    namespace: &str,
+    sandbox: &str,
+    writer: impl Write + Send + 'static,
+) -> impl Subscriber + Send + Sync + 'static {
+    let output = Output::new(writer, u64::MAX, namespace, sandbox);
+    tracing_subscriber::registry().with(targets(debug)).with(lines(Arc::new(Mutex::new(output))))
+}
+
+fn lines<S: Subscriber + for<'a> LookupSpan<'a>>(output: Arc<Mutex<Output>>) -> impl Layer<S> {
+    let name = output.clone();
+    tracing_subscriber::fmt::layer().event_format(KeyValue(name)).with_writer(move || Writing(output.clone()))
 }
 
 fn open_fifo(fifo: &Path) -> io::Result<File> {
@@ -103,7 +110,7 @@ pub(crate) fn guest(level: Level, message: &str, fields: &str) {
 /// Where lines go, and whom they name. A full fifo drops lines and never blocks, because there may be no reader. The next
 /// line that fits is preceded by the count.
 struct Output {
-    file: File,
+    writer: Box<dyn Write + Send>,
     /// Bytes that may follow.
     left: u64,
     dropped: u64,
@@ -112,8 +119,8 @@ struct Output {
 }
 
 impl Output {
-    fn new(file: File, left: u64, namespace: &str, sandbox: &str) -> Self {
-        Self { file, left, dropped: 0, namespace: namespace.to_owned(), sandbox: sandbox.to_owned() }
+    fn new(writer: impl Write + Send + 'static, left: u64, namespace: &str, sandbox: &str) -> Self {
+        Self { writer: Box::new(writer), left, dropped: 0, namespace: namespace.to_owned(), sandbox: sandbox.to_owned() }
     }
 
     fn write(&mut self, line: &[u8]) {
@@ -131,7 +138,7 @@ impl Output {
 
     fn append(&mut self, bytes: &[u8]) -> bool {
         let length = bytes.len() as u64;
-        let written = self.left >= length && self.file.write_all(bytes).is_ok();
+        let written = self.left >= length && self.writer.write_all(bytes).is_ok();
         if written {
             self.left -= length;
         }

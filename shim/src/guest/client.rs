@@ -102,6 +102,11 @@ pub struct Metering<M> {
 }
 
 impl<M: Message + ttrpc::proto::Codec<E = protobuf::Error>> Metering<M> {
+    /// A stream of the client on whose connection the meter is.
+    pub(crate) fn new(stream: ClientStreamReceiver<M>, meter: Meter) -> Self {
+        Self { stream, meter }
+    }
+
     /// The next message; none at the end of the stream. There is no deadline: a stream lasts as long as its source.
     pub async fn recv(&mut self) -> Result<Option<M>, GuestError> {
         let message = self.stream.recv().await?;
@@ -132,10 +137,7 @@ pub struct Guest {
 impl Guest {
     /// Connects to a guest that has sent its hello.
     pub async fn connect(link: Link, hello: &Hello, call_timeout: Duration) -> Result<Self, GuestError> {
-        if hello.protocol != PROTOCOL {
-            return Err(GuestError::Protocol { version: clean(&hello.version), theirs: hello.protocol });
-        }
-        let secret = hello.secret.as_slice().try_into().map_err(|_| GuestError::Secret(hello.secret.len()))?;
+        let secret = accept(hello)?;
         let client = Client::new(Socket::new(connect(&link, PORT_TASK, &secret, call_timeout).await?));
         Ok(Self {
             task: TaskClient::new(client.clone()),
@@ -237,6 +239,14 @@ impl Guest {
         let (socket, meter) = Metered::new(connected, RECEIVE_WINDOW);
         Ok((Client::new(Socket::new(socket)), meter))
     }
+}
+
+/// The secret of a guest with which this shim can work.
+pub(crate) fn accept(hello: &Hello) -> Result<[u8; SECRET], GuestError> {
+    if hello.protocol != PROTOCOL {
+        return Err(GuestError::Protocol { version: clean(&hello.version), theirs: hello.protocol });
+    }
+    hello.secret.as_slice().try_into().map_err(|_| GuestError::Secret(hello.secret.len()))
 }
 
 async fn connect(link: &Link, port: u32, secret: &[u8; SECRET], deadline: Duration) -> Result<Stream, GuestError> {

@@ -17,11 +17,11 @@ use crate::state::links::{Counters, GuestLink};
 /// Deadline for the report. `husk` waits 5 s for the whole status.
 const DEADLINE: Duration = Duration::from_secs(2);
 /// Links that are shown.
-const LINKS_MAX: usize = 64;
+pub(crate) const LINKS_MAX: usize = 64;
 /// Addresses that are shown of one link.
-const ADDRESSES_MAX: usize = 64;
+pub(crate) const ADDRESSES_MAX: usize = 64;
 /// Bytes of a name (IFNAMSIZ).
-const NAME_MAX: usize = 15;
+pub(crate) const NAME_MAX: usize = 15;
 /// Bytes of a link's hardware address (MAX_ADDR_LEN).
 const MAC_MAX: usize = 32;
 
@@ -43,7 +43,8 @@ pub(crate) async fn report(guest: &Guest) -> Result<Report, GuestError> {
     Ok(read(response))
 }
 
-fn read(response: NetworkStatusResponse) -> Report {
+/// What is shown of the guest's response.
+pub(crate) fn read(response: NetworkStatusResponse) -> Report {
     let mut left_out = Vec::new();
     let count = response.links.len();
     if count > LINKS_MAX {

@@ -10,8 +10,11 @@ use procfs::process::{MountInfo, Process};
 
 use crate::host::process::ProcessId;
 
-/// How long a thread may wait in one system call. Slow disks answer sooner.
+/// How long a thread may wait in one system call, where slow disks answer sooner, and how much CPU time it may use without
+/// ever waiting.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// A thread that does useful work spends at least this part of its CPU time in the kernel: it serves files.
+const WORK: u32 = 20;
 /// Most threads that are looked at.
 const THREADS: usize = 256;
 /// The system calls in which a thread waits for something to do, or for another thread.
@@ -45,6 +48,14 @@ struct Thread {
     sleeps: u64,
     /// The system call that it is in, and its first argument. `None` if that is not known.
     call: Option<(i64, u64)>,
+    /// Its CPU time.
+    cpu: CpuTime,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct CpuTime {
+    user: Duration,
+    kernel: Duration,
 }
 
 impl Thread {
@@ -65,30 +76,55 @@ enum Block {
     Stopped,
     /// A thread has not left a system call for this long.
     Waits { thread: Thread, time: Duration },
+    /// A thread has computed for this long and has done nothing.
+    Spins { thread: Thread, time: Duration },
+}
+
+/// Why a process serves nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Trouble {
+    /// The reason, for people.
+    pub(crate) text: String,
+    /// It is in an endless loop, which it never leaves.
+    pub(crate) endless: bool,
 }
 
 /// What was seen of a process's threads.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Observer {
     /// The threads that wait: how often they had slept before, and since when they have been seen in this sleep.
     waiting: BTreeMap<i32, (u64, Instant)>,
+    /// The threads that compute: how often they had slept before, and their CPU time when that was first seen.
+    computing: BTreeMap<i32, (u64, CpuTime)>,
+    patience: Duration,
+}
+
+impl Default for Observer {
+    fn default() -> Self {
+        Self { waiting: BTreeMap::new(), computing: BTreeMap::new(), patience: PATIENCE }
+    }
 }
 
 impl Observer {
     /// Looks at the process, and returns why it serves nothing if that is so. A process that waits is found at the second
-    /// look, if at least ten seconds have passed since the first.
+    /// look, if at least ten seconds have passed since the first; one that computes, after ten seconds of CPU time.
     ///
     /// # Errors
     /// When `/proc` cannot be read.
-    pub(crate) fn look(&mut self, process: ProcessId) -> io::Result<Option<String>> {
+    pub(crate) fn look(&mut self, process: ProcessId) -> io::Result<Option<Trouble>> {
         let threads = threads(process)?;
-        Ok(self.judge(threads, Instant::now()).map(|block| describe(process, &block)))
+        let trouble =
+            |block| Trouble { text: describe(process, &block), endless: matches!(block, Block::Spins { .. }) };
+        Ok(self.judge(threads, Instant::now()).map(trouble))
     }
 
     /// Pure, but for its memory of what waits.
     fn judge(&mut self, threads: Vec<Thread>, now: Instant) -> Option<Block> {
         if threads.iter().any(|thread| matches!(thread.state, 'T' | 't')) {
             return Some(Block::Stopped);
+        }
+        if let Some(spins) = self.spins(&threads) {
+            return Some(spins);
         }
         let before = std::mem::take(&mut self.waiting);
         for thread in threads.iter().filter(|thread| thread.waits()) {
@@ -98,7 +134,24 @@ impl Observer {
         let waited = |thread: &Thread| self.waiting.get(&thread.id).map(|(_, since)| now.duration_since(*since));
         let longest =
             threads.into_iter().filter_map(|thread| Some((waited(&thread)?, thread))).max_by_key(|(time, _)| *time);
-        longest.filter(|(time, _)| *time >= PATIENCE).map(|(time, thread)| Block::Waits { thread, time })
+        longest.filter(|(time, _)| *time >= self.patience).map(|(time, thread)| Block::Waits { thread, time })
+    }
+
+    /// A thread that runs whenever it is looked at, has not waited in between, and has left nearly everything to itself: who
+    /// serves files calls the kernel. The CPU time counts, and not the time: the host may be busy.
+    fn spins(&mut self, threads: &[Thread]) -> Option<Block> {
+        let before = std::mem::take(&mut self.computing);
+        for thread in threads.iter().filter(|thread| thread.state == 'R') {
+            let since = before.get(&thread.id).filter(|(sleeps, _)| *sleeps == thread.sleeps);
+            self.computing.insert(thread.id, since.copied().unwrap_or((thread.sleeps, thread.cpu)));
+        }
+        threads.iter().find_map(|thread| {
+            let (_, first) = self.computing.get(&thread.id)?;
+            let user = thread.cpu.user.saturating_sub(first.user);
+            let kernel = thread.cpu.kernel.saturating_sub(first.kernel);
+            let spins = user >= self.patience && kernel * WORK < user;
+            spins.then(|| Block::Spins { thread: thread.clone(), time: user })
+        })
     }
 }
 
@@ -108,12 +161,16 @@ fn threads(process: ProcessId) -> io::Result<Vec<Thread>> {
     let mut threads = Vec::new();
     for task in tasks.take(THREADS) {
         // A thread that has ended in between does not wait.
-        let Ok((id, status)) = task.and_then(|task| Ok((task.tid, task.status()?))) else { continue };
+        let Ok((id, status, stat)) = task.and_then(|task| Ok((task.tid, task.status()?, task.stat()?))) else {
+            continue;
+        };
+        let time = |ticks: u64| Duration::from_millis(ticks.saturating_mul(1000) / procfs::ticks_per_second());
         threads.push(Thread {
             id,
             state: status.state.chars().next().unwrap_or('?'),
             sleeps: status.voluntary_ctxt_switches.unwrap_or_default(),
             call: call(process, id),
+            cpu: CpuTime { user: time(stat.utime), kernel: time(stat.stime) },
         });
     }
     // Check after reading: the PID may belong to a later process.
@@ -133,6 +190,13 @@ fn describe(process: ProcessId, block: &Block) -> String {
     let (thread, time) = match block {
         Block::Stopped => return "is stopped by a signal or a debugger".to_owned(),
         Block::Waits { thread, time } => (thread, time),
+        Block::Spins { thread, time } => {
+            let seconds = time.as_secs();
+            return format!(
+                "is in an endless loop: thread {} has computed for {seconds} s and done nothing",
+                thread.id
+            );
+        }
     };
     let place = fs::read_to_string(format!("/proc/{}/task/{}/wchan", process.pid, thread.id)).unwrap_or_default();
     let place = Some(place.trim()).filter(|place| !place.is_empty() && *place != "0");
@@ -173,7 +237,48 @@ mod tests {
     }
 
     fn thread(state: char, sleeps: u64, call: Option<i64>) -> Thread {
-        Thread { id: 7, state, sleeps, call: call.map(|number| (number, 3)) }
+        Thread { id: 7, state, sleeps, call: call.map(|number| (number, 3)), cpu: CpuTime::default() }
+    }
+
+    fn computes(state: char, sleeps: u64, user: u64, kernel: u64) -> Thread {
+        let cpu = CpuTime { user: Duration::from_secs(user), kernel: Duration::from_secs(kernel) };
+        Thread { cpu, ..thread(state, sleeps, None) }
+    }
+
+    #[test]
+    fn a_process_spins_if_a_thread_computes_without_waiting_and_without_the_kernel() {
+        for (first, second, expected) in [
+            (computes('R', 5, 100, 50), computes('R', 5, 110, 50), true),
+            (computes('R', 5, 100, 50), computes('R', 5, 109, 50), false),
+            // It serves requests.
+            (computes('R', 5, 100, 50), computes('R', 5, 110, 51), false),
+            (computes('R', 5, 100, 50), computes('R', 6, 110, 50), false),
+            (computes('S', 5, 100, 50), computes('R', 5, 110, 50), false),
+            (computes('R', 5, 100, 50), computes('S', 5, 110, 50), false),
+        ] {
+            let (mut observer, now) = (Observer::default(), Instant::now());
+            assert_eq!(observer.judge(vec![first.clone()], now), None, "{first:?}");
+            let block = observer.judge(vec![second.clone()], now);
+            assert_eq!(block.is_some(), expected, "{first:?} {second:?}: {block:?}");
+        }
+    }
+
+    #[test]
+    fn a_process_in_an_endless_loop_is_found() {
+        let mut child = std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        let id = ProcessId::of(child.id()).unwrap().unwrap();
+        let mut observer = Observer { patience: Duration::from_millis(100), ..Observer::default() };
+        let began = Instant::now();
+        let trouble = loop {
+            if let Some(trouble) = observer.look(id).unwrap() {
+                break trouble;
+            }
+            assert!(began.elapsed() < Duration::from_secs(60), "not found");
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(trouble.endless && trouble.text.starts_with("is in an endless loop: thread "), "{trouble:?}");
     }
 
     #[test]
@@ -211,7 +316,8 @@ mod tests {
         let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
         nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::WUNTRACED)).unwrap();
-        assert_eq!(observer.look(id).unwrap().as_deref(), Some("is stopped by a signal or a debugger"));
+        let trouble = observer.look(id).unwrap().unwrap();
+        assert_eq!((trouble.text.as_str(), trouble.endless), ("is stopped by a signal or a debugger", false));
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(observer.look(id).is_err());

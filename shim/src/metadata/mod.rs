@@ -16,7 +16,7 @@ pub mod host;
 mod issuer;
 pub mod key;
 mod one_vm;
-mod service;
+pub(crate) mod service;
 pub(crate) mod token;
 
 pub use one_vm::MetadataError;

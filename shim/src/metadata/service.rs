@@ -31,7 +31,7 @@ pub(super) const CONNECTIONS: usize = 4;
 /// Limit of concurrent connections of all VMs.
 const TOTAL_CONNECTIONS: usize = 256;
 /// Requests of one VM that are answered at once.
-pub(super) const BURST: f64 = 20.0;
+pub(crate) const BURST: f64 = 20.0;
 /// Requests of one VM that are answered in the long run, per second: a token is valid for minutes.
 const PER_SECOND: f64 = 1.0;
 /// VMs whose limit is remembered. Beyond, those are forgotten that are as good as new.
@@ -41,21 +41,21 @@ const STEP: Duration = Duration::from_secs(10);
 
 /// The error that a caller receives.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Refusal {
-    pub(super) code: Code,
-    pub(super) message: String,
+pub(crate) struct Refusal {
+    pub(crate) code: Code,
+    pub(crate) message: String,
 }
 
 /// Finds the metadata of VMs.
 #[async_trait]
-pub(super) trait MetadataSource: Send + Sync + 'static {
+pub(crate) trait MetadataSource: Send + Sync + 'static {
     /// The response for the VM with this CID, with a token for this audience.
     async fn get(&self, cid: u32, audience: String) -> Result<GetMetadataResponse, Refusal>;
 }
 
 /// Why the host closed a connection.
 #[derive(Debug, thiserror::Error)]
-enum ConnectionError {
+pub(crate) enum ConnectionError {
     #[error(transparent)]
     Io(#[from] io::Error),
     #[error("no {0} within {limit} s", limit = STEP.as_secs())]
@@ -95,7 +95,7 @@ where
 
 /// How often each VM asks, by CID.
 #[derive(Default)]
-struct Rates(Mutex<HashMap<u32, Bucket>>);
+pub(crate) struct Rates(Mutex<HashMap<u32, Bucket>>);
 
 impl Rates {
     /// Asks for one request of a VM.
@@ -154,7 +154,8 @@ impl Drop for ConnectionPermit {
     }
 }
 
-async fn serve_connection<S>(
+/// Answers the requests of a connection, one after another.
+pub(crate) async fn serve_connection<S>(
     mut stream: S,
     cid: u32,
     source: &dyn MetadataSource,

@@ -31,7 +31,7 @@ const LOGGED: (f64, f64) = (4.0, 1.0 / 60.0);
 
 /// Why the guest's events are lost.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-enum EventLoss {
+pub(crate) enum EventLoss {
     #[error("the guest has dropped its events up to number {dropped}, the last one received is {last}")]
     Gap { last: u64, dropped: u64 },
     #[error("event {number} follows event {last}")]
@@ -41,7 +41,7 @@ enum EventLoss {
 }
 
 /// Checks that `event` follows event number `last`.
-fn check_sequence(last: u64, event: &Event) -> Result<(), EventLoss> {
+pub(crate) fn check_sequence(last: u64, event: &Event) -> Result<(), EventLoss> {
     match event.sequence {
         // An event without a topic reports that the guest has dropped events.
         dropped if event.topic.is_empty() => Err(EventLoss::Gap { last, dropped }),

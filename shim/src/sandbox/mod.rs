@@ -8,7 +8,7 @@ mod cpuset;
 mod create;
 mod end;
 mod error;
-mod events;
+pub(crate) mod events;
 mod files;
 mod holder;
 mod hooks;

@@ -148,7 +148,7 @@ async fn lost(reports: Stream, sinks: ReportSinks, health: Arc<GuestHealth>, mac
 
 /// Keeps the guest's clock correct and looks after its share until the VM is dead.
 fn tend(vm: &Vm, journal: &Journal) {
-    tokio::spawn(vm.share_health.clone().watch(journal.recent().clone(), vm.dead.clone()));
+    tokio::spawn(vm.share_health.clone().watch(journal.recent().clone(), vm.dead.clone(), vm.failure.clone()));
     tokio::spawn(keep_clock(vm.guest.clone(), vm.health.clone(), vm.dead.clone()));
 }
 

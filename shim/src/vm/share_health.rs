@@ -1,4 +1,4 @@
-//! Whether virtiofsd serves the share. The shim looks at its threads: a request through the guest would depend on the
+//! Whether virtiofsd serves the share, and that a virtiofsd in an endless loop ends its VM. The shim looks at its threads: a request through the guest would depend on the
 //! guest, and virtiofsd accepts no second client.
 
 use std::collections::HashMap;
@@ -9,7 +9,7 @@ use husk_protos::lock::lock;
 use serde_json::json;
 use tokio::sync::watch;
 
-use crate::host::blocked::Observer;
+use crate::host::blocked::{Observer, Trouble};
 use crate::host::process::ProcessId;
 use crate::state::recent::{EventKind, Recent};
 
@@ -30,6 +30,10 @@ impl ShareHealth {
 
     /// Why virtiofsd does not serve the share now; `None` if it does, as far as is known.
     pub(super) fn problem(&self) -> Option<String> {
+        self.trouble().map(|trouble| trouble.text)
+    }
+
+    fn trouble(&self) -> Option<Trouble> {
         let mut observers = lock(&self.observers);
         self.workers.iter().find_map(|worker| {
             observers.entry(worker.pid).or_default().look(*worker).unwrap_or_else(|error| {
@@ -40,8 +44,13 @@ impl ShareHealth {
         })
     }
 
-    /// Looks again and again until the VM is dead, and reports each change.
-    pub(super) async fn watch(self: Arc<Self>, recent: Recent, mut dead: watch::Receiver<Option<String>>) {
+    /// Looks again and again until the VM is dead, and reports each change. An endless loop is the VM's failure.
+    pub(super) async fn watch(
+        self: Arc<Self>,
+        recent: Recent,
+        mut dead: watch::Receiver<Option<String>>,
+        failure: watch::Sender<Option<String>>,
+    ) {
         let mut reported = false;
         loop {
             tokio::select! {
@@ -49,10 +58,14 @@ impl ShareHealth {
                 _ = dead.wait_for(Option::is_some) => return,
                 () = tokio::time::sleep(INTERVAL) => {}
             }
-            let problem = self.problem();
-            if problem.is_some() != reported {
-                report(&recent, problem.as_deref());
-                reported = problem.is_some();
+            let trouble = self.trouble();
+            if let Some(Trouble { text, endless: true }) = &trouble {
+                failure.send_replace(Some(format!("virtiofsd {text}")));
+                return;
+            }
+            if trouble.is_some() != reported {
+                report(&recent, trouble.as_ref().map(|trouble| trouble.text.as_str()));
+                reported = trouble.is_some();
             }
         }
     }

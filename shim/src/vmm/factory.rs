@@ -87,3 +87,8 @@ pub(crate) fn create(board: Board, program: PathBuf) -> Box<dyn Vmm> {
         Board::Qemu(board) => Box::new(qemu::Qemu { program, board }),
     }
 }
+
+/// Reads what the hostile process of a machine sends on its control connection. Returns the errors. For the fuzz target.
+pub(crate) async fn read_control(bytes: &[u8]) -> Vec<String> {
+    qemu::read_control(bytes).await
+}

@@ -16,9 +16,9 @@ use super::guest_event::{valid_status, valid_time};
 use super::process::{Exit, Process};
 
 /// Most processes in a list. A host has at most four million PIDs, but no container of a VM has as many processes.
-const PROCESSES_MAX: usize = 65_536;
+pub(crate) const PROCESSES_MAX: usize = 65_536;
 /// Largest statistics of a container, bytes. Those of an honest guest have some hundred bytes per device.
-const STATS_MAX: usize = 64 * 1024;
+pub(crate) const STATS_MAX: usize = 64 * 1024;
 
 /// A reply that the guest must not send.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -30,10 +30,10 @@ use crate::rootfs::spec::Sibling;
 use crate::state::status::ProcessStatus;
 use crate::stdio::Stdio;
 
-pub(super) mod guest_event;
-pub(super) mod guest_reply;
-pub(super) mod order;
-pub(super) mod process;
+pub(crate) mod guest_event;
+pub(crate) mod guest_reply;
+pub(crate) mod order;
+pub(crate) mod process;
 mod publish;
 #[cfg(test)]
 mod tests;

@@ -266,7 +266,7 @@ async fn listen(
     // The channel keeps the client: dropping it would close the connection.
     connected.send_replace(Some(Arc::new(qmp)));
     while let Some(event) = events.recv().await {
-        tracing::debug!(event = event.name, data = %event.data, "QMP event");
+        tracing::debug!(event = clean(&event.name), data = clean(&event.data.to_string()), "QMP event");
         if event.name == "SHUTDOWN" {
             let text = event.data.get("reason").and_then(|reason| reason.as_str()).map(clean);
             *lock(&reason) = text;
@@ -383,6 +383,13 @@ fn threads(reply: Value) -> Result<Vec<i32>, qmp::QmpError> {
     let mut cpus: Vec<CpuInfo> = serde_json::from_value(reply).map_err(std::io::Error::from)?;
     cpus.sort_by_key(|cpu| cpu.cpu_index);
     Ok(cpus.iter().map(|cpu| cpu.thread_id).collect())
+}
+
+/// Reads what a hostile QEMU sends on its control connection. Returns the errors. For the fuzz target.
+pub(super) async fn read_control(bytes: &[u8]) -> Vec<String> {
+    let replies = qmp::replies(bytes, 4).await;
+    let errors = replies.into_iter().filter_map(|reply| reply.and_then(threads).err());
+    errors.map(|error| Chain(&error).to_string()).collect()
 }
 
 #[cfg(test)]

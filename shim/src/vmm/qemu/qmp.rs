@@ -63,6 +63,12 @@ struct Rejection {
     desc: String,
 }
 
+impl Rejection {
+    fn of(&self, command: &str) -> QmpError {
+        QmpError::Rejected { command: command.to_owned(), class: clean(&self.class), description: clean(&self.desc) }
+    }
+}
+
 #[derive(Deserialize)]
 struct Line {
     #[serde(rename = "return")]
@@ -141,11 +147,7 @@ impl Qmp {
             };
             match reply.await {
                 Ok(Ok(value)) => Ok(value),
-                Ok(Err(rejection)) => Err(QmpError::Rejected {
-                    command: command.to_owned(),
-                    class: clean(&rejection.class),
-                    description: clean(&rejection.desc),
-                }),
+                Ok(Err(rejection)) => Err(rejection.of(command)),
                 Err(_) => Err(QmpError::Closed),
             }
         };
@@ -212,6 +214,33 @@ async fn read_loop(mut reader: impl AsyncBufRead + Unpin, pending: Pending, even
     }
     // Dropping the senders ends the calls that still wait.
     lock(&pending).clear();
+}
+
+/// Reads what a hostile QEMU sends while this many commands wait. Returns the replies that arrive. For the fuzz target.
+pub(super) async fn replies(bytes: &[u8], commands: u64) -> Vec<Result<Value, QmpError>> {
+    let (pending, (events, mut queued)) = (Pending::default(), mpsc::channel(MAX_EVENTS));
+    let wait = |id| {
+        let (sender, reply) = oneshot::channel();
+        lock(&pending).insert(id, sender);
+        reply
+    };
+    let waiting: Vec<_> = (1..=commands).map(wait).collect();
+    read_loop(bytes, pending.clone(), events).await;
+    assert!(lock(&pending).is_empty(), "a command waits for a connection that is closed");
+    let mut replies = Vec::new();
+    for reply in waiting {
+        replies.push(match reply.await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(rejection)) => Err(rejection.of("command")),
+            Err(_) => Err(QmpError::Closed),
+        });
+    }
+    let mut count = 0;
+    while queued.recv().await.is_some() {
+        count += 1;
+    }
+    assert!(count <= MAX_EVENTS, "{count} events wait");
+    replies
 }
 
 async fn read_line(reader: &mut (impl AsyncBufRead + Unpin)) -> Result<Vec<u8>, QmpError> {

@@ -3,7 +3,8 @@
 //! The list has what QEMU 7.2 uses in husk's tests, on both boards, under TCG and KVM (from strace), and a reserve for
 //! other versions of QEMU, glibc and the kernel: variants of the calls in use, asynchronous I/O of disks, and NUMA
 //! policies. Calls that reach other processes, change namespaces or mounts, load code into the kernel, or create files
-//! are not in it. QEMU's own `-sandbox` option adds a list of forbidden calls after QEMU's start.
+//! are not in it. QEMU's own `-sandbox` option adds a list of forbidden calls after QEMU's start. `SECURITY.md` describes the
+//! reserve, and how to find the calls that a QEMU misses.
 //!
 //! Calls with a path remain, because QEMU opens its libraries and firmware after the filter is in force. They find
 //! nothing once QEMU has lost the host's files. `execve` starts QEMU itself.

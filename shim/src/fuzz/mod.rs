@@ -1,5 +1,24 @@
 //! What the fuzz targets in `shim/fuzz/` run: each function reads bytes as the named part of husk does, and checks what
 //! must hold of the result. None of them touches the system.
+//!
+//! | file         | whose bytes                                                                          |
+//! |--------------|--------------------------------------------------------------------------------------|
+//! | `mod.rs`     | those of containerd, its clients and operators                                       |
+//! | `reports.rs` | the guest's: the hello, heartbeats, log lines and supervisor status; console; logs   |
+//! | `calls.rs`   | the guest's: answers to calls, and streams                                           |
+//! | `events.rs`  | the guest's: events                                                                  |
+//! | `relays.rs`  | the guest's: relayed connections, and requests to the metadata service               |
+//! | `wire.rs`    | the connections, in memory, and the runtime                                          |
+//! | `checks.rs`  | what must hold of texts and log lines                                                |
+
+#![allow(clippy::expect_used, reason = "a failed expectation is a fault of the target")]
+
+mod calls;
+mod checks;
+mod events;
+mod relays;
+mod reports;
+mod wire;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -9,6 +28,11 @@ use crate::containerd::options;
 use crate::rootfs::spec::{parse, resources};
 use crate::state::store;
 use crate::stdio;
+
+pub use calls::{answers, streams};
+pub use events::events;
+pub use relays::{metadata, relays};
+pub use reports::{console, hello, helper, machine, reports};
 
 /// A bundle's `config.json`. The spec that is understood is understood again.
 pub fn spec(bytes: &[u8]) {
