@@ -16,8 +16,8 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::{LookupSpan, Registry};
-use tracing_subscriber::{Layer, reload};
 use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Layer, reload};
 
 /// Target of the events that the guest's init logged.
 const GUEST: &str = "guest";
@@ -120,7 +120,13 @@ struct Output {
 
 impl Output {
     fn new(writer: impl Write + Send + 'static, left: u64, namespace: &str, sandbox: &str) -> Self {
-        Self { writer: Box::new(writer), left, dropped: 0, namespace: namespace.to_owned(), sandbox: sandbox.to_owned() }
+        Self {
+            writer: Box::new(writer),
+            left,
+            dropped: 0,
+            namespace: namespace.to_owned(),
+            sandbox: sandbox.to_owned(),
+        }
     }
 
     fn write(&mut self, line: &[u8]) {

@@ -204,7 +204,7 @@ mod tests {
             ("--only", "--only needs a value"),
             (
                 "--only all",
-                "--only all: the parts are ctr, steps, guest, programs, boot, footprint, host, network, pods, boots",
+                "--only all: the parts are ctr, steps, guest, programs, boot, footprint, host, network, pods, pool, boots",
             ),
             ("--rounds 0", "--rounds 0: not a positive number"),
             ("--rounds x", "--rounds x: not a positive number"),
