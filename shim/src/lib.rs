@@ -25,9 +25,9 @@
 //! | `fuzz`            | what the fuzz targets run                                                   |
 //! | `host`            | the host's processes, children, hooks and sockets                           |
 //!
-//! Imports run downwards: `waiting` → `serve` → `claim`, `task_service` → `ctl` → `sandbox` → `prepare` → `vm` → `metadata`, `extras`,
-//! `guest`, `rootfs`, `stdio`, `console` → `config`, `containerd`, `state` → `vmm`, `host`. The VM's device for vsock
-//! is a crate of its own, `husk-vsock`.
+//! Imports run downwards: `waiting` → `serve` → `claim`, `task_service` → `ctl` → `sandbox` → `prepare` → `vm` →
+//! `metadata`, `extras`, `guest`, `rootfs`, `stdio`, `console` → `config`, `containerd`, `state` → `vmm`, `host`. The
+//! VM's device for vsock is a crate of its own, `husk-vsock`.
 
 mod claim;
 pub mod config;

@@ -1,7 +1,7 @@
 //! husk under docker: containers run, and have docker's networks, published ports and names as they have under runc.
 //!
-//! Each scenario runs with runc and with husk, each for each docker under a dockerd and a containerd of its own, and returns what the
-//! user has seen; both must be equal.
+//! Each scenario runs with runc and with husk for each docker, under a dockerd and a containerd of its own, and returns
+//! what the user has seen; both must be equal.
 #![cfg(not(target_env = "musl"))]
 
 use std::io::{BufRead, BufReader};

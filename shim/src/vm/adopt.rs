@@ -1,5 +1,6 @@
-//! What a VM becomes part of. Each learns whose it is: a VM that is booted for its sandbox before it starts, one that has
-//! waited for a sandbox when it gets one. The latter also moves: to that sandbox's cgroup and network namespace, with a clock and random numbers of its own.
+//! What a VM becomes part of. Each learns whose it is: a VM that is booted for its sandbox before it starts, one that
+//! has waited for a sandbox when it gets one. The latter also moves to that sandbox's cgroup and network namespace, and
+//! gets the time and random numbers.
 
 use std::sync::Arc;
 

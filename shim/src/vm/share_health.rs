@@ -1,5 +1,5 @@
-//! Whether virtiofsd serves the share, and that a virtiofsd in an endless loop ends its VM. The shim looks at its threads: a request through the guest would depend on the
-//! guest, and virtiofsd accepts no second client.
+//! Whether virtiofsd serves the share, and that a virtiofsd in an endless loop ends its VM. The shim looks at its
+//! threads: a request through the guest would depend on the guest, and virtiofsd accepts no second client.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
