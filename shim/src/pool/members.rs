@@ -314,7 +314,7 @@ mod tests {
         assert_eq!((member.key(), member.memory_mib(), member.is_offered()), ("a", 512, false));
         assert!(!member.claim().unwrap());
         fs::write(first.dir().join(OFFERED), "").unwrap();
-        assert_eq!(offered(base, "a").unwrap(), [member.clone()]);
+        assert_eq!(offered(base, "a").unwrap(), std::slice::from_ref(&member));
         assert_eq!(offered(base, "b").unwrap(), []);
         let claims = std::thread::scope(|scope| {
             let claims: Vec<_> = (0..8).map(|_| scope.spawn(|| member.claim().unwrap())).collect();
