@@ -45,15 +45,18 @@ pub(crate) fn memory_mib(size: i64) -> Result<u64, String> {
     }
 }
 
-/// Checks a number of spare network cards.
+/// Checks a number of VMs that wait.
 pub(crate) fn pool(count: i64) -> Result<u32, String> {
-    let count = u32::try_from(count).ok().filter(|count| *count <= MAX_POOL);
-    count.ok_or_else(|| format!("must be 0 to {MAX_POOL} VMs"))
+    at_most(count, MAX_POOL).ok_or_else(|| format!("must be 0 to {MAX_POOL} VMs"))
 }
 
+/// Checks a number of spare network cards.
 pub(crate) fn spare_nics(count: i64) -> Result<u32, String> {
-    let count = u32::try_from(count).ok().filter(|count| *count <= MAX_SPARE_NICS);
-    count.ok_or_else(|| format!("must be a number from 0 to {MAX_SPARE_NICS}"))
+    at_most(count, MAX_SPARE_NICS).ok_or_else(|| format!("must be a number from 0 to {MAX_SPARE_NICS}"))
+}
+
+fn at_most(count: i64, most: u32) -> Option<u32> {
+    u32::try_from(count).ok().filter(|count| *count <= most)
 }
 
 /// Checks the size limit of extras.

@@ -46,7 +46,7 @@ fn relocate_inside(deadline: Instant, follower: Follower, claim: Claim, vm: Stri
     let here = File::open(CURRENT).map_err(ObjectError::system(CURRENT, "open the network namespace"))?;
     for nic in &mut nics {
         send(&mut before, &nic.tap, here.as_raw_fd())?;
-        enter(&mut netlink, &mut nic.tap, alias(&vm, None))?;
+        nic.tap = enter(&mut netlink, &nic.tap.name, alias(&vm, None))?;
     }
     let scan = scan(&mut netlink)?;
     let follower = Follower {

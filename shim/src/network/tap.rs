@@ -48,10 +48,7 @@ pub(super) fn create(
     let descriptors = (0..queues.max(1))
         .map(|queue| open_queue(&object, name, queue == 0, queues > 1).map(OwnedFd::from))
         .collect::<Result<Vec<_>, _>>()?;
-    let index = if_nametoindex(name).map_err(|errno| ObjectError::system(&object, "find its index")(errno.into()))?;
-    let tap = Tap { name: name.to_owned(), index };
-    prepare(netlink, &tap, alias)?;
-    Ok((tap, descriptors))
+    Ok((enter(netlink, name, alias)?, descriptors))
 }
 
 /// Moves a tap, which is down, to the network namespace of a descriptor. `netlink` belongs to the namespace that it is in.
@@ -60,20 +57,17 @@ pub(super) fn send(netlink: &mut Netlink, tap: &Tap, namespace: RawFd) -> Result
     set(netlink, tap, action, |message| message.attributes.push(LinkAttribute::NetNsFd(namespace)))
 }
 
-/// Makes a tap that has come to the thread's network namespace as [`create`] makes one. Its index may have changed.
-pub(super) fn enter(netlink: &mut Netlink, tap: &mut Tap, alias: String) -> Result<(), ObjectError> {
-    let object = format!("tap {}", tap.name);
-    let name = tap.name.as_str();
-    tap.index = if_nametoindex(name).map_err(|errno| ObjectError::system(&object, "find its index")(errno.into()))?;
-    prepare(netlink, tap, alias)
-}
-
-/// Without IPv6, in husk's group, with the alias that `ip link` shows.
-fn prepare(netlink: &mut Netlink, tap: &Tap, alias: String) -> Result<(), ObjectError> {
-    disable_ipv6(&tap.name).map_err(ObjectError::system(format!("tap {}", tap.name), "disable IPv6"))?;
-    set(netlink, tap, "set its alias and group", |message| {
+/// Finds a tap that has come to the thread's network namespace, and sets it up: without IPv6, in husk's group, with the
+/// alias that `ip link` shows.
+pub(super) fn enter(netlink: &mut Netlink, name: &str, alias: String) -> Result<Tap, ObjectError> {
+    let object = format!("tap {name}");
+    let index = if_nametoindex(name).map_err(|errno| ObjectError::system(&object, "find its index")(errno.into()))?;
+    disable_ipv6(name).map_err(ObjectError::system(&object, "disable IPv6"))?;
+    let tap = Tap { name: name.to_owned(), index };
+    set(netlink, &tap, "set its alias and group", |message| {
         message.attributes.extend([LinkAttribute::IfAlias(alias), LinkAttribute::Group(GROUP)]);
-    })
+    })?;
+    Ok(tap)
 }
 
 /// Removes all of husk's taps in the namespace, even those that a process has open. The kernel waits for two RCU grace

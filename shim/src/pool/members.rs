@@ -13,7 +13,7 @@ use nix::fcntl::Flock;
 use crate::config::settings::PoolSettings;
 use crate::host::lock;
 use crate::host::process::{ProcessId, wait_dead};
-use crate::state::{POOL, State, StateError};
+use crate::state::{POOL, State, StateError, io_error};
 
 /// The socket of a shim that waits.
 pub(crate) const OFFERED: &str = "waiting.sock";
@@ -21,28 +21,6 @@ pub(crate) const OFFERED: &str = "waiting.sock";
 pub(crate) const CLAIMED: &str = "claimed.sock";
 /// How long a claimed shim may take to end its VM.
 const END: Duration = Duration::from_secs(10);
-
-/// The pool cannot be read or changed.
-#[derive(Debug, thiserror::Error)]
-pub enum PoolError {
-    /// A file operation.
-    #[error("{what} {}", path.display())]
-    Io {
-        /// The operation.
-        what: &'static str,
-        /// Its file.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The state of a waiting VM.
-    #[error(transparent)]
-    State(#[from] StateError),
-}
-
-fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PoolError {
-    move |source| PoolError::Io { what, path: path.to_owned(), source }
-}
 
 /// A directory of the pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,17 +72,17 @@ impl Member {
     ///
     /// # Errors
     /// The socket cannot be renamed.
-    pub(crate) fn claim(&self) -> Result<bool, PoolError> {
+    pub(crate) fn claim(&self) -> Result<bool, StateError> {
         let dir = self.dir();
         match fs::rename(dir.join(OFFERED), dir.join(CLAIMED)) {
             Ok(()) => Ok(true),
             Err(error) if lock::is_gone(&error) => Ok(false),
-            Err(source) => Err(failed("claim", &dir)(source)),
+            Err(source) => Err(io_error("claim", &dir)(source)),
         }
     }
 
     /// Its shim, if that runs.
-    pub(crate) fn shim(&self) -> Result<Option<ProcessId>, PoolError> {
+    pub(crate) fn shim(&self) -> Result<Option<ProcessId>, StateError> {
         let state = match self.state() {
             Err(StateError::NotFound(_)) => return Ok(None),
             state => state?,
@@ -113,34 +91,34 @@ impl Member {
     }
 
     /// Ends it, whatever it does: its shim cleans up, or is killed, and everything that it leaves is undone.
-    pub(crate) fn end(&self, patience: Duration) -> Result<(), PoolError> {
+    pub(crate) fn end(&self, patience: Duration) -> Result<(), StateError> {
         if let Some(shim) = self.shim()? {
-            let io = |source| failed("end the shim of", &self.dir())(source);
+            let io = |source| io_error("end the shim of", &self.dir())(source);
             let ended = match shim.send_terminate().map_err(io)? {
                 Some(handle) => {
-                    wait_dead(&handle, patience).map_err(|source| failed("wait for", &self.dir())(source))?
+                    wait_dead(&handle, patience).map_err(|source| io_error("wait for", &self.dir())(source))?
                 }
                 None => true,
             };
             if !ended {
-                shim.kill(END).map_err(|source| failed("kill the shim of", &self.dir())(source))?;
+                shim.kill(END).map_err(|source| io_error("kill the shim of", &self.dir())(source))?;
             }
         }
         match self.state() {
-            Ok(state) => Ok(state.undo_all(END)?),
+            Ok(state) => state.undo_all(END),
             Err(StateError::NotFound(_)) => Ok(()),
-            Err(error) => Err(error.into()),
+            Err(error) => Err(error),
         }
     }
 }
 
 /// The directories of the pool, with those of VMs that serve a sandbox by now.
-fn directories(base: &Path) -> Result<Vec<Member>, PoolError> {
+fn directories(base: &Path) -> Result<Vec<Member>, StateError> {
     let pool = base.join(POOL);
     let listing = match fs::read_dir(&pool) {
-        Ok(listing) => listing.collect::<io::Result<Vec<_>>>().map_err(failed("list", &pool))?,
+        Ok(listing) => listing.collect::<io::Result<Vec<_>>>().map_err(io_error("list", &pool))?,
         Err(error) if lock::is_gone(&error) => return Ok(Vec::new()),
-        Err(source) => return Err(failed("list", &pool)(source)),
+        Err(source) => return Err(io_error("list", &pool)(source)),
     };
     let names = listing.into_iter().filter_map(|entry| entry.file_name().into_string().ok());
     let mut members: Vec<_> = names.map(|id| Member { base: base.to_owned(), id }).collect();
@@ -152,7 +130,7 @@ fn directories(base: &Path) -> Result<Vec<Member>, PoolError> {
 ///
 /// # Errors
 /// The pool cannot be read.
-pub(crate) fn offered(base: &Path, key: &str) -> Result<Vec<Member>, PoolError> {
+pub(crate) fn offered(base: &Path, key: &str) -> Result<Vec<Member>, StateError> {
     let mut members = directories(base)?;
     members.retain(|member| member.key() == key && member.is_offered());
     Ok(members)
@@ -162,7 +140,7 @@ pub(crate) fn offered(base: &Path, key: &str) -> Result<Vec<Member>, PoolError> 
 ///
 /// # Errors
 /// The pool cannot be read.
-pub fn waiting(base: &Path) -> Result<Vec<(Member, State)>, PoolError> {
+pub fn waiting(base: &Path) -> Result<Vec<(Member, State)>, StateError> {
     if !base.join(POOL).exists() {
         return Ok(Vec::new());
     }
@@ -170,7 +148,7 @@ pub fn waiting(base: &Path) -> Result<Vec<(Member, State)>, PoolError> {
     waiting_locked(base)
 }
 
-fn waiting_locked(base: &Path) -> Result<Vec<(Member, State)>, PoolError> {
+fn waiting_locked(base: &Path) -> Result<Vec<(Member, State)>, StateError> {
     let mut waiting = Vec::new();
     for member in directories(base)? {
         let state = match member.state() {
@@ -208,7 +186,7 @@ pub(crate) fn join(
     memory_mib: u64,
     limits: &PoolSettings,
     random: u64,
-) -> Result<Option<State>, PoolError> {
+) -> Result<Option<State>, StateError> {
     let _locked = Locked::take(base)?;
     let mut others: Vec<Member> = waiting_locked(base)?.into_iter().map(|(member, _)| member).collect();
     let is_known = others.iter().any(|member| member.key() == key);
@@ -220,7 +198,7 @@ pub(crate) fn join(
         if oldest.claim()?
             && let Some(shim) = oldest.shim()?
         {
-            shim.send_terminate().map_err(failed("end the shim of", &oldest.dir()))?;
+            shim.send_terminate().map_err(io_error("end the shim of", &oldest.dir()))?;
         }
     }
     Ok(Some(State::create_waiting(base, &format!("{key}-{memory_mib}-{random:016x}"))?))
@@ -236,7 +214,7 @@ fn fits(others: impl Iterator<Item = u64> + Clone, memory_mib: u64, limits: &Poo
 ///
 /// # Errors
 /// One of them cannot be ended; the others are.
-pub fn drain(base: &Path) -> Result<usize, PoolError> {
+pub fn drain(base: &Path) -> Result<usize, StateError> {
     let waiting = waiting(base)?;
     let (mut ended, mut result) = (0, Ok(()));
     for (member, _) in &waiting {
@@ -267,7 +245,7 @@ impl Drop for Locked {
 
 impl Locked {
     /// Locks the pool, which is created if necessary.
-    fn take(base: &Path) -> Result<Self, PoolError> {
+    fn take(base: &Path) -> Result<Self, StateError> {
         let pool = base.join(POOL);
         let open = || {
             DirBuilder::new().recursive(true).mode(0o700).create(&pool)?;
@@ -277,7 +255,7 @@ impl Locked {
                 opened => opened.map(Some),
             }
         };
-        let locked = lock::lock(&pool, lock::TIMEOUT, open).map_err(failed("lock", &pool))?;
+        let locked = lock::lock(&pool, lock::TIMEOUT, open).map_err(io_error("lock", &pool))?;
         Ok(Self { pool, _lock: locked })
     }
 }

@@ -211,16 +211,8 @@ const fn program() -> [u8; 147] {
         0x48, 0x83, 0x3c, 0x24, 1, 0x75, 9, 0x31, 0xff, 0xb8, 60, 0, 0, 0, 0x0f, 5, 0xb8, 34, 0, 0, 0, 0x0f, 5, 0xeb,
         0xf7, 0, 0,
     ];
-    let mut at = 0;
-    while at < header.len() {
-        elf[at] = header[at];
-        at += 1;
-    }
-    at = 0;
-    while at < code.len() {
-        elf[HEADERS as usize + at] = code[at];
-        at += 1;
-    }
+    put(&mut elf, 0, &header);
+    put(&mut elf, HEADERS as usize, &code);
     // e_version, e_entry 0x400078, e_phoff, e_ehsize, e_phentsize, e_phnum.
     elf[20] = 1;
     elf[24] = HEADERS;
@@ -238,6 +230,14 @@ const fn program() -> [u8; 147] {
     elf[104] = 147;
     elf[113] = 0x10;
     elf
+}
+
+const fn put(elf: &mut [u8], at: usize, bytes: &[u8]) {
+    let mut next = 0;
+    while next < bytes.len() {
+        elf[at + next] = bytes[next];
+        next += 1;
+    }
 }
 
 #[cfg(test)]

@@ -80,7 +80,8 @@ pub(crate) fn check_identifier(what: &'static str, id: &str) -> Result<(), State
     }
 }
 
-pub(super) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
+/// The error of a file operation, for `map_err`.
+pub(crate) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
     let path = path.to_path_buf();
     move |source| StateError::Io { what, path, source }
 }

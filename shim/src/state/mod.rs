@@ -25,7 +25,7 @@ pub mod volumes;
 mod waiting;
 
 pub use error::StateError;
-pub(crate) use error::check_identifier;
+pub(crate) use error::{check_identifier, io_error};
 pub use facts::{Boot, MachineRecord};
 pub use places::POOL;
 pub use store::{BASE, State, base};
