@@ -13,6 +13,8 @@
 //! | `dial` | after Start, connections to the host without end |
 //! | `huge` | Exec fails with a message of 3 MiB, which forges a line of the log and holds terminal sequences |
 //! | `absurd` | PIDs, exit statuses, times and statistics that cannot be |
+//! | `late` | an exit follows more output than the process has written |
+//! | `early` | an exit follows no output |
 //! | `silent` | Exec, Pids and Stats are never answered |
 
 use std::future::pending;
@@ -100,7 +102,7 @@ impl Liar {
     }
 }
 
-/// Copies events, except for the exits of those who never die.
+/// Copies events, except for the exits of those who never die, and lies about the output before others.
 async fn censor(events: Arc<Events>, shown: Arc<Events>) {
     let (mut newest, mut after) = (events.newest(), 0);
     loop {
@@ -108,8 +110,13 @@ async fn censor(events: Arc<Events>, shown: Arc<Events>) {
             after = event.sequence;
             let any = event.event.unwrap_or_default();
             let exit = TaskExit::parse_from_bytes(&any.value).unwrap_or_default();
+            let output = match exit.container_id.as_str() {
+                id if lies(id, "late") => [u64::MAX; 2],
+                id if lies(id, "early") => [0; 2],
+                _ => [event.stdout_bytes, event.stderr_bytes],
+            };
             if event.topic != "/tasks/exit" || !lies(&exit.container_id, "undying") {
-                shown.add(&event.topic, any);
+                shown.add(&event.topic, any, output);
             }
         }
         if newest.changed().await.is_err() {
@@ -128,7 +135,7 @@ async fn flood(shown: Arc<Events>, id: String) {
             shown.publish("/tasks/start", &start);
             let exit = TaskExit { container_id: "other".into(), exit_status: u32::MAX, ..Default::default() };
             shown.publish("/tasks/exit", &TaskExit { exited_at: never(), ..exit });
-            shown.add("/forged/topic", Any { value: vec![0xff; 1024], ..Any::default() });
+            shown.add("/forged/topic", Any { value: vec![0xff; 1024], ..Any::default() }, [0; 2]);
         }
         tokio::time::sleep(PAUSE).await;
     }

@@ -12,7 +12,7 @@ use futures::stream;
 use husk_protos::chain::Chain;
 use husk_protos::metered::Metered;
 use husk_protos::unknown::Known;
-use husk_protos::{HOST_CID, PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_TASK, RECEIVE_WINDOW, SECRET};
+use husk_protos::{HOST_CID, PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_STREAMS, PORT_TASK, RECEIVE_WINDOW, SECRET};
 use nix::sys::socket::{Backlog, listen};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::Semaphore;
@@ -24,7 +24,7 @@ use ttrpc::r#async::{Server, Service};
 use crate::connection::{Disconnect, WatchedConnection};
 use crate::events::{Events, service::EventsService};
 use crate::forward::{self, address};
-use crate::io::{Streams, service::StdioService};
+use crate::io::{Streams, raw, service::StdioService};
 
 /// Pause after a failed accept, which means a lack of descriptors or memory. Without it the loop would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -47,6 +47,7 @@ pub(crate) enum ServeError {
 pub(crate) struct Ports {
     task: Port,
     stdio: Port,
+    streams: Port,
     events: Port,
     relay: Port,
 }
@@ -64,6 +65,7 @@ impl Ports {
         Ok(Self {
             task: bind(PORT_TASK)?,
             stdio: bind(PORT_STDIO)?,
+            streams: bind(PORT_STREAMS)?,
             events: bind(PORT_EVENTS)?,
             relay: bind(PORT_RELAY)?,
         })
@@ -87,6 +89,7 @@ impl Ports {
         let mut server = Server::new().add_listener(Listener::new(accepted)).register_service(calls);
         server.start().await.map_err(|source| ServeError::Serve { port: PORT_TASK, source })?;
 
+        tokio::spawn(serve_raw(self.streams, streams.clone()));
         tokio::spawn(async move {
             loop {
                 let (socket, disconnect) = WatchedConnection::new(self.stdio.accept().await);
@@ -182,6 +185,14 @@ async fn prove<S: AsyncRead + Unpin>(mut stream: S, cid: u32, secret: [u8; SECRE
         tracing::warn!(cid, "rejected a connection that is not the shim's");
     }
     proven.then_some(stream)
+}
+
+/// Serves raw streams, one per connection.
+async fn serve_raw(mut port: Port, streams: Arc<Streams>) {
+    loop {
+        let host = port.accept().await;
+        tokio::spawn(raw::serve(host, streams.clone()));
+    }
 }
 
 /// Relays the host's connections to addresses of the VM, a limited number at a time.

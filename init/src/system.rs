@@ -38,6 +38,7 @@ pub(crate) fn hello(timeline: &Timeline, sandbox_pid: u32) -> Hello {
         kernel: kernel.unwrap_or_default(),
         timeline: timeline.milestones().to_vec(),
         sandbox_pid,
+        raw_streams: true,
         holds_nics: Path::new("/sys").join(HELD_NICS.1).exists(),
         ..Default::default()
     }

@@ -8,6 +8,7 @@
 //! | `metered.rs` | backpressure for TTRPC streams                                       |
 //! | `unknown.rs` | answers calls of services that a TTRPC server does not have          |
 //! | `relay.rs`   | byte streams between host and guest                                  |
+//! | `streams.rs` | raw streams of processes                                             |
 //! | `datagram.rs` | datagrams between host and guest                                    |
 //! | `nftables/`  | redirects of connections, as messages for the kernel                 |
 //! | `extras.rs`  | the format of the extras disk                                        |
@@ -32,6 +33,7 @@ pub mod metered;
 pub mod nftables;
 pub mod param;
 pub mod relay;
+pub mod streams;
 pub mod unknown;
 
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::too_many_lines)]
@@ -76,6 +78,8 @@ pub const PORT_RELAY: u32 = 1028;
 /// Host port: DNS queries, one per connection, unless
 /// [`ConfigureNetworkRequest.name_server_port`](network::ConfigureNetworkRequest) names another one: see [`relay`].
 pub const PORT_NAMES: u32 = 1029;
+/// Guest port: raw streams of processes, one per connection: see [`streams`].
+pub const PORT_STREAMS: u32 = 1030;
 
 /// Where docker's DNS server is for the containers of its user-defined networks. docker redirects packets to it in the
 /// network namespace on the host.

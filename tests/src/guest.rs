@@ -15,7 +15,7 @@ use husk_protos::debug_ttrpc::DebugClient;
 use husk_protos::frame;
 use husk_protos::network::{ConfigureNetworkRequest, NetworkAddress, NetworkLink, NetworkRoute};
 use husk_protos::network_ttrpc::NetworkClient;
-use husk_protos::stdio::{InputChunk, OutputRequest, StreamKind};
+use husk_protos::stdio::{InputChunk, StreamKind, StreamRequest};
 use husk_protos::stdio_ttrpc::StdioClient;
 use husk_protos::system::{Hello, InfoRequest, InfoResponse};
 use husk_protos::system_ttrpc::SystemClient;
@@ -265,7 +265,7 @@ impl Guest {
     pub async fn output(&self, id: &str, exec: &str, stderr: bool) -> Result<Vec<u8>> {
         let kind = if stderr { StreamKind::STREAM_KIND_STDERR } else { StreamKind::STREAM_KIND_STDOUT };
         let request =
-            OutputRequest { container_id: id.into(), exec_id: exec.into(), kind: kind.into(), ..Default::default() };
+            StreamRequest { container_id: id.into(), exec_id: exec.into(), kind: kind.into(), ..Default::default() };
         let client = StdioClient::new(self.connect(PORT_STDIO).await?);
         let mut stream = client.output(context::with_timeout(0), &request).await?;
         let mut all = Vec::new();

@@ -9,11 +9,11 @@ use husk_protos::events::SubscribeRequest;
 use husk_protos::events_ttrpc::EventsClient;
 use husk_protos::protobuf::Message;
 use husk_protos::protobuf::well_known_types::any::Any;
-use husk_protos::stdio::{OutputRequest, StreamKind};
+use husk_protos::stdio::{StreamKind, StreamRequest};
 use husk_protos::stdio_ttrpc::StdioClient;
 use husk_protos::system::{InfoRequest, InfoResponse};
 use husk_protos::system_ttrpc::SystemClient;
-use husk_protos::{PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_TASK, SECRET};
+use husk_protos::{PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_STREAMS, PORT_TASK, SECRET};
 use husk_tests::guest::{Guest, STEP, call, spec};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -121,7 +121,7 @@ async fn a_connection_that_does_not_begin_with_the_vms_secret_is_closed_and_dela
     ensure!(guest.hello.secret.len() == SECRET, "{} bytes", guest.hello.secret.len());
     let mut wrong = guest.hello.secret.clone();
     wrong[0] ^= 1;
-    for port in [PORT_TASK, PORT_STDIO, PORT_EVENTS, PORT_RELAY] {
+    for port in [PORT_TASK, PORT_STDIO, PORT_STREAMS, PORT_EVENTS, PORT_RELAY] {
         let silent = guest.device.connect(port, STEP).await?;
         let mut guess = guest.device.connect(port, STEP).await?;
         guess.write_all(&wrong).await?;
@@ -156,7 +156,7 @@ async fn stdio_passes_unchanged_and_the_exit_mark_follows_the_output() -> Result
     guest.start("mark", "").await?;
     exec(&guest, "mark", "e", &["sh", "-c", "(sleep 2; echo late) & head -c 100000 /dev/zero; echo early"], "o")
         .await?;
-    let request = OutputRequest {
+    let request = StreamRequest {
         container_id: "mark".into(),
         exec_id: "e".into(),
         kind: StreamKind::STREAM_KIND_STDOUT.into(),
@@ -411,7 +411,7 @@ async fn a_shutdown_stops_running_containers_and_ends_the_vm() -> Result<()> {
     for (id, trap) in [("ignores-term", "trap '' TERM"), ("handles-term", "trap 'exit 3' TERM")] {
         let script = format!("{trap}; echo set; sleep 1000 & wait; wait");
         guest.create(id, &spec(&["sh", "-c", &script]), "o").await?;
-        let request = OutputRequest {
+        let request = StreamRequest {
             container_id: id.into(),
             kind: StreamKind::STREAM_KIND_STDOUT.into(),
             ..Default::default()

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use husk_protos::PORT_STDIO;
 use husk_protos::debug::{Process, StartProcessRequest};
-use husk_protos::stdio::{InputChunk, OutputRequest, StreamKind};
+use husk_protos::stdio::{InputChunk, StreamKind, StreamRequest};
 use husk_protos::stdio_ttrpc::StdioClient;
 use husk_protos::system::InfoResponse;
 use husk_tests::guest::{Guest, STEP, call, config, debug_config, spec};
@@ -261,7 +261,7 @@ async fn a_process_in_the_vm_can_have_its_own_terminal() -> Result<()> {
     let streams =
         (StdioClient::new(guest.connect(PORT_STDIO).await?), StdioClient::new(guest.connect(PORT_STDIO).await?));
     let kind = StreamKind::STREAM_KIND_STDOUT.into();
-    let request = OutputRequest { exec_id: id.clone(), kind, ..Default::default() };
+    let request = StreamRequest { exec_id: id.clone(), kind, ..Default::default() };
     let mut output = streams.0.output(context::with_timeout(0), &request).await?;
     let input = streams.1.input(context::with_timeout(0)).await?;
     input.send(&InputChunk { exec_id: id.clone(), ..Default::default() }).await?;

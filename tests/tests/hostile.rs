@@ -1,7 +1,7 @@
 //! A guest that lies (`init/src/hostile.rs`), and what the host guarantees all the same: every task ends and can be
 //! removed within its deadlines, what containerd and its clients see is bounded and true, and nothing is left behind.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::built;
@@ -176,4 +176,21 @@ fn a_guest_that_does_not_answer_is_not_awaited_forever() -> Result<()> {
         Ok(())
     })
     .map(drop)
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn a_guest_that_lies_about_the_length_of_output_delays_only_its_own_exit_and_not_for_long() -> Result<()> {
+    for lie in ["late", "early"] {
+        survive(lie, |_, container| {
+            let started = Instant::now();
+            // As with a stalled reader, the exit waits for the missing bytes for a few seconds.
+            let all = container.script("seq 1 1000")?;
+            ensure!(lie == "early" || all.lines().count() == 1000, "{} lines", all.lines().count());
+            ensure!(started.elapsed() < SOON, "{:?}", started.elapsed());
+            Ok(())
+        })
+        .with_context(|| lie)?;
+    }
+    Ok(())
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::events::task::TaskExit;
-use husk_tests::containerd::Containerd;
+use husk_tests::containerd::{Configured, Containerd};
 use husk_tests::husk_only;
 use husk_tests::shim::{Shim, Streams, feed};
 use husk_tests::{bundle, command, fifo, process};
@@ -153,7 +153,10 @@ fn output_of_100_fast_execs_is_complete() -> Result<()> {
 #[test]
 #[cfg_attr(runc, ignore = "about VMs")]
 fn all_output_is_available_when_the_exit_is_published() -> Result<()> {
-    let containerd = Containerd::shared()?;
+    expect_output_before_the_exit(Containerd::shared()?)
+}
+
+fn expect_output_before_the_exit(containerd: &Containerd) -> Result<()> {
     // runc's shim publishes the exit first and continues copying.
     let shim = Shim::idle(containerd, "announced")?;
     let id = shim.bundle.id.clone();
@@ -198,7 +201,10 @@ fn a_slow_reader_gets_everything_even_after_the_exit() -> Result<()> {
 
 #[test]
 fn a_stalled_reader_delays_no_other_stream() -> Result<()> {
-    let containerd = Containerd::shared()?;
+    expect_streams_apart(Containerd::shared()?)
+}
+
+fn expect_streams_apart(containerd: &Containerd) -> Result<()> {
     let shim = Shim::idle(containerd, "stalls")?;
     let id = shim.bundle.id.clone();
 
@@ -219,7 +225,10 @@ fn a_stalled_reader_delays_no_other_stream() -> Result<()> {
 
 #[test]
 fn a_process_that_never_reads_its_stdin_delays_nothing_else() -> Result<()> {
-    let containerd = Containerd::shared()?;
+    expect_unread_stdin_apart(Containerd::shared()?)
+}
+
+fn expect_unread_stdin_apart(containerd: &Containerd) -> Result<()> {
     let id = containerd.id("unread");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
     let (io, stdin, _stdout, _stderr) = with_stdin(&shim, "init")?;
@@ -241,7 +250,10 @@ fn a_process_that_never_reads_its_stdin_delays_nothing_else() -> Result<()> {
 
 #[test]
 fn close_io_ends_stdin_while_the_fifo_stays_open() -> Result<()> {
-    let containerd = Containerd::shared()?;
+    expect_end_after_close_io(Containerd::shared()?)
+}
+
+fn expect_end_after_close_io(containerd: &Containerd) -> Result<()> {
     let id = containerd.id("close");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", "cat; echo end"]))?;
     let (io, mut stdin, mut stdout, _stderr) = with_stdin(&shim, "init")?;
@@ -254,6 +266,21 @@ fn close_io_ends_stdin_while_the_fifo_stays_open() -> Result<()> {
     let rest = stdout.read_to_end(DEADLINE)?;
     ensure!(rest == b"last end\n", "{:?}", String::from_utf8_lossy(&rest));
     Ok(())
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn streams_have_all_their_properties_as_messages_too() -> Result<()> {
+    let configured = Configured::start("streams = \"ttrpc\"\n")?;
+    let containerd = &configured.containerd;
+    let container = containerd.detached(&[], "messages", &["sleep", "1000"])?;
+    let bytes = sequence(1_000_000);
+    expect_same(&container.exec(&["cat"]).stdin(bytes.clone()).ok()?.stdout, &bytes)?;
+    expect_output_before_the_exit(containerd)?;
+    expect_streams_apart(containerd)?;
+    expect_unread_stdin_apart(containerd)?;
+    expect_end_after_close_io(containerd)?;
+    expect_exit_before_the_childs(containerd)
 }
 
 #[test]
@@ -386,7 +413,10 @@ fn the_next_reader_continues_where_the_last_one_stopped() -> Result<()> {
 
 #[test]
 fn a_child_that_keeps_the_output_open_delays_neither_the_exit_nor_earlier_output() -> Result<()> {
-    let containerd = Containerd::shared()?;
+    expect_exit_before_the_childs(Containerd::shared()?)
+}
+
+fn expect_exit_before_the_childs(containerd: &Containerd) -> Result<()> {
     let shim = Shim::idle(containerd, "grandchild")?;
     let id = shim.bundle.id.clone();
     let in_terminal = |mut process: serde_json::Value| {

@@ -53,20 +53,25 @@ impl Default for Events {
 impl Events {
     /// Adds one of containerd's events to the ring. Never waits for subscribers.
     pub(crate) fn publish<M: Message>(&self, topic: &str, event: &M) {
+        self.publish_with_output(topic, event, [0; 2]);
+    }
+
+    /// Like [`Self::publish`], with the bytes of stdout and stderr that precede the event.
+    pub(crate) fn publish_with_output<M: Message>(&self, topic: &str, event: &M, output: [u64; 2]) {
         let value = match event.write_to_bytes() {
             Ok(value) => value,
             Err(error) => return tracing::error!(topic, error = %Chain(&error), "failed to encode an event"),
         };
         // Any::pack would parse the message's descriptor, which costs millions of instructions.
         let any = Any { type_url: format!("{PACKAGE}.{}", M::NAME), value, ..Default::default() };
-        self.add(topic, any);
+        self.add(topic, any, output);
     }
 
     /// Adds an encoded event to the ring.
-    pub(crate) fn add(&self, topic: &str, event: Any) {
+    pub(crate) fn add(&self, topic: &str, event: Any, output: [u64; 2]) {
         let newest = {
             let mut ring = self.ring();
-            ring.push(topic, event, KEPT);
+            ring.push(topic, event, output, KEPT);
             ring.newest
         };
         self.newest.send_replace(newest);
@@ -88,13 +93,15 @@ impl Events {
 }
 
 impl Ring {
-    fn push(&mut self, topic: &str, event: Any, capacity: usize) {
+    fn push(&mut self, topic: &str, event: Any, [stdout_bytes, stderr_bytes]: [u64; 2], capacity: usize) {
         self.newest += 1;
         self.kept.push_back(Event {
             sequence: self.newest,
             timestamp: Some(Timestamp::now()).into(),
             topic: topic.into(),
             event: Some(event).into(),
+            stdout_bytes,
+            stderr_bytes,
             ..Default::default()
         });
         if self.kept.len() > capacity {
@@ -134,7 +141,7 @@ mod tests {
         assert_eq!(ring.next(0), Next::Nothing);
         assert_eq!(ring.next(1), Next::Unknown);
         for topic in ["a", "b", "c", "d", "e"] {
-            ring.push(topic, Any::new(), 3);
+            ring.push(topic, Any::new(), [0; 2], 3);
         }
         let next = |after| sequence(ring.next(after));
         assert_eq!(next(0), Some((2, String::new())), "events 1 and 2 are no longer in the ring");

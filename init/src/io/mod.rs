@@ -6,7 +6,9 @@
 
 mod input;
 mod output;
+pub(crate) mod raw;
 pub(crate) mod service;
+mod slot;
 mod terminal;
 
 pub(crate) use terminal::{Size, TerminalSpec, pair as terminal_pair};
@@ -19,14 +21,15 @@ use std::time::Duration;
 
 use husk_protos::connections::Connections;
 use husk_protos::lock::lock;
-use nix::fcntl::OFlag;
+use husk_protos::streams::PIPE_SIZE;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 
 use crate::error::{CallError, FailureKind};
-use crate::fd::set_nonblocking;
 use crate::spawn::ChildStreams;
+use slot::Slot;
 
 /// Time for the process of an open stream to appear: longer than a worker may take to create it.
 const PROCESS_WAIT: Duration = Duration::from_secs(60);
@@ -58,14 +61,14 @@ impl ProcessStreams {
         let mut theirs = ChildStreams::default();
         let (mut stdin, mut stdout, mut stderr) = (Slot::absent(), Slot::absent(), Slot::absent());
         if set.stdin {
-            let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+            let (read, write) = pipe()?;
             (stdin, theirs.stdin) = (Slot::idle(write)?, Some(read));
         }
         for (present, ours, theirs) in
             [(set.stdout, &mut stdout, &mut theirs.stdout), (set.stderr, &mut stderr, &mut theirs.stderr)]
         {
             if present {
-                let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+                let (read, write) = pipe()?;
                 (*ours, *theirs) = (Slot::idle(read)?, Some(write));
             }
         }
@@ -88,7 +91,7 @@ impl ProcessStreams {
         let Some(terminal) = &self.terminal else { return Err(io::ErrorKind::InvalidInput.into()) };
         for (slot, present) in [(&self.stdin, set.stdin), (&self.stdout, set.stdout)] {
             if present {
-                *slot.state() = SlotState::idle(master.try_clone()?)?;
+                slot.open(master.try_clone()?)?;
             }
         }
         terminal.open(master, spec)
@@ -104,7 +107,15 @@ impl ProcessStreams {
 
     /// Records that the process has exited: its pipes now contain the rest of its output.
     pub(crate) fn exited(&self) {
+        for output in [&self.stdout, &self.stderr] {
+            output.exited(self.terminal.is_some());
+        }
         self.exited.send_replace(true);
+    }
+
+    /// How many bytes of stdout and stderr their clients have when they have all that the process wrote before its exit.
+    pub(crate) fn bytes_at_exit(&self) -> [u64; 2] {
+        [&self.stdout, &self.stderr].map(Slot::at_exit)
     }
 
     /// Closes stdin, once no client is attached to it. Idempotent.
@@ -113,82 +124,11 @@ impl ProcessStreams {
     }
 }
 
-/// One stream of a process.
-#[derive(Debug)]
-struct Slot(Mutex<SlotState>);
-
-#[derive(Debug)]
-enum SlotState {
-    /// The process has /dev/null instead.
-    Absent,
-    /// No client is attached.
-    Idle(OwnedFd),
-    /// A client is attached and holds the pipe.
-    Attached {
-        /// Close the pipe when the client detaches.
-        closing: bool,
-    },
-    Closed,
-}
-
-impl SlotState {
-    fn idle(fd: OwnedFd) -> io::Result<Self> {
-        // Affects only this end. The process's end is another open file and stays blocking, as programs expect.
-        set_nonblocking(&fd)?;
-        Ok(Self::Idle(fd))
-    }
-}
-
-impl Slot {
-    fn absent() -> Self {
-        Self(Mutex::new(SlotState::Absent))
-    }
-
-    fn idle(fd: OwnedFd) -> io::Result<Self> {
-        Ok(Self(Mutex::new(SlotState::idle(fd)?)))
-    }
-
-    fn close(&self) {
-        let mut state = self.state();
-        match *state {
-            SlotState::Idle(_) => *state = SlotState::Closed,
-            SlotState::Attached { .. } => *state = SlotState::Attached { closing: true },
-            SlotState::Absent | SlotState::Closed => {}
-        }
-    }
-
-    /// Takes the pipe. None if it has reached its end.
-    fn attach(&self, name: &str) -> Result<Option<OwnedFd>, CallError> {
-        let mut state = self.state();
-        match std::mem::replace(&mut *state, SlotState::Attached { closing: false }) {
-            SlotState::Idle(fd) => Ok(Some(fd)),
-            other => {
-                let result = match other {
-                    SlotState::Attached { .. } => Err(CallError::new(
-                        FailureKind::AlreadyExists,
-                        format!("a client is already attached to {name}"),
-                    )),
-                    SlotState::Absent => {
-                        Err(CallError::new(FailureKind::NotFound, format!("the process has no {name}")))
-                    }
-                    _ => Ok(None),
-                };
-                *state = other;
-                result
-            }
-        }
-    }
-
-    /// Returns the pipe for the next client, or None if it has reached its end.
-    fn detach(&self, fd: Option<OwnedFd>) {
-        let mut state = self.state();
-        let closing = matches!(*state, SlotState::Attached { closing: true });
-        *state = fd.filter(|_| !closing).map_or(SlotState::Closed, SlotState::Idle);
-    }
-
-    fn state(&self) -> MutexGuard<'_, SlotState> {
-        lock(&self.0)
-    }
+/// A pipe with room for what one system call moves.
+fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+    fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE as i32))?;
+    Ok((read, write))
 }
 
 /// The streams of all processes, by container ID and exec ID.
@@ -242,31 +182,6 @@ impl Streams {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_stream_has_one_client_at_a_time() {
-        let (read, _write) = pipe2(OFlag::O_CLOEXEC).unwrap();
-        let slot = Slot::idle(read).unwrap();
-        let fd = slot.attach("stdout").unwrap();
-        assert_eq!(slot.attach("stdout").unwrap_err().kind, FailureKind::AlreadyExists);
-        slot.detach(fd);
-        let fd = slot.attach("stdout").unwrap();
-        assert!(fd.is_some());
-        slot.detach(None);
-        assert!(slot.attach("stdout").unwrap().is_none(), "the pipe has reached its end");
-        assert_eq!(Slot::absent().attach("stderr").unwrap_err().kind, FailureKind::NotFound);
-    }
-
-    #[test]
-    fn a_close_waits_for_the_attached_client() {
-        let (_read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
-        let slot = Slot::idle(write).unwrap();
-        let fd = slot.attach("stdin").unwrap();
-        slot.close();
-        slot.close();
-        slot.detach(fd);
-        assert!(slot.attach("stdin").unwrap().is_none());
-    }
 
     #[tokio::test(start_paused = true)]
     async fn a_stream_may_be_opened_before_its_process_exists() {

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use husk_protos::metered::Meter;
-use husk_protos::stdio::{InputChunk, InputResponse, OutputChunk, OutputRequest, StreamKind};
+use husk_protos::stdio::{InputChunk, InputResponse, OutputChunk, StreamKind, StreamRequest};
 use husk_protos::stdio_ttrpc::Stdio;
+use tokio::io::Interest;
 use tokio::time::timeout;
 use ttrpc::r#async::{ServerStreamReceiver, ServerStreamSender, TtrpcContext};
 
@@ -30,7 +31,7 @@ impl Stdio for StdioService {
     async fn output(
         &self,
         _: &TtrpcContext,
-        request: OutputRequest,
+        request: StreamRequest,
         stream: ServerStreamSender<OutputChunk>,
     ) -> ttrpc::Result<()> {
         let mut disconnect = self.disconnect.clone();
@@ -43,19 +44,10 @@ impl Stdio for StdioService {
             Ok(StreamKind::STREAM_KIND_STDERR) => (&streams.stderr, "stderr"),
             _ => return Err(CallError::new(FailureKind::InvalidArgument, "kind must be stdout or stderr").into()),
         };
-        let Some(fd) = slot.attach(name)? else { return Ok(()) };
-        let source =
-            if streams.terminal.is_some() { output::OutputSource::Terminal } else { output::OutputSource::Pipe };
-        match output::pump(fd, source, streams.exited.subscribe(), &stream, &mut disconnect).await {
-            output::OutputEnd::Finished => {
-                slot.detach(None);
-                Ok(())
-            }
-            output::OutputEnd::Broken(fd, error) => {
-                slot.detach(Some(fd));
-                Err(error.into())
-            }
-        }
+        let Some(client) = slot.attach(name, Interest::READABLE)? else { return Ok(()) };
+        output::pump(&client, streams.exited.subscribe(), &stream, &mut disconnect).await?;
+        client.end();
+        Ok(())
     }
 
     async fn input(
@@ -84,21 +76,20 @@ impl Stdio for StdioService {
             streams = self.streams.find(&first.container_id, &first.exec_id) => streams?,
             () = disconnect.wait() => return Ok(InputResponse::new()),
         };
-        let Some(fd) = streams.stdin.attach("stdin")? else { return Ok(InputResponse::new()) };
-        match input::pump(fd, streams.exited.subscribe(), &mut stream, &self.meter, &mut disconnect).await {
+        let Some(process) = streams.stdin.attach("stdin", Interest::WRITABLE)? else {
+            return Ok(InputResponse::new());
+        };
+        match input::pump(&process, streams.exited.subscribe(), &mut stream, &self.meter, &mut disconnect).await {
             input::InputEnd::Finished(written) => {
-                streams.stdin.detach(None);
+                process.end();
                 Ok(InputResponse { written, ..Default::default() })
             }
             input::InputEnd::Unread(written) => {
-                streams.stdin.detach(None);
+                process.end();
                 input::discard(&mut stream, &self.meter, &mut disconnect).await;
                 Ok(InputResponse { written, ..Default::default() })
             }
-            input::InputEnd::Broken(fd, error) => {
-                streams.stdin.detach(Some(fd));
-                Err(error.into())
-            }
+            input::InputEnd::Broken(error) => Err(error.into()),
         }
     }
 }

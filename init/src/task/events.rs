@@ -65,7 +65,7 @@ impl Tasks {
             exited_at: Some(timestamp(exit.at)).into(),
             ..Default::default()
         };
-        self.events.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
+        self.events.publish_with_output(topics::TASK_EXIT_EVENT_TOPIC, &event, process.streams.bytes_at_exit());
     }
 
     pub(super) fn publish_paused(&self, container: &Container) {

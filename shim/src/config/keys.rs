@@ -8,7 +8,7 @@ use tracing::Level;
 
 use super::ids::IdRange;
 use super::kernel_params;
-use super::settings::{AccelMode, Config, NetworkMode, Profile, VsockMode};
+use super::settings::{AccelMode, Config, NetworkMode, Profile, StreamMode, VsockMode};
 use super::values::{
     absolute, addresses, annotations, boolean, choice, extras_max_mib, integer, list, memory_mib, milliseconds,
     open_files, pool, sockets, spare_nics, text, token_host, vcpus,
@@ -28,7 +28,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 39] = [
+pub(crate) const KEYS: [ConfigKey; 40] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("max_vcpus", |config, value| put(&mut config.max_vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
@@ -47,6 +47,9 @@ pub(crate) const KEYS: [ConfigKey; 39] = [
     key("vsock", |config, value| {
         let choices = [("auto", VsockMode::Auto), ("vhost-user", VsockMode::VhostUser), ("vhost", VsockMode::Vhost)];
         put(&mut config.vsock, choice(value, &choices))
+    }),
+    key("streams", |config, value| {
+        put(&mut config.streams, choice(value, &[("raw", StreamMode::Raw), ("ttrpc", StreamMode::Ttrpc)]))
     }),
     key("machine", |config, value| put(&mut config.board, choice(value, &boards()))),
     key("qemu", |config, value| put(&mut config.qemu, text(value).map(PathBuf::from))),

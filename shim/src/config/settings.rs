@@ -51,6 +51,15 @@ pub enum VsockMode {
     Vhost,
 }
 
+/// The key `streams`: what carries the standard streams of processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamMode {
+    /// Connections that carry nothing else, if the guest offers them.
+    Raw,
+    /// The TTRPC service.
+    Ttrpc,
+}
+
 /// The network of a sandbox whose spec names no network namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NetworkMode {
@@ -121,6 +130,8 @@ pub struct Config {
     pub accel: AccelMode,
     /// The guests' vsock device.
     pub vsock: VsockMode,
+    /// What carries the standard streams of processes.
+    pub streams: StreamMode,
     /// The board, and with it the VMM.
     pub board: Board,
     /// QEMU's program; a name without a slash is searched in PATH.
@@ -186,6 +197,7 @@ impl Default for Config {
             image_dir: None,
             accel: AccelMode::Auto,
             vsock: VsockMode::Auto,
+            streams: StreamMode::Raw,
             board: Board::default(),
             qemu: "qemu-system-x86_64".into(),
             vm_ids: IdRange::default(),

@@ -17,7 +17,7 @@ use husk_protos::events_ttrpc::EventsClient;
 use husk_protos::metered::Metered;
 use husk_protos::network::NetworkStatusRequest;
 use husk_protos::network_ttrpc::NetworkClient;
-use husk_protos::stdio::{InputChunk, OutputRequest};
+use husk_protos::stdio::{InputChunk, StreamRequest};
 use husk_protos::stdio_ttrpc::StdioClient;
 use husk_protos::system::ClockAdjustment;
 use husk_protos::system_ttrpc::SystemClient;
@@ -193,7 +193,7 @@ pub fn streams(bytes: &[u8]) {
         let client = Client::new(Socket::new(socket));
         match kind % 4 {
             0 | 1 => {
-                let stream = StdioClient::new(client).output(Context::default(), &OutputRequest::new()).await?;
+                let stream = StdioClient::new(client).output(Context::default(), &StreamRequest::new()).await?;
                 let (mut stream, mut received) = (Metering::new(stream, meter), 0);
                 while let Some(chunk) = stream.recv().await? {
                     received += chunk.data.len();

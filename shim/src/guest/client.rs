@@ -12,11 +12,12 @@ use husk_protos::debug_ttrpc::DebugClient;
 use husk_protos::events::{Event, SubscribeRequest};
 use husk_protos::metered::{Meter, Metered};
 use husk_protos::relay::{Transport, read_status, write_target};
-use husk_protos::stdio::{InputChunk, InputResponse, OutputChunk, OutputRequest, StreamKind};
+use husk_protos::stdio::{InputChunk, InputResponse, OutputChunk, StreamKind, StreamRequest};
 use husk_protos::system::Hello;
 use husk_protos::{
-    PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_TASK, PROTOCOL, RECEIVE_WINDOW, SECRET, bundle_ttrpc::BundleClient,
-    events_ttrpc::EventsClient, network_ttrpc::NetworkClient, stdio_ttrpc::StdioClient, system_ttrpc::SystemClient,
+    PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_STREAMS, PORT_TASK, PROTOCOL, RECEIVE_WINDOW, SECRET,
+    bundle_ttrpc::BundleClient, events_ttrpc::EventsClient, frame, network_ttrpc::NetworkClient,
+    stdio_ttrpc::StdioClient, system_ttrpc::SystemClient,
 };
 use protobuf::Message;
 use ttrpc::r#async::transport::Socket;
@@ -60,6 +61,9 @@ pub enum GuestError {
     /// message.
     #[error("{}", message(.0))]
     Call(ttrpc::Error),
+    /// A raw stream could not be opened: the guest's error, or that of its connection.
+    #[error("open a raw stream in the guest")]
+    RawStream(#[source] io::Error),
 }
 
 impl From<ttrpc::Error> for GuestError {
@@ -122,6 +126,7 @@ pub struct Guest {
     link: Link,
     secret: [u8; SECRET],
     call_timeout: Duration,
+    raw_streams: bool,
     /// containerd's Task service.
     pub task: TaskClient,
     /// husk's Bundle service.
@@ -148,6 +153,7 @@ impl Guest {
             link,
             secret,
             call_timeout,
+            raw_streams: hello.raw_streams,
         })
     }
 
@@ -173,6 +179,20 @@ impl Guest {
         Ok(Metering { stream: EventsClient::new(client).subscribe(Context::default(), &request).await?, meter })
     }
 
+    /// Whether [`Self::raw_stream`] is to be used, and not [`Self::output`] and [`Self::input`].
+    pub(crate) fn has_raw_streams(&self) -> bool {
+        self.raw_streams
+    }
+
+    /// Opens a raw stream of a process ([`husk_protos::streams`]). Waits for the process as long as the guest does.
+    pub(crate) async fn raw_stream(&self, container: &str, exec: &str, kind: StreamKind) -> Result<Stream, GuestError> {
+        let mut stream = connect(&self.link, PORT_STREAMS, &self.secret, self.call_timeout).await?;
+        let request = stream_request(container, exec, kind);
+        frame::write(&mut stream, &request).await.map_err(|error| GuestError::RawStream(io::Error::other(error)))?;
+        read_status(&mut stream).await.map_err(GuestError::RawStream)?;
+        Ok(stream)
+    }
+
     /// The output of a process on one of its streams.
     pub async fn output(
         &self,
@@ -181,12 +201,7 @@ impl Guest {
         kind: StreamKind,
     ) -> Result<Metering<OutputChunk>, GuestError> {
         let (client, meter) = self.stream_client(PORT_STDIO).await?;
-        let request = OutputRequest {
-            container_id: container.to_owned(),
-            exec_id: exec.to_owned(),
-            kind: kind.into(),
-            ..Default::default()
-        };
+        let request = stream_request(container, exec, kind);
         Ok(Metering { stream: StdioClient::new(client).output(Context::default(), &request).await?, meter })
     }
 
@@ -239,6 +254,11 @@ impl Guest {
         let (socket, meter) = Metered::new(connected, RECEIVE_WINDOW);
         Ok((Client::new(Socket::new(socket)), meter))
     }
+}
+
+fn stream_request(container: &str, exec: &str, kind: StreamKind) -> StreamRequest {
+    let (container_id, exec_id) = (container.to_owned(), exec.to_owned());
+    StreamRequest { container_id, exec_id, kind: kind.into(), ..Default::default() }
 }
 
 /// The secret of a guest with which this shim can work.

@@ -10,7 +10,7 @@ use tracing::Level;
 use super::host::Host;
 use super::size::Size;
 use crate::config::extras::Extras;
-use crate::config::settings::Config;
+use crate::config::settings::{Config, StreamMode};
 use crate::config::workspace::Workspace;
 use crate::network::Claim;
 use crate::vm::BootPlan;
@@ -85,6 +85,7 @@ impl Bootable {
             ids: config.vm_ids,
             groups: groups(host.accel),
             carrier: host.carrier,
+            raw_streams: config.streams == StreamMode::Raw,
             virtiofsd: host.virtiofsd.clone(),
             open_files: host.open_files,
             share,

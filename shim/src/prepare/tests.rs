@@ -161,6 +161,7 @@ const PROOFS: &[Proof] = &[
     ),
     ("accel", "\"kvm\"", |o| booted(o, |b| format!("{:?}", b.plan.spec.accel)), "accel = \"kvm\": no hardware"),
     ("vsock", "\"vhost\"", |o| booted(o, |b| format!("{:?}", b.plan.carrier)), "Kernel"),
+    ("streams", "\"ttrpc\"", |o| booted(o, |b| b.plan.raw_streams.to_string()), "false"),
     ("machine", "\"q35\"", |o| value(o, "-machine"), "q35,"),
     (
         "qemu",

@@ -4,80 +4,68 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_protos::STDIO_CHUNK;
 use husk_protos::chain::Chain;
-use husk_protos::stdio::{InputChunk, InputResponse, StreamKind};
-use tokio::io::AsyncReadExt;
+use husk_protos::stdio::StreamKind;
 use tokio::net::unix::pipe;
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio::task::AbortHandle;
-use tokio::time::Instant;
-use ttrpc::r#async::ClientStreamSender;
 
-use crate::guest::client::{Guest, GuestError};
+use crate::guest::client::Guest;
 use crate::stdio::destination::input_fifo;
-use crate::stdio::error::StdioError;
+use crate::stdio::error::{CopyError, StdioError};
 use crate::stdio::fifo;
+use crate::stdio::progress::Progress;
 use crate::stdio::sink::Sink;
-
-/// The progress of an output copy.
-#[derive(Debug, Clone, Copy)]
-struct Progress {
-    /// All bytes that the process itself wrote have been delivered.
-    complete: bool,
-    last_moved: Instant,
-}
+use crate::stdio::{messages, raw};
 
 /// A running copy of a process's stdout or stderr. Dropping it does not stop the copy: a grandchild may still write.
 #[derive(Debug)]
 pub(crate) struct Output {
-    progress: watch::Receiver<Progress>,
+    progress: Progress,
+    /// The output comes on a raw stream.
+    raw: bool,
     task: AbortHandle,
+}
+
+/// Completes the progress of a copy when it ends, also if it is stopped.
+struct Completing(Progress);
+
+impl Drop for Completing {
+    fn drop(&mut self) {
+        self.0.complete();
+    }
 }
 
 impl Output {
     /// Starts to copy a process's output into the sink.
-    pub(crate) fn start(guest: &Arc<Guest>, container: &str, exec: &str, kind: StreamKind, sink: Sink) -> Self {
-        let (sender, progress) = watch::channel(Progress { complete: false, last_moved: Instant::now() });
+    pub(crate) fn start(guest: &Arc<Guest>, container: &str, exec: &str, kind: StreamKind, mut sink: Sink) -> Self {
+        let (progress, raw) = (Progress::new(), guest.has_raw_streams());
         let (guest, container, exec) = (guest.clone(), container.to_owned(), exec.to_owned());
+        let completing = Completing(progress.clone());
         let task = tokio::spawn(async move {
-            if let Err(error) = copy_output(&guest, &container, &exec, kind, sink, &sender).await {
+            let copied = if raw {
+                raw::copy_output(&guest, &container, &exec, kind, &mut sink, &completing.0).await
+            } else {
+                messages::copy_output(&guest, &container, &exec, kind, &mut sink, &completing.0).await
+            };
+            if let Err(error) = copied {
                 tracing::warn!(container, exec, stream = ?kind, error = %Chain(&error), "output ended early");
             }
-            sender.send_modify(|progress| progress.complete = true);
         });
-        Self { progress, task: task.abort_handle() }
+        Self { progress, raw, task: task.abort_handle() }
+    }
+
+    /// The process has exited after it wrote this many bytes. Messages contain a mark of the exit instead.
+    pub(crate) fn expect(&self, bytes: u64) {
+        if self.raw {
+            self.progress.expect(bytes);
+        }
     }
 
     /// Waits until all that the process wrote before its exit has been delivered. Returns false if no bytes move for
     /// `patience`: a stalled reader must not delay the exit any longer.
     pub(crate) async fn drained(&self, patience: Duration) -> bool {
-        let mut progress = self.progress.clone();
-        // Patience starts now, not when bytes last moved: a process may have been silent for long before its last
-        // output.
-        let started = Instant::now();
-        loop {
-            let deadline = {
-                let now = progress.borrow_and_update();
-                if now.complete {
-                    return true;
-                }
-                now.last_moved.max(started) + patience
-            };
-            tokio::select! {
-                changed = progress.changed() => {
-                    if changed.is_err() {
-                        return true;
-                    }
-                }
-                () = tokio::time::sleep_until(deadline) => {
-                    if progress.has_changed().unwrap_or(false) {
-                        continue;
-                    }
-                    return false;
-                }
-            }
-        }
+        self.progress.drained(patience).await
     }
 
     /// Stops the copy and closes the sink.
@@ -90,40 +78,15 @@ impl Output {
 impl Output {
     /// A copy without a process. The returned function reports that bytes moved, with `true` that the copy is complete.
     pub(crate) fn pretended() -> (Self, impl Fn(bool) + Send + 'static) {
-        let (sender, progress) = watch::channel(Progress { complete: false, last_moved: Instant::now() });
+        let progress = Progress::new();
         let task = tokio::spawn(std::future::pending::<()>()).abort_handle();
-        (Self { progress, task }, move |complete| {
-            sender.send_modify(|progress| *progress = Progress { complete, last_moved: Instant::now() });
+        (Self { progress: progress.clone(), raw: false, task }, move |complete| {
+            progress.moved(1);
+            if complete {
+                progress.complete();
+            }
         })
     }
-}
-
-#[derive(Debug, thiserror::Error)]
-enum CopyError {
-    #[error(transparent)]
-    Guest(#[from] GuestError),
-    #[error("read fifo")]
-    Read(#[source] std::io::Error),
-}
-
-async fn copy_output(
-    guest: &Guest,
-    container: &str,
-    exec: &str,
-    kind: StreamKind,
-    mut sink: Sink,
-    progress: &watch::Sender<Progress>,
-) -> Result<(), CopyError> {
-    let mut stream = guest.output(container, exec, kind).await?;
-    while let Some(chunk) = stream.recv().await? {
-        if !chunk.data.is_empty() {
-            sink.write(chunk.data, || progress.send_modify(|progress| progress.last_moved = Instant::now())).await;
-        }
-        if chunk.exited {
-            progress.send_modify(|progress| progress.complete = true);
-        }
-    }
-    Ok(())
 }
 
 /// A running copy of a process's stdin.
@@ -193,24 +156,9 @@ async fn copy_input(
     fifo: &mut pipe::Receiver,
     close: &Notify,
 ) -> Result<(), CopyError> {
-    let mut stream = guest.input(container, exec).await?;
-    let mut buffer = vec![0; STDIO_CHUNK];
-    loop {
-        let length = tokio::select! {
-            length = fifo.read(&mut buffer) => length.map_err(CopyError::Read)?,
-            () = close.notified() => break,
-        };
-        send(&stream, &buffer[..length]).await?;
+    if guest.has_raw_streams() {
+        raw::copy_input(guest, container, exec, fifo, close).await
+    } else {
+        messages::copy_input(guest, container, exec, fifo, close).await
     }
-    // The client wrote everything before it asked to close, so the fifo's content completes the input.
-    while let Some(length) = fifo::read_now(fifo, &mut buffer).map_err(CopyError::Read)? {
-        send(&stream, &buffer[..length]).await?;
-    }
-    stream.close_and_recv().await.map_err(GuestError::from)?;
-    Ok(())
-}
-
-async fn send(stream: &ClientStreamSender<InputChunk, InputResponse>, data: &[u8]) -> Result<(), CopyError> {
-    let sent = stream.send(&InputChunk { data: data.to_vec(), ..Default::default() }).await;
-    Ok(sent.map_err(GuestError::from)?)
 }

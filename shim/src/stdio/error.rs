@@ -1,6 +1,8 @@
-//! Why a standard stream cannot be opened.
+//! Why a standard stream cannot be opened, and why its copy ends early.
 
 use std::path::PathBuf;
+
+use crate::guest::client::GuestError;
 
 /// Why a standard stream cannot be opened. `field` is stdin, stdout or stderr.
 #[derive(Debug, thiserror::Error)]
@@ -52,4 +54,13 @@ fn supported(field: &str) -> &'static str {
         "stdin" => "only fifos are",
         _ => "fifos, file:// and binary:// are",
     }
+}
+
+/// Why a copy ended early.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CopyError {
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error("read fifo")]
+    Read(#[source] std::io::Error),
 }

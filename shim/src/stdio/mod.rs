@@ -5,12 +5,15 @@
 //! |------------------|--------------------------------------------------------------------|
 //! | `streams.rs`     | the streams that a request names, and opening its outputs          |
 //! | `copy.rs`        | the running copies, one per stream                                 |
+//! | `raw.rs`         | how they move bytes on raw streams                                 |
+//! | `messages.rs`    | how they move bytes with the guest's TTRPC service                 |
+//! | `progress.rs`    | how far an output is                                               |
 //! | `destination.rs` | parses addresses                                                   |
 //! | `logger.rs`      | logging programs (`binary://`)                                     |
 //! | `sink.rs`        | an open output, whatever its kind                                  |
 //! | `fifo.rs`        | fifos and pipes                                                    |
 //! | `file.rs`        | output files                                                       |
-//! | `error.rs`       | why a stream cannot be opened                                      |
+//! | `error.rs`       | why a stream cannot be opened, and why its copy ends early         |
 
 mod copy;
 mod destination;
@@ -18,6 +21,9 @@ mod error;
 mod fifo;
 mod file;
 mod logger;
+mod messages;
+mod progress;
+mod raw;
 mod sink;
 mod streams;
 

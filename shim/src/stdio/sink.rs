@@ -60,23 +60,45 @@ impl Sink {
         Ok(Self::File(OutputFile::new(file)))
     }
 
-    /// Writes all of `data` and calls `progressed` whenever bytes were written.
+    /// Writes all of `data` and calls `progressed` with the number of bytes whenever some were written.
     ///
     /// A failed write is logged and its data is lost: output errors must not stall the process.
-    pub(super) async fn write(&mut self, data: Vec<u8>, progressed: impl Fn()) {
+    pub(super) async fn write(&mut self, data: Vec<u8>, progressed: impl Fn(usize)) {
         match self {
-            Self::Nowhere => progressed(),
+            Self::Nowhere => progressed(data.len()),
             Self::Pipe(pipe) => {
                 if let Err(error) = fifo::write_all(pipe, &data, progressed).await {
-                    tracing::error!(%error, "failed to write to the pipe: all further output is lost");
-                    *self = Self::Nowhere;
+                    self.lose(&error);
                 }
             }
             Self::File(file) => {
+                let length = data.len();
                 file.append(data).await;
-                progressed();
+                progressed(length);
             }
         }
+    }
+
+    /// Writes what can be written without waiting, and returns its length.
+    pub(super) fn write_now(&mut self, data: &[u8]) -> usize {
+        match self {
+            Self::Nowhere => data.len(),
+            Self::Pipe(pipe) => match pipe.try_write(data) {
+                Ok(written) => written,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                Err(error) => {
+                    self.lose(&error);
+                    data.len()
+                }
+            },
+            // Writing to a file can block.
+            Self::File(_) => 0,
+        }
+    }
+
+    fn lose(&mut self, error: &io::Error) {
+        tracing::error!(%error, "failed to write to the pipe: all further output is lost");
+        *self = Self::Nowhere;
     }
 }
 
@@ -108,11 +130,11 @@ mod tests {
         let path = folder.path().join("a/b/log");
         for _ in 0..2 {
             let mut sink = Sink::append("stdout", &path).await.unwrap();
-            sink.write(b"line\n".to_vec(), || {}).await;
+            sink.write(b"line\n".to_vec(), |_| {}).await;
         }
         assert_eq!(fs::read_to_string(&path).unwrap(), "line\nline\n");
         // A bare path must exist.
-        Sink::open("stdout", &path).await.unwrap().write(b"end".to_vec(), || {}).await;
+        Sink::open("stdout", &path).await.unwrap().write(b"end".to_vec(), |_| {}).await;
         assert_eq!(fs::read_to_string(&path).unwrap(), "line\nline\nend");
         let error = Sink::open("stdout", &folder.path().join("missing")).await.unwrap_err();
         let missing = Chain(&error).to_string();
@@ -126,7 +148,7 @@ mod tests {
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let mut sink = Sink::append("stdout", &path).await.unwrap();
         assert!(matches!(sink, Sink::Pipe(_)), "{sink:?}");
-        sink.write(b"before its reader".to_vec(), || {}).await;
+        sink.write(b"before its reader".to_vec(), |_| {}).await;
         let mut reader = File::open(&path).unwrap();
         drop(sink);
         let mut text = String::new();
@@ -138,13 +160,13 @@ mod tests {
     async fn a_pipe_without_readers_loses_output_but_does_not_block() {
         let (mut read, write) = nix::unistd::pipe().map(|(read, write)| (File::from(read), write)).unwrap();
         let mut sink = Sink::Pipe(pipe::Sender::from_owned_fd(write).unwrap());
-        sink.write(b"first".to_vec(), || {}).await;
+        sink.write(b"first".to_vec(), |_| {}).await;
         let mut received = [0; 5];
         read.read_exact(&mut received).unwrap();
         assert_eq!(&received, b"first");
         drop(read);
         for _ in 0..3 {
-            sink.write(vec![0; 200_000], || {}).await;
+            sink.write(vec![0; 200_000], |_| {}).await;
         }
         assert!(matches!(sink, Sink::Nowhere));
     }

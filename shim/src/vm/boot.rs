@@ -94,7 +94,7 @@ impl Vm {
         place_machine(plan, vmm, machine.process(), cgroups)?;
 
         let processes = Processes { machine, share, console, logs: [machine_log, share_log] };
-        let (reports, hello) = processes.hello(&mut ready_port, plan.boot_timeout).await?;
+        let (reports, hello) = processes.hello(&mut ready_port, plan).await?;
         reached.hello_received(&hello);
         // Before a container runs. If the boot fails earlier, the machine is killed, and this ends.
         confined.await.map_err(|error| io("confine the machine")(std::io::Error::other(error)))??;

@@ -8,6 +8,7 @@ use husk_vsock::Stream;
 use tokio::time::Instant;
 
 use super::error::BootError;
+use super::plan::BootPlan;
 use super::processes::{CONSOLE_DEADLINE, CONSOLE_LINES, MACHINE_DELAY, Processes};
 use crate::guest::link::{HostPort, LinkError};
 use crate::host::run_delay::RunDelays;
@@ -18,11 +19,15 @@ const STARVED: u32 = 4;
 const PARTS: u32 = 10;
 
 impl Processes {
-    /// The guest's hello, and the connection on which its reports follow.
-    pub(super) async fn hello(&self, ready: &mut HostPort, deadline: Duration) -> Result<(Stream, Hello), BootError> {
+    /// The guest's hello, without the offers that the plan declines, and the connection on which its reports follow.
+    pub(super) async fn hello(&self, ready: &mut HostPort, plan: &BootPlan) -> Result<(Stream, Hello), BootError> {
+        let deadline = plan.boot_timeout;
         tokio::select! {
             hello = receive(ready) => match hello {
-                Ok(hello) => Ok(hello),
+                Ok((stream, mut hello)) => {
+                    hello.raw_streams &= plan.raw_streams;
+                    Ok((stream, hello))
+                }
                 // The connection ends with the machine, whose own end explains more.
                 Err(error) => match tokio::time::timeout(MACHINE_DELAY, self.machine.exited()).await {
                     Ok(cause) => Err(self.ended(self.with_share(cause).await).await),

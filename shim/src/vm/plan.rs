@@ -23,6 +23,8 @@ pub struct BootPlan {
     pub(crate) groups: Vec<u32>,
     /// The vsock device.
     pub carrier: Carrier,
+    /// Use raw streams if the guest offers them.
+    pub raw_streams: bool,
     /// virtiofsd's program.
     pub virtiofsd: PathBuf,
     /// How many files virtiofsd may have open.

@@ -63,6 +63,8 @@ pub(crate) enum TaskChange {
         pid: u32,
         status: u32,
         at: Option<Timestamp>,
+        /// Bytes of its stdout and stderr that precede the exit. The guest may claim any number.
+        output: [u64; 2],
     },
     /// The container was deleted; PID, status and time are those of its init process.
     Deleted {
@@ -141,8 +143,8 @@ pub(crate) fn parse(
             let TaskExit { container_id, id, pid, exit_status: status, exited_at, .. } = decode(bytes)?;
             // In this event the init process has the container's id.
             let exec = if id == container_id { String::new() } else { id };
-            let status = valid_status(status);
-            (container_id, TaskChange::Exited { exec, pid, status, at: time(exited_at.as_ref()) })
+            let (status, output) = (valid_status(status), [event.stdout_bytes, event.stderr_bytes]);
+            (container_id, TaskChange::Exited { exec, pid, status, at: time(exited_at.as_ref()), output })
         }
         topics::TASK_DELETE_EVENT_TOPIC => {
             let TaskDelete { container_id, pid, exit_status: status, exited_at, .. } = decode(bytes)?;
@@ -199,7 +201,9 @@ mod tests {
     fn event(topic: &str, value: Vec<u8>) -> Event {
         // The type URL is ignored: the topic determines the message.
         let any = Any { type_url: "evil.Type".into(), value, ..Default::default() };
-        Event { topic: topic.into(), timestamp: at(AT), event: MessageField::some(any), ..Default::default() }
+        let (stdout_bytes, stderr_bytes) = (10, 20);
+        let event = Event { stdout_bytes, stderr_bytes, topic: topic.into(), ..Default::default() };
+        Event { timestamp: at(AT), event: MessageField::some(any), ..event }
     }
 
     fn encoded(message: &impl Message) -> Vec<u8> {
@@ -238,8 +242,9 @@ mod tests {
                 ..Default::default()
             })
         };
-        let exited =
-            |exec: &str, at: Option<Timestamp>| Ok(TaskChange::Exited { exec: exec.into(), pid: 7, status: 3, at });
+        let exited = |exec: &str, at: Option<Timestamp>| {
+            Ok(TaskChange::Exited { exec: exec.into(), pid: 7, status: 3, at, output: [10, 20] })
+        };
         let added = |exec_id: &str| {
             encoded(&TaskExecAdded { container_id: c(), exec_id: exec_id.into(), ..Default::default() })
         };

@@ -232,7 +232,8 @@ impl Container {
                 let event = TaskResumed { container_id, ..Default::default() };
                 self.publish(topics::TASK_RESUMED_EVENT_TOPIC, &event, at).await;
             }
-            TaskChange::Exited { status, at: exited_at, .. } => {
+            TaskChange::Exited { status, at: exited_at, output, .. } => {
+                process.expect_output(output);
                 self.publish_exit(process, Exit { status, at: exited_at.unwrap_or(at) });
             }
             TaskChange::Deleted { status, at: exited_at, .. } => {

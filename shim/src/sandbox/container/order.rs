@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     fn exited() -> TaskChange {
-        TaskChange::Exited { exec: String::new(), pid: 1, status: 0, at: None }
+        TaskChange::Exited { exec: String::new(), pid: 1, status: 0, at: None, output: [0; 2] }
     }
 
     #[test]

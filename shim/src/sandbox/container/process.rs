@@ -70,7 +70,8 @@ pub(crate) struct Process {
 #[derive(Debug, Default)]
 struct Streams {
     input: Option<Input>,
-    outputs: Vec<Arc<Output>>,
+    /// Stdout and stderr, each if there is one.
+    outputs: [Option<Arc<Output>>; 2],
     loggers: Vec<Logger>,
     /// A client has closed the input. A client whose own input ends early does that before the process starts.
     input_closed: bool,
@@ -223,11 +224,11 @@ impl Process {
         namespace: &str,
     ) -> Result<(), StdioError> {
         let (stdout, stderr, loggers) = Outputs::open(&self.stdio, container, namespace).await?.into_parts();
-        let mut streams = Streams { loggers, ..Streams::default() };
-        for (sink, kind) in [(stdout, StreamKind::STREAM_KIND_STDOUT), (stderr, StreamKind::STREAM_KIND_STDERR)] {
-            let output = sink.map(|sink| Output::start(guest, container, &self.exec_id, kind, sink));
-            streams.outputs.extend(output.map(Arc::new));
-        }
+        let start = |sink: Option<_>, kind| {
+            sink.map(|sink| Arc::new(Output::start(guest, container, &self.exec_id, kind, sink)))
+        };
+        let outputs = [start(stdout, StreamKind::STREAM_KIND_STDOUT), start(stderr, StreamKind::STREAM_KIND_STDERR)];
+        let mut streams = Streams { outputs, loggers, ..Streams::default() };
         let mut current = self.streams();
         streams.input_closed = current.input_closed;
         std::mem::replace(&mut *current, streams).abort();
@@ -254,7 +255,7 @@ impl Process {
 
     #[cfg(test)]
     pub(super) fn attach_fake(&self, output: Output) {
-        self.streams().outputs.push(Arc::new(output));
+        self.streams().outputs[0] = Some(Arc::new(output));
     }
 
     /// Stops all copies and the logging programs at once.
@@ -279,6 +280,15 @@ impl Process {
         }
     }
 
+    /// The process has exited. This many bytes of its stdout and stderr precede the exit.
+    pub(crate) fn expect_output(&self, bytes: [u64; 2]) {
+        for (output, bytes) in self.streams().outputs.iter().zip(bytes) {
+            if let Some(output) = output {
+                output.expect(bytes);
+            }
+        }
+    }
+
     /// Waits until the output has been delivered or the reader is given up. Returns false if output is missing.
     pub(crate) async fn drained(&self) -> bool {
         self.drained_within(READER_PATIENCE).await
@@ -287,7 +297,7 @@ impl Process {
     /// Like [`Self::drained`], with another patience.
     pub(crate) async fn drained_within(&self, patience: Duration) -> bool {
         let outputs = self.streams().outputs.clone();
-        let drained = futures::future::join_all(outputs.iter().map(|output| output.drained(patience)));
+        let drained = futures::future::join_all(outputs.iter().flatten().map(|output| output.drained(patience)));
         tokio::time::timeout(DELIVERY, drained).await.is_ok_and(|all| all.into_iter().all(|drained| drained))
     }
 
@@ -333,7 +343,7 @@ impl Streams {
         if let Some(input) = self.input {
             input.abort();
         }
-        for output in self.outputs {
+        for output in self.outputs.into_iter().flatten() {
             output.abort();
         }
     }

@@ -33,7 +33,7 @@ fn exec(container: &Container, id: &str, pid: u32) -> impl Fn(bool) + Send + 'st
 }
 
 fn exited(exec: &str, status: u32) -> TaskChange {
-    TaskChange::Exited { exec: exec.into(), pid: 99, status, at: None }
+    TaskChange::Exited { exec: exec.into(), pid: 99, status, at: None, output: [0; 2] }
 }
 
 fn at(seconds: i64) -> Timestamp {

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 pub(crate) enum Part {
     Ctr,
     Steps,
+    Streams,
     Guest,
     Programs,
     Boot,
@@ -19,14 +20,15 @@ pub(crate) enum Part {
 }
 
 /// Name on the command line, title in the table, and what is measured. By default, all parts but the last run.
-pub(crate) const PARTS: [(Part, &str, &str, &str); 11] = [
-    (
-        Part::Ctr,
-        "ctr",
-        "ctr, wall clock",
-        "complete `ctr` commands, husk and runc in turn; throughput of stdout and stdin",
-    ),
+pub(crate) const PARTS: [(Part, &str, &str, &str); 12] = [
+    (Part::Ctr, "ctr", "ctr, wall clock", "complete `ctr` commands, husk and runc in turn"),
     (Part::Steps, "steps", "the calls of a `ctr run`, wall clock", "each call that containerd makes for one `ctr run`"),
+    (
+        Part::Streams,
+        "streams",
+        "streams of an exec, wall clock",
+        "throughput and round trips of a process's stdin, stdout and terminal",
+    ),
     (
         Part::Guest,
         "guest",
@@ -133,7 +135,8 @@ Usage: bench [OPTIONS]
 
 Options:
   --only PART   measures one part instead of all
-  --rounds N    samples of each wall-clock value ({ROUNDS} by default); throughput takes a quarter as many
+  --rounds N    samples of each wall-clock value ({ROUNDS} by default); throughput takes a quarter as many, round trips
+                of a few bytes ten times as many
   --kernel DIR  measures the part `programs` with the kernel that was built in this folder
   --json FILE   also writes the table, the samples and the machine's description to FILE
   -h, --help    prints this text
@@ -179,7 +182,7 @@ mod tests {
         let all = || Arguments {
             json: None,
             rounds: 20,
-            parts: PARTS[..10].iter().map(|(part, ..)| *part).collect(),
+            parts: PARTS[..11].iter().map(|(part, ..)| *part).collect(),
             boots: 200,
             kernel: None,
         };
@@ -204,7 +207,7 @@ mod tests {
             ("--only", "--only needs a value"),
             (
                 "--only all",
-                "--only all: the parts are ctr, steps, guest, programs, boot, footprint, host, network, pods, pool, boots",
+                "--only all: the parts are ctr, steps, streams, guest, programs, boot, footprint, host, network, pods, pool, boots",
             ),
             ("--rounds 0", "--rounds 0: not a positive number"),
             ("--rounds x", "--rounds x: not a positive number"),

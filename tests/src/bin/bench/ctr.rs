@@ -2,14 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use husk_tests::artifacts::{Runtime, Version};
 use husk_tests::containerd::{Containerd, Setup};
 
-use crate::report::{Column, Report, Target, percentile};
+use crate::report::{Column, Report, Target};
 
-/// Bytes sent through a stream: enough to make the start of the sending process negligible.
-const STREAM: usize = 32 << 20;
 /// The target for a whole `ctr run` under TCG, from the issue that introduced the benchmark.
 const TIMES_RUNC: f64 = 8.0;
 
@@ -27,25 +25,12 @@ pub(crate) fn run(rounds: usize, report: &mut Report) -> Result<()> {
     report.about("containerd", Version::default_for_tests().name());
     whole_runs(&containerd, rounds, report)?;
     let mut execs = Vec::new();
-    let (mut out, mut input) = (Vec::new(), Vec::new());
     for (column, runtime) in BOTH {
         let container = containerd.detached_with(runtime, &[], "bench", &["sleep", "100000"])?;
         let samples = sample(rounds, || Ok(ms(container.exec(&["true"]).ok()?.took)))?;
-        let exec = Duration::from_secs_f64(percentile(&samples, 50) / 1000.0);
         execs.push((column, samples));
-
-        let zeros = ["dd", "if=/dev/zero", "bs=1M", &format!("count={}", STREAM >> 20)];
-        let rate = |took: Duration| (STREAM >> 20) as f64 / took.saturating_sub(exec).as_secs_f64();
-        let written = container.exec(&zeros).ok()?;
-        ensure!(written.stdout.len() == STREAM, "received {} of {STREAM} bytes", written.stdout.len());
-        out.push((column, rate(written.took)));
-        let read = container.exec(&["wc", "-c"]).stdin(vec![0; STREAM]).ok()?;
-        ensure!(read.text() == STREAM.to_string(), "{read}");
-        input.push((column, rate(read.took)));
     }
     report.distribution("ctr task exec true", "ms", &execs, Target::Any);
-    report.row("stdout of an exec, 32 MiB", "MiB/s", &out, Target::Any);
-    report.row("stdin of an exec, 32 MiB", "MiB/s", &input, Target::Any);
     deletes(&containerd, rounds.div_ceil(2), report)
 }
 

@@ -25,6 +25,8 @@ mod programs;
 mod report;
 #[cfg(not(target_env = "musl"))]
 mod steps;
+#[cfg(not(target_env = "musl"))]
+mod streams;
 
 #[cfg(not(target_env = "musl"))]
 fn main() -> std::process::ExitCode {
@@ -46,7 +48,7 @@ mod run {
 
     use crate::arguments::{Arguments, Command, PARTS, Part, help, parse};
     use crate::report::Report;
-    use crate::{boots, ctr, guest, host, network, pods, pool, programs, steps};
+    use crate::{boots, ctr, guest, host, network, pods, pool, programs, steps, streams};
 
     /// Exit status for a wrong argument.
     const USAGE: u8 = 2;
@@ -81,6 +83,7 @@ mod run {
             let done = match part {
                 Part::Ctr => ctr::run(arguments.rounds, &mut report),
                 Part::Steps => steps::run(arguments.rounds, &mut report),
+                Part::Streams => streams::run(arguments.rounds, &mut report),
                 Part::Guest => runtime.block_on(guest::run(&mut report)),
                 Part::Programs => runtime.block_on(programs::run(arguments.kernel.as_deref(), &mut report)),
                 Part::Boot => runtime.block_on(boots::compare_with_floor(arguments.rounds, &mut report)),

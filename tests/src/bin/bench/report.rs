@@ -43,6 +43,10 @@ pub(crate) enum Target {
     AtMost(f64),
     /// A multiple of runc's value.
     TimesRunc(f64),
+    /// An absolute lower limit, in the row's unit.
+    AtLeast(f64),
+    /// A lower limit: a multiple of runc's value.
+    AtLeastTimesRunc(f64),
     /// A lower limit: a multiple of the value of the connection made by hand.
     AtLeastTimesManual(f64),
 }
@@ -180,6 +184,8 @@ fn verdict(values: &[(Column, f64)], target: Target) -> Option<(Limit, bool)> {
         Target::Any => return None,
         Target::AtMost(most) => Limit::AtMost(most),
         Target::TimesRunc(times) => Limit::AtMost(times * value(values, Column::Runc)?),
+        Target::AtLeast(least) => Limit::AtLeast(least),
+        Target::AtLeastTimesRunc(times) => Limit::AtLeast(times * value(values, Column::Runc)?),
         Target::AtLeastTimesManual(times) => Limit::AtLeast(times * value(values, Column::Manual)?),
     };
     Some((limit, limit.is_met_by(husk)))
