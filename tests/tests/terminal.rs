@@ -193,7 +193,9 @@ fn terminal_output_right_before_the_exit_is_complete() -> Result<()> {
         let (io, _input, mut output) = shim.terminal(&exec)?;
         shim.start_exec(&exec, &process(&["seq", "1", "3000"]), &io)?;
         let received = String::from_utf8(output.read_to_end(DEADLINE)?)?;
-        ensure!(received == expected, "round {round}: {} of {} bytes", received.len(), expected.len());
+        let differs = received.bytes().zip(expected.bytes()).position(|(received, expected)| received != expected);
+        let (got, all) = (received.len(), expected.len());
+        ensure!(received == expected, "round {round}: {got} of {all} bytes, first difference at {differs:?}");
         ensure!(shim.task.wait(&id, &exec)? == 0);
         shim.task.delete(&id, &exec)?;
     }

@@ -43,7 +43,7 @@ impl Pump<'_> {
             let Some(read) = self.read(&mut chunk.data).await? else { continue };
             match read {
                 Ok(0) => return Ok(()),
-                // EIO: no process has the terminal open any more, and all output was read (drivers/tty/n_tty.c).
+                // EIO: no process has the terminal open any more, and all output was read.
                 Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(()),
                 Ok(read) => {
                     chunk.data.truncate(read);

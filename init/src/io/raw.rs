@@ -171,7 +171,7 @@ async fn copy_terminal(socket: &Socket, output: &Client<'_>, mut exited: watch::
         match ready.try_io(|_| output.read(&mut data)) {
             Ok(Ok(0)) => return Ok(()),
             Ok(Ok(read)) => write_all(socket, &data[..read]).await?,
-            // EIO: no process has the terminal open any more, and all output was read (drivers/tty/n_tty.c).
+            // EIO: no process has the terminal open any more, and all output was read.
             Ok(Err(error)) if error.raw_os_error() == Some(libc::EIO) => return Ok(()),
             Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
             Ok(Err(error)) => return Err(error),

@@ -147,7 +147,7 @@ impl Client<'_> {
     pub(super) fn read(&self, data: &mut [u8]) -> io::Result<usize> {
         let mut state = self.slot.state();
         let taken = if state.rest.is_empty() {
-            nix::unistd::read(self.pipe.get_ref(), data)?
+            read(|| nix::unistd::read(self.pipe.get_ref(), data))?
         } else {
             let taken = data.len().min(state.rest.len());
             data[..taken].copy_from_slice(&state.rest[..taken]);
@@ -218,6 +218,16 @@ fn buffered(pipe: BorrowedFd<'_>) -> io::Result<usize> {
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes as usize) }
 }
 
+/// Reads a pipe or a terminal with `attempt`. EIO: no process has the terminal open any more, and all output was read.
+fn read(mut attempt: impl FnMut() -> nix::Result<usize>) -> nix::Result<usize> {
+    match attempt() {
+        // While a read looks for output, its process can write some and close the terminal: n_tty_read waits for
+        // flush_to_ldisc without a lock. Nothing follows the close, so the next read finds that output.
+        Err(Errno::EIO) => attempt(),
+        result => result,
+    }
+}
+
 /// What is in a terminal's buffers: it returns EAGAIN only after all output has passed them (n_tty_read), and EIO when
 /// no process has it open any more.
 fn read_terminal(master: &OwnedFd) -> Vec<u8> {
@@ -281,6 +291,20 @@ mod tests {
         let client = attach();
         assert_eq!((slot.at_exit(), client.left()), (4, Some(4)));
         assert_eq!((client.read(&mut [0; 100]).unwrap(), client.left()), (9, Some(0)));
+    }
+
+    #[test]
+    fn output_right_before_a_terminal_is_closed_is_not_lost() {
+        for (attempts, result) in [
+            (vec![Err(Errno::EIO), Ok(7)], Ok(7)),
+            (vec![Err(Errno::EIO), Err(Errno::EIO)], Err(Errno::EIO)),
+            (vec![Err(Errno::EAGAIN)], Err(Errno::EAGAIN)),
+            (vec![Ok(7)], Ok(7)),
+        ] {
+            let mut attempts = attempts.into_iter();
+            assert_eq!(read(|| attempts.next().unwrap()), result);
+            assert_eq!(attempts.next(), None);
+        }
     }
 
     #[tokio::test]
