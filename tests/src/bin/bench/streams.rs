@@ -91,7 +91,8 @@ fn through_ctr(containerd: &Containerd, count: usize) -> Result<f64> {
         written = written.min(ran.took);
     }
     let took = written.checked_sub(idle).filter(|took| !took.is_zero());
-    let took = took.with_context(|| format!("64 MiB took {written:?}, no output {idle:?}: repeat on an idle machine"))?;
+    let took =
+        took.with_context(|| format!("64 MiB took {written:?}, no output {idle:?}: repeat on an idle machine"))?;
     Ok((BULK >> 20) as f64 / took.as_secs_f64())
 }
 
