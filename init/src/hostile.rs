@@ -11,8 +11,8 @@
 //! | `flood` | after Start, events without end: pauses, OOMs, starts and exits that never were |
 //! | `chatter` | after Start, log lines without end |
 //! | `dial` | after Start, connections to the host without end |
-//! | `huge` | Exec fails with a message of 3 MiB, which forges a line of the log and holds terminal sequences |
-//! | `absurd` | PIDs, exit statuses, times and statistics that cannot be |
+//! | `huge` | Exec fails with a message of 256 KiB, which forges a line of the log and holds terminal sequences |
+//! | `absurd` | PIDs, exit statuses, times and statistics that cannot be, and a million processes |
 //! | `late` | an exit follows more output than the process has written |
 //! | `early` | an exit follows no output |
 //! | `silent` | Exec, Pids and Stats are never answered |
@@ -26,8 +26,8 @@ use async_trait::async_trait;
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
     DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
-    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse,
-    StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
+    ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
+    StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM, TaskPaused, TaskStart};
 use containerd_shim_protos::shim_async::Task;
@@ -47,6 +47,9 @@ const WAVE: usize = 64;
 /// Time between two waves of events: a thousand events a second, which the host can just read. It fails a guest whose
 /// events are lost.
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// Length of what is too long and yet within the host's limit of a reply.
+const LONG: usize = 256 * 1024;
 
 /// The Task service of a hostile guest.
 pub(crate) struct Liar {
@@ -187,7 +190,7 @@ impl Task for Liar {
             pending::<()>().await;
         }
         if lies(&request.id, "huge") {
-            let message = format!("\x1b]0;owned\x07\u{202e}\nlevel=error msg=\"forged\"\n{}", "A".repeat(3 << 20));
+            let message = format!("\x1b]0;owned\x07\u{202e}\nlevel=error msg=\"forged\"\n{}", "A".repeat(LONG));
             return Err(CallError::new(FailureKind::Internal, message).into());
         }
         self.truth.exec(context, request).await
@@ -218,13 +221,17 @@ impl Task for Liar {
         if !absurd {
             return Ok(response);
         }
-        let response = StateResponse { id: "x".repeat(1 << 20), pid: u32::MAX, exit_status: u32::MAX, ..response };
+        let response = StateResponse { id: "x".repeat(LONG), pid: u32::MAX, exit_status: u32::MAX, ..response };
         Ok(StateResponse { status: EnumOrUnknown::from_i32(-7), exited_at: never(), ..response })
     }
 
     async fn pids(&self, context: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         if lies(&request.id, "silent") {
             pending::<()>().await;
+        }
+        if lies(&request.id, "absurd") {
+            let processes = vec![ProcessInfo::new(); 1_000_000];
+            return Ok(PidsResponse { processes, ..Default::default() });
         }
         self.truth.pids(context, request).await
     }
@@ -234,11 +241,8 @@ impl Task for Liar {
             pending::<()>().await;
         }
         if lies(&request.id, "absurd") {
-            let stats = Any {
-                type_url: "io.containerd.cgroups.v1.Metrics".into(),
-                value: vec![0xff; 1 << 20],
-                ..Any::default()
-            };
+            let stats =
+                Any { type_url: "io.containerd.cgroups.v1.Metrics".into(), value: vec![0xff; LONG], ..Any::default() };
             return Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() });
         }
         self.truth.stats(context, request).await

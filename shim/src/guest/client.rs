@@ -20,12 +20,14 @@ use husk_protos::{
     stdio_ttrpc::StdioClient, system_ttrpc::SystemClient,
 };
 use protobuf::Message;
+use tokio::io::{AsyncRead, AsyncWrite};
 use ttrpc::r#async::transport::Socket;
 use ttrpc::r#async::{Client, ClientStreamReceiver, ClientStreamSender};
 use ttrpc::context::{Context, with_duration};
 use ttrpc::get_status;
 
 use crate::guest::link::{HostPort, Link};
+use crate::guest::replies;
 use crate::host::text::clean;
 use husk_vsock::{Stream, VsockError};
 
@@ -143,7 +145,7 @@ impl Guest {
     /// Connects to a guest that has sent its hello.
     pub async fn connect(link: Link, hello: &Hello, call_timeout: Duration) -> Result<Self, GuestError> {
         let secret = accept(hello)?;
-        let client = Client::new(Socket::new(connect(&link, PORT_TASK, &secret, call_timeout).await?));
+        let client = Client::new(replies::socket(connect(&link, PORT_TASK, &secret, call_timeout).await?));
         Ok(Self {
             task: TaskClient::new(client.clone()),
             bundle: BundleClient::new(client.clone()),
@@ -186,11 +188,8 @@ impl Guest {
 
     /// Opens a raw stream of a process ([`husk_protos::streams`]). Waits for the process as long as the guest does.
     pub(crate) async fn raw_stream(&self, container: &str, exec: &str, kind: StreamKind) -> Result<Stream, GuestError> {
-        let mut stream = connect(&self.link, PORT_STREAMS, &self.secret, self.call_timeout).await?;
-        let request = stream_request(container, exec, kind);
-        frame::write(&mut stream, &request).await.map_err(|error| GuestError::RawStream(io::Error::other(error)))?;
-        read_status(&mut stream).await.map_err(GuestError::RawStream)?;
-        Ok(stream)
+        let stream = connect(&self.link, PORT_STREAMS, &self.secret, self.call_timeout).await?;
+        open_raw_stream(stream, &stream_request(container, exec, kind)).await
     }
 
     /// The output of a process on one of its streams.
@@ -259,6 +258,17 @@ impl Guest {
 fn stream_request(container: &str, exec: &str, kind: StreamKind) -> StreamRequest {
     let (container_id, exec_id) = (container.to_owned(), exec.to_owned());
     StreamRequest { container_id, exec_id, kind: kind.into(), ..Default::default() }
+}
+
+/// Requests a raw stream on a connection.
+pub(crate) async fn open_raw_stream<S>(mut connected: S, request: &StreamRequest) -> Result<S, GuestError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let failed = |error| GuestError::RawStream(io::Error::other(error));
+    frame::write(&mut connected, request).await.map_err(failed)?;
+    read_status(&mut connected).await.map_err(GuestError::RawStream)?;
+    Ok(connected)
 }
 
 /// The secret of a guest with which this shim can work.

@@ -5,5 +5,6 @@ pub(crate) mod client;
 pub(crate) mod clock;
 pub(crate) mod link;
 pub(crate) mod network;
+pub(crate) mod replies;
 pub(crate) mod report;
 mod silence;
