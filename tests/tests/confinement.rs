@@ -68,6 +68,13 @@ fn namespace(process: &Process, name: &str) -> Result<PathBuf> {
     Ok(fs::read_link(format!("/proc/{}/ns/{name}", process.pid))?)
 }
 
+/// A hard limit in `/proc/<pid>/limits` (proc_pid_limits(5)); `None` for one that is unlimited.
+fn hard_limit(process: &Process, name: &str) -> Result<Option<u64>> {
+    let limits = fs::read_to_string(format!("/proc/{}/limits", process.pid))?;
+    let line = limits.lines().find_map(|line| line.strip_prefix(name)).context(limits.clone())?;
+    Ok(line.split_whitespace().nth(1).context("no hard limit")?.parse().ok())
+}
+
 /// The names in a folder of the root that a process has.
 fn names(process: &Process, folder: &str) -> Result<Vec<String>> {
     let folder = fs::read_dir(format!("/proc/{}/root/{folder}", process.pid))?;
@@ -119,6 +126,10 @@ fn expect_confined_qemu(vm: &Vm) -> Result<u32> {
     for (name, value) in expected {
         ensure!(qemu.status(name)? == value, "{name}: {}", qemu.status(name)?);
     }
+    for (name, most) in [("Max processes", 1024), ("Max open files", 4096), ("Max core file size", 0)] {
+        let hard = hard_limit(qemu, name)?;
+        ensure!(hard.is_some_and(|hard| hard <= most), "{name}: {hard:?}");
+    }
     ensure!(qemu.status("NSpid")?.ends_with(" 1"), "{}", qemu.status("NSpid")?);
     ensure!(mounts(qemu)? == ["/ ro,nosuid,nodev,noexec,relatime"], "{:?}", mounts(qemu)?);
     ensure!(fs::read_link(format!("/proc/{}/cwd", qemu.pid))?.as_os_str() == "/");
@@ -133,6 +144,9 @@ fn expect_confined_virtiofsd(vm: &Vm) -> Result<()> {
     for (name, value) in [("CapEff", OF_VIRTIOFSD), ("CapPrm", OF_VIRTIOFSD), ("NoNewPrivs", "1"), ("Seccomp", "2")] {
         ensure!(virtiofsd.status(name)? == value, "{name}: {}", virtiofsd.status(name)?);
     }
+    ensure!(
+        hard_limit(virtiofsd, "Max core file size")? == Some(0) && hard_limit(virtiofsd, "Max open files")?.is_some()
+    );
     // The share's entries have numbers.
     let root = names(virtiofsd, "")?;
     ensure!(!root.is_empty() && root.iter().all(|name| name.parse::<u64>().is_ok()), "{root:?}");

@@ -16,6 +16,7 @@ use std::io;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, chdir, setresgid, setresuid};
 
 pub(crate) mod filter;
@@ -25,6 +26,12 @@ mod tmpfs;
 
 use filter::Filter;
 use loader::Loader;
+
+/// Processes and threads that a jailed program's user may have. A QEMU has a thread per CPU, and up to 64 for asynchronous
+/// I/O.
+const TASKS_MAX: u64 = 1024;
+/// Descriptors that it may have open. A QEMU has some per device.
+const OPEN_MAX: u64 = 4096;
 
 /// A user without capabilities.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,11 +82,22 @@ impl Jail {
         Ok(())
     }
 
-    /// In the child, last: the program and what starts it can only do what the filter allows.
+    /// In the child, last: the program and what starts it can only do what the filter allows, and a user's resources are
+    /// limited also where the sandbox's cgroup has no limits.
     pub(super) fn restrict(&self) -> io::Result<()> {
+        if self.user.is_some() {
+            lower(Resource::RLIMIT_NPROC, TASKS_MAX)?;
+            lower(Resource::RLIMIT_NOFILE, OPEN_MAX)?;
+        }
         prctl::set_no_new_privs()?;
         self.filter.as_ref().map_or(Ok(()), Filter::install)
     }
+}
+
+/// Lowers a limit for good: without capabilities, a process cannot raise it.
+fn lower(resource: Resource, most: u64) -> io::Result<()> {
+    let (soft, hard) = getrlimit(resource)?;
+    Ok(setrlimit(resource, soft.min(most), hard.min(most))?)
 }
 
 fn become_user(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
