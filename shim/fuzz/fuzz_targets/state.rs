@@ -1,4 +1,4 @@
 #![no_main]
 #![allow(missing_docs, reason = "see husk_fuzz::TARGETS")]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| husk_fuzz::run("state", bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| husk_shim::fuzz::state(bytes));

@@ -37,7 +37,7 @@ struct Rig {
 }
 
 /// Runs a program.
-pub(crate) fn run(program: &[u8]) {
+pub fn run(program: &[u8]) {
     let mut rig = Rig::new();
     for instruction in program.as_chunks::<LENGTH>().0.iter().take(MOST) {
         rig.step(instruction);

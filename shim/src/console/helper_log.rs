@@ -25,13 +25,19 @@ use crate::host::text::{clean, last_lines};
 
 /// Size at which the file is rotated, bytes. One older file is kept.
 const ROTATE: u64 = 512 * 1024;
-/// Lines that the file gets at once, and per second in the long run.
-pub(crate) const WRITTEN: (f64, f64) = (256.0, 16.0);
-/// Lines at once, and per second in the long run, beyond which a process is taken to be in an endless loop. A healthy
-/// one prints a few in its life.
-pub(crate) const ENDLESS: (f64, f64) = (16_384.0, 256.0);
+/// A healthy process prints a few lines in its life.
+const LIMITS: Limits = Limits { written: (256.0, 16.0), endless: (16_384.0, 256.0) };
 /// Lines kept in memory, for error messages.
 const TAIL: usize = 10;
+
+/// Numbers of lines: at once, and per second in the long run.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Those that the file gets.
+    pub(crate) written: (f64, f64),
+    /// Those beyond which a process is taken to be in an endless loop.
+    pub(crate) endless: (f64, f64),
+}
 
 /// The log of one process. Clones share it.
 #[derive(Debug, Clone)]
@@ -57,7 +63,7 @@ impl HelperLog {
         let ours = pipe::Receiver::from_owned_fd(OwnedFd::from(ours))?;
         let file = Rotating::open_with(path, ROTATE, 1)?;
         let log = Self::new();
-        let intake = Intake::new(name, path, file, log.clone(), Instant::now());
+        let intake = Intake::new(name, path, file, log.clone(), LIMITS, Instant::now());
         tokio::spawn(intake.run(ours));
         Ok((log, OwnedFd::from(theirs).into()))
     }
@@ -119,15 +125,15 @@ pub(crate) struct Intake<F> {
 }
 
 impl<F: Kept> Intake<F> {
-    pub(crate) fn new(name: &str, path: &Path, file: F, log: HelperLog, now: Instant) -> Self {
+    pub(crate) fn new(name: &str, path: &Path, file: F, log: HelperLog, limits: Limits, now: Instant) -> Self {
         Self {
             name: name.to_owned(),
             path: path.to_owned(),
             file,
             log,
             lines: Lines::default(),
-            written: Bucket::new(WRITTEN.0, WRITTEN.1, now),
-            endless: Bucket::new(ENDLESS.0, ENDLESS.1, now),
+            written: Bucket::new(limits.written.0, limits.written.1, now),
+            endless: Bucket::new(limits.endless.0, limits.endless.1, now),
             began: now,
             count: 0,
             failing: false,
@@ -262,7 +268,7 @@ mod tests {
         let path = dir.path().join("log");
         let file = Rotating::open_with(&path, ROTATE, 1).unwrap();
         let log = HelperLog::new();
-        let mut intake = Intake::new("a", &path, file, log.clone(), now);
+        let mut intake = Intake::new("a", &path, file, log.clone(), LIMITS, now);
         for second in 0..200 {
             let long = format!("{}\n", "y".repeat(900)).repeat(200);
             intake.take(long.as_bytes(), now + Duration::from_secs(second));

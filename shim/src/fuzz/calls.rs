@@ -10,6 +10,7 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::shim_async::TaskClient;
 use husk_protos::bundle::PutBundleRequest;
 use husk_protos::bundle_ttrpc::BundleClient;
+use husk_protos::chain::Chain;
 use husk_protos::debug::Process as DebugProcess;
 use husk_protos::debug_ttrpc::DebugClient;
 use husk_protos::events::SubscribeRequest;
@@ -17,6 +18,7 @@ use husk_protos::events_ttrpc::EventsClient;
 use husk_protos::metered::Metered;
 use husk_protos::network::NetworkStatusRequest;
 use husk_protos::network_ttrpc::NetworkClient;
+use husk_protos::relay::CONNECTED;
 use husk_protos::stdio::{InputChunk, StreamRequest};
 use husk_protos::stdio_ttrpc::StdioClient;
 use husk_protos::system::ClockAdjustment;
@@ -31,13 +33,13 @@ use ttrpc::proto::{MessageHeader, Response, Status as CallStatus};
 
 use super::checks::harmless;
 use super::wire::{Wire, run};
-use crate::guest::client::{GuestError, Metering};
-use crate::guest::network;
+use crate::guest::client::{GuestError, Metering, open_raw_stream};
+use crate::guest::{network, replies};
 use crate::host::text::LONGEST;
 use crate::sandbox::SandboxError;
 use crate::sandbox::container::guest_reply::{self, PROCESSES_MAX, STATS_MAX};
 use crate::sandbox::container::process::{Exit, Process};
-use crate::stdio::Stdio;
+use crate::stdio::{self, Stdio};
 use crate::task_service::to_ttrpc;
 
 /// The host's time.
@@ -50,7 +52,7 @@ const DEADLINE: Duration = Duration::from_secs(3600);
 /// The answer to a call: a byte that selects the call, one that selects what the rest is, and the rest.
 pub fn answers(bytes: &[u8]) {
     let [call, kind, rest @ ..] = bytes else { return };
-    let client = || Client::new(Socket::new(Wire::answers(1, answer(*kind, rest))));
+    let client = || Client::new(replies::socket(Wire::answers(1, answer(*kind, rest))));
     let answered = run(async {
         let client = client();
         match call % 10 {
@@ -185,6 +187,9 @@ fn links(report: network::Report) {
 /// its flags and two with its length.
 pub fn streams(bytes: &[u8]) {
     let Some((&kind, rest)) = bytes.split_first() else { return };
+    if kind & 8 != 0 {
+        return raw_stream(usize::from(kind >> 4) * 64, rest);
+    }
     // Input is a request, a chunk and the end.
     let messages = if kind % 4 == 3 { 3 } else { 1 };
     let wire = Wire::answers(messages, if kind & 4 == 0 { rest.to_vec() } else { frames(rest) });
@@ -215,6 +220,22 @@ pub fn streams(bytes: &[u8]) {
     });
     if let Err(error) = ended {
         harmless(&error.to_string(), LONGEST + 100);
+    }
+}
+
+/// A raw stream, of which so many bytes arrive at a time: an output, of which everything after the guest's reply is
+/// delivered.
+fn raw_stream(piece: usize, sent: &[u8]) {
+    let opened = run(async {
+        let stream = open_raw_stream(Wire::sends(sent, piece), &StreamRequest::new()).await?;
+        assert_eq!(sent.first(), Some(&CONNECTED), "a stream that the guest did not open");
+        let delivered = stdio::deliver_raw(stream).await;
+        assert_eq!(delivered, sent.len() as u64 - 1);
+        Ok::<_, GuestError>(())
+    });
+    if let Err(error) = opened {
+        assert_ne!(sent.first(), Some(&CONNECTED), "{error}");
+        harmless(&Chain(&error).to_string(), LONGEST);
     }
 }
 

@@ -27,10 +27,20 @@ mod raw;
 mod sink;
 mod streams;
 
+use tokio::io::AsyncRead;
+
 pub(crate) use copy::{Input, Output};
 pub(crate) use error::StdioError;
 pub(crate) use logger::Logger;
 pub(crate) use streams::{Outputs, Stdio};
+
+/// Copies what an open raw stream delivers to its end. Returns the number of bytes. For the fuzz target.
+pub(crate) async fn deliver_raw(stream: impl AsyncRead + Unpin) -> u64 {
+    let progress = progress::Progress::new();
+    match raw::deliver(stream, &mut sink::Sink::Nowhere, &progress).await {
+        Ok(()) | Err(_) => progress.delivered(),
+    }
+}
 
 /// Parses the address of an output. For the fuzz target.
 pub(crate) fn parse_address(value: &str) {

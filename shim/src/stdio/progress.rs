@@ -41,6 +41,11 @@ impl Progress {
         });
     }
 
+    /// The bytes that were delivered.
+    pub(super) fn delivered(&self) -> u64 {
+        self.0.borrow().delivered
+    }
+
     /// The process has exited after it wrote this many bytes.
     pub(super) fn expect(&self, bytes: u64) {
         self.0.send_modify(|state| state.expected = Some(bytes));

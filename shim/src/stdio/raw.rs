@@ -35,7 +35,15 @@ pub(super) async fn copy_output(
     sink: &mut Sink,
     progress: &Progress,
 ) -> Result<(), CopyError> {
-    let mut stream = guest.raw_stream(container, exec, kind).await?;
+    deliver(guest.raw_stream(container, exec, kind).await?, sink, progress).await
+}
+
+/// Copies what an open stream delivers to its end.
+pub(super) async fn deliver(
+    mut stream: impl AsyncRead + Unpin,
+    sink: &mut Sink,
+    progress: &Progress,
+) -> Result<(), CopyError> {
     loop {
         let moved = pass_output(&mut stream, sink).await.map_err(GuestError::RawStream)?;
         let Some((written, rest)) = moved else { return Ok(()) };
@@ -50,7 +58,7 @@ pub(super) async fn copy_output(
 
 /// Waits for output and passes it on as far as the sink takes it without waiting. Returns the length of that, and the
 /// rest; `None` at the end.
-async fn pass_output(stream: &mut Stream, sink: &mut Sink) -> io::Result<Option<(usize, Vec<u8>)>> {
+async fn pass_output(stream: &mut (impl AsyncRead + Unpin), sink: &mut Sink) -> io::Result<Option<(usize, Vec<u8>)>> {
     poll_fn(|cx| {
         BUFFER.with_borrow_mut(|buffer| {
             let mut part = ReadBuf::new(buffer);
