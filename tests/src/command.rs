@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::process;
+use crate::process::{self, Process};
 
 /// Limit for captured output: a test that produces more has gone wrong.
 const MAX_OUTPUT: u64 = 512 * 1024 * 1024;
@@ -73,8 +73,8 @@ impl fmt::Debug for Output {
     }
 }
 
-/// Runs `command` with `stdin` until it exits. After `deadline`, kills it with all its descendants and returns an
-/// error.
+/// Runs `command` with `stdin` until it exits. After `deadline`, kills it with all its descendants and returns an error
+/// with their output, and with the stacks of those in Go.
 pub fn run(mut command: Command, stdin: Option<Vec<u8>>, deadline: Duration) -> Result<Output> {
     let line = describe(&command);
     command.stdin(if stdin.is_some() { Stdio::piped() } else { Stdio::null() });
@@ -99,11 +99,15 @@ fn collect(mut child: Child, stdin: Option<Vec<u8>>, line: String, deadline: Dur
     let status = match end.recv_timeout(left()) {
         Ok(status) => status.with_context(|| format!("wait for `{line}`"))?,
         Err(_) => {
-            let tree: Vec<String> = process::descendants(pid).into_iter().map(|p| p.command).collect();
-            process::kill_tree(pid);
+            let below = process::descendants(pid);
+            // Not the program itself, which may be nsenter: its own death would take the others with it.
+            below.iter().for_each(Process::quit);
             let grace = Duration::from_secs(2);
-            let (out, err) =
-                (stdout.recv_timeout(grace).unwrap_or_default(), stderr.recv_timeout(grace).unwrap_or_default());
+            let err = stderr.recv_timeout(grace);
+            process::kill_tree(pid);
+            let (out, err) = (stdout.recv_timeout(grace), err.or_else(|_| stderr.recv_timeout(grace)));
+            let (out, err) = (out.unwrap_or_default(), err.unwrap_or_default());
+            let tree: Vec<String> = below.into_iter().map(|process| process.command).collect();
             bail!(
                 "`{line}` did not exit within {deadline:?}\n--- stdout ---\n{}\n--- stderr ---\n{}\n--- descendants ---\n{}",
                 String::from_utf8_lossy(&out),

@@ -33,7 +33,7 @@ use crate::process::{self, Process};
 /// The containerd namespace of all tests.
 pub const NAMESPACE: &str = "husk-test";
 /// Deadline for a daemon to become ready.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(60);
 /// Deadline for one `ctr` call, on a loaded machine that emulates its VMs.
 const CTR: Duration = Duration::from_secs(90);
 /// Lines of the daemon's log kept for failure messages.
@@ -398,6 +398,13 @@ impl Containerd {
         let log = lock(&self.log);
         log.iter().filter(|line| line.contains(needle)).cloned().collect()
     }
+
+    /// Waits until at least `count` lines contain `needle`, and returns them: a shim's line takes a moment to arrive.
+    pub fn await_logged(&self, needle: &str, count: usize) -> Result<Vec<String>> {
+        let found = || Some(self.logged(needle)).filter(|lines| lines.len() >= count);
+        command::wait_for(START, &format!("{count} lines with {needle:?} are logged"), found)
+            .with_context(|| self.log_tail())
+    }
 }
 
 impl Drop for Containerd {
@@ -407,8 +414,8 @@ impl Drop for Containerd {
             process.kill();
         }
         let ended = lock(&self.ended);
-        if ended.recv_timeout(Duration::from_secs(10)).is_err() && !thread::panicking() {
-            panic!("containerd did not exit within 10 s of SIGKILL");
+        if ended.recv_timeout(START).is_err() && !thread::panicking() {
+            panic!("containerd did not exit within {START:?} of SIGKILL");
         }
         remove_cgroups(&self.token);
     }

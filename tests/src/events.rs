@@ -53,7 +53,7 @@ impl Watch {
         let watch = Self { child, lines };
         // ctr does not report when it has subscribed: cause events until one arrives.
         let mut round = 0;
-        wait_for(Duration::from_secs(20), "ctr events shows an event", || {
+        wait_for(Duration::from_secs(60), "ctr events shows an event", || {
             round += 1;
             let label = format!("round={round}");
             let made = containerd.ctr(["namespaces", "label", NAMESPACE]).arg(label).ok();

@@ -12,7 +12,7 @@ use crate::process;
 use crate::walk::walk;
 
 /// How long containerd and a shim may clean up after the call that ended the container has returned.
-const SETTLE: Duration = Duration::from_secs(5);
+const SETTLE: Duration = Duration::from_secs(30);
 
 /// A snapshot of everything that a container could leave behind.
 #[derive(Debug, Clone, PartialEq, Eq)]

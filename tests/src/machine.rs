@@ -10,7 +10,7 @@ use crate::containerd::{Containerd, Setup};
 use crate::process;
 
 /// How long a runtime may clean up after the call that ended the last container has returned.
-const SETTLE: Duration = Duration::from_secs(10);
+const SETTLE: Duration = Duration::from_secs(30);
 /// Deadline for one download, and for a server to become ready.
 const DOWNLOAD: Duration = Duration::from_secs(60);
 

@@ -18,7 +18,7 @@ use crate::containerd::{Containerd, NAMESPACE};
 use crate::process;
 
 /// Deadline for one call of `husk`, and for its effects.
-pub const SOON: Duration = Duration::from_secs(30);
+pub const SOON: Duration = Duration::from_secs(60);
 
 /// `husk` for the sandboxes of this containerd.
 pub fn command(containerd: &Containerd, args: &[&str]) -> Result<Command> {

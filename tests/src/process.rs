@@ -61,6 +61,11 @@ impl Process {
         self.signal(Signal::SIGKILL);
     }
 
+    /// Sends SIGQUIT if it is still the same process. A program in Go prints where its goroutines wait, and exits.
+    pub fn quit(&self) {
+        self.signal(Signal::SIGQUIT);
+    }
+
     /// Sends SIGSTOP if it is still the same process.
     pub fn stop(&self) {
         self.signal(Signal::SIGSTOP);

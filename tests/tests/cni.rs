@@ -263,7 +263,7 @@ fn differences(expected: &[String], found: &[String]) -> Vec<String> {
 
 fn wait_until_clean(pod: &Pod, before: &str) -> Result<()> {
     let mut now = String::new();
-    wait_for(Duration::from_secs(20), "only the plugins' devices are left", || {
+    wait_for(Duration::from_secs(60), "only the plugins' devices are left", || {
         pod.devices_and_qdiscs()
             .map(|found| {
                 now = found;

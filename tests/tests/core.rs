@@ -72,7 +72,7 @@ async fn nothing_leaked(guest: &Guest, before: &InfoResponse) -> Result<()> {
         if counts(&after) == counts(before) {
             return Ok(());
         }
-        ensure!(began.elapsed() < Duration::from_secs(10), "before: {before}\nafter: {after}");
+        ensure!(began.elapsed() < STEP, "before: {before}\nafter: {after}");
     }
 }
 

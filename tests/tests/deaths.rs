@@ -18,7 +18,7 @@ use husk_tests::operator;
 use husk_tests::vm::{self, InitramfsFile};
 
 /// Deadline for the consequences of a death.
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(60);
 /// Heartbeats frequent enough to detect their absence soon, and rare enough for a loaded machine.
 const FAST_HEARTBEATS: &str = "heartbeat_interval_ms = 1000\n";
 

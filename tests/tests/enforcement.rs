@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Runtime;
 use husk_tests::bundle;
 use husk_tests::cgroup;
+use husk_tests::command::wait_for;
 use husk_tests::compare;
 use husk_tests::containerd::{Configured, Container, Containerd};
 use husk_tests::events::Watch;
@@ -18,7 +19,7 @@ use husk_tests::process::Process;
 use husk_tests::shim::Shim;
 use serde_json::{Value, json};
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(60);
 const KILL_TIMEOUT: &str = "kill_timeout_ms = 2000\n";
 
 /// What the first containers of a daemon leave: folders that all share. `also` may stay too.
@@ -59,8 +60,8 @@ fn expect_enforced(containerd: &Containerd, container: Container<'_>, end: &[&st
         ensure!(container.delete_task()? == 137);
     }
     ensure!(container.status()?.is_none(), "{end:?} left the task: {ended}");
-    let logged = containerd.logged("the VM died").into_iter().find(|line| line.contains(&id));
-    let logged = logged.context("the log has no cause")?;
+    let died = || containerd.logged("the VM died").into_iter().find(|line| line.contains(&id));
+    let logged = wait_for(SOON, "the cause is logged", died).with_context(|| containerd.log_tail())?;
     ensure!(logged.contains(cause), "{logged}\nexpected {cause}");
     Ok(())
 }

@@ -95,7 +95,7 @@ fn life(containerd: &Containerd) -> Result<Vec<String>> {
     task.delete(&id, "stays")?;
     task.delete(&id, "")?;
     let mut names = Names::default();
-    let events = shim.events.until("/tasks/delete", Duration::from_secs(20))?;
+    let events = shim.events.until("/tasks/delete", Duration::from_secs(60))?;
     events.iter().map(|event| normalised(event, &id, &mut names)).collect()
 }
 

@@ -152,7 +152,7 @@ fn an_exec_that_failed_to_start_blocks_nobody() -> Result<()> {
     // The init's exit must not wait for an exec that never ran.
     shim.task.kill(id, "", 9)?;
     ensure!(shim.task.wait(id, "")? == 137);
-    let events = shim.events.until("/tasks/exit", Duration::from_secs(5))?;
+    let events = shim.events.until("/tasks/exit", Duration::from_secs(60))?;
     ensure!(!events.iter().any(|event| event.topic == "/tasks/exec-started"), "{events:?}");
     if Runtime::under_test() == Runtime::Husk {
         ensure!(shim.task.wait(id, "fails")? == 255, "wrong status of an exec that failed to start");

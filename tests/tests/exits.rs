@@ -1,6 +1,6 @@
 //! How processes end: their exit statuses, and the order and reason of their events.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
@@ -15,7 +15,7 @@ use husk_tests::shim::{Api, Shim, Streams, code};
 use serde_json::json;
 
 /// Deadline for an event on a loaded machine.
-const DEADLINE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The exits among events, by process id, and the OOMs as `oom`.
 fn ends(events: &[Published]) -> Result<Vec<String>> {
@@ -58,7 +58,7 @@ fn exit_statuses_from_0_to_255_are_reported_unchanged() -> Result<()> {
 }
 
 #[test]
-fn the_inits_exit_is_published_after_those_of_its_execs() -> Result<()> {
+fn the_inits_exit_is_published_after_those_of_its_execs_and_all_waits_are_answered() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("order");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sleep", "1000"]))?;
@@ -67,13 +67,26 @@ fn the_inits_exit_is_published_after_those_of_its_execs() -> Result<()> {
     for exec in &execs {
         shim.start_exec(exec, &bundle::process(&["sleep", "1000"]), &Streams::default())?;
     }
+    // Some clients wait for execs that nobody deletes before their container and its shim.
+    let (deleted, waited) = execs.split_at(5);
+    let waiting = waited.iter().map(|exec| {
+        let (client, id, exec) = (shim.client(Api::V2)?, id.clone(), exec.clone());
+        Ok(std::thread::spawn(move || client.wait(&id, &exec)))
+    });
+    let waiting: Vec<_> = waiting.collect::<Result<_>>()?;
     shim.task.kill(&id, "", 9)?;
     ensure!(shim.task.wait(&id, "")? == 137);
-    for exec in &execs {
+    for exec in deleted {
         ensure!(shim.task.wait(&id, exec)? == 137);
         shim.task.delete(&id, exec)?;
     }
     shim.task.delete(&id, "")?;
+    shim.shutdown();
+    for wait in waiting {
+        let waited = wait.join().map_err(|_| anyhow::anyhow!("a wait panicked"))?;
+        // One that came too late finds no container.
+        ensure!(matches!(waited, Ok(137)) || code(&waited) == Some(Code::NOT_FOUND), "{waited:?}");
+    }
     let mut ends = ends(&shim.events.until("/tasks/delete", DEADLINE)?)?;
     ensure!(ends.pop() == Some(id), "the init's exit was not the last: {ends:?}");
     ends.sort();
@@ -143,9 +156,8 @@ fn an_unstarted_exec_ends_with_its_vm_and_can_be_deleted() -> Result<()> {
     ensure!(waiting.join().map_err(|_| anyhow::anyhow!("the wait panicked"))?? == 137);
     ensure!(shim.task.wait(&id, "waited")? == 137);
     for exec in ["waited", "deleted"] {
-        let started = Instant::now();
+        // An exit that is not recorded would be awaited in vain, and Delete would fail.
         ensure!(shim.task.delete(&id, exec)? == 137);
-        ensure!(started.elapsed() < Duration::from_secs(3), "Delete took {:?}", started.elapsed());
     }
     ensure!(shim.task.wait(&id, "")? == 137);
     shim.task.delete(&id, "")?;
@@ -160,7 +172,7 @@ fn the_vms_death_waits_for_stalled_readers_only_once() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "unread")?;
     let id = shim.bundle.id.clone();
-    let execs: Vec<String> = (0..4).map(|number| format!("e{number}")).collect();
+    let execs: Vec<String> = (0..13).map(|number| format!("e{number}")).collect();
     let mut readers = Vec::new();
     for exec in &execs {
         let (io, stdout, mut stderr) = shim.streams(exec)?;
@@ -170,11 +182,9 @@ fn the_vms_death_waits_for_stalled_readers_only_once() -> Result<()> {
         stderr.read_until("there\n", DEADLINE)?;
         readers.push((stdout, stderr));
     }
-    let killed = Instant::now();
     containerd.qemu_of(&id)?.kill();
+    // One after the other would take 65 s, and a call has 60 s.
     ensure!(shim.task.wait(&id, "")? == 137);
-    // One after the other would take 20 s.
-    ensure!(killed.elapsed() < Duration::from_secs(10), "the init's exit came after {:?}", killed.elapsed());
     for exec in &execs {
         ensure!(shim.task.delete(&id, exec)? == 137);
     }

@@ -210,7 +210,7 @@ fn the_pid_file_contains_the_tasks_pid_and_null_io_discards_all_streams() -> Res
     let script = "echo lost; echo lost >&2; cat > /input; echo $? > /done; sleep 1000";
     let flags = ["--null-io", "--pid-file", &file.display().to_string()];
     let container = containerd.detached(&flags, "null-io", &["sh", "-c", script])?;
-    let done = wait_for(Duration::from_secs(20), "stdin ends", || container.script("cat /done /input").ok())?;
+    let done = wait_for(Duration::from_secs(60), "stdin ends", || container.script("cat /done /input").ok())?;
     ensure!(done == "0", "{done}");
     ensure!(container.script("for fd in 0 1 2; do readlink /proc/1/fd/$fd; done")? == ["/dev/null"; 3].join("\n"));
     let list = containerd.ctr(["task", "ls"]).ok()?.text();

@@ -282,7 +282,7 @@ fn a_pod_whose_connections_cannot_be_redirected_works_and_the_log_says_so() -> R
     run = run.args([containerd.image(), &id, "sleep", "1000"]);
     run.ok()?;
     ensure!(container.script("echo works")? == "works");
-    let logged = containerd.logged(&format!("nf_tables table husk-{id}: add it: Operation not permitted"));
+    let logged = containerd.await_logged(&format!("nf_tables table husk-{id}: add it: Operation not permitted"), 1)?;
     ensure!(logged.len() == 1 && logged[0].contains("level=warning"), "{logged:#?}\n{}", containerd.log_tail());
     container.kill_and_wait()?;
     container.delete_task()?;

@@ -111,7 +111,7 @@ fn poststop_hooks_run_after_the_shim_was_killed() -> Result<()> {
     shim.run_detached()?;
     let (serving, _) = shim.containerd().shim_of(&shim.bundle.id)?;
     serving.kill();
-    husk_tests::command::wait_for(std::time::Duration::from_secs(10), "the shim is gone", || {
+    husk_tests::command::wait_for(std::time::Duration::from_secs(60), "the shim is gone", || {
         Process::read(serving.pid).is_none_or(|process| process.zombie).then_some(())
     })?;
     shim.delete_action()?.ok()?;

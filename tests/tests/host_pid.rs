@@ -15,7 +15,7 @@ use husk_tests::shim::{Shim, Streams};
 use serde_json::{Value, json};
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 /// The annotation with which the CRI plugin identifies a container's pod.
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 

@@ -75,7 +75,7 @@ fn a_container_that_was_never_started_can_be_killed() -> Result<()> {
     shim.create(&Streams::default())?;
     shim.task.kill(&id, "", 9)?;
     ensure!(shim.task.wait(&id, "")? == 137 && shim.task.delete(&id, "")? == 137);
-    let events = shim.events.until("/tasks/delete", Duration::from_secs(20))?;
+    let events = shim.events.until("/tasks/delete", Duration::from_secs(60))?;
     let topics: Vec<&str> = events.iter().map(|event| event.topic.as_str()).collect();
     ensure!(topics == ["/tasks/create", "/tasks/exit", "/tasks/delete"], "{topics:?}");
     let exit: TaskExit = events[1].decode()?;

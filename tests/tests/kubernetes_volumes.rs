@@ -21,7 +21,7 @@ use husk_tests::vm::guest_program;
 use serde_json::{Value, json};
 
 /// Deadline for what takes a moment in an emulated VM.
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(60);
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 
 fn bind(source: &Path, destination: &str, options: &[&str]) -> Value {

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// Deadline for the consequences of a death, and for log lines.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 
 /// The VM's part of state.json.
 fn vm(containerd: &Containerd, id: &str) -> Result<Value> {

@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api;
@@ -297,9 +297,7 @@ fn a_logging_program_that_does_not_read_stalls_nothing_and_ends_with_its_contain
     shim.start_exec("other", &bundle::process(&["seq", "1", "100000"]), &io)?;
     ensure!(stdout.read_to_end(DEADLINE)? == sequence(100_000, "\n").into_bytes());
     ensure!(shim.task.wait(&id, "e")? == 0);
-    let started = Instant::now();
     shim.task.delete(&id, "e")?;
-    ensure!(started.elapsed() < Duration::from_secs(10), "Delete took {:?}", started.elapsed());
     logger.wrote("terminated")?;
     ensure!(logger.processes(containerd.pid()) == 0);
     Ok(())

@@ -152,6 +152,6 @@ fn an_exec_and_the_container_see_the_same_files() -> Result<()> {
     ensure!(container.script("cat /root/file /data/file")? == "one\ntwo");
     fs::write(folder.path().join("file"), "three\n")?;
     let fresh = || container.script("cat /data/file").ok().filter(|text| text == "three");
-    wait_for(Duration::from_secs(10), "the host's change appears", fresh)?;
+    wait_for(Duration::from_secs(60), "the host's change appears", fresh)?;
     Ok(())
 }

@@ -50,7 +50,7 @@ impl Stage {
     /// The container's hosts file, once it names the other container. A VM sees a change of a mounted
     /// file within a second.
     fn hosts(&self, name: &str, other: &str) -> Result<String> {
-        wait_for(Duration::from_secs(10), &format!("{other} is in the hosts file of {name}"), || {
+        wait_for(Duration::from_secs(60), &format!("{other} is in the hosts file of {name}"), || {
             let hosts = self.exec(name, "sort /etc/hosts");
             hosts.map(|hosts| hosts.split_whitespace().any(|word| word == other).then_some(hosts)).transpose()
         })?
@@ -247,7 +247,7 @@ END",
     let husk = Machine::start(Runtime::Husk)?;
     let found = scenario(husk.containerd()).context("under husk")?;
     ensure!(found == expected, "--- husk ---\n{found}\n--- runc ---\n{expected}");
-    let links = wait_for(Duration::from_secs(10), "the containers' links are gone", || {
+    let links = wait_for(Duration::from_secs(60), "the containers' links are gone", || {
         let links = husk.containerd().sh("ip -br link | cut -d' ' -f1; ls /run/netns").map(|output| output.text());
         links.map(|links| (!links.contains("veth") && !links.contains("husk-")).then_some(links)).transpose()
     })??;

@@ -56,7 +56,7 @@ impl<'a> Pod<'a> {
     }
 
     fn wait_until_clean(&self, before: &str) -> Result<()> {
-        wait_for(Duration::from_secs(10), "only the pod's own devices are left", || {
+        wait_for(Duration::from_secs(60), "only the pod's own devices are left", || {
             self.devices_and_qdiscs().map(|now| (now == before).then_some(())).transpose()
         })?
     }
@@ -217,7 +217,7 @@ fn a_vm_ends_cleanly_when_its_namespace_is_gone() -> Result<()> {
     container.kill_and_wait()?;
     ensure!(container.delete_task()? == 137);
     // The kernel destroys the namespace, and with it the links, when the VM's taps are closed.
-    wait_for(Duration::from_secs(10), "the namespace is gone", || {
+    wait_for(Duration::from_secs(60), "the namespace is gone", || {
         pod.sh("ip -n $peer -o link").map(|links| (!links.contains("peer0")).then_some(())).transpose()
     })??;
     Ok(())

@@ -13,7 +13,7 @@ use husk_tests::shim::{Shim, Streams};
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 /// How long a change may take to arrive.
-const ARRIVES: Duration = Duration::from_secs(20);
+const ARRIVES: Duration = Duration::from_secs(60);
 
 /// An empty network namespace of the daemon, and one with the other ends of its links.
 struct Pod<'a> {

@@ -1,6 +1,6 @@
 //! A paused container is frozen and reports it, and can still be killed.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api::Status;
@@ -11,9 +11,6 @@ use husk_tests::containerd::Containerd;
 use husk_tests::events::Watch;
 use husk_tests::shim::{Shim, Streams, code};
 
-/// Limit for a call that has nothing to wait for, on a loaded machine that emulates its guests.
-const AT_ONCE: Duration = Duration::from_secs(3);
-
 /// Writes a counter to a file in a loop.
 const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i > /run/count; done";
 
@@ -22,16 +19,9 @@ fn status(shim: &Shim, exec: &str) -> Result<Status> {
     state.status.enum_value().map_err(|other| anyhow::anyhow!("status {other}"))
 }
 
-fn at_once<T>(what: &str, call: impl FnOnce() -> T) -> Result<T> {
-    let started = Instant::now();
-    let result = call();
-    ensure!(started.elapsed() < AT_ONCE, "{what} took {:?}", started.elapsed());
-    Ok(result)
-}
-
 #[test]
 #[cfg_attr(runc, ignore = "about VMs")]
-fn a_paused_container_is_frozen_and_every_call_on_it_returns_at_once() -> Result<()> {
+fn a_paused_container_is_frozen_and_every_call_on_it_returns() -> Result<()> {
     let containerd = Containerd::shared()?;
     let id = containerd.id("pause");
     let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", COUNT]))?;
@@ -51,23 +41,23 @@ fn a_paused_container_is_frozen_and_every_call_on_it_returns_at_once() -> Result
     ensure!((status(&shim, "")?, status(&shim, "runs")?) == (Status::PAUSED, Status::PAUSED));
     ensure!(status(&shim, "waits")? == Status::CREATED, "an exec without a process is not paused");
     let usage = || task.metrics(&id).map(|metrics| metrics.cpu.usage_usec);
-    let before = at_once("Stats", usage)??;
+    let before = usage()?;
     for (call, result) in [
-        ("Pause", code(&at_once("Pause", || task.pause(&id))?)),
-        ("Start of an exec", code(&at_once("Start", || task.start(&id, "waits"))?)),
-        ("Delete", code(&at_once("Delete", || task.delete(&id, ""))?)),
-        ("Delete of an exec", code(&at_once("Delete", || task.delete(&id, "runs"))?)),
+        ("Pause", code(&task.pause(&id))),
+        ("Start of an exec", code(&task.start(&id, "waits"))),
+        ("Delete", code(&task.delete(&id, ""))),
+        ("Delete of an exec", code(&task.delete(&id, "runs"))),
     ] {
         ensure!(result == precondition, "{call} of a paused container returns {result:?}");
     }
-    let added = at_once("Exec", || task.exec(&id, "late", &idle, &io))?;
+    let added = task.exec(&id, "late", &idle, &io);
     ensure!(
         added.is_err_and(|error| format!("{error:#}").contains("paused")),
         "an exec was added to a paused container"
     );
-    ensure!(at_once("Pids", || task.pids(&id))??.len() == 2);
+    ensure!(task.pids(&id)?.len() == 2);
     ensure!(usage()? == before, "the paused container used CPU time");
-    at_once("Kill", || task.kill(&id, "runs", 15))??;
+    task.kill(&id, "runs", 15)?;
 
     task.resume(&id)?;
     ensure!(status(&shim, "")? == Status::RUNNING);
@@ -78,12 +68,12 @@ fn a_paused_container_is_frozen_and_every_call_on_it_returns_at_once() -> Result
 
     // A paused container can be killed without being resumed.
     task.pause(&id)?;
-    at_once("Kill", || task.kill(&id, "", 9))??;
+    task.kill(&id, "", 9)?;
     ensure!(task.wait(&id, "")? == 137 && task.wait(&id, "waits")? == 137);
     ensure!(status(&shim, "")? == Status::STOPPED);
     ensure!(code(&task.resume(&id)) == precondition && code(&task.pause(&id)) == precondition);
-    at_once("Delete", || task.delete(&id, ""))??;
-    let events = shim.events.until("/tasks/delete", Duration::from_secs(20))?;
+    task.delete(&id, "")?;
+    let events = shim.events.until("/tasks/delete", Duration::from_secs(60))?;
     let topics: Vec<&str> =
         events.iter().map(|event| event.topic.as_str()).filter(|topic| topic.ends_with("ed")).collect();
     let (added, started) = ("/tasks/exec-added", "/tasks/exec-started");
@@ -116,7 +106,7 @@ fn ctr_can_pause_and_resume_with_every_containerd() -> Result<()> {
         ensure!(container.status()?.as_deref() == Some("RUNNING"), "{version:?}");
         containerd.ctr(["task", "pause", container.id()]).ok()?;
         containerd.ctr(["task", "rm", "--force", container.id()]).ok()?;
-        let events = watch.collect(container.id(), Duration::from_secs(20), |event| event.topic == "/tasks/delete")?;
+        let events = watch.collect(container.id(), Duration::from_secs(60), |event| event.topic == "/tasks/delete")?;
         let topics: Vec<&str> = events.iter().map(|event| event.topic.trim_start_matches("/tasks/")).collect();
         ensure!(
             topics == ["create", "start", "paused", "resumed", "paused", "exit", "delete"],

@@ -110,7 +110,7 @@ fn pod(cri: &Cri, handler: Handler) -> Result<String> {
         ensure!(cgroups.contains(&format!("/shims-{}", std::process::id())), "ShimCgroup of {handler:?}: {cgroups}");
     }
     pod.stop()?;
-    wait_for(Duration::from_secs(20), "the pod is not ready", || {
+    wait_for(Duration::from_secs(60), "the pod is not ready", || {
         pod.status().map(|(ready, _)| (!ready).then_some(())).transpose()
     })??;
     pod.remove()?;

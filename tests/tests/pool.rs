@@ -58,7 +58,7 @@ fn a_container_in_a_waiting_vm_sees_what_it_would_in_its_own_and_leaves_nothing_
     let waiting = filled(&containerd, 1)?;
     let boot_id = "cat /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | od -An -tx1; date +%s";
     let warm = containerd.detached(&[], "warm", &["sh", "-c", "sleep 1000"])?;
-    ensure!(!containerd.logged(WARM).is_empty(), "the container did not get the waiting VM\n{}", containerd.log_tail());
+    containerd.await_logged(WARM, 1).context("the container did not get the waiting VM")?;
     let state: Value = serde_json::from_slice(&fs::read(folder(&containerd, warm.id()).join("state.json"))?)?;
     ensure!(state["machine"]["process"]["pid"] == waiting[0]["pid"], "{state}");
     ensure!(state["sandbox"] == warm.id() && state["namespace"] == "husk-test", "{state}");
@@ -66,6 +66,7 @@ fn a_container_in_a_waiting_vm_sees_what_it_would_in_its_own_and_leaves_nothing_
     let listed = husk_json(&containerd, &["list", "--json"])?;
     ensure!(listed.as_array().is_some_and(|all| all.len() == 1 && all[0]["sandbox"] == warm.id()), "{listed}");
     let first = warm.script(boot_id)?;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
     ensure!(warm.script("echo out; echo err >&2; exit 0")?.contains("out"));
     warm.kill_and_wait()?;
     ensure!(warm.delete_task()? == 137);
@@ -75,9 +76,8 @@ fn a_container_in_a_waiting_vm_sees_what_it_would_in_its_own_and_leaves_nothing_
     let next = filled(&containerd, 1)?;
     ensure!(pids(&next).is_disjoint(&pids(&waiting)));
     let looked = containerd.script(&[], "warm", LOOK)?;
-    ensure!(containerd.logged(WARM).len() == 3, "{}", containerd.log_tail());
+    ensure!(containerd.await_logged(WARM, 3)?.len() == 3, "{}", containerd.log_tail());
     ensure!(looked == cold, "cold:\n{cold}\nwarm:\n{looked}");
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
     let shown: u64 = first.lines().last().context("no date")?.trim().parse()?;
     ensure!(now.abs_diff(shown) < 60, "the container's clock shows {shown} instead of {now}");
     drained(&containerd)
@@ -94,7 +94,7 @@ fn in_a_pods_network(containerd: &Containerd) -> Result<()> {
     let look = "ip addr | sed 's/qdisc.*//'; ip route; ping -c 1 -W 20 10.9.0.1 >/dev/null && echo reached";
     filled(containerd, 1)?;
     let warm = containerd.script(&flags, "pod", look)?;
-    ensure!(containerd.logged(WARM).len() == 2, "{}", containerd.log_tail());
+    ensure!(containerd.await_logged(WARM, 2)?.len() == 2, "{}", containerd.log_tail());
     ensure!(warm.contains("10.9.0.2/24") && warm.ends_with("reached"), "{warm}");
     let config = containerd.path(CONFIG);
     let text = fs::read_to_string(&config)?;
@@ -165,7 +165,8 @@ fn a_dead_a_claimed_and_an_outdated_vm_are_not_handed_out() -> Result<()> {
     let waiting = filled(&containerd, 1)?;
     signal(&containerd, "STOP", &waiting[0]["shim"])?;
     ensure!(run("stopped")?.trim() == "works");
-    ensure!(containerd.logged("a waiting shim did not take the sandbox").len() == 1, "{}", containerd.log_tail());
+    let untaken = containerd.await_logged("a waiting shim did not take the sandbox", 1)?;
+    ensure!(untaken.len() == 1, "{untaken:#?}");
     // Another process has claimed it, and has died.
     let waiting = filled(&containerd, 1)?;
     let dir = containerd.path(PathBuf::from(waiting[0]["dir"].as_str().context("no folder")?));
@@ -187,14 +188,15 @@ fn a_dead_a_claimed_and_an_outdated_vm_are_not_handed_out() -> Result<()> {
         new.then_some(now)
     })?;
     ensure!(next[0]["memory_mib"] == 300, "{next:?}");
-    ensure!(run("new")?.trim() == "works" && containerd.logged(WARM).len() == 1, "{}", containerd.log_tail());
+    ensure!(run("new")?.trim() == "works");
+    ensure!(containerd.await_logged(WARM, 1)?.len() == 1, "{}", containerd.log_tail());
     drained(&containerd)
 }
 
 fn kill(containerd: &Containerd, pid: &Value) -> Result<()> {
     signal(containerd, "KILL", pid)?;
     let gone = format!("! kill -0 {pid}");
-    wait_for(Duration::from_secs(10), "the process ends", || containerd.sh(&gone).ok().map(drop))
+    wait_for(Duration::from_secs(60), "the process ends", || containerd.sh(&gone).ok().map(drop))
 }
 
 /// Signals a process by its number in the daemon's namespace.

@@ -263,7 +263,7 @@ fn a_raised_memory_limit_gives_the_vm_memory_that_programs_files_and_output_use(
     let state = containerd.path("/run/husk").join(NAMESPACE).join(&id).join("state.json");
     thread::scope(|scope| {
         let update = scope.spawn(|| shim.task.update(&id, &json!({"memory": {"limit": 512 << 20}})));
-        wait_for(Duration::from_secs(20), "the shim has begun to let the VM grow", || {
+        wait_for(Duration::from_secs(60), "the shim has begun to let the VM grow", || {
             let state: Value = serde_json::from_slice(&fs::read(&state).ok()?).ok()?;
             (state["machine"]["memory_mib"] == 640).then_some(())
         })?;

@@ -1,6 +1,6 @@
 //! containerd can stop and restart while containers run: the containers keep running, and no event or output is lost.
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -40,22 +40,16 @@ fn containers_outlive_a_killed_containerd(version: Version) -> Result<()> {
     outlive(version, Signal::SIGKILL)
 }
 
-/// Creates the file that the container's init waits for. The init's exit may kill this exec.
-fn create_go_file(container: &Container) -> Result<()> {
-    let touched = container.exec(&["touch", "/go"]).output()?;
-    ensure!(matches!(touched.code(), 0 | 137), "{touched}");
-    Ok(())
-}
-
 fn outlive(version: Version, signal: Signal) -> Result<()> {
     let containerd = Containerd::start(version)?;
     containerd.run(&[], &containerd.id("first"), &["true"]).ok()?;
     let before = Leftovers::now(&containerd);
-    let waits = "while [ ! -e /go ]; do sleep 0.1; done; echo went; exit 3";
-    let stays = containerd.detached(&[], "stays", &["sh", "-c", waits])?;
-    let traps = "trap 'exit 7' TERM; touch /trapped; while :; do sleep 0.1; done";
+    let traps = "trap 'exit 7' TERM; trap 'echo signalled' USR1; touch /trapped; while :; do sleep 0.1; done";
+    let stays = containerd.detached(&[], "stays", &["sh", "-c", traps])?;
     let ends = containerd.detached(&[], "ends", &["sh", "-c", traps])?;
-    wait_for(DEADLINE, "the trap is set", || ends.script("ls /trapped").ok())?;
+    for container in [&stays, &ends] {
+        wait_for(DEADLINE, "the trap is set", || container.script("ls /trapped").ok())?;
+    }
     let dies = containerd.detached(&[], "dies", &["sleep", "1000"])?;
     let (shim, _) = containerd.shim_of(stays.id())?;
 
@@ -81,11 +75,15 @@ fn outlive(version: Version, signal: Signal) -> Result<()> {
     stays.exec(&["sh", "-c", "exit 9"]).expect_code(9)?;
     let mut attach = containerd.ctr(["task", "attach", stays.id()]).command();
     let mut attached = attach.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn()?;
-    create_go_file(&stays)?;
-    let mut output = String::new();
-    attached.stdout.take().context("stdout")?.read_to_string(&mut output)?;
+    // Signals instead of an exec that ends the container: `ctr task attach` deletes the container then, while
+    // `ctr task exec` still waits for its process. And the container ends when the client is attached.
+    stays.kill("SIGUSR1")?;
+    let (mut stdout, mut output) = (BufReader::new(attached.stdout.take().context("stdout")?), String::new());
+    stdout.read_line(&mut output)?;
+    stays.kill("SIGTERM")?;
+    stdout.read_to_string(&mut output)?;
     let status = attached.wait()?;
-    ensure!(output == "went\n" && status.code() == Some(3), "attach: {output:?}, {status}");
+    ensure!(output == "signalled\n" && status.code() == Some(7), "attach: {output:?}, {status}");
     // `ctr task attach` deletes the task after it has seen its exit.
     ensure!(stays.status()?.is_none(), "{:?}", stays.status()?);
     for container in [&stays, &ends, &dies] {
@@ -132,7 +130,9 @@ fn output_is_complete_although_containerd_was_killed_meanwhile() -> Result<()> {
     containerd.stop(Signal::SIGKILL)?;
     output.extend(stdout.read(8, DEADLINE)?);
     containerd.restart()?;
-    create_go_file(&container)?;
+    // The init's exit may kill this exec.
+    let touched = container.exec(&["touch", "/go"]).output()?;
+    ensure!(matches!(touched.code(), 0 | 137), "{touched}");
     output.extend(stdout.read_to_end(DEADLINE)?);
     let output = String::from_utf8(output)?;
     let expected: String = (1..=200).map(|n| format!("{n}\n")).chain(["end\n".to_owned()]).collect();

@@ -59,7 +59,7 @@ fn a_background_container_supports_exec_kill_and_delete(version: Version) -> Res
     ensure!(container.status()?.as_deref() == Some("RUNNING"));
 
     // The trap is set once the file exists.
-    wait_for(Duration::from_secs(20), "the script starts", || container.script("cat /state").ok())?;
+    wait_for(Duration::from_secs(60), "the script starts", || container.script("cat /state").ok())?;
     container.exec(&["sh", "-c", "echo inside; exit 9"]).expect_code(9)?;
     ensure!(
         container.script("cat /proc/1/cmdline | tr '\\0' ' '")?.contains("trap"),
@@ -82,7 +82,7 @@ fn two_containers_do_not_see_each_other(version: Version) -> Result<()> {
     let one = containerd.detached(&[], "one", &["sh", "-c", "echo 1 > /who; sleep 1000"])?;
     let two = containerd.detached(&[], "two", &["sh", "-c", "echo 2 > /who; sleep 1001"])?;
     let who = |container: &husk_tests::containerd::Container<'_>| {
-        wait_for(Duration::from_secs(20), "/who is written", || container.script("cat /who").ok())
+        wait_for(Duration::from_secs(60), "/who is written", || container.script("cat /who").ok())
     };
     ensure!(who(&one)? == "1" && who(&two)? == "2");
     let processes = one.script("ps")?;
@@ -105,7 +105,7 @@ fn events_are_complete_and_in_order(version: Version) -> Result<()> {
 
     // containerd itself publishes the deletion of an exec with the same topic and the exec's id.
     let deleted = |event: &husk_tests::events::Event| event.topic == "/tasks/delete" && event.text("id") != "second";
-    let mut events = watch.collect(container.id(), Duration::from_secs(20), deleted)?;
+    let mut events = watch.collect(container.id(), Duration::from_secs(60), deleted)?;
     events.retain(|event| event.topic != "/tasks/delete" || deleted(event));
     let topics: Vec<&str> = events.iter().map(|event| event.topic.as_str()).collect();
     let expected = [

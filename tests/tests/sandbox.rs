@@ -176,7 +176,7 @@ fn a_sandbox_lives_until_its_last_container_is_deleted() -> Result<()> {
     ensure!(third.exec("there", &["echo", "there"])? == (0, "there".to_owned()));
     ensure!(remove(&third)? == 137);
     let gone = || (!process.is_alive() && below.iter().all(|process| !process.is_alive())).then_some(());
-    wait_for(Duration::from_secs(20), "the shim and its children are gone", gone)
+    wait_for(Duration::from_secs(60), "the shim and its children are gone", gone)
 }
 
 /// A container that joins namespaces by the sandbox's PID is in those of `member`, of which `common` are the sandbox's.

@@ -184,7 +184,7 @@ fn a_sandbox_whose_vm_dies_reports_137_and_can_be_shut_down() -> Result<()> {
     ensure!(status(&shim)?.state == "SANDBOX_NOTREADY");
     shutdown(&shim)?;
     let gone = || (!process.is_alive() && below.iter().all(|process| !process.is_alive())).then_some(());
-    wait_for(Duration::from_secs(20), "the shim and its children are gone", gone)
+    wait_for(Duration::from_secs(60), "the shim and its children are gone", gone)
 }
 
 /// What is left of a sandbox whose StartSandbox has failed and that has been shut down.

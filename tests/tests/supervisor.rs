@@ -322,7 +322,7 @@ async fn an_agent_that_ignores_sigterm_is_killed_after_five_seconds_with_its_chi
     ensure!(status.last_end == "exited with status 137", "{status}");
     ensure!(lines.iter().any(|line| line.message.contains("did not exit on SIGTERM")), "{lines:?}");
     let (result, took) = shutdown.await?;
-    ensure!(result.is_ok() && (5..10).contains(&took.as_secs()), "{result:?} after {took:?}");
+    ensure!(result.is_ok() && took >= Duration::from_secs(5), "{result:?} after {took:?}");
     Ok(())
 }
 
@@ -339,12 +339,12 @@ fn a_vm_whose_agent_ignores_sigterm_is_not_killed() -> Result<()> {
     container.delete_task()?;
     wait_for(STEP, "the shim exits", || (!shim.is_alive()).then_some(()))?;
     ensure!(below.iter().all(|process| !process.is_alive()), "{below:#?}");
+    containerd.await_logged("to=Stopped", 1)?;
     ensure!(
         containerd.logged("is killed").iter().all(|line| !line.contains("the VM did not end")),
         "{}",
         containerd.log_tail()
     );
-    ensure!(!containerd.logged("to=Stopped").is_empty(), "{}", containerd.log_tail());
     Ok(())
 }
 

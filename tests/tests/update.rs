@@ -141,9 +141,9 @@ fn lowering_a_memory_limit_below_the_usage_causes_an_oom_event() -> Result<()> {
     let process = bundle::process(&["sh", "-c", "head -c 20000000 /dev/zero | tail -c 20000000 | (sleep 1000; cat)"]);
     shim.start_exec("holds", &process, &Streams::default())?;
     let held = || shim.task.metrics(&id).map(|now| (now.memory.anon > 15_000_000).then_some(())).transpose();
-    wait_for(Duration::from_secs(20), "the memory is in use", held)??;
+    wait_for(Duration::from_secs(60), "the memory is in use", held)??;
     shim.task.update(&id, &json!({"memory": {"limit": 8 << 20}}))?;
-    shim.events.until("/tasks/oom", Duration::from_secs(20))?;
+    shim.events.until("/tasks/oom", Duration::from_secs(60))?;
     ensure!(shim.task.metrics(&id)?.memory_events.oom_kill > 0);
     ensure!(shim.task.state(&id, "")?.status.value() == 2, "the init does not run any more");
     Ok(())
