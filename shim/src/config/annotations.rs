@@ -6,13 +6,13 @@ use std::path::{Component, Path, PathBuf};
 
 use super::extras::{self, Extras};
 use super::names::{
-    DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, NETWORK, PATH, PORTS, PREFIX, PROFILE, SPARE_NICS,
-    SUPERVISOR, VCPUS, VSOCK, WATCH, WORKSPACE,
+    BALLOON_TARGET_MIB, DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, NETWORK, PATH, PORTS, PREFIX,
+    PROFILE, SPARE_NICS, SUPERVISOR, VCPUS, VSOCK, WATCH, WORKSPACE,
 };
 use super::ports;
 use super::problem::Problem;
 use super::settings::{Config, NetworkMode, Profile};
-use super::values::{memory_mib, one_of, spare_nics, vcpus};
+use super::values::{NO_BALLOON, memory_mib, one_of, spare_nics, vcpus};
 use super::workspace::{self, Workspace};
 use crate::network::user::PortMapping;
 
@@ -28,6 +28,8 @@ pub(crate) struct Annotations {
     /// Virtual CPUs by purpose; `vcpus` overrides it.
     pub(crate) profile: Option<Profile>,
     pub(crate) memory_mib: Option<u64>,
+    /// Memory that the guest is to get by with unless it runs short, MiB.
+    pub(crate) balloon_target_mib: Option<u64>,
     /// Network cards for links that appear after the boot.
     pub(crate) spare_nics: Option<u32>,
     /// Enables or disables debug mode; without it, the configuration decides.
@@ -99,6 +101,8 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config, namespa
         MEMORY_MIB => {
             read.memory_mib = Some(at_most(memory_mib(number()?)?, config.max_memory_mib, "max_memory_mib")?);
         }
+        BALLOON_TARGET_MIB if config.hugepages => return Err(NO_BALLOON.to_owned()),
+        BALLOON_TARGET_MIB => read.balloon_target_mib = Some(memory_mib(number()?)?),
         SPARE_NICS => read.spare_nics = Some(spare_nics(number()?)?),
         DEBUG => read.debug = Some(boolean(value)?),
         NETWORK => read.network = Some(one_of(Some(value), &NetworkMode::NAMES)?),
@@ -154,6 +158,7 @@ mod tests {
             ("io.husk.vcpus", "2"),
             ("io.husk.profile", "throughput"),
             ("io.husk.memory_mib", "300"),
+            ("io.husk.balloon_target_mib", "200"),
             ("io.husk.network_spare_nics", "3"),
             ("io.husk.debug", "false"),
             ("io.husk.vsock", "true"),
@@ -173,6 +178,7 @@ mod tests {
             vcpus: Some(2),
             profile,
             memory_mib: Some(300),
+            balloon_target_mib: Some(200),
             spare_nics: Some(3),
             debug: Some(false),
             vsock: true,
@@ -223,7 +229,7 @@ mod tests {
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.watch, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.balloon_target_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.watch, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
                 "annotation io.husk.debug = \"1\": must be true or false",
                 "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which belongs to the kernel",
                 "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path on the host",

@@ -11,7 +11,7 @@ use super::kernel_params;
 use super::settings::{AccelMode, Config, NetworkMode, Profile, StreamMode, VsockMode};
 use super::values::{
     absolute, addresses, annotations, boolean, choice, extras_max_mib, integer, list, memory_mib, milliseconds,
-    open_files, pool, sockets, spare_nics, text, token_host, vcpus,
+    open_files, pool, sockets, spare_nics, tcg_cache_mib, text, token_host, vcpus,
 };
 use crate::vmm::factory::boards;
 
@@ -28,13 +28,16 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 40] = [
+pub(crate) const KEYS: [ConfigKey; 42] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("max_vcpus", |config, value| put(&mut config.max_vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
     key("memory_mib", |config, value| put(&mut config.memory_mib, integer(value).and_then(memory_mib).map(Some))),
     key("max_memory_mib", |config, value| {
         put(&mut config.max_memory_mib, integer(value).and_then(memory_mib).map(Some))
+    }),
+    key("balloon_target_mib", |config, value| {
+        put(&mut config.balloon_target_mib, integer(value).and_then(memory_mib).map(Some))
     }),
     key("hugepages", |config, value| put(&mut config.hugepages, boolean(value))),
     key("kernel", |config, value| put(&mut config.kernel, absolute(value).map(Some))),
@@ -43,6 +46,9 @@ pub(crate) const KEYS: [ConfigKey; 40] = [
     key("accel", |config, value| {
         let choices = [("auto", AccelMode::Auto), ("kvm", AccelMode::Kvm), ("tcg", AccelMode::Tcg)];
         put(&mut config.accel, choice(value, &choices))
+    }),
+    key("tcg_cache_mib", |config, value| {
+        put(&mut config.tcg_cache_mib, integer(value).and_then(tcg_cache_mib).map(Some))
     }),
     key("vsock", |config, value| {
         let choices = [("auto", VsockMode::Auto), ("vhost-user", VsockMode::VhostUser), ("vhost", VsockMode::Vhost)];

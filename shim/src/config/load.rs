@@ -8,6 +8,7 @@ use super::keys;
 use super::names::{PATH, PATH_ENV};
 use super::problem::{Problem, join};
 use super::settings::Config;
+use super::values::NO_BALLOON;
 
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +115,10 @@ pub(crate) fn parse_valid(text: &str, path: &Path) -> Result<(Config, Vec<Proble
         let why = "excludes kernel and initrd: set either image_dir or those".to_owned();
         problems.push(Problem { key: "image_dir".into(), value: table.get("image_dir").map(Value::to_string), why });
     }
+    if config.balloon_target_mib.is_some() && config.hugepages {
+        let value = table.get("balloon_target_mib").map(Value::to_string);
+        problems.push(Problem { key: "balloon_target_mib".into(), value, why: NO_BALLOON.to_owned() });
+    }
     Ok((config, problems))
 }
 
@@ -130,7 +135,7 @@ mod tests {
 
     #[test]
     fn every_problem_is_reported_with_key_value_and_what_is_allowed() {
-        let text = "accel = \"xen\"\nimage_dir = \"/d\"\nkernel = \"/k\"\nmemory_mib = 0\nmemroy = 1\nvcpus = -2\n";
+        let text = "accel = \"xen\"\nimage_dir = \"/d\"\nkernel = \"/k\"\nmemory_mib = 0\nmemroy = 1\nvcpus = -2\nballoon_target_mib = 64\nhugepages = true\n";
         assert_eq!(
             errors(text),
             [
@@ -139,6 +144,7 @@ mod tests {
                 &format!("memroy = 1: unknown key; the keys are {}", keys::names()),
                 "vcpus = -2: vCPU count must be greater than zero",
                 "image_dir = \"/d\": excludes kernel and initrd: set either image_dir or those",
+                "balloon_target_mib = 64: a VM whose memory consists of huge pages (hugepages) does not give memory back",
             ]
         );
     }

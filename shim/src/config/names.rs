@@ -13,6 +13,8 @@ pub(crate) const VCPUS: &str = "io.husk.vcpus";
 pub(crate) const PROFILE: &str = "io.husk.profile";
 /// The guest's memory, MiB.
 pub(crate) const MEMORY_MIB: &str = "io.husk.memory_mib";
+/// Memory that the guest is to get by with unless it runs short, MiB.
+pub(crate) const BALLOON_TARGET_MIB: &str = "io.husk.balloon_target_mib";
 /// Number of network cards for links that appear after the boot.
 pub(crate) const SPARE_NICS: &str = "io.husk.network_spare_nics";
 /// Debug mode: a shell on the console, and processes in the VM itself. Allowed by default: only the host's root can
@@ -36,8 +38,21 @@ pub(crate) const PORTS: &str = "io.husk.ports";
 pub(crate) const WATCH: &str = "io.husk.watch";
 
 /// All annotations.
-pub(crate) const NAMES: [&str; 12] =
-    [VCPUS, PROFILE, MEMORY_MIB, SPARE_NICS, DEBUG, VSOCK, NETWORK, PORTS, WATCH, WORKSPACE, EXTRAS_FILES, SUPERVISOR];
+pub(crate) const NAMES: [&str; 13] = [
+    VCPUS,
+    PROFILE,
+    MEMORY_MIB,
+    BALLOON_TARGET_MIB,
+    SPARE_NICS,
+    DEBUG,
+    VSOCK,
+    NETWORK,
+    PORTS,
+    WATCH,
+    WORKSPACE,
+    EXTRAS_FILES,
+    SUPERVISOR,
+];
 /// The annotations that an operator must allow by name. With this one, everyone who may start a container can read any
 /// file of the host as root.
 pub(crate) const DENIED_BY_DEFAULT: [&str; 1] = [EXTRAS_FILES];

@@ -118,6 +118,8 @@ pub struct Config {
     pub memory_mib: Option<u64>,
     /// Most memory of a guest that an annotation or a limit may ask for, MiB.
     pub max_memory_mib: Option<u64>,
+    /// Memory that a guest is to get by with unless it runs short, MiB; without it, all.
+    pub balloon_target_mib: Option<u64>,
     /// Guest memory consists of the host's huge pages.
     pub hugepages: bool,
     /// The guest's kernel, if not in a default place.
@@ -128,6 +130,8 @@ pub struct Config {
     pub image_dir: Option<PathBuf>,
     /// How guest instructions are executed.
     pub accel: AccelMode,
+    /// How much translated code emulation keeps for a VM, MiB; without it, the VM's memory decides.
+    pub tcg_cache_mib: Option<u64>,
     /// The guests' vsock device.
     pub vsock: VsockMode,
     /// What carries the standard streams of processes.
@@ -191,11 +195,13 @@ impl Default for Config {
             profile: None,
             memory_mib: None,
             max_memory_mib: None,
+            balloon_target_mib: None,
             hugepages: false,
             kernel: None,
             initrd: None,
             image_dir: None,
             accel: AccelMode::Auto,
+            tcg_cache_mib: None,
             vsock: VsockMode::Auto,
             streams: StreamMode::Raw,
             board: Board::default(),

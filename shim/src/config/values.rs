@@ -21,6 +21,16 @@ const MAX_EXTRAS_MIB: u64 = 4096;
 /// guest can fill. virtiofsd needs some 600 for itself.
 const OPEN_FILES: std::ops::RangeInclusive<u64> = 2048..=1_048_576;
 
+/// Limits of `tcg_cache_mib`. The most is QEMU's. With less than the least, QEMU spends its time translating the same code
+/// again.
+const TCG_CACHE_MIB: std::ops::RangeInclusive<u64> = 16..=2048;
+
+/// Checks a size of the cache of translated code.
+pub(crate) fn tcg_cache_mib(size: i64) -> Result<u64, String> {
+    let size = u64::try_from(size).ok().filter(|size| TCG_CACHE_MIB.contains(size));
+    size.ok_or_else(|| format!("must be a number of MiB from {} to {}", TCG_CACHE_MIB.start(), TCG_CACHE_MIB.end()))
+}
+
 /// Checks a limit of open files.
 pub(crate) fn open_files(limit: i64) -> Result<u64, String> {
     let limit = u64::try_from(limit).ok().filter(|limit| OPEN_FILES.contains(limit));
@@ -44,6 +54,9 @@ pub(crate) fn memory_mib(size: i64) -> Result<u64, String> {
         Ok(_) => Err(format!("a guest needs at least {MIN_MEMORY_MIB} MiB")),
     }
 }
+
+/// Why a guest's memory has no target.
+pub(super) const NO_BALLOON: &str = "a VM whose memory consists of huge pages (hugepages) does not give memory back";
 
 /// Checks a number of VMs that wait.
 pub(crate) fn pool(count: i64) -> Result<u32, String> {

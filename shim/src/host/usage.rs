@@ -35,6 +35,16 @@ pub(crate) fn of(processes: &[ProcessId]) -> ProcResult<Usage> {
     Ok(sum)
 }
 
+/// The shared memory that a process has mapped and used, bytes. That of a VMM is its guest's.
+///
+/// # Errors
+/// The process has exited, or cannot be examined.
+pub(crate) fn shared_memory(process: ProcessId) -> ProcResult<u64> {
+    let status = Process::new(process.pid.cast_signed())?.status()?;
+    let kib = status.rssshmem.unwrap_or(0).saturating_add(status.hugetlbpages.unwrap_or(0));
+    Ok(kib.saturating_mul(1024))
+}
+
 fn of_one(process: &ProcessId) -> ProcResult<Usage> {
     let process = Process::new(process.pid.cast_signed())?;
     let stat = process.stat()?;

@@ -112,6 +112,7 @@ mod tests {
             max_vcpus: 1,
             memory_mib: 64,
             max_memory_mib: 64,
+            cache_mib: 0,
             accel: String::new(),
             board: String::new(),
             kernel_file: String::new(),

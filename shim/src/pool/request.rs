@@ -18,6 +18,8 @@ pub struct PoolRequest {
     pub memory_mib: Option<u64>,
     /// Memory that it can have, MiB.
     pub max_memory_mib: Option<u64>,
+    /// Memory that the guest is to get by with, MiB.
+    pub balloon_target_mib: Option<u64>,
     /// Debug mode.
     pub debug: Option<bool>,
     /// Network cards for links that appear later.

@@ -327,6 +327,7 @@ fn prepare_spec(
     }
     config.debug = debug;
     let announced = rewritten.announced_links.try_into().map_or(MAX_SPARE_NICS, |links: u32| links.min(MAX_SPARE_NICS));
+    config.balloon_target_mib = annotations.balloon_target_mib.or(config.balloon_target_mib);
     config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics.max(announced));
     let size = size::size(&config, &annotations, pod, rewritten.limits, host::size());
     let mut boot = Bootable::new(sandbox.id, config, host, size, &extras);

@@ -50,6 +50,7 @@ impl Bootable {
     pub(crate) fn for_pool(name: &str, request: &PoolRequest) -> Result<Self, PrepareError> {
         let mut config = load::load_named(request.config.as_deref()).map_err(|error| PrepareError::one(&error))?;
         config.debug = request.debug.unwrap_or(config.debug);
+        config.balloon_target_mib = request.balloon_target_mib.or(config.balloon_target_mib);
         config.spare_nics = request.spare_nics.unwrap_or(config.spare_nics);
         let host = host::find(&config, &Places::of_process(), config.debug).map_err(all)?;
         let of_limits = SpecLimits::default();
@@ -73,6 +74,7 @@ impl Bootable {
             max_vcpus: Some(self.machine.max_vcpus),
             memory_mib: Some(self.machine.memory_mib),
             max_memory_mib: Some(self.machine.max_memory_mib),
+            balloon_target_mib: self.config.balloon_target_mib,
             debug: Some(self.config.debug),
             spare_nics: Some(self.config.spare_nics),
         }

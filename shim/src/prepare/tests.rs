@@ -140,6 +140,7 @@ const PROOFS: &[Proof] = &[
     ("profile", "\"throughput\"", |o| value(o, "-smp"), "4"),
     ("max_memory_mib", "300", |o| value(o, "-m"), "300M"),
     ("memory_mib", "300", |o| value(o, "-m"), "300M"),
+    ("balloon_target_mib", "300", |o| booted(o, |b| format!("{:?}", b.plan.balloon_target_mib)), "Some(300)"),
     ("hugepages", "true", |o| value(o, "-object"), "memory-backend-memfd,id=memory,size=512M,share=on,hugetlb=on"),
     (
         "kernel",
@@ -160,6 +161,7 @@ const PROOFS: &[Proof] = &[
         "{host}/other/vmlinux {host}/other/initrd.img",
     ),
     ("accel", "\"kvm\"", |o| booted(o, |b| format!("{:?}", b.plan.spec.accel)), "accel = \"kvm\": no hardware"),
+    ("tcg_cache_mib", "96", |o| value(o, "-accel"), "tcg,thread=multi,tb-size=96"),
     ("vsock", "\"vhost\"", |o| booted(o, |b| format!("{:?}", b.plan.carrier)), "Kernel"),
     ("streams", "\"ttrpc\"", |o| booted(o, |b| b.plan.raw_streams.to_string()), "false"),
     ("machine", "\"q35\"", |o| value(o, "-machine"), "q35,"),

@@ -102,7 +102,8 @@ impl Sandbox {
         };
         let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_status);
         let shared_volumes = self.shared_volumes().await;
-        let (files, watches) = (Some(vm.files_status()), self.watches.status());
-        Live { health: Some(health), supervisor, network, files, shared_volumes, watches }
+        let (memory, files) = (Some(vm.memory_status().await), Some(vm.files_status()));
+        let watches = self.watches.status();
+        Live { health: Some(health), supervisor, network, memory, files, shared_volumes, watches }
     }
 }

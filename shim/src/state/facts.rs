@@ -34,6 +34,9 @@ pub struct MachineRecord {
     /// Guest memory that it can have, MiB.
     #[serde(default)]
     pub max_memory_mib: u64,
+    /// The VMM's own cache, MiB; 0 if it has none, or an older version recorded the machine.
+    #[serde(default)]
+    pub cache_mib: u64,
     /// How guest instructions are executed.
     pub accel: String,
     /// The VMM's board.

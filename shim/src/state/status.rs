@@ -98,6 +98,9 @@ pub struct Live {
     pub network: Option<NetworkStatus>,
     /// `None`, and absent from the JSON, without a VM.
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryStatus>,
+    /// `None`, and absent from the JSON, without a VM.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub files: Option<FilesStatus>,
     /// Folders and files of the host that another running sandbox can write to as well. Absent from the JSON when empty.
     #[serde(skip_serializing_if = "BTreeSet::is_empty")]
@@ -130,6 +133,21 @@ pub struct WatchedVolume {
     pub reported: u64,
     /// Changes that it was not told of.
     pub lost: u64,
+}
+
+/// The guest's memory on the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryStatus {
+    /// What it takes of the host's memory, MiB; `None` if that cannot be determined.
+    pub on_host_mib: Option<u64>,
+    /// What the guest is to get by with unless it runs short, MiB. Absent from the JSON if that is all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon_target_mib: Option<u64>,
+    /// What it has given back for that, MiB; `None` without a balloon, or if that is not known.
+    pub balloon_mib: Option<u64>,
+    /// The guest gives pages back that it has freed; `None` if that is not known.
+    pub reports_free_pages: Option<bool>,
 }
 
 /// The files that virtiofsd has open for the guest.
@@ -177,6 +195,9 @@ pub struct MachineStatus {
     /// Guest memory that it can have, MiB. 0 if that is not known.
     #[serde(skip_serializing_if = "is_zero")]
     pub max_memory_mib: u64,
+    /// The VMM's own cache, MiB: translated code of the guest. 0 if it has none, or if that is not known.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub cache_mib: u64,
     /// How guest instructions are executed.
     pub accel: String,
     /// The VMM's board.
@@ -352,6 +373,7 @@ impl From<&MachineRecord> for MachineStatus {
             max_vcpus,
             memory_mib,
             max_memory_mib,
+            cache_mib,
             accel,
             board,
             kernel_file,
@@ -370,6 +392,7 @@ impl From<&MachineRecord> for MachineStatus {
             max_vcpus,
             memory_mib,
             max_memory_mib,
+            cache_mib,
             accel,
             board,
             kernel,

@@ -18,6 +18,7 @@ use super::cgroup;
 use super::death::watch_death;
 use super::error::{BootError, io};
 use super::identity::identify;
+use super::memory::MemoryTarget;
 use super::network;
 use super::on_failure::OnFailure;
 use super::place::{open_cgroups, unprotect};
@@ -117,6 +118,7 @@ impl Vm {
             share_health: ShareHealth::new(&share_workers),
             share_workers: share_workers.clone(),
             open_files: plan.open_files,
+            memory_target: MemoryTarget::new(plan.balloon_target_mib, spec.memory_mib),
             console: processes.console.clone(),
             health,
             network: Mutex::new(network.map(Arc::new)),
@@ -221,6 +223,7 @@ fn record_machine(
         max_vcpus: spec.max_vcpus,
         memory_mib: spec.memory_mib,
         max_memory_mib: spec.max_memory_mib,
+        cache_mib: vmm.cache_mib(spec),
         accel: format!("{:?}", spec.accel),
         board: vmm.board().to_owned(),
         kernel_file: spec.kernel.display().to_string(),

@@ -108,6 +108,14 @@ mod tests {
             Err(crate::vmm::VmmError::FixedMemory { machine: "sh" })
         }
 
+        async fn set_memory_target(&self, _: u64) -> Result<(), crate::vmm::VmmError> {
+            Err(crate::vmm::VmmError::NoBalloon)
+        }
+
+        async fn balloon(&self) -> Result<Option<crate::vmm::Balloon>, crate::vmm::VmmError> {
+            Ok(None)
+        }
+
         async fn vcpu_threads(&self) -> Result<Vec<i32>, crate::vmm::VmmError> {
             Ok(Vec::new())
         }

@@ -23,6 +23,8 @@ pub struct BootPlan {
     pub(crate) groups: Vec<u32>,
     /// The vsock device.
     pub carrier: Carrier,
+    /// Memory that the guest is to get by with unless it runs short, MiB.
+    pub(crate) balloon_target_mib: Option<u64>,
     /// Use raw streams if the guest offers them.
     pub raw_streams: bool,
     /// virtiofsd's program.

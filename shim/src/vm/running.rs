@@ -14,6 +14,7 @@ use ttrpc::context::with_duration;
 
 use super::connections;
 use super::follow::{FollowError, Following};
+use super::memory::MemoryTarget;
 use super::open_files::OpenFiles;
 use super::processes::{CONSOLE_LINES, kill_share};
 use super::share_health::ShareHealth;
@@ -52,6 +53,8 @@ pub struct Vm {
     pub(super) share_workers: Vec<ProcessId>,
     pub(super) share_health: Arc<ShareHealth>,
     pub(super) open_files: OpenFiles,
+    /// Memory that the guest is to get by with.
+    pub(super) memory_target: MemoryTarget,
     pub(super) console: Attached,
     pub(super) health: Arc<GuestHealth>,
     /// The VM's connection to a network namespace, if it has one.

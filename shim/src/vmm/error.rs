@@ -65,6 +65,9 @@ pub enum VmmError {
         /// The VMM's error.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The machine has no balloon.
+    #[error("the machine has no balloon: its network cards have taken the last slot")]
+    NoBalloon,
     /// A running machine keeps the host's files.
     #[error("take the host's files away from {machine}")]
     Confine {

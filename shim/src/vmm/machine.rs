@@ -97,6 +97,8 @@ pub struct Spec {
     /// Memory that the guest can have, MiB, at least as much. The machine offers it more on request, in steps of whole
     /// blocks of its kernel.
     pub max_memory_mib: u64,
+    /// How much translated code emulation keeps, MiB; the VMM decides if none. Without effect on hardware virtualization.
+    pub code_cache_mib: Option<u64>,
     /// Back guest memory with the host's huge pages.
     pub hugepages: bool,
     /// ELF kernel with a PVH entry.
@@ -132,6 +134,15 @@ pub struct Sockets {
     pub shell: Option<OwnedFd>,
     /// Standard output and error of the machine's process.
     pub log: File,
+}
+
+/// What a guest has given back to the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Balloon {
+    /// Memory in the balloon, MiB.
+    pub given_back_mib: u64,
+    /// The guest also gives back pages that it has freed; `None` if the VMM does not say.
+    pub reports_free_pages: Option<bool>,
 }
 
 /// A program that runs virtual machines.
@@ -201,6 +212,21 @@ pub trait Machine: Send + Sync {
     ///
     /// The machine cannot have more memory than at its start, or the VMM does not answer.
     async fn memory_mib(&self) -> Result<u64, VmmError>;
+
+    /// Has the guest get by with so much of the memory that it started with, MiB, and give the rest back to the host. The
+    /// guest may take it again when it runs short.
+    ///
+    /// # Errors
+    ///
+    /// The machine has no balloon, or the VMM does not answer.
+    async fn set_memory_target(&self, target_mib: u64) -> Result<(), VmmError>;
+
+    /// What the guest has given back; none for a machine without a balloon.
+    ///
+    /// # Errors
+    ///
+    /// The VMM does not answer.
+    async fn balloon(&self) -> Result<Option<Balloon>, VmmError>;
 
     /// The threads (TIDs) that execute the virtual CPUs, in the order in which the guest numbers them. Several virtual
     /// CPUs may have the same. The VMM reports them: they may be no threads of the machine's process.

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use anyhow::Result;
 use husk_shim::state::life::now_ms;
 use husk_shim::state::status::{
-    ContainerStatus, FilesStatus, HealthStatus, MachineStatus, ProcessStatus, Status, SupervisorStatus,
+    ContainerStatus, FilesStatus, HealthStatus, MachineStatus, MemoryStatus, ProcessStatus, Status, SupervisorStatus,
     TransitionStatus, WatchedVolume,
 };
 use husk_shim::state::volumes::SharedVolume;
@@ -53,6 +53,9 @@ fn page(known: &Known<Status>, now_ms: u64) -> String {
     let live = status.live.as_ref();
     line("health", live.and_then(|live| live.health.as_ref()).map_or_else(|| "not known".to_owned(), health));
     line("supervisor", live.and_then(|live| live.supervisor.as_ref()).map_or_else(|| "none".to_owned(), supervisor));
+    if let Some(used) = live.and_then(|live| live.memory.as_ref()) {
+        line("memory", memory(used));
+    }
     if let Some(open) = live.and_then(|live| live.files.as_ref()) {
         line("files", files(open));
         if let Some(problem) = &open.problem {
@@ -98,9 +101,13 @@ fn machine_lines(machine: &MachineStatus, line: &mut impl FnMut(&str, String)) {
     let vcpus = format!("{}{}", machine.vcpus, most(machine.max_vcpus.into(), machine.vcpus.into(), " vCPU"));
     let memory = format!("{}{}", machine.memory_mib, most(machine.max_memory_mib, machine.memory_mib, " MiB"));
     let cid = machine.cid;
+    let cache = match machine.cache_mib {
+        0 => String::new(),
+        mib => format!(", at most {mib} MiB of translated code"),
+    };
     let (accel, board) = (shown(&machine.accel), shown(&machine.board));
     let process = process(Some(machine.pid), machine.alive);
-    line("machine", format!("QEMU, {process}; {vcpus}, {memory}, CID {cid}, {accel} on {board}"));
+    line("machine", format!("QEMU, {process}; {vcpus}, {memory}, CID {cid}, {accel} on {board}{cache}"));
     let version = |version: &Option<String>, file: &str| format!("{} from {}", or_dash(version.as_ref()), shown(file));
     line("kernel", version(&machine.kernel, &machine.kernel_file));
     line("init", version(&machine.init, &machine.initrd_file));
@@ -129,6 +136,24 @@ fn health(health: &HealthStatus) -> String {
         duration(beats.heartbeat_interval_ms),
         beats.missed
     )
+}
+
+fn memory(memory: &MemoryStatus) -> String {
+    let MemoryStatus { on_host_mib, balloon_target_mib, balloon_mib, reports_free_pages } = memory;
+    let mut text = format!("the guest takes {} MiB of the host's memory", or_dash(on_host_mib.as_ref()));
+    text.push_str(match reports_free_pages {
+        Some(true) => " and gives back what it frees",
+        Some(false) => " and keeps what it frees",
+        None => "",
+    });
+    match (balloon_target_mib, balloon_mib) {
+        (None, Some(_)) => {}
+        (None, None) => text.push_str("; no balloon"),
+        (Some(target), given) => {
+            let _ = write!(text, "; {} MiB in the balloon, for a target of {target} MiB", or_dash(given.as_ref()));
+        }
+    }
+    text
 }
 
 fn files(files: &FilesStatus) -> String {
@@ -221,7 +246,7 @@ mod tests {
             "sandbox": "web", "namespace": "default", "created_ms": 1000, "state": "Failed",
             "shim": {"pid": 10, "alive": true},
             "machine": {"pid": 11, "alive": false, "cid": 3, "vcpus": 2, "max_vcpus": 2, "memory_mib": 256,
-                "max_memory_mib": 1024, "accel": "Tcg", "board": "Microvm", "kernel": "6.12\u{1b}[2J",
+                "max_memory_mib": 1024, "cache_mib": 64, "accel": "Tcg", "board": "Microvm", "kernel": "6.12\u{1b}[2J",
                 "init": "0.1.0", "kernel_file": "/k", "initrd_file": "/i"},
             "health": {"heartbeat_interval_ms": 10000, "since_heartbeat_ms": 12000, "missed": 1, "alive": true,
                 "cause_of_death": null},
@@ -230,6 +255,7 @@ mod tests {
             "shared_volumes": [{"path": "/srv/a\u{1b}", "namespace": "default", "sandbox": "db"}],
             "watches": {"overflows": 2, "volumes": [{"path": "/srv/c\u{1b}", "reported": 7, "lost": 1},
                 {"path": "/srv/d", "problem": "no\u{7}"}]},
+            "memory": {"on_host_mib": 41, "balloon_target_mib": 128, "balloon_mib": 127, "reports_free_pages": true},
             "files": {"open": 700, "limit": 20000, "configured": 131_072},
             "network": {"netns": "/run/netns/web", "links": [{"mac": "02:00:00:00:00:01",
                 "guest": {"name": "eth0", "mtu": 1500, "up": true, "carrier": true}}]},
@@ -250,11 +276,12 @@ mod tests {
             "sandbox     web in namespace default",
             "state       Failed, for 1m00s: QEMU was killed^Jby signal 9",
             "shim        pid 10, alive",
-            "machine     QEMU, pid 11, dead; 2 vCPU, 256 of at most 1024 MiB, CID 3, Tcg on Microvm",
+            "machine     QEMU, pid 11, dead; 2 vCPU, 256 of at most 1024 MiB, CID 3, Tcg on Microvm, at most 64 MiB of translated code",
             "kernel      6.12^[[2J from /k",
             "init        0.1.0 from /i",
             "health      heartbeats are missing: last heartbeat 12.0 s ago, expected every 10.0 s, 1 missed",
             "supervisor  waiting, restarts 3, restarts again in 4.0 s, last exit: exited with^G status 1",
+            "memory      the guest takes 41 MiB of the host's memory and gives back what it frees; 127 MiB in the balloon, for a target of 128 MiB",
             "files       virtiofsd has 700 open, of at most 20000; the host does not allow the configured 131072",
             "WARNING     sandbox db in namespace default can write to /srv/a^[ too: file locks and inotify do not work between two VMs",
             "watched     /srv/c^[: 7 changes reported, 1 lost",

@@ -17,8 +17,14 @@ const BRIDGE_CONTROLS_ITSELF: &str = "ICH9-LPC.acpi-pci-hotplug-with-bridge-supp
 /// The memory that the running machine can be given, and the device that offers it to the guest.
 pub(super) const GROWTH: &str = "growth";
 
-/// How much translated code QEMU keeps without KVM, in MiB: half of the VM's memory, within these limits.
-const CODE_CACHE_MIB: std::ops::RangeInclusive<u64> = 256..=1024;
+/// How much translated code QEMU keeps unless it is configured, in MiB: a quarter of the VM's memory, within these limits.
+/// gcc and Python together need the least.
+const CODE_CACHE_MIB: std::ops::RangeInclusive<u64> = 128..=1024;
+
+/// The device through which the guest gives memory back.
+pub(super) const BALLOON: &str = "balloon";
+/// The vsock device and the share.
+pub(super) const OTHER_DEVICES: usize = 2;
 
 /// Numbers of the descriptors that QEMU inherits. QEMU opens only its own firmware by path, so its user needs no access
 /// to husk's files, and none of its sockets has a name.
@@ -119,12 +125,31 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
         // The whole range is one region from the start: no back end has to learn of it while the machine runs.
         push(&["-device", &format!("virtio-mem-{bus},id={GROWTH},memdev={GROWTH}")]);
     }
+    if has_balloon(spec, board, fds.nics.len()) {
+        // The guest takes its memory back when it runs short, so that no target can make it kill programs.
+        let options = "free-page-reporting=on,deflate-on-oom=on";
+        push(&["-device", &format!("virtio-balloon-{bus},id={BALLOON},{options}")]);
+    }
     if spec.pluggable_nics > 0 {
         push(&["-global", BRIDGE_CONTROLS_ITSELF]);
         // Last, so that the other devices keep their places.
         push(&["-device", &format!("pci-bridge,id={PLUG_BUS},chassis_nr=1,shpc=on")]);
     }
     args
+}
+
+/// Whether the machine has a balloon: not if its network cards have taken the last slot. Huge pages stay with the VM.
+pub(super) fn has_balloon(spec: &Spec, board: Board, nics: usize) -> bool {
+    let nics = nics + usize::from(spec.user_network.is_some());
+    !spec.hugepages && slots_taken(spec) + nics < board.slots()
+}
+
+/// The slots that the devices other than network cards and the balloon take.
+pub(super) fn slots_taken(spec: &Spec) -> usize {
+    let shell = usize::from(spec.guest.debug);
+    let bridge = usize::from(spec.pluggable_nics > 0);
+    let growth = usize::from(growth_mib(spec) > 0);
+    OTHER_DEVICES + shell + bridge + growth + spec.disks.len()
 }
 
 /// The memory that the running machine can be given, MiB.
@@ -169,11 +194,14 @@ fn nic_device(netdev: &str, mac: [u8; 6], queues: &str, board: Board) -> String 
 
 /// How much translated code QEMU keeps, MiB; none with hardware virtualization. QEMU's default is 1 GiB. The code of
 /// programs that have exited stays until the cache is full, so a pod whose containers restart reaches the limit, whatever
-/// its programs need.
+/// its programs need. A full cache is emptied, and the code that runs then is translated again.
 pub(super) fn code_cache_mib(spec: &Spec) -> u64 {
     match spec.accel {
         Accel::Kvm => 0,
-        Accel::Tcg | Accel::TcgCounted => (spec.memory_mib / 2).clamp(*CODE_CACHE_MIB.start(), *CODE_CACHE_MIB.end()),
+        Accel::Tcg | Accel::TcgCounted => {
+            let share = (spec.memory_mib / 4).clamp(*CODE_CACHE_MIB.start(), *CODE_CACHE_MIB.end());
+            spec.code_cache_mib.unwrap_or(share)
+        }
     }
 }
 
@@ -211,6 +239,7 @@ pub(crate) mod tests {
             memory_mib: 256,
             max_memory_mib: 256,
             hugepages: false,
+            code_cache_mib: None,
             kernel: "/k".into(),
             initrd: "/i".into(),
             kernel_cid: None,
@@ -234,24 +263,44 @@ pub(crate) mod tests {
         nics: Vec::new(),
     };
 
-    /// The value that follows each occurrence of `option`.
+    /// The value that follows each occurrence of `option`. Without the balloon, which has a test of its own.
     fn values<'a>(args: &'a [String], option: &str) -> Vec<&'a str> {
-        args.windows(2).filter(|pair| pair[0] == option).map(|pair| pair[1].as_str()).collect()
+        let values = args.windows(2).filter(|pair| pair[0] == option).map(|pair| pair[1].as_str());
+        values.filter(|value| !value.starts_with("virtio-balloon")).collect()
     }
 
     #[test]
-    fn the_code_that_tcg_keeps_is_bounded_by_the_vms_size() {
-        let table = [
-            (Accel::Tcg, 128, "tcg,thread=multi,tb-size=256"),
-            (Accel::Tcg, 512, "tcg,thread=multi,tb-size=256"),
-            (Accel::Tcg, 1024, "tcg,thread=multi,tb-size=512"),
-            (Accel::Tcg, 1 << 20, "tcg,thread=multi,tb-size=1024"),
-            (Accel::TcgCounted, 512, "tcg,thread=single,tb-size=256"),
-            (Accel::Kvm, 512, "kvm"),
-        ];
-        for (accel, memory_mib, expected) in table {
-            let args =
-                arguments(&Spec { accel, memory_mib, max_memory_mib: memory_mib, ..spec() }, Board::Microvm, &FDS);
+    fn a_machine_has_a_balloon_if_its_memory_can_be_given_back_and_a_slot_is_free() {
+        let nic = NicFds { mac: [2; 6], taps: vec![20], vhost: Vec::new() };
+        for (board, nics, hugepages, expected) in [
+            (Board::Microvm, 0, false, Some("virtio-balloon-device")),
+            (Board::Microvm, 5, false, Some("virtio-balloon-device")),
+            (Board::Microvm, 6, false, None),
+            (Board::Microvm, 0, true, None),
+            (Board::Q35, 6, false, Some("virtio-balloon-pci")),
+            (Board::Q35, 0, true, None),
+        ] {
+            let fds = Fds { nics: vec![nic.clone(); nics], ..FDS };
+            let args = arguments(&Spec { hugepages, ..spec() }, board, &fds);
+            let found: Vec<&String> = args.iter().filter(|arg| arg.starts_with("virtio-balloon")).collect();
+            let options = ",id=balloon,free-page-reporting=on,deflate-on-oom=on";
+            let expected: Vec<String> = expected.iter().map(|device| format!("{device}{options}")).collect();
+            assert_eq!(found, expected.iter().collect::<Vec<_>>(), "{board:?} {nics} {hugepages}");
+        }
+    }
+
+    #[test]
+    fn the_code_that_tcg_keeps_is_bounded() {
+        for (accel, memory_mib, code_cache_mib, expected) in [
+            (Accel::Tcg, 128, None, "tcg,thread=multi,tb-size=128"),
+            (Accel::Tcg, 1024, None, "tcg,thread=multi,tb-size=256"),
+            (Accel::Tcg, 1 << 20, None, "tcg,thread=multi,tb-size=1024"),
+            (Accel::Tcg, 1 << 20, Some(48), "tcg,thread=multi,tb-size=48"),
+            (Accel::TcgCounted, 512, None, "tcg,thread=single,tb-size=128"),
+            (Accel::Kvm, 512, Some(48), "kvm"),
+        ] {
+            let spec = Spec { accel, memory_mib, max_memory_mib: memory_mib, code_cache_mib, ..spec() };
+            let args = arguments(&spec, Board::Microvm, &FDS);
             assert_eq!(values(&args, "-accel"), [expected], "{accel:?} with {memory_mib} MiB");
         }
     }

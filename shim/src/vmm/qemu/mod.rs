@@ -8,6 +8,7 @@
 //! | `syscalls.rs` | the system calls that QEMU may use   |
 //! | `plug.rs`  | network cards of a running machine      |
 //! | `memory.rs` | more memory of a running machine       |
+//! | `balloon.rs` | memory that the guest gives back      |
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -34,9 +35,10 @@ use crate::host::text::clean;
 use crate::network::user;
 use crate::vmm::error::VmmError;
 use crate::vmm::hugepages;
-use crate::vmm::machine::{Accel, Disk, Machine, NicEnd, Sockets, Spec, Vmm};
+use crate::vmm::machine::{Accel, Balloon, Disk, Machine, NicEnd, Sockets, Spec, Vmm};
 
 pub(crate) mod args;
+mod balloon;
 pub(crate) mod board;
 mod memory;
 mod plug;
@@ -49,8 +51,6 @@ pub(super) const NAME: &str = "QEMU";
 pub(super) const INSTALL_HINT: &str = "Debian: apt-get install qemu-system-x86";
 /// The kernel's device that moves packets between a tap and a guest without QEMU.
 const VHOST_NET: &str = "/dev/vhost-net";
-/// The vsock device and the share.
-const OTHER_DEVICES: usize = 2;
 /// Kernel, initramfs, console, QMP, vsock and share.
 const OTHER_FDS: usize = 6;
 /// Deadline for the greeting and for each command.
@@ -82,14 +82,10 @@ impl Vmm for Qemu {
     fn most_nics(&self, spec: &Spec, queues: u16) -> usize {
         // Each queue pair takes a descriptor of its tap, and with KVM one of vhost-net.
         let descriptors = usize::from(queues.max(1)) * if spec.accel == Accel::Kvm { 2 } else { 1 };
-        let shell = usize::from(spec.guest.debug);
-        let others = OTHER_FDS + shell + spec.disks.len();
+        let others = OTHER_FDS + usize::from(spec.guest.debug) + spec.disks.len();
         let inheritable = (LAST_FD - FIRST_FD + 1) as usize;
         let by_descriptors = inheritable.saturating_sub(others) / descriptors;
-        let bridge = usize::from(spec.pluggable_nics > 0);
-        let growth = usize::from(args::growth_mib(spec) > 0);
-        let taken = OTHER_DEVICES + shell + bridge + growth + spec.disks.len();
-        self.board.slots().saturating_sub(taken).min(by_descriptors)
+        self.board.slots().saturating_sub(args::slots_taken(spec)).min(by_descriptors)
     }
 
     fn pluggable_nics(&self) -> usize {
@@ -148,6 +144,7 @@ impl Vmm for Qemu {
             slots: plug::Slots::new(spec.pluggable_nics),
             boot_memory_mib: spec.memory_mib,
             grows: args::growth_mib(&spec) > 0,
+            balloon: args::has_balloon(&spec, self.board, fds.nics.len()),
             qmp: connection,
         };
         let qmp = UnixStream::from_std(qmp).map_err(system("register the QMP socket"))?;
@@ -244,6 +241,8 @@ struct QemuMachine {
     boot_memory_mib: u64,
     /// It can have more.
     grows: bool,
+    /// It has a balloon.
+    balloon: bool,
     /// QMP, once it is connected.
     qmp: watch::Receiver<Option<Arc<qmp::Qmp>>>,
 }
@@ -329,6 +328,30 @@ impl Machine for QemuMachine {
         let qmp = self.growing().await?.map_err(failed)?;
         let taken = memory::taken_mib(&qmp).await.map_err(failed)?;
         Ok(self.boot_memory_mib.saturating_add(taken))
+    }
+
+    async fn set_memory_target(&self, target_mib: u64) -> Result<(), VmmError> {
+        let failed = |source: qmp::QmpError| VmmError::Memory {
+            what: "set the balloon's target",
+            machine: NAME,
+            source: source.into(),
+        };
+        if !self.balloon {
+            return Err(VmmError::NoBalloon);
+        }
+        balloon::set_target(&*self.connection().await.map_err(failed)?, target_mib).await.map_err(failed)
+    }
+
+    async fn balloon(&self) -> Result<Option<Balloon>, VmmError> {
+        let failed = |source: qmp::QmpError| VmmError::Memory {
+            what: "query the balloon",
+            machine: NAME,
+            source: source.into(),
+        };
+        if !self.balloon {
+            return Ok(None);
+        }
+        balloon::query(&*self.connection().await.map_err(failed)?, self.boot_memory_mib).await.map(Some).map_err(failed)
     }
 
     async fn vcpu_threads(&self) -> Result<Vec<i32>, VmmError> {
