@@ -141,7 +141,7 @@ impl Sandbox {
         // Recorded first: the VM's death counts as requested.
         managed.record_exit(STOPPED);
         let Some(vm) = vm.filter(|vm| !vm.stopping()) else { return Ok(()) };
-        let stop = self.stop(&vm, "StopSandbox", self.delivered());
+        let stop = self.stop(&vm, "StopSandbox", vm.stop(self.delivered()));
         match timeout {
             None => stop.await,
             Some(limit) => {

@@ -41,7 +41,7 @@ impl Sandbox {
     /// Reserves a container's id.
     fn reserve(&self, id: &str) -> Result<(), SandboxError> {
         let mut slots = self.lock();
-        if matches!(slots.vm, VmSlot::Stopping) {
+        if matches!(slots.vm, VmSlot::Stopping) || slots.ends {
             return Err(SandboxError::Stopping);
         }
         if slots.containers.contains_key(id) {
@@ -116,7 +116,9 @@ impl Sandbox {
         };
         let poststart = prepared.rewritten.hooks.poststart.clone();
         let in_vms_network = prepared.rewritten.in_vms_network();
-        let container = Container::new(request, subject, in_vms_network, poststart, self.publisher.clone());
+        let ends_with_init = prepared.rewritten.ends_with_init();
+        let publisher = self.publisher.clone();
+        let container = Container::new(request, subject, in_vms_network, ends_with_init, poststart, publisher);
         // Register the container before the guest creates it: its first events may arrive before the response.
         self.lock().containers.insert(id, ContainerSlot::Ready(container.clone()));
         let pid = self.create_in_guest(&vm, &guest_request, prepared.rewritten.read_only).await?;

@@ -20,20 +20,31 @@ use crate::sandbox::without_guest;
 use crate::state::Owner;
 use crate::state::life::VmState;
 use crate::state::recent::EventKind;
-use crate::vm::{DELIVERY, Vm};
+use crate::vm::{DELIVERY, StillRunning, Vm};
 
 /// How long containerd may take to accept the last events. After that the shim exits without delivering them.
 const FLUSH: Duration = Duration::from_secs(2);
 /// How long the guest's event may take to arrive after the response to the call that caused it.
 const EVENT_LAG: Duration = Duration::from_secs(1);
 
+/// How a VM ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The guest stops everything first.
+    Shutdown,
+    /// Nothing runs in it that anybody needs.
+    Kill,
+}
+
 impl Sandbox {
     /// Deletes an exec or a container that has exited. The last container's deletion also ends the sandbox.
     pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<DeleteResponse, SandboxError> {
         let (container, process) = self.process(id, exec_id)?;
         let response = match self.live_vm() {
-            Ok(vm) => delete_by_guest(&vm, &container, &process).await?,
-            Err(SandboxError::VmDead { .. }) => without_guest::delete(&container, &process).await?,
+            Ok(vm) if !(exec_id.is_empty() && self.ends_with(&vm, &container)) => {
+                delete_by_guest(&vm, &container, &process).await?
+            }
+            Ok(_) | Err(SandboxError::VmDead { .. }) => without_guest::delete(&container, &process).await?,
             Err(error) => return Err(error),
         };
         if !exec_id.is_empty() {
@@ -56,6 +67,17 @@ impl Sandbox {
         Ok(response)
     }
 
+    /// Decides whether the VM ends with this container. Then the guest need not delete the container nor shut down, which
+    /// takes longer than the VM's kill: the container is the last one, and neither a process nor a mount of it is left that could
+    /// have something to write. Nothing else in the guest needs an orderly end. No other container is created any more.
+    fn ends_with(&self, vm: &Arc<Vm>, container: &Container) -> bool {
+        let mut slots = self.lock();
+        let is_last = slots.containers.len() == 1 && slots.managed.is_none();
+        let is_up = matches!(&slots.vm, VmSlot::Up(up) if Arc::ptr_eq(up, vm));
+        slots.ends = is_last && is_up && container.is_over() && !vm.ends_in_order();
+        slots.ends
+    }
+
     /// Removes a container, which may not have been created, and undoes its effects on the host. If it was the last
     /// one, the VM stops first, so that no mount that it uses is unmounted.
     pub(super) async fn remove_container(self: &Arc<Self>, id: &str) {
@@ -67,11 +89,14 @@ impl Sandbox {
             }
             self.sockets.remove(id);
             let last = slots.containers.is_empty() && slots.managed.is_none();
-            last.then(|| std::mem::replace(&mut slots.vm, VmSlot::Stopping))
+            last.then(|| (std::mem::replace(&mut slots.vm, VmSlot::Stopping), slots.ends))
         };
         match last {
             // In the background: containerd needs the response to Delete before it requests Shutdown.
-            Some(vm) => drop(tokio::spawn(self.clone().tear_down(vm, "the last container was deleted"))),
+            Some((vm, ends)) => {
+                let end = if ends { End::Kill } else { End::Shutdown };
+                drop(tokio::spawn(self.clone().tear_down(vm, end, "the last container was deleted")));
+            }
             None => {
                 self.release_share(id).await;
                 self.release_demand(id);
@@ -87,7 +112,7 @@ impl Sandbox {
 
     /// Stops the VM and removes everything that the sandbox created. It runs once: its caller took `vm` out of the
     /// slot.
-    async fn tear_down(self: Arc<Self>, vm: VmSlot, cause: &'static str) {
+    async fn tear_down(self: Arc<Self>, vm: VmSlot, end: End, cause: &'static str) {
         let vm = match vm {
             VmSlot::Up(vm) => Some(vm),
             VmSlot::Booting(mut booting) => {
@@ -97,7 +122,10 @@ impl Sandbox {
         };
         self.discard_spare("nobody has used it").await;
         if let Some(vm) = vm {
-            self.stop(&vm, cause, self.delivered()).await;
+            match end {
+                End::Shutdown => self.stop(&vm, cause, vm.stop(self.delivered())).await,
+                End::Kill => self.stop(&vm, cause, vm.discard()).await,
+            }
             // The VM's last events are still being read. Processes without an exit event end with the VM.
             if tokio::time::timeout(DELIVERY, self.containers_ended()).await.is_err() {
                 tracing::debug!("the exits of some processes of the VM are not recorded yet");
@@ -148,15 +176,15 @@ impl Sandbox {
         }
     }
 
-    /// Stops the VM, which may be dead already.
-    pub(super) async fn stop(&self, vm: &Vm, cause: &str, delivered: impl Future<Output = ()>) {
+    /// Has the VM stopped, which may be dead already, and records it.
+    pub(super) async fn stop(&self, vm: &Vm, cause: &str, stopped: impl Future<Output = Result<(), StillRunning>>) {
         let died = vm.cause_of_death();
         match &died {
             // The task that watches for the death may not have recorded it yet.
             Some(cause) => self.record_vm_death(cause),
             None => self.set_vm_state(VmState::Stopping, cause),
         }
-        match vm.stop(delivered).await {
+        match stopped.await {
             Ok(()) if died.is_some() => {}
             Ok(()) => self.set_vm_state(VmState::Stopped, "its processes have exited"),
             Err(error) => {
@@ -181,7 +209,7 @@ impl Sandbox {
         };
         self.shutdown_requested.send_replace(true);
         if !matches!(vm, VmSlot::Stopping) {
-            tokio::spawn(self.clone().tear_down(vm, "a shutdown was requested"));
+            tokio::spawn(self.clone().tear_down(vm, End::Shutdown, "a shutdown was requested"));
         }
         self.ended().await;
         Ok(())

@@ -81,6 +81,8 @@ pub(super) struct Slots {
     /// Forwards connections inside the network namespace while the VM runs.
     pub(super) forwarding: Option<Forwarding>,
     pub(super) containers: HashMap<String, ContainerSlot>,
+    /// The last container is being deleted, and the VM ends with it: there will be no other.
+    pub(super) ends: bool,
     /// Volumes that another sandbox shares, of which the log has warned.
     pub(super) warned_of: HashSet<PathBuf>,
     /// The sandbox itself, if the Sandbox API manages it.
@@ -168,6 +170,7 @@ impl Sandbox {
                 share,
                 forwarding: None,
                 containers: HashMap::new(),
+                ends: false,
                 warned_of: HashSet::new(),
                 managed: None,
             }),

@@ -19,6 +19,8 @@ use crate::vm::Vm;
 
 /// The value of a stream's field in a request to the guest, for a stream that the shim carries over vsock.
 pub(super) const STREAM: &str = "stream";
+/// The capability to mount file systems, as specs name it.
+const CAP_SYS_ADMIN: &[u8] = b"CAP_SYS_ADMIN";
 
 impl Sandbox {
     /// Starts a container's init process or an exec, and returns the PID of the container's holder.
@@ -79,6 +81,9 @@ impl Sandbox {
         }
         let mut guest_request = ExecProcessRequest { stdin, stdout, stderr, ..request.clone() };
         leave_out_unknown(&mut guest_request);
+        if has_mount_capability(&guest_request) {
+            container.may_mount();
+        }
         if let Err(error) = vm.guest.task.exec(vm.guest.context(), &guest_request).await {
             if let Some(process) = container.remove(&request.exec_id) {
                 process.discard();
@@ -87,6 +92,12 @@ impl Sandbox {
         }
         Ok(())
     }
+}
+
+/// Whether the process of a request has the capability to mount, or names it anywhere.
+fn has_mount_capability(request: &ExecProcessRequest) -> bool {
+    let named = |value: &[u8]| value.windows(CAP_SYS_ADMIN.len()).any(|part| part == CAP_SYS_ADMIN);
+    request.spec.as_ref().is_some_and(|spec| named(&spec.value))
 }
 
 /// Leaves out the capabilities that the guest does not know. The guest ignores unknown fields, and reports a process

@@ -118,6 +118,7 @@ impl Vm {
             share_health: ShareHealth::new(&share_workers),
             share_workers: share_workers.clone(),
             open_files: plan.open_files,
+            orderly: spec.guest.supervisor || spec.guest.debug,
             memory_target: MemoryTarget::new(plan.balloon_target_mib, spec.memory_mib),
             console: processes.console.clone(),
             health,

@@ -53,6 +53,8 @@ pub struct Vm {
     pub(super) share_workers: Vec<ProcessId>,
     pub(super) share_health: Arc<ShareHealth>,
     pub(super) open_files: OpenFiles,
+    /// There may be something in the guest besides containers that has to end in order.
+    pub(super) orderly: bool,
     /// Memory that the guest is to get by with.
     pub(super) memory_target: MemoryTarget,
     pub(super) console: Attached,
@@ -180,6 +182,11 @@ impl Vm {
             self.shut_guest_down(delivered).await;
         }
         self.end().await
+    }
+
+    /// Whether the guest has to stop what runs in it besides containers: a supervisor agent, or an operator's programs.
+    pub(crate) fn ends_in_order(&self) -> bool {
+        self.orderly
     }
 
     /// Kills the VM, in which nothing runs that anybody needs, and waits for its end.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use husk_protos::{CONTAINERS_CGROUP, SANDBOX_SHM};
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{Capability, Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 
 use super::context::Context;
 use super::devices::rewrite_devices;
@@ -167,6 +167,19 @@ impl Rewritten {
     pub(crate) fn mounts_any(&self, paths: &[&str]) -> bool {
         let mut mounts = self.spec.mounts().iter().flatten();
         mounts.any(|mount| paths.iter().any(|path| mount.destination() == Path::new(path)))
+    }
+
+    /// Whether nothing of the container is left in the guest when its init process has exited: no other process, because
+    /// all die with the first of their PID namespace, and no mount of its programs that has data to write.
+    pub(crate) fn ends_with_init(&self) -> bool {
+        let mut namespaces = self.spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
+        let own_pids = namespaces.any(|ns| ns.typ() == LinuxNamespaceType::Pid && ns.path().is_none());
+        let capabilities = self.spec.process().as_ref().and_then(|process| process.capabilities().as_ref());
+        let mounts = capabilities.is_none_or(|sets| {
+            let sets = [sets.bounding(), sets.permitted(), sets.effective()];
+            sets.into_iter().flatten().any(|set| set.contains(&Capability::SysAdmin))
+        });
+        own_pids && !mounts
     }
 
     /// Whether the container uses the VM's network namespace, and not one of its own in the guest.

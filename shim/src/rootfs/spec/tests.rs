@@ -444,3 +444,27 @@ fn all_problems_are_reported_at_once() {
         assert!(error.contains(part), "{part}: {error}");
     }
 }
+
+#[test]
+fn a_container_ends_with_its_init_process_if_it_has_its_own_pids_and_cannot_mount() {
+    let without_pids = {
+        let mut spec = plain();
+        spec["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "pid");
+        spec
+    };
+    let joined = {
+        let mut spec = plain();
+        spec["linux"]["namespaces"][0]["path"] = "/proc/4001/ns/pid".into();
+        spec
+    };
+    for (name, spec, expected) in [
+        ("ctr's default", plain(), true),
+        ("the VM's PID namespace", without_pids, false),
+        ("another container's", joined, false),
+        ("may mount", with("/process/capabilities/bounding/-", "CAP_SYS_ADMIN".into()), false),
+        ("all capabilities", with("/process/capabilities", Value::Null), false),
+        ("privileged", serde_json::from_str(PRIVILEGED).unwrap(), false),
+    ] {
+        assert_eq!(run(&spec, true).unwrap().ends_with_init(), expected, "{name}");
+    }
+}

@@ -52,6 +52,8 @@ pub(crate) struct Container {
     pub(super) subject: Subject,
     /// Whether it uses the VM's network namespace, and not one of its own in the guest.
     pub(super) in_vms_network: bool,
+    /// Whether nothing of it is left in the guest when its init process has exited.
+    ends_with_init: AtomicBool,
     /// The hooks that follow its start.
     pub(super) poststart: Vec<Hook>,
     /// containerd's request.
@@ -73,6 +75,7 @@ impl Container {
         request: CreateTaskRequest,
         subject: Subject,
         in_vms_network: bool,
+        ends_with_init: bool,
         poststart: Vec<Hook>,
         publisher: Publisher,
     ) -> Arc<Self> {
@@ -81,6 +84,7 @@ impl Container {
             id: request.id.clone(),
             subject,
             in_vms_network,
+            ends_with_init: AtomicBool::new(ends_with_init),
             poststart,
             request,
             publisher,
@@ -107,6 +111,18 @@ impl Container {
     pub(super) fn as_sibling(&self) -> Option<Sibling> {
         let init = self.process("").filter(|init| init.exit().is_none() && init.guest_pid() != 0)?;
         Some(Sibling { guest_pid: init.guest_pid(), in_vms_network: self.in_vms_network })
+    }
+
+    /// Records that a process may mount file systems, which the guest unmounts after the exit.
+    pub(super) fn may_mount(&self) {
+        self.ends_with_init.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether nothing of it is left in the guest, whatever the guest says.
+    pub(super) fn is_over(&self) -> bool {
+        let has_ended = |process: &Arc<Process>| process.exit().is_some() || process.guest_pid() == 0;
+        let init_has_exited = self.process("").is_some_and(|init| init.exit().is_some());
+        self.ends_with_init.load(Ordering::Relaxed) && init_has_exited && self.processes().values().all(has_ended)
     }
 
     /// Waits until the output of all processes has been delivered, or does not move for `patience`.

@@ -17,7 +17,7 @@ fn container() -> (Arc<Container>, Kept) {
     let (publisher, kept) = Publisher::kept();
     let subject = Subject { id: "c".into(), bundle: "/bundle".into(), annotations: Default::default(), pid: HOLDER };
     let request = CreateTaskRequest { id: "c".into(), ..Default::default() };
-    let container = Container::new(request, subject, true, Vec::new(), publisher);
+    let container = Container::new(request, subject, true, true, Vec::new(), publisher);
     container.process("").unwrap().set_guest_pid(1);
     (container, kept)
 }
