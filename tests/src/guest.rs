@@ -249,15 +249,21 @@ impl Guest {
         Ok(self.task.delete(call(), &request).await?)
     }
 
-    /// Runs a container until it exits and returns its status and output.
+    /// Runs a container until it exits, deletes it, and returns its status and output.
     pub async fn run(&self, id: &str, spec: &Value) -> Result<(u32, String)> {
+        let ended = self.run_to_its_end(id, spec).await?;
+        self.delete(id, "").await?;
+        Ok(ended)
+    }
+
+    /// Runs a container until it exits, and returns its status and output.
+    pub async fn run_to_its_end(&self, id: &str, spec: &Value) -> Result<(u32, String)> {
         self.create(id, spec, "oe").await?;
         let output = async { tokio::try_join!(self.output(id, "", false), self.output(id, "", true)) };
         let ((stdout, stderr), status) = tokio::try_join!(output, async {
             self.start(id, "").await?;
             self.wait(id, "").await
         })?;
-        self.delete(id, "").await?;
         Ok((status, String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned()))
     }
 
@@ -347,6 +353,15 @@ impl Guest {
             self.info().await?;
         }
         self.info().await
+    }
+
+    /// Ends the VM without a word to the guest, as the shim does with the last container, and waits until QEMU has exited.
+    pub async fn quit(mut self) -> Result<()> {
+        tokio::task::spawn_blocking(move || {
+            self.vm.qmp(&["quit"])?;
+            self.vm.wait(STEP)
+        })
+        .await?
     }
 
     /// Shuts the guest down and waits until QEMU has exited.

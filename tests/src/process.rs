@@ -51,6 +51,14 @@ impl Process {
         Ok(line.with_context(|| format!("no {name}"))?.split_whitespace().collect::<Vec<_>>().join(" "))
     }
 
+    /// CPU time in clock ticks, with that of its children that it has waited for; 0 if it is gone.
+    pub fn cpu_ticks(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+        // utime, stime, cutime and cstime: proc_pid_stat(5).
+        fields.skip(11).take(4).filter_map(|ticks| ticks.parse::<u64>().ok()).sum()
+    }
+
     /// Whether it is still the same process, and not a zombie.
     pub fn is_alive(&self) -> bool {
         Self::read(self.pid).is_some_and(|now| now.started == self.started && !now.zombie)

@@ -23,6 +23,8 @@ const BOARD: &str = "acpi=off pci=off tsc_early_khz=1000000 tsc=reliable lapic_t
 /// hold. In the guest's time, the share's files are old enough to keep their pages
 /// (kernel-config/patches/virtiofs-keep-pages.patch).
 const CLOCK: [&str; 4] = ["-icount", "shift=0,sleep=on", "-rtc", "base=2035-01-01"];
+/// As the shim's VMs have it: see `balloon.rs`.
+const BALLOON: [&str; 2] = ["-device", "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on"];
 /// Path of the dynamically linked program in the container.
 const DYNAMIC: &str = "/bin/dynamic-true";
 
@@ -74,21 +76,31 @@ impl Programs {
         Ok(VmConfig {
             files: Vec::new(),
             kernel_parameters: format!("{} {BOARD}", EMULATION.join(" ")),
-            qemu_arguments: self.share.qemu_arguments().into_iter().chain(CLOCK.map(String::from)).collect(),
+            qemu_arguments: self.qemu_arguments().chain(CLOCK.map(String::from)).collect(),
             ..config()?
         })
     }
 
     /// As [`Self::vm`], with the machine's clock.
     pub fn vm_without_clock(&self) -> Result<VmConfig> {
-        Ok(VmConfig { qemu_arguments: self.share.qemu_arguments().into(), ..self.vm()? })
+        Ok(VmConfig { qemu_arguments: self.qemu_arguments().collect(), ..self.vm()? })
+    }
+
+    fn qemu_arguments(&self) -> impl Iterator<Item = String> {
+        self.share.qemu_arguments().into_iter().chain(BALLOON.map(String::from))
+    }
+
+    /// Runs `true` in a container, and deletes that.
+    pub async fn run(&self, guest: &Guest, id: &str) -> Result<()> {
+        self.run_to_its_end(guest, id).await?;
+        guest.delete(id, "").await.map(drop)
     }
 
     /// Runs `true` in a container.
-    pub async fn run(&self, guest: &Guest, id: &str) -> Result<()> {
+    pub async fn run_to_its_end(&self, guest: &Guest, id: &str) -> Result<()> {
         let mut spec = spec(&["true"]);
         spec["root"]["path"] = Value::from(format!("{SHARE_PATH}/rootfs"));
-        let (status, output) = guest.run(id, &spec).await?;
+        let (status, output) = guest.run_to_its_end(id, &spec).await?;
         ensure!(status == 0, "true: {status}: {output}");
         Ok(())
     }

@@ -13,6 +13,7 @@ pub(crate) enum Part {
     Boot,
     Footprint,
     Host,
+    Density,
     Network,
     Pods,
     Pool,
@@ -20,7 +21,7 @@ pub(crate) enum Part {
 }
 
 /// Name on the command line, title in the table, and what is measured. By default, all parts but the last run.
-pub(crate) const PARTS: [(Part, &str, &str, &str); 12] = [
+pub(crate) const PARTS: [(Part, &str, &str, &str); 13] = [
     (Part::Ctr, "ctr", "ctr, wall clock", "complete `ctr` commands, husk and runc in turn"),
     (Part::Steps, "steps", "the calls of a `ctr run`, wall clock", "each call that containerd makes for one `ctr run`"),
     (
@@ -45,6 +46,12 @@ pub(crate) const PARTS: [(Part, &str, &str, &str); 12] = [
     (Part::Footprint, "footprint", "the init", "size, memory and wake-ups of the guest's init"),
     (Part::Host, "host", "the host, one idle VM", "memory and wake-ups of the VM's processes on the host"),
     (
+        Part::Density,
+        "density",
+        "the host, many VMs",
+        "memory, CPU time and wake-ups of many idle VMs, and many starts at once",
+    ),
+    (
         Part::Network,
         "network",
         "network",
@@ -67,6 +74,7 @@ pub(crate) const PARTS: [(Part, &str, &str, &str); 12] = [
 
 const ROUNDS: usize = 20;
 const BOOTS: usize = 200;
+const VMS: usize = 50;
 
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
@@ -82,6 +90,7 @@ pub(crate) struct Arguments {
     pub(crate) rounds: usize,
     pub(crate) parts: Vec<Part>,
     pub(crate) boots: usize,
+    pub(crate) vms: usize,
     pub(crate) kernel: Option<PathBuf>,
 }
 
@@ -92,13 +101,14 @@ pub(crate) struct Arguments {
 pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, String> {
     let mut words = words.into_iter();
     let parts = PARTS.iter().map(|(part, ..)| *part).filter(|part| *part != Part::Boots).collect();
-    let mut arguments = Arguments { json: None, rounds: ROUNDS, parts, boots: BOOTS, kernel: None };
+    let mut arguments = Arguments { json: None, rounds: ROUNDS, parts, boots: BOOTS, vms: VMS, kernel: None };
     while let Some(argument) = words.next() {
         let mut value = || words.next().ok_or_else(|| format!("{argument} needs a value"));
         match argument.as_str() {
             "-h" | "--help" => return Ok(Command::Help),
             "--json" => arguments.json = Some(value()?.into()),
             "--kernel" => arguments.kernel = Some(value()?.into()),
+            "--vms" => arguments.vms = number("--vms", &value()?)?,
             "--rounds" => arguments.rounds = number("--rounds", &value()?)?,
             "--only" => {
                 let name = value()?;
@@ -136,7 +146,8 @@ Usage: bench [OPTIONS]
 Options:
   --only PART   measures one part instead of all
   --rounds N    samples of each wall-clock value ({ROUNDS} by default); throughput takes a quarter as many, round trips
-                of a few bytes ten times as many
+                of a few bytes ten times as many, execs of the part `host` fifty times as many
+  --vms N       how many idle VMs the part `density` measures ({VMS} by default)
   --kernel DIR  measures the part `programs` with the kernel that was built in this folder
   --json FILE   also writes the table, the samples and the machine's description to FILE
   -h, --help    prints this text
@@ -150,6 +161,8 @@ Columns:
   by hand     the same QEMU, kernel and initramfs, with a tap that `ip` and `tc` connect
   user mode   husk with `io.husk.network=user`
   sandboxer   husk under the Sandbox API of containerd
+  no pool     husk without a pool
+  gVisor      containerd's runc shim with gVisor's `runsc` and its platform systrap, if it is in PATH
 
 Units:
   ms              wall-clock milliseconds; p50 is the median, p99 the 99th percentile (nearest rank)
@@ -182,8 +195,9 @@ mod tests {
         let all = || Arguments {
             json: None,
             rounds: 20,
-            parts: PARTS[..11].iter().map(|(part, ..)| *part).collect(),
+            parts: PARTS[..12].iter().map(|(part, ..)| *part).collect(),
             boots: 200,
+            vms: 50,
             kernel: None,
         };
         let table = [
@@ -207,7 +221,7 @@ mod tests {
             ("--only", "--only needs a value"),
             (
                 "--only all",
-                "--only all: the parts are ctr, steps, streams, guest, programs, boot, footprint, host, network, pods, pool, boots",
+                "--only all: the parts are ctr, steps, streams, guest, programs, boot, footprint, host, density, network, pods, pool, boots",
             ),
             ("--rounds 0", "--rounds 0: not a positive number"),
             ("--rounds x", "--rounds x: not a positive number"),

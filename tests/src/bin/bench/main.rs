@@ -8,7 +8,11 @@ mod arguments;
 #[cfg(not(target_env = "musl"))]
 mod boots;
 #[cfg(not(target_env = "musl"))]
+mod cpu;
+#[cfg(not(target_env = "musl"))]
 mod ctr;
+#[cfg(not(target_env = "musl"))]
+mod density;
 #[cfg(not(target_env = "musl"))]
 mod guest;
 #[cfg(not(target_env = "musl"))]
@@ -48,7 +52,7 @@ mod run {
 
     use crate::arguments::{Arguments, Command, PARTS, Part, help, parse};
     use crate::report::Report;
-    use crate::{boots, ctr, guest, host, network, pods, pool, programs, steps, streams};
+    use crate::{boots, ctr, density, guest, host, network, pods, pool, programs, steps, streams};
 
     /// Exit status for a wrong argument.
     const USAGE: u8 = 2;
@@ -88,7 +92,8 @@ mod run {
                 Part::Programs => runtime.block_on(programs::run(arguments.kernel.as_deref(), &mut report)),
                 Part::Boot => runtime.block_on(boots::compare_with_floor(arguments.rounds, &mut report)),
                 Part::Footprint => runtime.block_on(guest::footprint(&mut report)),
-                Part::Host => host::run(&mut report),
+                Part::Host => host::run(arguments.rounds, &mut report),
+                Part::Density => density::run(arguments.vms, &mut report),
                 Part::Network => network::run(arguments.rounds, &runtime, &mut report),
                 Part::Pods => pods::run(arguments.rounds, &mut report),
                 Part::Pool => pool::run(arguments.rounds, &mut report),

@@ -10,6 +10,7 @@ use husk_tests::command::wait_for;
 use husk_tests::containerd::{Containerd, Setup};
 use husk_tests::operator::{husk, husk_json};
 
+use crate::cpu::Cpu;
 use crate::ctr::ms;
 use crate::report::{Column, Report, Target};
 
@@ -31,24 +32,31 @@ pub(crate) fn run(rounds: usize, report: &mut Report) -> Result<()> {
     };
     let (one, none) = (with(1)?, with(0)?);
     let mut samples = COLUMNS.map(|column| (column, Vec::new()));
+    let mut cpu = samples.clone();
     // The first round reads everything from the disk.
     for round in 0..=rounds {
-        for (column, samples) in &mut samples {
-            let took = match column {
-                Column::Husk => {
-                    fill(&one, 1)?;
-                    start(&one, Runtime::Husk)?
-                }
-                Column::Cold => start(&none, Runtime::Husk)?,
-                _ => start(&none, Runtime::Runc)?,
+        for ((column, samples), (_, cpu)) in samples.iter_mut().zip(&mut cpu) {
+            let (containerd, runtime) = match column {
+                Column::Husk => (&one, Runtime::Husk),
+                Column::Cold => (&none, Runtime::Husk),
+                _ => (&none, Runtime::Runc),
             };
+            if *column == Column::Husk {
+                fill(&one, 1)?;
+            }
+            let used = Cpu::start(containerd)?;
+            let took = start(containerd, runtime)?;
             if round > 0 {
                 samples.push(took);
+                cpu.push(used.used()?);
             }
         }
     }
     husk(&one, &["pool", "drain"])?.ok()?;
     report.distribution("ctr run --rm true, from the pool", "ms", &samples, Target::TimesRunc(TIMES_RUNC));
+    let name = "  its CPU time, with containerd's and ctr's";
+    report.mean(name, "ms", &cpu, Target::Any);
+    report.note("  the CPU time with a pool includes what the VM that replaces the one in use has taken so far");
     let few = with(POOL)?;
     let many = COLUMNS.map(|column| {
         let at_once = || match column {

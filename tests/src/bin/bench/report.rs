@@ -22,9 +22,11 @@ pub(crate) enum Column {
     Sandboxer,
     /// husk without a pool, beside one with it.
     Cold,
+    /// runc's shim with gVisor's runsc, which needs no hardware virtualization either.
+    Gvisor,
 }
 
-const COLUMNS: [(Column, &str); 7] = [
+const COLUMNS: [(Column, &str); 8] = [
     (Column::Husk, "husk"),
     (Column::Runc, "runc"),
     (Column::Floor, "floor"),
@@ -32,6 +34,7 @@ const COLUMNS: [(Column, &str); 7] = [
     (Column::User, "user mode"),
     (Column::Sandboxer, "sandboxer"),
     (Column::Cold, "no pool"),
+    (Column::Gvisor, "gVisor"),
 ];
 
 /// The limit of a value.
@@ -125,6 +128,14 @@ impl Report {
             let values: Vec<_> = samples.iter().map(|(column, all)| (*column, percentile(all, percent))).collect();
             self.row(&format!("{name}, p{percent}"), unit, &values, target);
         }
+        self.keep(name, samples);
+    }
+
+    /// Adds a row for the mean of values that are measured together.
+    pub(crate) fn mean(&mut self, name: &str, unit: &'static str, samples: &[(Column, Vec<f64>)], target: Target) {
+        let mean = |all: &[f64]| all.iter().sum::<f64>() / all.len().max(1) as f64;
+        let values: Vec<_> = samples.iter().map(|(column, all)| (*column, mean(all))).collect();
+        self.row(&format!("{name}, mean"), unit, &values, target);
         self.keep(name, samples);
     }
 
