@@ -584,7 +584,7 @@ impl Container<'_> {
     /// Waits until `ctr task ls` shows this status.
     pub fn await_status(&self, status: &str) -> Result<()> {
         let what = format!("task {} is {status}", self.id);
-        command::wait_for(Duration::from_secs(30), &what, || {
+        command::wait_for(CTR, &what, || {
             self.status().map(|now| (now.as_deref() == Some(status)).then_some(())).transpose()
         })?
     }

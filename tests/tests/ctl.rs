@@ -1,7 +1,6 @@
 //! A sandbox's sockets from the view of a JSON-RPC client: private, exact, and never blocked by other clients.
 
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Version;

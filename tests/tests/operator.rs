@@ -2,7 +2,6 @@
 //! the shim's death. (`console.rs` tests the console, `ctl.rs` the socket itself.)
 
 use std::sync::OnceLock;
-use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use husk_tests::artifacts::Version;

@@ -9,7 +9,7 @@ use containerd_shim_protos::events::task::TaskExit;
 use husk_tests::artifacts::Version;
 use husk_tests::bundle;
 use husk_tests::command::wait_for;
-use husk_tests::containerd::{Container, Containerd, Setup};
+use husk_tests::containerd::{Containerd, Setup};
 use husk_tests::events::{Sink, Watch};
 use husk_tests::fifo;
 use husk_tests::leftovers::Leftovers;
