@@ -29,8 +29,9 @@ use crate::vmm::Machine;
 
 /// How long the machine may take to exit when the guest does not answer, and after it was killed.
 const EXIT: Duration = Duration::from_secs(3);
-/// How long a guest that has stopped everything is kept while no output and no event of it arrives.
-pub(crate) const DELIVERY: Duration = Duration::from_millis(500);
+/// How long a guest that has stopped everything is kept while no output and no event of it arrives: on a busy host, either
+/// may take a while. Only a stalled reader or a guest that lies makes a shutdown wait.
+pub(crate) const DELIVERY: Duration = Duration::from_secs(2);
 /// How much later than the loss of a call the VM's death may be noticed: the machine's exit and the console's last
 /// output come first.
 const DEATH_DELAY: Duration = Duration::from_secs(2);
