@@ -18,7 +18,7 @@ use super::cgroup;
 use super::death::watch_death;
 use super::error::{BootError, io};
 use super::identity::identify;
-use super::memory::MemoryTarget;
+use super::memory_target::MemoryTarget;
 use super::network;
 use super::on_failure::OnFailure;
 use super::place::{open_cgroups, unprotect};
@@ -101,13 +101,11 @@ impl Vm {
         confined.await.map_err(|error| io("confine the machine")(std::io::Error::other(error)))??;
         let share_workers = record_share_workers(plan, &processes.share, journal)?;
         let health = Arc::new(GuestHealth::new(spec.guest.heartbeat));
-        let (death, dead) = watch::channel(None);
-        let machine = processes.machine.clone();
+        let ((death, dead), (failure, failed)) = (watch::channel(None), watch::channel(None));
         let Ready { guest, network, events } =
-            ready(link, &hello, network, machine, plan.call_timeout, dead.clone(), reached).await?;
+            ready(link, &hello, network, processes.machine.clone(), plan.call_timeout, dead.clone(), reached).await?;
         kill_machine.succeeded();
         kill_share.succeeded();
-        let (failure, failed) = watch::channel(None);
         let lost = lost(reports, sinks(&spec, logs, journal), health.clone(), processes.machine.process());
         let vm = Arc::new(Self {
             guest,

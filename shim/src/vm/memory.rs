@@ -1,8 +1,6 @@
 //! The memory of a running VM: the machine offers more, and a driver of the guest takes it, block by block; another driver
 //! gives back what the guest does not need.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use husk_protos::chain::Chain;
 use husk_protos::system::InfoRequest;
 
@@ -41,30 +39,10 @@ pub enum GrowthError {
     },
 }
 
-/// The memory that a guest is to get by with. It has all until its first container has started, which the guest's work for
-/// the balloon would delay.
-#[derive(Debug)]
-pub(super) struct MemoryTarget {
-    /// MiB, less than the guest has.
-    mib: Option<u64>,
-    /// The machine knows it.
-    set: AtomicBool,
-}
-
-impl MemoryTarget {
-    /// The target of a guest that boots with `memory_mib` MiB.
-    pub(super) fn new(configured: Option<u64>, memory_mib: u64) -> Self {
-        Self { mib: configured.filter(|target| *target < memory_mib), set: AtomicBool::new(false) }
-    }
-}
-
 impl Vm {
     /// Has the guest get by with its target, if it has one. For the start of a container: all but the first do nothing.
     pub(crate) async fn set_memory_target(&self) {
-        let Some(mib) = self.memory_target.mib else { return };
-        if self.memory_target.set.swap(true, Ordering::Relaxed) {
-            return;
-        }
+        let Some(mib) = self.memory_target.claim() else { return };
         if let Err(error) = self.machine.set_memory_target(mib).await {
             tracing::warn!(mib, error = %Chain(&error), "failed to set the target of the VM's memory");
         }
@@ -81,7 +59,7 @@ impl Vm {
         };
         MemoryStatus {
             on_host_mib: usage::shared_memory(self.machine.process()).ok().map(|bytes| bytes >> 20),
-            balloon_target_mib: self.memory_target.mib,
+            balloon_target_mib: self.memory_target.mib(),
             balloon_mib: balloon.map(|balloon| balloon.given_back_mib),
             reports_free_pages: balloon.and_then(|balloon| balloon.reports_free_pages),
         }

@@ -20,7 +20,8 @@
 //! | `network.rs`    | connects the VM to its sandbox's network namespace                         |
 //! | `follow.rs`     | passes the namespace's changes on to the guest                             |
 //! | `connections.rs` | the status of its network                                                  |
-//! | `memory.rs`     | more memory than it has booted with                                        |
+//! | `memory.rs`     | more memory than it has booted with, and less of the host's                |
+//! | `memory_target.rs` | what a balloon leaves the guest                                          |
 //! | `cgroup.rs`     | the host cgroup of the VM's processes                                      |
 //! | `affinity.rs`   | on which of the host's CPUs its virtual CPUs run                           |
 //! | `error.rs`      | why a VM did not boot                                                      |
@@ -38,6 +39,7 @@ mod follow;
 mod hello;
 mod identity;
 mod memory;
+mod memory_target;
 mod network;
 mod on_failure;
 mod open_files;

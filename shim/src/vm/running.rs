@@ -14,7 +14,7 @@ use ttrpc::context::with_duration;
 
 use super::connections;
 use super::follow::{FollowError, Following};
-use super::memory::MemoryTarget;
+use super::memory_target::MemoryTarget;
 use super::open_files::OpenFiles;
 use super::processes::{CONSOLE_LINES, kill_share};
 use super::share_health::ShareHealth;

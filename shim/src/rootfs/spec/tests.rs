@@ -463,7 +463,6 @@ fn a_container_ends_with_its_init_process_if_it_has_its_own_pids_and_cannot_moun
         ("another container's", joined, false),
         ("may mount", with("/process/capabilities/bounding/-", "CAP_SYS_ADMIN".into()), false),
         ("all capabilities", with("/process/capabilities", Value::Null), false),
-        ("privileged", serde_json::from_str(PRIVILEGED).unwrap(), false),
     ] {
         assert_eq!(run(&spec, true).unwrap().ends_with_init(), expected, "{name}");
     }
