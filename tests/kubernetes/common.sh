@@ -8,14 +8,16 @@ HEALTH=registry.k8s.io/husk-tests/health:latest
 # Files of the node, for this pod.
 FILES=/run/node/files/$POD
 mkdir -p "$FILES"
+# The pod's own resources. Without a request, its share of a busy machine's CPUs would be next to nothing.
+RESOURCES='{requests: {cpu: 500m}}'
 
-# pod creates the pod; its spec, in YAML, comes from stdin, and $ANNOTATIONS may have more annotations. Without a request,
-# the pod's share of a busy machine's CPUs would be next to nothing.
+# pod creates the pod; its spec, in YAML, comes from stdin, and $ANNOTATIONS may have more annotations.
 pod() {
     {
         printf 'apiVersion: v1\nkind: Pod\nmetadata: {name: %s, labels: {app: test}, annotations: {color: green%s}}\n' \
             "$POD" "${ANNOTATIONS:+, $ANNOTATIONS}"
-        printf 'spec:\n  runtimeClassName: %s\n  nodeName: %s\n  resources: {requests: {cpu: 500m}}\n' "$CLASS" "$NODE"
+        printf 'spec:\n  runtimeClassName: %s\n  nodeName: %s\n' "$CLASS" "$NODE"
+        printf '  resources: %s\n' "$RESOURCES"
         sed 's/^/  /'
     } | kubectl apply -f - >/dev/null
 }

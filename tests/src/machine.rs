@@ -50,7 +50,13 @@ pub struct Machine(Containerd);
 impl Machine {
     /// Starts the machine.
     pub fn start(runtime: Runtime) -> Result<Self> {
-        let containerd = Containerd::with(Setup { runtime: Some(runtime), ..Setup::default() })?;
+        Self::configured(runtime, "")
+    }
+
+    /// The same with lines of husk's configuration.
+    pub fn configured(runtime: Runtime, husk: &str) -> Result<Self> {
+        let setup = Setup { runtime: Some(runtime), husk: husk.to_owned(), ..Setup::default() };
+        let containerd = Containerd::with(setup)?;
         containerd.sh(SURROUNDINGS).context("prepare the machine")?;
         Ok(Self(containerd))
     }

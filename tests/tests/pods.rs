@@ -6,8 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::protobuf::MessageField;
-use husk_protos::cri::{DNSConfig, LinuxContainerResources, LinuxPodSandboxConfig, PodSandboxConfig};
+use husk_protos::cri::{
+    DNSConfig, LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption,
+    PodSandboxConfig,
+};
 use husk_tests::command::wait_for;
+use husk_tests::containerd::ENV;
 use husk_tests::cri::{Cri, Handler};
 use husk_tests::leftovers::Leftovers;
 use serde_json::Value;
@@ -17,6 +21,9 @@ const SLEEP: [&str; 2] = ["sleep", "1000"];
 const SEEN: &str = "hostname; cat /etc/hostname /etc/hosts /etc/resolv.conf; df -k /dev/shm | awk 'NR == 2 {print $2}'
     cd /proc/sys; for name in net/core/somaxconn net/ipv4/conf/eth0/log_martians net/ipv4/ip_unprivileged_port_start \
     net/ipv4/ping_group_range kernel/shm_rmid_forced kernel/msgmax fs/mqueue/msg_max; do echo $name $(cat $name); done";
+
+/// The PIDs of the pod's programs, of both its containers: they have one PID namespace.
+const PIDS: &str = "pidof sleep";
 
 /// A cgroup of the machine, removed with the test.
 struct Cgroup(PathBuf);
@@ -65,15 +72,25 @@ fn config(cgroup_parent: &str) -> PodSandboxConfig {
     }
 }
 
+/// The same with the node's processes.
+fn with_host_pid(cgroup_parent: &str) -> PodSandboxConfig {
+    let mut config = config(cgroup_parent);
+    let shared = NamespaceOption { pid: 2, ..Default::default() };
+    let context = LinuxSandboxSecurityContext { namespace_options: MessageField::some(shared), ..Default::default() };
+    config.linux.mut_or_insert_default().security_context = MessageField::some(context);
+    config
+}
+
 fn memory(mib: i64) -> LinuxContainerResources {
     LinuxContainerResources { memory_limit_in_bytes: mib << 20, ..Default::default() }
 }
 
-/// Runs a pod with two containers and returns what they see.
+/// Runs a pod with two containers, which asks for the node's processes, and returns what they see.
 fn pod(cri: &Cri, handler: Handler) -> Result<String> {
     let containerd = &cri.containerd;
     let parent = format!("/pods-{}", containerd.token());
-    let pod = cri.pod(handler, config(&parent)).with_context(|| format!("{handler:?}: {}", containerd.log_tail()))?;
+    let pod =
+        cri.pod(handler, with_host_pid(&parent)).with_context(|| format!("{handler:?}: {}", containerd.log_tail()))?;
     let (ready, address) = pod.status()?;
     ensure!(ready, "{handler:?}");
     let one = pod.container("one", &SLEEP)?;
@@ -85,6 +102,8 @@ fn pod(cri: &Cri, handler: Handler) -> Result<String> {
     ensure!(two.script(shared)? == of_pod && of_pod.contains(&address), "{handler:?}, {address}: {of_pod}");
     one.script("echo shared >/dev/shm/file")?;
     ensure!(two.script("cat /dev/shm/file")? == "shared", "{handler:?}");
+    let pids = one.script(PIDS)?;
+    ensure!(pids.split(' ').count() >= 2 && two.script(PIDS)? == pids, "{handler:?}: processes {pids:?}");
     pod.update(memory(200)).with_context(|| format!("{handler:?}"))?;
     if handler == Handler::HuskShim {
         let error = format!("{:#}", pod.update(memory(4096)).err().context("a limit beyond the VM")?);
@@ -125,6 +144,14 @@ fn a_pod_is_under_husk_with_and_without_a_pause_container_what_it_is_under_runc(
     let expected = pod(&cri, Handler::Runc)?;
     ensure!(expected.contains("net/core/somaxconn 77") && expected.contains("kernel/msgmax 9000"), "{expected}");
     let before = Leftovers::now(&cri.containerd);
+    for handler in [Handler::Husk, Handler::HuskShim] {
+        let refused = cri.pod(handler, with_host_pid("")).err().context("a pod with the node's processes")?;
+        let refused = format!("{refused:#}");
+        ensure!(refused.contains("hostPID") && refused.contains("host_pid = \"pod\""), "{handler:?}: {refused}");
+    }
+    let config = cri.containerd.path(ENV[0].1);
+    let text = std::fs::read_to_string(&config)?;
+    std::fs::write(&config, text + "\nhost_pid = \"pod\"\n")?;
     for handler in [Handler::Husk, Handler::HuskShim] {
         let seen = pod(&cri, handler)?;
         ensure!(seen == expected, "{handler:?}:\n{seen}\nrunc:\n{expected}");

@@ -8,7 +8,7 @@ use tracing::Level;
 
 use super::ids::IdRange;
 use super::kernel_params;
-use super::settings::{AccelMode, Config, NetworkMode, Profile, StreamMode, VsockMode};
+use super::settings::{AccelMode, Config, HostPid, NetworkMode, Profile, StreamMode, VsockMode};
 use super::values::{
     absolute, addresses, annotations, boolean, choice, extras_max_mib, integer, list, memory_mib, milliseconds,
     open_files, pool, sockets, spare_nics, tcg_cache_mib, text, token_host, vcpus,
@@ -28,7 +28,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 42] = [
+pub(crate) const KEYS: [ConfigKey; 43] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("max_vcpus", |config, value| put(&mut config.max_vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
@@ -71,6 +71,9 @@ pub(crate) const KEYS: [ConfigKey; 42] = [
     key("network", |config, value| put(&mut config.network, choice(value, &NetworkMode::NAMES))),
     key("port_addresses", |config, value| put(&mut config.port_addresses, addresses(value))),
     key("port_ranges", |config, value| put(&mut config.port_ranges, boolean(value))),
+    key("host_pid", |config, value| {
+        put(&mut config.host_pid, choice(value, &[("reject", HostPid::Reject), ("pod", HostPid::Pod)]))
+    }),
     key("io_uring", |config, value| put(&mut config.io_uring, boolean(value))),
     key("user_namespaces", |config, value| put(&mut config.user_namespaces, boolean(value))),
     key("kernel_params", |config, value| {

@@ -82,6 +82,15 @@ impl NetworkMode {
     }
 }
 
+/// The key `host_pid`: what becomes of a pod that asks for its node's processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostPid {
+    /// It is rejected: a VM does not have them.
+    Reject,
+    /// Its containers share a PID namespace of the pod's own.
+    Pod,
+}
+
 /// A number of virtual CPUs by purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
@@ -156,6 +165,8 @@ pub struct Config {
     pub port_addresses: Vec<Ipv4Addr>,
     /// A mapping may name a range of ports.
     pub port_ranges: bool,
+    /// What becomes of a pod that asks for its node's processes.
+    pub host_pid: HostPid,
     /// Containers may use io_uring, as far as their seccomp profiles allow it.
     pub io_uring: bool,
     /// There may be user namespaces in a guest besides its first.
@@ -214,6 +225,7 @@ impl Default for Config {
             network: NetworkMode::None,
             port_addresses: Vec::new(),
             port_ranges: false,
+            host_pid: HostPid::Reject,
             io_uring: false,
             user_namespaces: true,
             kernel_params: Vec::new(),

@@ -285,6 +285,7 @@ fn prepare_spec(
     let sources =
         collect(open_extras(&extras, siblings.booted_with.map(|booted| &booted.extras), &config), &mut problems);
     remove_workspace(&mut spec);
+    let replaced = pod::replace_pid_namespace_of_node(&mut spec, config.host_pid);
     problems.extend(pod::shares_node(&spec));
     problems.extend(forbidden_namespace(&spec, &config).map(|problem| problem.to_string()));
     let role = pod::role(&spec);
@@ -325,6 +326,7 @@ fn prepare_spec(
     if !problems.is_empty() {
         return Err(PrepareError(problems));
     }
+    rewritten.notes.extend(replaced);
     config.debug = debug;
     let announced = rewritten.announced_links.try_into().map_or(MAX_SPARE_NICS, |links: u32| links.min(MAX_SPARE_NICS));
     config.balloon_target_mib = annotations.balloon_target_mib.or(config.balloon_target_mib);

@@ -1,9 +1,10 @@
 //! What the CRI plugin says of a pod in the spec of the pod's sandbox container: the size of the pod, and the namespaces
 //! of the node that the pod uses (containerd, `internal/cri/annotations` and `internal/cri/server/podsandbox`).
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
 use crate::config::problem::Problem;
+use crate::config::settings::HostPid;
 use crate::rootfs::spec::{SpecLimits, propagation, whole_cpus};
 
 /// Tells a pod's sandbox container from the others.
@@ -17,11 +18,16 @@ const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 /// The period of the quota, microseconds.
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
-/// The namespaces that a pod can share with its node, and the field of a pod that asks for it.
-const OF_NODE: [(LinuxNamespaceType, &str, &str); 3] = [
-    (LinuxNamespaceType::Network, "network", "hostNetwork"),
-    (LinuxNamespaceType::Pid, "processes", "hostPID"),
-    (LinuxNamespaceType::Ipc, "IPC objects", "hostIPC"),
+/// The namespaces that a pod can share with its node, the field of a pod that asks for it, and what the operator can do.
+const OF_NODE: [(LinuxNamespaceType, &str, &str, &str); 3] = [
+    (LinuxNamespaceType::Network, "network", "hostNetwork", ""),
+    (
+        LinuxNamespaceType::Pid,
+        "processes",
+        "hostPID",
+        ", or set host_pid = \"pod\" in husk's configuration for a PID namespace of the pod's own",
+    ),
+    (LinuxNamespaceType::Ipc, "IPC objects", "hostIPC", ""),
 ];
 
 fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
@@ -88,6 +94,28 @@ pub(super) fn annotation_of_sandbox() -> (String, String) {
     (CONTAINER_TYPE.to_owned(), "sandbox".to_owned())
 }
 
+/// Gives a pod that asks for its node's processes a PID namespace of its own instead, if the operator wants that: the
+/// sandbox container creates it, and the other containers join it by the sandbox's PID, which their specs name anyway.
+/// Returns what was changed, for the log.
+pub(super) fn replace_pid_namespace_of_node(spec: &mut Spec, host_pid: HostPid) -> Option<String> {
+    if host_pid != HostPid::Pod || role(spec) != Role::Sandbox {
+        return None;
+    }
+    let linux = spec.linux_mut().as_mut()?;
+    let mut namespaces = linux.namespaces_mut().take().unwrap_or_default();
+    let is_missing = !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Pid);
+    if is_missing {
+        let mut own = LinuxNamespace::default();
+        own.set_typ(LinuxNamespaceType::Pid);
+        namespaces.push(own);
+    }
+    linux.set_namespaces(Some(namespaces));
+    is_missing.then(|| {
+        "linux.namespaces: added a PID namespace: the pod's containers share it instead of the node's (hostPID)"
+            .to_owned()
+    })
+}
+
 /// A problem per thing of the node that the pod or its container shares with it, which a VM cannot do.
 pub(super) fn shares_node(spec: &Spec) -> Vec<String> {
     match annotation(spec, CONTAINER_TYPE) {
@@ -103,10 +131,10 @@ fn namespaces_of_node(spec: &Spec) -> Vec<String> {
         spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten()).map(|n| n.typ()).collect();
     let shared = OF_NODE.iter().filter(|(namespace, ..)| !namespaces.contains(namespace));
     shared
-        .map(|(_, what, field)| {
+        .map(|(_, what, field, instead)| {
             format!(
                 "linux.namespaces: the pod uses the node's {what} ({field}), which a VM cannot share: set {field} to \
-                 false, or use another runtime class"
+                 false, or use another runtime class{instead}"
             )
         })
         .collect()
@@ -172,6 +200,36 @@ mod tests {
             assert!(problems.len() == 1 && problems[0].contains(&format!("set {field} to false")), "{problems:?}");
         }
         assert_eq!(shares_node(&spec(&json!({ CONTAINER_TYPE: "container" }), &[])), [""; 0]);
+    }
+
+    #[test]
+    fn a_pod_with_the_processes_of_its_node_has_a_pid_namespace_of_its_own_if_the_operator_wants_that() {
+        let kinds = |annotations: &serde_json::Value, namespaces: &[&str], host_pid| {
+            let mut spec = spec(annotations, namespaces);
+            let note = replace_pid_namespace_of_node(&mut spec, host_pid);
+            let now = spec.linux().as_ref().unwrap().namespaces().as_ref().unwrap().clone();
+            assert!(now.iter().all(|namespace| namespace.path().is_none()));
+            (now.iter().map(|namespace| namespace.typ().to_string()).collect::<Vec<_>>().join(" "), note.is_some())
+        };
+        let sandbox = json!({ CONTAINER_TYPE: "sandbox" });
+        let others = &["network", "ipc"][..];
+        let table = [
+            (&sandbox, others, HostPid::Pod, ("net ipc pid", true)),
+            (&sandbox, &["pid", "network", "ipc"], HostPid::Pod, ("pid net ipc", false)),
+            (&sandbox, others, HostPid::Reject, ("net ipc", false)),
+            // Its spec names the namespace of the sandbox container.
+            (&json!({ CONTAINER_TYPE: "container" }), others, HostPid::Pod, ("net ipc", false)),
+            (&json!({}), others, HostPid::Pod, ("net ipc", false)),
+        ];
+        for (annotations, namespaces, host_pid, (expected, changed)) in table {
+            let found = kinds(annotations, namespaces, host_pid);
+            assert_eq!(found, (expected.to_owned(), changed), "{annotations} {namespaces:?} {host_pid:?}");
+        }
+        let mut alone = spec(&sandbox, others);
+        let problems = shares_node(&alone);
+        assert!(problems.len() == 1 && problems[0].contains("host_pid = \"pod\""), "{problems:?}");
+        replace_pid_namespace_of_node(&mut alone, HostPid::Pod);
+        assert_eq!(shares_node(&alone), [""; 0]);
     }
 
     #[test]

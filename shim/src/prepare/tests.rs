@@ -21,6 +21,8 @@ const NAME: SandboxName<'_> = SandboxName { namespace: "ns", id: "c1" };
 const MOUNTED: &str = "test.mounted";
 /// An annotation of these tests: adds a user namespace.
 const IN_USER_NAMESPACE: &str = "test.in-user-namespace";
+/// The annotation of a pod's sandbox container. These tests remove its PID namespace.
+const POD_WITH_HOST_PID: (&str, &str) = ("io.kubernetes.cri.container-type", "sandbox");
 
 /// A host without KVM whose files are all empty: `{host}/beside` has the files that are found without a configuration,
 /// `{host}/other` the same files. Unless the configuration says otherwise, it accepts emulation.
@@ -92,6 +94,9 @@ impl TestHost {
         }
         if annotations.get(IN_USER_NAMESPACE).is_some() {
             spec["linux"]["namespaces"].as_array_mut().unwrap().push(serde_json::json!({"type": "user"}));
+        }
+        if annotations.get(POD_WITH_HOST_PID.0).is_some() {
+            spec["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "pid");
         }
         spec["annotations"] = annotations;
         let booted_with = booted_with.map(|extras| BootedWith { extras: extras.clone(), user: None });
@@ -193,6 +198,7 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |_| "a VM".to_owned()),
         "annotation io.husk.ports: the host's port 192.0.2.1:8000/tcp: 192.0.2.1 is not an address of this host",
     ),
+    ("host_pid", "\"pod\"", |o| booted(o, |_| "a VM".to_owned()), "a VM"),
     ("io_uring", "true", |o| word(o, "sysctl.kernel.io_uring"), "sysctl.kernel.io_uring_disabled=0"),
     (
         "user_namespaces",
@@ -251,6 +257,7 @@ const WITH: &[(&str, (&str, &str))] = &[
     ("port_ranges", ("io.husk.ports", "tcp:192.0.2.1:8000-8001:80-81")),
     ("workspace_dir", ("io.husk.workspace", "{host}/other/ns/workspace")),
     ("user_namespaces", (IN_USER_NAMESPACE, "true")),
+    ("host_pid", POD_WITH_HOST_PID),
     ("sockets", (MOUNTED, "{host}/other/socket")),
     ("extras_max_mib", ("io.husk.extras.files", r#"{"/x": {"source": "{host}/other/workspace", "mode": "0644"}}"#)),
 ];

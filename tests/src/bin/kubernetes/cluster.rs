@@ -89,6 +89,8 @@ END
 /// husk's RuntimeClass, and the label of the nodes that it selects.
 const CLASS: &str = "setup/kubernetes/install/runtimeclass.yaml";
 const LABEL: &str = "io.husk/runtime=true";
+/// The runtime handlers that have a class like it, of the same name.
+const HANDLERS: [&str; 4] = ["husk", "husk-shim", "husk-q35", "husk-shim-q35"];
 
 /// The other objects that tests need.
 const OBJECTS: &str = r#"
@@ -121,7 +123,7 @@ impl Cluster {
     /// Starts one with this minor version of Kubernetes. The daemons write their logs to `folder`.
     pub fn start(version: &str, folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-        let node = Node::start(&folder.join("containerd.log"))?;
+        let node = Node::start(&folder.join("containerd.log"), "")?;
         let mut cluster = Self { node, bin: bin(version), daemons: Vec::new() };
         // Whatever has this name goes with the machine's containerd.
         let group = format!("kubelet-{}", cluster.node.token());
@@ -130,10 +132,10 @@ impl Cluster {
         cluster.apply(OBJECTS)?;
         let class = repository().join(CLASS);
         let class = fs::read_to_string(&class).with_context(|| format!("read {}", class.display()))?;
-        cluster.apply(&class)?;
-        cluster.apply(
-            &class.replace("name: husk\n", "name: husk-shim\n").replace("handler: husk\n", "handler: husk-shim\n"),
-        )?;
+        for handler in HANDLERS {
+            let named = class.replace("name: husk\n", &format!("name: {handler}\n"));
+            cluster.apply(&named.replace("handler: husk\n", &format!("handler: {handler}\n")))?;
+        }
         cluster.kubelet(folder)?;
         cluster.node.mark_idle();
         Ok(cluster)

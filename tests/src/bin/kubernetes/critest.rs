@@ -14,6 +14,8 @@ use crate::outcome::{Outcome, Outcomes, in_one_line, left};
 
 /// After this time critest reports the tests that it has not run yet as not run.
 const TIMEOUT: Duration = Duration::from_secs(2 * 3600);
+/// husk's configuration. A test of pods with hostPID expects that a container sees the programs of another one of its pod.
+const HUSK: &str = "host_pid = \"pod\"\n";
 /// Deadline for the rest: a test that is under way is given time to clean up.
 const GRACE: Duration = Duration::from_secs(600);
 
@@ -21,7 +23,7 @@ const GRACE: Duration = Duration::from_secs(600);
 /// written to `folder`.
 pub fn run(handler: &str, matching: &str, folder: &Path) -> Result<Outcomes> {
     fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-    let node = Node::start(&folder.join("containerd.log")).context("start a node")?;
+    let node = Node::start(&folder.join("containerd.log"), HUSK).context("start a node")?;
     let report = folder.join("report.json");
     let mut command = node.enter("sh");
     command.args(["-c", r#"cd /run/tmp && exec "$@" >"$0" 2>&1"#]).arg(folder.join("output")).arg(program());

@@ -59,6 +59,7 @@ END
 cat >/run/node/config.toml <<END
 CONFIG
 END
+{ cat /run/containerd/husk.toml; echo; echo 'machine = "q35"'; } >/run/node/q35.toml
 "#;
 
 const CONFIG: &str = r#"version = 3
@@ -92,6 +93,13 @@ state = "/run/node/state"
       runtime_type = "io.containerd.husk.v1"
       pod_annotations = ["io.husk.*"]
       container_annotations = ["io.husk.*"]
+      sandboxer = "shim"
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-q35]
+      runtime_type = "io.containerd.husk.v1"
+      options = { ConfigPath = "/run/node/q35.toml" }
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-shim-q35]
+      runtime_type = "io.containerd.husk.v1"
+      options = { ConfigPath = "/run/node/q35.toml" }
       sandboxer = "shim"
 [plugins."io.containerd.nri.v1.nri"]
   disable = false
@@ -136,9 +144,9 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts one. containerd and the shims write to the file `log`.
-    pub fn start(log: &Path) -> Result<Self> {
-        let machine = Machine::start(Runtime::Husk)?;
+    /// Starts one. containerd and the shims write to the file `log`; `husk` are lines of husk's configuration.
+    pub fn start(log: &Path, husk: &str) -> Result<Self> {
+        let machine = Machine::configured(Runtime::Husk, husk)?;
         let config = CONFIG.replace("PLUGINS", &plugins().display().to_string());
         machine.containerd().sh(&PREPARE.replace("REGISTRY", REGISTRY).replace("CONFIG", &config))?;
         let listener =
