@@ -5,7 +5,7 @@ RESOURCES='{}'
 # box MEMORY CPUS creates a pod with a container with these limits.
 box() {
     pod <<END
-terminationGracePeriodSeconds: 0
+terminationGracePeriodSeconds: 1
 containers:
 - name: box
   image: $BUSYBOX
@@ -17,7 +17,7 @@ END
 # resize MEMORY CPUS
 resize() {
     kubectl patch pod "$POD" --subresource resize --patch \
-        "{spec: {containers: [{name: box, resources: {limits: {memory: $1, cpu: '$2'}}}]}}" >/dev/null
+        '{"spec": {"containers": [{"name": "box", "resources": {"limits": {"memory": "'"$1"'", "cpu": "'"$2"'"}}}]}}' >/dev/null
 }
 # resized MEMORY CPUS waits for a change, and prints what the container sees.
 resized() {
