@@ -33,7 +33,7 @@ resized 128Mi 700m
 resized 96Mi 600m
 if [ "$CLASS" != runc ]; then
     resize 2Gi 600m
-    until_true describes 'VM has 512 MiB'
+    until_true describes 'VM.* has 512 MiB'
     inside box 'cat /sys/fs/cgroup/memory.max' | grep -qx $((96 << 20))
 fi
 kubectl delete pod "$POD" --timeout=120s >/dev/null
