@@ -26,8 +26,9 @@ pub const SOCKET: &str = "/run/node/containerd.sock";
 pub const NRI: &str = "/run/node/nri.sock";
 /// Deadline for containerd to become ready.
 const START: Duration = Duration::from_secs(60);
-/// How long the kubelet, containerd and the shims may clean up after the last pod.
-const SETTLE: Duration = Duration::from_secs(30);
+/// How long the kubelet, containerd and the shims may clean up after the last pod. With the Sandbox API, a shim runs until
+/// its sandbox is removed, and the kubelet removes dead sandboxes once a minute.
+const SETTLE: Duration = Duration::from_secs(120);
 /// The cgroup that the CRI plugin makes for pods without a parent cgroup.
 const CGROUP: &str = "k8s.io";
 
