@@ -123,7 +123,7 @@ impl SandboxApi for SandboxService {
         request: SandboxStatusRequest,
     ) -> ttrpc::Result<SandboxStatusResponse> {
         let sandbox = &self.0.sandbox;
-        let state = sandbox.sandbox_state(&request.sandbox_id).map_err(to_ttrpc)?;
+        let state = sandbox.sandbox_state(&request.sandbox_id).await.map_err(to_ttrpc)?;
         let mut info = HashMap::new();
         if request.verbose
             && let Ok(status) = sandbox.status().await

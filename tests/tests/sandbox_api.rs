@@ -23,6 +23,7 @@ use husk_tests::shim::{Shim, code};
 use serde_json::{Value, json};
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
+const SOON: Duration = Duration::from_secs(20);
 
 fn status(shim: &Shim) -> ttrpc::Result<api::SandboxStatusResponse> {
     let id = shim.bundle.id.clone();
@@ -46,6 +47,19 @@ fn update(shim: &Shim, limits: &Value) -> ttrpc::Result<UpdateSandboxResponse> {
         ..Default::default()
     };
     call(shim, "UpdateSandbox", &request)
+}
+
+/// Starts the sandbox, and asks for its status while its VM boots, as a containerd that restarts does: once. Returns its PID.
+fn start_and_ask(shim: &Shim) -> Result<u32> {
+    let (pid, asked) = std::thread::scope(|scope| -> Result<_> {
+        let started = scope.spawn(|| start(shim));
+        let booting = wait_for(SOON, "the VM boots", || shim.containerd().qemu_of(&shim.bundle.id).ok());
+        let asked = booting.and_then(|_| Ok(status(shim)?));
+        let pid = started.join().map_err(|_| anyhow::anyhow!("the start panicked"))??;
+        Ok((pid, asked?))
+    })?;
+    ensure!(asked.state == "SANDBOX_READY" && asked.pid == pid, "asked during the boot: {asked:?}");
+    Ok(pid)
 }
 
 /// Limits within the VM's size are accepted, and others are rejected by name.
@@ -100,7 +114,7 @@ fn a_sandbox_without_a_container_has_the_pods_network_name_and_size_until_it_is_
     let early = containerd.id("early");
     let early = Shim::start(containerd, &early, &member(&id, &early, 1))?.create_error()?;
     ensure!(early == "the sandbox has not been started", "{early}");
-    let pid = start(&shim)?;
+    let pid = start_and_ask(&shim)?;
     let inode = format!("stat -Lc %i /proc/{pid}/ns/net /run/netns/{} | sort -u | wc -l", network.name);
     ensure!(containerd.sh(&inode)?.text().trim() == "1", "the sandbox's process is in another network namespace");
     let running = status(&shim)?;

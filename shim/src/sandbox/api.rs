@@ -18,7 +18,7 @@ use crate::rootfs::spec::Sibling;
 use crate::rootfs::spec::resources::HostResources;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::holder::join_cgroup;
-use crate::sandbox::managed::{Managed, SandboxExit, SandboxState, Started};
+use crate::sandbox::managed::{Managed, SandboxExit, SandboxState, StartCall, Started, Starting};
 use crate::sandbox::registry::{Sandbox, Slots, VmSlot};
 use crate::sandbox::thread::blocking;
 use crate::state::Owner;
@@ -53,7 +53,7 @@ impl Sandbox {
             spec,
             files: request.files.into(),
             sysctls: request.sysctls,
-            starting: false,
+            start: watch::channel(StartCall::Missing).0,
             started: None,
             exit: watch::channel(None).0,
         });
@@ -70,12 +70,13 @@ impl Sandbox {
                 return Err(SandboxError::Stopping);
             }
             let managed = of(&mut slots, id)?;
-            if managed.starting || managed.exit.borrow().is_some() {
+            if *managed.start.borrow() != StartCall::Missing || managed.exit.borrow().is_some() {
                 return Err(SandboxError::AlreadyExists { what: "started sandbox", id: id.to_owned() });
             }
-            managed.starting = true;
+            managed.start.send_replace(StartCall::Running);
             managed.clone()
         };
+        let _starting = Starting(managed.start.clone());
         let prepared = &managed.prepared;
         self.write_pod_files(&managed.files)?;
         let share = self.share()?;
@@ -164,9 +165,12 @@ impl Sandbox {
         ended.ok_or(SandboxError::Stopping)
     }
 
-    /// SandboxStatus.
-    pub(crate) fn sandbox_state(&self, id: &str) -> Result<SandboxState, SandboxError> {
+    /// SandboxStatus. Waits for the end of StartSandbox if it is running, which the boot's deadline bounds: a containerd that
+    /// has restarted meanwhile asks once, and would never create a container in a sandbox that was not ready then.
+    pub(crate) async fn sandbox_state(&self, id: &str) -> Result<SandboxState, SandboxError> {
         self.check_id(id)?;
+        let mut start = of(&mut self.lock(), id)?.start.subscribe();
+        start.wait_for(|call| *call != StartCall::Running).await.map_err(|_| SandboxError::Stopping)?;
         let mut slots = self.lock();
         let managed = of(&mut slots, id)?;
         Ok(SandboxState { started: managed.started.clone(), exit: managed.exit.borrow().clone() })

@@ -25,6 +25,26 @@ pub(crate) struct Started {
     pub(crate) at: Timestamp,
 }
 
+/// The only call of StartSandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum StartCall {
+    /// Nobody has called it.
+    Missing,
+    /// The VM boots.
+    Running,
+    /// It has succeeded or failed.
+    Ended,
+}
+
+/// Records the end of StartSandbox, however it ends.
+pub(super) struct Starting(pub(super) watch::Sender<StartCall>);
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        self.0.send_replace(StartCall::Ended);
+    }
+}
+
 /// What SandboxStatus reports.
 #[derive(Debug)]
 pub(crate) struct SandboxState {
@@ -42,8 +62,7 @@ pub(super) struct Managed {
     pub(super) files: Arc<[PodFile]>,
     /// A pod's sysctls.
     pub(super) sysctls: HashMap<String, String>,
-    /// StartSandbox is running or has succeeded.
-    pub(super) starting: bool,
+    pub(super) start: watch::Sender<StartCall>,
     pub(super) started: Option<Started>,
     pub(super) exit: watch::Sender<Option<SandboxExit>>,
 }
