@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 /// Files that define a service.
-const SERVICES: [&str; 7] = [
+const SERVICES: [&str; 8] = [
     "proto/system.proto",
     "proto/bundle.proto",
     "proto/stdio.proto",
@@ -14,6 +14,7 @@ const SERVICES: [&str; 7] = [
     "proto/metadata.proto",
     "proto/debug.proto",
     "proto/network.proto",
+    "proto/disks.proto",
 ];
 /// Files that define only messages.
 const MESSAGES: [&str; 5] = [

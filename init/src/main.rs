@@ -19,6 +19,7 @@
 //! | `worker` | short-lived processes that call libcontainer |
 //! | `sandbox` | holds the namespaces of a sandbox without a pause container |
 //! | `launch` | starts programs that run outside of containers |
+//! | `disks` | disks of the running machine, and the Disks service |
 //! | `boot` | boot steps, kernel parameters, timeline |
 //! | `events` | containerd's events, and the Events service |
 //! | `forward` | relays TCP connections from the host, connections to the host's Unix sockets, and DNS queries |
@@ -39,6 +40,7 @@ mod clock;
 mod connection;
 mod console;
 mod debug;
+mod disks;
 mod error;
 mod events;
 mod fd;
@@ -148,7 +150,8 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     let debug =
         if cmdline.debug { Some(debug::Debug::start(&reaper, &streams).context("start debug mode")?) } else { None };
     let sockets = Arc::new(forward::socket::Sockets::default());
-    let tasks = task::Tasks::new(reaper, workers, events.clone(), streams.clone(), sockets.clone());
+    let disks = Arc::new(disks::Disks::default());
+    let tasks = task::Tasks::new(reaper, workers, events.clone(), streams.clone(), sockets.clone(), disks.clone());
     std::fs::create_dir_all(paths::STATE).with_context(|| format!("create {}", paths::STATE))?;
 
     timeline.mark(BootStep::READY);
@@ -162,6 +165,7 @@ async fn serve(cmdline: Cmdline, mut timeline: Timeline, reports: &Reports) -> a
     calls.extend(husk_protos::bundle_ttrpc::create_bundle(Arc::new(bundle::BundleService::new(tasks, sockets))));
     calls.extend(husk_protos::system_ttrpc::create_system(Arc::new(system::SystemService { hello: hello.clone() })));
     calls.extend(husk_protos::network_ttrpc::create_network(Arc::new(network::NetworkService::default())));
+    calls.extend(husk_protos::disks_ttrpc::create_disks(Arc::new(disks::DisksService(disks))));
     if let Some(debug) = &debug {
         calls.extend(debug.service());
     }

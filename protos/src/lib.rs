@@ -42,8 +42,9 @@ mod generated {
 }
 
 pub use generated::{
-    bundle, bundle_ttrpc, cri, debug, debug_ttrpc, events, events_ttrpc, metadata, metadata_ttrpc, network,
-    network_ttrpc, report, runc_options, runtime_options, sandbox_update, stdio, stdio_ttrpc, system, system_ttrpc,
+    bundle, bundle_ttrpc, cri, debug, debug_ttrpc, disks, disks_ttrpc, events, events_ttrpc, metadata, metadata_ttrpc,
+    network, network_ttrpc, report, runc_options, runtime_options, sandbox_update, stdio, stdio_ttrpc, system,
+    system_ttrpc,
 };
 pub use {protobuf, ttrpc};
 
@@ -100,6 +101,8 @@ pub const PROCESS_DETAILS: &str = "containerd.runc.v1.ProcessDetails";
 pub const SHARE_TAG: &str = "husk";
 /// Where the guest mounts the share.
 pub const SHARE_PATH: &str = "/run/husk/share";
+/// Where the guest mounts the filesystems of disks: a folder for each disk, named after its serial.
+pub const DISKS_PATH: &str = "/run/husk/disks";
 /// Folder of the guest's relayed Unix sockets: `<container>/<number of the mount in the spec>`.
 pub const SOCKETS_PATH: &str = "/run/husk/sockets";
 /// The tmpfs in the guest that the containers of a sandbox without a pause container share at `/dev/shm`.

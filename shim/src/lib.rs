@@ -15,6 +15,7 @@
 //! | `forward`         | connections between the host's programs and the VM                          |
 //! | `metadata`        | the metadata service for guests                                             |
 //! | `extras`          | the disk with the operator's files and the supervisor agent                 |
+//! | `disks`           | images on the host that become disks of a VM                                |
 //! | `rootfs`          | the share with the containers' root filesystems, and the guest's spec       |
 //! | `stdio`           | the standard streams of processes                                           |
 //! | `console`         | the guest's console and logs                                                |
@@ -34,6 +35,7 @@ pub mod config;
 pub mod console;
 pub mod containerd;
 pub mod ctl;
+mod disks;
 pub mod extras;
 mod forward;
 #[doc(hidden)]

@@ -21,8 +21,9 @@ use ttrpc::{Code, get_status};
 
 use crate::guest::client::GuestError;
 use crate::rootfs::share::ShareError;
-use crate::sandbox::{Sandbox, SandboxError};
+use crate::sandbox::{DiskError, Sandbox, SandboxError};
 use crate::state::StateError;
+use crate::state::images::ImageLeaseError;
 use crate::stdio::StdioError;
 use crate::vm::FollowError;
 use crate::vm::cgroup::CgroupError;
@@ -90,6 +91,10 @@ pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
             FollowError::Guest(_) | FollowError::Deadline(_) => Code::UNAVAILABLE,
             _ => Code::FAILED_PRECONDITION,
         },
+        Error::Disk(DiskError::Guest { source: GuestError::Call(ttrpc::Error::RpcStatus(status)), .. }) => {
+            status.code()
+        }
+        Error::Disk(DiskError::Lease { source: ImageLeaseError::InUse(_), .. }) => Code::FAILED_PRECONDITION,
         Error::Stopping | Error::NotReady(_) | Error::NotStopped { .. } | Error::InitExited { .. } => {
             Code::FAILED_PRECONDITION
         }
@@ -98,6 +103,7 @@ pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         | Error::Stdio(_)
         | Error::State(StateError::Identifier { .. })
         | Error::Share(ShareError::Unsupported { .. })
+        | Error::Disk(DiskError::Differs(_) | DiskError::Volume(_))
         | Error::Cgroup(CgroupError::Rejected { .. } | CgroupError::NoCpus { .. }) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Boot(_)
@@ -108,6 +114,7 @@ pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         | Error::VmDead { .. } => Code::UNAVAILABLE,
         Error::State(_)
         | Error::Share(_)
+        | Error::Disk(_)
         | Error::Namespace(_)
         | Error::Cgroup(_)
         | Error::Holder(_)

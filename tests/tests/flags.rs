@@ -275,9 +275,9 @@ fn devices_of_the_guest_work_alone_and_in_a_privileged_container() -> Result<()>
     }
     // A hundred devices of the host make one line, which names some of them.
     let message = create_error("many-devices", |spec| {
-        spec["linux"]["devices"] = (0..100).map(|n| device(&format!("/dev/sd{n}"), "b", 8, n)).collect();
+        spec["linux"]["devices"] = (0..100).map(|n| device(&format!("/dev/sg{n}"), "c", 21, n)).collect();
     })?;
-    let line = "linux.devices: devices of the host cannot be used in a VM: /dev/sd0 (b 8:0), ";
+    let line = "linux.devices: devices of the host cannot be used in a VM: /dev/sg0 (c 21:0), ";
     ensure!(message.contains(line) && message.contains(" and 95 more") && message.len() < 400, "{message}");
     Ok(())
 }

@@ -34,7 +34,9 @@ impl Tasks {
 
         let creation = self.reaper.creation();
         let prepared = async {
+            let namespace = self.disks.making_namespace().await;
             let created = self.run_create(id, &stdio, &creation, &streams, ends).await?;
+            drop(namespace);
             for ignored in &created.ignored {
                 tracing::warn!(container = id, "ignored part of the spec: {ignored}");
             }

@@ -77,6 +77,7 @@ impl Tasks {
     async fn remove(&self, container: &Container) -> Result<(), CallError> {
         let id = container.id.as_str();
         let failed = |what: &str, e: io::Error| CallError::internal(format_args!("delete {id}: remove its {what}"), &e);
+        self.disks.thaw(id);
         // Before the worker runs: libcontainer would remove the cgroup by a recursion over paths.
         cgroup::remove(&container.cgroup(), KILL_TIMEOUT).await.map_err(|e| failed("cgroup", e))?;
         if container.poststop_hooks && paths::state(id).exists() {
@@ -99,6 +100,8 @@ impl Tasks {
 
     /// Ends every process of every container: SIGTERM to the inits, then SIGKILL to all processes that remain.
     pub(crate) async fn stop_all(&self) {
+        // Nothing ends that waits for a frozen filesystem.
+        self.disks.thaw_all();
         let containers: Vec<_> = self
             .all()
             .into_iter()

@@ -32,6 +32,10 @@ impl Tasks {
         if !(1..=SIGNAL_MAX).contains(&signal) {
             return Err(CallError::new(FailureKind::InvalidArgument, format!("{signal} is not a signal")));
         }
+        if signal as i32 == libc::SIGKILL {
+            // A killed program ends only after what it waits for: of a paused container, perhaps a frozen filesystem.
+            self.disks.thaw(id);
+        }
         if all {
             return kill_all(&container, signal as i32);
         }

@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use husk_protos::lock::lock;
 
+use crate::disks::Disks;
 use crate::error::{CallError, FailureKind};
 use crate::events::Events;
 use crate::forward::socket::Sockets;
@@ -36,6 +37,7 @@ pub(crate) struct Tasks {
     events: Arc<Events>,
     streams: Arc<Streams>,
     sockets: Arc<Sockets>,
+    disks: Arc<Disks>,
     /// By ID. `None` reserves the ID of a container that is being created.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
 }
@@ -47,8 +49,9 @@ impl Tasks {
         events: Arc<Events>,
         streams: Arc<Streams>,
         sockets: Arc<Sockets>,
+        disks: Arc<Disks>,
     ) -> Arc<Self> {
-        Arc::new(Self { reaper, workers, events, streams, sockets, containers: Mutex::default() })
+        Arc::new(Self { reaper, workers, events, streams, sockets, disks, containers: Mutex::default() })
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, CallError> {

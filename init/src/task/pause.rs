@@ -14,6 +14,9 @@ const FREEZER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long starting execs may delay a pause.
 const EXEC_STARTS_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long the filesystems of disks may take to write everything back.
+const FILESYSTEMS_TIMEOUT: Duration = Duration::from_secs(20);
+
 impl Tasks {
     /// Freezes all processes of a container. Fails with FailedPrecondition unless the container is running. If a
     /// process does not freeze in time, thaws all of them and fails with DeadlineExceeded.
@@ -21,7 +24,7 @@ impl Tasks {
         let container = self.container(id)?;
         container.require_running("pause")?;
         container.set_freezer("pause", FreezerState::Thawed, FreezerState::Freezing)?;
-        let frozen = freeze(&container).await;
+        let frozen = self.freeze(&container).await;
         let state = if frozen.is_ok() { FreezerState::Frozen } else { FreezerState::Thawed };
         container.set_freezer("pause", FreezerState::Freezing, state)?;
         frozen?;
@@ -34,6 +37,8 @@ impl Tasks {
         let container = self.container(id)?;
         container.require_not_stopped("resume")?;
         container.set_freezer("resume", FreezerState::Frozen, FreezerState::Thawing)?;
+        // First, and in any case: a program that waits for a frozen filesystem thaws only with it.
+        self.disks.thaw(id);
         let thawed = freezer::thaw(&container.cgroup(), FREEZER_TIMEOUT)
             .await
             .map_err(|e| CallError::internal(format_args!("resume {id}"), &e));
@@ -42,6 +47,22 @@ impl Tasks {
         thawed?;
         self.publish_resumed(&container);
         Ok(())
+    }
+
+    /// Freezes the processes of a container, then the filesystems of its disks: what is on these is as after an unmount.
+    async fn freeze(&self, container: &Container) -> Result<(), CallError> {
+        freeze(container).await?;
+        let frozen = timeout(FILESYSTEMS_TIMEOUT, self.disks.freeze(&container.id)).await;
+        let frozen = frozen.unwrap_or_else(|_| {
+            let what = format!("pause {}: its disks did not freeze within {FILESYSTEMS_TIMEOUT:?}", container.id);
+            Err(CallError::new(FailureKind::DeadlineExceeded, what))
+        });
+        frozen.inspect_err(|_| {
+            self.disks.thaw(&container.id);
+            if let Err(error) = freezer::release(&container.cgroup()) {
+                tracing::error!(container = container.id, %error, "failed to thaw a container whose disks do not freeze");
+            }
+        })
     }
 }
 

@@ -171,6 +171,7 @@ impl Task for TaskService {
                     supervisor.stop().await;
                 }
             });
+            tasks.disks.unmount_all();
             // Before the reply: the host ends the VM as soon as it receives it. Blocking is harmless now, because no
             // other work is left.
             nix::unistd::sync();

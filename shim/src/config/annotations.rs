@@ -7,12 +7,13 @@ use std::path::{Component, Path, PathBuf};
 use super::extras::{self, Extras};
 use super::names::{
     BALLOON_TARGET_MIB, DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, NETWORK, PATH, PORTS, PREFIX,
-    PROFILE, SPARE_NICS, SUPERVISOR, VCPUS, VSOCK, WATCH, WORKSPACE,
+    PROFILE, SCRATCH_MIB, SPARE_NICS, SUPERVISOR, VCPUS, VOLUMES, VSOCK, WATCH, WORKSPACE,
 };
 use super::ports;
 use super::problem::Problem;
 use super::settings::{Config, NetworkMode, Profile};
-use super::values::{NO_BALLOON, memory_mib, one_of, spare_nics, vcpus};
+use super::values::{NO_BALLOON, memory_mib, one_of, scratch_mib, spare_nics, vcpus};
+use super::volumes::{self, VolumeRequest};
 use super::workspace::{self, Workspace};
 use crate::network::user::PortMapping;
 
@@ -42,6 +43,10 @@ pub(crate) struct Annotations {
     pub(crate) ports: Vec<PortMapping>,
     /// Destinations of bind mounts whose changes by the host programs in the guest notice.
     pub(crate) watch: Vec<PathBuf>,
+    /// Files of the host that become disks, which the container mounts.
+    pub(crate) volumes: Vec<VolumeRequest>,
+    /// The size of a disk for data that ends with the VM, MiB.
+    pub(crate) scratch_mib: Option<u64>,
     /// Files for the guest itself, and whether the agent among them runs.
     pub(crate) extras: Extras,
     /// The workspace configuration that the metadata service returns, if this container boots the VM.
@@ -109,6 +114,8 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config, namespa
         PORTS => read.ports = ports::parse(value, config)?,
         VSOCK => read.vsock = boolean(value)?,
         WATCH => read.watch = destinations(value)?,
+        VOLUMES => read.volumes = volumes::parse(value, &config.volume_dirs)?,
+        SCRATCH_MIB => read.scratch_mib = Some(scratch_mib(number()?)?),
         WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref(), namespace)?),
         SUPERVISOR => read.extras.supervisor = Some(boolean(value)?),
         // EXTRAS_FILES may have several problems, so `read` parses it.
@@ -165,6 +172,8 @@ mod tests {
             ("io.husk.network", "user"),
             ("io.husk.ports", "tcp:18080:80"),
             ("io.husk.watch", "/data,/etc/app.conf"),
+            ("io.husk.volumes", "[]"),
+            ("io.husk.scratch_mib", "64"),
             ("io.husk.extras.files", r#"{"/run/husk/supervisor": {"source": "/agent", "mode": "0755"}}"#),
             ("io.husk.supervisor", "false"),
             ("io.husk.workspace", "{}"),
@@ -185,6 +194,8 @@ mod tests {
             network: Some(NetworkMode::User),
             ports: ports::parse("tcp:18080:80", &Config::default()).unwrap(),
             watch: vec!["/data".into(), "/etc/app.conf".into()],
+            volumes: Vec::new(),
+            scratch_mib: Some(64),
             extras,
             workspace,
         };
@@ -229,7 +240,7 @@ mod tests {
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.balloon_target_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.watch, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.balloon_target_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.watch, io.husk.volumes, io.husk.scratch_mib, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
                 "annotation io.husk.debug = \"1\": must be true or false",
                 "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which belongs to the kernel",
                 "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path on the host",

@@ -10,8 +10,8 @@ use super::ids::IdRange;
 use super::kernel_params;
 use super::settings::{AccelMode, Config, HostPid, NetworkMode, Profile, StreamMode, VsockMode};
 use super::values::{
-    absolute, addresses, annotations, boolean, choice, extras_max_mib, integer, list, memory_mib, milliseconds,
-    open_files, pool, sockets, spare_nics, tcg_cache_mib, text, token_host, vcpus,
+    absolute, addresses, annotations, boolean, choice, extras_max_mib, folders, integer, list, memory_mib,
+    milliseconds, open_files, pool, sockets, spare_nics, tcg_cache_mib, text, token_host, vcpus,
 };
 use crate::vmm::factory::boards;
 
@@ -28,7 +28,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 43] = [
+pub(crate) const KEYS: [ConfigKey; 45] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("max_vcpus", |config, value| put(&mut config.max_vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
@@ -100,6 +100,8 @@ pub(crate) const KEYS: [ConfigKey; 43] = [
     key("token_lifetime_ms", |config, value| put(&mut config.tokens.lifetime, milliseconds(value))),
     key("token_host", |config, value| put(&mut config.tokens.host, text(value).and_then(token_host).map(Some))),
     key("workspace_dir", |config, value| put(&mut config.workspace_dir, absolute(value).map(Some))),
+    key("volume_dirs", |config, value| put(&mut config.volume_dirs, folders(value))),
+    key("scratch_dir", |config, value| put(&mut config.scratch_dir, absolute(value))),
     key("sockets", |config, value| put(&mut config.sockets, sockets(value))),
 ];
 

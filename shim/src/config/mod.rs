@@ -14,6 +14,7 @@
 //! | `annotations.rs`   | reads the annotations                                                    |
 //! | `extras/`          | the annotations about extras                                             |
 //! | `ports.rs`         | the annotation with port mappings                                        |
+//! | `volumes.rs`       | the annotation with volumes                                              |
 //! | `workspace.rs`     | the annotation with the workspace configuration                          |
 //! | `names.rs`         | paths, and the names of the annotations                                  |
 //! | `problem.rs`       | a problem with a key or an annotation                                    |
@@ -32,4 +33,5 @@ pub(crate) mod ports;
 pub mod problem;
 pub mod settings;
 pub(crate) mod values;
+pub(crate) mod volumes;
 pub(crate) mod workspace;

@@ -37,8 +37,13 @@ pub(crate) const PORTS: &str = "io.husk.ports";
 /// Destinations of bind mounts whose changes by the host programs in the guest notice.
 pub(crate) const WATCH: &str = "io.husk.watch";
 
+/// Files of the host that become disks with a filesystem, which the container mounts.
+pub(crate) const VOLUMES: &str = "io.husk.volumes";
+/// The size of a disk for data that ends with the VM, MiB.
+pub(crate) const SCRATCH_MIB: &str = "io.husk.scratch_mib";
+
 /// All annotations.
-pub(crate) const NAMES: [&str; 13] = [
+pub(crate) const NAMES: [&str; 15] = [
     VCPUS,
     PROFILE,
     MEMORY_MIB,
@@ -49,6 +54,8 @@ pub(crate) const NAMES: [&str; 13] = [
     NETWORK,
     PORTS,
     WATCH,
+    VOLUMES,
+    SCRATCH_MIB,
     WORKSPACE,
     EXTRAS_FILES,
     SUPERVISOR,

@@ -22,6 +22,9 @@ pub(crate) const MIN_MEMORY_MIB: u64 = 64;
 /// QEMU's microvm supports 288.
 pub(crate) const MAX_VCPUS: u32 = 64;
 
+/// Where files of scratch disks are unless `scratch_dir` names another folder: on a disk of every host (FHS 3.0, 5.15).
+const SCRATCH_DIR: &str = "/var/tmp";
+
 /// How long a VM waits in the pool at most.
 const POOL_IDLE: Duration = Duration::from_secs(60 * 60);
 
@@ -194,6 +197,10 @@ pub struct Config {
     /// The folder whose subfolders may contain workspace files, one for each namespace of containerd; without it, files
     /// are not allowed.
     pub workspace_dir: Option<PathBuf>,
+    /// The folders of the host that may contain volumes.
+    pub volume_dirs: Vec<PathBuf>,
+    /// The folder for the files of scratch disks.
+    pub scratch_dir: PathBuf,
     /// The Unix sockets of the host that containers may mount.
     pub sockets: Vec<AllowedSocket>,
 }
@@ -243,6 +250,8 @@ impl Default for Config {
                 .collect(),
             tokens: TokenSettings { key: METADATA_KEY.into(), lifetime: TOKEN_LIFETIME, host: None },
             workspace_dir: None,
+            volume_dirs: Vec::new(),
+            scratch_dir: SCRATCH_DIR.into(),
             sockets: Vec::new(),
         }
     }

@@ -17,6 +17,9 @@ pub(crate) const MAX_SPARE_NICS: u32 = 8;
 /// VM boots.
 const MAX_EXTRAS_MIB: u64 = 4096;
 
+/// Limits of `io.husk.scratch_mib`.
+const SCRATCH_MIB: std::ops::RangeInclusive<u64> = 16..=16 << 20;
+
 /// Limits of `virtiofsd_open_files`. Each open file takes about 1.5 KiB of the host's kernel memory, which a hostile
 /// guest can fill. virtiofsd needs some 600 for itself.
 const OPEN_FILES: std::ops::RangeInclusive<u64> = 2048..=1_048_576;
@@ -76,6 +79,21 @@ fn at_most(count: i64, most: u32) -> Option<u32> {
 pub(crate) fn extras_max_mib(size: i64) -> Result<u64, String> {
     let size = u64::try_from(size).ok().filter(|size| *size <= MAX_EXTRAS_MIB);
     size.ok_or_else(|| format!("must be a number of MiB from 0 to {MAX_EXTRAS_MIB}"))
+}
+
+/// Checks the size of a scratch disk. mke2fs makes no journal on smaller ones.
+pub(crate) fn scratch_mib(size: i64) -> Result<u64, String> {
+    let size = u64::try_from(size).ok().filter(|size| SCRATCH_MIB.contains(size));
+    size.ok_or_else(|| format!("must be a number of MiB from {} to {}", SCRATCH_MIB.start(), SCRATCH_MIB.end()))
+}
+
+/// A list of folders.
+pub(crate) fn folders(value: &Value) -> Result<Vec<PathBuf>, String> {
+    let folder = |text: &str| {
+        let path = PathBuf::from(text);
+        if path.is_absolute() { Ok(path) } else { Err(format!("{text:?} is not an absolute path")) }
+    };
+    list(value)?.into_iter().map(folder).collect()
 }
 
 pub(crate) fn integer(value: &Value) -> Result<i64, String> {

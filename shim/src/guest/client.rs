@@ -16,8 +16,8 @@ use husk_protos::stdio::{InputChunk, InputResponse, OutputChunk, StreamKind, Str
 use husk_protos::system::Hello;
 use husk_protos::{
     PORT_EVENTS, PORT_RELAY, PORT_STDIO, PORT_STREAMS, PORT_TASK, PROTOCOL, RECEIVE_WINDOW, SECRET,
-    bundle_ttrpc::BundleClient, events_ttrpc::EventsClient, frame, network_ttrpc::NetworkClient,
-    stdio_ttrpc::StdioClient, system_ttrpc::SystemClient,
+    bundle_ttrpc::BundleClient, disks_ttrpc::DisksClient, events_ttrpc::EventsClient, frame,
+    network_ttrpc::NetworkClient, stdio_ttrpc::StdioClient, system_ttrpc::SystemClient,
 };
 use protobuf::Message;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -133,6 +133,8 @@ pub struct Guest {
     pub task: TaskClient,
     /// husk's Bundle service.
     pub bundle: BundleClient,
+    /// husk's Disks service.
+    pub disks: DisksClient,
     /// husk's System service.
     pub system: SystemClient,
     /// husk's Network service.
@@ -149,6 +151,7 @@ impl Guest {
         Ok(Self {
             task: TaskClient::new(client.clone()),
             bundle: BundleClient::new(client.clone()),
+            disks: DisksClient::new(client.clone()),
             system: SystemClient::new(client.clone()),
             network: NetworkClient::new(client.clone()),
             debug: DebugClient::new(client),

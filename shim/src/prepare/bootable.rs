@@ -115,6 +115,7 @@ fn machine(name: &str, config: &Config, host: &Host, size: Size, extras: &Extras
         configured: config.kernel_params.clone(),
         extras: !extras.files.is_empty(),
         supervisor: extras.runs_supervisor(),
+        disks: false,
         sandbox: false,
         vcpus: (max_vcpus > vcpus).then_some(vcpus),
         max_inodes: Some(host.open_files.cached_inodes()),

@@ -4,6 +4,7 @@
 //! | file           | contents                                                             |
 //! |----------------|----------------------------------------------------------------------|
 //! | `bootable.rs`  | a machine that can be booted, for a sandbox or for the pool          |
+//! | `disks.rs`     | the disks that the container asks for (pure)                         |
 //! | `host.rs`      | what the host provides: the guest's files, programs, the accelerator |
 //! | `ids.rs`       | whether the VMs' user IDs are others' too                            |
 //! | `network.rs`   | whether the container is in user mode, and with which ports          |
@@ -17,6 +18,7 @@
 //! | `update.rs`    | updates of a sandbox (pure)                                          |
 
 mod bootable;
+pub(crate) mod disks;
 pub mod host;
 mod ids;
 mod network;
@@ -53,6 +55,7 @@ use crate::network::user::{UserNetwork, resolv_conf};
 use crate::network::{Claim, claim};
 pub use crate::prepare::bootable::Attachments;
 pub(crate) use crate::prepare::bootable::Bootable;
+use crate::prepare::disks::{RequestedDisks, rootfs_needs_disks};
 use crate::prepare::host::Places;
 pub(crate) use crate::prepare::network::RequestedNetwork;
 use crate::prepare::pod::Role;
@@ -98,6 +101,8 @@ pub struct Prepared {
     pub(crate) requested: RequestedNetwork,
     /// Files for the guest itself. A VM that is already booted must have them.
     pub(crate) extras: Extras,
+    /// The disks that the annotations request.
+    pub(crate) disks: RequestedDisks,
     /// The opened files of the extras, for a VM that has to be booted.
     pub(crate) sources: Vec<OpenedFile>,
     workspace: Option<Workspace>,
@@ -228,6 +233,8 @@ pub(crate) fn prepare_sandbox(
     let mut prepared = prepare_spec(config, &Places::of_process(), subject, sandbox, Siblings::NONE)?;
     prepared.role = Role::Sandbox;
     prepared.boot.machine.guest.sandbox = true;
+    // A container of the sandbox may need some.
+    prepared.boot.machine.guest.disks = true;
     prepared.boot.machine.guest.hostname.clone_from(&request.hostname);
     if prepared.user.is_some() && !request.has_dns {
         request.set_resolv_conf(resolv_conf().map_err(|error| PrepareError::one(&error))?.into_bytes());
@@ -262,7 +269,9 @@ fn prepare_with(
 ) -> Result<Prepared, PrepareError> {
     let bundle = Path::new(&request.bundle);
     let subject = Subject { id: &request.id, bundle, parsed: read_spec(bundle)? };
-    prepare_spec(config, places, subject, sandbox, siblings)
+    let mut prepared = prepare_spec(config, places, subject, sandbox, siblings)?;
+    prepared.boot.machine.guest.disks |= rootfs_needs_disks(&request.rootfs);
+    Ok(prepared)
 }
 
 /// What is prepared: a container, or a sandbox without one.
@@ -315,6 +324,9 @@ fn prepare_spec(
         }
     });
     let user = collect(user.transpose(), &mut problems).flatten().flatten();
+    let disks = annotations.as_ref().zip(rewritten.as_ref());
+    let disks = disks.map(|(annotations, rewritten)| RequestedDisks::of(annotations, &config, rewritten));
+    let disks = collect(disks.transpose(), &mut problems).flatten().unwrap_or_default();
     let debug = annotations.as_ref().and_then(|annotations| annotations.debug).unwrap_or(config.debug);
     let host = collect(host::find(&config, places, debug), &mut problems);
 
@@ -333,6 +345,8 @@ fn prepare_spec(
     config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics.max(announced));
     let size = size::size(&config, &annotations, pod, rewritten.limits, host::size());
     let mut boot = Bootable::new(sandbox.id, config, host, size, &extras);
+    // A pod's later containers may need some.
+    boot.machine.guest.disks = role != Role::None || disks.any() || !rewritten.block_devices.is_empty();
     if user.is_some() {
         rewritten.use_network_of_vm();
         boot.machine.user_network.clone_from(&user);
@@ -346,6 +360,7 @@ fn prepare_spec(
         user,
         requested,
         extras,
+        disks,
         sources,
         workspace: annotations.workspace,
         role,

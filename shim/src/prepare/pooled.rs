@@ -63,6 +63,7 @@ impl Bootable {
         };
         let mut boot = Self::new(name, config, host, size, &Extras::default());
         boot.named_config.clone_from(&request.config);
+        boot.machine.guest.disks = true;
         Ok(boot)
     }
 
@@ -100,6 +101,8 @@ impl Bootable {
         let Self { machine, host, config, named_config } = self;
         let mut machine = machine.clone();
         machine.name = String::new();
+        // A VM of the pool can have disks, whether the sandbox needs some or not.
+        machine.guest.disks = true;
         let config_file = load::path(named_config.as_deref());
         let own = std::env::current_exe()?;
         let files = [&own, &machine.kernel, &machine.initrd, &host.vmm, &host.virtiofsd];

@@ -248,6 +248,13 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |b| format!("{:?}", b.plan.workspace)),
         "Some(Workspace(8 bytes))",
     ),
+    ("volume_dirs", "[\"{host}/other\"]", |o| booted(o, |b| b.plan.spec.guest.disks.to_string()), "true"),
+    (
+        "scratch_dir",
+        "\"/none\"",
+        |o| booted(o, |_| "a VM".to_owned()),
+        "scratch_dir = \"/none\": is not a folder of the host",
+    ),
     ("sockets", "[\"{host}/other/\"]", |o| booted(o, |b| b.spec.mounts().iter().flatten().count().to_string()), "8"),
 ];
 
@@ -259,6 +266,8 @@ const WITH: &[(&str, (&str, &str))] = &[
     ("user_namespaces", (IN_USER_NAMESPACE, "true")),
     ("host_pid", POD_WITH_HOST_PID),
     ("sockets", (MOUNTED, "{host}/other/socket")),
+    ("volume_dirs", ("io.husk.volumes", r#"[{"source": "{host}/other/a.img", "destination": "/data"}]"#)),
+    ("scratch_dir", ("io.husk.scratch_mib", "64")),
     ("extras_max_mib", ("io.husk.extras.files", r#"{"/x": {"source": "{host}/other/workspace", "mode": "0644"}}"#)),
 ];
 

@@ -101,6 +101,7 @@ impl Sandbox {
         let below = std::mem::take(&mut places.below);
         prepared.rewritten.place(places);
         self.complete_share(&vm, &share, &id).await?;
+        self.attach_disks(&vm, &id, &mut prepared).await?;
         // The hooks may have added links after the boot has looked for some.
         vm.settle_network().await?;
 

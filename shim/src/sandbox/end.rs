@@ -68,13 +68,14 @@ impl Sandbox {
     }
 
     /// Decides whether the VM ends with this container. Then the guest need not delete the container nor shut down, which
-    /// takes longer than the VM's kill: the container is the last one, and neither a process nor a mount of it is left that could
-    /// have something to write. Nothing else in the guest needs an orderly end. No other container is created any more.
+    /// takes longer than the VM's kill: the container is the last one, and neither a process nor a mount of it nor a disk is
+    /// left that could have something to write. Nothing else in the guest needs an orderly end. No other container is created any more.
     fn ends_with(&self, vm: &Arc<Vm>, container: &Container) -> bool {
         let mut slots = self.lock();
         let is_last = slots.containers.len() == 1 && slots.managed.is_none();
         let is_up = matches!(&slots.vm, VmSlot::Up(up) if Arc::ptr_eq(up, vm));
-        slots.ends = is_last && is_up && container.is_over() && !vm.ends_in_order();
+        let orderly = vm.ends_in_order() || self.disks.any_writable();
+        slots.ends = is_last && is_up && container.is_over() && !orderly;
         slots.ends
     }
 
@@ -98,6 +99,7 @@ impl Sandbox {
                 drop(tokio::spawn(self.clone().tear_down(vm, end, "the last container was deleted")));
             }
             None => {
+                self.detach_disks(id).await;
                 self.release_share(id).await;
                 self.release_demand(id);
                 self.remove_oom_score(id);
@@ -143,6 +145,7 @@ impl Sandbox {
         self.leave_cgroup().await;
         // Before its rule is removed.
         self.lock().forwarding = None;
+        self.disks.clear();
         self.undo_all().await;
         if !self.publisher.flush(FLUSH).await {
             tracing::warn!("containerd did not accept the last events");

@@ -9,6 +9,7 @@ use crate::network::NetworkError;
 use crate::prepare::PrepareError;
 use crate::rootfs::share::ShareError;
 use crate::sandbox::container::guest_reply::InvalidReply;
+use crate::sandbox::disks::DiskError;
 use crate::state::StateError;
 use crate::stdio::StdioError;
 use crate::vm::cgroup::CgroupError;
@@ -71,6 +72,9 @@ pub(crate) enum SandboxError {
     /// The root filesystem or a bind mount.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The sandbox's network namespace.
     #[error(transparent)]
     Namespace(#[from] NetworkError),
@@ -112,7 +116,7 @@ impl SandboxError {
     /// ended.
     pub(super) fn may_be_death(&self) -> bool {
         let guest = match self {
-            Self::Guest(error) => error,
+            Self::Guest(error) | Self::Disk(DiskError::Guest { source: error, .. }) => error,
             Self::GuestNetwork(error) => match &**error {
                 FollowError::Guest(error) => error,
                 FollowError::Ended => return true,

@@ -22,6 +22,7 @@ use crate::rootfs::spec::Demand;
 use crate::rootfs::spec::resources::HostResources;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
+use crate::sandbox::disks::Disks;
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::sandbox::managed::Managed;
 use crate::sandbox::spare::{Spare, Waited};
@@ -100,6 +101,7 @@ pub(crate) struct Sandbox {
     pub(super) sockets: Sockets,
     /// The sources whose changes by the host reach the guest.
     pub(super) watches: Watches,
+    pub(super) disks: Disks,
     /// The cgroup of the sandbox's processes on the host. Locked while it is created, which blocks.
     pub(super) cgroup: tokio::sync::Mutex<Option<HostCgroup>>,
     /// The CPUs and memory nodes of the host that the containers name. Locked while the cgroup changes.
@@ -151,6 +153,7 @@ impl Sandbox {
             publisher,
             sockets: Sockets::default(),
             watches: Watches::default(),
+            disks: Disks::default(),
             cgroup: tokio::sync::Mutex::default(),
             cpusets: tokio::sync::Mutex::default(),
             demands: Mutex::default(),

@@ -103,7 +103,7 @@ impl Sandbox {
         let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_status);
         let shared_volumes = self.shared_volumes().await;
         let (memory, files) = (Some(vm.memory_status().await), Some(vm.files_status()));
-        let watches = self.watches.status();
-        Live { health: Some(health), supervisor, network, memory, files, shared_volumes, watches }
+        let (watches, disks) = (self.watches.status(), self.disks.status());
+        Live { health: Some(health), supervisor, network, memory, files, shared_volumes, watches, disks }
     }
 }

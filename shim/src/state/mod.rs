@@ -7,6 +7,7 @@
 pub mod cid;
 pub mod error;
 pub mod facts;
+pub mod images;
 pub mod journal;
 pub mod lease;
 pub mod life;

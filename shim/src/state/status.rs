@@ -108,6 +108,27 @@ pub struct Live {
     /// The sources whose changes by the host reach the guest. `None`, and absent from the JSON, without such a source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub watches: Option<WatchStatus>,
+    /// The disks that containers use. Absent from the JSON when empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskStatus>,
+}
+
+/// A disk of the VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DiskStatus {
+    /// By which the guest finds it.
+    pub serial: String,
+    /// The image on the host.
+    pub path: PathBuf,
+    /// The guest cannot write.
+    pub read_only: bool,
+    /// Its size as the guest sees it.
+    pub bytes: u64,
+    /// `mounted`, or `attached` if it is used as a device.
+    pub state: String,
+    /// The containers that use it.
+    pub containers: Vec<String>,
 }
 
 /// The sources whose changes by the host reach programs in the guest.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{StateError, UndoFailure, check_identifier, io_error};
 use super::facts::{Boot, MachineRecord};
+use super::images::ImageLeases;
 use super::lease::Holder;
 use super::life::{Life, VmState};
 use super::places::{is_link, remove_empty, resolved, sandbox_dir};
@@ -43,6 +44,8 @@ pub(crate) enum Owner {
     Container(String),
     /// The source with this number in the share. Several containers may use it.
     Volume(u64),
+    /// The disk with this serial. Several containers may use it.
+    Disk(String),
 }
 
 /// Records steps of one owner before their effects: [`State::record`] for code that does not access the state itself.
@@ -200,6 +203,11 @@ impl State {
     /// The leases of the host's folders and files.
     pub(crate) fn volume_leases(&self) -> VolumeLeases {
         VolumeLeases::under(self.dir.ancestors().nth(2).unwrap_or(Path::new("/")))
+    }
+
+    /// The leases of disk images on this host.
+    pub(crate) fn image_leases(&self) -> ImageLeases {
+        ImageLeases::under(self.dir.ancestors().nth(2).unwrap_or(Path::new("/")))
     }
 
     /// The leases of user IDs on this host.

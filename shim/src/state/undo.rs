@@ -11,6 +11,7 @@ use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
 use super::cid::Leases;
+use super::images::ImageLeases;
 use super::ports::PortLeases;
 use super::tree::{self, is_gone};
 use super::users::UserLeases;
@@ -96,6 +97,13 @@ pub(crate) enum Step {
         /// The shim that leased them: undo does not release another shim's lease.
         shim: ProcessId,
     },
+    /// A disk's image was leased. Undo releases it. Its lock ends with the machine.
+    Image {
+        image: String,
+        leases: ImageLeases,
+        /// The shim that leased it: undo does not release another shim's lease.
+        shim: ProcessId,
+    },
     /// The rule that redirects a network namespace's own connections to the shim: removed.
     Loopback { claim: Claim, sandbox: String },
 }
@@ -116,6 +124,7 @@ impl fmt::Display for Step {
                 write!(f, "release the host's port{plural} {}", ports.join(", "))
             }
             Step::Volumes { container, .. } => write!(f, "release the volumes of {container}"),
+            Step::Image { image, .. } => write!(f, "release the disk image {image}"),
             Step::Loopback { claim, .. } => {
                 write!(f, "remove the redirection of connections in the network namespace {}", claim.netns.display())
             }
@@ -153,6 +162,7 @@ impl Step {
             Step::User { id, leases, shim } => leases.release(*id, *shim).map_err(io::Error::other),
             Step::Ports { ports, leases, shim } => leases.release(ports, *shim).map_err(io::Error::other),
             Step::Volumes { container, leases, shim } => leases.release(container, *shim).map_err(io::Error::other),
+            Step::Image { image, leases, shim } => leases.release(image, *shim).map_err(io::Error::other),
             Step::Hooks { container, poststop } => {
                 hooks::run_to_the_end(poststop, container, remaining());
                 Ok(())

@@ -116,6 +116,14 @@ mod tests {
             Ok(None)
         }
 
+        async fn plug_disk(&self, _: crate::vmm::PluggedDisk) -> Result<u32, crate::vmm::VmmError> {
+            Err(crate::vmm::VmmError::NoSlot)
+        }
+
+        async fn unplug_disk(&self, _: u32) -> Result<(), crate::vmm::VmmError> {
+            Err(crate::vmm::VmmError::NoSlot)
+        }
+
         async fn vcpu_threads(&self) -> Result<Vec<i32>, crate::vmm::VmmError> {
             Ok(Vec::new())
         }

@@ -25,7 +25,7 @@ use crate::host::child::Child;
 use crate::host::process::ProcessId;
 use crate::state::links::NetworkStatus;
 use crate::state::status::FilesStatus;
-use crate::vmm::Machine;
+use crate::vmm::{Machine, PluggedDisk, VmmError};
 
 /// How long the machine may take to exit when the guest does not answer, and after it was killed.
 const EXIT: Duration = Duration::from_secs(3);
@@ -74,6 +74,22 @@ pub struct Vm {
 }
 
 impl Vm {
+    /// Gives the VM a disk, and returns its number. The guest has to look for it.
+    ///
+    /// # Errors
+    /// The VM does not have the disk.
+    pub(crate) async fn plug_disk(&self, disk: PluggedDisk) -> Result<u32, VmmError> {
+        self.machine.plug_disk(disk).await
+    }
+
+    /// Takes a disk away from the VM.
+    ///
+    /// # Errors
+    /// The machine may still have it.
+    pub(crate) async fn unplug_disk(&self, number: u32) -> Result<(), VmmError> {
+        self.machine.unplug_disk(number).await
+    }
+
     /// Resolves when the VM is dead, with the cause. May be called any number of times.
     pub(crate) async fn died(&self) -> String {
         match self.dead.clone().wait_for(Option::is_some).await {

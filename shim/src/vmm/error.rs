@@ -41,6 +41,22 @@ pub enum VmmError {
     /// A running machine has as many more network cards as it can be given.
     #[error("the machine has no slot left for a network card")]
     NoSlot,
+    /// The machine was started without a controller for disks.
+    #[error("the machine was started without a controller for disks")]
+    NoController,
+    /// A running machine has as many disks as it can have.
+    #[error("the machine has no number left for a disk")]
+    NoNumber,
+    /// A running machine cannot be given a disk, or keeps one.
+    #[error("{what} {machine}")]
+    Disk {
+        /// The attempted operation, with a preposition.
+        what: &'static str,
+        /// The VMM.
+        machine: &'static str,
+        /// The VMM's error.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A running machine does not say which threads execute its virtual CPUs.
     #[error("query the virtual CPUs of {machine}")]
     Vcpus {

@@ -50,6 +50,11 @@ pub(crate) fn kernel_cmdline(guest: &GuestParams, platform: Platform, accel: Acc
         // From kernel-config/patches: without it, a guest that looks at many files drives virtiofsd into its limit.
         words.push(format!("virtiofs.max_inodes={max}"));
     }
+    if guest.disks {
+        // Spares the kernel the search for disks of a controller that has none when it boots, and all further searches
+        // but those for a single number.
+        words.push("scsi_mod.scan=manual".to_owned());
+    }
     if !guest.held_nics.is_empty() {
         let macs: Vec<String> = guest.held_nics.iter().map(|mac| mac_text(mac)).collect();
         words.push(format!("{}={}", HELD_NICS.0, macs.join(",")));
@@ -147,6 +152,7 @@ pub(crate) mod tests {
             configured: Vec::new(),
             extras: false,
             supervisor: false,
+            disks: false,
             sandbox: false,
             vcpus: None,
             max_inodes: None,

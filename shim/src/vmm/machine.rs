@@ -35,6 +35,30 @@ pub struct Disk {
     pub image: Arc<File>,
 }
 
+/// How the machine's process reads and writes a disk's image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cache {
+    /// Past the host's page cache, with asynchronous I/O of the host's kernel.
+    Bypassed,
+    /// Through the host's page cache, which all machines with this image share.
+    Shared,
+}
+
+/// A disk for a running machine. A flush by the guest is one of the image on the host, and the guest can discard blocks.
+#[derive(Debug)]
+pub struct PluggedDisk {
+    /// The guest finds the disk by it. At most 36 bytes (SCSI's page of the unit's serial number in QEMU).
+    pub serial: String,
+    /// The image, a regular file or a block device, opened for what the guest may do with it.
+    pub image: OwnedFd,
+    /// `image` is a block device.
+    pub is_device: bool,
+    /// The guest cannot write.
+    pub read_only: bool,
+    /// How it is read and written.
+    pub cache: Cache,
+}
+
 /// A network card, connected to a tap.
 #[derive(Debug)]
 pub struct NicEnd {
@@ -63,6 +87,8 @@ pub struct GuestParams {
     pub extras: bool,
     /// The extras contain a supervisor agent that is to run.
     pub supervisor: bool,
+    /// The running machine may be given disks. The guest's kernel looks for them only when its init asks it to.
+    pub disks: bool,
     /// The guest holds the namespaces of a sandbox without a pause container.
     pub sandbox: bool,
     /// The virtual CPUs that the kernel starts, if it does not start all.
@@ -197,6 +223,22 @@ pub trait Machine: Send + Sync {
     ///
     /// The machine has no room left, or the VMM rejects the card or does not answer: the machine does not have it.
     async fn plug(&self, nic: NicEnd) -> Result<(), VmmError>;
+
+    /// Gives the running machine another disk, and returns its number among those of the machine. The guest has to look
+    /// for it.
+    ///
+    /// # Errors
+    ///
+    /// The machine cannot have disks or has no room left, or the VMM rejects the disk or does not answer: the machine
+    /// does not have it.
+    async fn plug_disk(&self, disk: PluggedDisk) -> Result<u32, VmmError>;
+
+    /// Takes a disk away from the running machine, which closes the image. The guest should have stopped to use it.
+    ///
+    /// # Errors
+    ///
+    /// The VMM rejects a step or does not answer.
+    async fn unplug_disk(&self, number: u32) -> Result<(), VmmError>;
 
     /// Offers the guest so much memory in all, MiB, at most [`Spec::max_memory_mib`]. A driver of the guest takes it. With
     /// less than before, the driver may keep what it has.

@@ -23,4 +23,4 @@ pub mod tsc;
 
 pub use error::VmmError;
 pub use factory::Board;
-pub use machine::{Accel, Balloon, Disk, GuestParams, Machine, NicEnd, Sockets, Spec, Vmm};
+pub use machine::{Accel, Balloon, Cache, Disk, GuestParams, Machine, NicEnd, PluggedDisk, Sockets, Spec, Vmm};

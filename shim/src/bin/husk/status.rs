@@ -6,8 +6,8 @@ use std::io::{self, Write};
 use anyhow::Result;
 use husk_shim::state::life::now_ms;
 use husk_shim::state::status::{
-    ContainerStatus, FilesStatus, HealthStatus, MachineStatus, MemoryStatus, ProcessStatus, Status, SupervisorStatus,
-    TransitionStatus, WatchedVolume,
+    ContainerStatus, DiskStatus, FilesStatus, HealthStatus, MachineStatus, MemoryStatus, ProcessStatus, Status,
+    SupervisorStatus, TransitionStatus, WatchedVolume,
 };
 use husk_shim::state::volumes::SharedVolume;
 
@@ -61,6 +61,9 @@ fn page(known: &Known<Status>, now_ms: u64) -> String {
         if let Some(problem) = &open.problem {
             line("WARNING", format!("the share does not respond: virtiofsd {}", shown(problem)));
         }
+    }
+    for attached in live.iter().flat_map(|live| &live.disks) {
+        line("disk", disk(attached));
     }
     for shared in live.iter().flat_map(|live| &live.shared_volumes) {
         line("WARNING", shared_volume(shared));
@@ -165,6 +168,19 @@ fn files(files: &FilesStatus) -> String {
     text
 }
 
+fn disk(disk: &DiskStatus) -> String {
+    let DiskStatus { serial, path, read_only, bytes, state, containers } = disk;
+    format!(
+        "{}: {}, {} MiB, {}, {} for {}",
+        shown(serial),
+        shown(&path.to_string_lossy()),
+        bytes >> 20,
+        if *read_only { "read-only" } else { "read-write" },
+        shown(state),
+        containers.iter().map(|container| shown(container)).collect::<Vec<_>>().join(", ")
+    )
+}
+
 fn shared_volume(shared: &SharedVolume) -> String {
     format!(
         "sandbox {} in namespace {} can write to {} too: file locks and inotify do not work between two VMs",
@@ -256,6 +272,8 @@ mod tests {
             "watches": {"overflows": 2, "volumes": [{"path": "/srv/c\u{1b}", "reported": 7, "lost": 1},
                 {"path": "/srv/d", "problem": "no\u{7}"}]},
             "memory": {"on_host_mib": 41, "balloon_target_mib": 128, "balloon_mib": 127, "reports_free_pages": true},
+            "disks": [{"serial": "volume-1\u{1b}", "path": "/v/pg.img", "bytes": 33_554_432, "state": "mounted",
+                "containers": ["web"]}],
             "files": {"open": 700, "limit": 20000, "configured": 131_072},
             "network": {"netns": "/run/netns/web", "links": [{"mac": "02:00:00:00:00:01",
                 "guest": {"name": "eth0", "mtu": 1500, "up": true, "carrier": true}}]},
@@ -284,6 +302,7 @@ mod tests {
             "memory      the guest takes 41 MiB of the host's memory and gives back what it frees; 127 MiB in the balloon, for a target of 128 MiB",
             "files       virtiofsd has 700 open, of at most 20000; the host does not allow the configured 131072",
             "WARNING     sandbox db in namespace default can write to /srv/a^[ too: file locks and inotify do not work between two VMs",
+            "disk        volume-1^[: /v/pg.img, 32 MiB, read-write, mounted for web",
             "watched     /srv/c^[: 7 changes reported, 1 lost",
             "watched     /srv/d: not watched: no^G; 0 changes reported, 0 lost",
             "WARNING     the kernel's queue of changes has overflowed 2 times",

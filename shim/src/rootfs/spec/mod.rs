@@ -11,6 +11,7 @@
 //! | `mounts.rs`        | mounts: bind mounts move to the share              |
 //! | `mount_options.rs` | what becomes of each option of a mount             |
 //! | `devices.rs`       | devices: those that every guest has                |
+//! | `disks.rs`         | the places of disks in the container               |
 //! | `namespaces.rs`    | which namespaces can be joined by path             |
 //! | `host_hooks.rs`    | which hooks the host runs                          |
 //! | `limits.rs`        | the limits that size a VM                          |
@@ -22,6 +23,7 @@
 
 mod context;
 mod devices;
+mod disks;
 pub(crate) mod features;
 mod findings;
 mod host_hooks;

@@ -6,7 +6,7 @@ use husk_protos::{CONTAINERS_CGROUP, SANDBOX_SHM};
 use oci_spec::runtime::{Capability, Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 
 use super::context::Context;
-use super::devices::rewrite_devices;
+use super::devices::{BlockDevice, rewrite_devices};
 use super::findings::{Findings, SpecProblems};
 use super::host_hooks::{announced_links, take_host_hooks};
 use super::limits::{Demand, SpecLimits, limits};
@@ -70,6 +70,8 @@ pub struct Rewritten {
     pub(crate) binds: Vec<Bind>,
     /// The Unix sockets of the host that the guest relays.
     pub(crate) sockets: Vec<SocketMount>,
+    /// The block devices of the host. In the spec, they have the host's numbers until they are placed.
+    pub(crate) block_devices: Vec<BlockDevice>,
     /// The root folder that the spec names on the host, used when containerd passes no mounts.
     pub(crate) rootfs: PathBuf,
     /// The container may not write to its root filesystem.
@@ -210,11 +212,12 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     let oom_score_adj = spec.process().as_ref().and_then(|process| process.oom_score_adj());
     match (rootfs, linux) {
         (Some(rootfs), Some(linux)) if findings.problems.is_empty() => {
-            let LinuxOfHost { cgroups_path, limits, demand, host_resources, network } = linux;
+            let LinuxOfHost { block_devices, cgroups_path, limits, demand, host_resources, network } = linux;
             Ok(Rewritten {
                 spec,
                 binds,
                 sockets,
+                block_devices,
                 rootfs,
                 read_only,
                 oom_score_adj,
@@ -281,6 +284,7 @@ fn rewrite_root(spec: &mut Spec, context: &Context<'_>, findings: &mut Findings)
 
 /// What the part `linux` names on the host.
 struct LinuxOfHost {
+    block_devices: Vec<BlockDevice>,
     cgroups_path: Option<String>,
     limits: SpecLimits,
     demand: Demand,
@@ -314,10 +318,10 @@ fn rewrite_linux(
         findings.reject("linux.netDevices", Some(name), "a network device of the host cannot be moved into a VM");
     }
     let network = rewrite_namespaces(linux, context, has_cgroup_mount, findings);
-    rewrite_devices(linux, findings);
+    let block_devices = rewrite_devices(linux, findings);
     let host_resources =
         linux.resources_mut().as_mut().map(|resources| rewrite_resources(resources, findings)).unwrap_or_default();
-    Some(LinuxOfHost { cgroups_path, limits, demand, host_resources, network })
+    Some(LinuxOfHost { block_devices, cgroups_path, limits, demand, host_resources, network })
 }
 
 /// Rewrites the namespaces, and returns the network that they ask for.

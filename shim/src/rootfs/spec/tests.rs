@@ -145,11 +145,45 @@ fn a_device_of_the_guest_can_be_added_to_a_privileged_container() {
 
     // A later rule denies what the earlier one has allowed, and the message remains short.
     let disks: Vec<_> =
-        (0..100).map(|n| json!({"path": format!("/dev/d{n}"), "type": "b", "major": 8, "minor": n})).collect();
+        (0..100).map(|n| json!({"path": format!("/dev/d{n}"), "type": "c", "major": 8, "minor": n})).collect();
     spec["linux"]["devices"] = json!(disks);
     spec["linux"]["resources"]["devices"].as_array_mut().unwrap().push(json!({"allow": false, "access": "rwm"}));
     let problems = run(&spec, true).unwrap_err().to_string();
-    assert!(problems.ends_with("/dev/d3 (b 8:3), /dev/d4 (b 8:4) and 95 more"), "{problems}");
+    assert!(problems.ends_with("/dev/d3 (c 8:3), /dev/d4 (c 8:4) and 95 more"), "{problems}");
+}
+
+#[test]
+fn a_block_device_gets_the_guests_numbers_and_no_rule_names_a_device_that_is_not_the_containers() {
+    let mut spec: Value = serde_json::from_str(PRIVILEGED).unwrap();
+    let device = |path: &str, minor: i64| json!({"path": path, "type": "b", "major": 8, "minor": minor});
+    // One device under two paths.
+    spec["linux"]["devices"] = json!([device("/dev/a", 0), device("/dev/b", 16), device("/dev/again", 0)]);
+    let rule =
+        |minor: i64, access: &str| json!({"allow": true, "type": "b", "major": 8, "minor": minor, "access": access});
+    spec["linux"]["resources"]["devices"] =
+        json!([{"allow": false, "access": "rwm"}, rule(0, "rwm"), rule(16, "r"), rule(32, "rwm")]);
+    let mut rewritten = run(&spec, true).unwrap();
+    let found: Vec<_> = rewritten.block_devices.iter().map(|device| (device.minor, device.read_only)).collect();
+    assert_eq!(found, [(0, false), (16, true)]);
+    // The numbers of one are those of the other on the host.
+    rewritten.place_devices(&[((8, 0), (8, 16)), ((8, 16), (8, 48))]);
+    let linux = rewritten.spec.linux().as_ref().unwrap();
+    let minors: Vec<_> = linux.devices().iter().flatten().map(|device| device.minor()).collect();
+    assert_eq!(minors, [16, 48, 16]);
+    let rules = linux.resources().as_ref().unwrap().devices().as_ref().unwrap();
+    assert_eq!(rules.iter().map(|rule| rule.minor()).collect::<Vec<_>>(), [None, Some(16), Some(48)]);
+}
+
+#[test]
+fn a_disk_is_mounted_before_what_is_mounted_below_it() {
+    let below = json!({"destination": "/data/below", "type": "tmpfs"});
+    let mut rewritten = run(&with("/mounts/-", below), true).unwrap();
+    for (serial, destination) in [("volume-1", "/data"), ("volume-2", "/database")] {
+        rewritten.mount_disk(Path::new(&format!("/run/husk/disks/{serial}")), Path::new(destination), false);
+    }
+    let mounts = rewritten.spec.mounts().as_ref().unwrap();
+    let last: Vec<_> = mounts[mounts.len() - 3..].iter().map(|mount| mount.destination().to_str().unwrap()).collect();
+    assert_eq!(last, ["/data", "/data/below", "/database"]);
 }
 
 #[test]
@@ -314,8 +348,8 @@ fn namespaces_devices_and_resources_of_the_host_are_rejected() {
             r#"linux.namespaces[5].path "/proc/7/ns/ipc": process 7 does not represent a running container of this sandbox"#,
         ),
         (
-            with("/linux/devices", json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}])),
-            "linux.devices: devices of the host cannot be used in a VM: /dev/sda (b 8:0)",
+            with("/linux/devices", json!([{"path": "/dev/sg0", "type": "c", "major": 21, "minor": 0}])),
+            "linux.devices: devices of the host cannot be used in a VM: /dev/sg0 (c 21:0)",
         ),
         (with("/linux/intelRdt", json!({"closID": "a"})), "linux.intelRdt: "),
         (with("/linux/netDevices", json!({"eth1": {"name": "x"}})), r#"linux.netDevices "eth1": "#),

@@ -17,6 +17,10 @@ const BRIDGE_CONTROLS_ITSELF: &str = "ICH9-LPC.acpi-pci-hotplug-with-bridge-supp
 /// The memory that the running machine can be given, and the device that offers it to the guest.
 pub(super) const GROWTH: &str = "growth";
 
+/// The controller of the disks that the running machine is given. Without virtio's events (hotplug=off), because the
+/// guest's init asks for each disk. One queue: one thread of QEMU serves all.
+const DISKS: &str = "id=disks,hotplug=off,num_queues=1";
+
 /// How much translated code QEMU keeps unless it is configured, in MiB: a quarter of the VM's memory, within these limits.
 /// gcc and Python together need the least.
 const CODE_CACHE_MIB: std::ops::RangeInclusive<u64> = 128..=1024;
@@ -125,6 +129,9 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
         // The whole range is one region from the start: no back end has to learn of it while the machine runs.
         push(&["-device", &format!("virtio-mem-{bus},id={GROWTH},memdev={GROWTH}")]);
     }
+    if spec.guest.disks {
+        push(&["-device", &format!("virtio-scsi-{bus},{DISKS}")]);
+    }
     if has_balloon(spec, board, fds.nics.len()) {
         // The guest takes its memory back when it runs short, so that no target can make it kill programs.
         let options = "free-page-reporting=on,deflate-on-oom=on";
@@ -149,7 +156,8 @@ pub(super) fn slots_taken(spec: &Spec) -> usize {
     let shell = usize::from(spec.guest.debug);
     let bridge = usize::from(spec.pluggable_nics > 0);
     let growth = usize::from(growth_mib(spec) > 0);
-    OTHER_DEVICES + shell + bridge + growth + spec.disks.len()
+    let controller = usize::from(spec.guest.disks);
+    OTHER_DEVICES + shell + bridge + growth + controller + spec.disks.len()
 }
 
 /// The memory that the running machine can be given, MiB.
@@ -227,7 +235,7 @@ fn cpu(accel: Accel) -> &'static str {
 pub(crate) mod tests {
     use super::*;
     use crate::vmm::kernel_cmdline::tests::guest;
-    use crate::vmm::machine::Disk;
+    use crate::vmm::machine::{Disk, GuestParams};
 
     fn spec() -> Spec {
         Spec {
@@ -460,6 +468,16 @@ pub(crate) mod tests {
         let args = arguments(&spec, Board::Q35, &FDS);
         assert_eq!(values(&args, "-device").last(), Some(&"pci-bridge,id=plug,chassis_nr=1,shpc=on"));
         assert_eq!(values(&args, "-global"), ["ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]);
+    }
+
+    #[test]
+    fn a_machine_that_may_be_given_disks_has_a_controller_for_them() {
+        for (board, device) in [(Board::Microvm, "virtio-scsi-device"), (Board::Q35, "virtio-scsi-pci")] {
+            let guest = GuestParams { disks: true, ..guest() };
+            let args = arguments(&Spec { guest, ..spec() }, board, &FDS);
+            let expected = format!("{device},id=disks,hotplug=off,num_queues=1");
+            assert_eq!(values(&args, "-device").last(), Some(&expected.as_str()));
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! | `qmp.rs`   | QMP, QEMU's control protocol            |
 //! | `syscalls.rs` | the system calls that QEMU may use   |
 //! | `plug.rs`  | network cards of a running machine      |
+//! | `disks.rs` | disks of a running machine              |
 //! | `memory.rs` | more memory of a running machine       |
 //! | `balloon.rs` | memory that the guest gives back      |
 
@@ -35,11 +36,12 @@ use crate::host::text::clean;
 use crate::network::user;
 use crate::vmm::error::VmmError;
 use crate::vmm::hugepages;
-use crate::vmm::machine::{Accel, Balloon, Disk, Machine, NicEnd, Sockets, Spec, Vmm};
+use crate::vmm::machine::{Accel, Balloon, Disk, Machine, NicEnd, PluggedDisk, Sockets, Spec, Vmm};
 
 pub(crate) mod args;
 mod balloon;
 pub(crate) mod board;
+mod disks;
 mod memory;
 mod plug;
 mod qmp;
@@ -142,13 +144,15 @@ impl Vmm for Qemu {
             accel: spec.accel,
             files,
             slots: plug::Slots::new(spec.pluggable_nics),
+            disks: spec.guest.disks.then(disks::Disks::default),
+            deleted: Arc::default(),
             boot_memory_mib: spec.memory_mib,
             grows: args::growth_mib(&spec) > 0,
             balloon: args::has_balloon(&spec, self.board, fds.nics.len()),
             qmp: connection,
         };
         let qmp = UnixStream::from_std(qmp).map_err(system("register the QMP socket"))?;
-        tokio::spawn(listen(qmp, machine.reason.clone(), connected));
+        tokio::spawn(listen(qmp, machine.reason.clone(), machine.deleted.clone(), connected));
         Ok(Box::new(machine))
     }
 }
@@ -237,6 +241,9 @@ struct QemuMachine {
     /// What stays of the host's files once QEMU runs.
     files: Vec<RootFile>,
     slots: plug::Slots,
+    /// The disks that it was given; none if it cannot have any.
+    disks: Option<disks::Disks>,
+    deleted: Arc<disks::Deleted>,
     /// The memory that the guest started with.
     boot_memory_mib: u64,
     /// It can have more.
@@ -252,6 +259,7 @@ struct QemuMachine {
 async fn listen(
     socket: UnixStream,
     reason: Arc<Mutex<Option<String>>>,
+    deleted: Arc<disks::Deleted>,
     connected: watch::Sender<Option<Arc<qmp::Qmp>>>,
 ) {
     let (qmp, mut events) = match qmp::Qmp::handshake(socket, QMP_DEADLINE).await {
@@ -269,6 +277,11 @@ async fn listen(
         if event.name == "SHUTDOWN" {
             let text = event.data.get("reason").and_then(|reason| reason.as_str()).map(clean);
             *lock(&reason) = text;
+        }
+        if event.name == "DEVICE_DELETED"
+            && let Some(device) = event.data.get("device").and_then(Value::as_str)
+        {
+            deleted.report(device);
         }
     }
 }
@@ -310,6 +323,35 @@ impl Machine for QemuMachine {
             }
             plug::Failure::Unknown(error) => failed(error),
         })
+    }
+
+    async fn plug_disk(&self, disk: PluggedDisk) -> Result<u32, VmmError> {
+        let failed =
+            |source: qmp::QmpError| VmmError::Disk { what: "give a disk to", machine: NAME, source: source.into() };
+        let disks = self.disks.as_ref().ok_or(VmmError::NoController)?;
+        let qmp = self.connection().await.map_err(failed)?;
+        let number = disks.take().ok_or(VmmError::NoNumber)?;
+        match disks::plug(&qmp, number, &disk).await {
+            Ok(()) => Ok(number),
+            Err(plug::Failure::Undone(error)) => {
+                disks.give_back(number);
+                Err(failed(error))
+            }
+            Err(plug::Failure::Unknown(error)) => Err(failed(error)),
+        }
+    }
+
+    async fn unplug_disk(&self, number: u32) -> Result<(), VmmError> {
+        let failed = |source: qmp::QmpError| VmmError::Disk {
+            what: "take a disk away from",
+            machine: NAME,
+            source: source.into(),
+        };
+        let disks = self.disks.as_ref().ok_or(VmmError::NoController)?;
+        let qmp = self.connection().await.map_err(failed)?;
+        disks::unplug(&qmp, &self.deleted, number).await.map_err(failed)?;
+        disks.give_back(number);
+        Ok(())
     }
 
     async fn offer_memory(&self, memory_mib: u64) -> Result<(), VmmError> {

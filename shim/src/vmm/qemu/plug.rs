@@ -150,7 +150,7 @@ fn device(slot: usize, card: &Card) -> Value {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs::File;
     use std::io::{IoSliceMut, Seek, SeekFrom};
     use std::os::fd::{AsRawFd, FromRawFd};
@@ -162,11 +162,14 @@ mod tests {
 
     use super::*;
 
-    const SECOND: Duration = Duration::from_secs(1);
+    pub(in crate::vmm::factory::qemu) const SECOND: Duration = Duration::from_secs(1);
 
     /// Plays QEMU: accepts all commands but `rejected`, and returns what was received: each command's name, its
     /// arguments, and the length of the file whose descriptor came with it.
-    async fn play(mut socket: UnixStream, rejected: &'static str) -> Vec<(String, Value, Option<u64>)> {
+    pub(in crate::vmm::factory::qemu) async fn play(
+        mut socket: UnixStream,
+        rejected: &'static str,
+    ) -> Vec<(String, Value, Option<u64>)> {
         let mut received = Vec::new();
         socket.write_all(b"{\"QMP\": {}}\n").await.unwrap();
         loop {
@@ -201,7 +204,7 @@ mod tests {
         }
     }
 
-    fn file(length: u64) -> OwnedFd {
+    pub(in crate::vmm::factory::qemu) fn file(length: u64) -> OwnedFd {
         let file = tempfile::tempfile().unwrap();
         file.set_len(length).unwrap();
         file.into()

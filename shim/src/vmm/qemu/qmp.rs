@@ -118,7 +118,18 @@ impl Qmp {
 
     /// Gives QEMU a descriptor under a name that later commands can use. QEMU has its own copy then.
     pub(super) async fn give(&self, name: &str, fd: BorrowedFd<'_>, deadline: Duration) -> Result<(), QmpError> {
-        self.exchange("getfd", json!({"fdname": name}), Some(fd), deadline).await.map(|_| ())
+        self.execute_with("getfd", json!({"fdname": name}), fd, deadline).await.map(|_| ())
+    }
+
+    /// Runs a command that takes a descriptor, of which QEMU has its own copy then.
+    pub(super) async fn execute_with(
+        &self,
+        command: &str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+        deadline: Duration,
+    ) -> Result<Value, QmpError> {
+        self.exchange(command, arguments, Some(fd), deadline).await
     }
 
     async fn exchange(

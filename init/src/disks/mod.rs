@@ -1,0 +1,299 @@
+//! Disks that the host gives to the running machine, and the Disks service.
+//!
+//! | file         | contents                                    |
+//! |--------------|---------------------------------------------|
+//! | `find.rs`    | finds a block device by its serial          |
+//! | `scsi.rs`    | makes the kernel look for a disk, and forget it |
+//! | `filesystem.rs` | mounts, grows, freezes and unmounts a disk's filesystem |
+//!
+//! The host says which container uses a disk. The first use prepares the disk, the last one ends it. While all containers
+//! that use a disk are paused, its filesystem is frozen.
+
+mod filesystem;
+pub(crate) mod find;
+mod scsi;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use husk_protos::DISKS_PATH;
+use husk_protos::disks::{AttachDiskRequest, AttachDiskResponse, DetachDiskRequest, DetachDiskResponse, DiskMount};
+use husk_protos::lock::lock;
+use nix::sys::stat::{major, minor};
+use tokio::sync::{RwLock, RwLockReadGuard};
+use ttrpc::r#async::TtrpcContext;
+
+use crate::error::{CallError, FailureKind};
+use crate::paths;
+use crate::rpc::handle_uninterrupted;
+use filesystem::Filesystem;
+
+/// A disk that containers use.
+#[derive(Debug)]
+struct Disk {
+    /// The kernel's name of the device.
+    name: String,
+    numbers: AttachDiskResponse,
+    /// The containers that use it.
+    users: BTreeSet<String>,
+    /// None of a disk that is used as a device.
+    filesystem: Option<Arc<Filesystem>>,
+}
+
+/// The disks that containers use, by serial, and the containers that are paused.
+#[derive(Debug, Default)]
+struct Table {
+    disks: BTreeMap<String, Disk>,
+    paused: BTreeSet<String>,
+}
+
+impl Table {
+    /// The filesystems of disks whose users are all paused, and the others.
+    fn by_pause(&self, container: &str) -> (Vec<Arc<Filesystem>>, Vec<Arc<Filesystem>>) {
+        let of_container = self.disks.values().filter(|disk| disk.users.contains(container));
+        let (paused, others): (Vec<&Disk>, Vec<&Disk>) =
+            of_container.partition(|disk| disk.users.is_subset(&self.paused));
+        let filesystems = |disks: Vec<&Disk>| disks.into_iter().filter_map(|disk| disk.filesystem.clone()).collect();
+        (filesystems(paused), filesystems(others))
+    }
+}
+
+/// The disks of this guest.
+#[derive(Debug, Default)]
+pub(crate) struct Disks {
+    table: Mutex<Table>,
+    /// Held while a disk is attached or detached, which blocks.
+    changing: Mutex<()>,
+    /// Locked for reading while a container's mount namespace is made: until its root is in place, it has copies of all
+    /// mounts of the guest.
+    namespaces: RwLock<()>,
+}
+
+impl Disks {
+    fn attach(&self, request: AttachDiskRequest) -> Result<AttachDiskResponse, CallError> {
+        let AttachDiskRequest { serial, target, container, mount, .. } = request;
+        paths::check_id(&serial)?;
+        let _changing = lock(&self.changing);
+        let known = lock(&self.table).disks.get(&serial).map(|disk| disk.numbers.clone());
+        let numbers = match known {
+            Some(numbers) => numbers,
+            None => {
+                let disk = prepare(&serial, target, mount.into_option())?;
+                let numbers = disk.numbers.clone();
+                lock(&self.table).disks.insert(serial.clone(), disk);
+                numbers
+            }
+        };
+        if let Some(disk) = lock(&self.table).disks.get_mut(&serial) {
+            disk.users.insert(container.clone());
+        }
+        // It is not paused, whoever else is.
+        self.thaw(&container);
+        Ok(numbers)
+    }
+
+    fn detach(&self, serial: &str, container: &str) -> Result<(), CallError> {
+        let _changing = lock(&self.changing);
+        let unused = {
+            let mut table = lock(&self.table);
+            let Some(disk) = table.disks.get_mut(serial) else { return Ok(()) };
+            disk.users.remove(container);
+            if !disk.users.is_empty() {
+                return Ok(());
+            }
+            (disk.name.clone(), disk.filesystem.clone())
+        };
+        self.release(serial, &unused.0, unused.1.as_deref())?;
+        lock(&self.table).disks.remove(serial);
+        Ok(())
+    }
+
+    /// Delays the release of disks while a container's mount namespace is made.
+    pub(crate) async fn making_namespace(&self) -> RwLockReadGuard<'_, ()> {
+        self.namespaces.read().await
+    }
+
+    /// Freezes the filesystems that only paused containers use, of which `container` is one from now on.
+    ///
+    /// # Errors
+    /// That of the first filesystem that does not freeze. Then call [`Self::thaw`], as also if the future is dropped.
+    pub(crate) async fn freeze(&self, container: &str) -> Result<(), CallError> {
+        let filesystems = {
+            let mut table = lock(&self.table);
+            table.paused.insert(container.to_owned());
+            table.by_pause(container).0
+        };
+        for filesystem in filesystems {
+            let path = filesystem.path().display().to_string();
+            // On a thread: freezing writes everything back.
+            let frozen = tokio::task::spawn_blocking(move || filesystem.freeze()).await;
+            let frozen = frozen.map_err(io::Error::other).flatten();
+            frozen.map_err(|error| CallError::internal(format_args!("freeze {path}"), &error))?;
+        }
+        Ok(())
+    }
+
+    /// Thaws the filesystems of a container, which is not paused any more. A failure is logged.
+    pub(crate) fn thaw(&self, container: &str) {
+        let filesystems = {
+            let mut table = lock(&self.table);
+            table.paused.remove(container);
+            table.by_pause(container).1
+        };
+        filesystems.iter().for_each(|filesystem| filesystem.thaw());
+    }
+
+    /// Thaws everything.
+    pub(crate) fn thaw_all(&self) {
+        let filesystems: Vec<_> = {
+            let mut table = lock(&self.table);
+            table.paused.clear();
+            table.disks.values().filter_map(|disk| disk.filesystem.clone()).collect()
+        };
+        filesystems.iter().for_each(|filesystem| filesystem.thaw());
+    }
+
+    /// Unmounts a disk and makes the kernel forget it.
+    fn release(&self, serial: &str, name: &str, filesystem: Option<&Filesystem>) -> Result<(), CallError> {
+        let failed = |what: &str, error: &io::Error| match error.raw_os_error() {
+            Some(libc::EBUSY) => {
+                let what = format!("detach the disk {serial}: {what}: something in the guest still uses it");
+                CallError::new(FailureKind::FailedPrecondition, what)
+            }
+            _ => CallError::internal(format_args!("detach the disk {serial}: {what}"), error),
+        };
+        if let Some(filesystem) = filesystem {
+            filesystem.unmount().map_err(|error| failed("unmount its filesystem", &error))?;
+        }
+        let _alone = self.namespaces.blocking_write();
+        // Fails if the filesystem is mounted elsewhere: then the kernel may have more to write.
+        let alone = File::options().read(true).custom_flags(libc::O_EXCL).open(format!("/dev/{name}"));
+        drop(alone.map_err(|error| failed("look for its users", &error))?);
+        scsi::forget(name).map_err(|error| failed("remove it", &error))
+    }
+
+    /// Unmounts everything, before the guest ends. A failure is logged: the journals of the filesystems are complete.
+    pub(crate) fn unmount_all(&self) {
+        let _changing = lock(&self.changing);
+        for (serial, disk) in &lock(&self.table).disks {
+            if let Some(filesystem) = &disk.filesystem
+                && let Err(error) = filesystem.unmount()
+            {
+                tracing::warn!(serial, %error, "failed to unmount a disk at the guest's end");
+            }
+        }
+    }
+}
+
+/// Finds a disk and mounts its filesystem. A failure leaves nothing behind.
+fn prepare(serial: &str, target: u32, mount: Option<DiskMount>) -> Result<Disk, CallError> {
+    let found = find::find(serial, File::options().read(true).custom_flags(libc::O_NONBLOCK), || scsi::search(target));
+    let (name, device) = found.map_err(|error| {
+        forget_target(target);
+        match error.kind() {
+            io::ErrorKind::TimedOut => CallError::new(FailureKind::DeadlineExceeded, format!("attach a disk: {error}")),
+            _ => CallError::internal(format_args!("attach the disk {serial}"), &error),
+        }
+    })?;
+    let prepared = (|| {
+        let metadata = device.metadata()?;
+        if !metadata.file_type().is_block_device() {
+            return Err(io::Error::other(format!("/dev/{name} is not a block device")));
+        }
+        let sectors = fs::read_to_string(format!("/sys/class/block/{name}/size"))?;
+        let sectors: u64 = sectors.trim_end().parse().map_err(io::Error::other)?;
+        let numbers = AttachDiskResponse {
+            major: major(metadata.rdev()) as u32,
+            minor: minor(metadata.rdev()) as u32,
+            // Sectors of the block layer have this size, whatever those of the disk have.
+            bytes: sectors * 512,
+            ..Default::default()
+        };
+        let filesystem = match mount {
+            Some(mount) => {
+                let path = Path::new(DISKS_PATH).join(serial);
+                Some(Arc::new(Filesystem::mount(&format!("/dev/{name}"), path, &mount, numbers.bytes)?))
+            }
+            None => None,
+        };
+        Ok(Disk { name: name.clone(), numbers, users: BTreeSet::new(), filesystem })
+    })();
+    drop(device);
+    prepared.map_err(|error: io::Error| {
+        if let Err(error) = scsi::forget(&name) {
+            tracing::error!(serial, %error, "failed to remove a disk that cannot be used");
+        }
+        CallError::internal(format_args!("attach the disk {serial}"), &error)
+    })
+}
+
+/// Removes what the kernel may know of a disk that has not appeared in time.
+fn forget_target(target: u32) {
+    if let Err(error) = scsi::forget_target(target) {
+        tracing::error!(target, %error, "failed to remove a disk that has not appeared");
+    }
+}
+
+/// The Disks service.
+pub(crate) struct DisksService(pub(crate) Arc<Disks>);
+
+#[async_trait]
+impl husk_protos::disks_ttrpc::Disks for DisksService {
+    async fn attach(&self, _: &TtrpcContext, request: AttachDiskRequest) -> ttrpc::Result<AttachDiskResponse> {
+        let disks = self.0.clone();
+        handle_uninterrupted(blocking("attach a disk", move || disks.attach(request))).await
+    }
+
+    async fn detach(&self, _: &TtrpcContext, request: DetachDiskRequest) -> ttrpc::Result<DetachDiskResponse> {
+        let disks = self.0.clone();
+        let detach = move || disks.detach(&request.serial, &request.container).map(|()| DetachDiskResponse::new());
+        handle_uninterrupted(blocking("detach a disk", detach)).await
+    }
+}
+
+/// Runs `work` on a thread: it may wait for the disk, and PID 1 must send heartbeats meanwhile.
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T, CallError> + Send + 'static,
+) -> Result<T, CallError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(CallError::internal(what, &error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filesystem_is_frozen_only_while_all_its_containers_are_paused() {
+        let disk = |users: &[&str]| Disk {
+            name: "sda".into(),
+            numbers: AttachDiskResponse::new(),
+            users: users.iter().map(|user| (*user).to_owned()).collect(),
+            filesystem: Some(Arc::new(Filesystem::at(users.join("+").into()))),
+        };
+        let disks = [("one", disk(&["a"])), ("two", disk(&["a", "b"])), ("three", disk(&["b"]))];
+        let disks: BTreeMap<_, _> = disks.into_iter().map(|(serial, disk)| (serial.to_owned(), disk)).collect();
+        let mut table = Table { disks, paused: BTreeSet::new() };
+        let paths = |filesystems: Vec<Arc<Filesystem>>| {
+            let mut paths: Vec<String> = filesystems.iter().map(|one| one.path().display().to_string()).collect();
+            paths.sort();
+            paths.join(" ")
+        };
+        let rows: [(&[&str], &str, &str, &str); 4] = [
+            (&[], "a", "", "a a+b"),
+            (&["a"], "a", "a", "a+b"),
+            (&["a", "b"], "b", "a+b b", ""),
+            (&["b"], "a", "", "a a+b"),
+        ];
+        for (paused, container, frozen, thawed) in rows {
+            table.paused = paused.iter().map(|name| (*name).to_owned()).collect();
+            let (all, some) = table.by_pause(container);
+            assert_eq!((paths(all).as_str(), paths(some).as_str()), (frozen, thawed), "{paused:?} {container}");
+        }
+    }
+}

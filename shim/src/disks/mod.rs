@@ -1,0 +1,75 @@
+//! Images on the host that become disks of a VM.
+//!
+//! | file        | contents                                                            |
+//! |-------------|---------------------------------------------------------------------|
+//! | `image.rs`  | opens and locks a file or block device                              |
+//! | `blank.rs`  | whether a file is provably blank                                    |
+//! | `format.rs` | makes a filesystem on a blank file                                  |
+//! | `volume.rs` | the file of a volume: created, grown, and formatted on its first use |
+//! | `scratch.rs` | a file without a name for data that ends with the VM              |
+//!
+//! The host never reads a filesystem that a guest can have written: only the guest does.
+
+mod blank;
+mod format;
+pub(crate) mod image;
+pub(crate) mod scratch;
+pub(crate) mod volume;
+
+use image::Image;
+
+/// What a disk is for. Its serial begins with the name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A container's root filesystem.
+    Root,
+    /// A read-only part of a root filesystem.
+    Layer,
+    /// A volume.
+    Volume,
+    /// A block device of the host, for a container that uses it as a device.
+    Device,
+    /// Data that ends with the VM.
+    Scratch,
+}
+
+impl Kind {
+    /// The name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Root => "root",
+            Self::Layer => "layer",
+            Self::Volume => "volume",
+            Self::Device => "device",
+            Self::Scratch => "scratch",
+        }
+    }
+}
+
+/// How the guest mounts a disk: arguments of mount(2).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct GuestMount {
+    pub(crate) fs_type: String,
+    pub(crate) flags: u64,
+    pub(crate) data: String,
+    /// Grow the filesystem, ext4, to the size of the disk.
+    pub(crate) grow: bool,
+}
+
+/// A disk for the VM.
+#[derive(Debug)]
+pub(crate) struct NewDisk {
+    pub(crate) kind: Kind,
+    pub(crate) image: Image,
+    /// None: the guest does not mount it.
+    pub(crate) mount: Option<GuestMount>,
+    /// Prepare the image as that of a volume, once it is locked.
+    pub(crate) volume: Option<volume::Sizing>,
+}
+
+impl NewDisk {
+    /// A disk whose image is ready for use.
+    pub(crate) fn new(kind: Kind, image: Image, mount: Option<GuestMount>) -> Self {
+        Self { kind, image, mount, volume: None }
+    }
+}

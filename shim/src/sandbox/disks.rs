@@ -1,0 +1,354 @@
+//! Disks of the running VM: attached for the first container that uses them, and taken away after the last.
+//!
+//! An image is leased and locked, the machine gets the disk, and the guest finds and mounts it; in reverse order for the
+//! end. The machine's descriptor keeps the lock, so the image is free as soon as the machine is dead, however it dies.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use husk_protos::DISKS_PATH;
+use husk_protos::chain::Chain;
+use husk_protos::disks::{AttachDiskRequest, DetachDiskRequest, DiskMount};
+use husk_protos::lock::lock;
+use serde_json::json;
+use ttrpc::context::with_duration;
+
+use crate::disks::image::{Access, Image, ImageError};
+use crate::disks::scratch::ScratchError;
+use crate::disks::volume::{self, VolumeFileError};
+use crate::disks::{GuestMount, Kind, NewDisk};
+use crate::guest::client::GuestError;
+use crate::host::process::ProcessId;
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::registry::Sandbox;
+use crate::sandbox::thread::blocking;
+use crate::state::images::ImageLeaseError;
+use crate::state::journal::Journal;
+use crate::state::lease::Holder;
+use crate::state::recent::EventKind;
+use crate::state::status::DiskStatus;
+use crate::state::{Owner, Step};
+use crate::vm::Vm;
+use crate::vmm::{PluggedDisk, VmmError};
+
+/// Why the VM does not have a disk.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DiskError {
+    /// The image is leased by another sandbox, or cannot be.
+    #[error("the disk image {}", path.display())]
+    Lease { path: PathBuf, source: ImageLeaseError },
+    /// The image is that of a disk that the VM has in another way.
+    #[error("the disk image {}: the sandbox uses it already with other options", .0.display())]
+    Differs(PathBuf),
+    /// The image cannot be opened.
+    #[error(transparent)]
+    Open(#[from] ImageError),
+    /// The scratch disk.
+    #[error(transparent)]
+    Scratch(#[from] ScratchError),
+    /// The file of a volume.
+    #[error(transparent)]
+    Volume(#[from] VolumeFileError),
+    /// The image's descriptor.
+    #[error("the disk image {}", path.display())]
+    Image { path: PathBuf, source: std::io::Error },
+    /// The machine does not have it.
+    #[error("the disk image {}", path.display())]
+    Machine { path: PathBuf, source: VmmError },
+    /// The guest does not have it.
+    #[error("the disk image {}", path.display())]
+    Guest { path: PathBuf, source: GuestError },
+}
+
+/// The VM's disks.
+#[derive(Debug, Default)]
+pub(super) struct Disks {
+    /// Locked while a disk is attached or detached.
+    changing: tokio::sync::Mutex<()>,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    /// How many disks there have been: serials are not used twice.
+    count: u64,
+    disks: Vec<Disk>,
+}
+
+/// What the machine has.
+#[derive(Clone, Debug)]
+struct Disk {
+    attached: AttachedDisk,
+    kind: Kind,
+    /// Its number in the machine.
+    number: u32,
+    image: String,
+    path: PathBuf,
+    access: Access,
+    mount: Option<GuestMount>,
+    bytes: u64,
+    users: Vec<String>,
+}
+
+/// A disk in the guest.
+#[derive(Clone, Debug)]
+pub(super) struct AttachedDisk {
+    pub(super) serial: String,
+    /// Where it is mounted, if it is.
+    pub(super) guest_path: PathBuf,
+    /// Its numbers as a device.
+    pub(super) major: u32,
+    pub(super) minor: u32,
+}
+
+impl Disks {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        lock(&self.table)
+    }
+
+    /// Forgets all disks of a VM that is gone.
+    pub(super) fn clear(&self) {
+        self.table().disks.clear();
+    }
+
+    /// Whether the guest may have something to write to a disk.
+    pub(super) fn any_writable(&self) -> bool {
+        self.table().disks.iter().any(|disk| disk.access == Access::Exclusive)
+    }
+
+    /// The disks, for operators.
+    pub(super) fn status(&self) -> Vec<DiskStatus> {
+        let table = self.table();
+        let status = |disk: &Disk| DiskStatus {
+            serial: disk.attached.serial.clone(),
+            path: disk.path.clone(),
+            read_only: disk.access != Access::Exclusive,
+            bytes: disk.bytes,
+            state: if disk.mount.is_some() { "mounted" } else { "attached" }.to_owned(),
+            containers: disk.users.clone(),
+        };
+        table.disks.iter().map(status).collect()
+    }
+}
+
+impl Sandbox {
+    /// Gives a container a disk. A disk that the VM has already is shared.
+    ///
+    /// # Errors
+    /// See [`DiskError`]. Nothing is left behind.
+    pub(super) async fn attach_disk(
+        &self,
+        vm: &Arc<Vm>,
+        container: &str,
+        disk: NewDisk,
+    ) -> Result<AttachedDisk, SandboxError> {
+        let _changing = self.disks.changing.lock().await;
+        let known = self.disks.table().disks.iter().find(|known| known.image == disk.image.id()).cloned();
+        let attached = match known {
+            Some(known) if known.access != disk.image.access() || known.mount != disk.mount => {
+                return Err(DiskError::Differs(disk.image.path().to_owned()).into());
+            }
+            Some(known) => self.share_disk(vm, container, known).await?,
+            None => self.add_disk(vm, container, disk).await?,
+        };
+        Ok(attached)
+    }
+
+    /// Gives a container the first disk of this kind, if the VM has one.
+    ///
+    /// # Errors
+    /// Those of the guest.
+    pub(super) async fn attach_known(
+        &self,
+        vm: &Arc<Vm>,
+        container: &str,
+        kind: Kind,
+    ) -> Result<Option<AttachedDisk>, SandboxError> {
+        let _changing = self.disks.changing.lock().await;
+        let known = self.disks.table().disks.iter().find(|known| known.kind == kind).cloned();
+        match known {
+            Some(known) => self.share_disk(vm, container, known).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Lets a container use a disk that the VM has.
+    async fn share_disk(&self, vm: &Vm, container: &str, known: Disk) -> Result<AttachedDisk, SandboxError> {
+        let (serial, path) = (known.attached.serial, known.path);
+        let (attached, bytes) = attach_in_guest(vm, container, &serial, known.number, &path, known.mount).await?;
+        let mut table = self.disks.table();
+        if let Some(known) = table.disks.iter_mut().find(|known| known.attached.serial == serial) {
+            known.bytes = bytes;
+            if !known.users.iter().any(|user| user == container) {
+                known.users.push(container.to_owned());
+            }
+        }
+        Ok(attached)
+    }
+
+    /// Gives the VM another disk.
+    async fn add_disk(&self, vm: &Vm, container: &str, disk: NewDisk) -> Result<AttachedDisk, SandboxError> {
+        let serial = {
+            let mut table = self.disks.table();
+            table.count += 1;
+            format!("{}-{}", disk.kind.name(), table.count)
+        };
+        let added = self.add_leased(vm, container, &serial, disk).await;
+        if added.is_err() {
+            self.release_image(&serial).await;
+        }
+        added
+    }
+
+    async fn add_leased(
+        &self,
+        vm: &Vm,
+        container: &str,
+        serial: &str,
+        NewDisk { kind, image, mount, volume }: NewDisk,
+    ) -> Result<AttachedDisk, SandboxError> {
+        let (path, access, id) = (image.path().to_owned(), image.access(), image.id().to_owned());
+        let (journal, owner) = (self.journal.clone(), Owner::Disk(serial.to_owned()));
+        let image = blocking("lease a disk image", move || {
+            let leased = lease(&journal, owner, &image);
+            leased.map(|()| image).map_err(|(path, source)| DiskError::Lease { path, source })
+        })
+        .await?;
+        if let Some(sizing) = volume {
+            volume::prepare(&image, sizing).await.map_err(DiskError::from)?;
+        }
+        let cache = image.cache().map_err(|source| DiskError::Image { path: path.clone(), source })?;
+        let plugged = PluggedDisk {
+            serial: serial.to_owned(),
+            is_device: image.is_device(),
+            read_only: access != Access::Exclusive,
+            cache,
+            image: image.into_fd(),
+        };
+        let number = vm.plug_disk(plugged).await;
+        let number = number.map_err(|source| DiskError::Machine { path: path.clone(), source })?;
+        let (attached, bytes) = match attach_in_guest(vm, container, serial, number, &path, mount.clone()).await {
+            Ok(attached) => attached,
+            Err(error) => {
+                unplug(vm, serial, number).await;
+                return Err(error);
+            }
+        };
+        tracing::info!(container, serial, path = %path.display(), bytes, "disk attached");
+        let fields = json!({"container": container, "serial": serial, "path": path, "kind": kind.name()});
+        self.recent().note(EventKind::Sandbox, "a disk was attached", fields);
+        let users = vec![container.to_owned()];
+        let disk = Disk { attached: attached.clone(), kind, number, image: id, path, access, mount, bytes, users };
+        self.disks.table().disks.push(disk);
+        Ok(attached)
+    }
+
+    /// Ends a container's use of its disks, the last one first. A guest that does not let go of a disk in time loses it.
+    pub(super) async fn detach_disks(&self, container: &str) {
+        let _changing = self.disks.changing.lock().await;
+        let used: Vec<Disk> = {
+            let table = self.disks.table();
+            let used = |disk: &&Disk| disk.users.iter().any(|user| user == container);
+            table.disks.iter().rev().filter(used).cloned().collect()
+        };
+        for disk in used {
+            let serial = &disk.attached.serial;
+            let vm = self.live_vm().ok();
+            if let Some(vm) = &vm {
+                detach_in_guest(vm, container, serial).await;
+            }
+            if disk.users.len() > 1 {
+                let mut table = self.disks.table();
+                if let Some(disk) = table.disks.iter_mut().find(|known| known.attached.serial == *serial) {
+                    disk.users.retain(|user| user != container);
+                }
+                continue;
+            }
+            if let Some(vm) = &vm {
+                unplug(vm, serial, disk.number).await;
+            }
+            self.disks.table().disks.retain(|known| known.attached.serial != *serial);
+            self.release_image(serial).await;
+            self.recent().note(EventKind::Sandbox, "a disk was detached", json!({"serial": serial}));
+        }
+    }
+
+    async fn release_image(&self, serial: &str) {
+        if let Err(error) = self.journal.undo(Owner::Disk(serial.to_owned())).await {
+            tracing::error!(serial, error = %Chain(&error), "failed to release a disk image");
+        }
+    }
+}
+
+/// Locks an image and records whose it is.
+fn lease(journal: &Journal, owner: Owner, image: &Image) -> Result<(), (PathBuf, ImageLeaseError)> {
+    let lease = || {
+        if image.access() == Access::Shared {
+            return Ok(());
+        }
+        let shim = ProcessId::own().map_err(ImageLeaseError::Shim)?;
+        let (leases, holder) = journal.with(|state| {
+            let (namespace, sandbox) = (state.namespace().to_owned(), state.sandbox().to_owned());
+            Ok((state.image_leases(), Holder { namespace, sandbox, shim }))
+        })?;
+        let step = Step::Image { image: image.id().to_owned(), leases: leases.clone(), shim };
+        leases.lease(image.id(), &holder, || journal.record(&owner, [step]), || image.lock())
+    };
+    lease().map_err(|error| (image.path().to_owned(), error))
+}
+
+/// Lets the guest find a disk, and mount it.
+async fn attach_in_guest(
+    vm: &Vm,
+    container: &str,
+    serial: &str,
+    number: u32,
+    path: &Path,
+    mount: Option<GuestMount>,
+) -> Result<(AttachedDisk, u64), SandboxError> {
+    let mount = mount.map(|GuestMount { fs_type, flags, data, grow }| DiskMount {
+        type_: fs_type,
+        flags,
+        data,
+        grow,
+        ..Default::default()
+    });
+    let request = AttachDiskRequest {
+        serial: serial.to_owned(),
+        target: number,
+        container: container.to_owned(),
+        mount: mount.into(),
+        ..Default::default()
+    };
+    let attached = vm.guest.disks.attach(vm.guest.context(), &request).await.map_err(GuestError::from);
+    let attached = attached.map_err(|source| DiskError::Guest { path: path.to_owned(), source })?;
+    let disk = AttachedDisk {
+        serial: serial.to_owned(),
+        guest_path: Path::new(DISKS_PATH).join(serial),
+        major: attached.major,
+        minor: attached.minor,
+    };
+    Ok((disk, attached.bytes))
+}
+
+async fn detach_in_guest(vm: &Vm, container: &str, serial: &str) {
+    let request =
+        DetachDiskRequest { serial: serial.to_owned(), container: container.to_owned(), ..Default::default() };
+    // Part of Delete, which the guest may not delay.
+    let context = with_duration(vm.kill_timeout());
+    let detached = vm.guest.disks.detach(context, &request).await.map_err(GuestError::from);
+    if let Err(error) = detached
+        && vm.cause_of_death().is_none()
+    {
+        tracing::warn!(container, serial, error = %Chain(&error), "the guest keeps a disk of a deleted container");
+    }
+}
+
+async fn unplug(vm: &Vm, serial: &str, number: u32) {
+    if let Err(error) = vm.unplug_disk(number).await
+        && vm.cause_of_death().is_none()
+    {
+        // The image stays locked, as long as the VM runs.
+        tracing::error!(serial, error = %Chain(&error), "failed to take a disk away from the VM");
+    }
+}

@@ -1,0 +1,85 @@
+//! The disks that a container asks for: volumes, block devices of the host, and scratch space.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::disks::image::{Access, Image};
+use crate::disks::volume::{self, Sizing};
+use crate::disks::{GuestMount, Kind, NewDisk, scratch};
+use crate::prepare::Prepared;
+use crate::prepare::disks::{SCRATCH, Scratch};
+use crate::sandbox::disks::DiskError;
+use crate::sandbox::error::SandboxError;
+use crate::sandbox::registry::Sandbox;
+use crate::sandbox::thread::blocking;
+use crate::vm::Vm;
+
+/// The filesystem of volumes and scratch disks.
+const EXT4: &str = "ext4";
+
+impl Sandbox {
+    /// Attaches the disks that a container asks for, and completes its spec with them. Call it when the spec's other
+    /// files have their places.
+    pub(super) async fn attach_disks(
+        &self,
+        vm: &Arc<Vm>,
+        id: &str,
+        prepared: &mut Prepared,
+    ) -> Result<(), SandboxError> {
+        self.attach_devices(vm, id, prepared).await?;
+        // A pod's sandbox container carries the annotations of the pod, and has no program that would use a volume.
+        if prepared.is_pods_sandbox() {
+            return Ok(());
+        }
+        for volume in prepared.disks.volumes.clone() {
+            let (source, read_only) = (volume.source.clone(), volume.read_only);
+            let opened = blocking("open a volume", move || volume::open(&source, read_only).map_err(DiskError::from));
+            let mount = GuestMount {
+                fs_type: EXT4.to_owned(),
+                flags: if read_only { libc::MS_RDONLY } else { 0 },
+                grow: !read_only,
+                ..GuestMount::default()
+            };
+            let sizing = Sizing { mib: volume.size_mib, grow: volume.grow, read_only };
+            let disk = NewDisk { kind: Kind::Volume, image: opened.await?, mount: Some(mount), volume: Some(sizing) };
+            let attached = self.attach_disk(vm, id, disk).await?;
+            prepared.rewritten.mount_disk(&attached.guest_path, &volume.destination, read_only);
+        }
+        if let Some(scratch) = prepared.disks.scratch.clone() {
+            let path = self.attach_scratch(vm, id, scratch).await?;
+            prepared.rewritten.mount_disk(&path, Path::new(SCRATCH), false);
+        }
+        Ok(())
+    }
+
+    /// Attaches block devices of the host, which have other numbers in the guest.
+    async fn attach_devices(&self, vm: &Arc<Vm>, id: &str, prepared: &mut Prepared) -> Result<(), SandboxError> {
+        let mut numbers = Vec::new();
+        for device in prepared.rewritten.block_devices.clone() {
+            let access = if device.read_only { Access::ReadOnly } else { Access::Exclusive };
+            let (major, minor) = (device.major, device.minor);
+            let opened = move || Image::open_device(major, minor, access).map_err(DiskError::from);
+            let image = blocking("open a block device", opened).await?;
+            let attached = self.attach_disk(vm, id, NewDisk::new(Kind::Device, image, None)).await?;
+            numbers.push(((major, minor), (attached.major.into(), attached.minor.into())));
+        }
+        prepared.rewritten.place_devices(&numbers);
+        Ok(())
+    }
+
+    /// The VM's scratch disk, attached for one more container. Returns its path in the guest.
+    async fn attach_scratch(
+        &self,
+        vm: &Arc<Vm>,
+        id: &str,
+        Scratch { mib, folder }: Scratch,
+    ) -> Result<std::path::PathBuf, SandboxError> {
+        if let Some(attached) = self.attach_known(vm, id, Kind::Scratch).await? {
+            return Ok(attached.guest_path);
+        }
+        let image = scratch::create(&folder, mib).await.map_err(DiskError::from)?;
+        let mount = GuestMount { fs_type: EXT4.to_owned(), ..GuestMount::default() };
+        let disk = NewDisk::new(Kind::Scratch, image, Some(mount));
+        Ok(self.attach_disk(vm, id, disk).await?.guest_path)
+    }
+}

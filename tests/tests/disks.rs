@@ -1,0 +1,344 @@
+//! Disks: volumes, block devices and scratch space; their locks, their removal, and what survives a crash.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use husk_tests::bundle;
+use husk_tests::command::wait_for;
+use husk_tests::containerd::{Configured, Containerd};
+use husk_tests::debug::run_in_vm;
+use husk_tests::operator::husk_json;
+use husk_tests::shim::Shim;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+const SLEEP: [&str; 2] = ["sleep", "1000"];
+/// Deadline for a VM to end, and for its shim to notice it.
+const END: Duration = Duration::from_secs(30);
+
+/// A containerd that allows volumes in a folder.
+struct Host {
+    folder: tempfile::TempDir,
+    configured: Configured,
+}
+
+impl Host {
+    fn start(more: &str) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let config = format!("volume_dirs = [{0:?}]\nscratch_dir = {0:?}\n{more}", folder.path());
+        Ok(Self { configured: Configured::start(&config)?, folder })
+    }
+
+    fn containerd(&self) -> &Containerd {
+        &self.configured.containerd
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn volume(&self, name: &str, destination: &str, mib: u64) -> Value {
+        json!({"source": self.file(name), "destination": destination, "size_mib": mib})
+    }
+}
+
+/// The spec of a container of a pod with these volumes, or of the pod's sandbox container.
+fn spec(pod: &str, id: &str, volumes: &[Value]) -> Value {
+    let mut spec = alone(id, volumes);
+    spec["annotations"]["io.kubernetes.cri.sandbox-id"] = pod.into();
+    spec["annotations"]["io.kubernetes.cri.container-type"] = if pod == id { "sandbox" } else { "container" }.into();
+    spec
+}
+
+/// The spec of a container with a VM of its own.
+fn alone(id: &str, volumes: &[Value]) -> Value {
+    let mut spec = bundle::spec(id, &SLEEP);
+    let volumes = Value::from(volumes.to_vec()).to_string();
+    spec["annotations"] = json!({"io.husk.debug": "true", "io.husk.volumes": volumes});
+    spec
+}
+
+/// Runs the container of another shim and returns why it was not created.
+fn refused(host: &Host, name: &str, spec: impl Fn(&str) -> Value) -> Result<String> {
+    let id = host.containerd().id(name);
+    let shim = Shim::start(host.containerd(), &id, &spec(&id))?;
+    shim.create_error()
+}
+
+/// Kills and deletes a container, as the kubelet does, and removes its bundle.
+fn remove(shim: &Shim) -> Result<()> {
+    let id = &shim.bundle.id;
+    shim.task.kill(id, "", 9)?;
+    shim.task.wait(id, "")?;
+    shim.task.delete(id, "")?;
+    fs::remove_dir_all(&shim.bundle.outside).context("remove the bundle")
+}
+
+/// Kills a process and waits until it is gone.
+fn kill_9(pid: i32) -> Result<()> {
+    kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+    wait_for(END, "the killed process is gone", || {
+        let gone = husk_tests::process::Process::read(pid).is_none_or(|process| process.zombie);
+        gone.then_some(())
+    })
+}
+
+/// The images that a VM's machine has open.
+fn images_of(host: &Host, pod: &str) -> Result<usize> {
+    let qemu = host.containerd().qemu_of(pod)?;
+    let mut count = 0;
+    for entry in fs::read_dir(format!("/proc/{}/fd", qemu.pid))? {
+        count += usize::from(fs::read_link(entry?.path()).is_ok_and(|target| target.starts_with(host.folder.path())));
+    }
+    Ok(count)
+}
+
+/// The disks of the guest's kernel.
+fn disks_in_guest(host: &Host, pod: &str) -> Result<usize> {
+    let listed = run_in_vm(host.containerd(), pod, &["ls", "/sys/class/block"], None)?.ok()?.text();
+    Ok(listed.split_whitespace().filter(|name| name.starts_with("sd")).count())
+}
+
+/// Checks an ext4 filesystem, which must be clean.
+fn fsck(image: &Path) -> Result<()> {
+    let output = Command::new("e2fsck").args(["-fn"]).arg(image).output().context("run e2fsck")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.success() && !text.contains("recovering journal"),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn a_volume_keeps_its_files_and_grows_and_belongs_to_one_vm_at_a_time() -> Result<()> {
+    let host = Host::start("")?;
+    let containerd = host.containerd();
+    let (pod, id) = (containerd.id("volume"), containerd.id("app"));
+    let pause = Shim::running(containerd, &pod, &spec(&pod, &pod, &[]))?;
+    let volumes = [host.volume("a.img", "/data", 64), host.volume("b.img", "/data/below", 16)];
+    let mut with_mount = spec(&pod, &id, &volumes);
+    // Below a volume.
+    let below = host.file("host");
+    fs::create_dir(&below)?;
+    fs::write(below.join("of-host"), "")?;
+    let bind = json!({"destination": "/data/host", "type": "bind", "source": below, "options": ["rbind", "ro"]});
+    bundle::append(&mut with_mount, "/mounts", [bind]);
+    let app = Shim::running(containerd, &id, &with_mount)?;
+    let seen = app.script(
+        "write",
+        "ls /data/host; echo one > /data/file; echo two > /data/below/file; sync; \
+        grep -c ' /data ext4 rw' /proc/mounts; stat -f -c %T /data; ls /scratch 2>&1 || true",
+    )?;
+    ensure!(seen.contains("of-host\n1\n") && seen.contains("No such file"), "{seen}");
+
+    // Another VM is told who has the volume.
+    let error = refused(&host, "second", |id| alone(id, &volumes[..1]))?;
+    let expected = format!("in use by the VM of sandbox {pod} in namespace husk-test");
+    ensure!(error.contains(&expected) && error.contains("a.img"), "{error}");
+    // A container of the same pod shares it.
+    let side_id = containerd.id("side");
+    let side = Shim::running(containerd, &side_id, &spec(&pod, &side_id, &volumes[..1]))?;
+    ensure!(side.script("read", "cat /data/file")?.contains("one"));
+    let status = husk_json(containerd, &["status", "--json", &pod])?;
+    let disks = status["disks"].as_array().context("no disks")?;
+    ensure!(disks.len() == 2 && disks[0]["containers"] == json!([id, side_id]), "{disks:?}");
+    ensure!(disks[0]["path"] == json!(host.file("a.img")) && disks[0]["state"] == "mounted", "{disks:?}");
+    remove(&side)?;
+    ensure!(images_of(&host, &pod)? == 2 && disks_in_guest(&host, &pod)? == 2);
+
+    // While its container is paused, the filesystem on the host is complete.
+    app.task.pause(&id)?;
+    let copy = host.file("copy.img");
+    fs::copy(host.file("a.img"), &copy)?;
+    fsck(&copy)?;
+    app.task.resume(&id)?;
+    ensure!(app.script("after", "echo three >> /data/file; cat /data/file")?.contains("one\nthree"));
+    // A paused container ends too.
+    app.task.pause(&id)?;
+    remove(&app)?;
+    ensure!(images_of(&host, &pod)? == 0 && disks_in_guest(&host, &pod)? == 0);
+    fsck(&host.file("a.img"))?;
+
+    // Larger, on request only.
+    let error = refused(&host, "larger", |id| alone(id, &[host.volume("a.img", "/data", 128)]))?;
+    ensure!(error.contains("less than size_mib = 128 requests"), "{error}");
+    let mut larger = host.volume("a.img", "/data", 128);
+    larger["grow"] = true.into();
+    let again_id = containerd.id("again");
+    let again = Shim::running(containerd, &again_id, &spec(&pod, &again_id, &[larger]))?;
+    let seen = again.script("grown", "cat /data/file; df -m /data | tail -1 | awk '{ print ($2 > 100) }'")?;
+    ensure!(seen.contains("one\nthree\n1\n"), "{seen}");
+    remove(&again)?;
+    fsck(&host.file("a.img"))?;
+
+    // Elsewhere, or with somebody's data, nothing becomes a volume.
+    let outside = tempfile::tempdir()?;
+    let elsewhere = json!({"source": outside.path().join("x.img"), "destination": "/data"});
+    let error = refused(&host, "elsewhere", |id| alone(id, std::slice::from_ref(&elsewhere)))?;
+    ensure!(error.contains("add one to the key volume_dirs") && !outside.path().join("x.img").exists(), "{error}");
+    let mut precious = vec![0; 16 << 20];
+    precious[(16 << 20) - 1] = b'x';
+    fs::write(host.file("precious.img"), &precious)?;
+    let data_id = containerd.id("data");
+    let data = Shim::start(containerd, &data_id, &spec(&pod, &data_id, &[host.volume("precious.img", "/data", 16)]))?;
+    let error = data.create_error()?;
+    ensure!(error.contains("it has no valid ext4 filesystem"), "{error}");
+    ensure!(fs::read(host.file("precious.img"))? == precious, "the data has changed");
+    ensure!(images_of(&host, &pod)? == 0 && disks_in_guest(&host, &pod)? == 0);
+    remove(&pause)
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn what_was_synced_to_a_volume_survives_kill_9_of_the_vm_and_of_the_shim() -> Result<()> {
+    let host = Host::start("")?;
+    let containerd = host.containerd();
+    for round in 0..4 {
+        let id = containerd.id("crash");
+        let shim = Shim::running(containerd, &id, &alone(&id, &[host.volume("a.img", "/data", 32)]))?;
+        let seen = shim.script("read", "cat /data/rounds 2>/dev/null; echo end")?;
+        let expected: String = (0..round).map(|round| format!("{round}\n")).collect();
+        ensure!(seen.contains(&format!("{expected}end")), "round {round}: {seen}");
+        shim.script(
+            "write",
+            &format!("echo {round} >> /data/rounds && sync && dd if=/dev/zero of=/data/more bs=1M count=4"),
+        )?;
+        let (of_shim, _) = containerd.shim_of(&id)?;
+        let qemu = containerd.qemu_of(&id)?;
+        if round % 2 == 0 {
+            kill_9(qemu.pid)?;
+            shim.task.wait(&id, "")?;
+            shim.task.delete(&id, "")?;
+        } else {
+            kill_9(of_shim.pid)?;
+            shim.delete_action()?;
+        }
+        // Nothing of the VM has the image.
+        wait_for(END, "QEMU is gone", || {
+            husk_tests::process::Process::read(qemu.pid).is_none_or(|process| process.zombie).then_some(())
+        })?;
+        let leases = containerd.path("/run/husk/.images");
+        wait_for(END, "the lease of the image is released", || (!leases.exists()).then_some(()))?;
+    }
+    Ok(())
+}
+
+/// A loop device of the host, detached when dropped.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn of(image: &Path) -> Result<Self> {
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(image).output().context("run losetup")?;
+        ensure!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(Self(PathBuf::from(String::from_utf8(output.stdout)?.trim())))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        // The machine would keep the device otherwise; a failure shows in the next losetup.
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn block_devices_and_scratch_space_are_the_containers_own_and_leave_nothing() -> Result<()> {
+    let host = Host::start("")?;
+    let containerd = host.containerd();
+    let image = host.file("device.img");
+    fs::File::create(&image)?.set_len(8 << 20)?;
+    let device = Loop::of(&image)?;
+    let metadata = fs::metadata(&device.0)?;
+    ensure!(metadata.file_type().is_block_device());
+    let (major, minor) = (nix::sys::stat::major(metadata.rdev()), nix::sys::stat::minor(metadata.rdev()));
+    let with_device = |id: &str, access: &str| {
+        let mut spec = bundle::spec(id, &SLEEP);
+        spec["annotations"] = json!({"io.husk.scratch_mib": "32"});
+        let node = json!({"path": "/dev/xvda", "type": "b", "major": major, "minor": minor, "fileMode": 0o660, "uid": 0, "gid": 0});
+        spec["linux"]["devices"] = json!([node]);
+        let rule = json!({"allow": true, "type": "b", "major": major, "minor": minor, "access": access});
+        bundle::append(&mut spec, "/linux/resources/devices", [rule]);
+        spec
+    };
+    let id = containerd.id("device");
+    let shim = Shim::running(containerd, &id, &with_device(&id, "rwm"))?;
+    let seen = shim.script(
+        "use",
+        "ls -l /dev/xvda | cut -c1; echo from the container | dd of=/dev/xvda conv=fsync 2>/dev/null; \
+         blockdev --getsize64 /dev/xvda; df -m /scratch | tail -1 | awk '{ print ($2 > 20 && $2 < 33) }'; \
+         dd if=/dev/zero of=/scratch/fill bs=1M 2>&1 | grep -o 'No space left'; rm /scratch/fill; echo x > /scratch/x && cat /scratch/x",
+    )?;
+    ensure!(seen.contains("b\n8388608\n1\nNo space left\nx"), "{seen}");
+    ensure!(fs::read(&device.0)?.starts_with(b"from the container\n"));
+    let error = refused(&host, "second", |id| with_device(id, "rwm"))?;
+    ensure!(error.contains(&format!("{} is in use on the host", device.0.display())), "{error}");
+    remove(&shim)?;
+    // Only what the rules allow.
+    let id = containerd.id("reader");
+    let reader = Shim::running(containerd, &id, &with_device(&id, "r"))?;
+    let seen = reader.script("read", "head -c 18 /dev/xvda; echo y | dd of=/dev/xvda 2>&1; ls /scratch")?;
+    ensure!(seen.contains("from the container") && seen.contains("not permitted") && !seen.contains("\nx\n"), "{seen}");
+    remove(&reader)?;
+    let left: Vec<_> = fs::read_dir(host.folder.path())?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
+    ensure!(left == ["device.img"], "{left:?}");
+    Ok(())
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn a_vm_has_30_disks_and_50_rounds_of_disks_leave_nothing() -> Result<()> {
+    let host = Host::start("")?;
+    let containerd = host.containerd();
+    let pod = containerd.id("many");
+    let pause = Shim::running(containerd, &pod, &spec(&pod, &pod, &[]))?;
+    let volumes: Vec<Value> =
+        (0..30).map(|number| host.volume(&format!("{number}.img"), &format!("/v/{number}"), 16)).collect();
+    let id = containerd.id("thirty");
+    let many = Shim::running(containerd, &id, &spec(&pod, &id, &volumes))?;
+    let seen = many
+        .script("write", "for d in /v/*; do echo $d > $d/name || echo failed; done; cat /v/*/name | sort -u | wc -l")?;
+    ensure!(seen.contains("30") && !seen.contains("failed"), "{seen}");
+    ensure!(images_of(&host, &pod)? >= 30 && disks_in_guest(&host, &pod)? == 30);
+    remove(&many)?;
+    ensure!(images_of(&host, &pod)? == 0 && disks_in_guest(&host, &pod)? == 0);
+    // 50 disks in ten containers.
+    for round in 0..10 {
+        let id = containerd.id("round");
+        let volumes = &volumes[round * 2..][..5];
+        let shim = Shim::running(containerd, &id, &spec(&pod, &id, volumes))?;
+        let seen = shim.script("read", "cat /v/*/name | wc -l")?;
+        ensure!(seen.contains(&volumes.len().to_string()), "{seen}");
+        remove(&shim)?;
+    }
+    ensure!(images_of(&host, &pod)? == 0 && disks_in_guest(&host, &pod)? == 0);
+    let fds = run_in_vm(containerd, &pod, &["ls", "/run/husk/disks"], None)?.ok()?.text();
+    ensure!(fds.trim().is_empty(), "{fds}");
+    for number in 0..30 {
+        fsck(&host.file(&format!("{number}.img")))?;
+    }
+    remove(&pause)
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn a_vm_on_q35_has_disks_too() -> Result<()> {
+    let host = Host::start("machine = \"q35\"\n")?;
+    let containerd = host.containerd();
+    let id = containerd.id("q35");
+    let shim = Shim::running(containerd, &id, &spec(&id, &id, &[]))?;
+    let app_id = containerd.id("app");
+    let app = Shim::running(containerd, &app_id, &spec(&id, &app_id, &[host.volume("a.img", "/data", 16)]))?;
+    ensure!(app.script("write", "echo one > /data/file && cat /data/file")?.contains("one"));
+    remove(&app)?;
+    fsck(&host.file("a.img"))?;
+    remove(&shim)
+}
