@@ -23,6 +23,7 @@ use crate::changes::report;
 use crate::error::{CallError, FailureKind};
 use crate::forward::socket::Sockets;
 use crate::paths;
+use crate::roots;
 use crate::rpc::handle;
 use crate::task::Tasks;
 
@@ -67,13 +68,24 @@ impl BundleService {
         }
         let bundle = paths::bundle(&request.id);
         write_bundle(&bundle, request)?;
-        self.sockets.add(&request.id, &request.sockets, request.relay_port).map_err(|e| {
+        self.complete(request).inspect_err(|_| {
             if let Err(error) = self.remove(&request.id) {
                 tracing::error!(container = request.id, %error, "failed to remove an incomplete bundle");
             }
-            CallError::internal(format_args!("create the sockets of {}", request.id), &e)
         })?;
         Ok(bundle.to_string_lossy().into_owned())
+    }
+
+    /// Adds what a bundle needs besides its files.
+    fn complete(&self, request: &PutBundleRequest) -> Result<(), CallError> {
+        self.sockets
+            .add(&request.id, &request.sockets, request.relay_port)
+            .map_err(|e| CallError::internal(format_args!("create the sockets of {}", request.id), &e))?;
+        match request.disk_root.as_ref() {
+            Some(root) => roots::mount(&request.id, root)
+                .map_err(|e| CallError::internal(format_args!("mount the root of {}", request.id), &e)),
+            None => Ok(()),
+        }
     }
 
     /// Unmounts entries of the share and forgets their files, so that virtiofsd closes them.
@@ -91,7 +103,8 @@ impl BundleService {
             let what = format!("the bundle of {id} is in use: delete its task instead");
             return Err(CallError::new(FailureKind::FailedPrecondition, what));
         }
-        paths::allow_missing(fs::remove_dir_all(paths::bundle(id)))
+        roots::unmount(id)
+            .and_then(|()| paths::allow_missing(fs::remove_dir_all(paths::bundle(id))))
             .and_then(|()| self.sockets.remove(id))
             .map_err(|e| CallError::internal(format_args!("remove the bundle of {id}"), &e))
     }
@@ -152,7 +165,14 @@ fn or_remove(bundle: &Path, write: impl FnOnce() -> io::Result<()>) -> io::Resul
 #[async_trait]
 impl husk_protos::bundle_ttrpc::Bundle for BundleService {
     async fn put(&self, _: &TtrpcContext, request: PutBundleRequest) -> ttrpc::Result<PutBundleResponse> {
-        let path = handle(async { self.put(&request) }).await?;
+        if request.disk_root.is_none() {
+            let path = handle(async { self.put(&request) }).await?;
+            return Ok(PutBundleResponse { path, ..Default::default() });
+        }
+        let service = self.clone();
+        // On a thread: mounting may read disks, and PID 1 must send heartbeats meanwhile.
+        let put = tokio::task::spawn_blocking(move || service.put(&request));
+        let path = handle(async { put.await.unwrap_or_else(|e| Err(CallError::internal("put", &e))) }).await?;
         Ok(PutBundleResponse { path, ..Default::default() })
     }
 
@@ -174,7 +194,10 @@ impl husk_protos::bundle_ttrpc::Bundle for BundleService {
     }
 
     async fn remove(&self, _: &TtrpcContext, request: RemoveBundleRequest) -> ttrpc::Result<RemoveBundleResponse> {
-        handle(async { self.remove(&request.id) }).await.map(|()| RemoveBundleResponse::new())
+        let service = self.clone();
+        let removed = tokio::task::spawn_blocking(move || service.remove(&request.id));
+        let removed = async { removed.await.unwrap_or_else(|e| Err(CallError::internal("remove", &e))) };
+        handle(removed).await.map(|()| RemoveBundleResponse::new())
     }
 }
 

@@ -28,6 +28,7 @@
 //! | `report` | heartbeats, log lines and supervisor status for the host |
 //! | `log`, `console` | log lines, and the guest's console |
 //! | `reaper`, `spawn` | reaps children and delivers their exits; starts processes |
+//! | `roots` | root filesystems that consist of folders of disks |
 //! | `paths`, `rpc` | paths of a container; runs RPC handlers |
 //! | `error`, `connection` | the error of a call; connections that report their end |
 //! | `clock`, `fd` | the boot clock; descriptors in the async runtime |
@@ -55,6 +56,7 @@ mod network;
 mod paths;
 mod reaper;
 mod report;
+mod roots;
 mod rpc;
 mod sandbox;
 mod serve;

@@ -101,6 +101,8 @@ pub const PROCESS_DETAILS: &str = "containerd.runc.v1.ProcessDetails";
 pub const SHARE_TAG: &str = "husk";
 /// Where the guest mounts the share.
 pub const SHARE_PATH: &str = "/run/husk/share";
+/// Folder of the root filesystems that consist of folders of disks: `<container>`.
+pub const ROOTS_PATH: &str = "/run/husk/roots";
 /// Where the guest mounts the filesystems of disks: a folder for each disk, named after its serial.
 pub const DISKS_PATH: &str = "/run/husk/disks";
 /// Folder of the guest's relayed Unix sockets: `<container>/<number of the mount in the spec>`.

@@ -1,6 +1,7 @@
 //! The shim's modes: `start` creates the socket and starts the server, the server runs until its sandbox ends, `delete`
 //! cleans up after a dead server, and `-info` prints what the runtime supports.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read, Write};
@@ -104,6 +105,7 @@ pub fn info() -> Result<()> {
         version: MessageField::some(version),
         options: options.into(),
         features: MessageField::some(features),
+        annotations: HashMap::from([bootstrap::allowed_mounts()]),
         ..Default::default()
     };
     io::stdout().write_all(&info.write_to_bytes()?).context("write stdout")

@@ -113,6 +113,8 @@ pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         | Error::Growth { .. }
         | Error::VmDead { .. } => Code::UNAVAILABLE,
         Error::State(_)
+        | Error::Folder(_)
+        | Error::Format(_)
         | Error::Share(_)
         | Error::Disk(_)
         | Error::Namespace(_)

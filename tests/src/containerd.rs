@@ -281,7 +281,7 @@ impl Containerd {
         &self.token
     }
 
-    /// PATH of the daemon and its shims: husk's programs, then this containerd's with its runc, then the machine's.
+    /// PATH of the daemon and its shims: husk's programs, then this containerd's with its runc, then `mkfs.erofs`, then the machine's.
     pub fn search_path(&self) -> String {
         search_path(&self.bin)
     }
@@ -599,6 +599,7 @@ impl Drop for Container<'_> {
 }
 
 fn search_path(bin: &Path) -> String {
-    let out = repository().join("out");
-    format!("{}:{}:{}", out.display(), bin.display(), std::env::var("PATH").unwrap_or_default())
+    let (out, erofs) = (repository().join("out"), repository().join(".cache/erofs"));
+    let machine = std::env::var("PATH").unwrap_or_default();
+    format!("{}:{}:{}:{machine}", out.display(), bin.display(), erofs.display())
 }

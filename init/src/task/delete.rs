@@ -16,7 +16,7 @@ use crate::error::{CallError, FailureKind};
 use crate::reaper::Exit;
 use crate::spawn::ChildStreams;
 use crate::worker::{Reply, Request};
-use crate::{cgroup, paths};
+use crate::{cgroup, paths, roots};
 
 /// How long processes may take to exit after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -88,6 +88,7 @@ impl Tasks {
             }
         }
         paths::allow_missing(fs::remove_dir_all(paths::state(id))).map_err(|e| failed("state", e))?;
+        unmount_root(id).await.map_err(|e| failed("root filesystem", e))?;
         paths::allow_missing(fs::remove_dir_all(container.bundle())).map_err(|e| failed("bundle", e))?;
         self.sockets.remove(id).map_err(|e| failed("sockets", e))?;
         for exec in container.all_execs() {
@@ -133,6 +134,15 @@ impl Tasks {
             }
         }
     }
+}
+
+/// On a thread: unmounting may write back many files, and PID 1 must send heartbeats meanwhile.
+async fn unmount_root(id: &str) -> io::Result<()> {
+    if !roots::is_mounted(id) {
+        return Ok(());
+    }
+    let id = id.to_owned();
+    tokio::task::spawn_blocking(move || roots::unmount(&id)).await.map_err(io::Error::other)?
 }
 
 fn deleted(state: ProcessState) -> Deleted {

@@ -24,6 +24,7 @@ use crate::error::{CallError, FailureKind};
 use crate::io::Size;
 use crate::reaper::Exit;
 use crate::report::Reports;
+use crate::roots;
 use crate::rpc::{handle, handle_uninterrupted};
 use crate::supervisor::Supervisor;
 
@@ -171,6 +172,7 @@ impl Task for TaskService {
                     supervisor.stop().await;
                 }
             });
+            roots::unmount_all();
             tasks.disks.unmount_all();
             // Before the reply: the host ends the VM as soon as it receives it. Blocking is harmless now, because no
             // other work is left.

@@ -5,11 +5,15 @@
 //! on stdin and expects a `BootstrapResult`. An `Any` also parses as `BootstrapParams`, because both begin with two
 //! strings, so husk accepts a message as `BootstrapParams` only if it names this shim.
 
-use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel};
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, Extension, LogLevel};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Enum, Message};
 
 use crate::containerd::flags::Flags;
+use crate::rootfs::plan::{TRANSFORMS, TYPES};
+
+/// The number of `BootstrapResult`'s field `extensions`, which the messages of older versions lack.
+const EXTENSIONS: u32 = 6;
 
 /// The form of the reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +108,29 @@ pub(crate) fn read(flags: &Flags, stdin: &[u8], ttrpc_address: Option<String>) -
     Ok(start)
 }
 
+/// containerd's `MountCapabilities`, an extension of the reply since 2.4: the types and transforms of mounts that husk
+/// performs itself. Encoded by hand, because the messages of older versions lack it.
+fn mount_capabilities() -> Any {
+    // repeated string types = 1; repeated string transforms = 2;
+    let mut value = Vec::new();
+    for (field, names) in [(1_u8, &TYPES[..]), (2, &TRANSFORMS[..])] {
+        for name in names {
+            // The tag of a field with a length, and a length below 128 (protobuf.dev, "Encoding").
+            value.extend([field << 3 | 2, name.len() as u8]);
+            value.extend(name.bytes());
+        }
+    }
+    let type_url = "type.googleapis.com/containerd.types.MountCapabilities".to_owned();
+    Any { type_url, value, ..Default::default() }
+}
+
+/// The same for `-info`, where containerd 2.2 and 2.3 read it.
+pub(crate) fn allowed_mounts() -> (String, String) {
+    let transforms = TRANSFORMS.iter().map(|transform| format!("{transform}/*"));
+    let all: Vec<String> = TYPES.iter().map(ToString::to_string).chain(transforms).collect();
+    ("containerd.io/runtime-allow-mounts".to_owned(), all.join(","))
+}
+
 /// Encodes the reply to `start` for stdout.
 ///
 /// # Errors
@@ -111,19 +138,24 @@ pub(crate) fn read(flags: &Flags, stdin: &[u8], ttrpc_address: Option<String>) -
 pub(crate) fn reply(address: &str, format: ReplyFormat) -> Result<Vec<u8>, protobuf::Error> {
     match format {
         ReplyFormat::Address => Ok(address.as_bytes().to_vec()),
-        ReplyFormat::Bootstrap => BootstrapResult {
-            version: containerd_shim_protos::TASK_API_VERSION,
-            address: address.to_owned(),
-            protocol: "ttrpc".to_owned(),
-            ..Default::default()
+        ReplyFormat::Bootstrap => {
+            let mut result = BootstrapResult {
+                version: containerd_shim_protos::TASK_API_VERSION,
+                address: address.to_owned(),
+                protocol: "ttrpc".to_owned(),
+                ..Default::default()
+            };
+            let extension = Extension { value: Some(mount_capabilities()).into(), ..Default::default() };
+            let unknown = result.special_fields.mut_unknown_fields();
+            unknown.add_length_delimited(EXTENSIONS, extension.write_to_bytes()?);
+            result.write_to_bytes()
         }
-        .write_to_bytes(),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use containerd_shim_protos::bootstrap_api::Extension;
+    use protobuf::UnknownValueRef;
 
     use super::*;
 
@@ -199,5 +231,11 @@ mod tests {
         let bytes = reply("unix:///a", ReplyFormat::Bootstrap).unwrap();
         let result = BootstrapResult::parse_from_bytes(&bytes).unwrap();
         assert_eq!((result.version, result.address.as_str(), result.protocol.as_str()), (3, "unix:///a", "ttrpc"));
+        let unknown: Vec<_> = result.special_fields.unknown_fields().iter().collect();
+        let [(EXTENSIONS, UnknownValueRef::LengthDelimited(extension))] = unknown[..] else { panic!("{unknown:?}") };
+        let extension = Extension::parse_from_bytes(extension).unwrap().value.unwrap();
+        assert_eq!(extension.type_url, "type.googleapis.com/containerd.types.MountCapabilities");
+        assert_eq!(extension.value, b"\x0a\x05erofs\x0a\x04loop\x12\x06format\x12\x05mkdir\x12\x04mkfs");
+        assert_eq!(allowed_mounts().1, "erofs,loop,format/*,mkdir/*,mkfs/*");
     }
 }

@@ -4,14 +4,14 @@
 //! |-------------|---------------------------------------------------------------------|
 //! | `image.rs`  | opens and locks a file or block device                              |
 //! | `blank.rs`  | whether a file is provably blank                                    |
-//! | `format.rs` | makes a filesystem on a blank file                                  |
+//! | `format.rs` | makes filesystems on blank files, and images                                 |
 //! | `volume.rs` | the file of a volume: created, grown, and formatted on its first use |
 //! | `scratch.rs` | a file without a name for data that ends with the VM              |
 //!
 //! The host never reads a filesystem that a guest can have written: only the guest does.
 
 mod blank;
-mod format;
+pub(crate) mod format;
 pub(crate) mod image;
 pub(crate) mod scratch;
 pub(crate) mod volume;

@@ -2,8 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use containerd_shim_protos::types::mount::Mount;
-
 use crate::config::annotations::Annotations;
 use crate::config::names;
 use crate::config::problem::Problem;
@@ -13,8 +11,6 @@ use crate::rootfs::spec::Rewritten;
 
 /// Where a container has its scratch disk.
 pub(crate) const SCRATCH: &str = "/scratch";
-/// Types of mounts that are filesystems of disks.
-const FILESYSTEMS: [&str; 4] = ["ext4", "xfs", "btrfs", "erofs"];
 
 /// What the annotations ask for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,25 +59,5 @@ impl RequestedDisks {
     /// Whether there are any.
     pub(super) fn any(&self) -> bool {
         !self.volumes.is_empty() || self.scratch.is_some()
-    }
-}
-
-/// Whether a root filesystem is mounted from devices or images.
-pub(super) fn rootfs_needs_disks(mounts: &[Mount]) -> bool {
-    mounts.iter().any(|mount| FILESYSTEMS.contains(&mount.type_.rsplit('/').next().unwrap_or_default()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn filesystems_need_disks_and_folders_do_not() {
-        let mount = |kind: &str| Mount { type_: kind.into(), ..Default::default() };
-        for (kind, expected) in
-            [("ext4", true), ("erofs", true), ("mkfs/ext4", true), ("overlay", false), ("bind", false), ("", false)]
-        {
-            assert_eq!(rootfs_needs_disks(&[mount("bind"), mount(kind)]), expected, "{kind}");
-        }
     }
 }

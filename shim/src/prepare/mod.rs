@@ -55,7 +55,7 @@ use crate::network::user::{UserNetwork, resolv_conf};
 use crate::network::{Claim, claim};
 pub use crate::prepare::bootable::Attachments;
 pub(crate) use crate::prepare::bootable::Bootable;
-use crate::prepare::disks::{RequestedDisks, rootfs_needs_disks};
+use crate::prepare::disks::RequestedDisks;
 use crate::prepare::host::Places;
 pub(crate) use crate::prepare::network::RequestedNetwork;
 use crate::prepare::pod::Role;
@@ -63,6 +63,7 @@ use crate::prepare::pod_files::Node;
 pub(crate) use crate::prepare::pod_files::{PodFile, RESOLV_CONF};
 use crate::prepare::sandbox::SandboxRequest;
 use crate::prepare::size::Size;
+use crate::rootfs::plan::{self, HostRoot, HostView, RootPlan};
 use crate::rootfs::socket;
 use crate::rootfs::spec::parse::{Parsed, parse};
 use crate::rootfs::spec::resources::HostResources;
@@ -87,6 +88,8 @@ impl PrepareError {
 pub struct Prepared {
     /// The spec for the guest, and what the host does for the container.
     pub rewritten: Rewritten,
+    /// Where its root comes from.
+    pub(crate) root: RootPlan,
     /// What the spec contains, but husk does not know, for the log.
     pub(crate) ignored: Vec<String>,
     /// The runtime's options that have nothing to do here, for the log.
@@ -269,9 +272,15 @@ fn prepare_with(
 ) -> Result<Prepared, PrepareError> {
     let bundle = Path::new(&request.bundle);
     let subject = Subject { id: &request.id, bundle, parsed: read_spec(bundle)? };
-    let mut prepared = prepare_spec(config, places, subject, sandbox, siblings)?;
-    prepared.boot.machine.guest.disks |= rootfs_needs_disks(&request.rootfs);
-    Ok(prepared)
+    let root = plan::plan(&request.rootfs, &HostView::of_host()).map_err(all);
+    match (prepare_spec(config, places, subject, sandbox, siblings), root) {
+        (Ok(mut prepared), Ok(root)) => {
+            prepared.boot.machine.guest.disks |= matches!(root, RootPlan::Guest(_));
+            Ok(Prepared { root, ..prepared })
+        }
+        (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
+        (Err(first), Err(second)) => Err(PrepareError([first.0, second.0].concat())),
+    }
 }
 
 /// What is prepared: a container, or a sandbox without one.
@@ -353,6 +362,7 @@ fn prepare_spec(
     }
     Ok(Prepared {
         rewritten,
+        root: RootPlan::Host(HostRoot::default()),
         ignored,
         ignored_options: Vec::new(),
         boot,

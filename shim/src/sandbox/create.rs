@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest};
-use husk_protos::bundle::{PutBundleRequest, RemoveBundleRequest};
+use husk_protos::bundle::{DiskRoot, PutBundleRequest, RemoveBundleRequest};
 use husk_protos::chain::Chain;
 
 use crate::guest::client::GuestError;
@@ -88,7 +88,7 @@ impl Sandbox {
         };
         // Mount the root filesystem while the VM boots: it propagates to virtiofsd. Folders of the host follow.
         let (vm, mounted, hooked) =
-            tokio::join!(self.ensure_vm(&prepared, attachments), self.mount(&share, &request, &prepared), hooked);
+            tokio::join!(self.ensure_vm(&prepared, attachments), self.mount(&share, &id, &prepared), hooked);
         let vm = vm?;
         self.pin_vcpus().await?;
         self.limit_cgroup(&id).await?;
@@ -101,6 +101,7 @@ impl Sandbox {
         let below = std::mem::take(&mut places.below);
         prepared.rewritten.place(places);
         self.complete_share(&vm, &share, &id).await?;
+        let disk_root = self.attach_root(&vm, &id, &prepared.root).await?;
         self.attach_disks(&vm, &id, &mut prepared).await?;
         // The hooks may have added links after the boot has looked for some.
         vm.settle_network().await?;
@@ -108,7 +109,7 @@ impl Sandbox {
         let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let guest_request = CreateTaskRequest {
             id: id.clone(),
-            bundle: self.put_bundle(&vm, &id, &prepared, below).await?,
+            bundle: self.put_bundle(&vm, &id, &prepared, below, disk_root).await?,
             terminal: request.terminal,
             stdin,
             stdout,
@@ -160,13 +161,21 @@ impl Sandbox {
         id: &str,
         prepared: &Prepared,
         below: Vec<PathBuf>,
+        disk_root: Option<DiskRoot>,
     ) -> Result<String, SandboxError> {
         let spec = serde_json::to_vec(&prepared.rewritten.spec)
             .map_err(|error| SandboxError::Internal(format!("encode the guest's spec: {error}")))?;
         let (sockets, relay_port) = self.sockets.add(id, &prepared.rewritten.sockets, &vm.guest)?;
         let mounts_below = below.into_iter().map(|path| path.into_os_string().into_vec()).collect();
-        let request =
-            PutBundleRequest { id: id.to_owned(), spec, sockets, relay_port, mounts_below, ..Default::default() };
+        let request = PutBundleRequest {
+            id: id.to_owned(),
+            spec,
+            sockets,
+            relay_port,
+            mounts_below,
+            disk_root: disk_root.into(),
+            ..Default::default()
+        };
         Ok(vm.guest.bundle.put(vm.guest.context(), &request).await?.path)
     }
 

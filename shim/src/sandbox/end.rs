@@ -68,8 +68,9 @@ impl Sandbox {
     }
 
     /// Decides whether the VM ends with this container. Then the guest need not delete the container nor shut down, which
-    /// takes longer than the VM's kill: the container is the last one, and neither a process nor a mount of it nor a disk is
-    /// left that could have something to write. Nothing else in the guest needs an orderly end. No other container is created any more.
+    /// takes longer than the VM's kill: the container is the last one, and neither a process nor a mount of it nor a disk
+    /// is left that could have something to write. Nothing else in the guest needs an orderly end. No other container is
+    /// created any more.
     fn ends_with(&self, vm: &Arc<Vm>, container: &Container) -> bool {
         let mut slots = self.lock();
         let is_last = slots.containers.len() == 1 && slots.managed.is_none();

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use crate::disks::format::FormatError;
 use crate::guest::client::GuestError;
 use crate::host::child::LaunchError;
 use crate::host::hooks::HookError;
 use crate::network::NetworkError;
 use crate::prepare::PrepareError;
+use crate::rootfs::plan::FolderError;
 use crate::rootfs::share::ShareError;
 use crate::sandbox::container::guest_reply::InvalidReply;
 use crate::sandbox::disks::DiskError;
@@ -72,6 +74,12 @@ pub(crate) enum SandboxError {
     /// The root filesystem or a bind mount.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// A folder that containerd's mounts for the root require.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// An image that containerd's mounts for the root require.
+    #[error(transparent)]
+    Format(#[from] FormatError),
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),

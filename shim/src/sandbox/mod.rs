@@ -21,6 +21,7 @@ mod registry;
 pub(crate) mod rehearsal;
 mod requested_disks;
 mod resize;
+mod roots;
 mod share;
 pub(crate) mod spare;
 mod start;

@@ -17,7 +17,7 @@ use oci_spec::runtime::Spec;
 use protobuf::well_known_types::any::Any;
 
 use crate::guest::client::{Guest, GuestError, Metering};
-use crate::rootfs::share::{self, Server, Share, ShareError};
+use crate::rootfs::share::{self, Server, Share, ShareError, ShareRoot};
 use crate::rootfs::spec::parse::parse;
 use crate::rootfs::spec::{Context, rewrite};
 use crate::state::journal::Journal;
@@ -121,7 +121,12 @@ async fn add_container(vm: &Arc<Vm>, share: &Share, journal: &Journal) -> Result
         };
         let mut rewritten = rewrite(spec, &context).map_err(|problems| failed(format!("{:?}", problems.0)))?;
         let mut record = |owner: &Owner, steps: Vec<Step>| journal.record(owner, steps);
-        let places = share.add_container(&mut record, ID, &[], &rewritten.rootfs, &rewritten.binds)?;
+        let places = share.add_container(
+            &mut record,
+            ID,
+            ShareRoot::Stacked { mounts: &[], rootfs: &rewritten.rootfs },
+            &rewritten.binds,
+        )?;
         rewritten.place(places);
         share.attach(Server { open: || vm.share_namespace(), root: Path::new("/") }, ID)?;
         serde_json::to_vec(&rewritten.spec).map_err(|error| failed(error.to_string()))

@@ -5,14 +5,14 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use containerd_shim_protos::api::CreateTaskRequest;
 use husk_protos::bundle::ReleaseRequest;
 use husk_protos::chain::Chain;
 use ttrpc::context::with_duration;
 
 use crate::guest::client::GuestError;
 use crate::prepare::Prepared;
-use crate::rootfs::share::{Released, Server, Share, ShareError};
+use crate::rootfs::plan::{RootPlan, create_folders};
+use crate::rootfs::share::{Released, Server, Share, ShareError, ShareRoot};
 use crate::rootfs::spec::Places;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
@@ -34,17 +34,20 @@ impl Sandbox {
     }
 
     /// Adds a container's root filesystem and bind mounts to the share, on a separate thread because mount(2) may block.
-    pub(super) async fn mount(
-        &self,
-        share: &Share,
-        request: &CreateTaskRequest,
-        prepared: &Prepared,
-    ) -> Result<Places, SandboxError> {
+    /// Creates the folders that the mounts of the root require.
+    pub(super) async fn mount(&self, share: &Share, id: &str, prepared: &Prepared) -> Result<Places, SandboxError> {
         let (share, journal) = (share.clone(), self.journal.clone());
-        let (id, mounts, rewritten) = (request.id.clone(), request.rootfs.clone(), prepared.rewritten.clone());
+        let (id, root, rewritten) = (id.to_owned(), prepared.root.clone(), prepared.rewritten.clone());
         blocking("mount", move || {
             let mut record = |owner: &Owner, steps: Vec<Step>| journal.record(owner, steps);
-            share.add_container(&mut record, &id, &mounts, &rewritten.rootfs, &rewritten.binds)
+            let root = match &root {
+                RootPlan::Host(root) => {
+                    create_folders(&root.folders)?;
+                    ShareRoot::Stacked { mounts: &root.mounts, rootfs: &rewritten.rootfs }
+                }
+                RootPlan::Guest(_) => ShareRoot::OnDisks,
+            };
+            Ok::<_, SandboxError>(share.add_container(&mut record, &id, root, &rewritten.binds)?)
         })
         .await
     }

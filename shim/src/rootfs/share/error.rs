@@ -56,17 +56,13 @@ pub(crate) enum ShareError {
         /// The cause.
         source: io::Error,
     },
-    /// One of containerd's mounts that husk does not support.
-    #[error("rootfs[{index}].{field} {value:?}: {why}")]
+    /// An option of one of containerd's mounts.
+    #[error("rootfs[{index}].options {option:?}: is not supported for a container's root")]
     Unsupported {
         /// The mount's index.
         index: usize,
-        /// The mount's field.
-        field: &'static str,
-        /// The field's value.
-        value: String,
-        /// The reason.
-        why: &'static str,
+        /// The option.
+        option: String,
     },
 }
 

@@ -30,10 +30,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::types::mount::Mount;
-use husk_protos::SHARE_PATH;
 use husk_protos::chain::Chain;
 use husk_protos::changes::SHARE_SOURCE;
 use husk_protos::lock::lock;
+use husk_protos::{ROOTS_PATH, SHARE_PATH};
 
 use self::entries::{Entries, Unused};
 pub(crate) use self::error::ShareError;
@@ -95,6 +95,20 @@ pub(crate) struct Watchable {
     pub(crate) source: PathBuf,
 }
 
+/// Where a container's root is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum ShareRoot<'a> {
+    /// In the share: mounts stacked on each other, or the folder `rootfs` if there are none.
+    Stacked {
+        /// containerd's mounts.
+        mounts: &'a [Mount],
+        /// The spec's folder.
+        rootfs: &'a Path,
+    },
+    /// On disks. The guest mounts it.
+    OnDisks,
+}
+
 /// virtiofsd's mount namespace, and where the share is in it.
 pub(crate) struct Server<'a, Open> {
     /// Opens the namespace.
@@ -134,8 +148,7 @@ impl Share {
         &self.dir
     }
 
-    /// Adds a container to the share: its root, which consists of containerd's mounts stacked on each other, or of
-    /// `rootfs` if there are none, and the spec's bind mounts. Blocks until filesystems are mounted; folders and files
+    /// Adds a container to the share: its root, unless that is elsewhere, and the spec's bind mounts. Blocks until filesystems are mounted; folders and files
     /// of the host wait for [`attach`](Self::attach). To remove the container, [`release`](Self::release) it and undo
     /// its steps.
     ///
@@ -145,24 +158,15 @@ impl Share {
         &self,
         record: OwnedRecorder<'_>,
         id: &str,
-        mounts: &[Mount],
-        rootfs: &Path,
+        root: ShareRoot<'_>,
         binds: &[Bind],
     ) -> Result<Places, ShareError> {
         check_identifier("container id", id)?;
-        let parsed = Root::parse(mounts)?;
-        let number = lock(&self.entries).add_root(id, parsed.filesystems.len());
-        let root = self.dir.join(number.to_string()).join(ROOTFS);
-        let steps = self.steps(&number.to_string(), ROOTFS, true, parsed.filesystems.len());
-        make(steps, |steps| record(&Owner::Container(id.to_owned()), steps))?;
-        for filesystem in &parsed.filesystems {
-            filesystem.mount(&root).map_err(mount_error(filesystem.what(), &root))?;
-        }
-        if let Some(top) = parsed.top(rootfs) {
-            let waiting = top.open().map_err(mount_error(top.what(), &root))?;
-            lock(&self.entries).root_waits(id, waiting);
-        }
-        let mut places = Places { root: in_guest(number, ROOTFS), binds: Vec::new(), below: Vec::new() };
+        let root = match root {
+            ShareRoot::Stacked { mounts, rootfs } => self.add_root(record, id, mounts, rootfs)?,
+            ShareRoot::OnDisks => Path::new(ROOTS_PATH).join(id),
+        };
+        let mut places = Places { root, binds: Vec::new(), below: Vec::new() };
         for entry in binds {
             let (number, below) = self.add_bind(record, id, entry)?;
             if entry.watched {
@@ -184,6 +188,29 @@ impl Share {
             places.below.truncate(MAX_BELOW);
         }
         Ok(places)
+    }
+
+    /// Adds a container's root. Returns where the guest finds it.
+    fn add_root(
+        &self,
+        record: OwnedRecorder<'_>,
+        id: &str,
+        mounts: &[Mount],
+        rootfs: &Path,
+    ) -> Result<PathBuf, ShareError> {
+        let parsed = Root::parse(mounts)?;
+        let number = lock(&self.entries).add_root(id, parsed.filesystems.len());
+        let root = self.dir.join(number.to_string()).join(ROOTFS);
+        let steps = self.steps(&number.to_string(), ROOTFS, true, parsed.filesystems.len());
+        make(steps, |steps| record(&Owner::Container(id.to_owned()), steps))?;
+        for filesystem in &parsed.filesystems {
+            filesystem.mount(&root).map_err(mount_error(filesystem.what(), &root))?;
+        }
+        if let Some(top) = parsed.top(rootfs) {
+            let waiting = top.open().map_err(mount_error(top.what(), &root))?;
+            lock(&self.entries).root_waits(id, waiting);
+        }
+        Ok(in_guest(number, ROOTFS))
     }
 
     /// Adds the source of a bind mount, unless it is there already. Returns its number, and what is mounted below it if

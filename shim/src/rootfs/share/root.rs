@@ -35,7 +35,7 @@ pub(super) struct Root<'a> {
 }
 
 impl<'a> Root<'a> {
-    /// Checks containerd's mounts.
+    /// Checks the options of containerd's mounts. [`crate::rootfs::plan`] has checked the rest.
     ///
     /// # Errors
     /// What husk does not support.
@@ -88,19 +88,8 @@ impl Top {
 
 impl<'a> RootMount<'a> {
     fn parse(index: usize, mount: &'a Mount) -> Result<Self, ShareError> {
-        let unsupported = |field, value: &str, why| ShareError::Unsupported { index, field, value: value.into(), why };
-        if !mount.target.is_empty() {
-            return Err(unsupported("target", &mount.target, "mounts below the root are not supported"));
-        }
-        if mount.type_.starts_with("fuse") {
-            return Err(unsupported("type", &mount.type_, "filesystems that need a mount helper are not supported"));
-        }
-        if mount.type_.contains('/') {
-            let why = "only containerd's mount manager resolves such mounts, from version 2.2";
-            return Err(unsupported("type", &mount.type_, why));
-        }
         let options = parse_options(&mount.options)
-            .map_err(|option| unsupported("options", option, "is not supported for a container's root"))?;
+            .map_err(|option| ShareError::Unsupported { index, option: option.to_owned() })?;
         Ok(Self { index, mount, options })
     }
 
