@@ -1,6 +1,8 @@
 //! The memory of a running VM: the machine offers more, and a driver of the guest takes it, block by block; another driver
 //! gives back what the guest does not need.
 
+use std::time::Duration;
+
 use husk_protos::chain::Chain;
 use husk_protos::system::InfoRequest;
 
@@ -9,6 +11,9 @@ use crate::guest::client::GuestError;
 use crate::host::usage;
 use crate::state::status::MemoryStatus;
 use crate::vmm::VmmError;
+
+/// How long a status waits for the VMM: it is also that of a VM that hangs.
+const QUERY: Duration = Duration::from_secs(2);
 
 /// Why a VM has not got more memory.
 #[derive(Debug, thiserror::Error)]
@@ -50,12 +55,13 @@ impl Vm {
 
     /// The guest's memory on the host, as far as it is known.
     pub(crate) async fn memory_status(&self) -> MemoryStatus {
-        let balloon = match self.machine.balloon().await {
-            Ok(balloon) => balloon,
-            Err(error) => {
+        let balloon = match tokio::time::timeout(QUERY, self.machine.balloon()).await {
+            Ok(Ok(balloon)) => balloon,
+            Ok(Err(error)) => {
                 tracing::debug!(error = %Chain(&error), "failed to query the balloon");
                 None
             }
+            Err(_) => None,
         };
         MemoryStatus {
             on_host_mib: usage::shared_memory(self.machine.process()).ok().map(|bytes| bytes >> 20),

@@ -149,12 +149,9 @@ fn memory(memory: &MemoryStatus) -> String {
         Some(false) => " and keeps what it frees",
         None => "",
     });
-    match (balloon_target_mib, balloon_mib) {
-        (None, Some(_)) => {}
-        (None, None) => text.push_str("; no balloon"),
-        (Some(target), given) => {
-            let _ = write!(text, "; {} MiB in the balloon, for a target of {target} MiB", or_dash(given.as_ref()));
-        }
+    if let Some(target) = balloon_target_mib {
+        let given = or_dash(balloon_mib.as_ref());
+        let _ = write!(text, "; {given} MiB in the balloon, for a target of {target} MiB");
     }
     text
 }
