@@ -219,14 +219,15 @@ struct Hog {
 }
 
 impl Hog {
-    /// Confines a VM's machine to one CPU, of which a program with a much larger share takes nearly everything.
+    /// Confines a VM's machine to one CPU, of which a program with a much larger share takes nearly everything. The share
+    /// is an ordinary one, or the VMs of other tests would starve as well.
     fn start(containerd: &Containerd, machine: i32) -> Result<Self> {
         let groups = fs::read_to_string(format!("/proc/{machine}/cgroup"))?;
         let find = |name: &str| groups.lines().find_map(|line| line.split_once(name).map(|(_, path)| path.to_owned()));
         // The hierarchy of the CPU controller, and the files with shares: cgroup v1, or v2.
         let (root, group, shares, least, most) = match find(":cpu,cpuacct:").or_else(|| find(":cpu:")) {
-            Some(group) => ("/sys/fs/cgroup/cpu", group, "cpu.shares", "2", "262144"),
-            None => ("/sys/fs/cgroup", find("0::").context(groups.clone())?, "cpu.weight", "1", "10000"),
+            Some(group) => ("/sys/fs/cgroup/cpu", group, "cpu.shares", "2", "1024"),
+            None => ("/sys/fs/cgroup", find("0::").context(groups.clone())?, "cpu.weight", "1", "1000"),
         };
         let group = Path::new(root).join(group.trim_start_matches('/'));
         let cgroup = group.with_file_name(containerd.id("hog"));
