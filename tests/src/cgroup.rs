@@ -18,6 +18,14 @@ pub fn find(token: &str) -> Vec<PathBuf> {
     found
 }
 
+/// Removes the cgroups of containers with `token` in their ids.
+pub fn remove(token: &str) {
+    for folder in find(token).iter().rev() {
+        // A cgroup that is in use or already gone is no longer ours to remove.
+        let _ = fs::remove_dir(folder);
+    }
+}
+
 /// The number in the first of these files that one of a container's cgroups has; none if it is unlimited.
 pub fn limit(id: &str, files: &[&str]) -> Result<Option<u64>> {
     let groups = find(id);

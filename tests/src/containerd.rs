@@ -417,7 +417,7 @@ impl Drop for Containerd {
         if ended.recv_timeout(START).is_err() && !thread::panicking() {
             panic!("containerd did not exit within {START:?} of SIGKILL");
         }
-        remove_cgroups(&self.token);
+        cgroup::remove(&self.token);
     }
 }
 
@@ -455,14 +455,6 @@ fn spawn_daemon(
     });
     let pid = start.recv().context("the daemon's thread has exited")?.context("start unshare")?;
     Ok((pid, ended))
-}
-
-/// Removes the cgroups of containers with `token` in their ids.
-fn remove_cgroups(token: &str) {
-    for folder in cgroup::find(token).iter().rev() {
-        // A cgroup that is in use or already gone is no longer ours to remove.
-        let _ = std::fs::remove_dir(folder);
-    }
 }
 
 /// A `ctr` call under construction.

@@ -291,7 +291,7 @@ struct Subject<'a> {
 }
 
 fn prepare_spec(
-    mut config: Config,
+    config: Config,
     places: &Places,
     Subject { id, bundle, parsed: Parsed { mut spec, ignored } }: Subject<'_>,
     sandbox: SandboxName<'_>,
@@ -333,9 +333,9 @@ fn prepare_spec(
         }
     });
     let user = collect(user.transpose(), &mut problems).flatten().flatten();
-    let disks = annotations.as_ref().zip(rewritten.as_ref());
-    let disks = disks.map(|(annotations, rewritten)| RequestedDisks::of(annotations, &config, rewritten));
-    let disks = collect(disks.transpose(), &mut problems).flatten().unwrap_or_default();
+    let wanted = annotations.as_ref().zip(rewritten.as_ref());
+    let disks = wanted.map(|(annotations, rewritten)| RequestedDisks::of(annotations, &config, rewritten)).transpose();
+    let disks = collect(disks, &mut problems).flatten().unwrap_or_default();
     let debug = annotations.as_ref().and_then(|annotations| annotations.debug).unwrap_or(config.debug);
     let host = collect(host::find(&config, places, debug), &mut problems);
 
@@ -348,10 +348,7 @@ fn prepare_spec(
         return Err(PrepareError(problems));
     }
     rewritten.notes.extend(replaced);
-    config.debug = debug;
-    let announced = rewritten.announced_links.try_into().map_or(MAX_SPARE_NICS, |links: u32| links.min(MAX_SPARE_NICS));
-    config.balloon_target_mib = annotations.balloon_target_mib.or(config.balloon_target_mib);
-    config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics.max(announced));
+    let config = of_boot(Config { debug, ..config }, &annotations, &rewritten);
     let size = size::size(&config, &annotations, pod, rewritten.limits, host::size());
     let mut boot = Bootable::new(sandbox.id, config, host, size, &extras);
     // A pod's later containers may need some.
@@ -375,6 +372,14 @@ fn prepare_spec(
         workspace: annotations.workspace,
         role,
     })
+}
+
+/// The configuration for the VM of a container with these annotations.
+fn of_boot(mut config: Config, annotations: &Annotations, rewritten: &Rewritten) -> Config {
+    let announced = rewritten.announced_links.try_into().map_or(MAX_SPARE_NICS, |links: u32| links.min(MAX_SPARE_NICS));
+    config.balloon_target_mib = annotations.balloon_target_mib.or(config.balloon_target_mib);
+    config.spare_nics = annotations.spare_nics.unwrap_or(config.spare_nics.max(announced));
+    config
 }
 
 /// The guest's kernel would reject the namespace with a message that does not explain it.

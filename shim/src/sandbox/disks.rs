@@ -4,21 +4,21 @@
 //! end. The machine's descriptor keeps the lock, so the image is free as soon as the machine is dead, however it dies.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use husk_protos::DISKS_PATH;
 use husk_protos::chain::Chain;
 use husk_protos::disks::{AttachDiskRequest, DetachDiskRequest, DiskMount};
-use husk_protos::lock::lock;
 use serde_json::json;
 use ttrpc::context::with_duration;
 
-use crate::disks::image::{Access, Image, ImageError};
-use crate::disks::scratch::ScratchError;
-use crate::disks::volume::{self, VolumeFileError};
+use crate::disks::image::{Access, Image};
+use crate::disks::volume::{self};
 use crate::disks::{GuestMount, Kind, NewDisk};
 use crate::guest::client::GuestError;
 use crate::host::process::ProcessId;
+use crate::sandbox::disk_error::DiskError;
+use crate::sandbox::disk_table::{AttachedDisk, Disk};
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
 use crate::sandbox::thread::blocking;
@@ -26,110 +26,9 @@ use crate::state::images::ImageLeaseError;
 use crate::state::journal::Journal;
 use crate::state::lease::Holder;
 use crate::state::recent::EventKind;
-use crate::state::status::DiskStatus;
 use crate::state::{Owner, Step};
 use crate::vm::Vm;
-use crate::vmm::{PluggedDisk, VmmError};
-
-/// Why the VM does not have a disk.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum DiskError {
-    /// The image is leased by another sandbox, or cannot be.
-    #[error("the disk image {}", path.display())]
-    Lease { path: PathBuf, source: ImageLeaseError },
-    /// The image is that of a disk that the VM has in another way.
-    #[error("the disk image {}: the sandbox uses it already with other options", .0.display())]
-    Differs(PathBuf),
-    /// The image cannot be opened.
-    #[error(transparent)]
-    Open(#[from] ImageError),
-    /// The scratch disk.
-    #[error(transparent)]
-    Scratch(#[from] ScratchError),
-    /// The file of a volume.
-    #[error(transparent)]
-    Volume(#[from] VolumeFileError),
-    /// The image's descriptor.
-    #[error("the disk image {}", path.display())]
-    Image { path: PathBuf, source: std::io::Error },
-    /// The machine does not have it.
-    #[error("the disk image {}", path.display())]
-    Machine { path: PathBuf, source: VmmError },
-    /// The guest does not have it.
-    #[error("the disk image {}", path.display())]
-    Guest { path: PathBuf, source: GuestError },
-}
-
-/// The VM's disks.
-#[derive(Debug, Default)]
-pub(super) struct Disks {
-    /// Locked while a disk is attached or detached.
-    changing: tokio::sync::Mutex<()>,
-    table: Mutex<Table>,
-}
-
-#[derive(Debug, Default)]
-struct Table {
-    /// How many disks there have been: serials are not used twice.
-    count: u64,
-    disks: Vec<Disk>,
-}
-
-/// What the machine has.
-#[derive(Clone, Debug)]
-struct Disk {
-    attached: AttachedDisk,
-    kind: Kind,
-    /// Its number in the machine.
-    number: u32,
-    image: String,
-    path: PathBuf,
-    access: Access,
-    mount: Option<GuestMount>,
-    bytes: u64,
-    users: Vec<String>,
-}
-
-/// A disk in the guest.
-#[derive(Clone, Debug)]
-pub(super) struct AttachedDisk {
-    pub(super) serial: String,
-    /// Where it is mounted, if it is.
-    pub(super) guest_path: PathBuf,
-    /// Its numbers as a device.
-    pub(super) major: u32,
-    pub(super) minor: u32,
-}
-
-impl Disks {
-    fn table(&self) -> MutexGuard<'_, Table> {
-        lock(&self.table)
-    }
-
-    /// Forgets all disks of a VM that is gone.
-    pub(super) fn clear(&self) {
-        self.table().disks.clear();
-    }
-
-    /// Whether the guest may have something to write to a disk.
-    pub(super) fn any_writable(&self) -> bool {
-        self.table().disks.iter().any(|disk| disk.access == Access::Exclusive)
-    }
-
-    /// The disks, for operators.
-    pub(super) fn status(&self) -> Vec<DiskStatus> {
-        let table = self.table();
-        let status = |disk: &Disk| DiskStatus {
-            serial: disk.attached.serial.clone(),
-            path: disk.path.clone(),
-            read_only: disk.access != Access::Exclusive,
-            bytes: disk.bytes,
-            state: if disk.mount.is_some() { "mounted" } else { "attached" }.to_owned(),
-            containers: disk.users.clone(),
-        };
-        table.disks.iter().map(status).collect()
-    }
-}
+use crate::vmm::PluggedDisk;
 
 impl Sandbox {
     /// Gives a container a disk. A disk that the VM has already is shared.

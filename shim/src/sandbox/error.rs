@@ -11,7 +11,7 @@ use crate::prepare::PrepareError;
 use crate::rootfs::plan::FolderError;
 use crate::rootfs::share::ShareError;
 use crate::sandbox::container::guest_reply::InvalidReply;
-use crate::sandbox::disks::DiskError;
+use crate::sandbox::disk_error::DiskError;
 use crate::state::StateError;
 use crate::stdio::StdioError;
 use crate::vm::cgroup::CgroupError;

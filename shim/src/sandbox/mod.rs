@@ -6,6 +6,8 @@ pub(crate) mod container;
 mod control;
 mod cpuset;
 mod create;
+mod disk_error;
+mod disk_table;
 mod disks;
 mod end;
 mod error;
@@ -32,7 +34,7 @@ mod waited;
 mod watch;
 mod without_guest;
 
-pub(crate) use disks::DiskError;
+pub(crate) use disk_error::DiskError;
 pub(crate) use error::SandboxError;
 pub(crate) use registry::Sandbox;
 pub(crate) use status::StatusError;

@@ -22,7 +22,7 @@ use crate::rootfs::spec::Demand;
 use crate::rootfs::spec::resources::HostResources;
 use crate::sandbox::container::Container;
 use crate::sandbox::container::process::Process;
-use crate::sandbox::disks::Disks;
+use crate::sandbox::disk_table::Disks;
 use crate::sandbox::error::{SandboxError, not_found};
 use crate::sandbox::managed::Managed;
 use crate::sandbox::spare::{Spare, Waited};

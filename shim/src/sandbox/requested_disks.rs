@@ -8,7 +8,7 @@ use crate::disks::volume::{self, Sizing};
 use crate::disks::{GuestMount, Kind, NewDisk, scratch};
 use crate::prepare::Prepared;
 use crate::prepare::disks::{SCRATCH, Scratch};
-use crate::sandbox::disks::DiskError;
+use crate::sandbox::disk_error::DiskError;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
 use crate::sandbox::thread::blocking;

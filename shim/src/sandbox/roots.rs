@@ -8,7 +8,7 @@ use husk_protos::bundle::{self, DiskFolder, DiskRoot};
 use crate::disks::image::{Access, Image};
 use crate::disks::{GuestMount, Kind, NewDisk, format};
 use crate::rootfs::plan::{GuestRoot, NewFolder, Place, RootDisk, RootPlan, Top};
-use crate::sandbox::disks::DiskError;
+use crate::sandbox::disk_error::DiskError;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
 use crate::sandbox::thread::blocking;

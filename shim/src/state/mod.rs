@@ -12,6 +12,7 @@ pub mod journal;
 pub mod lease;
 pub mod life;
 pub mod links;
+mod live_status;
 mod places;
 pub mod ports;
 pub mod recent;

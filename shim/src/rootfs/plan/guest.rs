@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use nix::mount::MsFlags;
 
-use super::options::{Format, is_contained, is_known};
+use super::options::{Format, NewFolder, is_contained, is_known};
 use super::part::{Kind, MARK, Part};
-use super::{GuestRoot, NewFolder, Place, RootDisk, Top};
+use super::root::{GuestRoot, Place, RootDisk, Top};
 use crate::config::problem::Problem;
 use crate::rootfs::mount::parse_options;
 

@@ -1,14 +1,15 @@
 //! Roots that consist of the host's folders, and of overlays of them.
 
-use std::fs::{self, DirBuilder, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
+use std::path::PathBuf;
 
 use containerd_shim_protos::types::mount::Mount;
 
+use super::options::NewFolder;
 use super::part::{Kind, Part};
-use super::{HostRoot, NewFolder};
+use super::root::HostRoot;
 use crate::config::problem::Problem;
 
 /// Why a folder that a mount requires cannot be created.
@@ -17,19 +18,6 @@ use crate::config::problem::Problem;
 pub(crate) struct FolderError {
     path: PathBuf,
     source: io::Error,
-}
-
-/// Whether a path leads to a block device or a regular file.
-pub(super) fn is_image(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|metadata| metadata.is_file() || metadata.file_type().is_block_device())
-}
-
-/// Whether the host uses a block device, for example because it has mounted it. open(2): with O_EXCL, opening such a
-/// device fails.
-pub(super) fn is_busy(path: &Path) -> bool {
-    let is_device = fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device());
-    let open = || OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(path);
-    is_device && open().is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
 /// The root of mounts none of which is a disk. With transforms, the earlier mounts are only what the last one refers to.

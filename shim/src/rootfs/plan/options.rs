@@ -2,7 +2,15 @@
 
 use std::path::Path;
 
-use super::NewFolder;
+/// A folder that has to exist.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct NewFolder<P> {
+    pub(crate) place: P,
+    /// Permission bits.
+    pub(crate) mode: u32,
+    /// User and group.
+    pub(crate) owner: (u32, u32),
+}
 
 /// Prefixes of the options of containerd's mount manager.
 const MKDIR: &str = "X-containerd.mkdir.";

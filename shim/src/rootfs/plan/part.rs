@@ -4,10 +4,13 @@ use std::path::Path;
 
 use containerd_shim_protos::types::mount::Mount;
 
-use super::options::{Format, take_folders, take_format};
+use super::options::{Format, NewFolder, take_folders, take_format};
 use super::template::{Call, expand, range};
-use super::{HostView, NewFolder, TRANSFORMS};
+use super::view::HostView;
 use crate::config::problem::Problem;
+
+/// The transforms that containerd's mount manager leaves to husk.
+pub(crate) const TRANSFORMS: [&str; 3] = ["format", "mkdir", "mkfs"];
 
 /// Filesystems that the guest's kernel mounts from a disk.
 const DISKS: [&str; 6] = ["ext2", "ext3", "ext4", "xfs", "btrfs", "erofs"];

@@ -1,5 +1,9 @@
 //! The mounts of containerd's snapshotters, and others.
 
+use std::path::Path;
+
+use nix::mount::MsFlags;
+
 use super::*;
 
 fn mount(fs_type: &str, source: &str, options: &[&str]) -> Mount {
