@@ -181,6 +181,8 @@ fn a_root_can_have_a_hundred_layers() -> Result<()> {
     // The uppermost first.
     let layers: Vec<PathBuf> = (0..LAYERS).rev().map(|n| folder.path().join(n.to_string())).collect();
     let containerd = &Containerd::start(Version::V2_4)?;
+    // What every test of a shim leaves mounted.
+    containerd.unpacked_image()?;
     let before = Leftovers::now(containerd);
     let id = containerd.id("layers");
     let script = "cat /top; find / -maxdepth 1 -name '[1-9]*' | wc -l; echo x > /1; cat /1 /proc/mounts";
@@ -189,7 +191,7 @@ fn a_root_can_have_a_hundred_layers() -> Result<()> {
     let (status, out, err) = shim.run()?;
     ensure!(status == 0 && out.starts_with("99\n99\nx\noverlay / overlay rw"), "{status}\n{out}\n{err}");
     shim.shutdown();
-    before.expect_none_since(containerd)
+    before.expect_none_since_but(containerd, |line| line == "folder /run/husk" || line == "folder /run/bundles")
 }
 
 /// Changes an image.
