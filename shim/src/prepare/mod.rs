@@ -322,20 +322,17 @@ fn prepare_spec(
     let named = rewritten.as_ref().and_then(|rewritten| rewritten.network.of_host());
     let network = collect(named.map(claim_network).transpose(), &mut problems);
     let requested = annotations.as_ref().map(requested_network).unwrap_or_default();
+    let booted = siblings.booted_with.or(siblings.booting_with).map(|booted| booted.user.as_ref());
     let user = rewritten.as_ref().map(|rewritten| {
-        let booted = siblings.booted_with.or(siblings.booting_with).map(|booted| booted.user.as_ref());
         let user = network::user_network(&requested, &config, rewritten, booted)?;
-        match &user {
-            Some(user) if booted.is_none() => {
-                network::check_ports(user, &places.state, sandbox.id).map(|()| Some(user.clone()))
-            }
-            _ => Ok(user),
+        if let Some(user) = user.as_ref().filter(|_| booted.is_none()) {
+            network::check_ports(user, &places.state, sandbox.id)?;
         }
+        Ok(user)
     });
     let user = collect(user.transpose(), &mut problems).flatten().flatten();
-    let wanted = annotations.as_ref().zip(rewritten.as_ref());
-    let disks = wanted.map(|(annotations, rewritten)| RequestedDisks::of(annotations, &config, rewritten)).transpose();
-    let disks = collect(disks, &mut problems).flatten().unwrap_or_default();
+    let disks = requested_disks(annotations.as_ref(), rewritten.as_ref(), &config);
+    let disks = collect(disks, &mut problems).unwrap_or_default();
     let debug = annotations.as_ref().and_then(|annotations| annotations.debug).unwrap_or(config.debug);
     let host = collect(host::find(&config, places, debug), &mut problems);
 
@@ -372,6 +369,18 @@ fn prepare_spec(
         workspace: annotations.workspace,
         role,
     })
+}
+
+/// The disks that a container asks for; none if other problems hide it.
+fn requested_disks(
+    annotations: Option<&Annotations>,
+    rewritten: Option<&Rewritten>,
+    config: &Config,
+) -> Result<RequestedDisks, Vec<Problem>> {
+    match annotations.zip(rewritten) {
+        Some((annotations, rewritten)) => RequestedDisks::of(annotations, config, rewritten),
+        None => Ok(RequestedDisks::default()),
+    }
 }
 
 /// The configuration for the VM of a container with these annotations.

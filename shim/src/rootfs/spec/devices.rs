@@ -48,7 +48,10 @@ const NAMED_MAX: usize = 5;
 pub(super) fn rewrite_devices(linux: &mut Linux, findings: &mut Findings) -> Vec<BlockDevice> {
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().clone()).unwrap_or_default();
     let privileged = allow_everything(&rules);
-    let devices = linux.devices_mut().take().unwrap_or_default();
+    let Some(devices) = linux.devices_mut().take() else {
+        remove_rules(linux, &[], findings);
+        return Vec::new();
+    };
     let is_kept = |device: &LinuxDevice| is_in_guest(device) || !privileged && device.typ() == LinuxDeviceType::B;
     let (kept, others): (Vec<_>, Vec<_>) = devices.into_iter().partition(is_kept);
     if privileged && !others.is_empty() {
