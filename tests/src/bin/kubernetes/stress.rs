@@ -56,11 +56,10 @@ struct Test {
     run: fn(&mut Cluster, &str) -> Result<String>,
 }
 
-const TESTS: [Test; 4] = [
+const TESTS: [Test; 3] = [
     Test { name: "20 pods start while containerd and the kubelet are killed, and are drained", run: kill_daemons },
     Test { name: "150 pods are cycled ten at a time", run: cycle },
     Test { name: "the containers of a pod restart 200 times", run: restart },
-    Test { name: "a node that is short of memory evicts a pod, but no critical one", run: evict },
 ];
 
 /// Runs the tests with `matching` in their names for each class. Returns the results in the order of the classes. The
@@ -213,35 +212,6 @@ fn memory(cluster: &mut Cluster) -> Result<String> {
         echo \"  processes $(ls -d /proc/[0-9]* | wc -l)\"";
     writeln!(text, "{}", cluster.sh(rest, CALL)?.ok()?.text())?;
     Ok(text)
-}
-
-/// The kubelet takes nearly all memory of the node for too little, and evicts what it may.
-fn evict(cluster: &mut Cluster, class: &str) -> Result<String> {
-    create(cluster, class, 0..1)?;
-    let critical = POD.replace("spec:", "spec:\n  priorityClassName: system-node-critical");
-    cluster.apply(&critical.replace("NAME", "critical").replace("CLASS", class).replace("NODE", NODE))?;
-    await_ready(cluster)?;
-    let before = ready(cluster)?;
-    move_threshold(cluster, "50Mi", "99%")?;
-    let evicted = format!(
-        "kubectl wait --for=jsonpath={{.status.reason}}=Evicted pod/pod-0 --timeout={}s >/dev/null
-        kubectl get pod pod-0 -o jsonpath='{{.status.message}}'",
-        START.as_secs()
-    );
-    let message = cluster.sh(&evicted, START + CALL)?.ok().with_context(|| described(cluster))?.text();
-    ensure!(message.contains("low on resource: memory"), "{message}");
-    let now = ready(cluster)?;
-    ensure!(now.get("critical").is_some_and(|id| before.get("critical") == Some(id)), "before {before:?}, now {now:?}");
-    move_threshold(cluster, "99%", "50Mi")?;
-    delete_all(cluster)?;
-    Ok(message)
-}
-
-/// Changes how little memory is too little for the kubelet, which reads it when it starts.
-fn move_threshold(cluster: &mut Cluster, from: &str, to: &str) -> Result<()> {
-    let change = format!("sed -i '/^evictionHard/s/{from}/{to}/' /run/node/kubelet.yaml");
-    cluster.sh(&change, CALL)?.ok()?;
-    cluster.interrupt()
 }
 
 /// Containers of one pod exit and are restarted.
