@@ -166,8 +166,7 @@ impl Containerd {
         let ready = UnixDatagram::bind(&address).context("bind the readiness socket")?;
         let mut command = Command::new("unshare");
         command.args(["--mount", "--pid", "--net", "--fork", "--kill-child=KILL", "--propagation", "slave"]);
-        command.arg("--mount-proc");
-        command.args(["sh", "-c", ENTRYPOINT]).arg(bin.join("containerd"));
+        command.arg("--mount-proc").args(["sh", "-c", ENTRYPOINT]).arg(bin.join("containerd"));
         command
             .env("PATH", search_path(&bin))
             .env("NOTIFY_SOCKET", "/run/ready")
@@ -296,8 +295,7 @@ impl Containerd {
         let ours = |process: &Process| process.name.starts_with("containerd-shim") && process.command.contains(id);
         let shim = process::descendants(self.pid).into_iter().find(ours);
         let shim = shim.with_context(|| format!("no shim has {id} in its command line"))?;
-        let below = process::descendants(shim.pid);
-        Ok((shim, below))
+        Ok((shim.clone(), process::descendants(shim.pid)))
     }
 
     /// The descendant of the shim that serves `id` whose name starts with `name`; its own child if there are several.
@@ -328,7 +326,7 @@ impl Containerd {
     /// The path by which the test reaches the daemon's `path`.
     pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();
-        Path::new("/proc").join(self.pid.to_string()).join("root").join(path.strip_prefix("/").unwrap_or(path))
+        PathBuf::from(format!("/proc/{}/root", self.pid)).join(path.strip_prefix("/").unwrap_or(path))
     }
 
     /// A command that runs in the daemon's mount, PID and network namespaces.
@@ -395,15 +393,13 @@ impl Containerd {
 
     /// Lines of the daemon's log that contain `needle`.
     pub fn logged(&self, needle: &str) -> Vec<String> {
-        let log = lock(&self.log);
-        log.iter().filter(|line| line.contains(needle)).cloned().collect()
+        lock(&self.log).iter().filter(|line| line.contains(needle)).cloned().collect()
     }
 
     /// Waits until at least `count` lines contain `needle`, and returns them: a shim's line takes a moment to arrive.
     pub fn await_logged(&self, needle: &str, count: usize) -> Result<Vec<String>> {
         let found = || Some(self.logged(needle)).filter(|lines| lines.len() >= count);
-        command::wait_for(START, &format!("{count} lines with {needle:?} are logged"), found)
-            .with_context(|| self.log_tail())
+        command::wait_for(START, needle, found).with_context(|| self.log_tail())
     }
 }
 
@@ -575,8 +571,7 @@ impl Container<'_> {
 
     /// Waits until `ctr task ls` shows this status.
     pub fn await_status(&self, status: &str) -> Result<()> {
-        let what = format!("task {} is {status}", self.id);
-        command::wait_for(CTR, &what, || {
+        command::wait_for(CTR, &format!("task {} is {status}", self.id), || {
             self.status().map(|now| (now.as_deref() == Some(status)).then_some(())).transpose()
         })?
     }

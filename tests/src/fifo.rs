@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use husk_protos::streams::PIPE_SIZE;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
@@ -101,6 +103,8 @@ impl Reader {
 /// Fills a fifo that another process holds open, so that writers block until it is read.
 pub fn fill(path: &Path) -> Result<()> {
     let mut fifo = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    // Otherwise the shim would give it more room.
+    fcntl(&fifo, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE as i32)).context("F_SETPIPE_SZ")?;
     // Byte by byte at the end: a fifo accepts a small write completely or not at all, pipe(7).
     for size in [4096, 1] {
         loop {

@@ -115,7 +115,7 @@ fn spec(id: &str) -> Value {
 fn memory_of_sandbox(containerd: &Containerd, id: &str) -> Result<u64> {
     let status = operator::husk_json(containerd, &["status", "--json", id])?;
     let files = status["files"]["limit"].as_u64().with_context(|| status.to_string())?;
-    let code = if status["machine"]["accel"] == "Kvm" { 0 } else { 256 };
+    let code = if status["machine"]["accel"] == "Kvm" { 0 } else { 128 };
     Ok(((512 + 128 + code) << 20) + files * 1536)
 }
 

@@ -172,7 +172,7 @@ fn the_vms_death_waits_for_stalled_readers_only_once() -> Result<()> {
     let containerd = Containerd::shared()?;
     let shim = Shim::idle(containerd, "unread")?;
     let id = shim.bundle.id.clone();
-    let execs: Vec<String> = (0..13).map(|number| format!("e{number}")).collect();
+    let execs: Vec<String> = (10..23).map(|number| format!("e{number}")).collect();
     let mut readers = Vec::new();
     for exec in &execs {
         let (io, stdout, mut stderr) = shim.streams(exec)?;
@@ -230,7 +230,7 @@ fn a_shutdown_loses_neither_the_last_output_nor_the_exit() -> Result<()> {
     for round in 0..3 {
         let id = containerd.id("last-words");
         // More output than all buffers on the way hold, so each is full when the process exits.
-        let script = "trap 'seq 1 150000; exit 9' TERM; echo ready; while :; do sleep 0.05; done";
+        let script = "seq 1 150000 >/all; trap 'cat /all; exit 9' TERM; echo ready; while :; do sleep 0.05; done";
         let shim = Shim::start(containerd, &id, &bundle::spec(&id, &["sh", "-c", script]))?;
         let (io, mut stdout, _stderr) = shim.streams("init")?;
         shim.create_and_start(&io)?;
@@ -243,8 +243,8 @@ fn a_shutdown_loses_neither_the_last_output_nor_the_exit() -> Result<()> {
                     return Ok(output);
                 }
                 output.extend(bytes);
-                // A slow reader: some 800 KiB/s.
-                std::thread::sleep(Duration::from_millis(10));
+                // A slow reader: at most 4 MiB/s. The guest kills a process three seconds after SIGTERM.
+                std::thread::sleep(Duration::from_millis(2));
             }
         });
         // The shim may exit before its response is sent.
