@@ -223,11 +223,16 @@ fn the_pid_file_contains_the_tasks_pid_and_null_io_discards_all_streams() -> Res
 #[cfg_attr(runc, ignore = "about VMs")]
 fn host_devices_are_rejected_with_path_and_numbers() -> Result<()> {
     let containerd = newest()?;
+    let tape = format!("/run/{}", containerd.id("tape"));
+    containerd.sh(&format!("mknod {tape} c 9 77"))?;
+    let message = run_error(&["--device", &tape, "--device", "/dev/kmsg"])?;
+    let why = format!("linux.devices: devices of the host cannot be used in a VM: {tape} (c 9:77)");
+    ensure!(message.contains(&why) && !message.contains("kmsg"), "guests have /dev/kmsg: {message}");
+    // A block device becomes a disk, if it exists.
     let disk = format!("/run/{}", containerd.id("disk"));
     containerd.sh(&format!("mknod {disk} b 7 77"))?;
-    let message = run_error(&["--device", &disk, "--device", "/dev/kmsg"])?;
-    let why = format!("linux.devices: devices of the host cannot be used in a VM: {disk} (b 7:77)");
-    ensure!(message.contains(&why) && !message.contains("kmsg"), "guests have /dev/kmsg: {message}");
+    let message = run_error(&["--device", &disk])?;
+    ensure!(message.contains("linux.devices: find the block device 7:77 of the host"), "{message}");
     let zero = format!("/run/{}", containerd.id("zero"));
     containerd.sh(&format!("mknod {zero} c 1 5"))?;
     let message = run_error(&["--device", &zero])?;

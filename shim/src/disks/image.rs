@@ -33,7 +33,7 @@ pub(crate) enum ImageError {
     #[error("the disk image {} is neither a regular file nor a block device", .0.display())]
     Kind(PathBuf),
     /// The host has no such device.
-    #[error("find the block device {major}:{minor} of the host")]
+    #[error("linux.devices: find the block device {major}:{minor} of the host")]
     Device { major: i64, minor: i64, source: io::Error },
     /// The host or another VM has the device.
     #[error("the block device {} is in use on the host: it is mounted, or part of another device", .0.display())]
