@@ -24,4 +24,6 @@ pub struct PoolRequest {
     pub debug: Option<bool>,
     /// Network cards for links that appear later.
     pub spare_nics: Option<u32>,
+    /// The running VM can be given disks.
+    pub disks: bool,
 }

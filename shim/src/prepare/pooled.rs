@@ -63,7 +63,7 @@ impl Bootable {
         };
         let mut boot = Self::new(name, config, host, size, &Extras::default());
         boot.named_config.clone_from(&request.config);
-        boot.machine.guest.disks = true;
+        boot.machine.guest.disks = request.disks;
         Ok(boot)
     }
 
@@ -78,6 +78,7 @@ impl Bootable {
             balloon_target_mib: self.config.balloon_target_mib,
             debug: Some(self.config.debug),
             spare_nics: Some(self.config.spare_nics),
+            disks: self.machine.guest.disks,
         }
     }
 
@@ -101,8 +102,6 @@ impl Bootable {
         let Self { machine, host, config, named_config } = self;
         let mut machine = machine.clone();
         machine.name = String::new();
-        // A VM of the pool can have disks, whether the sandbox needs some or not.
-        machine.guest.disks = true;
         let config_file = load::path(named_config.as_deref());
         let own = std::env::current_exe()?;
         let files = [&own, &machine.kernel, &machine.initrd, &host.vmm, &host.virtiofsd];
