@@ -322,6 +322,15 @@ impl<'a> Shim<'a> {
         Ok(())
     }
 
+    /// Kills and deletes the container, as the kubelet does, and removes its bundle.
+    pub fn remove(&self) -> Result<()> {
+        let id = &self.bundle.id;
+        self.task.kill(id, "", 9)?;
+        self.task.wait(id, "")?;
+        self.task.delete(id, "")?;
+        std::fs::remove_dir_all(&self.bundle.outside).context("remove the bundle")
+    }
+
     /// Asks the shim to shut down, which has no effect while its sandbox has other containers.
     pub fn shutdown(&self) {
         // The shim may exit before its response is sent.

@@ -71,15 +71,6 @@ fn refused(host: &Host, name: &str, spec: impl Fn(&str) -> Value) -> Result<Stri
     shim.create_error()
 }
 
-/// Kills and deletes a container, as the kubelet does, and removes its bundle.
-fn remove(shim: &Shim) -> Result<()> {
-    let id = &shim.bundle.id;
-    shim.task.kill(id, "", 9)?;
-    shim.task.wait(id, "")?;
-    shim.task.delete(id, "")?;
-    fs::remove_dir_all(&shim.bundle.outside).context("remove the bundle")
-}
-
 /// Kills a process and waits until it is gone.
 fn kill_9(pid: i32) -> Result<()> {
     kill(Pid::from_raw(pid), Signal::SIGKILL)?;
@@ -154,7 +145,7 @@ fn a_volume_keeps_its_files_and_grows_and_belongs_to_one_vm_at_a_time() -> Resul
     let disks = status["disks"].as_array().context("no disks")?;
     ensure!(disks.len() == 2 && disks[0]["containers"] == json!([id, side_id]), "{disks:?}");
     ensure!(disks[0]["path"] == json!(host.file("a.img")) && disks[0]["state"] == "mounted", "{disks:?}");
-    remove(&side)?;
+    side.remove()?;
     ensure!(images_of(&host, &pod)? == 2 && disks_in_guest(&host, &pod)? == 2);
 
     // While its container is paused, the filesystem on the host is complete.
@@ -166,7 +157,7 @@ fn a_volume_keeps_its_files_and_grows_and_belongs_to_one_vm_at_a_time() -> Resul
     ensure!(app.script("after", "echo three >> /data/file; cat /data/file")?.contains("one\nthree"));
     // A paused container ends too.
     app.task.pause(&id)?;
-    remove(&app)?;
+    app.remove()?;
     ensure!(images_of(&host, &pod)? == 0 && disks_in_guest(&host, &pod)? == 0);
     fsck(&host.file("a.img"))?;
 
@@ -179,7 +170,7 @@ fn a_volume_keeps_its_files_and_grows_and_belongs_to_one_vm_at_a_time() -> Resul
     let again = Shim::running(containerd, &again_id, &spec(&pod, &again_id, &[larger]))?;
     let seen = again.script("grown", "cat /data/file; df -m /data | tail -1 | awk '{ print ($2 > 100) }'")?;
     ensure!(seen.ends_with("one\nthree\n1"), "{seen}");
-    remove(&again)?;
+    again.remove()?;
     fsck(&host.file("a.img"))?;
 
     // Elsewhere, or with somebody's data, nothing becomes a volume.
@@ -196,7 +187,7 @@ fn a_volume_keeps_its_files_and_grows_and_belongs_to_one_vm_at_a_time() -> Resul
     ensure!(error.contains("it has no valid ext4 filesystem"), "{error}");
     ensure!(fs::read(host.file("precious.img"))? == precious, "the data has changed");
     ensure!(images_of(&host, &pod)? == 0 && disks_in_guest(&host, &pod)? == 0);
-    remove(&pause)
+    pause.remove()
 }
 
 #[test]
@@ -284,13 +275,13 @@ fn block_devices_and_scratch_space_are_the_containers_own_and_leave_nothing() ->
     ensure!(fs::read(&device.0)?.starts_with(b"from the container\n"));
     let error = refused(&host, "second", |id| with_device(id, "rwm"))?;
     ensure!(error.contains(&format!("{} is in use on the host", device.0.display())), "{error}");
-    remove(&shim)?;
+    shim.remove()?;
     // Only what the rules allow.
     let id = containerd.id("reader");
     let reader = Shim::running(containerd, &id, &with_device(&id, "r"))?;
     let seen = reader.script("read", "head -c 18 /dev/xvda; echo y | dd of=/dev/xvda 2>&1; ls /scratch")?;
     ensure!(seen.contains("from the container") && seen.contains("not permitted") && !seen.contains("\nx\n"), "{seen}");
-    remove(&reader)?;
+    reader.remove()?;
     let left: Vec<_> = fs::read_dir(host.folder.path())?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
     ensure!(left == ["device.img"], "{left:?}");
     Ok(())
@@ -311,7 +302,7 @@ fn a_vm_has_30_disks_and_50_rounds_of_disks_leave_nothing() -> Result<()> {
         .script("write", "for d in /v/*; do echo $d > $d/name || echo failed; done; cat /v/*/name | sort -u | wc -l")?;
     ensure!(seen.contains("30") && !seen.contains("failed"), "{seen}");
     ensure!(images_of(&host, &pod)? == 30 && disks_in_guest(&host, &pod)? == 30);
-    remove(&many)?;
+    many.remove()?;
     ensure!(images_of(&host, &pod)? == 0 && disks_in_guest(&host, &pod)? == 0);
     // 50 disks in ten containers.
     for round in 0..10 {
@@ -320,7 +311,7 @@ fn a_vm_has_30_disks_and_50_rounds_of_disks_leave_nothing() -> Result<()> {
         let shim = Shim::running(containerd, &id, &spec(&pod, &id, volumes))?;
         let seen = shim.script("read", "cat /v/*/name | wc -l")?;
         ensure!(seen.contains(&volumes.len().to_string()), "{seen}");
-        remove(&shim)?;
+        shim.remove()?;
     }
     ensure!(images_of(&host, &pod)? == 0 && disks_in_guest(&host, &pod)? == 0);
     let fds = run_in_vm(containerd, &pod, &["ls", "/run/husk/disks"], None)?.ok()?.text();
@@ -328,7 +319,7 @@ fn a_vm_has_30_disks_and_50_rounds_of_disks_leave_nothing() -> Result<()> {
     for number in 0..30 {
         fsck(&host.file(&format!("{number}.img")))?;
     }
-    remove(&pause)
+    pause.remove()
 }
 
 #[test]
@@ -341,7 +332,7 @@ fn a_vm_on_q35_has_disks_too() -> Result<()> {
     let app_id = containerd.id("app");
     let app = Shim::running(containerd, &app_id, &spec(&id, &app_id, &[host.volume("a.img", "/data", 16)]))?;
     ensure!(app.script("write", "echo one > /data/file && cat /data/file")?.contains("one"));
-    remove(&app)?;
+    app.remove()?;
     fsck(&host.file("a.img"))?;
-    remove(&shim)
+    shim.remove()
 }

@@ -31,15 +31,6 @@ fn bind(source: &Path, destination: &str, access: &str) -> Value {
     json!({"destination": destination, "type": "bind", "source": source, "options": ["rbind", "rprivate", access]})
 }
 
-/// Kills and deletes a container, as the kubelet does, and removes its bundle.
-fn remove(shim: &Shim) -> Result<()> {
-    let id = &shim.bundle.id;
-    shim.task.kill(id, "", 9)?;
-    shim.task.wait(id, "")?;
-    shim.task.delete(id, "")?;
-    fs::remove_dir_all(&shim.bundle.outside).context("remove the bundle")
-}
-
 /// What containers find of each other in one folder, and the mounts of a pod's shared memory.
 #[test]
 fn containers_of_a_pod_share_sockets_locks_fifos_and_memory_in_a_folder() -> Result<()> {
@@ -82,9 +73,9 @@ fn containers_of_a_pod_share_sockets_locks_fifos_and_memory_in_a_folder() -> Res
             writer.task.delete(&writer_id, name)?;
         }
         // Nobody may write any more after the writer is gone, but its files stay.
-        remove(&writer)?;
+        writer.remove()?;
         seen += &late.script("after", "ls /data /dev/shm; touch /data/x 2>&1 || echo")?;
-        remove(&late)?;
+        late.remove()?;
         drop(pause);
         containerd.sh(&format!("umount {0} && rmdir {0}", shm.display()))?;
         Ok(seen)
@@ -132,7 +123,7 @@ fn twenty_restarts_of_a_container_leave_nothing_in_the_guest_or_in_virtiofsd() -
         if round % 2 == 0 {
             ensure!(shim.exec("look", &["cat", "/etc/file"])? == (0, "text".to_owned()), "round {round}");
         }
-        remove(&shim)?;
+        shim.remove()?;
     }
     let left = mounts_of_guest(containerd, &pod)?;
     ensure!(left == mounts, "the guest's mounts: {left:#?}\nbefore: {mounts:#?}");

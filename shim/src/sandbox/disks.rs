@@ -13,7 +13,7 @@ use serde_json::json;
 use ttrpc::context::with_duration;
 
 use crate::disks::image::{Access, Image};
-use crate::disks::volume::{self};
+use crate::disks::volume;
 use crate::disks::{GuestMount, Kind, NewDisk};
 use crate::guest::client::GuestError;
 use crate::host::process::ProcessId;

@@ -1,6 +1,6 @@
 //! The disks that a container asks for: volumes, block devices of the host, and scratch space.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::disks::image::{Access, Image};
@@ -73,7 +73,7 @@ impl Sandbox {
         vm: &Arc<Vm>,
         id: &str,
         Scratch { mib, folder }: Scratch,
-    ) -> Result<std::path::PathBuf, SandboxError> {
+    ) -> Result<PathBuf, SandboxError> {
         if let Some(attached) = self.attach_known(vm, id, Kind::Scratch).await? {
             return Ok(attached.guest_path);
         }

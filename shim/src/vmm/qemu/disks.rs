@@ -4,45 +4,22 @@
 //! QEMU gets the image's descriptor over QMP, then the block node, then the disk. Number N is target N of the controller,
 //! and has the set of descriptors N.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Mutex;
-use std::time::Duration;
 
-use husk_protos::chain::Chain;
 use husk_protos::lock::lock;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 
-use super::plug::Failure;
+use super::hotplug::{Commands, DEADLINE, Failure};
 use super::qmp::{Qmp, QmpError};
 use crate::vmm::machine::{Cache, PluggedDisk};
 
-/// Deadline for all commands that plug or unplug a disk, and again for those that undo it. Unplugging writes back what
-/// the guest has written.
-const DEADLINE: Duration = Duration::from_secs(10);
 /// How many requests must be left: twice what one machine takes (QEMU's block/linux-aio.c, MAX_EVENTS).
 const AIO_REQUESTS: u64 = 2048;
 /// The targets of virtio's SCSI controller (QEMU's hw/scsi/virtio-scsi.c, VIRTIO_SCSI_MAX_TARGET), without number 0.
-const MOST: u32 = 255;
-
-/// The numbers of the disks that a machine has.
-#[derive(Debug, Default)]
-pub(super) struct Disks(Mutex<BTreeSet<u32>>);
-
-impl Disks {
-    pub(super) fn take(&self) -> Option<u32> {
-        let mut taken = lock(&self.0);
-        let free = (1..=MOST).find(|number| !taken.contains(number))?;
-        taken.insert(free);
-        Some(free)
-    }
-
-    pub(super) fn give_back(&self, number: u32) {
-        lock(&self.0).remove(&number);
-    }
-}
+pub(super) const MOST: u32 = 255;
 
 /// Who waits for QEMU to delete a device.
 #[derive(Debug, Default)]
@@ -66,52 +43,46 @@ impl Deleted {
 
 /// Gives the machine a disk.
 pub(super) async fn plug(qmp: &Qmp, number: u32, disk: &PluggedDisk) -> Result<(), Failure> {
-    let until = Instant::now() + DEADLINE;
+    let commands = Commands::new(qmp);
     let plugged = async {
-        let set = json!({"fdset-id": number});
-        qmp.execute_with("add-fd", set, disk.image.as_fd(), left(until)).await?;
-        qmp.execute("blockdev-add", node(number, disk, native_aio()), left(until)).await?;
-        qmp.execute("device_add", device(number, disk), left(until)).await
+        qmp.execute_with("add-fd", json!({"fdset-id": number}), disk.image.as_fd(), commands.left()).await?;
+        commands.execute("blockdev-add", node(number, disk, native_aio())).await?;
+        commands.execute("device_add", device(number, disk)).await
     };
     let Err(failed) = plugged.await else { return Ok(()) };
     let QmpError::Rejected { command, .. } = &failed else { return Err(Failure::Unknown(failed)) };
-    let until = Instant::now() + DEADLINE;
-    let undone = async {
-        if command == "device_add" {
-            qmp.execute("blockdev-del", json!({"node-name": id(number)}), left(until)).await?;
-        }
-        match command.as_str() {
-            // QEMU has not taken the descriptor.
-            "add-fd" => Ok(()),
-            _ => forget(qmp, number, until).await,
-        }
+    let commands = Commands::new(qmp);
+    let undone = match command.as_str() {
+        // QEMU has not taken the descriptor.
+        "add-fd" => Ok(()),
+        "device_add" => remove_node(&commands, number).await,
+        _ => forget(&commands, number).await,
     };
-    match undone.await {
-        Ok(()) => Err(Failure::Undone(failed)),
-        Err(error) => {
-            tracing::warn!(error = %Chain(&error), "failed to undo a disk that QEMU has rejected");
-            Err(Failure::Unknown(failed))
-        }
-    }
+    Err(Failure::after(failed, undone, "a disk"))
 }
 
 /// Takes a disk away from the machine. QEMU has written everything back and closed the image when this returns.
 pub(super) async fn unplug(qmp: &Qmp, deleted: &Deleted, number: u32) -> Result<(), QmpError> {
-    let until = Instant::now() + DEADLINE;
+    let commands = Commands::new(qmp);
     // Before the command: QEMU may report the deletion before it replies.
     let event = deleted.of(&id(number));
-    qmp.execute("device_del", json!({"id": id(number)}), left(until)).await?;
+    commands.execute("device_del", json!({"id": id(number)})).await?;
     let late = || QmpError::Deadline { command: "DEVICE_DELETED".to_owned(), deadline: DEADLINE };
-    tokio::time::timeout(left(until), event).await.map_err(|_| late())?.map_err(|_| QmpError::Closed)?;
-    qmp.execute("blockdev-del", json!({"node-name": id(number)}), left(until)).await?;
-    forget(qmp, number, until).await
+    tokio::time::timeout(commands.left(), event).await.map_err(|_| late())?.map_err(|_| QmpError::Closed)?;
+    remove_node(&commands, number).await
+}
+
+/// Makes QEMU forget an image that no disk uses.
+async fn remove_node(commands: &Commands<'_>, number: u32) -> Result<(), QmpError> {
+    commands.execute("blockdev-del", json!({"node-name": id(number)})).await?;
+    forget(commands, number).await
 }
 
 /// Makes QEMU close its copy of the image's descriptor. With the last user of the set, it has done so already.
-async fn forget(qmp: &Qmp, number: u32, until: Instant) -> Result<(), QmpError> {
-    match qmp.execute("remove-fd", json!({"fdset-id": number}), left(until)).await {
-        Ok(_) | Err(QmpError::Rejected { .. }) => Ok(()),
-        Err(error) => Err(error),
+async fn forget(commands: &Commands<'_>, number: u32) -> Result<(), QmpError> {
+    match commands.execute("remove-fd", json!({"fdset-id": number})).await {
+        Err(QmpError::Rejected { .. }) => Ok(()),
+        other => other,
     }
 }
 
@@ -123,10 +94,6 @@ fn native_aio() -> bool {
         text.trim_end().parse::<u64>().ok()
     };
     read("aio-max-nr").zip(read("aio-nr")).is_some_and(|(most, taken)| most.saturating_sub(taken) >= AIO_REQUESTS)
-}
-
-fn left(until: Instant) -> Duration {
-    until.saturating_duration_since(Instant::now())
 }
 
 fn id(number: u32) -> String {
@@ -159,27 +126,16 @@ fn device(number: u32, disk: &PluggedDisk) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use super::super::hotplug::tests::{Received, expect_undone, file, with_qemu};
     use super::*;
-    use crate::vmm::factory::qemu::plug::tests::{SECOND, file, play};
-    use tokio::net::UnixStream;
 
     fn disk() -> PluggedDisk {
         let image = file(512);
         PluggedDisk { serial: "volume-1".into(), image, is_device: false, read_only: false, cache: Cache::Bypassed }
     }
 
-    async fn plugged(
-        disk: PluggedDisk,
-        rejected: &'static str,
-    ) -> (Result<(), Failure>, Vec<(String, Value, Option<u64>)>) {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let qemu = tokio::spawn(play(theirs, rejected));
-        let (qmp, _events) = Qmp::handshake(ours, SECOND).await.unwrap();
-        let result = plug(&qmp, 3, &disk).await;
-        drop(qmp);
-        let mut received = qemu.await.unwrap();
-        received.remove(0);
-        (result, received)
+    async fn plugged(disk: PluggedDisk, rejected: &'static str) -> (Result<(), Failure>, Vec<Received>) {
+        with_qemu(rejected, async |qmp| plug(qmp, 3, &disk).await).await
     }
 
     #[tokio::test]
@@ -215,19 +171,12 @@ mod tests {
             [("add-fd", &[]), ("blockdev-add", &["remove-fd"]), ("device_add", &["blockdev-del", "remove-fd"])];
         for (rejected, undone) in table {
             let (result, received) = plugged(disk(), rejected).await;
-            let Err(Failure::Undone(error)) = result else { panic!("{rejected}: {result:?}") };
-            assert_eq!(error.to_string(), format!("{rejected}: GenericError: no"));
-            let at = received.iter().position(|(name, ..)| name == rejected).unwrap();
-            let after: Vec<&str> = received[at + 1..].iter().map(|(name, ..)| name.as_str()).collect();
-            assert_eq!(after, undone, "{rejected}");
+            expect_undone(rejected, result, &received, undone);
         }
     }
 
     #[tokio::test]
     async fn a_disk_is_gone_when_qemu_says_so() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let qemu = tokio::spawn(play(theirs, ""));
-        let (qmp, _events) = Qmp::handshake(ours, SECOND).await.unwrap();
         let deleted = Deleted::default();
         let reported = async {
             while lock(&deleted.0).is_empty() {
@@ -236,18 +185,10 @@ mod tests {
             deleted.report("another");
             deleted.report("disk-3");
         };
-        let (unplugged, ()) = tokio::join!(unplug(&qmp, &deleted, 3), reported);
+        let both = async |qmp: &Qmp| tokio::join!(unplug(qmp, &deleted, 3), reported).0;
+        let (unplugged, received) = with_qemu("", both).await;
         unplugged.unwrap();
-        drop(qmp);
-        let names: Vec<String> = qemu.await.unwrap().into_iter().map(|(name, ..)| name).skip(1).collect();
+        let names: Vec<&str> = received.iter().map(|(name, ..)| name.as_str()).collect();
         assert_eq!(names, ["device_del", "blockdev-del", "remove-fd"]);
-    }
-
-    #[test]
-    fn the_lowest_free_number_is_used() {
-        let disks = Disks::default();
-        assert_eq!((disks.take(), disks.take(), disks.take()), (Some(1), Some(2), Some(3)));
-        disks.give_back(2);
-        assert_eq!((disks.take(), disks.take()), (Some(2), Some(4)));
     }
 }

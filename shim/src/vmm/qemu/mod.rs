@@ -8,6 +8,7 @@
 //! | `syscalls.rs` | the system calls that QEMU may use   |
 //! | `plug.rs`  | network cards of a running machine      |
 //! | `disks.rs` | disks of a running machine              |
+//! | `hotplug.rs` | what the two have in common           |
 //! | `memory.rs` | more memory of a running machine       |
 //! | `balloon.rs` | memory that the guest gives back      |
 
@@ -42,6 +43,7 @@ pub(crate) mod args;
 mod balloon;
 pub(crate) mod board;
 mod disks;
+mod hotplug;
 mod memory;
 mod plug;
 mod qmp;
@@ -143,8 +145,8 @@ impl Vmm for Qemu {
             reason: Arc::default(),
             accel: spec.accel,
             files,
-            slots: plug::Slots::new(spec.pluggable_nics),
-            disks: spec.guest.disks.then(disks::Disks::default),
+            slots: hotplug::Numbers::new(spec.pluggable_nics as u32),
+            disks: spec.guest.disks.then(|| hotplug::Numbers::new(disks::MOST)),
             deleted: Arc::default(),
             boot_memory_mib: spec.memory_mib,
             grows: args::growth_mib(&spec) > 0,
@@ -240,9 +242,10 @@ struct QemuMachine {
     accel: Accel,
     /// What stays of the host's files once QEMU runs.
     files: Vec<RootFile>,
-    slots: plug::Slots,
-    /// The disks that it was given; none if it cannot have any.
-    disks: Option<disks::Disks>,
+    /// The free slots for network cards.
+    slots: hotplug::Numbers,
+    /// The free numbers of disks; none if it cannot have any.
+    disks: Option<hotplug::Numbers>,
     deleted: Arc<disks::Deleted>,
     /// The memory that the guest started with.
     boot_memory_mib: u64,
@@ -316,13 +319,7 @@ impl Machine for QemuMachine {
         let slot = self.slots.take().ok_or(VmmError::NoSlot)?;
         let vhost = vhost(nic.taps.len(), self.accel);
         let card = plug::Card { mac: nic.mac, taps: nic.taps, vhost };
-        plug::plug(&qmp, slot, &card).await.map_err(|failure| match failure {
-            plug::Failure::Undone(error) => {
-                self.slots.give_back(slot);
-                failed(error)
-            }
-            plug::Failure::Unknown(error) => failed(error),
-        })
+        plug::plug(&qmp, slot, &card).await.map_err(|failure| failed(failure.give_back(&self.slots, slot)))
     }
 
     async fn plug_disk(&self, disk: PluggedDisk) -> Result<u32, VmmError> {
@@ -331,14 +328,8 @@ impl Machine for QemuMachine {
         let disks = self.disks.as_ref().ok_or(VmmError::NoController)?;
         let qmp = self.connection().await.map_err(failed)?;
         let number = disks.take().ok_or(VmmError::NoNumber)?;
-        match disks::plug(&qmp, number, &disk).await {
-            Ok(()) => Ok(number),
-            Err(plug::Failure::Undone(error)) => {
-                disks.give_back(number);
-                Err(failed(error))
-            }
-            Err(plug::Failure::Unknown(error)) => Err(failed(error)),
-        }
+        let plugged = disks::plug(&qmp, number, &disk).await;
+        plugged.map(|()| number).map_err(|failure| failed(failure.give_back(disks, number)))
     }
 
     async fn unplug_disk(&self, number: u32) -> Result<(), VmmError> {
