@@ -28,13 +28,16 @@ pub struct Journal {
     dir: PathBuf,
     /// `None` after everything has been undone.
     state: Arc<Mutex<Option<State>>>,
+    /// Held while steps are undone: one call at a time.
+    turn: Arc<tokio::sync::Mutex<()>>,
     recent: Recent,
 }
 
 impl Journal {
     /// Shares `state`.
     pub fn new(state: State) -> Self {
-        Self { dir: state.dir().to_owned(), state: Arc::new(Mutex::new(Some(state))), recent: Recent::default() }
+        let dir = state.dir().to_owned();
+        Self { dir, state: Arc::new(Mutex::new(Some(state))), turn: Arc::default(), recent: Recent::default() }
     }
 
     /// The sandbox's latest events, which include all transitions of its VM.
@@ -116,17 +119,22 @@ impl Journal {
         self.lock().as_ref().and_then(|state| state.vm()).map(Life::state)
     }
 
-    /// Undoes the steps of `owner`.
+    /// Undoes the steps of `owner`, last step first, and removes a container's facts. The state stays accessible
+    /// meanwhile: an unmount can take as long as the host needs to write a disk's caches.
+    ///
+    /// # Errors
+    /// [`StateError::Undo`] with every failure; the file cannot be written.
     pub(crate) async fn undo(&self, owner: Owner) -> Result<(), StateError> {
-        self.blocking(move |state| match state.as_mut() {
-            Some(state) => state.undo(&owner, UNDO),
+        let _turn = self.turn.lock().await;
+        let Some(undoing) = self.lock().as_ref().map(|state| state.undoing(owner)) else { return Ok(()) };
+        let undone = self.blocking(move || undoing.run(UNDO)).await?;
+        match self.lock().as_mut() {
+            Some(state) => state.undone(undone),
             None => Ok(()),
-        })
-        .await
+        }
     }
 
-    /// Runs those `poststop` hooks of a container that have not run yet. Unlike [`undo`](Self::undo), it does not hold
-    /// the lock on the state meanwhile.
+    /// Runs those `poststop` hooks of a container that have not run yet.
     ///
     /// # Errors
     /// The state cannot be written.
@@ -144,24 +152,24 @@ impl Journal {
         }
     }
 
-    /// Undoes everything and removes the sandbox's directory. A second call has no effect.
+    /// Undoes everything and removes the sandbox's directory. Meanwhile, the state is as if it were removed. A second
+    /// call only waits for the first.
+    ///
+    /// # Errors
+    /// [`StateError::Undo`] with every failure; the directory cannot be removed.
     pub async fn undo_all(&self) -> Result<(), StateError> {
-        self.blocking(|state| match state.take() {
-            Some(state) => state.undo_all(UNDO),
-            None => Ok(()),
-        })
-        .await
+        let _turn = self.turn.lock().await;
+        let Some(state) = self.lock().take() else { return Ok(()) };
+        self.blocking(move || state.undo_all(UNDO)).await?
     }
 
-    async fn blocking(
-        &self,
-        work: impl FnOnce(&mut Option<State>) -> Result<(), StateError> + Send + 'static,
-    ) -> Result<(), StateError> {
-        let state = self.state.clone();
-        let done = tokio::task::spawn_blocking(move || work(&mut lock(&state))).await;
-        done.unwrap_or_else(|error| {
-            Err(StateError::Io { what: "undo steps of", path: self.dir.clone(), source: std::io::Error::other(error) })
-        })
+    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, StateError> {
+        let failed = |error| StateError::Io {
+            what: "undo steps of",
+            path: self.dir.clone(),
+            source: std::io::Error::other(error),
+        };
+        tokio::task::spawn_blocking(work).await.map_err(failed)
     }
 
     fn enter(&self, state: &mut State, to: VmState, cause: &str) -> Result<(), StateError> {
@@ -178,8 +186,13 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::fs::File;
+    use std::io::Write;
+
     use super::VmState::*;
     use super::*;
+    use crate::host::hooks::{Hook, Subject};
 
     #[test]
     fn only_the_death_of_a_running_vm_is_a_failure() {
@@ -204,6 +217,43 @@ mod tests {
             let invalid = journal.set_vm_state(Pending, "a test").unwrap_err().to_string();
             assert_eq!(invalid, format!("a VM that is {after} cannot become Pending"));
         }
+    }
+
+    /// A hook stands for any step that takes long. Without the mend, `record` returns after the hook was killed.
+    #[tokio::test]
+    async fn the_state_stays_accessible_while_steps_are_undone() {
+        let base = tempfile::tempdir().unwrap();
+        let journal = Journal::new(State::create(base.path(), "ns", "s1").unwrap());
+        let (fifo, later) = (base.path().join("fifo"), journal.dir().join("later"));
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let container =
+            Subject { id: "c".into(), bundle: base.path().into(), annotations: BTreeMap::default(), pid: 0 };
+        let hook = Hook {
+            field: "hooks.poststop[0]".into(),
+            path: "/bin/cat".into(),
+            args: vec!["cat".into(), fifo.display().to_string()],
+            env: Vec::new(),
+            timeout: None,
+        };
+        let owner = Owner::Container("c".into());
+        journal.record(&owner, [Step::Hooks { container, poststop: vec![hook] }]).unwrap();
+        let undoing = tokio::spawn({
+            let (journal, owner) = (journal.clone(), owner.clone());
+            async move { journal.undo(owner).await }
+        });
+        let opened = tokio::task::spawn_blocking(move || File::options().write(true).open(fifo));
+        let mut hook_reads = opened.await.unwrap().unwrap();
+        journal.record(&owner, [Step::File { path: later.clone() }]).unwrap();
+        std::fs::write(&later, "").unwrap();
+        // Fails with EPIPE if the hook is dead.
+        hook_reads.write_all(b"read").unwrap();
+        drop(hook_reads);
+        undoing.await.unwrap().unwrap();
+        assert!(later.exists());
+        let steps = journal.with(|state| Ok(state.steps(&owner).cloned().collect::<Vec<_>>())).unwrap();
+        assert_eq!(steps, [Step::File { path: later.clone() }]);
+        journal.undo(owner).await.unwrap();
+        assert!(!later.exists());
     }
 
     #[tokio::test]

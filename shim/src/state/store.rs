@@ -51,6 +51,42 @@ pub(crate) enum Owner {
 /// Records steps of one owner before their effects: [`State::record`] for code that does not access the state itself.
 pub(crate) type Recorder<'a> = &'a mut dyn FnMut(Vec<Step>) -> Result<(), StateError>;
 
+/// The steps of one owner on their way to be undone, last step first; see [`State::undoing`].
+#[derive(Debug)]
+pub(crate) struct Undoing {
+    owner: Owner,
+    steps: Vec<Step>,
+}
+
+/// What became of the steps of one owner; see [`State::undone`].
+#[derive(Debug)]
+pub(crate) struct Undone {
+    owner: Owner,
+    /// Those that are undone.
+    steps: Vec<Step>,
+    failures: Vec<UndoFailure>,
+}
+
+impl Undoing {
+    /// Undoes the steps. A failing step does not stop the others. Blocks for about `within` at most, or as long as the
+    /// kernel needs for an unmount.
+    pub(crate) fn run(self, within: Duration) -> Undone {
+        let deadline = Instant::now() + within;
+        let mut undone = Undone { owner: self.owner, steps: Vec::new(), failures: Vec::new() };
+        for step in self.steps {
+            match undo_step(&step, deadline) {
+                Ok(()) => undone.steps.push(step),
+                Err(failure) => undone.failures.push(failure),
+            }
+        }
+        undone
+    }
+}
+
+fn undo_step(step: &Step, deadline: Instant) -> Result<(), UndoFailure> {
+    step.undo(deadline).map_err(|source| UndoFailure { step: step.to_string(), source })
+}
+
 #[derive(Debug, Serialize, Deserialize)]
 struct Entry {
     owner: Owner,
@@ -332,14 +368,26 @@ impl State {
         self.save().inspect_err(|_| self.contents.journal.truncate(before))
     }
 
-    /// Undoes the steps of `owner`, last step first, and removes a container's facts. A failing step does not stop the
-    /// others; it stays in the journal, so that a later call retries it. Blocks for about `within` at most.
+    /// The steps of `owner`, to be undone without the state.
+    pub(crate) fn undoing(&self, owner: Owner) -> Undoing {
+        let mut steps: Vec<Step> = self.steps(&owner).cloned().collect();
+        steps.reverse();
+        Undoing { owner, steps }
+    }
+
+    /// Removes what was undone from the journal, and the facts of a container of which nothing is left. A step that
+    /// failed stays, so that a later call retries it.
     ///
     /// # Errors
-    /// [`StateError::Undo`] with every failure.
-    pub(crate) fn undo(&mut self, owner: &Owner, within: Duration) -> Result<(), StateError> {
-        let failures = self.undo_where(|of| of == owner, within);
-        if let (Owner::Container(id), true) = (owner, failures.is_empty()) {
+    /// [`StateError::Undo`] with every failure; the file cannot be written.
+    pub(crate) fn undone(&mut self, undone: Undone) -> Result<(), StateError> {
+        let Undone { owner, steps, failures } = undone;
+        let journal = &mut self.contents.journal;
+        for step in steps {
+            let of = |entry: &Entry| entry.owner == owner && entry.step == step;
+            journal.iter().rposition(of).map(|position| journal.remove(position));
+        }
+        if let (Owner::Container(id), true) = (&owner, failures.is_empty()) {
             self.contents.containers.remove(id);
         }
         self.save()?;
@@ -370,7 +418,17 @@ impl State {
     /// # Errors
     /// [`StateError::Undo`] with every failure.
     pub(crate) fn undo_all(mut self, within: Duration) -> Result<(), StateError> {
-        let failures = self.undo_where(|_| true, within);
+        let deadline = Instant::now() + within;
+        let mut failures = Vec::new();
+        let mut kept = Vec::new();
+        for entry in std::mem::take(&mut self.contents.journal).into_iter().rev() {
+            if let Err(failure) = undo_step(&entry.step, deadline) {
+                failures.push(failure);
+                kept.push(entry);
+            }
+        }
+        kept.reverse();
+        self.contents.journal = kept;
         if !failures.is_empty() {
             self.save()?;
             return Err(StateError::Undo(failures));
@@ -379,23 +437,6 @@ impl State {
         self.remove_link()?;
         tree::remove(&self.dir).map_err(io_error("remove", &self.dir))?;
         self.dir.parent().map_or(Ok(()), remove_empty)
-    }
-
-    fn undo_where(&mut self, selected: impl Fn(&Owner) -> bool, within: Duration) -> Vec<UndoFailure> {
-        let deadline = Instant::now() + within;
-        let mut failures = Vec::new();
-        let mut kept = Vec::new();
-        for entry in std::mem::take(&mut self.contents.journal).into_iter().rev() {
-            if !selected(&entry.owner) {
-                kept.push(entry);
-            } else if let Err(source) = entry.step.undo(deadline) {
-                failures.push(UndoFailure { step: entry.step.to_string(), source });
-                kept.push(entry);
-            }
-        }
-        kept.reverse();
-        self.contents.journal = kept;
-        failures
     }
 
     /// Replaces the file by rename, without fsync: after a crash of the host `/run` is empty anyway.

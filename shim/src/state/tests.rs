@@ -196,8 +196,8 @@ fn undoing_one_containers_steps_leaves_the_others() {
         fs::create_dir(path).unwrap();
     }
     state.set_container("c1", serde_json::Value::Null).unwrap();
-    state.undo(&container("c1"), WITHIN).unwrap();
-    state.undo(&container("c1"), WITHIN).unwrap();
+    state.undone(state.undoing(container("c1")).run(WITHIN)).unwrap();
+    state.undone(state.undoing(container("c1")).run(WITHIN)).unwrap();
     assert_eq!(paths.each_ref().map(|p| p.exists()), [true, false, true]);
     assert!(state.containers().is_empty());
     let again = State::load(base.path(), "ns", "s1").unwrap();

@@ -63,7 +63,7 @@ impl Fixture {
         let state = self.state.as_mut().unwrap();
         let Released { entries, volumes } = self.share.release(&mut |owner, steps| state.record(owner, steps), id);
         for owner in volumes.into_iter().chain([Owner::Container(id.into())]) {
-            state.undo(&owner, Duration::from_secs(5)).unwrap();
+            state.undone(state.undoing(owner).run(Duration::from_secs(5))).unwrap();
         }
         entries
     }
