@@ -1,5 +1,6 @@
 //! Files: rootfs of both snapshotters, and host directories and files in a container.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -153,5 +154,27 @@ fn an_exec_and_the_container_see_the_same_files() -> Result<()> {
     fs::write(folder.path().join("file"), "three\n")?;
     let fresh = || container.script("cat /data/file").ok().filter(|text| text == "three");
     wait_for(Duration::from_secs(60), "the host's change appears", fresh)?;
+    Ok(())
+}
+
+/// Programs such as the kubelet look for a folder's filesystem by its device number, and would take the mount of a sandbox
+/// that ends for it.
+#[test]
+#[cfg_attr(runc, ignore = "about husk's own mounts")]
+fn a_sandbox_shows_on_the_host_no_filesystem_that_is_mounted_elsewhere() -> Result<()> {
+    let containerd = Containerd::shared()?;
+    let folder = tempfile::tempdir()?;
+    let mount = bind(folder.path(), "/data", "rbind:rw");
+    let running = containerd.detached(&["--mount", &mount], "devices", &["sleep", "1000"])?;
+    let table = fs::read_to_string(format!("/proc/{}/mountinfo", containerd.pid()))?;
+    let (mut own, mut others) = (BTreeSet::new(), BTreeSet::new());
+    for line in table.lines() {
+        // proc_pid_mountinfo(5): ID, parent, device, root, mount point.
+        let fields: Vec<&str> = line.split(' ').collect();
+        let of_husk = fields[4].starts_with("/run/husk/");
+        if of_husk { &mut own } else { &mut others }.insert(fields[2].to_owned());
+    }
+    ensure!(!own.is_empty() && own.is_disjoint(&others), "of husk: {own:?}, others: {others:?}\n{table}");
+    drop(running);
     Ok(())
 }

@@ -18,6 +18,10 @@
 //! mounted there: rmdir(2) and unlink(2) fail with EBUSY for a mount point of the caller's own namespace. In another
 //! one, they unmount what is mounted on it. That is also how a source leaves the share: its mount point is removed.
 //!
+//! The skeleton is a filesystem of its own. Otherwise the share would be a second mount of the filesystem of `/run`, and
+//! programs of the host that look for a folder's filesystem by its device number, such as cAdvisor in the kubelet, would
+//! take the share for that of any folder in `/run`, until the sandbox ends.
+//!
 //! The guest can do to the share whatever virtiofsd can. The share's own mount is therefore read-only: the guest can
 //! neither place a symbolic link where the host is about to mount something, nor move a folder with a mount.
 
@@ -34,6 +38,7 @@ use husk_protos::chain::Chain;
 use husk_protos::changes::SHARE_SOURCE;
 use husk_protos::lock::lock;
 use husk_protos::{ROOTS_PATH, SHARE_PATH};
+use nix::mount::MsFlags;
 
 use self::entries::{Entries, Unused};
 pub(crate) use self::error::ShareError;
@@ -42,7 +47,7 @@ pub(crate) use self::inspect::inspect;
 use self::root::Root;
 use self::source::Source;
 use self::waiting::{ROOTFS, Waiting};
-use crate::rootfs::mount::{DetachedTree, Propagation, in_namespace, set_read_only};
+use crate::rootfs::mount::{DetachedTree, Propagation, in_namespace, mount_filesystem, set_read_only};
 use crate::rootfs::spec::{Bind, Places};
 use crate::state::{Owner, Recorder, StateError, Step, check_identifier};
 
@@ -62,6 +67,9 @@ const MAX_BELOW: usize = 256;
 const WRITERS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two attempts: nothing reports the last close.
 const WRITERS_PAUSE: Duration = Duration::from_millis(2);
+
+/// Options of the skeleton's tmpfs. It has folders and empty files only.
+const SKELETON: &str = "mode=0755,size=64k";
 
 /// The share of one sandbox.
 #[derive(Clone, Debug)]
@@ -127,10 +135,13 @@ impl Share {
         let share = Self { skeleton, dir, entries: Arc::default() };
         record(vec![
             Step::Dir { path: share.skeleton.clone() },
+            Step::Mount { path: share.skeleton.clone() },
             Step::Dir { path: share.dir.clone() },
             Step::Mount { path: share.dir.clone() },
         ])?;
         make_dir(&share.skeleton)?;
+        mount_filesystem("tmpfs", "husk", &share.skeleton, MsFlags::MS_NOEXEC, SKELETON, None)
+            .map_err(mount_error("the share's filesystem".into(), &share.skeleton))?;
         make_dir(&share.dir)?;
         let mount = || {
             let tree = DetachedTree::clone_of(&share.skeleton, false)?;

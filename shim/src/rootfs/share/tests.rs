@@ -167,6 +167,14 @@ fn an_overlay_mounted_later_is_readable_and_writable_for_the_server() {
 }
 
 #[test]
+fn the_share_is_a_filesystem_of_its_own() {
+    let fixture = Fixture::new();
+    let device = |path: &Path| fs::metadata(path).unwrap().dev();
+    assert_ne!(device(fixture.share.path()), device(fixture.share.path().parent().unwrap()));
+    fixture.end();
+}
+
+#[test]
 fn an_overlay_of_a_hundred_layers_is_mounted() {
     let mut fixture = Fixture::new();
     let long = "a-folder-with-a-name-that-is-long-enough-for-a-page-to-be-too-small";
