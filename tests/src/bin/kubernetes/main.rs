@@ -1,7 +1,7 @@
 //! Kubernetes under runc and under husk: critest, the test suite of the Container Runtime Interface, on a node, and pods
 //! on a cluster of one node.
 //!
-//! `kubernetes [--kubernetes VERSION] [--only SUITE] [--match TEXT] [--jobs N] [--update]` runs every test under both,
+//! `kubernetes [--kubernetes VERSION] [--only SUITE]... [--match TEXT] [--jobs N] [--update]` runs every test under both,
 //! prints a table of the differences and compares all results with `tests/kubernetes/expected.tsv`. It fails if anything
 //! differs from that file. The suites `stress` and `stress-shim`, which take long, run only if `--only` names them.
 

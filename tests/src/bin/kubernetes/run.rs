@@ -77,6 +77,7 @@ struct Arguments {
 fn parse(words: &[String]) -> Result<Arguments> {
     // Stress takes too long for a run that does not ask for it.
     let suites = SUITES.into_iter().filter(|suite| suite.source != Source::Stress).collect();
+    let mut only = Vec::new();
     let mut arguments = Arguments { version: NEWEST.into(), suites, matching: String::new(), jobs: 1, update: false };
     let mut words = words.iter();
     while let Some(word) = words.next() {
@@ -85,17 +86,24 @@ fn parse(words: &[String]) -> Result<Arguments> {
             "--kubernetes" => arguments.version = value()?.clone(),
             "--only" => {
                 let name = value()?;
-                arguments.suites = SUITES.into_iter().filter(|suite| suite.name == name).collect();
-                ensure!(!arguments.suites.is_empty(), "no suite named {name}");
+                only.push(
+                    SUITES
+                        .into_iter()
+                        .find(|suite| suite.name == name)
+                        .with_context(|| format!("no suite named {name}"))?,
+                );
             }
             "--match" => arguments.matching = value()?.clone(),
             "--jobs" => arguments.jobs = value()?.parse().context("--jobs needs a number")?,
             "--update" => arguments.update = true,
             _ => bail!(
-                "unknown argument {word}; usage: kubernetes [--kubernetes VERSION] [--only SUITE] [--match TEXT] \
+                "unknown argument {word}; usage: kubernetes [--kubernetes VERSION] [--only SUITE]... [--match TEXT] \
                  [--jobs N] [--update]"
             ),
         }
+    }
+    if !only.is_empty() {
+        arguments.suites = only;
     }
     ensure!(arguments.jobs > 0, "--jobs must not be 0");
     Ok(arguments)
