@@ -1,10 +1,11 @@
 //! A node: a containerd with its CRI plugin, a bridge network for pods and a registry, in a machine of its own.
 
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use husk_tests::artifacts::{Runtime, repository};
@@ -26,9 +27,13 @@ pub const SOCKET: &str = "/run/node/containerd.sock";
 pub const NRI: &str = "/run/node/nri.sock";
 /// Deadline for containerd to become ready.
 const START: Duration = Duration::from_secs(60);
-/// How long the kubelet, containerd and the shims may clean up after the last pod. With the Sandbox API, a shim runs until
-/// its sandbox is removed, and the kubelet removes dead sandboxes once a minute.
-const SETTLE: Duration = Duration::from_secs(120);
+/// How long the kubelet may take to remove the sandboxes of the last pods: it does so once a minute. Until then, a shim of
+/// the Sandbox API has to run.
+const COLLECT: Duration = Duration::from_secs(120);
+/// How long containerd and the shims may clean up after that.
+const SETTLE: Duration = Duration::from_secs(10);
+/// Between two questions about sandboxes, which cost CPU time that the cleanup needs.
+const POLL: Duration = Duration::from_millis(500);
 /// The cgroup that the CRI plugin makes for pods without a parent cgroup.
 const CGROUP: &str = "k8s.io";
 
@@ -222,15 +227,38 @@ impl Node {
         process::descendants(self.machine.containerd().pid())
     }
 
-    /// What pods have left on the node, one thing per line, when containerd and the shims have had time to clean up.
+    /// What pods have left on the node, one thing per line, when everything has had time to clean up.
     pub fn left(&self) -> Result<String> {
-        let mut left = Ok(String::new());
+        if let Err(error) = self.await_collected() {
+            return Ok(format!("{error:#}"));
+        }
+        let (mut left, started) = (Ok(String::new()), Instant::now());
         let clean = command::wait_for(SETTLE, "nothing is left", || {
             left = self.leftovers();
             left.as_ref().is_ok_and(String::is_empty).then_some(())
         });
         // A timeout is a result here: what is left.
-        clean.map_or(left, |()| Ok(String::new()))
+        clean.map_or(left, |()| {
+            writeln!(std::io::stderr(), "kubernetes: nothing was left {:.1?} later", started.elapsed())?;
+            Ok(String::new())
+        })
+    }
+
+    /// Waits until the kubelet has removed the sandboxes of all pods, and says how long it took.
+    pub fn await_collected(&self) -> Result<()> {
+        let (mut last, started) = (String::new(), Instant::now());
+        let gone = command::poll(POLL, COLLECT, "the sandboxes of all pods are removed", || {
+            let (text, done) = match self.crictl(&["pods"]) {
+                // One line is the table's head.
+                Ok(pods) => (pods.text(), pods.text().lines().count() <= 1),
+                Err(error) => (format!("{error:#}"), false),
+            };
+            last = text;
+            done.then_some(())
+        });
+        gone.with_context(|| last)?;
+        writeln!(std::io::stderr(), "kubernetes: all sandboxes were removed after {:.1?}", started.elapsed())?;
+        Ok(())
     }
 
     fn leftovers(&self) -> Result<String> {

@@ -1,7 +1,8 @@
 //! Everything on a node that pods could leave behind, to be compared before and after.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::io::Write;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use husk_tests::command;
@@ -9,8 +10,7 @@ use husk_tests::leftovers::Leftovers;
 
 use crate::node::{self, Node};
 
-/// How long the kubelet, containerd and the shims may clean up: the kubelet collects dead sandboxes once a minute, and
-/// containerd's own store has to follow.
+/// How long containerd, the shims and the kubelet may clean up after the last sandbox is removed.
 const SETTLE: Duration = Duration::from_secs(240);
 /// A snapshot costs CPU time that the cleanup needs.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -46,13 +46,19 @@ impl Traces {
     /// What the node has now and did not have then, one thing per line, when everything has had time to clean up. Lines for
     /// which `excused` holds do not count.
     pub fn added(&self, node: &Node, excused: impl Fn(&str) -> bool) -> Result<String> {
-        let mut added = Ok(String::new());
+        if let Err(error) = node.await_collected() {
+            return Ok(format!("{error:#}"));
+        }
+        let (mut added, started) = (Ok(String::new()), Instant::now());
         let clean = command::poll(INTERVAL, SETTLE, "nothing is left", || {
             added = Self::now(node).map(|now| self.without(&now, &excused));
             added.as_ref().is_ok_and(String::is_empty).then_some(())
         });
         // A timeout is a result here: what is left.
-        clean.map_or(added, |()| Ok(String::new()))
+        clean.map_or(added, |()| {
+            writeln!(std::io::stderr(), "kubernetes: nothing was left {:.1?} later", started.elapsed())?;
+            Ok(String::new())
+        })
     }
 
     fn without(&self, now: &Self, excused: &impl Fn(&str) -> bool) -> String {
