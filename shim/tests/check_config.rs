@@ -38,8 +38,11 @@ fn every_problem_has_a_line_with_key_value_and_allowed_values() {
     }
 }
 
+/// The digest of an empty file.
+const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
 #[test]
-fn a_valid_file_is_named() {
+fn a_valid_file_is_named_with_the_digests_of_what_vms_boot_from() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("config.toml");
     let [kernel, initrd, program] = ["kernel", "initrd", "program"].map(|name| {
@@ -48,13 +51,30 @@ fn a_valid_file_is_named() {
         path
     });
     let valid = format!(
-        "accel = \"tcg\"\nkernel = {kernel:?}\ninitrd = {initrd:?}\nqemu = {program:?}\nvirtiofsd = {program:?}\nvcpus = 2\n"
+        "accel = \"tcg\"\nkernel = {kernel:?}\ninitrd = {initrd:?}\nqemu = {program:?}\nvirtiofsd = {program:?}\nvcpus = 2\n\
+         kernel_sha256 = \"{}\"\n",
+        EMPTY.to_uppercase()
     );
-    std::fs::write(&path, valid).unwrap();
+    std::fs::write(&path, &valid).unwrap();
     let output = check(&path);
     assert_eq!(text(&output.stderr), "");
-    assert_eq!(text(&output.stdout), format!("ok: {}\n", path.display()));
+    let digests = format!(
+        "kernel_sha256 = \"{EMPTY}\" # {}, verified at each boot\ninitrd_sha256 = \"{EMPTY}\" # {}\n",
+        kernel.display(),
+        initrd.display()
+    );
+    assert_eq!(text(&output.stdout), format!("ok: {}\n{digests}", path.display()));
     assert_eq!(output.status.code(), Some(0));
+    // The digests can be pasted.
+    std::fs::write(&path, format!("{}{digests}", valid.replace("kernel_sha256", "#"))).unwrap();
+    assert_eq!(check(&path).status.code(), Some(0));
+
+    std::fs::write(&kernel, "x").unwrap();
+    let output = check(&path);
+    assert_eq!(output.status.code(), Some(1));
+    let found = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881";
+    let problem = format!("kernel_sha256 = \"{EMPTY}\": {} has the SHA-256 digest {found}\n", kernel.display());
+    assert_eq!(text(&output.stderr), format!("{}: {problem}", path.display()));
 }
 
 #[test]

@@ -1,11 +1,14 @@
 //! Settings of the configuration and of annotations take effect in the VM. `errors.rs` tests the rejected ones.
 
 use std::fs;
+use std::io::Write;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_shim::prepare::host::Places;
-use husk_tests::command::wait_for;
+use husk_tests::artifacts::repository;
+use husk_tests::command::{self, wait_for};
 use husk_tests::containerd::Configured;
 
 #[test]
@@ -38,6 +41,38 @@ fn without_kvm_a_container_starts_only_if_the_configuration_accepts_emulation() 
         let errors = output.errors();
         ensure!(output.code() != 0 && parts.iter().all(|part| errors.contains(part)), "{output}");
     }
+    Ok(())
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn a_vm_boots_only_from_a_kernel_and_an_initramfs_with_the_configured_digests() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let out = repository().join("out");
+    let mut keys = format!("image_dir = {:?}\n", folder.path());
+    for name in ["vmlinux", "initrd.img"] {
+        fs::copy(out.join(name), folder.path().join(name))?;
+    }
+    let digest = |name: &str| {
+        let mut command = Command::new("sha256sum");
+        command.arg(folder.path().join(name));
+        let line = command::run(command, None, Duration::from_secs(60))?.ok()?.text();
+        Ok::<_, anyhow::Error>(line.split(' ').next().unwrap_or_default().to_owned())
+    };
+    let (kernel, initrd) = (digest("vmlinux")?, digest("initrd.img")?);
+    keys += &format!("kernel_sha256 = \"{kernel}\"\ninitrd_sha256 = \"{initrd}\"\n");
+    let configured = Configured::start(&keys)?;
+    let containerd = &configured.containerd;
+    ensure!(containerd.script(&[], "verified", "echo booted")? == "booted");
+    // The file has another byte at its end: QEMU would not notice.
+    fs::OpenOptions::new().append(true).open(folder.path().join("initrd.img"))?.write_all(&[0])?;
+    let output = containerd.run(&[], &containerd.id("changed"), &["true"]).output()?;
+    let expected = format!(
+        "the initrd {} has the SHA-256 digest {}, but initrd_sha256 is {initrd}",
+        folder.path().join("initrd.img").display(),
+        digest("initrd.img")?
+    );
+    ensure!(output.code() != 0 && output.errors().contains(&expected), "{output}");
     Ok(())
 }
 

@@ -94,7 +94,7 @@ fn the_package_installs_its_programs_run_and_nothing_is_left_after_purge() -> Re
     let table: [(&[&str], String); 5] = [
         (&["/usr/bin/husk", "--version"], format!("husk {version}")),
         (&["/usr/bin/containerd-shim-husk-v1", "-v"], format!("containerd-shim-husk-v1 {version}")),
-        (&["/usr/bin/husk", "check-config"], "ok: /etc/husk/config.toml".to_owned()),
+        (&["/bin/sh", "-c", "/usr/bin/husk check-config | head -n 1"], "ok: /etc/husk/config.toml".to_owned()),
         (
             &["/bin/sh", "-c", "gunzip -c /usr/share/man/man8/husk.8.gz | head -n 1"],
             format!(".TH HUSK 8 \"\" \"husk {version}\""),

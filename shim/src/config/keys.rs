@@ -10,7 +10,7 @@ use super::ids::IdRange;
 use super::kernel_params;
 use super::settings::{AccelMode, Config, HostPid, NetworkMode, Profile, StreamMode, VsockMode};
 use super::values::{
-    absolute, addresses, annotations, boolean, choice, extras_max_mib, folders, integer, list, memory_mib,
+    absolute, addresses, annotations, boolean, choice, digest, extras_max_mib, folders, integer, list, memory_mib,
     milliseconds, open_files, pool, sockets, spare_nics, tcg_cache_mib, text, token_host, vcpus,
 };
 use crate::vmm::factory::boards;
@@ -28,7 +28,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 45] = [
+pub(crate) const KEYS: [ConfigKey; 47] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("max_vcpus", |config, value| put(&mut config.max_vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
@@ -42,6 +42,8 @@ pub(crate) const KEYS: [ConfigKey; 45] = [
     key("hugepages", |config, value| put(&mut config.hugepages, boolean(value))),
     key("kernel", |config, value| put(&mut config.kernel, absolute(value).map(Some))),
     key("initrd", |config, value| put(&mut config.initrd, absolute(value).map(Some))),
+    key("kernel_sha256", |config, value| put(&mut config.kernel_sha256, digest(value).map(Some))),
+    key("initrd_sha256", |config, value| put(&mut config.initrd_sha256, digest(value).map(Some))),
     key("image_dir", |config, value| put(&mut config.image_dir, absolute(value).map(Some))),
     key("accel", |config, value| {
         let choices = [("auto", AccelMode::Auto), ("kvm", AccelMode::Kvm), ("tcg", AccelMode::Tcg)];

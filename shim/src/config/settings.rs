@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::ids::IdRange;
 use super::names::{DENIED_BY_DEFAULT, NAMES};
+use crate::host::digest::Sha256Digest;
 use crate::vmm::Board;
 
 /// A guest's memory unless the configuration, an annotation or a limit sets it, MiB.
@@ -138,6 +139,10 @@ pub struct Config {
     pub kernel: Option<PathBuf>,
     /// The guest's initramfs, if not in a default place.
     pub initrd: Option<PathBuf>,
+    /// The digest that the guest's kernel must have.
+    pub kernel_sha256: Option<Sha256Digest>,
+    /// The digest that the guest's initramfs must have.
+    pub initrd_sha256: Option<Sha256Digest>,
     /// A folder with `vmlinux`, `initrd.img` and, for debug mode, `initrd-debug.img`.
     pub image_dir: Option<PathBuf>,
     /// How guest instructions are executed.
@@ -217,6 +222,8 @@ impl Default for Config {
             hugepages: false,
             kernel: None,
             initrd: None,
+            kernel_sha256: None,
+            initrd_sha256: None,
             image_dir: None,
             accel: AccelMode::Auto,
             tcg_cache_mib: None,

@@ -8,6 +8,7 @@ use toml::Value;
 
 use super::names::NAMES;
 use super::settings::{AllowedSocket, MAX_VCPUS, MIN_MEMORY_MIB};
+use crate::host::digest::Sha256Digest;
 
 /// Upper limit of `pool`.
 const MAX_POOL: u32 = 64;
@@ -117,6 +118,10 @@ pub(crate) fn token_host(name: &str) -> Result<String, String> {
 pub(crate) fn absolute(value: &Value) -> Result<PathBuf, String> {
     let path = PathBuf::from(text(value)?);
     if path.is_absolute() { Ok(path) } else { Err("must be an absolute path".to_owned()) }
+}
+
+pub(crate) fn digest(value: &Value) -> Result<Sha256Digest, String> {
+    Sha256Digest::parse(value.as_str().unwrap_or_default())
 }
 
 pub(crate) fn choice<T: Copy>(value: &Value, choices: &[(&str, T)]) -> Result<T, String> {

@@ -6,6 +6,7 @@
 //! | `cgroup/`    | cgroups: their users, limits and removal                    |
 //! | `child.rs`   | starts programs that must not outlive the shim              |
 //! | `clients.rs` | the connections of a server                                 |
+//! | `digest.rs`  | digests of files, and copies that nobody can change         |
 //! | `jail/`      | separates a program from the host                           |
 //! | `thread.rs`  | work that changes what threads share                        |
 //! | `holder.rs`  | the process that represents a container on the host         |
@@ -25,6 +26,7 @@ pub(crate) mod blocked;
 pub(crate) mod cgroup;
 pub(crate) mod child;
 pub(crate) mod clients;
+pub mod digest;
 pub(crate) mod holder;
 pub(crate) mod hooks;
 pub(crate) mod inotify;

@@ -56,6 +56,15 @@ impl Bootable {
         Self { machine, host, config, named_config: None }
     }
 
+    /// The host's memory for copies of the files that are verified, bytes. A file that is missing has none: the boot
+    /// reports it.
+    pub(super) fn copied_files(&self) -> u64 {
+        let machine = &self.machine;
+        let files = [(&machine.kernel, machine.kernel_sha256), (&machine.initrd, machine.initrd_sha256)];
+        let verified = files.into_iter().filter(|(_, digest)| digest.is_some());
+        verified.map(|(path, _)| std::fs::metadata(path).map_or(0, |file| file.len())).fold(0, u64::saturating_add)
+    }
+
     /// What runs the machine.
     pub(super) fn vmm(&self) -> Box<dyn Vmm> {
         vmm::factory::create(self.config.board, self.host.vmm.clone())
@@ -136,6 +145,8 @@ fn machine(name: &str, config: &Config, host: &Host, size: Size, extras: &Extras
         hugepages: config.hugepages,
         kernel: host.artifacts.kernel.clone(),
         initrd: host.artifacts.initrd.clone(),
+        kernel_sha256: config.kernel_sha256,
+        initrd_sha256: config.initrd_sha256,
         kernel_cid: None,
         disks: Vec::new(),
         pluggable_nics: 0,

@@ -16,6 +16,7 @@ use crate::config::problem::Problem;
 use crate::config::settings::{AccelMode, Config, VsockMode};
 use crate::guest::link::Carrier;
 use crate::host::open_files::FileLimits;
+use crate::prepare::boot_files::{self, BootFile};
 use crate::prepare::ids;
 use crate::prepare::size::HostSize;
 use crate::state;
@@ -111,23 +112,39 @@ pub(crate) fn find(config: &Config, places: &Places, debug: bool) -> Result<Host
     }
 }
 
-/// Checks a configuration file as a container's creation does: its keys, and whether the host has what they require.
-/// The file is `named`, or the one that a creation would read. Returns its path, and whether it exists: without the
-/// file, defaults apply.
+/// A valid configuration.
+#[derive(Debug)]
+pub struct Checked {
+    /// The file.
+    pub path: PathBuf,
+    /// Whether it exists: without the file, defaults apply.
+    pub exists: bool,
+    /// The guest's kernel and initramfs.
+    pub files: Vec<BootFile>,
+}
+
+/// Checks a configuration file as a container's creation and a boot do: its keys, and whether the host has what they
+/// require. The file is `named`, or the one that a creation would read.
 ///
 /// # Errors
 ///
 /// All problems at once.
-pub fn check(named: Option<&Path>, places: &Places) -> Result<(PathBuf, bool), ConfigError> {
+pub fn check(named: Option<&Path>, places: &Places) -> Result<Checked, ConfigError> {
     let (path, text) = load::read(named)?;
     let (config, mut problems) = load::parse_valid(text.as_deref().unwrap_or_default(), &path)?;
     let wrong: Vec<String> = problems.iter().map(|problem| problem.key.clone()).collect();
     let files_unclear = wrong.iter().any(|key| GUEST_FILES.contains(&key.as_str()));
     // A file that an invalid key names is not reported as missing too.
     let reported = |key: &String| wrong.contains(key) || files_unclear && GUEST_FILES.contains(&key.as_str());
-    let missing = find(&config, places, config.debug).err().unwrap_or_default();
-    problems.extend(missing.into_iter().filter(|problem| !reported(&problem.key)));
-    if problems.is_empty() { Ok((path, text.is_some())) } else { Err(ConfigError::Invalid { path, problems }) }
+    let files = find(&config, places, config.debug).and_then(|host| boot_files::examine(&config, &host.artifacts));
+    let files = files.unwrap_or_else(|missing| {
+        problems.extend(missing.into_iter().filter(|problem| !reported(&problem.key)));
+        Vec::new()
+    });
+    match problems.is_empty() {
+        true => Ok(Checked { path, exists: text.is_some(), files }),
+        false => Err(ConfigError::Invalid { path, problems }),
+    }
 }
 
 fn find_vmm(config: &Config, places: &Places) -> Result<PathBuf, Problem> {

@@ -3,6 +3,7 @@
 //!
 //! | file           | contents                                                             |
 //! |----------------|----------------------------------------------------------------------|
+//! | `boot_files.rs` | the digests of the guest's kernel and initramfs                     |
 //! | `bootable.rs`  | a machine that can be booted, for a sandbox or for the pool          |
 //! | `disks.rs`     | the disks that the container asks for (pure)                         |
 //! | `host.rs`      | what the host provides: the guest's files, programs, the accelerator |
@@ -17,6 +18,7 @@
 //! | `sysctls.rs`   | the sysctls of a pod without a pause container (pure)                |
 //! | `update.rs`    | updates of a sandbox (pure)                                          |
 
+pub mod boot_files;
 mod bootable;
 pub(crate) mod disks;
 pub mod host;
@@ -123,7 +125,8 @@ impl Prepared {
     pub(crate) fn host_memory(&self) -> Option<u64> {
         let Bootable { machine, host, .. } = &self.boot;
         let cache = self.boot.vmm().cache_mib(machine);
-        (self.role == Role::None).then(|| overhead::memory(machine.memory_mib, cache, host.open_files.limit))
+        (self.role == Role::None)
+            .then(|| overhead::memory(machine.memory_mib, cache, host.open_files.limit, self.boot.copied_files()))
     }
 
     /// The score of a program in the container, for the host's OOM killer. The CRI plugin protects a pod's sandbox

@@ -12,10 +12,11 @@ const MILLI_CPUS: u64 = 500;
 /// Processes and threads of QEMU, virtiofsd, the shim and the holders.
 const PIDS: u64 = 1024;
 
-/// The memory that a sandbox's processes may take together, bytes. `cache_mib` is the VMM's own cache.
-pub(super) fn memory(vm_mib: u64, cache_mib: u64, open_files: u64) -> u64 {
+/// The memory that a sandbox's processes may take together, bytes. `cache_mib` is the VMM's own cache, and `copied` what
+/// copies of verified files take.
+pub(super) fn memory(vm_mib: u64, cache_mib: u64, open_files: u64, copied: u64) -> u64 {
     let mib = vm_mib.saturating_add(cache_mib).saturating_add(PROCESSES_MIB);
-    mib.saturating_mul(1 << 20).saturating_add(open_files.saturating_mul(OPEN_FILE))
+    mib.saturating_mul(1 << 20).saturating_add(open_files.saturating_mul(OPEN_FILE)).saturating_add(copied)
 }
 
 /// The limits of a sandbox's cgroup. A resource is limited if every container limits it. The VM keeps its size whatever
@@ -60,7 +61,7 @@ mod tests {
 
     #[test]
     fn the_memory_includes_the_vm_its_processes_and_open_files() {
-        assert_eq!(memory(512, 256, 131_072), (512 + 256 + 128 + 192) << 20);
-        assert_eq!(memory(u64::MAX, 1, 1), u64::MAX);
+        assert_eq!(memory(512, 256, 131_072, 7), ((512 + 256 + 128 + 192) << 20) + 7);
+        assert_eq!(memory(u64::MAX, 1, 1, 1), u64::MAX);
     }
 }

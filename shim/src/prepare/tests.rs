@@ -160,6 +160,18 @@ const PROOFS: &[Proof] = &[
         "{host}/other/initrd.img",
     ),
     (
+        "kernel_sha256",
+        "\"ABababababababababababababababababababababababababababababababab\"",
+        |o| booted(o, |b| format!("{:?}", b.plan.spec.kernel_sha256)),
+        "Some(abab",
+    ),
+    (
+        "initrd_sha256",
+        "\"cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd\"",
+        |o| booted(o, |b| format!("{:?}", b.plan.spec.initrd_sha256)),
+        "Some(cdcd",
+    ),
+    (
         "image_dir",
         "\"{host}/other\"",
         |o| booted(o, |b| format!("{} {}", b.plan.spec.kernel.display(), b.plan.spec.initrd.display())),

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::host::child::LaunchError;
+use crate::host::digest::Sha256Digest;
 use crate::vmm::hugepages::HugePagesError;
 
 /// Why a machine does not start.
@@ -18,6 +19,18 @@ pub enum VmmError {
         path: PathBuf,
         /// The system's error.
         source: io::Error,
+    },
+    /// A file is not the one that the configuration names by its digest.
+    #[error("the {what} {} has the SHA-256 digest {found}, but {what}_sha256 is {expected}", path.display())]
+    Digest {
+        /// The file's role: kernel or initrd.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// The configured digest.
+        expected: Sha256Digest,
+        /// The file's digest.
+        found: Sha256Digest,
     },
     /// The host lacks free huge pages.
     #[error(transparent)]

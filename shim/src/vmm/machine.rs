@@ -9,6 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tracing::Level;
 
+use crate::host::digest::Sha256Digest;
 use crate::host::jail::User;
 use crate::host::process::ProcessId;
 use crate::network::user::UserNetwork;
@@ -131,6 +132,10 @@ pub struct Spec {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initrd: PathBuf,
+    /// The digest that the kernel must have: then the machine boots from a copy that nobody can change.
+    pub kernel_sha256: Option<Sha256Digest>,
+    /// The same for the initramfs.
+    pub initrd_sha256: Option<Sha256Digest>,
     /// The guest's CID on the kernel's vsock device; none with the device in the shim.
     pub kernel_cid: Option<u32>,
     /// Block devices.

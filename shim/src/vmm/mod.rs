@@ -7,6 +7,7 @@
 //! | `error.rs`          | why a machine does not start                                                         |
 //! | `factory.rs`        | the boards, the programs and the constructors of the VMMs; declares each VMM's folder |
 //! | `kernel_cmdline.rs` | the guest kernel's command line (pure)                                               |
+//! | `boot_file.rs`      | opens and verifies the kernel and the initramfs                                      |
 //! | `hugepages.rs`      | the host's free huge pages                                                           |
 //! | `tsc.rs`            | the frequency of the host's time stamp counter                                       |
 //!
@@ -14,6 +15,7 @@
 //! Nothing here imports the other folders except `host` and `network`. Calls to the guest are in `guest`; the life of a VM is in
 //! `vm`.
 
+mod boot_file;
 mod error;
 pub(crate) mod factory;
 pub mod hugepages;

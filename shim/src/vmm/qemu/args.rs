@@ -250,6 +250,8 @@ pub(crate) mod tests {
             code_cache_mib: None,
             kernel: "/k".into(),
             initrd: "/i".into(),
+            kernel_sha256: None,
+            initrd_sha256: None,
             kernel_cid: None,
             disks: Vec::new(),
             pluggable_nics: 0,

@@ -14,7 +14,6 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -35,6 +34,7 @@ use crate::host::jail::root::{self, RootFile};
 use crate::host::process::ProcessId;
 use crate::host::text::clean;
 use crate::network::user;
+use crate::vmm::boot_file;
 use crate::vmm::error::VmmError;
 use crate::vmm::hugepages;
 use crate::vmm::machine::{Accel, Balloon, Disk, Machine, NicEnd, PluggedDisk, Sockets, Spec, Vmm};
@@ -111,10 +111,11 @@ impl Vmm for Qemu {
             std::os::unix::net::UnixStream::pair().map_err(system("create a socket pair for QMP"))?;
         qmp.set_nonblocking(true).map_err(system("make the QMP socket non-blocking"))?;
 
+        let (kernel, initrd) = boot_files(&spec).await?;
         let mut inherited = Inherited::default();
         let fds = args::Fds {
-            kernel: inherited.add(open("kernel", &spec.kernel)?),
-            initrd: inherited.add(open("initrd", &spec.initrd)?),
+            kernel: inherited.add(kernel),
+            initrd: inherited.add(initrd),
             console: inherited.add(sockets.console),
             shell: sockets.shell.map(|shell| inherited.add(shell)),
             qmp: inherited.add(qmp_theirs.into()),
@@ -218,15 +219,17 @@ fn vhost(queues: usize, accel: Accel) -> Vec<OwnedFd> {
     })
 }
 
-/// Opens a file that QEMU opens again, as its own user, through the descriptor's name in `/dev/fd`.
-fn open(what: &'static str, path: &Path) -> Result<OwnedFd, VmmError> {
-    let error = |source| VmmError::Open { what, path: path.to_owned(), source };
-    let file = File::open(path).map_err(error)?;
-    if file.metadata().map_err(error)?.permissions().mode() & 0o004 == 0 {
-        let hint = "not readable by everyone, but QEMU runs as an unprivileged user: chmod a+r";
-        return Err(error(std::io::Error::new(std::io::ErrorKind::PermissionDenied, hint)));
-    }
-    Ok(file.into())
+/// Opens the kernel and the initramfs at once: verifying them takes a few milliseconds each.
+async fn boot_files(spec: &Spec) -> Result<(OwnedFd, OwnedFd), VmmError> {
+    let open = |what, path: &Path, digest| {
+        let path = path.to_owned();
+        async move {
+            let opened = tokio::task::spawn_blocking(move || boot_file::open(what, &path, digest)).await;
+            opened.map_err(|error| VmmError::System { what: "open a file", source: std::io::Error::other(error) })?
+        }
+    };
+    let initrd = open("initrd", &spec.initrd, spec.initrd_sha256);
+    tokio::try_join!(open("kernel", &spec.kernel, spec.kernel_sha256), initrd)
 }
 
 /// Opens a disk's image again, read-only.
