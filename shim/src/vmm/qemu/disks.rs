@@ -25,6 +25,19 @@ pub(super) const MOST: u32 = 255;
 #[derive(Debug, Default)]
 pub(super) struct Deleted(Mutex<HashMap<String, oneshot::Sender<()>>>);
 
+/// Waits for the deletion of one device. Nobody does when this is dropped.
+struct Deletion<'a> {
+    deleted: &'a Deleted,
+    device: String,
+    event: oneshot::Receiver<()>,
+}
+
+impl Drop for Deletion<'_> {
+    fn drop(&mut self) {
+        lock(&self.deleted.0).remove(&self.device);
+    }
+}
+
 impl Deleted {
     /// Passes QEMU's event on.
     pub(super) fn report(&self, device: &str) {
@@ -34,10 +47,10 @@ impl Deleted {
         }
     }
 
-    fn of(&self, device: &str) -> oneshot::Receiver<()> {
-        let (sender, deleted) = oneshot::channel();
-        lock(&self.0).insert(device.to_owned(), sender);
-        deleted
+    fn of(&self, device: String) -> Deletion<'_> {
+        let (sender, event) = oneshot::channel();
+        lock(&self.0).insert(device.clone(), sender);
+        Deletion { deleted: self, device, event }
     }
 }
 
@@ -65,10 +78,13 @@ pub(super) async fn plug(qmp: &Qmp, number: u32, disk: &PluggedDisk) -> Result<(
 pub(super) async fn unplug(qmp: &Qmp, deleted: &Deleted, number: u32) -> Result<(), QmpError> {
     let commands = Commands::new(qmp);
     // Before the command: QEMU may report the deletion before it replies.
-    let event = deleted.of(&id(number));
+    let mut deletion = deleted.of(id(number));
     commands.execute("device_del", json!({"id": id(number)})).await?;
     let late = || QmpError::Deadline { command: "DEVICE_DELETED".to_owned(), deadline: DEADLINE };
-    tokio::time::timeout(commands.left(), event).await.map_err(|_| late())?.map_err(|_| QmpError::Closed)?;
+    tokio::time::timeout(commands.left(), &mut deletion.event)
+        .await
+        .map_err(|_| late())?
+        .map_err(|_| QmpError::Closed)?;
     remove_node(&commands, number).await
 }
 
@@ -173,6 +189,15 @@ mod tests {
             let (result, received) = plugged(disk(), rejected).await;
             expect_undone(rejected, result, &received, undone);
         }
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_the_deletion_of_a_disk_that_qemu_keeps() {
+        let deleted = Deleted::default();
+        let (unplugged, received) = with_qemu("device_del", async |qmp: &Qmp| unplug(qmp, &deleted, 3).await).await;
+        assert!(matches!(unplugged, Err(QmpError::Rejected { .. })), "{unplugged:?}");
+        assert_eq!(received.len(), 1, "{received:?}");
+        assert!(lock(&deleted.0).is_empty());
     }
 
     #[tokio::test]
