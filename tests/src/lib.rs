@@ -38,5 +38,6 @@ pub mod sandbox_api;
 pub mod share;
 pub mod shim;
 pub mod table;
+pub mod verity;
 pub mod vm;
 mod walk;

@@ -305,7 +305,7 @@ fn an_unsupported_root_is_rejected_by_name_before_a_vm_boots() -> Result<()> {
     let layer = mount("erofs", Path::new("/layer"), &["ro", "loop", "X-containerd.dmverity=/m"]);
     let journal = mount("ext4", Path::new("/image"), &["journal_path=/etc/shadow"]);
     for (rootfs, expected) in [
-        (layer, "rootfs[0].options = \"X-containerd.dmverity=/m\": is not supported"),
+        (layer, "rootfs[0].options = \"X-containerd.dmverity=/m\": there is no /m"),
         (journal, "rootfs[0].options = \"journal_path=/etc/shadow\": is not supported for ext4 in the guest"),
     ] {
         let id = containerd.id("unsupported");

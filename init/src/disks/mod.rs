@@ -5,13 +5,21 @@
 //! | `find.rs`    | finds a block device by its serial          |
 //! | `scsi.rs`    | makes the kernel look for a disk, and forget it |
 //! | `filesystem.rs` | mounts, grows, freezes and unmounts a disk's filesystem |
+//! | `layer.rs`   | what lies between a disk and its filesystem |
+//! | `verity.rs`  | disks whose blocks the kernel verifies      |
+//! | `corruption.rs` | reports blocks that are not as they should be |
+//! | `mapper.rs`  | devices of the device mapper                |
 //!
 //! The host says which container uses a disk. The first use prepares the disk, the last one ends it. While all containers
 //! that use a disk are paused, its filesystem is frozen.
 
+mod corruption;
 mod filesystem;
 pub(crate) mod find;
+mod layer;
+mod mapper;
 mod scsi;
+mod verity;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -32,6 +40,7 @@ use crate::error::{CallError, FailureKind};
 use crate::paths;
 use crate::rpc::handle_uninterrupted;
 use filesystem::Filesystem;
+use mapper::Mapped;
 
 /// A disk that containers use.
 #[derive(Debug)]
@@ -41,6 +50,8 @@ struct Disk {
     numbers: AttachDiskResponse,
     /// The containers that use it.
     users: BTreeSet<String>,
+    /// The device between the disk and its filesystem, if there is one.
+    mapped: Option<Arc<Mapped>>,
     /// None of a disk that is used as a device.
     filesystem: Option<Arc<Filesystem>>,
 }
@@ -99,16 +110,16 @@ impl Disks {
 
     fn detach(&self, serial: &str, container: &str) -> Result<(), CallError> {
         let _changing = lock(&self.changing);
-        let unused = {
+        let (name, mapped, filesystem) = {
             let mut table = lock(&self.table);
             let Some(disk) = table.disks.get_mut(serial) else { return Ok(()) };
             disk.users.remove(container);
             if !disk.users.is_empty() {
                 return Ok(());
             }
-            (disk.name.clone(), disk.filesystem.clone())
+            (disk.name.clone(), disk.mapped.clone(), disk.filesystem.clone())
         };
-        self.release(serial, &unused.0, unused.1.as_deref())?;
+        self.release(serial, &name, mapped.as_deref(), filesystem.as_deref())?;
         lock(&self.table).disks.remove(serial);
         Ok(())
     }
@@ -159,7 +170,13 @@ impl Disks {
     }
 
     /// Unmounts a disk and makes the kernel forget it.
-    fn release(&self, serial: &str, name: &str, filesystem: Option<&Filesystem>) -> Result<(), CallError> {
+    fn release(
+        &self,
+        serial: &str,
+        name: &str,
+        mapped: Option<&Mapped>,
+        filesystem: Option<&Filesystem>,
+    ) -> Result<(), CallError> {
         let failed = |what: &str, error: &io::Error| match error.raw_os_error() {
             Some(libc::EBUSY) => {
                 let what = format!("detach the disk {serial}: {what}: something in the guest still uses it");
@@ -171,6 +188,9 @@ impl Disks {
             filesystem.unmount().map_err(|error| failed("unmount its filesystem", &error))?;
         }
         let _alone = self.namespaces.blocking_write();
+        if let Some(mapped) = mapped {
+            mapped.remove().map_err(|error| failed("remove the device over it", &error))?;
+        }
         // Fails if the filesystem is mounted elsewhere: then the kernel may have more to write.
         let alone = File::options().read(true).custom_flags(libc::O_EXCL).open(format!("/dev/{name}"));
         drop(alone.map_err(|error| failed("look for its users", &error))?);
@@ -200,29 +220,7 @@ fn prepare(serial: &str, target: u32, mount: Option<DiskMount>) -> Result<Disk, 
             _ => CallError::internal(format_args!("attach the disk {serial}"), &error),
         }
     })?;
-    let prepared = (|| {
-        let metadata = device.metadata()?;
-        if !metadata.file_type().is_block_device() {
-            return Err(io::Error::other(format!("/dev/{name} is not a block device")));
-        }
-        let sectors = fs::read_to_string(format!("/sys/class/block/{name}/size"))?;
-        let sectors: u64 = sectors.trim_end().parse().map_err(io::Error::other)?;
-        let numbers = AttachDiskResponse {
-            major: major(metadata.rdev()) as u32,
-            minor: minor(metadata.rdev()) as u32,
-            // Sectors of the block layer have this size, whatever those of the disk have.
-            bytes: sectors * 512,
-            ..Default::default()
-        };
-        let filesystem = match mount {
-            Some(mount) => {
-                let path = Path::new(DISKS_PATH).join(serial);
-                Some(Arc::new(Filesystem::mount(&format!("/dev/{name}"), path, &mount, numbers.bytes)?))
-            }
-            None => None,
-        };
-        Ok(Disk { name: name.clone(), numbers, users: BTreeSet::new(), filesystem })
-    })();
+    let prepared = use_device(serial, &name, &device, mount);
     drop(device);
     prepared.map_err(|error: io::Error| {
         if let Err(error) = scsi::forget(&name) {
@@ -230,6 +228,40 @@ fn prepare(serial: &str, target: u32, mount: Option<DiskMount>) -> Result<Disk, 
         }
         CallError::internal(format_args!("attach the disk {serial}"), &error)
     })
+}
+
+/// Mounts the filesystem of a disk whose device is open. A failure leaves no mount and no further device behind.
+fn use_device(serial: &str, name: &str, device: &File, mount: Option<DiskMount>) -> io::Result<Disk> {
+    let metadata = device.metadata()?;
+    if !metadata.file_type().is_block_device() {
+        return Err(io::Error::other(format!("/dev/{name} is not a block device")));
+    }
+    let sectors = fs::read_to_string(format!("/sys/class/block/{name}/size"))?;
+    let sectors: u64 = sectors.trim_end().parse().map_err(io::Error::other)?;
+    let numbers = AttachDiskResponse {
+        major: major(metadata.rdev()) as u32,
+        minor: minor(metadata.rdev()) as u32,
+        // Sectors of the block layer have this size, whatever those of the disk have.
+        bytes: sectors * 512,
+        ..Default::default()
+    };
+    let mut disk = Disk { name: name.to_owned(), numbers, users: BTreeSet::new(), mapped: None, filesystem: None };
+    let Some(mount) = mount else { return Ok(disk) };
+    let AttachDiskResponse { major, minor, bytes, .. } = disk.numbers;
+    disk.mapped = layer::set_up(serial, device, (&format!("{major}:{minor}"), bytes), &mount)?.map(Arc::new);
+    let device = disk.mapped.as_ref().map_or_else(|| format!("/dev/{name}"), |mapped| mapped.path());
+    match Filesystem::mount(&device, Path::new(DISKS_PATH).join(serial), &mount, bytes) {
+        Ok(filesystem) => {
+            disk.filesystem = Some(Arc::new(filesystem));
+            Ok(disk)
+        }
+        Err(error) => {
+            if let Some(Err(error)) = disk.mapped.map(|mapped| mapped.remove()) {
+                tracing::error!(serial, %error, "failed to remove the device over a disk that cannot be used");
+            }
+            Err(error)
+        }
+    }
 }
 
 /// Removes what the kernel may know of a disk that has not appeared in time.
@@ -274,6 +306,7 @@ mod tests {
             name: "sda".into(),
             numbers: AttachDiskResponse::new(),
             users: users.iter().map(|user| (*user).to_owned()).collect(),
+            mapped: None,
             filesystem: Some(Arc::new(Filesystem::at(users.join("+").into()))),
         };
         let disks = [("one", disk(&["a"])), ("two", disk(&["a", "b"])), ("three", disk(&["b"]))];

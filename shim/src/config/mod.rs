@@ -14,6 +14,7 @@
 //! | `annotations.rs`   | reads the annotations                                                    |
 //! | `extras/`          | the annotations about extras                                             |
 //! | `ports.rs`         | the annotation with port mappings                                        |
+//! | `verity.rs`        | the root hash of a disk                                                  |
 //! | `volumes.rs`       | the annotation with volumes                                              |
 //! | `workspace.rs`     | the annotation with the workspace configuration                          |
 //! | `names.rs`         | paths, and the names of the annotations                                  |
@@ -33,5 +34,6 @@ pub(crate) mod ports;
 pub mod problem;
 pub mod settings;
 pub(crate) mod values;
+pub(crate) mod verity;
 pub(crate) mod volumes;
 pub(crate) mod workspace;

@@ -5,6 +5,8 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::verity::Verity;
+
 /// Most volumes of a container.
 const MAX: usize = 32;
 /// Largest volume, MiB: 16 TiB, the limit of ext4 with blocks of 4 KiB and without further options.
@@ -29,6 +31,9 @@ pub(crate) struct VolumeRequest {
     /// The container may not write.
     #[serde(default)]
     pub(crate) read_only: bool,
+    /// The hash tree by which the guest verifies what it reads. Only of a read-only volume.
+    #[serde(default)]
+    pub(crate) verity: Option<Verity>,
 }
 
 /// Reads the annotation. Sources must be below the folders `allowed`.
@@ -56,7 +61,7 @@ pub(super) fn parse(text: &str, allowed: &[PathBuf]) -> Result<Vec<VolumeRequest
 }
 
 fn check(volume: VolumeRequest, allowed: &[PathBuf]) -> Result<VolumeRequest, String> {
-    let VolumeRequest { source, destination, size_mib, grow, .. } = &volume;
+    let VolumeRequest { source, destination, size_mib, grow, read_only, verity } = &volume;
     for (name, path) in [("source", source), ("destination", destination)] {
         if !is_plain(path) {
             return Err(format!("{name} {path:?}: must be the absolute path of a file or folder, without .."));
@@ -67,6 +72,9 @@ fn check(volume: VolumeRequest, allowed: &[PathBuf]) -> Result<VolumeRequest, St
     }
     if *grow && size_mib.is_none() {
         return Err("grow needs size_mib".to_owned());
+    }
+    if verity.is_some() && !read_only {
+        return Err("verity needs \"read_only\": true".to_owned());
     }
     Ok(VolumeRequest { source: resolve(source, allowed)?, ..volume })
 }
@@ -120,6 +128,9 @@ mod tests {
             let expected = fs::canonicalize(host.path()).unwrap().join(resolved);
             assert_eq!(read(source, "").unwrap()[0].source, expected);
         }
+        let verity = format!(r#", "verity": {{"root_hash": "{}", "hash_offset": 4096}}"#, "0f".repeat(32));
+        let verified = read("volumes/a.img", &format!(r#"{verity}, "read_only": true"#)).unwrap();
+        assert_eq!(verified[0].verity.unwrap().hash_offset, 4096);
         let table = [
             ("volumes-other/a.img", "", "add one to the key volume_dirs"),
             ("volumes/out/a.img", "", "add one to the key volume_dirs"),
@@ -127,6 +138,8 @@ mod tests {
             ("volumes/none/a.img", "", "its folder: No such file"),
             ("volumes/a.img", r#", "size_mib": 0"#, "size_mib must be a number from 1 to 16777216"),
             ("volumes/a.img", r#", "grow": true"#, "grow needs size_mib"),
+            ("volumes/a.img", &verity, "verity needs \"read_only\": true"),
+            ("volumes/a.img", r#", "verity": {"root_hash": "00", "hash_offset": 1}"#, "root_hash must have 64"),
             ("volumes/a.img", r#", "size": 1"#, "unknown field `size`"),
         ];
         for (source, rest, expected) in table {

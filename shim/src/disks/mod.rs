@@ -16,6 +16,7 @@ pub(crate) mod image;
 pub(crate) mod scratch;
 pub(crate) mod volume;
 
+use crate::config::verity::Verity;
 use image::Image;
 
 /// What a disk is for. Its serial begins with the name.
@@ -54,6 +55,24 @@ pub(crate) struct GuestMount {
     pub(crate) data: String,
     /// Grow the filesystem, ext4, to the size of the disk.
     pub(crate) grow: bool,
+    /// What the guest sets up between the disk and its filesystem.
+    pub(crate) layer: Option<GuestLayer>,
+}
+
+/// What the guest sets up between a disk and its filesystem.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum GuestLayer {
+    /// The guest's kernel verifies each block that it reads.
+    Verified(Verity),
+}
+
+impl GuestLayer {
+    /// What the disk is, for operators.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Verified(_) => "verified",
+        }
+    }
 }
 
 /// A disk for the VM.

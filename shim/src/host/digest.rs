@@ -38,6 +38,11 @@ impl Sha256Digest {
         }
         Ok(Self(digest))
     }
+
+    /// The digest itself.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 /// The digest of a file, from its current offset.

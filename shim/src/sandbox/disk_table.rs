@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard};
 use husk_protos::lock::lock;
 
 use crate::disks::image::Access;
-use crate::disks::{GuestMount, Kind};
+use crate::disks::{GuestLayer, GuestMount, Kind};
 use crate::state::status::DiskStatus;
 
 /// The VM's disks.
@@ -50,6 +50,13 @@ pub(super) struct AttachedDisk {
     pub(super) minor: u32,
 }
 
+impl Disk {
+    /// What the guest has set up between the disk and its filesystem.
+    fn layer(&self) -> Option<&GuestLayer> {
+        self.mount.as_ref()?.layer.as_ref()
+    }
+}
+
 impl Disks {
     pub(super) fn table(&self) -> MutexGuard<'_, Table> {
         lock(&self.table)
@@ -74,6 +81,7 @@ impl Disks {
             read_only: disk.access != Access::Exclusive,
             bytes: disk.bytes,
             state: if disk.mount.is_some() { "mounted" } else { "attached" }.to_owned(),
+            protection: disk.layer().map(|layer| layer.name().to_owned()),
             containers: disk.users.clone(),
         };
         table.disks.iter().map(status).collect()

@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use husk_protos::DISKS_PATH;
 use husk_protos::chain::Chain;
-use husk_protos::disks::{AttachDiskRequest, DetachDiskRequest, DiskMount};
+use husk_protos::disks::{AttachDiskRequest, DetachDiskRequest, DiskMount, DiskVerity};
 use serde_json::json;
 use ttrpc::context::with_duration;
 
+use crate::config::verity::Verity;
 use crate::disks::image::{Access, Image};
 use crate::disks::volume;
-use crate::disks::{GuestMount, Kind, NewDisk};
+use crate::disks::{GuestLayer, GuestMount, Kind, NewDisk};
 use crate::guest::client::GuestError;
 use crate::host::process::ProcessId;
 use crate::sandbox::disk_error::DiskError;
@@ -205,13 +206,7 @@ async fn attach_in_guest(
     path: &Path,
     mount: Option<GuestMount>,
 ) -> Result<(AttachedDisk, u64), SandboxError> {
-    let mount = mount.map(|GuestMount { fs_type, flags, data, grow }| DiskMount {
-        type_: fs_type,
-        flags,
-        data,
-        grow,
-        ..Default::default()
-    });
+    let mount = mount.map(guest_mount);
     let request = AttachDiskRequest {
         serial: serial.to_owned(),
         target: number,
@@ -228,6 +223,19 @@ async fn attach_in_guest(
         minor: attached.minor,
     };
     Ok((disk, attached.bytes))
+}
+
+/// A mount in the words of the protocol.
+fn guest_mount(GuestMount { fs_type, flags, data, grow, layer }: GuestMount) -> DiskMount {
+    let mut mount = DiskMount { type_: fs_type, flags, data, grow, ..Default::default() };
+    match layer {
+        None => {}
+        Some(GuestLayer::Verified(Verity { root_hash, hash_offset })) => {
+            mount.verity =
+                Some(DiskVerity { root_hash: root_hash.bytes().to_vec(), hash_offset, ..Default::default() }).into();
+        }
+    }
+    mount
 }
 
 async fn detach_in_guest(vm: &Vm, container: &str, serial: &str) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::disks::image::{Access, Image};
 use crate::disks::volume::{self, Sizing};
-use crate::disks::{GuestMount, Kind, NewDisk, scratch};
+use crate::disks::{GuestLayer, GuestMount, Kind, NewDisk, scratch};
 use crate::prepare::Prepared;
 use crate::prepare::disks::{SCRATCH, Scratch};
 use crate::sandbox::disk_error::DiskError;
@@ -38,6 +38,7 @@ impl Sandbox {
                 fs_type: EXT4.to_owned(),
                 flags: if read_only { libc::MS_RDONLY } else { 0 },
                 grow: !read_only,
+                layer: volume.verity.map(GuestLayer::Verified),
                 ..GuestMount::default()
             };
             let sizing = Sizing { mib: volume.size_mib, grow: volume.grow, read_only };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use husk_protos::bundle::{self, DiskFolder, DiskRoot};
 
 use crate::disks::image::{Access, Image};
-use crate::disks::{GuestMount, Kind, NewDisk, format};
+use crate::disks::{GuestLayer, GuestMount, Kind, NewDisk, format};
 use crate::rootfs::plan::{GuestRoot, NewFolder, Place, RootDisk, RootPlan, Top};
 use crate::sandbox::disk_error::DiskError;
 use crate::sandbox::error::SandboxError;
@@ -37,6 +37,7 @@ impl Sandbox {
                 flags: disk.flags.bits(),
                 data: disk.data.clone(),
                 grow: false,
+                layer: disk.verity.map(GuestLayer::Verified),
             };
             paths.push(self.attach_disk(vm, id, NewDisk::new(kind, image, Some(mount))).await?.guest_path);
         }

@@ -166,13 +166,14 @@ fn files(files: &FilesStatus) -> String {
 }
 
 fn disk(disk: &DiskStatus) -> String {
-    let DiskStatus { serial, path, read_only, bytes, state, containers } = disk;
+    let DiskStatus { serial, path, read_only, bytes, state, protection, containers } = disk;
     format!(
-        "{}: {}, {} MiB, {}, {} for {}",
+        "{}: {}, {} MiB, {}, {}{} for {}",
         shown(serial),
         shown(&path.to_string_lossy()),
         bytes >> 20,
         if *read_only { "read-only" } else { "read-write" },
+        protection.as_deref().map_or_else(String::new, |protection| format!("{}, ", shown(protection))),
         shown(state),
         containers.iter().map(|container| shown(container)).collect::<Vec<_>>().join(", ")
     )
@@ -270,7 +271,8 @@ mod tests {
                 {"path": "/srv/d", "problem": "no\u{7}"}]},
             "memory": {"on_host_mib": 41, "balloon_target_mib": 128, "balloon_mib": 127, "reports_free_pages": true},
             "disks": [{"serial": "volume-1\u{1b}", "path": "/v/pg.img", "bytes": 33_554_432, "state": "mounted",
-                "containers": ["web"]}],
+                "containers": ["web"]}, {"serial": "layer-2", "path": "/l", "read_only": true, "bytes": 1 << 20,
+                "state": "mounted", "protection": "verified\u{1b}", "containers": ["web"]}],
             "files": {"open": 700, "limit": 20000, "configured": 131_072},
             "network": {"netns": "/run/netns/web", "links": [{"mac": "02:00:00:00:00:01",
                 "guest": {"name": "eth0", "mtu": 1500, "up": true, "carrier": true}}]},
@@ -300,6 +302,7 @@ mod tests {
             "files       virtiofsd has 700 open, of at most 20000; the host does not allow the configured 131072",
             "WARNING     sandbox db in namespace default can write to /srv/a^[ too: file locks and inotify do not work between two VMs",
             "disk        volume-1^[: /v/pg.img, 32 MiB, read-write, mounted for web",
+            "disk        layer-2: /l, 1 MiB, read-only, verified^[, mounted for web",
             "watched     /srv/c^[: 7 changes reported, 1 lost",
             "watched     /srv/d: not watched: no^G; 0 changes reported, 0 lost",
             "WARNING     the kernel's queue of changes has overflowed 2 times",

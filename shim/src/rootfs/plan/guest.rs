@@ -7,19 +7,25 @@ use nix::mount::MsFlags;
 use super::options::{Format, NewFolder, is_contained, is_known};
 use super::part::{Kind, MARK, Part};
 use super::root::{GuestRoot, Place, RootDisk, Top};
+use super::view::HostView;
 use crate::config::problem::Problem;
+use crate::config::verity::Verity;
 use crate::rootfs::mount::parse_options;
 
 /// The folders of an overlay.
 const LOWER: &str = "lowerdir=";
 const UPPER: &str = "upperdir=";
 const WORK: &str = "workdir=";
+/// The option of a layer about its hash tree, and what the name of the file with its metadata ends with (containerd's
+/// internal/dmverity).
+const VERITY: &str = "X-containerd.dmverity=";
+const VERITY_SUFFIX: &str = ".dmverity";
 
 /// A number in the list of disks for each of containerd's mounts.
 type Disks = Vec<Option<usize>>;
 
 /// The root of mounts at least one of which is a disk. The last mount is the root; it refers to the earlier ones.
-pub(super) fn root(parts: Vec<Part>) -> Result<GuestRoot, Problem> {
+pub(super) fn root(parts: Vec<Part>, view: &HostView<'_>) -> Result<GuestRoot, Problem> {
     let mut disks = Vec::new();
     let mut numbers: Disks = Vec::new();
     let mut folders = Vec::new();
@@ -33,7 +39,7 @@ pub(super) fn root(parts: Vec<Part>) -> Result<GuestRoot, Problem> {
         let is_last = part.index == last;
         match part.kind {
             Kind::Disk => {
-                let mut disk = disk(part)?;
+                let mut disk = disk(part, view)?;
                 if disk.format.is_none() {
                     let of_image = formats.iter().find(|(image, _)| *image == disk.image);
                     disk.format = of_image.map(|(_, format)| format.clone());
@@ -79,16 +85,45 @@ fn options(part: &Part, options: &[String]) -> Result<(MsFlags, Vec<String>), Pr
     }
 }
 
-fn disk(part: Part) -> Result<RootDisk, Problem> {
+fn disk(mut part: Part, view: &HostView<'_>) -> Result<RootDisk, Problem> {
     let image = PathBuf::from(&part.source);
     if !image.is_absolute() {
         return Err(part.problem("source", &part.source, "is not the absolute path of an image or a device"));
     }
+    let is_erofs = part.fs_type == "erofs";
+    let verity = if is_erofs { verity(&mut part, view)? } else { None };
     let (mut flags, data) = options(&part, &part.options)?;
-    if part.fs_type == "erofs" {
+    if is_erofs {
         flags |= MsFlags::MS_RDONLY;
     }
-    Ok(RootDisk { image, fs_type: part.fs_type, flags, data: data.join(","), format: part.format })
+    Ok(RootDisk { image, fs_type: part.fs_type, flags, data: data.join(","), format: part.format, verity })
+}
+
+/// The hash tree of a layer. containerd's option names the file with its metadata or says whether there is one, which is
+/// beside the layer then.
+fn verity(part: &mut Part, view: &HostView<'_>) -> Result<Option<Verity>, Problem> {
+    let option = part.options.extract_if(.., |option| option.starts_with(VERITY)).last();
+    let mode = option.as_deref().map_or("auto", |option| &option[VERITY.len()..]);
+    let metadata = match mode {
+        "off" => return Ok(None),
+        "auto" | "on" => PathBuf::from(format!("{}{VERITY_SUFFIX}", part.source)),
+        path if path.starts_with('/') => PathBuf::from(path),
+        _ => {
+            let why = "must be auto, on, off, or the absolute path of a file with metadata";
+            return Err(part.problem("options", option.as_deref().unwrap_or_default(), why));
+        }
+    };
+    let problem = |why: &str| {
+        let layer = part.source.as_str();
+        option
+            .as_deref()
+            .map_or_else(|| part.problem("source", layer, why), |option| part.problem("options", option, why))
+    };
+    match (view.verity)(&metadata) {
+        Ok(None) if mode != "auto" => Err(problem(&format!("there is no {}", metadata.display()))),
+        Ok(verity) => Ok(verity),
+        Err(why) => Err(problem(&why)),
+    }
 }
 
 fn bound(part: &Part, numbers: &Disks) -> Result<Top, Problem> {

@@ -66,7 +66,7 @@ pub(crate) fn plan(mounts: &[Mount], view: &HostView<'_>) -> Result<RootPlan, Ve
         return Err(problems);
     }
     let planned = match parts.iter().any(Part::is_disk) {
-        true => guest::root(parts).map(RootPlan::Guest),
+        true => guest::root(parts, view).map(RootPlan::Guest),
         false => host::root(mounts, parts).map(RootPlan::Host),
     };
     planned.map_err(|problem| vec![problem])

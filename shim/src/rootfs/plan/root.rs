@@ -6,6 +6,7 @@ use containerd_shim_protos::types::mount::Mount;
 use nix::mount::MsFlags;
 
 use super::options::{Format, NewFolder};
+use crate::config::verity::Verity;
 
 /// Where a container's root comes from.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,6 +48,8 @@ pub(crate) struct RootDisk {
     pub(crate) data: String,
     /// The image is created if it does not exist.
     pub(crate) format: Option<Format>,
+    /// The hash tree by which the guest verifies what it reads.
+    pub(crate) verity: Option<Verity>,
 }
 
 impl RootDisk {

@@ -5,21 +5,34 @@ use std::path::Path;
 use nix::mount::MsFlags;
 
 use super::*;
+use crate::config::verity::Verity;
+use crate::host::digest::Sha256Digest;
 
 fn mount(fs_type: &str, source: &str, options: &[&str]) -> Mount {
     let options = options.iter().map(ToString::to_string).collect();
     Mount { type_: fs_type.into(), source: source.into(), options, ..Default::default() }
 }
 
+/// What the layer `/images/verified` has, and `/meta/verified` describes.
+fn tree() -> Verity {
+    Verity { root_hash: Sha256Digest::parse(&"e1".repeat(32)).unwrap(), hash_offset: 4096 }
+}
+
 /// `/images/` has images, and `/dev/busy` is mounted by the host.
 fn planned(mounts: &[Mount]) -> Result<RootPlan, String> {
     let is_image = |path: &Path| path.starts_with("/images") || path.starts_with("/dev");
     let is_busy = |path: &Path| path == Path::new("/dev/busy");
-    plan(mounts, &HostView { is_image: &is_image, is_busy: &is_busy }).map_err(|all| crate::config::problem::join(&all))
+    let verity = |path: &Path| match path.to_str().unwrap() {
+        "/images/verified.dmverity" | "/meta/verified" => Ok(Some(tree())),
+        "/images/damaged.dmverity" | "/meta/damaged" => Err("damaged".to_owned()),
+        _ => Ok(None),
+    };
+    plan(mounts, &HostView { is_image: &is_image, is_busy: &is_busy, verity: &verity })
+        .map_err(|all| crate::config::problem::join(&all))
 }
 
 fn disk(image: &str, fs_type: &str, flags: MsFlags, data: &str) -> RootDisk {
-    RootDisk { image: image.into(), fs_type: fs_type.into(), flags, data: data.into(), format: None }
+    RootDisk { image: image.into(), fs_type: fs_type.into(), flags, data: data.into(), format: None, verity: None }
 }
 
 fn at(disk: usize, path: &str) -> Place {
@@ -148,7 +161,7 @@ fn what_is_not_supported_is_named_by_field_and_value() {
         (vec![mount("erofs", "/images/1", &["device=/images/2"])], "rootfs[0].options = \"device=/images/2\": is not"),
         (
             vec![mount("erofs", "/images/1", &["X-containerd.dmverity=/m"])],
-            "rootfs[0].options = \"X-containerd.dmverity=/m\": is not supported",
+            "rootfs[0].options = \"X-containerd.dmverity=/m\": there is no /m",
         ),
         (vec![mount("squashfs", "/images/1", &[])], "rootfs[0].type = \"squashfs\": husk mounts ext2"),
         (vec![mount("fuse3.x", "/images/1", &[])], "rootfs[0].type = \"fuse3.x\": filesystems that need"),
@@ -177,5 +190,35 @@ fn what_is_not_supported_is_named_by_field_and_value() {
     ] {
         let error = planned(&mounts).unwrap_err();
         assert!(error.starts_with(expected), "{expected}\n{error}");
+    }
+}
+
+#[test]
+fn a_layer_with_a_hash_tree_is_verified() {
+    let layer = |source: &str, option: &str| {
+        let options: Vec<&str> = ["ro", "loop"].into_iter().chain((!option.is_empty()).then_some(option)).collect();
+        planned(&[mount("erofs", source, &options)])
+    };
+    for (source, option, expected) in [
+        ("/images/verified", "", Some(tree())),
+        ("/images/verified", "X-containerd.dmverity=auto", Some(tree())),
+        ("/images/verified", "X-containerd.dmverity=on", Some(tree())),
+        ("/images/verified", "X-containerd.dmverity=off", None),
+        ("/images/1", "", None),
+        ("/images/1", "X-containerd.dmverity=auto", None),
+        ("/images/1", "X-containerd.dmverity=/meta/verified", Some(tree())),
+    ] {
+        let RootPlan::Guest(root) = layer(source, option).unwrap() else { panic!("{source} {option}") };
+        assert_eq!((root.disks[0].verity, root.disks[0].data.as_str()), (expected, ""), "{source} {option}");
+    }
+    for (source, option, expected) in [
+        ("/images/damaged", "", "rootfs[0].source = \"/images/damaged\": damaged"),
+        ("/images/1", "X-containerd.dmverity=/meta/damaged", "damaged"),
+        ("/images/1", "X-containerd.dmverity=on", "there is no /images/1.dmverity"),
+        ("/images/1", "X-containerd.dmverity=maybe", "must be auto, on, off, or the absolute path"),
+        ("/images/1", "X-containerd.dmverity.root-hash=00", "is not supported"),
+    ] {
+        let error = layer(source, option).unwrap_err();
+        assert!(error.contains(expected), "{source} {option}: {error}");
     }
 }

@@ -4,18 +4,22 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
+use crate::config::verity::Verity;
+
 /// What the plan needs to know of the host.
 pub(crate) struct HostView<'a> {
     /// Whether a path leads to a block device or a regular file.
     pub(crate) is_image: &'a dyn Fn(&Path) -> bool,
     /// Whether the host uses a block device, for example because it has mounted it.
     pub(crate) is_busy: &'a dyn Fn(&Path) -> bool,
+    /// The hash tree that a file with containerd's metadata describes; none if there is no such file.
+    pub(crate) verity: &'a dyn Fn(&Path) -> Result<Option<Verity>, String>,
 }
 
 impl HostView<'static> {
     /// The host itself.
     pub(crate) fn of_host() -> Self {
-        Self { is_image: &is_image, is_busy: &is_busy }
+        Self { is_image: &is_image, is_busy: &is_busy, verity: &Verity::of_containerd }
     }
 }
 
