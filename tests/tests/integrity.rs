@@ -1,4 +1,4 @@
-//! What a disk has is what it should have.
+//! What a disk has is what it should have, and what a scratch disk had stays secret.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -149,4 +149,65 @@ fn a_changed_bit_of_a_verified_image_is_an_error_and_a_line_of_the_log() -> Resu
     ensure!(error.contains("mount /dev/dm-0 as ext4"), "{error}");
     ensure!(mapped(containerd, &pod)? == 0);
     pause.remove()
+}
+
+/// Where a pattern is in the scratch disk's image of a VM, which has no name.
+fn scratch_contains(containerd: &Containerd, pod: &str, folder: &Path, pattern: &str) -> Result<bool> {
+    let qemu = containerd.qemu_of(pod)?;
+    for entry in fs::read_dir(format!("/proc/{}/fd", qemu.pid))? {
+        let entry = entry?.path();
+        // A descriptor may be closed meanwhile.
+        let target = fs::read_link(&entry).unwrap_or_default();
+        if target.starts_with(folder) && target.display().to_string().contains("deleted") {
+            let bytes = fs::read(&entry)?;
+            return Ok(bytes.windows(pattern.len()).any(|window| window == pattern.as_bytes()));
+        }
+    }
+    anyhow::bail!("QEMU has no scratch disk")
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn the_host_finds_nothing_of_an_encrypted_scratch_disk() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let configured = Configured::start(&format!("scratch_dir = {:?}\n", folder.path()))?;
+    let containerd = &configured.containerd;
+    let pattern = "a secret that is long enough to be found";
+    for encrypted in [false, true] {
+        let pod = containerd.id("pod");
+        let pause = Shim::running(containerd, &pod, &in_pod(&pod, &pod, &[]))?;
+        let scratch = [("io.husk.scratch_mib", "64".to_owned()), ("io.husk.scratch_encrypted", encrypted.to_string())];
+        let id = containerd.id("app");
+        let app = Shim::running(containerd, &id, &in_pod(&pod, &id, &scratch))?;
+        let script = format!(
+            "for n in 1 2 3; do echo '{pattern}' > /scratch/$n; done; mkdir /scratch/folder; cp /bin/busybox /scratch/folder/; \
+            sync; echo 3 > /proc/sys/vm/drop_caches 2>/dev/null; cat /scratch/2; cmp /bin/busybox /scratch/folder/busybox && echo same; \
+            df -m /scratch | tail -1 | awk '{{ print ($2 > 50) }}'; \
+            dd if=/dev/zero of=/scratch/fill bs=1M 2>&1 | grep -o 'No space left'; rm /scratch/fill; sync; cat /scratch/3"
+        );
+        let seen = app.script("write", &script)?;
+        ensure!(seen == format!("{pattern}\nsame\n1\nNo space left\n{pattern}"), "{seen}");
+        let found = scratch_contains(containerd, &pod, folder.path(), pattern)?;
+        ensure!(found != encrypted, "encrypted: {encrypted}, found on the host: {found}");
+        // The filesystem itself is encrypted, too.
+        let names = scratch_contains(containerd, &pod, folder.path(), "lost+found")?;
+        ensure!(names != encrypted, "encrypted: {encrypted}, names are on the host: {names}");
+        ensure!(mapped(containerd, &pod)? == usize::from(encrypted));
+        // A container that insists on encryption does not get the other disk.
+        let id = containerd.id("second");
+        let strict = [scratch[0].clone(), ("io.husk.scratch_encrypted", "true".to_owned())];
+        let second = Shim::start(containerd, &id, &in_pod(&pod, &id, &strict))?;
+        if encrypted {
+            second.run_detached()?;
+            ensure!(second.script("read", "cat /scratch/1")? == pattern);
+            second.remove()?;
+        } else {
+            let error = second.create_error()?;
+            ensure!(error.contains("which is not encrypted"), "{error}");
+        }
+        app.remove()?;
+        ensure!(mapped(containerd, &pod)? == 0);
+        pause.remove()?;
+    }
+    Ok(())
 }

@@ -96,7 +96,7 @@ impl Mapped {
         format!("/dev/dm-{}", self.minor)
     }
 
-    /// Removes the device. Succeeds if it does not exist.
+    /// Removes the device, and its key from the kernel's memory. Succeeds if it does not exist.
     ///
     /// # Errors
     /// EBUSY while something uses it.

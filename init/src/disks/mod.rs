@@ -8,12 +8,14 @@
 //! | `layer.rs`   | what lies between a disk and its filesystem |
 //! | `verity.rs`  | disks whose blocks the kernel verifies      |
 //! | `corruption.rs` | reports blocks that are not as they should be |
+//! | `encrypted.rs` | disks that the guest encrypts             |
 //! | `mapper.rs`  | devices of the device mapper                |
 //!
 //! The host says which container uses a disk. The first use prepares the disk, the last one ends it. While all containers
 //! that use a disk are paused, its filesystem is frozen.
 
 mod corruption;
+mod encrypted;
 mod filesystem;
 pub(crate) mod find;
 mod layer;
@@ -248,7 +250,7 @@ fn use_device(serial: &str, name: &str, device: &File, mount: Option<DiskMount>)
     let mut disk = Disk { name: name.to_owned(), numbers, users: BTreeSet::new(), mapped: None, filesystem: None };
     let Some(mount) = mount else { return Ok(disk) };
     let AttachDiskResponse { major, minor, bytes, .. } = disk.numbers;
-    disk.mapped = layer::set_up(serial, device, (&format!("{major}:{minor}"), bytes), &mount)?.map(Arc::new);
+    disk.mapped = layer::set_up(serial, name, device, (&format!("{major}:{minor}"), bytes), &mount)?.map(Arc::new);
     let device = disk.mapped.as_ref().map_or_else(|| format!("/dev/{name}"), |mapped| mapped.path());
     match Filesystem::mount(&device, Path::new(DISKS_PATH).join(serial), &mount, bytes) {
         Ok(filesystem) => {

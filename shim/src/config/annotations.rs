@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use super::extras::{self, Extras};
 use super::names::{
     BALLOON_TARGET_MIB, DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, NETWORK, PATH, PORTS, PREFIX,
-    PROFILE, SCRATCH_MIB, SPARE_NICS, SUPERVISOR, VCPUS, VOLUMES, VSOCK, WATCH, WORKSPACE,
+    PROFILE, SCRATCH_ENCRYPTED, SCRATCH_MIB, SPARE_NICS, SUPERVISOR, VCPUS, VOLUMES, VSOCK, WATCH, WORKSPACE,
 };
 use super::ports;
 use super::problem::Problem;
@@ -47,6 +47,8 @@ pub(crate) struct Annotations {
     pub(crate) volumes: Vec<VolumeRequest>,
     /// The size of a disk for data that ends with the VM, MiB.
     pub(crate) scratch_mib: Option<u64>,
+    /// The guest encrypts that disk.
+    pub(crate) scratch_encrypted: bool,
     /// Files for the guest itself, and whether the agent among them runs.
     pub(crate) extras: Extras,
     /// The workspace configuration that the metadata service returns, if this container boots the VM.
@@ -115,6 +117,7 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config, namespa
         VSOCK => read.vsock = boolean(value)?,
         WATCH => read.watch = destinations(value)?,
         VOLUMES => read.volumes = volumes::parse(value, &config.volume_dirs)?,
+        SCRATCH_ENCRYPTED => read.scratch_encrypted = boolean(value)?,
         SCRATCH_MIB => read.scratch_mib = Some(scratch_mib(number()?)?),
         WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref(), namespace)?),
         SUPERVISOR => read.extras.supervisor = Some(boolean(value)?),
@@ -174,6 +177,7 @@ mod tests {
             ("io.husk.watch", "/data,/etc/app.conf"),
             ("io.husk.volumes", "[]"),
             ("io.husk.scratch_mib", "64"),
+            ("io.husk.scratch_encrypted", "true"),
             ("io.husk.extras.files", r#"{"/run/husk/supervisor": {"source": "/agent", "mode": "0755"}}"#),
             ("io.husk.supervisor", "false"),
             ("io.husk.workspace", "{}"),
@@ -196,6 +200,7 @@ mod tests {
             watch: vec!["/data".into(), "/etc/app.conf".into()],
             volumes: Vec::new(),
             scratch_mib: Some(64),
+            scratch_encrypted: true,
             extras,
             workspace,
         };
@@ -240,7 +245,7 @@ mod tests {
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.balloon_target_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.watch, io.husk.volumes, io.husk.scratch_mib, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.balloon_target_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.watch, io.husk.volumes, io.husk.scratch_mib, io.husk.scratch_encrypted, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
                 "annotation io.husk.debug = \"1\": must be true or false",
                 "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which belongs to the kernel",
                 "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path on the host",

@@ -42,8 +42,11 @@ pub(crate) const VOLUMES: &str = "io.husk.volumes";
 /// The size of a disk for data that ends with the VM, MiB.
 pub(crate) const SCRATCH_MIB: &str = "io.husk.scratch_mib";
 
+/// The guest encrypts that disk with a key of its own.
+pub(crate) const SCRATCH_ENCRYPTED: &str = "io.husk.scratch_encrypted";
+
 /// All annotations.
-pub(crate) const NAMES: [&str; 15] = [
+pub(crate) const NAMES: [&str; 16] = [
     VCPUS,
     PROFILE,
     MEMORY_MIB,
@@ -56,6 +59,7 @@ pub(crate) const NAMES: [&str; 15] = [
     WATCH,
     VOLUMES,
     SCRATCH_MIB,
+    SCRATCH_ENCRYPTED,
     WORKSPACE,
     EXTRAS_FILES,
     SUPERVISOR,

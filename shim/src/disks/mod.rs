@@ -7,6 +7,7 @@
 //! | `format.rs` | makes filesystems on blank files, and images                                 |
 //! | `volume.rs` | the file of a volume: created, grown, and formatted on its first use |
 //! | `scratch.rs` | a file without a name for data that ends with the VM              |
+//! | `written.rs` | which parts of a file have been written                            |
 //!
 //! The host never reads a filesystem that a guest can have written: only the guest does.
 
@@ -15,9 +16,11 @@ pub(crate) mod format;
 pub(crate) mod image;
 pub(crate) mod scratch;
 pub(crate) mod volume;
+pub(crate) mod written;
 
 use crate::config::verity::Verity;
 use image::Image;
+use written::Extent;
 
 /// What a disk is for. Its serial begins with the name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +67,8 @@ pub(crate) struct GuestMount {
 pub(crate) enum GuestLayer {
     /// The guest's kernel verifies each block that it reads.
     Verified(Verity),
+    /// The guest encrypts the disk with a key of its own, beginning with what the filesystem's maker has written.
+    Encrypted { written: Vec<Extent> },
 }
 
 impl GuestLayer {
@@ -71,6 +76,7 @@ impl GuestLayer {
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Verified(_) => "verified",
+            Self::Encrypted { .. } => "encrypted",
         }
     }
 }

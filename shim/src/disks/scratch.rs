@@ -5,8 +5,10 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::format::{FormatError, ext4};
+use super::GuestLayer;
+use super::format::{FormatError, ext4, ext4_to_encrypt};
 use super::image::Image;
+use super::written;
 
 /// Why there is no scratch disk.
 #[derive(Debug, thiserror::Error)]
@@ -17,13 +19,21 @@ pub(crate) enum ScratchError {
     /// It has no filesystem.
     #[error("format a scratch file")]
     Format(#[from] FormatError),
+    /// It cannot be encrypted.
+    #[error("look for what is to be encrypted of a scratch file")]
+    Written(#[source] io::Error),
 }
 
 /// Creates an image with an ext4 filesystem of this size in `folder`. It takes as much of the host's disk as is written.
+/// Returns with it what the guest has to set up to encrypt it, if it is to be encrypted.
 ///
 /// # Errors
 /// See [`ScratchError`].
-pub(crate) async fn create(folder: &Path, mib: u64) -> Result<Image, ScratchError> {
+pub(crate) async fn create(
+    folder: &Path,
+    mib: u64,
+    encrypted: bool,
+) -> Result<(Image, Option<GuestLayer>), ScratchError> {
     let failed = |source| ScratchError::Create { folder: folder.to_owned(), source };
     let create = || {
         let file = File::options().read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(folder)?;
@@ -31,6 +41,44 @@ pub(crate) async fn create(folder: &Path, mib: u64) -> Result<Image, ScratchErro
         Image::private(file, folder)
     };
     let image = create().map_err(failed)?;
-    ext4(&image).await?;
-    Ok(image)
+    if !encrypted {
+        ext4(&image).await?;
+        return Ok((image, None));
+    }
+    ext4_to_encrypt(&image).await?;
+    let written = written::find(image.file()).map_err(ScratchError::Written)?;
+    Ok((image, Some(GuestLayer::Encrypted { written })))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::process::Command;
+
+    use super::*;
+
+    /// What is encrypted must be all that the filesystem consists of: the rest decrypts to something random.
+    #[tokio::test]
+    async fn what_was_written_is_a_whole_filesystem_on_a_disk_with_anything() {
+        for mib in [16, 300] {
+            let folder = tempfile::tempdir().unwrap();
+            let (image, layer) = create(folder.path(), mib, true).await.unwrap();
+            let Some(GuestLayer::Encrypted { written }) = layer else { panic!("not encrypted") };
+            let used = folder.path().join("used");
+            let disk = File::options().read(true).write(true).create_new(true).open(&used).unwrap();
+            let rubbish: Vec<u8> = (0..1 << 20).map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+            for at in 0..mib {
+                disk.write_all_at(&rubbish, at << 20).unwrap();
+            }
+            for extent in &written {
+                let mut part = vec![0; usize::try_from(extent.length).unwrap()];
+                image.file().read_exact_at(&mut part, extent.offset).unwrap();
+                disk.write_all_at(&part, extent.offset).unwrap();
+            }
+            let bytes: u64 = written.iter().map(|extent| extent.length).sum();
+            assert!(bytes < 4 << 20, "{mib} MiB: {bytes} bytes are to be encrypted");
+            let checked = Command::new("e2fsck").args(["-fn"]).arg(&used).output().unwrap();
+            assert!(checked.status.success(), "{mib}: {}", String::from_utf8_lossy(&checked.stdout));
+        }
+    }
 }

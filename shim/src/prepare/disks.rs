@@ -25,6 +25,8 @@ pub(crate) struct Scratch {
     pub(crate) mib: u64,
     /// Where its file is on the host.
     pub(crate) folder: PathBuf,
+    /// The guest encrypts it with a key of its own.
+    pub(crate) encrypted: bool,
 }
 
 impl RequestedDisks {
@@ -34,7 +36,12 @@ impl RequestedDisks {
     /// Everything that the container cannot have.
     pub(super) fn of(annotations: &Annotations, config: &Config, rewritten: &Rewritten) -> Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
-        let scratch = annotations.scratch_mib.map(|mib| Scratch { mib, folder: config.scratch_dir.clone() });
+        let encrypted = annotations.scratch_encrypted;
+        let scratch = annotations.scratch_mib.map(|mib| Scratch { mib, folder: config.scratch_dir.clone(), encrypted });
+        if encrypted && scratch.is_none() {
+            let why = format!("there is no scratch disk: set {}", names::SCRATCH_MIB);
+            problems.push(Problem::quoted(format!("annotation {}", names::SCRATCH_ENCRYPTED), "true", why));
+        }
         if let Some(Scratch { folder, .. }) = &scratch
             && !folder.is_dir()
         {

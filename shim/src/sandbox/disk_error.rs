@@ -18,6 +18,9 @@ pub(crate) enum DiskError {
     /// The image is that of a disk that the VM has in another way.
     #[error("the disk image {}: the sandbox uses it already with other options", .0.display())]
     Differs(PathBuf),
+    /// The sandbox's scratch disk is not encrypted, and a container asks for one that is.
+    #[error("the sandbox has a scratch disk already, which is not encrypted")]
+    PlainScratch,
     /// The image cannot be opened.
     #[error(transparent)]
     Open(#[from] ImageError),

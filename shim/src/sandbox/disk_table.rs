@@ -72,6 +72,11 @@ impl Disks {
         self.table().disks.iter().any(|disk| disk.access == Access::Exclusive)
     }
 
+    /// Whether the VM has a scratch disk that its guest does not encrypt.
+    pub(super) fn has_plain_scratch(&self) -> bool {
+        self.table().disks.iter().any(|disk| disk.kind == Kind::Scratch && disk.layer().is_none())
+    }
+
     /// The disks, for operators.
     pub(super) fn status(&self) -> Vec<DiskStatus> {
         let table = self.table();

@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use husk_protos::DISKS_PATH;
 use husk_protos::chain::Chain;
-use husk_protos::disks::{AttachDiskRequest, DetachDiskRequest, DiskMount, DiskVerity};
+use husk_protos::disks::{AttachDiskRequest, DetachDiskRequest, DiskEncryption, DiskExtent, DiskMount, DiskVerity};
 use serde_json::json;
 use ttrpc::context::with_duration;
 
 use crate::config::verity::Verity;
 use crate::disks::image::{Access, Image};
 use crate::disks::volume;
+use crate::disks::written::Extent;
 use crate::disks::{GuestLayer, GuestMount, Kind, NewDisk};
 use crate::guest::client::GuestError;
 use crate::host::process::ProcessId;
@@ -233,6 +234,11 @@ fn guest_mount(GuestMount { fs_type, flags, data, grow, layer }: GuestMount) -> 
         Some(GuestLayer::Verified(Verity { root_hash, hash_offset })) => {
             mount.verity =
                 Some(DiskVerity { root_hash: root_hash.bytes().to_vec(), hash_offset, ..Default::default() }).into();
+        }
+        Some(GuestLayer::Encrypted { written }) => {
+            let extent = |Extent { offset, length }| DiskExtent { offset, length, ..Default::default() };
+            let written = written.into_iter().map(extent).collect();
+            mount.encryption = Some(DiskEncryption { written, ..Default::default() }).into();
         }
     }
     mount

@@ -73,13 +73,18 @@ impl Sandbox {
         &self,
         vm: &Arc<Vm>,
         id: &str,
-        Scratch { mib, folder }: Scratch,
+        Scratch { mib, folder, encrypted }: Scratch,
     ) -> Result<PathBuf, SandboxError> {
+        if encrypted && self.disks.has_plain_scratch() {
+            return Err(DiskError::PlainScratch.into());
+        }
         if let Some(attached) = self.attach_known(vm, id, Kind::Scratch).await? {
             return Ok(attached.guest_path);
         }
-        let image = scratch::create(&folder, mib).await.map_err(DiskError::from)?;
-        let mount = GuestMount { fs_type: EXT4.to_owned(), ..GuestMount::default() };
+        let (image, layer) = scratch::create(&folder, mib, encrypted).await.map_err(DiskError::from)?;
+        // An encrypted filesystem is not searched for tables of inodes to be cleared: each would be written once more.
+        let data = if encrypted { "noinit_itable" } else { "" };
+        let mount = GuestMount { fs_type: EXT4.to_owned(), data: data.to_owned(), layer, ..GuestMount::default() };
         let disk = NewDisk::new(Kind::Scratch, image, Some(mount));
         Ok(self.attach_disk(vm, id, disk).await?.guest_path)
     }

@@ -18,7 +18,7 @@ pub struct DiskStatus {
     pub bytes: u64,
     /// `mounted`, or `attached` if it is used as a device.
     pub state: String,
-    /// `verified`; none of other disks.
+    /// `verified` or `encrypted`; none of other disks.
     pub protection: Option<String>,
     /// The containers that use it.
     pub containers: Vec<String>,
