@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::types::mount::Mount;
 use husk_tests::artifacts::repository;
-use husk_tests::bundle::spec;
+use husk_tests::bundle::{self, spec};
 use husk_tests::command::{self, wait_for};
 use husk_tests::containerd::{Configured, Containerd};
 use husk_tests::debug::run_in_vm;
@@ -210,4 +210,48 @@ fn the_host_finds_nothing_of_an_encrypted_scratch_disk() -> Result<()> {
         pause.remove()?;
     }
     Ok(())
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn a_disk_that_a_program_keeps_does_not_stand_in_the_way_of_others() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let configured = Configured::start(&format!("volume_dirs = [{:?}]\n", folder.path()))?;
+    let containerd = &configured.containerd;
+    let volume = |name: &str| {
+        let volume = json!([{"source": folder.path().join(name), "destination": "/data", "size_mib": 16}]);
+        [("io.husk.volumes", volume.to_string())]
+    };
+    let pod = containerd.id("pod");
+    let pause = Shim::running(containerd, &pod, &in_pod(&pod, &pod, &[]))?;
+    let disks = || {
+        let listed = run_in_vm(containerd, &pod, &["ls", "/sys/class/block"], None)?.ok()?.text();
+        Ok::<_, anyhow::Error>(listed.split_whitespace().filter(|name| name.starts_with("sd")).count())
+    };
+    let id = containerd.id("keeper");
+    let mut keeper = in_pod(&pod, &id, &[]);
+    for set in ["bounding", "effective", "permitted"] {
+        bundle::append(&mut keeper, &format!("/process/capabilities/{set}"), [json!("CAP_SYS_ADMIN")]);
+    }
+    bundle::append(&mut keeper, "/linux/resources/devices", [json!({"allow": true, "access": "rwm"})]);
+    let keeper = Shim::running(containerd, &id, &keeper)?;
+    let id = containerd.id("app");
+    let app = Shim::running(containerd, &id, &in_pod(&pod, &id, &volume("a.img")))?;
+    // It mounts the disk a second time, and so keeps it when the container that has the volume is deleted.
+    let kept = "mkdir /tmp/kept; mknod /tmp/disk b $(cat /sys/class/block/sda/dev | tr : ' '); \
+        mount -t ext4 /tmp/disk /tmp/kept && echo mounted";
+    ensure!(keeper.script("keep", kept)?.ends_with("mounted"));
+    app.remove()?;
+    ensure!(disks()? == 1, "the guest has let go of a disk that is in use");
+    // The next disk has the number of the one that is gone.
+    for round in 0..2 {
+        let id = containerd.id("next");
+        let next = Shim::running(containerd, &id, &in_pod(&pod, &id, &volume("b.img")))?;
+        let seen = next.script("use", "echo x >> /data/x; cat /data/x")?;
+        ensure!(seen == ["x"; 2][..round + 1].join("\n") && disks()? == 1, "{seen}: {}", disks()?);
+        next.remove()?;
+        ensure!(disks()? == 0);
+    }
+    keeper.remove()?;
+    pause.remove()
 }

@@ -137,6 +137,18 @@ impl Filesystem {
         }
         fs::remove_dir(&self.path)
     }
+
+    /// Takes the mount away although its disk is gone. What uses it sees errors.
+    pub(super) fn abandon(&self) -> io::Result<()> {
+        self.thaw();
+        match umount2(&self.path, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH) {
+            // It is not a mount point any more.
+            Ok(()) | Err(Errno::EINVAL) => {}
+            Err(Errno::ENOENT) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        crate::paths::allow_missing(fs::remove_dir(&self.path))
+    }
 }
 
 fn thaw(freeze: &mut Freeze, path: &Path) {

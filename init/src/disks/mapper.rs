@@ -29,6 +29,8 @@ const NAME_MAX: usize = 128;
 
 /// DM_READONLY_FLAG.
 const READ_ONLY: u32 = 1;
+/// DM_DEFERRED_REMOVE.
+const DEFERRED: u32 = 1 << 17;
 /// DM_SECURE_DATA_FLAG: the kernel wipes its copies of the command.
 const SECURE: u32 = 1 << 15;
 
@@ -101,7 +103,19 @@ impl Mapped {
     /// # Errors
     /// EBUSY while something uses it.
     pub(super) fn remove(&self) -> io::Result<()> {
-        match control(Command::Remove, &self.name, 0, None) {
+        self.remove_with(0)
+    }
+
+    /// Has the kernel remove the device when nothing uses it any more.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub(super) fn remove_later(&self) -> io::Result<()> {
+        self.remove_with(DEFERRED)
+    }
+
+    fn remove_with(&self, flags: u32) -> io::Result<()> {
+        match control(Command::Remove, &self.name, flags, None) {
             Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(()),
             other => other.map(drop),
         }

@@ -92,6 +92,7 @@ impl Disks {
         let AttachDiskRequest { serial, target, container, mount, .. } = request;
         paths::check_id(&serial)?;
         let _changing = lock(&self.changing);
+        self.forget_lost();
         let known = lock(&self.table).disks.get(&serial).map(|disk| disk.numbers.clone());
         let numbers = match known {
             Some(numbers) => numbers,
@@ -124,6 +125,21 @@ impl Disks {
         self.release(serial, &name, mapped.as_deref(), filesystem.as_deref())?;
         lock(&self.table).disks.remove(serial);
         Ok(())
+    }
+
+    /// Forgets disks that something in the guest still used when their last container was deleted. The host has taken
+    /// them away since: it does not attach another disk before.
+    fn forget_lost(&self) {
+        let lost: Vec<(String, Disk)> =
+            lock(&self.table).disks.extract_if(.., |_, disk| disk.users.is_empty()).collect();
+        for (serial, Disk { name, mapped, filesystem, .. }) in lost {
+            tracing::warn!(serial, "a disk is gone that something in the guest still uses");
+            let unmounted = filesystem.map_or(Ok(()), |filesystem| filesystem.abandon());
+            let removed = mapped.map_or(Ok(()), |mapped| mapped.remove_later());
+            for error in [unmounted, removed, scsi::forget(&name)].into_iter().filter_map(Result::err) {
+                tracing::error!(serial, %error, "failed to forget a disk that is gone");
+            }
+        }
     }
 
     /// Delays the release of disks while a container's mount namespace is made.
