@@ -7,7 +7,8 @@ use std::path::{Component, Path, PathBuf};
 use super::extras::{self, Extras};
 use super::names::{
     BALLOON_TARGET_MIB, DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, NETWORK, PATH, PORTS, PREFIX,
-    PROFILE, SCRATCH_ENCRYPTED, SCRATCH_MIB, SPARE_NICS, SUPERVISOR, VCPUS, VOLUMES, VSOCK, WATCH, WORKSPACE,
+    PROFILE, ROOT_HASHES, SCRATCH_ENCRYPTED, SCRATCH_MIB, SPARE_NICS, SUPERVISOR, VCPUS, VOLUMES, VSOCK, WATCH,
+    WORKSPACE,
 };
 use super::ports;
 use super::problem::Problem;
@@ -15,10 +16,13 @@ use super::settings::{Config, NetworkMode, Profile};
 use super::values::{NO_BALLOON, memory_mib, one_of, scratch_mib, spare_nics, vcpus};
 use super::volumes::{self, VolumeRequest};
 use super::workspace::{self, Workspace};
+use crate::host::digest::Sha256Digest;
 use crate::network::user::PortMapping;
 
 /// How many destinations `io.husk.watch` may name.
 const WATCHED: usize = 32;
+/// How many root hashes `io.husk.root_hashes` may name: as many as a root may have mounts.
+const HASHES: usize = 255;
 /// An error shows at most this much of a value, bytes.
 const SHOWN: usize = 200;
 
@@ -49,6 +53,8 @@ pub(crate) struct Annotations {
     pub(crate) scratch_mib: Option<u64>,
     /// The guest encrypts that disk.
     pub(crate) scratch_encrypted: bool,
+    /// The root hashes that the layers of the container's root may have; any if there are none.
+    pub(crate) root_hashes: Vec<Sha256Digest>,
     /// Files for the guest itself, and whether the agent among them runs.
     pub(crate) extras: Extras,
     /// The workspace configuration that the metadata service returns, if this container boots the VM.
@@ -117,6 +123,7 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config, namespa
         VSOCK => read.vsock = boolean(value)?,
         WATCH => read.watch = destinations(value)?,
         VOLUMES => read.volumes = volumes::parse(value, &config.volume_dirs)?,
+        ROOT_HASHES => read.root_hashes = root_hashes(value)?,
         SCRATCH_ENCRYPTED => read.scratch_encrypted = boolean(value)?,
         SCRATCH_MIB => read.scratch_mib = Some(scratch_mib(number()?)?),
         WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref(), namespace)?),
@@ -137,6 +144,16 @@ fn at_most<T: Copy + PartialOrd + Display>(value: T, limit: Option<T>, key: &str
 
 fn boolean(value: &str) -> Result<bool, String> {
     value.parse().map_err(|_| "must be true or false".to_owned())
+}
+
+/// Root hashes, separated by commas.
+fn root_hashes(value: &str) -> Result<Vec<Sha256Digest>, String> {
+    let hashes: Vec<&str> = value.split(',').collect();
+    if hashes.len() > HASHES {
+        return Err(format!("must be at most {HASHES} root hashes"));
+    }
+    let read = hashes.into_iter().map(Sha256Digest::parse).collect::<Result<_, _>>();
+    read.map_err(|_| "must be root hashes of 64 hexadecimal digits, separated by commas".to_owned())
 }
 
 /// Absolute paths, separated by commas.
@@ -178,6 +195,7 @@ mod tests {
             ("io.husk.volumes", "[]"),
             ("io.husk.scratch_mib", "64"),
             ("io.husk.scratch_encrypted", "true"),
+            ("io.husk.root_hashes", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
             ("io.husk.extras.files", r#"{"/run/husk/supervisor": {"source": "/agent", "mode": "0755"}}"#),
             ("io.husk.supervisor", "false"),
             ("io.husk.workspace", "{}"),
@@ -201,6 +219,7 @@ mod tests {
             volumes: Vec::new(),
             scratch_mib: Some(64),
             scratch_encrypted: true,
+            root_hashes: root_hashes("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855").unwrap(),
             extras,
             workspace,
         };
@@ -245,7 +264,7 @@ mod tests {
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.balloon_target_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.watch, io.husk.volumes, io.husk.scratch_mib, io.husk.scratch_encrypted, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.balloon_target_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.watch, io.husk.volumes, io.husk.scratch_mib, io.husk.scratch_encrypted, io.husk.root_hashes, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
                 "annotation io.husk.debug = \"1\": must be true or false",
                 "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which belongs to the kernel",
                 "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path on the host",

@@ -45,8 +45,11 @@ pub(crate) const SCRATCH_MIB: &str = "io.husk.scratch_mib";
 /// The guest encrypts that disk with a key of its own.
 pub(crate) const SCRATCH_ENCRYPTED: &str = "io.husk.scratch_encrypted";
 
+/// The root hashes that the verified layers of a container's root filesystem may have.
+pub(crate) const ROOT_HASHES: &str = "io.husk.root_hashes";
+
 /// All annotations.
-pub(crate) const NAMES: [&str; 16] = [
+pub(crate) const NAMES: [&str; 17] = [
     VCPUS,
     PROFILE,
     MEMORY_MIB,
@@ -60,6 +63,7 @@ pub(crate) const NAMES: [&str; 16] = [
     VOLUMES,
     SCRATCH_MIB,
     SCRATCH_ENCRYPTED,
+    ROOT_HASHES,
     WORKSPACE,
     EXTRAS_FILES,
     SUPERVISOR,

@@ -278,6 +278,7 @@ fn prepare_with(
     let root = plan::plan(&request.rootfs, &HostView::of_host()).map_err(all);
     match (prepare_spec(config, places, subject, sandbox, siblings), root) {
         (Ok(mut prepared), Ok(root)) => {
+            prepared.disks.check_root(&root).map_err(all)?;
             prepared.boot.machine.guest.disks |= matches!(root, RootPlan::Guest(_));
             Ok(Prepared { root, ..prepared })
         }
