@@ -218,6 +218,31 @@ fn rubbish(image: &fs::File, from: u64, length: usize) -> Result<()> {
     Ok(image.write_all_at(&bytes, from)?)
 }
 
+/// How many superblocks of each filesystem are changed by chance.
+const FUZZED: u64 = 12;
+
+/// Changes a few bytes of a superblock, each seed in another way, and always in the same.
+fn fuzz(image: &fs::File, fs_type: &str, seed: u64) -> Result<()> {
+    let length = if fs_type == "erofs" { 128 } else { 1024 };
+    // Marsaglia's xorshift64.
+    let mut state = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    for _ in 0..1 + next() % 6 {
+        // Not the magic number: the filesystem is to be recognized.
+        let magic = if fs_type == "erofs" { 0..4 } else { 0x38..0x3a };
+        let at = next() % length;
+        if !magic.contains(&at) {
+            image.write_all_at(&[next() as u8], 1024 + at)?;
+        }
+    }
+    Ok(())
+}
+
 #[test]
 #[cfg_attr(runc, ignore = "about VMs")]
 fn a_hostile_image_harms_only_its_own_vm() -> Result<()> {
@@ -228,18 +253,31 @@ fn a_hostile_image_harms_only_its_own_vm() -> Result<()> {
         mkdir \"$1/links\"; ln -s / \"$1/links/upper\"; ln -s loop \"$1/links/loop\"; mkdir \"$1/links/work\"
         truncate -s 4M \"$1/link\"; mkfs.ext4 -q -F -d \"$1/links\" \"$1/link\"";
     sh(images, &[folder.path(), &base])?;
-    let containerd = &Containerd::start(Version::V2_4)?;
+    let husk = format!("volume_dirs = [{:?}]\n", folder.path());
+    let containerd = &Containerd::with(Setup { version: Some(Version::V2_4), husk, ..Setup::default() })?;
     let bystander = Shim::idle(containerd, "bystander")?;
     let before = Leftovers::now(containerd);
 
     // All in one sandbox, whose first container is well. If its VM dies, the next image gets another one.
     let mut victim = victim(containerd, folder.path())?;
-    for (index, (fs_type, what, mutate)) in HOSTILE.into_iter().enumerate() {
-        let image = folder.path().join(what.replace(' ', "-"));
+    let fuzzed = (0..FUZZED).flat_map(|seed| ["ext4", "erofs"].map(|fs_type| (fs_type, format!("seed {seed}"), None)));
+    let known = HOSTILE.into_iter().map(|(fs_type, what, mutate)| (fs_type, what.to_owned(), Some(mutate)));
+    for (index, (fs_type, what, mutate)) in known.chain(fuzzed).enumerate() {
+        let image = folder.path().join(format!("{fs_type}-{}", what.replace(' ', "-")));
         fs::copy(folder.path().join(fs_type), &image)?;
-        mutate(&fs::OpenOptions::new().write(true).open(&image)?)?;
-        let created = create_beside(&victim, &[mount(fs_type, &image, &["loop", "rw"])])?;
+        let file = fs::OpenOptions::new().read(true).write(true).open(&image)?;
+        match mutate {
+            Some(mutate) => mutate(&file)?,
+            None => fuzz(&file, fs_type, index as u64)?,
+        }
+        let created = create_beside(&victim, &[mount(fs_type, &image, &["loop", "rw"])], &[])?;
         eprintln!("{fs_type} with {what}: {created:?}");
+        if fs_type == "ext4" {
+            // The same as a volume, below a root that is well.
+            let root = layered(&folder.path().join(format!("changes-{index}")), &[folder.path().join("erofs")]);
+            let created = create_beside(&victim, &root, &[image])?;
+            eprintln!("as a volume: {created:?}");
+        }
         if victim.exec(&format!("alive-{index}"), &["true"]).is_err() {
             end(&victim)?;
             victim = self::victim(containerd, folder.path())?;
@@ -248,7 +286,7 @@ fn a_hostile_image_harms_only_its_own_vm() -> Result<()> {
     // The link leads to the guest's own root, which the container would then write to.
     let mut mounts = layered(&folder.path().join("link"), &[folder.path().join("erofs")]);
     mounts[0] = mount("ext4", &folder.path().join("link"), &["rw", "loop"]);
-    let created = create_beside(&victim, &mounts)?;
+    let created = create_beside(&victim, &mounts, &[])?;
     ensure!(format!("{created:?}").contains("on the disk at"), "{created:?}");
 
     ensure!(host_uses(containerd, folder.path())?.is_empty(), "{:#?}", host_uses(containerd, folder.path())?);
@@ -278,12 +316,14 @@ fn end(shim: &Shim<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Creates a container with this root in a shim's sandbox, and deletes it if that works.
-fn create_beside(shim: &Shim<'_>, rootfs: &[Mount]) -> Result<ttrpc::Result<u32>> {
+/// Creates a container with this root and these volumes in a shim's sandbox, and deletes it if that works.
+fn create_beside(shim: &Shim<'_>, rootfs: &[Mount], volumes: &[PathBuf]) -> Result<ttrpc::Result<u32>> {
     let containerd = shim.containerd();
     let id = containerd.id("hostile");
     let mut spec = spec(&id, &["true"]);
     spec["annotations"] = json!({SANDBOX_ID: shim.bundle.id});
+    let volumes: Vec<_> = volumes.iter().map(|image| json!({"source": image, "destination": "/volume"})).collect();
+    spec["annotations"]["io.husk.volumes"] = json!(volumes).to_string().into();
     let bundle = Bundle::write(containerd, &id, &spec)?;
     let request = api::CreateTaskRequest {
         id: id.clone(),
