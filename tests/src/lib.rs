@@ -16,6 +16,7 @@ pub mod command;
 pub mod compare;
 pub mod containerd;
 pub mod cri;
+pub mod debian;
 pub mod debug;
 pub mod docker;
 pub mod events;

@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use crate::files;
+use crate::report::Column;
+
 /// A part of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
@@ -17,11 +20,12 @@ pub(crate) enum Part {
     Network,
     Pods,
     Pool,
+    Files,
     Boots,
 }
 
 /// Name on the command line, title in the table, and what is measured. By default, all parts but the last run.
-pub(crate) const PARTS: [(Part, &str, &str, &str); 13] = [
+pub(crate) const PARTS: [(Part, &str, &str, &str); 14] = [
     (Part::Ctr, "ctr", "ctr, wall clock", "complete `ctr` commands, husk and runc in turn"),
     (Part::Steps, "steps", "the calls of a `ctr run`, wall clock", "each call that containerd makes for one `ctr run`"),
     (
@@ -69,6 +73,12 @@ pub(crate) const PARTS: [(Part, &str, &str, &str); 13] = [
         "pool of waiting VMs, wall clock",
         "a complete `ctr run` that takes a VM from the pool, and many at once",
     ),
+    (
+        Part::Files,
+        "files",
+        "files, in the container",
+        "programs on virtio-fs, an overlay, erofs images, a volume and under runc",
+    ),
     (Part::Boots, "boots", "boots in a row", "production VMs that hang; not by default"),
 ];
 
@@ -92,6 +102,7 @@ pub(crate) struct Arguments {
     pub(crate) boots: usize,
     pub(crate) vms: usize,
     pub(crate) kernel: Option<PathBuf>,
+    pub(crate) columns: Vec<Column>,
 }
 
 /// Reads the words after the program's name.
@@ -101,7 +112,8 @@ pub(crate) struct Arguments {
 pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, String> {
     let mut words = words.into_iter();
     let parts = PARTS.iter().map(|(part, ..)| *part).filter(|part| *part != Part::Boots).collect();
-    let mut arguments = Arguments { json: None, rounds: ROUNDS, parts, boots: BOOTS, vms: VMS, kernel: None };
+    let columns = files::COLUMNS.map(|(column, _)| column).to_vec();
+    let mut arguments = Arguments { json: None, rounds: ROUNDS, parts, boots: BOOTS, vms: VMS, kernel: None, columns };
     while let Some(argument) = words.next() {
         let mut value = || words.next().ok_or_else(|| format!("{argument} needs a value"));
         match argument.as_str() {
@@ -109,6 +121,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, 
             "--json" => arguments.json = Some(value()?.into()),
             "--kernel" => arguments.kernel = Some(value()?.into()),
             "--vms" => arguments.vms = number("--vms", &value()?)?,
+            "--columns" => arguments.columns = value()?.split(',').map(column).collect::<Result<_, _>>()?,
             "--rounds" => arguments.rounds = number("--rounds", &value()?)?,
             "--only" => {
                 let name = value()?;
@@ -126,6 +139,12 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, 
         }
     }
     Ok(Command::Measure(arguments))
+}
+
+fn column(name: &str) -> Result<Column, String> {
+    let known = files::COLUMNS.iter().find(|(_, known)| *known == name).map(|(column, _)| *column);
+    let names = files::COLUMNS.map(|(_, name)| name).join(", ");
+    known.ok_or_else(|| format!("--columns {name}: the columns are {names}"))
 }
 
 fn number(argument: &str, value: &str) -> Result<usize, String> {
@@ -146,7 +165,9 @@ Usage: bench [OPTIONS]
 Options:
   --only PART   measures one part instead of all
   --rounds N    samples of each wall-clock value ({ROUNDS} by default); throughput takes a quarter as many, round trips
-                of a few bytes ten times as many, execs of the part `host` fifty times as many
+                of a few bytes ten times as many, execs of the part `host` fifty times as many, containers of the part
+                `files` a tenth
+  --columns A,B columns of the part `files` beside runc: virtiofs, overlay, erofs, volume (all by default)
   --vms N       how many idle VMs the part `density` measures ({VMS} by default)
   --kernel DIR  measures the part `programs` with the kernel that was built in this folder
   --json FILE   also writes the table, the samples and the machine's description to FILE
@@ -162,6 +183,10 @@ Columns:
   user mode   husk with `io.husk.network=user`
   sandboxer   husk under the Sandbox API of containerd
   no pool     husk without a pool
+  virtio-fs   husk with the root filesystem on virtio-fs
+  overlay     husk with `rootfs = \"overlay\"`
+  erofs       husk with `rootfs = \"erofs\"`
+  volume      husk with the files on a volume (`io.husk.volumes`)
   gVisor      containerd's runc shim with gVisor's `runsc` and its platform systrap, if it is in PATH
 
 Units:
@@ -170,7 +195,9 @@ Units:
   k instr         thousands of them
   MiB, MiB/s      mebibytes, and mebibytes per second
   Gbit/s          10^9 bits per second, as the receiver counts them
-  per s           wake-ups per second
+  per s           wake-ups, calls or transactions per second
+  k/s             thousands of calls per second
+  x               how many times as slow as under runc
 
 Targets:
   The column `target` shows the limit of husk's value in the row's unit, and PASS, OVER or UNDER. A limit that depends
@@ -195,16 +222,18 @@ mod tests {
         let all = || Arguments {
             json: None,
             rounds: 20,
-            parts: PARTS[..12].iter().map(|(part, ..)| *part).collect(),
+            parts: PARTS[..13].iter().map(|(part, ..)| *part).collect(),
             boots: 200,
             vms: 50,
             kernel: None,
+            columns: files::COLUMNS.map(|(column, _)| column).to_vec(),
         };
         let table = [
             ("", Command::Measure(all())),
             ("--rounds 3 --json f", Command::Measure(Arguments { rounds: 3, json: Some("f".into()), ..all() })),
             ("--only network", Command::Measure(Arguments { parts: vec![Part::Network], ..all() })),
             ("--kernel d", Command::Measure(Arguments { kernel: Some("d".into()), ..all() })),
+            ("--columns erofs", Command::Measure(Arguments { columns: vec![Column::Erofs], ..all() })),
             ("boots", Command::Measure(Arguments { parts: vec![Part::Boots], ..all() })),
             ("boots 7", Command::Measure(Arguments { parts: vec![Part::Boots], boots: 7, ..all() })),
             ("--only guest --help", Command::Help),
@@ -221,8 +250,9 @@ mod tests {
             ("--only", "--only needs a value"),
             (
                 "--only all",
-                "--only all: the parts are ctr, steps, streams, guest, programs, boot, footprint, host, density, network, pods, pool, boots",
+                "--only all: the parts are ctr, steps, streams, guest, programs, boot, footprint, host, density, network, pods, pool, files, boots",
             ),
+            ("--columns volume,x", "--columns x: the columns are virtiofs, overlay, erofs, volume"),
             ("--rounds 0", "--rounds 0: not a positive number"),
             ("--rounds x", "--rounds x: not a positive number"),
             ("boots -1", "boots -1: not a positive number"),

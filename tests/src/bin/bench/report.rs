@@ -24,10 +24,31 @@ pub(crate) enum Column {
     Cold,
     /// runc's shim with gVisor's runsc, which needs no hardware virtualization either.
     Gvisor,
+    /// husk with the root filesystem on virtio-fs.
+    Virtiofs,
+    /// husk with an overlay of the guest's.
+    Overlay,
+    /// husk with an overlay of the guest's above erofs images.
+    Erofs,
+    /// husk with a volume.
+    Volume,
 }
 
-const COLUMNS: [(Column, &str); 8] = [
+/// Which of two values is the better one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Better {
+    /// A time.
+    Less,
+    /// A rate.
+    More,
+}
+
+const COLUMNS: [(Column, &str); 12] = [
     (Column::Husk, "husk"),
+    (Column::Virtiofs, "virtio-fs"),
+    (Column::Overlay, "overlay"),
+    (Column::Erofs, "erofs"),
+    (Column::Volume, "volume"),
     (Column::Runc, "runc"),
     (Column::Floor, "floor"),
     (Column::Manual, "by hand"),
@@ -146,6 +167,21 @@ impl Report {
         self.keep(name, samples);
     }
 
+    /// Adds a row for the median of samples, and one for how many times as long as under runc it takes.
+    pub(crate) fn beside_runc(
+        &mut self,
+        name: &str,
+        unit: &'static str,
+        samples: &[(Column, Vec<f64>)],
+        better: Better,
+    ) {
+        let values: Vec<_> = samples.iter().map(|(column, all)| (*column, percentile(all, 50))).collect();
+        let slower = slower(&values, better);
+        self.row(name, unit, &values, Target::Any);
+        self.row("  times as slow as under runc", "x", &slower, Target::Any);
+        self.keep(name, samples);
+    }
+
     fn keep(&mut self, name: &str, samples: &[(Column, Vec<f64>)]) {
         let all = samples.iter().map(|(column, all)| (title(*column).to_owned(), json!(all))).collect();
         self.samples.insert(name.into(), Value::Object(all));
@@ -186,6 +222,14 @@ fn title(column: Column) -> &'static str {
 
 fn value(values: &[(Column, f64)], target: Column) -> Option<f64> {
     values.iter().find(|(column, _)| *column == target).map(|(_, value)| *value)
+}
+
+/// How many times as slow as under runc the others are; nothing without runc.
+fn slower(values: &[(Column, f64)], better: Better) -> Vec<(Column, f64)> {
+    let Some(runc) = value(values, Column::Runc) else { return Vec::new() };
+    let times = |value: f64| if better == Better::Less { value / runc } else { runc / value };
+    let others = values.iter().filter(|(column, _)| *column != Column::Runc);
+    others.map(|(column, value)| (*column, times(*value))).collect()
 }
 
 /// The limit of husk's value, and whether the value meets it.
@@ -292,5 +336,13 @@ mod tests {
             assert_eq!(verdict(&values, target).map(|(_, met)| met), Some(met), "{target:?}");
         }
         assert_eq!(verdict(&values[..1], Target::TimesRunc(9.0)), None, "nothing to compare with");
+    }
+
+    #[test]
+    fn slower_than_runc_is_longer_or_less_in_the_same_time() {
+        let values = [(Column::Volume, 8.0), (Column::Runc, 2.0)];
+        assert_eq!(slower(&values, Better::Less), [(Column::Volume, 4.0)]);
+        assert_eq!(slower(&values, Better::More), [(Column::Volume, 0.25)]);
+        assert_eq!(slower(&values[..1], Better::More), [], "nothing to compare with");
     }
 }
