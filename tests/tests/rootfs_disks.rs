@@ -31,7 +31,8 @@ fn sh(script: &str, arguments: &[&Path]) -> Result<String> {
     let mut command = Command::new("sh");
     command.args(["-ec", script, "sh"]).args(arguments);
     let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{}:/usr/sbin:/sbin:{path}", repository().join(".cache/erofs").display()));
+    let cache = repository().join(".cache");
+    command.env("PATH", format!("{0}/erofs:{0}/mkfs:/usr/sbin:/sbin:{path}", cache.display()));
     Ok(command::run(command, None, DEADLINE)?.ok()?.text())
 }
 
@@ -167,6 +168,42 @@ fn layered(writable: &Path, layers: &[PathBuf]) -> Vec<Mount> {
     ];
     mounts.push(mount("format/mkdir/overlay", Path::new("overlay"), &options));
     mounts
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn roots_on_xfs_and_btrfs_keep_what_a_container_writes() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let base = tree(folder.path())?;
+    // mkfs.xfs(8) copies files that a prototype names.
+    let xfs = r#"cd "$1"; { echo boot; echo 0 0; echo d--755 0 0; cd tree
+        for name in *; do
+            echo "$name d--755 0 0"
+            for file in $(ls "$name"); do
+                if [ -h "$name/$file" ]; then echo "$file l--777 0 0 $(readlink "$name/$file")"
+                else echo "$file ---755 0 0 $PWD/$name/$file"; fi
+            done
+            echo '$'
+        done; echo '$'; } >proto; cd ..
+        truncate -s 512M xfs; mkfs.xfs -q -p proto xfs
+        mkdir roots; mv tree roots/sub; truncate -s 256M btrfs; mkfs.btrfs -q --rootdir roots --subvol rw:sub btrfs"#;
+    sh(xfs, &[folder.path(), &base])?;
+    let containerd = Containerd::shared_of(Version::V2_4)?;
+    let script = "cat /kept 2>/dev/null; echo kept > /kept; cat /proc/mounts";
+    for (fs_type, options, shown) in
+        [("xfs", ["loop", "noatime"], " / xfs rw,noatime"), ("btrfs", ["loop", "subvol=sub"], ",subvol=/sub 0 0")]
+    {
+        for first in [true, false] {
+            let id = containerd.id(fs_type);
+            let mut shim = Shim::start(containerd, &id, &spec(&id, &["sh", "-c", script]))?;
+            shim.bundle.rootfs = vec![mount(fs_type, &folder.path().join(fs_type), &options)];
+            let (status, out, err) = shim.run().with_context(|| fs_type)?;
+            ensure!(status == 0 && out.contains(shown), "{fs_type}: {status}\n{out}\n{err}");
+            ensure!(out.starts_with("kept\n") != first, "{fs_type}, first {first}:\n{out}");
+            shim.shutdown();
+        }
+    }
+    Ok(())
 }
 
 /// Folders that containerd, and the test's own bundles, leave.
