@@ -22,6 +22,8 @@ use crate::traces::Traces;
 const START: Duration = Duration::from_secs(1800);
 /// Deadline for a group of pods to end.
 const END: Duration = Duration::from_secs(900);
+/// Deadline for the kubelet to evict a pod: it looks at the node's memory every ten seconds, once containerd has answered.
+const EVICTION: Duration = Duration::from_secs(300);
 /// Deadline for one question.
 const CALL: Duration = Duration::from_secs(120);
 /// Between two questions to the API server, which needs the same CPUs as the pods.
@@ -56,11 +58,19 @@ struct Test {
     run: fn(&mut Cluster, &str) -> Result<String>,
 }
 
-const TESTS: [Test; 3] = [
+const TESTS: [Test; 4] = [
     Test { name: "20 pods start while containerd and the kubelet are killed, and are drained", run: kill_daemons },
     Test { name: "150 pods are cycled ten at a time", run: cycle },
     Test { name: "the containers of a pod restart 200 times", run: restart },
+    Test { name: "a node that is short of memory evicts a pod, but no critical one", run: evict },
 ];
+
+/// All memory of the node but 1 % is too little. This is a soft threshold, because the kubelet does not give pods the memory
+/// below a hard one: the pods would not fit when it starts again, least of all those with a VM's overhead.
+const SHORT_OF_MEMORY: &str = r#"evictionSoft: {memory.available: "99%"}
+evictionSoftGracePeriod: {memory.available: 1s}
+evictionMaxPodGracePeriod: 5
+"#;
 
 /// Runs the tests with `matching` in their names for each class. Returns the results in the order of the classes. The
 /// daemons write their logs to folders in `logs`.
@@ -212,6 +222,34 @@ fn memory(cluster: &mut Cluster) -> Result<String> {
         echo \"  processes $(ls -d /proc/[0-9]* | wc -l)\"";
     writeln!(text, "{}", cluster.sh(rest, CALL)?.ok()?.text())?;
     Ok(text)
+}
+
+/// The kubelet takes nearly all memory of the node for too little, and evicts what it may.
+fn evict(cluster: &mut Cluster, class: &str) -> Result<String> {
+    create(cluster, class, 0..1)?;
+    let critical = POD.replace("spec:", "spec:\n  priorityClassName: system-node-critical");
+    cluster.apply(&critical.replace("NAME", "critical").replace("CLASS", class).replace("NODE", NODE))?;
+    await_ready(cluster)?;
+    let before = ready(cluster)?;
+    configure(cluster, &format!("cat >>FILE <<END\n{SHORT_OF_MEMORY}END"))?;
+    let evicted = format!(
+        "kubectl wait --for=jsonpath={{.status.reason}}=Evicted pod/pod-0 --timeout={}s >/dev/null
+        kubectl get pod pod-0 -o jsonpath='{{.status.message}}'",
+        EVICTION.as_secs()
+    );
+    let message = cluster.sh(&evicted, EVICTION + CALL)?.ok().with_context(|| described(cluster))?.text();
+    ensure!(message.contains("low on resource: memory"), "{message}");
+    let now = ready(cluster)?;
+    ensure!(now.get("critical").is_some_and(|id| before.get("critical") == Some(id)), "before {before:?}, now {now:?}");
+    configure(cluster, "sed -i /^eviction[SM]/d FILE")?;
+    delete_all(cluster)?;
+    Ok(message)
+}
+
+/// Changes the kubelet's configuration file, which `script` calls FILE, and starts the kubelet again.
+fn configure(cluster: &mut Cluster, script: &str) -> Result<()> {
+    cluster.sh(&script.replace("FILE", "/run/node/kubelet.yaml"), CALL)?.ok()?;
+    cluster.interrupt()
 }
 
 /// Containers of one pod exit and are restarted.
