@@ -5,6 +5,8 @@ BUSYBOX=registry.k8s.io/e2e-test-images/busybox:1.29-2
 NGINX=registry.k8s.io/e2e-test-images/nginx:1.14-2
 # Answers gRPC health checks; see tests/kubernetes/images/health.go.
 HEALTH=registry.k8s.io/husk-tests/health:latest
+# Prints what is moved into a folder; see tests/kubernetes/images/watch.c.
+WATCH=registry.k8s.io/husk-tests/watch:latest
 # Files of the node, for this pod.
 FILES=/run/node/files/$POD
 mkdir -p "$FILES"
@@ -28,6 +30,10 @@ get() {
     kubectl get pod "$POD" -o jsonpath="$1"
     echo
 }
+# describes PATTERN succeeds if kubectl describe prints it.
+describes() { kubectl describe pod "$POD" | grep -q "$1"; }
+# logged CONTAINER LINE succeeds if the container has printed it.
+logged() { kubectl logs "$POD" -c "$1" | grep -qFx "$2"; }
 # inside CONTAINER SCRIPT runs a script in a container.
 inside() { kubectl exec "$POD" -c "$1" -- sh -c "$2"; }
 # fetch URL

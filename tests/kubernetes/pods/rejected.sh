@@ -1,5 +1,4 @@
 # What a VM cannot share is rejected, and kubectl describe says why. runc runs such pods.
-describes() { kubectl describe pod "$POD" | grep -q "$1"; }
 # refused NAME REASON creates the pod of stdin.
 refused() {
     pod
@@ -34,3 +33,24 @@ $container
   volumeMounts: [{name: files, mountPath: /files, mountPropagation: Bidirectional}]
 volumes: [{name: files, hostPath: {path: $FILES}}]
 END
+# A socket, or a device, whose other end is in the node's kernel.
+mounted() {
+    refused "hostPath $1" "Failed.*$2" <<END
+$container
+  volumeMounts: [{name: file, mountPath: /file}]
+volumes: [{name: file, hostPath: {path: $FILES/$1, type: $1}}]
+END
+}
+python3 -c 'import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])' "$FILES/Socket"
+mknod "$FILES/CharDevice" c 1 2
+mknod "$FILES/BlockDevice" b 7 0
+mounted Socket 'Socket.*socket'
+mounted CharDevice 'a device of the host cannot be used in a VM'
+mounted BlockDevice 'a device of the host cannot be used in a VM'
+# Neither runtime has user namespaces on this kernel.
+pod <<END
+hostUsers: false
+$container
+END
+until_true describes 'FailedCreatePodSandBox.*user namespace'
+echo "hostUsers: as expected"

@@ -1,6 +1,5 @@
 # The limits of a running pod change in place, without a restart: within the VM's size, and beyond it on a board that can
 # grow. Elsewhere the limits stay, and kubectl describe says what the VM has. runc has no such size.
-describes() { kubectl describe pod "$POD" | grep -q "$1"; }
 RESOURCES='{}'
 # box MEMORY CPUS creates a pod with a container with these limits.
 box() {

@@ -68,6 +68,8 @@ failSwapOn: false
 # A container that fails is restarted after a second, each time.
 featureGates: {KubeletCrashLoopBackOffMax: true}
 crashLoopBackOff: {maxContainerRestartPeriod: 1s}
+cpuManagerPolicy: static
+systemReserved: {cpu: 100m}
 volumeStatsAggPeriod: 5s
 oomScoreAdj: 0
 staticPodPath: /run/node/manifests
