@@ -39,7 +39,7 @@ fn sh(script: &str, arguments: &[&Path]) -> Result<String> {
 /// A folder with a static busybox and two files, which becomes an image.
 fn tree(folder: &Path) -> Result<PathBuf> {
     let root = folder.join("tree");
-    let script = "mkdir -p \"$1/bin\" \"$1/proc\" \"$1/dev\" \"$1/sys\" \"$1/run\" \"$1/tmp\" \"$1/etc\"
+    let script = "mkdir -p \"$1/bin\" \"$1/proc\" \"$1/dev\" \"$1/sys\" \"$1/run\" \"$1/tmp\" \"$1/etc\" \"$1/volume\"
         cp \"$(\"$2\")\" \"$1/bin/busybox\"
         for applet in sh sleep cat true head; do ln -s busybox \"$1/bin/$applet\"; done";
     sh(script, &[&root, &repository().join("rootfs/busybox")])?;
@@ -106,9 +106,9 @@ fn a_changed_bit_of_a_verified_image_is_an_error_and_a_line_of_the_log() -> Resu
     let mut whole = Shim::start(containerd, &id, &in_pod(&pod, &id, &volumes("volume", &of_volume)))?;
     whole.bundle.rootfs = vec![layer(&at("layer"))];
     whole.run_detached()?;
-    let read = "for file in /good /bad /volume/good /volume/bad; do head -c 20 $file && echo; done 2>&1";
+    let read = "for file in /good /bad /volume/good /volume/bad; do head -c 23 $file && echo; done 2>&1";
     let seen = whole.script("read", read)?;
-    ensure!(seen == format!("{0}\n{1}\n{0}\n{1}", &GOOD[..20], &BAD[..20]), "{seen}");
+    ensure!(seen == format!("{0}\n{1}\n{0}\n{1}", &GOOD[..23], &BAD[..23]), "{seen}");
     let disks = husk_json(containerd, &["status", "--json", &pod])?["disks"].clone();
     let verified = disks.as_array().context("no disks")?.iter().filter(|disk| disk["protection"] == "verified");
     ensure!(verified.count() == 2 && mapped(containerd, &pod)? == 2, "{disks:#}");
@@ -125,9 +125,9 @@ fn a_changed_bit_of_a_verified_image_is_an_error_and_a_line_of_the_log() -> Resu
     changed.bundle.rootfs = vec![layer(&at("layer.changed"))];
     changed.run_detached()?;
     let seen = changed.script("read", &format!("{read}; true"))?;
-    let failed = |path: &str| format!("head: {path}: I/O error");
+    let failed = |path: &str| format!("head: {path}: Input/output error");
     let lines: Vec<&str> = seen.lines().collect();
-    ensure!(lines == [&GOOD[..20], &failed("/bad"), &GOOD[..20], &failed("/volume/bad")], "{seen}");
+    ensure!(lines == [&GOOD[..23], &failed("/bad"), &GOOD[..23], &failed("/volume/bad")], "{seen}");
     for disk in ["layer", "volume"] {
         let line = wait_for(DEADLINE, "the corrupt block is in the log", || {
             let log = husk(containerd, &["logs", &pod]).ok()?.text();
@@ -228,19 +228,24 @@ fn a_disk_that_a_program_keeps_does_not_stand_in_the_way_of_others() -> Result<(
         let listed = run_in_vm(containerd, &pod, &["ls", "/sys/class/block"], None)?.ok()?.text();
         Ok::<_, anyhow::Error>(listed.split_whitespace().filter(|name| name.starts_with("sd")).count())
     };
+    let id = containerd.id("app");
+    let app = Shim::running(containerd, &id, &in_pod(&pod, &id, &volume("a.img")))?;
+    // It mounts the disk a second time, and so keeps it when the container that has the volume is deleted.
     let id = containerd.id("keeper");
     let mut keeper = in_pod(&pod, &id, &[]);
+    let keep = "mkdir /tmp/kept && mknod /tmp/disk b $(cat /sys/class/block/sda/dev | tr : ' ') && \
+        mount -t ext4 /tmp/disk /tmp/kept && exec sleep 1000";
+    keeper["process"]["args"] = json!(["sh", "-c", keep]);
     for set in ["bounding", "effective", "permitted"] {
         bundle::append(&mut keeper, &format!("/process/capabilities/{set}"), [json!("CAP_SYS_ADMIN")]);
     }
     bundle::append(&mut keeper, "/linux/resources/devices", [json!({"allow": true, "access": "rwm"})]);
     let keeper = Shim::running(containerd, &id, &keeper)?;
-    let id = containerd.id("app");
-    let app = Shim::running(containerd, &id, &in_pod(&pod, &id, &volume("a.img")))?;
-    // It mounts the disk a second time, and so keeps it when the container that has the volume is deleted.
-    let kept = "mkdir /tmp/kept; mknod /tmp/disk b $(cat /sys/class/block/sda/dev | tr : ' '); \
-        mount -t ext4 /tmp/disk /tmp/kept && echo mounted";
-    ensure!(keeper.script("keep", kept)?.ends_with("mounted"));
+    let mut looks = 0;
+    wait_for(DEADLINE, "the disk is mounted twice", || {
+        looks += 1;
+        keeper.script(&format!("look-{looks}"), "grep -q ' /tmp/kept ext4' /proc/mounts && echo mounted").ok()
+    })?;
     app.remove()?;
     ensure!(disks()? == 1, "the guest has let go of a disk that is in use");
     // The next disk has the number of the one that is gone.
