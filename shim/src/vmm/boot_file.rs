@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use crate::host::digest::{Sha256Digest, sealed_copy};
-use crate::vmm::error::VmmError;
+use crate::vmm::error::{VmmError, WrongDigest};
 
 /// Opens a file that the VMM opens again, as its own user, through the descriptor's name in `/dev/fd`. Verifies it if its
 /// digest is known. Reads files, so call it where blocking is allowed.
@@ -25,7 +25,7 @@ pub(super) fn open(what: &'static str, path: &Path, expected: Option<Sha256Diges
     let (copied, found) = sealed_copy(&file).map_err(error)?;
     match found == expected {
         true => Ok(copied.into()),
-        false => Err(VmmError::Digest { what, path: path.to_owned(), expected, found }),
+        false => Err(Box::new(WrongDigest { what, path: path.to_owned(), expected, found }).into()),
     }
 }
 

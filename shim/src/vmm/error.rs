@@ -7,6 +7,20 @@ use crate::host::child::LaunchError;
 use crate::host::digest::Sha256Digest;
 use crate::vmm::hugepages::HugePagesError;
 
+/// A file is not the one that the configuration names by its digest.
+#[derive(Debug, thiserror::Error)]
+#[error("the {what} {} has the SHA-256 digest {found}, but {what}_sha256 is {expected}", path.display())]
+pub struct WrongDigest {
+    /// The file's role: kernel or initrd.
+    pub(crate) what: &'static str,
+    /// Its path.
+    pub(crate) path: PathBuf,
+    /// The configured digest.
+    pub(crate) expected: Sha256Digest,
+    /// The file's digest.
+    pub(crate) found: Sha256Digest,
+}
+
 /// Why a machine does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
@@ -21,17 +35,8 @@ pub enum VmmError {
         source: io::Error,
     },
     /// A file is not the one that the configuration names by its digest.
-    #[error("the {what} {} has the SHA-256 digest {found}, but {what}_sha256 is {expected}", path.display())]
-    Digest {
-        /// The file's role: kernel or initrd.
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// The configured digest.
-        expected: Sha256Digest,
-        /// The file's digest.
-        found: Sha256Digest,
-    },
+    #[error(transparent)]
+    Digest(#[from] Box<WrongDigest>),
     /// The host lacks free huge pages.
     #[error(transparent)]
     HugePages(#[from] HugePagesError),
