@@ -1,5 +1,6 @@
 //! Devices of the kernel's device mapper, over its ioctls (include/uapi/linux/dm-ioctl.h in the kernel's source).
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -48,7 +49,6 @@ enum Command {
 }
 
 /// What a device consists of: one target from its beginning to its end.
-#[derive(Debug)]
 pub(super) struct Target {
     /// `verity` or `crypt`.
     pub(super) kind: &'static str,
@@ -57,6 +57,14 @@ pub(super) struct Target {
     pub(super) read_only: bool,
     /// What the target's documentation says. May contain a key.
     pub(super) parameters: Zeroizing<String>,
+}
+
+/// Without the parameters, which may contain a key.
+impl fmt::Debug for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, sectors, read_only, parameters: _ } = self;
+        write!(f, "{kind} with {sectors} sectors, read-only: {read_only}")
+    }
 }
 
 /// A device, which exists until it is removed.
