@@ -30,7 +30,10 @@ struct Host {
 
 impl Host {
     fn start(more: &str) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
+        Self::with(tempfile::tempdir()?, more)
+    }
+
+    fn with(folder: tempfile::TempDir, more: &str) -> Result<Self> {
         let config = format!("volume_dirs = [{0:?}]\nscratch_dir = {0:?}\n{more}", folder.path());
         Ok(Self { configured: Configured::start(&config)?, folder })
     }
@@ -223,6 +226,92 @@ fn what_was_synced_to_a_volume_survives_kill_9_of_the_vm_and_of_the_shim() -> Re
         wait_for(END, "the lease of the image is released", || (!leases.exists()).then_some(()))?;
     }
     Ok(())
+}
+
+/// Runs a program of this machine, which may fail, and returns all output.
+fn said(program: &str, args: &[&Path]) -> Result<String> {
+    let output = Command::new(program).args(args).output().with_context(|| format!("run {program}"))?;
+    Ok(format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)))
+}
+
+/// A filesystem of this machine, unmounted when dropped.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // What fails here shows when the folder is removed.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn a_full_disk_of_the_host_is_an_error_for_the_program_and_harms_nothing_else() -> Result<()> {
+    let outside = tempfile::tempdir()?;
+    let image = outside.path().join("small.img");
+    fs::File::create(&image)?.set_len(64 << 20)?;
+    let said_by = |program: &str, args: &[&Path]| -> Result<()> {
+        let text = said(program, args)?;
+        ensure!(text.is_empty(), "{program}: {text}");
+        Ok(())
+    };
+    said_by("mkfs.ext4", &[Path::new("-q"), &image])?;
+    let folder = tempfile::tempdir()?;
+    said_by("mount", &[Path::new("-o"), Path::new("loop"), &image, folder.path()])?;
+    let _mounted = Mounted(folder.path().to_owned());
+    let host = Host::with(folder, "")?;
+    let containerd = host.containerd();
+    // Less than the filesystem of the host has.
+    let ballast = host.file("ballast");
+    fs::write(&ballast, vec![1; 32 << 20])?;
+    let volume = host.volume("a.img", "/data", 256);
+    let id = containerd.id("full");
+    let shim = Shim::running(containerd, &id, &alone(&id, std::slice::from_ref(&volume)))?;
+    let fill =
+        "echo kept > /data/kept; sync; dd if=/dev/zero of=/data/fill bs=1M count=64 conv=fsync 2>&1 && echo written";
+    let seen = shim.script("fill", &format!("{fill}; true"))?;
+    ensure!(seen.contains("dd: ") && !seen.contains("written"), "{seen}");
+    // Whether other files of the volume can be read depends on what the filesystem could not write.
+    ensure!(shim.script("alive", "cat /etc/hostname; echo alive")?.ends_with("alive"));
+    let status = husk_json(containerd, &["status", "--json", &id])?;
+    ensure!(status["state"] == "Running", "{status}");
+    shim.remove()?;
+    // With space, the volume is as it was.
+    fs::remove_file(&ballast)?;
+    let again_id = containerd.id("again");
+    let again = Shim::running(containerd, &again_id, &alone(&again_id, std::slice::from_ref(&volume)))?;
+    let seen = again.script("again", "cat /data/kept; echo more > /data/more && sync && cat /data/more")?;
+    ensure!(seen == "kept\nmore", "{seen}");
+    again.remove()
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn space_that_the_guest_discards_is_free_on_the_host() -> Result<()> {
+    // On a disk that can punch holes.
+    let host = Host::with(tempfile::tempdir_in("/var/tmp")?, "")?;
+    let containerd = host.containerd();
+    let id = containerd.id("discard");
+    let mut spec = alone(&id, &[host.volume("a.img", "/data", 256)]);
+    // FITRIM needs it.
+    for set in ["bounding", "effective", "permitted"] {
+        bundle::append(&mut spec, &format!("/process/capabilities/{set}"), [json!("CAP_SYS_ADMIN")]);
+    }
+    let shim = Shim::running(containerd, &id, &spec)?;
+    let taken = || Ok::<_, anyhow::Error>(fs::metadata(host.file("a.img"))?.blocks() * 512);
+    let process = |script: &str| {
+        let mut process = bundle::process(&["sh", "-c", script]);
+        process["capabilities"] = spec["process"]["capabilities"].clone();
+        process
+    };
+    let write = "dd if=/dev/urandom of=/data/fill bs=1M count=32 conv=fsync 2>&1";
+    let (status, out, err) = shim.exec_process("write", &process(write))?;
+    let written = taken()?;
+    ensure!(status == 0 && written >= 32 << 20, "{written}: {out}{err}");
+    let (status, out, err) = shim.exec_process("trim", &process("rm /data/fill && sync && fstrim /data"))?;
+    let left = taken()?;
+    ensure!(status == 0 && left + (28 << 20) <= written, "{written} -> {left}: {out}{err}");
+    shim.remove()
 }
 
 /// A loop device of the host, detached when dropped.

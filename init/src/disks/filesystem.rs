@@ -82,13 +82,22 @@ impl Filesystem {
         &self.path
     }
 
-    /// Does nothing if it has this size already.
+    /// Does nothing if it has this size already. A filesystem in which the kernel has found errors cannot grow, and is used
+    /// as it is.
     fn grow(&self, bytes: u64) -> io::Result<()> {
         let blocks: u64 = bytes / statvfs(&self.path)?.block_size() as u64;
         let root = File::open(&self.path)?;
         // SAFETY: the argument is a number of 64 bits, as the request says, and outlives the call.
         let done = unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_RESIZE_FS as _, &raw const blocks) };
-        Ok(Errno::result(done).map(drop)?)
+        match Errno::result(done) {
+            // ext4_resize_begin in the kernel's fs/ext4/resize.c.
+            Err(Errno::EPERM) => {
+                let path = self.path.display();
+                tracing::warn!(%path, "a filesystem has errors and keeps its size: check it with e2fsck on the host");
+                Ok(())
+            }
+            done => Ok(done.map(drop)?),
+        }
     }
 
     /// Freezes it: blocks until everything is written back. If it was thawed meanwhile, it stays so.

@@ -137,6 +137,8 @@ fn device(number: u32, disk: &PluggedDisk) -> Value {
     json!({
         "driver": "scsi-hd", "id": id(number), "bus": "disks.0", "drive": id(number),
         "scsi-id": number, "lun": 0, "serial": disk.serial,
+        // The guest learns of every error. By default, QEMU stops the machine when the host's disk is full.
+        "werror": "report", "rerror": "report",
     })
 }
 
@@ -168,7 +170,7 @@ mod tests {
         assert_eq!((received[1].0.as_str(), &received[1].1["filename"]), ("blockdev-add", &json!("/dev/fdset/3")));
         let device = json!({
             "driver": "scsi-hd", "id": "disk-3", "bus": "disks.0", "drive": "disk-3", "scsi-id": 3, "lun": 0,
-            "serial": "volume-1",
+            "serial": "volume-1", "werror": "report", "rerror": "report",
         });
         assert_eq!(received[2], ("device_add".into(), device, None));
     }
