@@ -425,3 +425,104 @@ fn a_vm_on_q35_has_disks_too() -> Result<()> {
     fsck(&host.file("a.img"))?;
     shim.remove()
 }
+
+/// Describes a direct-assigned volume, as a CSI driver does, in `folder`.
+fn describe(folder: &Path, mounted_at: &Path, info: &Value) -> Result<()> {
+    let mut encode = Command::new("sh");
+    encode.args(["-c", r#"printf %s "$0" | basenc --base64url --wrap=0"#]).arg(mounted_at);
+    let name = String::from_utf8(encode.output()?.stdout)?;
+    fs::create_dir_all(folder.join(&name))?;
+    Ok(fs::write(folder.join(name).join("mountInfo.json"), info.to_string())?)
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn a_direct_assigned_volume_is_mounted_by_the_host_or_by_one_guest() -> Result<()> {
+    let descriptions = tempfile::tempdir()?;
+    let host = Host::start(&format!("direct_volume_dir = {:?}\n", descriptions.path()))?;
+    let containerd = host.containerd();
+    let image = host.file("pvc.img");
+    fs::File::create(&image)?.set_len(16 << 20)?;
+    said("mkfs.ext4", &[Path::new("-q"), &image])?;
+    let device = Loop::of(&image)?;
+    // The kubelet's folder, in which the driver has mounted nothing.
+    let folder = host.file("mount");
+    fs::create_dir(&folder)?;
+    let info = json!({"volume-type": "block", "device": device.0, "fstype": "ext4", "options": ["noatime"]});
+    let with_volume = |pod: &str, id: &str| {
+        let mut spec = spec(pod, id, &[]);
+        let bind = json!({"destination": "/data", "type": "bind", "source": folder, "options": ["rbind", "rprivate"]});
+        bundle::append(&mut spec, "/mounts", [bind]);
+        spec
+    };
+    for (field, value, expected) in [
+        ("metadata", json!({"fsGroup": "7"}), "metadata fsGroup = \"7\": is not supported".to_owned()),
+        ("device", json!(image), format!("the direct-assigned volume {} is no block device", image.display())),
+    ] {
+        let mut wrong = info.clone();
+        wrong[field] = value;
+        describe(descriptions.path(), &folder, &wrong)?;
+        let error = refused(&host, "wrong", |id| with_volume(id, id))?;
+        ensure!(error.contains(&expected), "{error}");
+    }
+    describe(descriptions.path(), &folder, &info)?;
+
+    // Two containers of a pod share it.
+    let (pod, id, side_id) = (containerd.id("direct"), containerd.id("app"), containerd.id("side"));
+    let pause = Shim::running(containerd, &pod, &spec(&pod, &pod, &[]))?;
+    let app = Shim::running(containerd, &id, &with_volume(&pod, &id))?;
+    let side = Shim::running(containerd, &side_id, &with_volume(&pod, &side_id))?;
+    let seen = app.script("write", "echo one > /data/file; sync; grep -c ' /data ext4 rw,noatime' /proc/mounts")?;
+    ensure!(seen == "1" && side.script("read", "cat /data/file")? == "one", "{seen}");
+    ensure!(fs::read_dir(&folder)?.next().is_none(), "the host sees the volume's files");
+    let busy = said("mount", &[&device.0, &folder])?;
+    ensure!(busy.contains("busy") || busy.contains("already mounted"), "{busy}");
+    let error = refused(&host, "second", |id| with_volume(id, id))?;
+    ensure!(error.contains(&format!("{} is in use on the host", device.0.display())), "{error}");
+    side.remove()?;
+    app.remove()?;
+
+    // The host's turn.
+    let mounted = said("mount", &[&device.0, &folder])?;
+    let error = refused(&host, "mounted", |id| with_volume(id, id));
+    let kept = fs::read_to_string(folder.join("file"));
+    let unmounted = said("umount", &[&folder])?;
+    ensure!(mounted.is_empty() && unmounted.is_empty() && kept? == "one\n", "{mounted}{unmounted}");
+    let error = error?;
+    ensure!(error.contains(&format!("{} is in use on the host", device.0.display())), "{error}");
+    pause.remove()
+}
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn a_volume_belongs_to_root_of_the_container_whatever_its_user_namespace() -> Result<()> {
+    let host = Host::start("")?;
+    let containerd = host.containerd();
+    let pod = containerd.id("mapped");
+    let pause = Shim::running(containerd, &pod, &spec(&pod, &pod, &[]))?;
+    // Root of the container cannot create mount points in the root filesystem of these tests.
+    let volume = host.volume("a.img", "/tmp", 16);
+    let mut containers = Vec::new();
+    for (name, first) in [("mapped", Some(100_000)), ("other", Some(300_000)), ("plain", None)] {
+        let id = containerd.id(name);
+        let mut spec = spec(&pod, &id, std::slice::from_ref(&volume));
+        if let Some(first) = first {
+            bundle::append(&mut spec, "/linux/namespaces", [json!({"type": "user"})]);
+            for field in ["uidMappings", "gidMappings"] {
+                spec["linux"][field] = json!([{"containerID": 0, "hostID": first, "size": 65_536}]);
+            }
+        }
+        let shim = Shim::running(containerd, &id, &spec)?;
+        let script = format!("cd /tmp && touch {name} && chown 5:6 {name} && stat -c '%u %g' . *");
+        let seen = shim.script("own", &script)?;
+        // Those of the folder, of lost+found, and of the files that the containers have made so far.
+        let expected = [vec!["0 0"; 2], vec!["5 6"; containers.len() + 1]].concat();
+        ensure!(seen.lines().eq(expected), "{name}: {seen}");
+        containers.push(shim);
+    }
+    for shim in containers {
+        shim.remove()?;
+    }
+    fsck(&host.file("a.img"))?;
+    pause.remove()
+}

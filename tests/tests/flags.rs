@@ -4,7 +4,8 @@
 //! `mounts.rs` tests bind mounts, `logging.rs` tests `--log-uri`, `terminal.rs` tests `--tty`.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -351,19 +352,83 @@ fn a_failing_start_container_hook_is_named_by_start_and_the_process_does_not_run
     Ok(())
 }
 
+/// Puts the container into a user namespace.
+fn in_user_namespace(spec: &mut Value, users: u32, groups: u32) {
+    bundle::append(spec, "/linux/namespaces", [json!({"type": "user"})]);
+    spec["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": users, "size": 65_536}]);
+    spec["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": groups, "size": 65_536}]);
+}
+
+#[test]
+fn files_of_an_id_mapped_mount_have_their_own_owners_in_the_container() -> Result<()> {
+    // On a disk: /tmp may be an overlay, which cannot be ID-mapped.
+    let folder = tempfile::tempdir_in("/var/tmp")?;
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
+    let (owned, file) = (folder.path().join("owned"), folder.path().join("file"));
+    for (path, owner) in [(&owned, (5, 6)), (&file, (0, 0))] {
+        fs::write(path, "")?;
+        chown(path, Some(owner.0), Some(owner.1))?;
+    }
+    // Root of the container cannot create mount points in this root filesystem.
+    let script = "stat -c '%u %g' /tmp /tmp/owned /etc/passwd /etc/group; echo x > /tmp/new; stat -c '%u %g' /tmp/new";
+    let run = shim("idmap", script, |spec| {
+        in_user_namespace(spec, 100_000, 200_000);
+        let [uids, gids] = ["uidMappings", "gidMappings"].map(|field| spec["linux"][field].clone());
+        let mount = |source: &Path, destination: &str| json!({"destination": destination, "type": "bind", "source": source, "options": ["rbind"]});
+        let mut mapped = [mount(folder.path(), "/tmp"), mount(&file, "/etc/passwd")];
+        for mount in &mut mapped {
+            (mount["uidMappings"], mount["gidMappings"]) = (uids.clone(), gids.clone());
+        }
+        bundle::append(spec, "/mounts", mapped.into_iter().chain([mount(&file, "/etc/group")]));
+    })?;
+    let (status, out, err) = run.run()?;
+    // What is not mapped belongs to nobody.
+    ensure!(status == 0 && out == "0 0\n5 6\n0 0\n65534 65534\n0 0", "{status}: {out}\n{err}");
+    let new = folder.path().join("new").metadata()?;
+    ensure!((new.uid(), new.gid()) == (0, 0), "{new:?}");
+    Ok(())
+}
+
 #[test]
 #[cfg_attr(runc, ignore = "about VMs")]
-fn id_mapped_mounts_are_rejected_by_name() -> Result<()> {
+fn mounts_that_cannot_be_id_mapped_are_rejected_by_name() -> Result<()> {
     let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
-    let more = [("uidMappings", mapping.clone()), ("gidMappings", mapping), ("options", json!(["rbind", "idmap"]))];
-    for (field, value) in more {
-        let message = create_error("idmap", |spec| {
-            let mut mount = json!({"destination": "/data", "type": "bind", "source": "/tmp", "options": ["rbind"]});
-            mount[field] = value;
-            bundle::append(spec, "/mounts", [mount]);
-        })?;
-        ensure!(message.contains("/data cannot be id-mapped"), "{field}: {message}");
+    let bind = |more: Value| {
+        let mut mount = json!({"destination": "/data", "type": "bind", "source": "/var/tmp", "options": ["rbind"]});
+        for (field, value) in more.as_object().into_iter().flatten() {
+            mount[field] = value.clone();
+        }
+        mount
+    };
+    let both = json!({"uidMappings": mapping, "gidMappings": mapping});
+    let table = [
+        (bind(json!({"uidMappings": mapping})), "mounts[8].gidMappings: is missing beside uidMappings"),
+        (bind(json!({"gidMappings": mapping})), "mounts[8].uidMappings: is missing beside gidMappings"),
+        (
+            bind(json!({"options": ["bind", "idmap"]})),
+            "mounts[8].options \"idmap\": the container has no user namespace",
+        ),
+        (
+            bind(json!({"type": "tmpfs", "options": [], "uidMappings": mapping, "gidMappings": mapping})),
+            "mounts[8].uidMappings: only bind mounts can be ID-mapped",
+        ),
+        (
+            bind(json!({"source": "/dev/null", "uidMappings": mapping, "gidMappings": mapping})),
+            "mounts[8].source \"/dev/null\": only folders and files can be ID-mapped",
+        ),
+    ];
+    for (mount, expected) in table {
+        let message = create_error("idmap", |spec| bundle::append(spec, "/mounts", [mount]))?;
+        ensure!(message.contains(expected), "{message}");
     }
+    // The host's kernel decides: proc(5) cannot be mapped.
+    let message = create_error("idmap", |spec| {
+        let mut mount = bind(both);
+        mount["source"] = "/proc/sys".into();
+        bundle::append(spec, "/mounts", [mount]);
+    })?;
+    let expected = "map the IDs of the mount: Invalid argument (os error 22): the host's kernel does not support it";
+    ensure!(message.contains("mounts[8].source \"/proc/sys\"") && message.contains(expected), "{message}");
     Ok(())
 }
 
@@ -375,9 +440,7 @@ const OWNERS: &str = "cat /proc/self/uid_map /proc/self/gid_map; id -u; stat -c 
 fn root_in_a_user_namespace_is_mapped_for_files() -> Result<()> {
     let script = format!("{OWNERS}; cd /sys/fs/cgroup; cat pids.max 2>/dev/null || cat pids/pids.max");
     let run = shim("userns", &script, |spec| {
-        bundle::append(spec, "/linux/namespaces", [json!({"type": "user"})]);
-        spec["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
-        spec["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 200_000, "size": 65_536}]);
+        in_user_namespace(spec, 100_000, 200_000);
         spec["linux"]["resources"]["pids"] = json!({"limit": 50});
     })?;
     let (status, out, _) = run.run()?;
@@ -394,5 +457,16 @@ fn ctr_maps_users_and_the_rootfs() -> Result<()> {
     let output = run_with(&["--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536"], OWNERS)?;
     let words = output.split_whitespace().collect::<Vec<_>>().join(" ");
     ensure!(words == "0 100000 65536 0 100000 65536 0 0 5 6", "{output}");
+    Ok(())
+}
+
+#[test]
+fn layers_of_an_image_are_mapped_where_containers_share_them() -> Result<()> {
+    // The snapshotter copies no layer, and asks for ID-mapped ones.
+    let mapped = ["--remap-labels", "--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536"];
+    let script = format!("{OWNERS}; stat -c '%u %g' /bin/busybox /home/app; echo x > /etc/passwd && cat /etc/passwd");
+    let output = run_with(&mapped, &script)?;
+    let words = output.split_whitespace().collect::<Vec<_>>().join(" ");
+    ensure!(words == "0 100000 65536 0 100000 65536 0 0 5 6 0 0 1000 1000 x", "{output}");
     Ok(())
 }

@@ -94,7 +94,7 @@ fn expect_features(containerd: &Containerd) -> Result<()> {
     ensure!(has(&features["linux"]["namespaces"], "user") && features["linux"]["seccomp"]["enabled"] == true);
     if containerd.runtime() == Runtime::Husk {
         ensure!(features["linux"]["mountExtensions"]["idmap"]["enabled"] == false, "{shown}");
-        ensure!(!has(&features["mountOptions"], "idmap") && !has(&features["hooks"], "createContainer"), "{shown}");
+        ensure!(has(&features["mountOptions"], "idmap") && !has(&features["hooks"], "createContainer"), "{shown}");
     }
     Ok(())
 }

@@ -1,9 +1,8 @@
 //! `tmpcopyup`: a tmpfs that begins with the contents of the folder that it covers.
 //!
-//! libcontainer knows nothing of it. So the worker mounts the tmpfs, copies, and lets libcontainer bind it. The worker
-//! does this in a mount namespace of its own, so the mounts vanish with it.
+//! libcontainer knows nothing of it. So the worker mounts the tmpfs, copies, and lets libcontainer bind it.
 
-use std::fs::{File, create_dir};
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -13,7 +12,6 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{
     FchmodatFlags, FileStat, Mode, SFlag, UtimensatFlags, fchmodat, fstatat, mkdirat, mknodat, utimensat,
 };
@@ -22,12 +20,10 @@ use nix::unistd::{Gid, Uid, chown, fchownat, symlinkat};
 use oci_spec::runtime::Spec;
 
 use super::mounts::CopyUp;
+use super::stage::Stage;
 use super::user_namespace::{self, Kind};
 use crate::cgroup;
 use crate::error::{CallError, FailureKind};
-
-/// Where the worker mounts the filesystems, over the guest's own /tmp. Root of a user namespace can get there.
-const STAGE: &str = "/tmp";
 
 /// How deep the folders may be nested: each level takes descriptors and stack.
 const DEPTH_MAX: usize = 100;
@@ -47,18 +43,21 @@ fn failed(path: &Path, source: impl Into<io::Error>) -> CopyError {
     CopyError { path: path.to_owned(), source: source.into() }
 }
 
+/// The guest's user and group.
+type Ids = (Option<u32>, Option<u32>);
+
 /// Makes and fills the filesystems of one container.
 pub(super) struct Filler<'a> {
-    id: &'a str,
-    /// The guest's owner of a new tmpfs: root of the container.
-    owner: (Option<u32>, Option<u32>),
-    apart: bool,
+    pub(super) id: &'a str,
+    /// The owner of a new tmpfs.
+    pub(super) owner: Ids,
+    pub(super) stage: Stage,
 }
 
-impl<'a> Filler<'a> {
-    pub(super) fn new(id: &'a str, spec: &Spec) -> io::Result<Self> {
-        let owner = (user_namespace::in_guest(spec, Kind::User, 0)?, user_namespace::in_guest(spec, Kind::Group, 0)?);
-        Ok(Self { id, owner, apart: false })
+impl Filler<'_> {
+    /// The guest's IDs of root of the container.
+    pub(super) fn owner(spec: &Spec) -> io::Result<Ids> {
+        Ok((user_namespace::in_guest(spec, Kind::User, 0)?, user_namespace::in_guest(spec, Kind::Group, 0)?))
     }
 
     /// Makes and fills a filesystem, and returns its path.
@@ -71,15 +70,7 @@ impl<'a> Filler<'a> {
     }
 
     fn try_fill(&mut self, copy: &CopyUp) -> Result<PathBuf, Box<dyn std::error::Error>> {
-        if !self.apart {
-            unshare(CloneFlags::CLONE_NEWNS)?;
-            // The container's mounts still follow those of the guest.
-            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)?;
-            mount(Some("tmpfs"), STAGE, Some("tmpfs"), MsFlags::empty(), Some("mode=755"))?;
-            self.apart = true;
-        }
-        let path = Path::new(STAGE).join(copy.index.to_string());
-        create_dir(&path)?;
+        let path = self.stage.mount_point(copy.index)?;
         mount(Some("tmpfs"), &path, Some("tmpfs"), MsFlags::empty(), Some(copy.data.join(",").as_str()))?;
         let sets = |name: &str| copy.data.iter().any(|option| option.starts_with(name));
         let id = |id: Option<u32>, name: &str| id.filter(|_| !sets(name));

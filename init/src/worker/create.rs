@@ -17,7 +17,8 @@ use super::devices::DeviceRulesError;
 use super::executor::{StartFailure, Workload};
 use super::hooks::StartHooks;
 use super::libcontainer::{call_error, start_error};
-use super::{Created, devices, guard, mounts, namespaces, spec, streams, sysctls, user_namespace};
+use super::stage::Stage;
+use super::{Created, devices, guard, id_map, mounts, namespaces, spec, streams, sysctls, user_namespace};
 use crate::cgroup::limits;
 use crate::error::{CallError, FailureKind};
 use crate::{cgroup, paths};
@@ -70,10 +71,13 @@ pub(super) fn create(id: &str, bundle: &Path, console: Option<&Path>) -> Result<
 /// Adapts the mounts, and fills those that begin with a copy. Returns whether anything has changed.
 fn adapt_mounts(spec: &mut Spec, id: &str, bundle: &Path) -> Result<bool, CallError> {
     let Some(root) = spec.root().as_ref().map(|root| bundle.join(root.path())) else { return Ok(false) };
-    let mut filler = Filler::new(id, spec).map_err(|e| CallError::internal(format_args!("read {id}'s mapping"), &e))?;
+    let mut stage = Stage::default();
+    let owner = Filler::owner(spec).map_err(|e| CallError::internal(format_args!("read {id}'s mapping"), &e))?;
     let mounts = spec.mounts_mut().as_deref_mut().unwrap_or_default();
     mounts::mount_sources(mounts)?;
-    mounts::adapt(mounts, &root, |copy| filler.fill(copy))
+    let mapped = id_map::apply(mounts, &mut stage)?;
+    let mut filler = Filler { id, owner, stage };
+    Ok(mounts::adapt(mounts, &root, |copy| filler.fill(copy))? || mapped)
 }
 
 /// Removes limits for huge pages that the guest does not have, and names them.

@@ -7,12 +7,12 @@ use std::path::Path;
 
 use husk_protos::CONTAINERS_CGROUP;
 use oci_spec::runtime::{
-    Capability, LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Mount, Process,
-    Spec,
+    Capability, LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process, Spec,
 };
 
 use super::devices::{self, DeviceRule, DeviceType};
 use super::executor::Workload;
+use super::id_map;
 use crate::error::{CallError, FailureKind};
 
 /// Checks that the guest can apply a spec. Returns every problem, each beginning with the name of the field.
@@ -29,7 +29,7 @@ pub(super) fn check(spec: &Spec) -> Result<(), Vec<String>> {
         problems.push("root: is missing".into());
     }
     for mount in spec.mounts().iter().flatten() {
-        problems.extend(check_mount(mount));
+        problems.extend(id_map::problem(mount));
     }
     match spec.linux() {
         Some(linux) => {
@@ -93,13 +93,6 @@ pub(super) fn check_terminal(process: Option<&Process>, requested: bool) -> Resu
     }
     let what = format!("process.terminal: is {in_spec} in the spec, but {requested} in the request");
     Err(CallError::new(FailureKind::InvalidArgument, what))
-}
-
-fn check_mount(mount: &Mount) -> Option<String> {
-    let by_option = mount.options().iter().flatten().any(|option| option == "idmap" || option == "ridmap");
-    let by_mapping = mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
-    (by_option || by_mapping)
-        .then(|| format!("mounts: {} cannot be id-mapped: it is on a share", mount.destination().display()))
 }
 
 /// libcontainer's name of a propagation. libcontainer sets the propagation of all mounts, so the recursive names mean
@@ -339,7 +332,7 @@ mod tests {
             (
                 "/mounts",
                 json!([{"destination": "/data", "type": "bind", "source": "/x", "options": ["bind", "idmap"]}]),
-                "mounts: /data cannot be id-mapped: it is on a share",
+                "mounts: /data cannot be ID-mapped: it is not on a disk",
             ),
         ];
         for (pointer, value, expected) in cases {

@@ -73,7 +73,8 @@ fn check(field: &str, mappings: &[LinuxIdMapping]) -> Result<(), String> {
     Ok(())
 }
 
-fn line(inside: impl ToString, outside: impl ToString, size: impl ToString) -> String {
+/// A line of a mapping.
+pub(super) fn line(inside: impl ToString, outside: impl ToString, size: impl ToString) -> String {
     [inside.to_string(), outside.to_string(), size.to_string()].join(" ") + "\n"
 }
 

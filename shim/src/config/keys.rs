@@ -28,7 +28,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 47] = [
+pub(crate) const KEYS: [ConfigKey; 48] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("max_vcpus", |config, value| put(&mut config.max_vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
@@ -103,6 +103,7 @@ pub(crate) const KEYS: [ConfigKey; 47] = [
     key("token_host", |config, value| put(&mut config.tokens.host, text(value).and_then(token_host).map(Some))),
     key("workspace_dir", |config, value| put(&mut config.workspace_dir, absolute(value).map(Some))),
     key("volume_dirs", |config, value| put(&mut config.volume_dirs, folders(value))),
+    key("direct_volume_dir", |config, value| put(&mut config.direct_volume_dir, absolute(value).map(Some))),
     key("scratch_dir", |config, value| put(&mut config.scratch_dir, absolute(value))),
     key("sockets", |config, value| put(&mut config.sockets, sockets(value))),
 ];

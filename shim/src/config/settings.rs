@@ -204,6 +204,8 @@ pub struct Config {
     pub workspace_dir: Option<PathBuf>,
     /// The folders of the host that may contain volumes.
     pub volume_dirs: Vec<PathBuf>,
+    /// The folder that describes direct-assigned volumes; without it, there are none.
+    pub direct_volume_dir: Option<PathBuf>,
     /// The folder for the files of scratch disks.
     pub scratch_dir: PathBuf,
     /// The Unix sockets of the host that containers may mount.
@@ -258,6 +260,7 @@ impl Default for Config {
             tokens: TokenSettings { key: METADATA_KEY.into(), lifetime: TOKEN_LIFETIME, host: None },
             workspace_dir: None,
             volume_dirs: Vec::new(),
+            direct_volume_dir: None,
             scratch_dir: SCRATCH_DIR.into(),
             sockets: Vec::new(),
         }

@@ -1,6 +1,7 @@
 //! Opens and locks the image of a disk: a regular file or a block device.
 
-use std::fs::{File, OpenOptions};
+use std::fmt::Display;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -72,8 +73,7 @@ impl Image {
         let name = properties.lines().find_map(|line| line.strip_prefix("DEVNAME="));
         let name = name.ok_or_else(|| missing(io::Error::other("it has no name")))?;
         let image = Self::open(&Path::new("/dev").join(name), access)?;
-        let expected = format!("device-{major}-{minor}");
-        if image.id != expected {
+        if image.id != Self::id_of_device(major, minor) {
             return Err(missing(io::Error::other(format!("{} is another device", image.path.display()))));
         }
         Ok(image)
@@ -106,12 +106,21 @@ impl Image {
         Ok(Self::of(file, path, access, is_device, &metadata))
     }
 
-    fn of(file: File, path: &Path, access: Access, is_device: bool, metadata: &std::fs::Metadata) -> Self {
-        let id = match is_device {
-            true => format!("device-{}-{}", major(metadata.rdev()), minor(metadata.rdev())),
+    fn of(file: File, path: &Path, access: Access, is_device: bool, metadata: &Metadata) -> Self {
+        Self { file, path: path.to_owned(), access, is_device, id: Self::id_of(metadata) }
+    }
+
+    /// The [`id`](Self::id) of an image that need not be open.
+    pub(crate) fn id_of(metadata: &Metadata) -> String {
+        match metadata.file_type().is_block_device() {
+            true => Self::id_of_device(major(metadata.rdev()), minor(metadata.rdev())),
             false => format!("{}-{}", metadata.dev(), metadata.ino()),
-        };
-        Self { file, path: path.to_owned(), access, is_device, id }
+        }
+    }
+
+    /// The same for the block device with these numbers.
+    pub(crate) fn id_of_device(major: impl Display, minor: impl Display) -> String {
+        format!("device-{major}-{minor}")
     }
 
     /// An image that is this file, whose name for messages is `path`. No other process can open it.

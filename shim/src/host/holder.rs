@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 
 use super::child::{self, Child, LaunchError};
@@ -121,6 +121,26 @@ pub(crate) fn start(container: &str, netns: Option<File>) -> Result<Child, Launc
     // fork. `netns` stays open until `spawn` returns.
     unsafe { command.pre_exec(move || isolate(namespace, parent)) };
     child::spawn(command, false, false)
+}
+
+/// Starts a holder in a new user namespace, for the caller to give it a mapping. It dies with the calling thread.
+///
+/// # Errors
+/// When it cannot be started; no process is left.
+pub(super) fn start_in_user_namespace() -> io::Result<std::process::Child> {
+    let program = PROGRAM.as_ref().map_err(child::clone_error)?;
+    let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
+    command.arg0(NAME.to_string_lossy().as_ref()).env_clear().current_dir("/");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let parent = std::process::id();
+    // SAFETY: unshare(2) and `isolate` are async-signal-safe and touch no memory that was not allocated before the fork.
+    unsafe {
+        command.pre_exec(move || {
+            unshare(CloneFlags::CLONE_NEWUSER)?;
+            isolate(None, parent)
+        })
+    };
+    command.spawn()
 }
 
 /// In the child: takes away everything that a holder does not need.

@@ -10,6 +10,7 @@
 //! | `jail/`      | separates a program from the host                           |
 //! | `thread.rs`  | work that changes what threads share                        |
 //! | `holder.rs`  | the process that represents a container on the host         |
+//! | `id_map.rs`  | mappings of users and groups                                |
 //! | `hooks.rs`   | runs OCI hooks                                              |
 //! | `socket.rs`  | unix sockets in the sandbox's directory                     |
 //! | `unix.rs`    | unix sockets of other programs                              |
@@ -29,6 +30,7 @@ pub(crate) mod clients;
 pub mod digest;
 pub(crate) mod holder;
 pub(crate) mod hooks;
+pub(crate) mod id_map;
 pub(crate) mod inotify;
 pub mod jail;
 #[cfg(test)]

@@ -65,6 +65,7 @@ use crate::prepare::pod_files::Node;
 pub(crate) use crate::prepare::pod_files::{PodFile, RESOLV_CONF};
 use crate::prepare::sandbox::SandboxRequest;
 use crate::prepare::size::Size;
+use crate::rootfs::direct;
 use crate::rootfs::plan::{self, HostRoot, HostView, RootPlan};
 use crate::rootfs::socket;
 use crate::rootfs::spec::parse::{Parsed, parse};
@@ -318,6 +319,7 @@ fn prepare_spec(
         host_is_unified: Hierarchies::of_host().map_err(|error| PrepareError::one(&error))?.unified(),
         inspect: &crate::rootfs::share::inspect,
         check_socket: &|path| socket::check(&config.sockets, path),
+        direct: &|source| direct::find(config.direct_volume_dir.as_deref(), source),
         watch: annotations.as_ref().map_or(&[][..], |annotations| &annotations.watch),
         first: siblings.first,
         sibling: siblings.find,
@@ -335,8 +337,7 @@ fn prepare_spec(
         Ok(user)
     });
     let user = collect(user.transpose(), &mut problems).flatten().flatten();
-    let disks = requested_disks(annotations.as_ref(), rewritten.as_ref(), &config);
-    let disks = collect(disks, &mut problems).unwrap_or_default();
+    let disks = requested_disks(annotations.as_ref(), rewritten.as_ref(), &config, &mut problems);
     let debug = annotations.as_ref().and_then(|annotations| annotations.debug).unwrap_or(config.debug);
     let host = collect(host::find(&config, places, debug), &mut problems);
 
@@ -353,7 +354,7 @@ fn prepare_spec(
     let size = size::size(&config, &annotations, pod, rewritten.limits, host::size());
     let mut boot = Bootable::new(sandbox.id, config, host, size, &extras);
     // A pod's later containers may need some.
-    boot.machine.guest.disks = role != Role::None || disks.any() || !rewritten.block_devices.is_empty();
+    boot.machine.guest.disks = role != Role::None || disks.any() || rewritten.has_disks();
     if user.is_some() {
         rewritten.use_network_of_vm();
         boot.machine.user_network.clone_from(&user);
@@ -380,11 +381,12 @@ fn requested_disks(
     annotations: Option<&Annotations>,
     rewritten: Option<&Rewritten>,
     config: &Config,
-) -> Result<RequestedDisks, Vec<Problem>> {
-    match annotations.zip(rewritten) {
-        Some((annotations, rewritten)) => RequestedDisks::of(annotations, config, rewritten),
-        None => Ok(RequestedDisks::default()),
-    }
+    problems: &mut Vec<String>,
+) -> RequestedDisks {
+    let requested = annotations.zip(rewritten).map(|(annotations, rewritten)| {
+        collect(RequestedDisks::of(annotations, config, rewritten), problems).unwrap_or_default()
+    });
+    requested.unwrap_or_default()
 }
 
 /// The configuration for the VM of a container with these annotations.

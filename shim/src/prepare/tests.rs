@@ -3,7 +3,10 @@
 use oci_spec::runtime::LinuxNamespaceType;
 
 use super::*;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+
+use base64ct::{Base64Url, Encoding};
 
 use crate::config::keys::KEYS;
 use crate::config::load::parse;
@@ -58,6 +61,11 @@ impl TestHost {
             std::fs::create_dir_all(&folder).unwrap();
             std::fs::write(folder.join("workspace"), "a secret").unwrap();
         }
+        let volume = Base64Url::encode_string(folder.path().join("other").as_os_str().as_bytes());
+        let volume = folder.path().join("other/direct").join(volume);
+        std::fs::create_dir_all(&volume).unwrap();
+        let info = r#"{"volume-type": "block", "device": "/dev/none", "fstype": "ext4"}"#;
+        std::fs::write(volume.join("mountInfo.json"), info).unwrap();
         // The file stays when the listener is gone.
         drop(std::os::unix::net::UnixListener::bind(folder.path().join("other/socket")).unwrap());
         let beside = folder.path().join("beside");
@@ -261,6 +269,7 @@ const PROOFS: &[Proof] = &[
         "Some(Workspace(8 bytes))",
     ),
     ("volume_dirs", "[\"{host}/other\"]", |o| booted(o, |b| b.plan.spec.guest.disks.to_string()), "true"),
+    ("direct_volume_dir", "\"{host}/other/direct\"", |o| booted(o, |b| b.plan.spec.guest.disks.to_string()), "true"),
     (
         "scratch_dir",
         "\"/none\"",
@@ -279,6 +288,7 @@ const WITH: &[(&str, (&str, &str))] = &[
     ("host_pid", POD_WITH_HOST_PID),
     ("sockets", (MOUNTED, "{host}/other/socket")),
     ("volume_dirs", ("io.husk.volumes", r#"[{"source": "{host}/other/a.img", "destination": "/data"}]"#)),
+    ("direct_volume_dir", (MOUNTED, "{host}/other")),
     ("scratch_dir", ("io.husk.scratch_mib", "64")),
     ("extras_max_mib", ("io.husk.extras.files", r#"{"/x": {"source": "{host}/other/workspace", "mode": "0644"}}"#)),
 ];

@@ -100,6 +100,25 @@ impl DetachedTree {
         mount_setattr(self.0.as_raw_fd(), c"", libc::AT_EMPTY_PATH | depth, &attributes)
     }
 
+    /// Makes the topmost mount ID-mapped, or, if `recursive`, all mounts in the tree.
+    ///
+    /// # Errors
+    /// When mount_setattr(2) fails.
+    pub(crate) fn map_ids(&self, namespace: &File, recursive: bool) -> io::Result<()> {
+        let depth = if recursive { libc::AT_RECURSIVE } else { 0 };
+        let userns_fd = namespace.as_raw_fd() as u64;
+        let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd };
+        let mapped = mount_setattr(self.0.as_raw_fd(), c"", libc::AT_EMPTY_PATH | depth, &attributes);
+        mapped.map_err(|error| {
+            let hint = match error.raw_os_error() {
+                Some(libc::EINVAL) => ": the host's kernel does not support it for this filesystem",
+                Some(libc::EPERM) => ": it is mapped already, or its filesystem belongs to another user namespace",
+                _ => "",
+            };
+            io::Error::new(error.kind(), format!("map the IDs of the mount: {error}{hint}"))
+        })
+    }
+
     /// Attaches the tree at `target`.
     ///
     /// # Errors
@@ -195,8 +214,8 @@ pub(crate) fn parse_options(options: &[String]) -> Result<MountOptions, &str> {
             | "runbindable") => {
                 return Err(unsupported);
             }
-            // Options for containerd's mount manager, or for ID-mapped mounts, which containerd's own library
-            // implements.
+            // Options for containerd's mount manager, or for ID-mapped mounts, which have been taken where they are
+            // supported.
             unsupported
                 if ["X-containerd.", "uidmap=", "gidmap="].iter().any(|start| unsupported.starts_with(start)) =>
             {

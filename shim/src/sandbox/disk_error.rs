@@ -24,6 +24,9 @@ pub(crate) enum DiskError {
     /// The image cannot be opened.
     #[error(transparent)]
     Open(#[from] ImageError),
+    /// The image of a direct-assigned volume is something else.
+    #[error("the direct-assigned volume {} is no block device", .0.display())]
+    NoDevice(PathBuf),
     /// The scratch disk.
     #[error(transparent)]
     Scratch(#[from] ScratchError),

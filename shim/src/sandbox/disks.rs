@@ -14,7 +14,7 @@ use ttrpc::context::with_duration;
 
 use crate::config::verity::Verity;
 use crate::disks::image::{Access, Image};
-use crate::disks::volume;
+use crate::disks::volume::{self, Sizing};
 use crate::disks::written::Extent;
 use crate::disks::{GuestLayer, GuestMount, Kind, NewDisk};
 use crate::guest::client::GuestError;
@@ -32,6 +32,16 @@ use crate::state::{Owner, Step};
 use crate::vm::Vm;
 use crate::vmm::PluggedDisk;
 
+/// A disk whose image is opened only if the VM does not have it: a block device can be opened for one machine, and once.
+pub(super) struct Wanted {
+    pub(super) kind: Kind,
+    /// The image's identity, if there is an image.
+    pub(super) image: Option<String>,
+    pub(super) access: Access,
+    pub(super) mount: Option<GuestMount>,
+    pub(super) volume: Option<Sizing>,
+}
+
 impl Sandbox {
     /// Gives a container a disk. A disk that the VM has already is shared.
     ///
@@ -44,15 +54,55 @@ impl Sandbox {
         disk: NewDisk,
     ) -> Result<AttachedDisk, SandboxError> {
         let _changing = self.disks.changing.lock().await;
-        let known = self.disks.table().disks.iter().find(|known| known.image == disk.image.id()).cloned();
-        let attached = match known {
-            Some(known) if known.access != disk.image.access() || known.mount != disk.mount => {
-                return Err(DiskError::Differs(disk.image.path().to_owned()).into());
+        self.attach_opened(vm, container, disk).await
+    }
+
+    /// Gives a container a disk, and opens its image if the VM does not have it.
+    ///
+    /// # Errors
+    /// As above.
+    pub(super) async fn attach_wanted(
+        &self,
+        vm: &Arc<Vm>,
+        container: &str,
+        Wanted { kind, image, access, mount, volume }: Wanted,
+        open: impl FnOnce() -> Result<Image, DiskError> + Send + 'static,
+    ) -> Result<AttachedDisk, SandboxError> {
+        let _changing = self.disks.changing.lock().await;
+        if let Some(image) = &image
+            && let Some(attached) = self.attach_image(vm, container, image, access, mount.as_ref()).await?
+        {
+            return Ok(attached);
+        }
+        let image = blocking("open a disk image", open).await?;
+        self.attach_opened(vm, container, NewDisk { kind, image, mount, volume }).await
+    }
+
+    async fn attach_opened(&self, vm: &Vm, container: &str, disk: NewDisk) -> Result<AttachedDisk, SandboxError> {
+        let (image, mount) = (&disk.image, disk.mount.as_ref());
+        match self.attach_image(vm, container, image.id(), image.access(), mount).await? {
+            Some(attached) => Ok(attached),
+            None => self.add_disk(vm, container, disk).await,
+        }
+    }
+
+    /// Gives a container the disk with this image, if the VM has it.
+    async fn attach_image(
+        &self,
+        vm: &Vm,
+        container: &str,
+        image: &str,
+        access: Access,
+        mount: Option<&GuestMount>,
+    ) -> Result<Option<AttachedDisk>, SandboxError> {
+        let known = self.disks.table().disks.iter().find(|known| known.image == image).cloned();
+        match known {
+            None => Ok(None),
+            Some(known) if known.access != access || known.mount.as_ref() != mount => {
+                Err(DiskError::Differs(known.path).into())
             }
-            Some(known) => self.share_disk(vm, container, known).await?,
-            None => self.add_disk(vm, container, disk).await?,
-        };
-        Ok(attached)
+            Some(known) => self.share_disk(vm, container, known).await.map(Some),
+        }
     }
 
     /// Gives a container the first disk of this kind, if the VM has one.

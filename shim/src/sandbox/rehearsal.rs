@@ -115,6 +115,7 @@ async fn add_container(vm: &Arc<Vm>, share: &Share, journal: &Journal) -> Result
             host_is_unified: Hierarchies::of_host()?.unified(),
             inspect: &share::inspect,
             check_socket: &|_| Err("not in a rehearsal".to_owned()),
+            direct: &|_| Ok(None),
             watch: &[],
             first: true,
             sibling: &|_| None,

@@ -1,14 +1,20 @@
 //! The disks that a container asks for: volumes, block devices of the host, and scratch space.
 
+use std::fs::{self, Metadata};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::config::volumes::VolumeRequest;
 use crate::disks::image::{Access, Image};
 use crate::disks::volume::{self, Sizing};
 use crate::disks::{GuestLayer, GuestMount, Kind, NewDisk, scratch};
 use crate::prepare::Prepared;
 use crate::prepare::disks::{SCRATCH, Scratch};
+use crate::rootfs::direct::DirectVolume;
+use crate::rootfs::spec::DirectMount;
 use crate::sandbox::disk_error::DiskError;
+use crate::sandbox::disks::Wanted;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
 use crate::sandbox::thread::blocking;
@@ -27,24 +33,29 @@ impl Sandbox {
         prepared: &mut Prepared,
     ) -> Result<(), SandboxError> {
         self.attach_devices(vm, id, prepared).await?;
+        self.attach_direct(vm, id, prepared).await?;
         // A pod's sandbox container carries the annotations of the pod, and has no program that would use a volume.
         if prepared.is_pods_sandbox() {
             return Ok(());
         }
         for volume in prepared.disks.volumes.clone() {
-            let (source, read_only) = (volume.source.clone(), volume.read_only);
-            let opened = blocking("open a volume", move || volume::open(&source, read_only).map_err(DiskError::from));
-            let mount = GuestMount {
-                fs_type: EXT4.to_owned(),
-                flags: if read_only { libc::MS_RDONLY } else { 0 },
-                grow: !read_only,
-                layer: volume.verity.map(GuestLayer::Verified),
-                ..GuestMount::default()
+            let VolumeRequest { source, destination, size_mib, grow, read_only, verity } = volume;
+            let wanted = Wanted {
+                kind: Kind::Volume,
+                image: identity(&source, |path| fs::symlink_metadata(path)).await?,
+                access: if read_only { Access::ReadOnly } else { Access::Exclusive },
+                mount: Some(GuestMount {
+                    fs_type: EXT4.to_owned(),
+                    flags: if read_only { libc::MS_RDONLY } else { 0 },
+                    grow: !read_only,
+                    layer: verity.map(GuestLayer::Verified),
+                    ..GuestMount::default()
+                }),
+                volume: Some(Sizing { mib: size_mib, grow, read_only }),
             };
-            let sizing = Sizing { mib: volume.size_mib, grow: volume.grow, read_only };
-            let disk = NewDisk { kind: Kind::Volume, image: opened.await?, mount: Some(mount), volume: Some(sizing) };
-            let attached = self.attach_disk(vm, id, disk).await?;
-            prepared.rewritten.mount_disk(&attached.guest_path, &volume.destination, read_only);
+            let open = move || volume::open(&source, read_only).map_err(DiskError::from);
+            let attached = self.attach_wanted(vm, id, wanted, open).await?;
+            prepared.rewritten.mount_disk(&attached.guest_path, &destination, read_only);
         }
         if let Some(scratch) = prepared.disks.scratch.clone() {
             let path = self.attach_scratch(vm, id, scratch).await?;
@@ -59,12 +70,36 @@ impl Sandbox {
         for device in prepared.rewritten.block_devices.clone() {
             let access = if device.read_only { Access::ReadOnly } else { Access::Exclusive };
             let (major, minor) = (device.major, device.minor);
-            let opened = move || Image::open_device(major, minor, access).map_err(DiskError::from);
-            let image = blocking("open a block device", opened).await?;
-            let attached = self.attach_disk(vm, id, NewDisk::new(Kind::Device, image, None)).await?;
+            let image = Some(Image::id_of_device(major, minor));
+            let wanted = Wanted { kind: Kind::Device, image, access, mount: None, volume: None };
+            let open = move || Image::open_device(major, minor, access).map_err(DiskError::from);
+            let attached = self.attach_wanted(vm, id, wanted, open).await?;
             numbers.push(((major, minor), (attached.major.into(), attached.minor.into())));
         }
         prepared.rewritten.place_devices(&numbers);
+        Ok(())
+    }
+
+    /// Attaches block devices whose filesystems the guest mounts. The host has none of them mounted: a device that is in
+    /// use cannot be opened exclusively, and one that is open so cannot be mounted.
+    async fn attach_direct(&self, vm: &Arc<Vm>, id: &str, prepared: &mut Prepared) -> Result<(), SandboxError> {
+        for DirectMount { index, volume } in prepared.rewritten.direct.clone() {
+            let DirectVolume { device, fs_type, flags, data } = volume;
+            let grow = fs_type == EXT4;
+            let wanted = Wanted {
+                kind: Kind::Volume,
+                image: identity(&device, |path| fs::metadata(path)).await?,
+                access: Access::Exclusive,
+                mount: Some(GuestMount { fs_type, flags: flags.bits(), data, grow, ..GuestMount::default() }),
+                volume: None,
+            };
+            let open = move || match Image::open(&device, Access::Exclusive)? {
+                image if image.is_device() => Ok(image),
+                _ => Err(DiskError::NoDevice(device)),
+            };
+            let attached = self.attach_wanted(vm, id, wanted, open).await?;
+            prepared.rewritten.place_disk(index, &attached.guest_path);
+        }
         Ok(())
     }
 
@@ -88,4 +123,14 @@ impl Sandbox {
         let disk = NewDisk::new(Kind::Scratch, image, Some(mount));
         Ok(self.attach_disk(vm, id, disk).await?.guest_path)
     }
+}
+
+/// The identity of an image, unless it does not exist or cannot be examined: then opening it says why.
+async fn identity(
+    path: &Path,
+    examine: impl FnOnce(&Path) -> io::Result<Metadata> + Send + 'static,
+) -> Result<Option<String>, SandboxError> {
+    let path = path.to_owned();
+    let identify = move || Ok::<_, DiskError>(examine(&path).ok().map(|metadata| Image::id_of(&metadata)));
+    blocking("examine a disk image", identify).await
 }

@@ -29,7 +29,7 @@ mod view;
 use containerd_shim_protos::types::mount::Mount;
 
 pub(crate) use self::host::{FolderError, create_folders};
-pub(crate) use self::options::NewFolder;
+pub(crate) use self::options::{NewFolder, is_known as is_known_option};
 use self::part::Part;
 pub(crate) use self::part::TRANSFORMS;
 pub(crate) use self::root::{GuestRoot, HostRoot, Place, RootDisk, RootPlan, Top};

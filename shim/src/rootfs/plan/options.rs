@@ -79,7 +79,7 @@ const OVERLAY: &[&str] =
     &["index=", "metacopy=", "nfs_export=", "redirect_dir=", "userxattr", "uuid=", "verity=", "volatile", "xino="];
 
 /// Whether husk passes an option on to a filesystem of this type.
-pub(super) fn is_known(fs_type: &str, option: &str) -> bool {
+pub(crate) fn is_known(fs_type: &str, option: &str) -> bool {
     let known = match fs_type {
         "ext2" | "ext3" | "ext4" => EXT,
         "xfs" => XFS,

@@ -10,13 +10,17 @@ use containerd_shim_protos::types::mount::Mount;
 use super::error::ShareError;
 use super::inspect::inspect;
 use super::waiting::{ROOTFS, Waiting};
+use crate::host::id_map::IdMap;
+use crate::rootfs::mapped::{mount_overlay, take_id_map};
 use crate::rootfs::mount::{MAX_OPTIONS, MountOptions, Propagation, mount_data, mount_filesystem, parse_options};
+use crate::rootfs::spec::MountIdMap;
 
 /// One of containerd's mounts.
 pub(super) struct RootMount<'a> {
     index: usize,
     mount: &'a Mount,
     options: MountOptions,
+    id_map: Option<IdMap>,
 }
 
 /// A folder of the host that is the root, or on top of it.
@@ -25,6 +29,7 @@ pub(super) struct Top {
     path: PathBuf,
     recursive: bool,
     attributes: u64,
+    id_map: Option<IdMap>,
 }
 
 /// The parts of a root.
@@ -56,6 +61,7 @@ impl<'a> Root<'a> {
                 path: rootfs.to_owned(),
                 recursive: true,
                 attributes: 0,
+                id_map: None,
             }),
             None => None,
         }
@@ -82,15 +88,23 @@ impl Top {
             recursive: self.recursive,
             attributes: self.attributes,
             propagation: Propagation::Private,
+            id_map: self.id_map.clone().map(|map| MountIdMap { map, recursive: false }),
         })
     }
 }
 
 impl<'a> RootMount<'a> {
     fn parse(index: usize, mount: &'a Mount) -> Result<Self, ShareError> {
-        let options = parse_options(&mount.options)
-            .map_err(|option| ShareError::Unsupported { index, option: option.to_owned() })?;
-        Ok(Self { index, mount, options })
+        let unsupported = |option: String| ShareError::Unsupported { index, option };
+        let mut options = mount.options.clone();
+        let id_map = take_id_map(&mut options).map_err(unsupported)?;
+        let options = parse_options(&options).map_err(|option| unsupported(option.to_owned()))?;
+        let parsed = Self { index, mount, options, id_map };
+        match mount.options.iter().find(|option| option.starts_with("uidmap=")) {
+            // Other filesystems have no layers, and this mount is their first one.
+            Some(option) if mount.type_ != "overlay" && !parsed.is_bind() => Err(unsupported(option.clone())),
+            _ => Ok(parsed),
+        }
     }
 
     fn is_bind(&self) -> bool {
@@ -108,6 +122,7 @@ impl<'a> RootMount<'a> {
             path: PathBuf::from(&self.mount.source),
             recursive: self.options.bind.unwrap_or(false),
             attributes: self.options.attributes,
+            id_map: self.id_map.clone(),
         }
     }
 
@@ -120,6 +135,9 @@ impl<'a> RootMount<'a> {
             return self.folder().open()?.clone_tree(false)?.attach(target);
         }
         let (mount, options) = (self.mount, &self.options);
+        if let Some(map) = &self.id_map {
+            return mount_overlay(map, &mount.source, target, options.flags, &options.data);
+        }
         let (folder, data) = mount_data(&mount.type_, &options.data).map_err(|length| {
             let message = format!("the options have {length} bytes, more than {MAX_OPTIONS}");
             io::Error::new(io::ErrorKind::InvalidInput, message)

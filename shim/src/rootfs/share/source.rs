@@ -12,7 +12,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::rootfs::spec::Bind;
+use crate::rootfs::spec::{Bind, MountIdMap};
 
 /// Identifies what a bind mount shows: bind mounts with the same value can share one mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub(super) struct Source {
     read_only_below: bool,
     /// The host's mount whose later mounts appear.
     follows: Option<u64>,
+    /// The mapping of an ID-mapped mount: the kernel maps a mount once.
+    id_map: Option<MountIdMap>,
 }
 
 /// A mount below a source.
@@ -61,6 +63,7 @@ impl Source {
             read_only_below: bind.read_only_below && !below.is_empty(),
             below,
             follows: bind.follows_host.then_some(mount),
+            id_map: bind.id_map.clone(),
         };
         Ok((file, source))
     }

@@ -124,6 +124,7 @@ fn writable(index: usize, source: &Path) -> Bind {
         recursive: true,
         follows_host: false,
         watched: false,
+        id_map: None,
     }
 }
 

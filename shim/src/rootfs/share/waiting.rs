@@ -6,7 +6,7 @@ use std::io;
 use husk_protos::changes::SHARE_SOURCE;
 
 use crate::rootfs::mount::{DetachedTree, Propagation};
-use crate::rootfs::spec::Bind;
+use crate::rootfs::spec::{Bind, MountIdMap};
 
 /// Name of the mount point in an entry for a container's root.
 pub(super) const ROOTFS: &str = "rootfs";
@@ -25,6 +25,8 @@ pub(super) struct Waiting {
     /// Flags of all mounts (`MOUNT_ATTR_*`).
     pub(super) attributes: u64,
     pub(super) propagation: Propagation,
+    /// The mapping of an ID-mapped mount.
+    pub(super) id_map: Option<MountIdMap>,
 }
 
 impl Waiting {
@@ -37,6 +39,7 @@ impl Waiting {
             recursive: bind.recursive,
             attributes: if bind.read_only_below { libc::MOUNT_ATTR_RDONLY } else { 0 },
             propagation: if bind.follows_host { Propagation::Slave } else { Propagation::Private },
+            id_map: bind.id_map.clone(),
         }
     }
 
@@ -47,6 +50,9 @@ impl Waiting {
     /// When open_tree(2) or mount_setattr(2) fails.
     pub(super) fn clone_tree(&self, read_only: bool) -> io::Result<DetachedTree> {
         let tree = DetachedTree::clone_of_file(&self.file, self.recursive)?;
+        if let Some(MountIdMap { map, recursive }) = &self.id_map {
+            tree.map_ids(&map.namespace()?, *recursive)?;
+        }
         tree.restrict(self.attributes, self.propagation)?;
         if read_only {
             tree.restrict_top(libc::MOUNT_ATTR_RDONLY, self.propagation)?;

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::host::unix::Access;
+use crate::rootfs::direct::DirectVolume;
 
 /// The type of a file on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,9 @@ pub(crate) struct Context<'a> {
     /// Checks a socket of the host, whose path contains no symbolic link. The error is the reason why a container may
     /// not mount it.
     pub(crate) check_socket: &'a dyn Fn(&Path) -> Result<Access, String>,
+    /// Finds the volume that the bind mount of a path means, if the guest is to mount its filesystem. The error is the
+    /// reason why it cannot be used.
+    pub(crate) direct: &'a dyn Fn(&Path) -> Result<Option<DirectVolume>, String>,
     /// Destinations of bind mounts whose programs notice changes by the host.
     pub(crate) watch: &'a [PathBuf],
     /// Whether this is the sandbox's first container, for which the VM is booted.

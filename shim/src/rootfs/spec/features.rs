@@ -95,6 +95,8 @@ pub(crate) fn features() -> Value {
             "apparmor": disabled,
             "selinux": disabled,
             "intelRdt": disabled,
+            // containerd's CRI plugin takes this for the support of pods with user namespaces. Mounts can be ID-mapped, but
+            // such pods are rejected: their network namespaces belong to their user namespaces.
             "mountExtensions": {"idmap": disabled},
             "netDevices": disabled,
         },
@@ -133,8 +135,7 @@ mod tests {
     #[test]
     fn mount_options_that_a_container_cannot_use_are_missing() {
         let options = supported_options();
-        for (option, expected) in [("ro", true), ("rro", true), ("tmpcopyup", true), ("idmap", false), ("loop", false)]
-        {
+        for (option, expected) in [("ro", true), ("rro", true), ("tmpcopyup", true), ("idmap", true), ("loop", false)] {
             assert_eq!(options.contains(&option), expected, "{option}");
         }
         assert!(options.is_sorted(), "{options:?}");

@@ -39,7 +39,7 @@ mod size;
 pub use context::Sibling;
 pub(crate) use context::{Context, FileKind, HostFile};
 pub(crate) use limits::{Demand, SpecLimits, whole_cpus};
-pub(crate) use mounts::{Bind, SocketMount, propagation};
+pub(crate) use mounts::{Bind, DirectMount, MountIdMap, SocketMount, propagation};
 pub(crate) use rewrite::{HostNetwork, NetworkRequest, Places, Rewritten, rewrite};
 
 #[cfg(test)]

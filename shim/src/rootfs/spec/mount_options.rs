@@ -84,7 +84,7 @@ const OPTIONS: [(&str, Effect); 76] = [
     ("nolazytime", Clears("lazytime")),
     // Extensions of the runtime spec.
     ("tmpcopyup", Applied),
-    // The guest rejects id-mapped mounts: it knows their mappings too.
+    // With the mappings, the host or the guest applies these.
     ("idmap", Applied),
     ("ridmap", Applied),
     // Linux has no mandatory locks since 5.15; the others concern only filesystems on disks, or messages in the log.
@@ -208,10 +208,7 @@ impl Value {
 
 /// The options that a container's mounts may have, sorted.
 pub(super) fn supported_options() -> Vec<&'static str> {
-    let supported = |(name, effect): &(&'static str, Effect)| {
-        let rejected = matches!(effect, Rejected(_)) || ["idmap", "ridmap"].contains(name);
-        (!rejected).then_some(*name)
-    };
+    let supported = |(name, effect): &(&'static str, Effect)| (!matches!(effect, Rejected(_))).then_some(*name);
     let mut names: Vec<_> = OPTIONS.iter().filter_map(supported).collect();
     names.sort_unstable();
     names

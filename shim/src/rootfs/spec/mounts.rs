@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 
 use husk_protos::changes::SHARE_SOURCE;
 use husk_protos::{SHARE_PATH, SOCKETS_PATH};
-use oci_spec::runtime::Mount;
+use oci_spec::runtime::{Linux, LinuxIdMapping, Mount};
 
 use super::context::{Context, FileKind, HostFile};
 use super::devices::guest_path;
 use super::findings::Findings;
 use super::mount_options::rewrite_options;
+use crate::host::id_map::{IdMap, MappedRange};
 use crate::host::unix::Access;
+use crate::rootfs::direct::DirectVolume;
 
 /// The options of a mount that set its propagation.
 const PROPAGATIONS: [&str; 8] =
@@ -63,6 +65,16 @@ pub(crate) struct Bind {
     pub(crate) follows_host: bool,
     /// Programs in the guest notice changes by the host.
     pub(crate) watched: bool,
+    /// The mapping of an ID-mapped mount.
+    pub(crate) id_map: Option<MountIdMap>,
+}
+
+/// The mapping of an ID-mapped mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct MountIdMap {
+    pub(crate) map: IdMap,
+    /// What is mounted below has it too.
+    pub(crate) recursive: bool,
 }
 
 /// A Unix socket of the host that the guest relays.
@@ -75,15 +87,25 @@ pub(crate) struct SocketMount {
     pub(crate) access: Access,
 }
 
+/// A volume that the guest mounts from a block device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DirectMount {
+    /// Index in the spec's `mounts`.
+    pub(crate) index: usize,
+    pub(crate) volume: DirectVolume,
+}
+
 /// What the host does for the mounts.
 #[derive(Debug, Default)]
 pub(super) struct HostMounts {
     pub(super) binds: Vec<Bind>,
+    pub(super) direct: Vec<DirectMount>,
     pub(super) sockets: Vec<SocketMount>,
 }
 
-/// Stands in a spec for a path in the share, until [`Rewritten::place`](super::Rewritten::place) replaces it. No path in
-/// the share is longer, so the size of the spec can be checked before.
+/// Stands in a spec for a path in the share or of a disk, until [`Rewritten::place`](super::Rewritten::place) or
+/// [`Rewritten::place_disk`](super::Rewritten::place_disk) replaces it. None is longer, so the size of the spec can be
+/// checked before.
 pub(super) fn in_share() -> PathBuf {
     [SHARE_PATH, &u64::MAX.to_string(), SHARE_SOURCE].iter().collect()
 }
@@ -93,19 +115,98 @@ fn guest_socket(id: &str, index: usize) -> PathBuf {
     [SOCKETS_PATH, id, &index.to_string()].iter().collect()
 }
 
-/// Rewrites the mounts, and returns what the host must do for them.
-pub(super) fn rewrite_mounts(mounts: &mut [Mount], context: &Context<'_>, findings: &mut Findings) -> HostMounts {
+/// Mappings in the form of a spec.
+#[derive(Clone, Debug)]
+pub(super) struct Mappings {
+    users: Vec<LinuxIdMapping>,
+    groups: Vec<LinuxIdMapping>,
+}
+
+impl Mappings {
+    /// Those of a container's user namespace.
+    pub(super) fn of_container(linux: &Linux) -> Option<Self> {
+        let list = |mappings: &Option<Vec<LinuxIdMapping>>| mappings.clone().unwrap_or_default();
+        let (users, groups) = (list(linux.uid_mappings()), list(linux.gid_mappings()));
+        (!users.is_empty() && !groups.is_empty()).then_some(Self { users, groups })
+    }
+
+    /// Lets the guest map the IDs of a mount whose filesystem it mounts itself.
+    pub(super) fn of_guest(self, mount: &mut Mount, recursive: bool) {
+        mount.set_uid_mappings(Some(self.users)).set_gid_mappings(Some(self.groups));
+        if recursive {
+            mount.set_options(Some(mount.options().iter().flatten().cloned().chain(["ridmap".to_owned()]).collect()));
+        }
+    }
+
+    /// What the host maps.
+    fn of_host(&self, recursive: bool) -> MountIdMap {
+        let range = |one: &LinuxIdMapping| MappedRange {
+            inside: one.container_id(),
+            outside: one.host_id(),
+            count: one.size(),
+        };
+        let [users, groups] = [&self.users, &self.groups].map(|list| list.iter().map(range).collect());
+        MountIdMap { map: IdMap { users, groups }, recursive }
+    }
+}
+
+/// Rewrites the mounts, and returns what the host must do for them. `own` is the mapping of the container's user
+/// namespace.
+pub(super) fn rewrite_mounts(
+    mounts: &mut [Mount],
+    own: Option<&Mappings>,
+    context: &Context<'_>,
+    findings: &mut Findings,
+) -> HostMounts {
     let mut host = HostMounts::default();
     for (index, mount) in mounts.iter_mut().enumerate() {
-        let bind = is_bind(mount);
-        rewrite_options(index, mount, bind, findings);
-        if bind {
-            rewrite_bind(index, mount, context, &mut host, findings);
+        let is_bind = is_bind(mount);
+        rewrite_options(index, mount, is_bind, findings);
+        let mappings = take_mappings(index, mount, own, is_bind, findings);
+        if is_bind {
+            rewrite_bind(index, mount, mappings, context, &mut host, findings);
         } else {
             check_filesystem(index, mount, findings);
         }
     }
     host
+}
+
+/// Takes the mappings out of a mount, and whether they apply to what is mounted below. Without mappings, the options mean
+/// those of the container.
+fn take_mappings(
+    index: usize,
+    mount: &mut Mount,
+    own: Option<&Mappings>,
+    is_bind: bool,
+    findings: &mut Findings,
+) -> Option<(Mappings, bool)> {
+    let mut options = mount.options().clone().unwrap_or_default();
+    let taken: Vec<String> = options.extract_if(.., |option| option == "idmap" || option == "ridmap").collect();
+    let users = mount.uid_mappings().clone().unwrap_or_default();
+    let groups = mount.gid_mappings().clone().unwrap_or_default();
+    if taken.is_empty() && users.is_empty() && groups.is_empty() {
+        return None;
+    }
+    mount.set_options(Some(options)).set_uid_mappings(None).set_gid_mappings(None);
+    let recursive = taken.last().is_some_and(|last| last == "ridmap");
+    let mut reject = |field: &str, value: Option<&str>, why: &str| {
+        findings.reject(format!("mounts[{index}].{field}"), value, why);
+        None
+    };
+    if !is_bind {
+        return reject("uidMappings", None, "only bind mounts can be ID-mapped");
+    }
+    match (users.is_empty(), groups.is_empty(), own) {
+        (false, false, _) => Some((Mappings { users, groups }, recursive)),
+        (true, true, Some(own)) => Some((own.clone(), recursive)),
+        (true, true, None) => {
+            let why = "the container has no user namespace with mappings that the mount could have";
+            reject("options", taken.last().map(String::as_str), why)
+        }
+        (true, false, _) => reject("uidMappings", None, "is missing beside gidMappings"),
+        (false, true, _) => reject("gidMappings", None, "is missing beside uidMappings"),
+    }
 }
 
 /// Recognizes a bind mount as runc and the guest's libcontainer do.
@@ -135,6 +236,7 @@ fn check_filesystem(index: usize, mount: &mut Mount, findings: &mut Findings) {
 fn rewrite_bind(
     index: usize,
     mount: &mut Mount,
+    mappings: Option<(Mappings, bool)>,
     context: &Context<'_>,
     host: &mut HostMounts,
     findings: &mut Findings,
@@ -144,6 +246,21 @@ fn rewrite_bind(
         findings.reject(field, None, "is missing");
         return;
     };
+    match (context.direct)(&source) {
+        Ok(None) => {}
+        Ok(Some(volume)) => {
+            host.direct.push(DirectMount { index, volume });
+            mount.set_source(Some(in_share()));
+            if let Some((mappings, recursive)) = mappings {
+                mappings.of_guest(mount, recursive);
+            }
+            return;
+        }
+        Err(why) => {
+            findings.reject_path(field, &source, why);
+            return;
+        }
+    }
     let found = match (context.inspect)(&context.bundle.join(&source)) {
         Ok(found) => found,
         Err(error) => {
@@ -153,9 +270,11 @@ fn rewrite_bind(
     };
     match found.kind {
         FileKind::Dir | FileKind::File => {
-            host.binds.push(bind(index, mount, found, context, findings));
+            let id_map = mappings.map(|(mappings, recursive)| mappings.of_host(recursive));
+            host.binds.push(Bind { id_map, ..bind(index, mount, found, context, findings) });
             mount.set_source(Some(in_share()));
         }
+        _ if mappings.is_some() => findings.reject_path(field, &source, "only folders and files can be ID-mapped"),
         FileKind::CharDevice { major, minor } => match guest_path(major, minor) {
             Some(path) => {
                 mount.set_source(Some(path.to_owned()));
@@ -208,6 +327,7 @@ fn bind(index: usize, mount: &Mount, source: HostFile, context: &Context<'_>, fi
         own_options: last_of(&OWN_OPTIONS).is_some(),
         recursive: !options.iter().any(|o| o == "bind") || options.iter().any(|o| o == "rbind"),
         follows_host: matches!(propagation, Some("slave" | "rslave" | "shared" | "rshared")),
+        id_map: None,
     }
 }
 

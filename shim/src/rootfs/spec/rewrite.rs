@@ -10,7 +10,7 @@ use super::devices::{BlockDevice, rewrite_devices};
 use super::findings::{Findings, SpecProblems};
 use super::host_hooks::{announced_links, take_host_hooks};
 use super::limits::{Demand, SpecLimits, limits};
-use super::mounts::{Bind, HostMounts, SocketMount, in_share, is_cgroup_mount, rewrite_mounts};
+use super::mounts::{Bind, DirectMount, HostMounts, Mappings, SocketMount, in_share, is_cgroup_mount, rewrite_mounts};
 use super::namespaces::{self, Target};
 use super::resources::{HostResources, rewrite_resources};
 use super::size::check_size;
@@ -68,6 +68,8 @@ pub struct Rewritten {
     pub spec: Spec,
     /// The bind mounts, in the order of the spec's mounts.
     pub(crate) binds: Vec<Bind>,
+    /// The bind mounts whose sources the guest mounts from block devices.
+    pub(crate) direct: Vec<DirectMount>,
     /// The Unix sockets of the host that the guest relays.
     pub(crate) sockets: Vec<SocketMount>,
     /// The block devices of the host. In the spec, they have the host's numbers until they are placed.
@@ -162,6 +164,7 @@ impl Rewritten {
             recursive: false,
             follows_host: false,
             watched: false,
+            id_map: None,
         });
     }
 
@@ -201,7 +204,8 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
     let hooks = take_host_hooks(&mut spec, &mut findings);
     rewrite_process(&mut spec, &mut findings);
     let mut mounts = spec.mounts_mut().take().unwrap_or_default();
-    let HostMounts { binds, sockets } = rewrite_mounts(&mut mounts, context, &mut findings);
+    let own = spec.linux().as_ref().and_then(Mappings::of_container);
+    let HostMounts { binds, direct, sockets } = rewrite_mounts(&mut mounts, own.as_ref(), context, &mut findings);
     let has_cgroup_mount = mounts.iter().any(is_cgroup_mount);
     spec.set_mounts(Some(mounts));
     let rootfs = rewrite_root(&mut spec, context, &mut findings);
@@ -216,6 +220,7 @@ pub(crate) fn rewrite(mut spec: Spec, context: &Context<'_>) -> Result<Rewritten
             Ok(Rewritten {
                 spec,
                 binds,
+                direct,
                 sockets,
                 block_devices,
                 rootfs,

@@ -51,6 +51,7 @@ fn run_as(spec: &Value, host_is_unified: bool, first: bool) -> Result<Rewritten,
         host_is_unified,
         inspect: &host,
         check_socket: &check_socket,
+        direct: &|_| Ok(None),
         watch: &[],
         first,
         sibling: &sibling,
@@ -209,6 +210,7 @@ fn bind_mounts_follow_their_options() {
         recursive,
         follows_host,
         watched: false,
+        id_map: None,
     };
     let with_below = |read_only, read_only_below, own_options| Bind {
         read_only,
