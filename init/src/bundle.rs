@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use husk_protos::bundle::{
-    PutBundleRequest, PutBundleResponse, ReleaseRequest, ReleaseResponse, RemoveBundleRequest, RemoveBundleResponse,
-    SourceChanges,
+    CopyBackRequest, CopyBackResponse, DiskRoot, PutBundleRequest, PutBundleResponse, ReleaseRequest, ReleaseResponse,
+    RemoveBundleRequest, RemoveBundleResponse, SourceChanges,
 };
 use husk_protos::lock::lock;
 use husk_protos::{SHARE_PATH, SHARE_TAG};
@@ -24,7 +24,7 @@ use crate::error::{CallError, FailureKind};
 use crate::forward::socket::Sockets;
 use crate::paths;
 use crate::roots;
-use crate::rpc::handle;
+use crate::rpc::{handle, handle_uninterrupted};
 use crate::task::Tasks;
 
 #[derive(Clone)]
@@ -63,7 +63,7 @@ impl BundleService {
 
     fn put(&self, request: &PutBundleRequest) -> Result<String, CallError> {
         paths::check_id(&request.id)?;
-        if refers_to_share(&request.spec) {
+        if refers_to_share(&request.spec) || request.disk_root.as_ref().is_some_and(is_above_share) {
             self.mount_share()?;
         }
         let bundle = paths::bundle(&request.id);
@@ -131,6 +131,12 @@ fn refers_to_share(spec: &[u8]) -> bool {
     spec.windows(SHARE_PATH.len()).any(|part| part == SHARE_PATH.as_bytes())
 }
 
+/// Whether a root is an overlay above a part of the share.
+fn is_above_share(root: &DiskRoot) -> bool {
+    let places = root.lower.iter().chain(root.attributes_of.as_ref());
+    places.into_iter().any(|place| Path::new(&place.disk).starts_with(SHARE_PATH))
+}
+
 fn write_bundle(bundle: &Path, request: &PutBundleRequest) -> Result<(), CallError> {
     let failed = |e: io::Error| CallError::internal(format_args!("write the bundle {}", bundle.display()), &e);
     if let Some(parent) = bundle.parent() {
@@ -191,6 +197,11 @@ impl husk_protos::bundle_ttrpc::Bundle for BundleService {
         let reported = tokio::task::spawn_blocking(move || report(entry, &changes));
         let reported = async { reported.await.unwrap_or_else(|e| Err(CallError::internal("report changes", &e))) };
         handle(reported).await.map(|()| request)
+    }
+
+    async fn copy_back(&self, _: &TtrpcContext, request: CopyBackRequest) -> ttrpc::Result<CopyBackResponse> {
+        let tasks = self.tasks.clone();
+        handle_uninterrupted(async move { tasks.copy_back(request).await }).await
     }
 
     async fn remove(&self, _: &TtrpcContext, request: RemoveBundleRequest) -> ttrpc::Result<RemoveBundleResponse> {

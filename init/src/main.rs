@@ -29,10 +29,12 @@
 //! | `log`, `console` | log lines, and the guest's console |
 //! | `reaper`, `spawn` | reaps children and delivers their exits; starts processes |
 //! | `roots` | root filesystems that consist of folders of disks |
+//! | `attributes` | owner, mode, times and extended attributes of files |
 //! | `paths`, `rpc` | paths of a container; runs RPC handlers |
 //! | `error`, `connection` | the error of a call; connections that report their end |
 //! | `clock`, `fd` | the boot clock; descriptors in the async runtime |
 
+mod attributes;
 mod boot;
 mod bundle;
 mod cgroup;

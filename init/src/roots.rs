@@ -3,6 +3,7 @@
 //! A stranger may have written the disk's filesystem. Its symbolic links are not followed: they could lead to the guest's
 //! own files, which belong to all containers.
 
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -11,14 +12,16 @@ use std::path::{Path, PathBuf};
 use husk_protos::ROOTS_PATH;
 use husk_protos::bundle::{DiskFolder, DiskRoot};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount as mount_at, umount2};
-use nix::sys::stat::{Mode, fchmod, mkdirat};
+use nix::sys::stat::{Mode, fchmod, fstatat, mkdirat};
 use nix::unistd::{Gid, Uid, fchown};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
     fsmount, fsopen, move_mount,
 };
+
+use crate::attributes::{Entry, copy_xattrs, is_overlays};
 
 /// Longest message of the kernel about a filesystem, bytes.
 const MESSAGE_MAX: usize = 1024;
@@ -73,6 +76,10 @@ fn mount_on(target: &Path, root: &DiskRoot) -> Result<(), RootError> {
         let upper = [("upperdir", &root.upper), ("workdir", &root.work)];
         let upper = upper.into_iter().filter_map(|(option, place)| Some((option, place.as_ref()?)));
         let upper = upper.map(|(option, place)| Ok((option, open(place)?))).collect::<Result<Vec<_>, RootError>>()?;
+        if let (Some(like), Some((_, folder))) = (root.attributes_of.as_ref(), upper.first()) {
+            give_attributes(&open(like)?, folder)
+                .map_err(failed(format!("give the upper folder the attributes of {}", shown(like))))?;
+        }
         return overlay(target, &lower, &upper, &root.options, flags);
     }
     let [folder] = &lower[..] else {
@@ -116,8 +123,20 @@ fn shown(place: &DiskFolder) -> String {
     format!("{:?} on the disk at {}", place.path, place.disk)
 }
 
+/// Gives a folder the attributes of another.
+fn give_attributes(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
+    let (from, to) = (Entry { folder: from, name: c"." }, Entry { folder: to, name: c"." });
+    let stat = fstatat(from.folder, from.name, AtFlags::empty())?;
+    to.set_owner_and_mode(&stat)?;
+    let rename = |name: &CStr| Some(name.to_owned()).filter(|name| !is_overlays(name));
+    copy_xattrs(from, to, rename, |name, error| {
+        tracing::warn!(?name, %error, "the root of a container lacks an extended attribute");
+    })?;
+    to.set_times(&stat)
+}
+
 /// Opens a folder of a disk, without following links.
-fn open(place: &DiskFolder) -> io::Result<OwnedFd> {
+pub(crate) fn open(place: &DiskFolder) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let disk = openat2(AT_FDCWD, place.disk.as_str(), OpenHow::new().flags(flags | OFlag::O_NOFOLLOW))?;
     if place.path.is_empty() {

@@ -19,12 +19,18 @@ const FIFREEZE: u64 = 0xc004_5877;
 const FITHAW: u64 = 0xc004_5878;
 /// Grows an ext4 filesystem to a number of blocks: _IOW('f', 16, __u64) in the kernel's fs/ext4/ext4.h.
 const EXT4_IOC_RESIZE_FS: u64 = 0x4008_6610;
+/// Makes an ext4 filesystem drop what is not written: _IOR('X', 125, __u32) in the kernel's fs/ext4/ext4.h.
+const EXT4_IOC_SHUTDOWN: u64 = 0x8004_587d;
+/// With nothing written before (EXT4_GOING_FLAGS_NOLOGFLUSH).
+static NOTHING_WRITTEN: u32 = 2;
 
 /// A mounted filesystem.
 #[derive(Debug)]
 pub(super) struct Filesystem {
     path: PathBuf,
     freeze: Mutex<Freeze>,
+    /// Nobody reads the disk after this guest.
+    temporary: bool,
 }
 
 /// Whether a filesystem is frozen.
@@ -54,7 +60,7 @@ impl Filesystem {
             };
             io::Error::new(error.kind(), format!("mount {device} as {kind}{with}: {error}{hint}"))
         });
-        let filesystem = Self::at(path);
+        let filesystem = Self { temporary: request.temporary, ..Self::at(path) };
         let prepared = mounted.and_then(|()| {
             if request.grow && !flags.contains(MsFlags::MS_RDONLY) {
                 let grown = filesystem.grow(bytes);
@@ -75,7 +81,7 @@ impl Filesystem {
 
     /// The filesystem that is mounted at `path`.
     pub(super) fn at(path: PathBuf) -> Self {
-        Self { path, freeze: Mutex::default() }
+        Self { path, freeze: Mutex::default(), temporary: false }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -102,6 +108,9 @@ impl Filesystem {
 
     /// Freezes it: blocks until everything is written back. If it was thawed meanwhile, it stays so.
     pub(super) fn freeze(&self) -> io::Result<()> {
+        if self.temporary {
+            return Ok(());
+        }
         {
             let mut freeze = lock(&self.freeze);
             if freeze.frozen.is_some() {
@@ -131,10 +140,11 @@ impl Filesystem {
         thaw(&mut freeze, &self.path);
     }
 
-    /// Writes everything back and unmounts it. Succeeds if it is not mounted any more.
+    /// Writes everything back, unless nobody reads it, and unmounts it. Succeeds if it is not mounted any more.
     pub(super) fn unmount(&self) -> io::Result<()> {
-        // What is written is safe even if the mount is in use.
         match File::open(&self.path) {
+            Ok(root) if self.temporary => shut_down(&root)?,
+            // What is written is safe even if the mount is in use.
             Ok(root) => syncfs(OwnedFd::from(root))?,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error),
@@ -157,6 +167,17 @@ impl Filesystem {
             Err(error) => return Err(error.into()),
         }
         crate::paths::allow_missing(fs::remove_dir(&self.path))
+    }
+}
+
+/// Makes an ext4 filesystem drop what is not written. An earlier call may have done so.
+fn shut_down(root: &File) -> io::Result<()> {
+    // SAFETY: the argument is a number of 32 bits, as the request says, and outlives the call.
+    let done = unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_SHUTDOWN as _, &raw const NOTHING_WRITTEN) };
+    match Errno::result(done) {
+        // ENOTTY: it has been unmounted, and this is the folder below.
+        Ok(_) | Err(Errno::ENOTTY) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Containers and their processes. [`service`] maps the calls of containerd's Task service onto [`Tasks`].
 
 mod container;
+mod copy_back;
 mod create;
 mod delete;
 mod events;

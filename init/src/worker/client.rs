@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
 use tokio::net::UnixDatagram;
 use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tracing::level_filters::LevelFilter;
 
 use super::{CONTROL_FD, GATE_FD, MESSAGE_MAX, NAME, Reply, Request};
@@ -31,18 +31,22 @@ const QUEUE_TIMEOUT: Duration = Duration::from_secs(25);
 /// with two hundred at once, all would miss their deadline.
 const WORKERS_PER_CPU: usize = 2;
 const WORKERS_MIN: usize = 4;
+/// Workers that may copy layers back at the same time. They take long, and must not keep the others waiting.
+const COPIES: usize = 2;
 
 #[derive(Debug)]
 pub(crate) struct Workers {
     reaper: Arc<Reaper>,
     log: LevelFilter,
     slots: Semaphore,
+    copies: Semaphore,
 }
 
 impl Workers {
     pub(crate) fn new(reaper: Arc<Reaper>, log: LevelFilter) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
-        Self { reaper, log, slots: Semaphore::new(WORKERS_MIN.max(WORKERS_PER_CPU * cpus)) }
+        let slots = Semaphore::new(WORKERS_MIN.max(WORKERS_PER_CPU * cpus));
+        Self { reaper, log, slots, copies: Semaphore::new(COPIES) }
     }
 
     /// Has a worker process `request`. `creation` ensures that the reaper keeps the exits of the processes that the
@@ -58,8 +62,31 @@ impl Workers {
         request: &Request,
         streams: ChildStreams,
     ) -> Result<Reply, CallError> {
+        let _slot = acquire_slot(&self.slots, QUEUE_TIMEOUT).await?;
+        self.run_within(OPERATION_TIMEOUT, creation, request, streams).await
+    }
+
+    /// Like [`Self::run`], for a request that copies files. It waits for other such requests only, and ends within `limit`.
+    pub(crate) async fn copy(
+        &self,
+        creation: &Creation,
+        request: &Request,
+        limit: Duration,
+    ) -> Result<Reply, CallError> {
+        let started = Instant::now();
+        let _slot = acquire_slot(&self.copies, limit).await?;
+        let left = limit.saturating_sub(started.elapsed());
+        self.run_within(left, creation, request, ChildStreams::default()).await
+    }
+
+    async fn run_within(
+        &self,
+        limit: Duration,
+        creation: &Creation,
+        request: &Request,
+        streams: ChildStreams,
+    ) -> Result<Reply, CallError> {
         let failed = |what: &str, source: io::Error| CallError::internal(format_args!("{what} a worker"), &source);
-        let _slot = acquire_slot(&self.slots).await?;
         let message = serde_json::to_vec(request).map_err(|e| failed("encode a request for", e.into()))?;
         let (pid, socket) = self.spawn(streams).map_err(|e| failed("start", e))?;
         let mut worker = Worker { pid, exit: creation.exit_of(pid), reaper: &self.reaper };
@@ -68,7 +95,7 @@ impl Workers {
             socket.send(&message).await.map_err(|e| failed("send a request to", e))?;
             worker.receive_reply(&socket).await
         };
-        match timeout(OPERATION_TIMEOUT, exchange).await {
+        match timeout(limit, exchange).await {
             Ok(Ok(Reply::Failed(error))) => Err(error),
             Ok(Ok(reply)) => Ok(reply),
             Ok(Err(error)) => {
@@ -77,7 +104,7 @@ impl Workers {
             }
             Err(_) => {
                 worker.kill();
-                let what = format!("a worker did not reply within {OPERATION_TIMEOUT:?}");
+                let what = format!("a worker did not reply within {limit:?}");
                 Err(CallError::new(FailureKind::DeadlineExceeded, what))
             }
         }
@@ -99,12 +126,12 @@ impl Workers {
     }
 }
 
-async fn acquire_slot(slots: &Semaphore) -> Result<SemaphorePermit<'_>, CallError> {
-    match timeout(QUEUE_TIMEOUT, slots.acquire()).await {
+async fn acquire_slot(slots: &Semaphore, limit: Duration) -> Result<SemaphorePermit<'_>, CallError> {
+    match timeout(limit, slots.acquire()).await {
         Ok(Ok(slot)) => Ok(slot),
         Ok(Err(closed)) => Err(CallError::internal("wait for a worker slot", &closed)),
         Err(_) => {
-            let what = format!("other operations kept all workers busy for {QUEUE_TIMEOUT:?}");
+            let what = format!("other operations kept all workers busy for {limit:?}");
             Err(CallError::new(FailureKind::DeadlineExceeded, what))
         }
     }
@@ -158,11 +185,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_worker_waits_for_a_free_slot_but_not_forever() {
         let slots = Semaphore::new(1);
-        let slot = acquire_slot(&slots).await.unwrap();
-        let late = acquire_slot(&slots).await.unwrap_err();
+        let slot = acquire_slot(&slots, QUEUE_TIMEOUT).await.unwrap();
+        let late = acquire_slot(&slots, QUEUE_TIMEOUT).await.unwrap_err();
         assert_eq!(late.kind, FailureKind::DeadlineExceeded);
         assert_eq!(late.message, "other operations kept all workers busy for 25s");
-        let (next, ()) = tokio::join!(acquire_slot(&slots), async { drop(slot) });
+        let (next, ()) = tokio::join!(acquire_slot(&slots, QUEUE_TIMEOUT), async { drop(slot) });
         assert!(next.is_ok());
     }
 }

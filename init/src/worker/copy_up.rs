@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use husk_protos::chain::Chain;
@@ -12,16 +12,14 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
 use nix::mount::{MsFlags, mount};
-use nix::sys::stat::{
-    FchmodatFlags, FileStat, Mode, SFlag, UtimensatFlags, fchmodat, fstatat, mkdirat, mknodat, utimensat,
-};
-use nix::sys::time::TimeSpec;
-use nix::unistd::{Gid, Uid, chown, fchownat, symlinkat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat, mknodat};
+use nix::unistd::{Gid, Uid, chown, symlinkat};
 use oci_spec::runtime::Spec;
 
 use super::mounts::CopyUp;
 use super::stage::Stage;
 use super::user_namespace::{self, Kind};
+use crate::attributes::Entry;
 use crate::cgroup;
 use crate::error::{CallError, FailureKind};
 
@@ -151,18 +149,11 @@ fn copy_file(from: &OwnedFd, to: &OwnedFd, name: &std::ffi::CStr, stat: &FileSta
     }
 }
 
-/// Copies owner, mode and times.
-fn copy_attributes(to: impl AsFd, name: &std::ffi::CStr, stat: &FileStat) -> io::Result<()> {
-    let to = to.as_fd();
-    let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-    fchownat(to, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
-    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFLNK {
-        // After the change of owner, which clears the set-user-ID bit. Nobody else can replace the new file by a link.
-        fchmodat(to, name, Mode::from_bits_truncate(stat.st_mode), FchmodatFlags::FollowSymlink)?;
-    }
-    let accessed = TimeSpec::new(stat.st_atime, stat.st_atime_nsec);
-    let modified = TimeSpec::new(stat.st_mtime, stat.st_mtime_nsec);
-    Ok(utimensat(to, name, &accessed, &modified, UtimensatFlags::NoFollowSymlink)?)
+/// Copies owner, mode and times. Nobody else can replace the new file by a link.
+fn copy_attributes(to: &OwnedFd, name: &std::ffi::CStr, stat: &FileStat) -> io::Result<()> {
+    let entry = Entry { folder: to, name };
+    entry.set_owner_and_mode(stat)?;
+    entry.set_times(stat)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 
 pub(crate) mod client;
 pub(crate) mod console;
+pub(crate) mod copy_back;
 mod copy_up;
 mod create;
 mod devices;
@@ -72,6 +73,8 @@ pub(crate) enum Request {
     Update { id: String },
     /// Remove a stopped container, and run the spec's poststop hooks.
     Delete { id: String },
+    /// Apply the upper layer of an overlay to the filesystem below it.
+    CopyBack { upper: copy_back::Folder, target: copy_back::Folder },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -82,6 +85,8 @@ pub(crate) enum Reply {
     Done,
     /// The container was updated. Names the limits that have no meaning in this guest, for the log.
     Updated(Vec<String>),
+    /// The layer was applied, except what the report names.
+    CopiedBack(copy_back::Report),
     /// The operation failed and left nothing behind.
     Failed(CallError),
 }

@@ -13,7 +13,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::level_filters::LevelFilter;
 
 use super::libcontainer::{call_error, load};
-use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, console, create, exec, start, update};
+use super::{CONTROL_FD, MESSAGE_MAX, Reply, Request, console, copy_back, create, exec, start, update};
 use crate::error::{CallError, FailureKind};
 use crate::{boot, log};
 
@@ -52,6 +52,7 @@ fn serve(request: &Request) -> Result<Reply, CallError> {
         Request::Exec { id, process, console } => exec::exec(id, process, console.as_deref()).map(Reply::Executed),
         Request::Update { id } => update::update(id).map(Reply::Updated),
         Request::Start { id } => start::start(id).map(|()| Reply::Done),
+        Request::CopyBack { upper, target } => copy_back::copy_back(upper, target).map(Reply::CopiedBack),
         Request::Delete { id } => {
             load(id)?.delete(false).map(|()| Reply::Done).map_err(|e| call_error("delete", id, &e))
         }
