@@ -51,14 +51,29 @@ pub(crate) enum FormatError {
     Create { path: PathBuf, source: io::Error },
 }
 
-/// Makes an ext4 filesystem on a blank file, and returns when the host's disk has it.
+/// Whether a filesystem survives a crash of its VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Life {
+    /// It has a journal, and the host's disk has the filesystem before it is used.
+    Lasting,
+    /// It ends with the VM, and needs neither.
+    OfVm,
+}
+
+/// Makes an ext4 filesystem on a blank file.
 ///
 /// # Errors
 /// See [`FormatError`].
-pub(super) async fn ext4(image: &Image) -> Result<(), FormatError> {
+pub(super) async fn ext4(image: &Image, life: Life) -> Result<(), FormatError> {
     // A blank file needs no zeroes for the journal. mke2fs knows by itself that it needs none for the tables of inodes.
-    let args = ["-q", "-F", "-t", "ext4", "-m", "0", "-E", "root_owner=0:0,lazy_journal_init=1"];
+    let mut args = vec!["-q", "-F", "-t", "ext4", "-m", "0", "-E", "root_owner=0:0,lazy_journal_init=1"];
+    if life == Life::OfVm {
+        args.extend(["-O", "^has_journal"]);
+    }
     run("mke2fs", &args, image.file()).await?;
+    if life == Life::Lasting {
+        sync(image.file()).await?;
+    }
     tracing::debug!(image = image.number(), "formatted");
     Ok(())
 }
@@ -102,6 +117,7 @@ pub(crate) async fn create(path: &Path, bytes: u64, fs_type: &str, uuid: Option<
         _ => {}
     }
     run(program, &args, &image).await?;
+    sync(&image).await?;
     let unnamed = Image::inherited(image.as_raw_fd());
     match linkat(AT_FDCWD, Path::new(&unnamed), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW) {
         // Another create has been faster.
@@ -110,7 +126,13 @@ pub(crate) async fn create(path: &Path, bytes: u64, fs_type: &str, uuid: Option<
     }
 }
 
-/// Runs a program on a file, the last argument, and returns when the host's disk has what it has written.
+/// Returns when the host's disk has what was written to a file.
+async fn sync(image: &File) -> Result<(), FormatError> {
+    let written = image.try_clone()?;
+    Ok(tokio::task::spawn_blocking(move || written.sync_all()).await.map_err(io::Error::other)??)
+}
+
+/// Runs a program on a file, the last argument.
 async fn run(program: &str, args: &[&str], image: &File) -> Result<(), FormatError> {
     run_with(program, args, image, &[]).await
 }
@@ -137,8 +159,6 @@ async fn run_with(program: &str, args: &[&str], image: &File, env: &[(&str, &str
     if !exit.0.success() {
         return Err(FormatError::Failed { program: program.to_owned(), exit, output: read(output)? });
     }
-    let written = image.try_clone()?;
-    tokio::task::spawn_blocking(move || written.sync_all()).await.map_err(io::Error::other)??;
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::GuestLayer;
-use super::format::{FormatError, ext4, ext4_to_encrypt};
+use super::format::{FormatError, Life, ext4, ext4_to_encrypt};
 use super::image::Image;
 use super::written;
 
@@ -42,7 +42,7 @@ pub(crate) async fn create(
     };
     let image = create().map_err(failed)?;
     if !encrypted {
-        ext4(&image).await?;
+        ext4(&image, Life::OfVm).await?;
         return Ok((image, None));
     }
     ext4_to_encrypt(&image).await?;

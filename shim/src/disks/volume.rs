@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::blank::{self, Content};
-use super::format::{FormatError, ext4};
+use super::format::{FormatError, Life, ext4};
 use super::image::{Access, Image, ImageError};
 
 /// The size of a new volume unless the request says otherwise, MiB.
@@ -81,7 +81,7 @@ pub(crate) async fn prepare(image: &Image, sizing: Sizing) -> Result<(), VolumeF
     let Some(mark) = examined.map_err(|error| VolumeFileError::Thread(io::Error::other(error)))?? else {
         return Ok(());
     };
-    let formatted = ext4(image).await;
+    let formatted = ext4(image, Life::Lasting).await;
     formatted.map_err(|source| VolumeFileError::Format { path: image.path().to_owned(), source })?;
     let done = tokio::task::spawn_blocking(move || mark.remove()).await;
     done.map_err(|error| VolumeFileError::Thread(io::Error::other(error)))?
