@@ -21,7 +21,7 @@ use ttrpc::{Code, get_status};
 
 use crate::guest::client::GuestError;
 use crate::rootfs::share::ShareError;
-use crate::sandbox::{DiskError, Sandbox, SandboxError};
+use crate::sandbox::{ChangesError, DiskError, Sandbox, SandboxError};
 use crate::state::StateError;
 use crate::state::images::ImageLeaseError;
 use crate::stdio::StdioError;
@@ -94,6 +94,7 @@ pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         Error::Disk(DiskError::Guest { source: GuestError::Call(ttrpc::Error::RpcStatus(status)), .. }) => {
             status.code()
         }
+        Error::Changes(ChangesError::Guest(GuestError::Call(ttrpc::Error::RpcStatus(status)))) => status.code(),
         Error::Disk(DiskError::Lease { source: ImageLeaseError::InUse(_), .. }) => Code::FAILED_PRECONDITION,
         Error::Stopping | Error::NotReady(_) | Error::NotStopped { .. } | Error::InitExited { .. } => {
             Code::FAILED_PRECONDITION
@@ -111,12 +112,14 @@ pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         | Error::Sockets(_)
         | Error::Affinity(_)
         | Error::Growth { .. }
+        | Error::Changes(ChangesError::Dead(_) | ChangesError::Guest(_))
         | Error::VmDead { .. } => Code::UNAVAILABLE,
         Error::State(_)
         | Error::Folder(_)
         | Error::Format(_)
         | Error::Share(_)
         | Error::Disk(_)
+        | Error::Changes(ChangesError::Incomplete { .. })
         | Error::Namespace(_)
         | Error::Cgroup(_)
         | Error::Holder(_)

@@ -7,12 +7,12 @@ use std::path::{Component, Path, PathBuf};
 use super::extras::{self, Extras};
 use super::names::{
     BALLOON_TARGET_MIB, DEBUG, DENIED_BY_DEFAULT, EXTRAS_FILES, MEMORY_MIB, NAMES, NETWORK, PATH, PORTS, PREFIX,
-    PROFILE, ROOT_HASHES, SCRATCH_ENCRYPTED, SCRATCH_MIB, SPARE_NICS, SUPERVISOR, VCPUS, VOLUMES, VSOCK, WATCH,
+    PROFILE, ROOT_HASHES, ROOTFS, SCRATCH_ENCRYPTED, SCRATCH_MIB, SPARE_NICS, SUPERVISOR, VCPUS, VOLUMES, VSOCK, WATCH,
     WORKSPACE,
 };
 use super::ports;
 use super::problem::Problem;
-use super::settings::{Config, NetworkMode, Profile};
+use super::settings::{Config, NetworkMode, Profile, RootfsMode};
 use super::values::{NO_BALLOON, memory_mib, one_of, scratch_mib, spare_nics, vcpus};
 use super::volumes::{self, VolumeRequest};
 use super::workspace::{self, Workspace};
@@ -55,6 +55,8 @@ pub(crate) struct Annotations {
     pub(crate) scratch_encrypted: bool,
     /// The root hashes that the layers of the container's root may have; any if there are none.
     pub(crate) root_hashes: Vec<Sha256Digest>,
+    /// How the guest gets the root filesystem; without it, the configuration decides.
+    pub(crate) rootfs: Option<RootfsMode>,
     /// Files for the guest itself, and whether the agent among them runs.
     pub(crate) extras: Extras,
     /// The workspace configuration that the metadata service returns, if this container boots the VM.
@@ -126,6 +128,7 @@ fn set(read: &mut Annotations, name: &str, value: &str, config: &Config, namespa
         ROOT_HASHES => read.root_hashes = root_hashes(value)?,
         SCRATCH_ENCRYPTED => read.scratch_encrypted = boolean(value)?,
         SCRATCH_MIB => read.scratch_mib = Some(scratch_mib(number()?)?),
+        ROOTFS => read.rootfs = Some(one_of(Some(value), &RootfsMode::NAMES)?),
         WORKSPACE => read.workspace = Some(Workspace::read(value, config.workspace_dir.as_deref(), namespace)?),
         SUPERVISOR => read.extras.supervisor = Some(boolean(value)?),
         // EXTRAS_FILES may have several problems, so `read` parses it.
@@ -196,6 +199,7 @@ mod tests {
             ("io.husk.scratch_mib", "64"),
             ("io.husk.scratch_encrypted", "true"),
             ("io.husk.root_hashes", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
+            ("io.husk.rootfs", "auto"),
             ("io.husk.extras.files", r#"{"/run/husk/supervisor": {"source": "/agent", "mode": "0755"}}"#),
             ("io.husk.supervisor", "false"),
             ("io.husk.workspace", "{}"),
@@ -220,6 +224,7 @@ mod tests {
             scratch_mib: Some(64),
             scratch_encrypted: true,
             root_hashes: root_hashes("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855").unwrap(),
+            rootfs: Some(RootfsMode::Auto),
             extras,
             workspace,
         };
@@ -264,7 +269,7 @@ mod tests {
         assert_eq!(
             read_pairs(&pairs, &config).unwrap_err(),
             [
-                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.balloon_target_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.watch, io.husk.volumes, io.husk.scratch_mib, io.husk.scratch_encrypted, io.husk.root_hashes, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
+                "annotation io.husk.cpus = \"1\": unknown annotation; the annotations are io.husk.vcpus, io.husk.profile, io.husk.memory_mib, io.husk.balloon_target_mib, io.husk.network_spare_nics, io.husk.debug, io.husk.vsock, io.husk.network, io.husk.ports, io.husk.watch, io.husk.volumes, io.husk.scratch_mib, io.husk.scratch_encrypted, io.husk.root_hashes, io.husk.rootfs, io.husk.workspace, io.husk.extras.files, io.husk.supervisor",
                 "annotation io.husk.debug = \"1\": must be true or false",
                 "annotation io.husk.extras.files[\"/dev/x\"] = {\"mode\":\"8\",\"source\":\"x\"}: the destination must be outside of /dev, which belongs to the kernel",
                 "annotation io.husk.extras.files[\"/dev/x\"].source = \"x\": must be an absolute path on the host",

@@ -8,10 +8,10 @@ use tracing::Level;
 
 use super::ids::IdRange;
 use super::kernel_params;
-use super::settings::{AccelMode, Config, HostPid, NetworkMode, Profile, StreamMode, VsockMode};
+use super::settings::{AccelMode, Config, HostPid, NetworkMode, Profile, RootfsMode, StreamMode, VsockMode};
 use super::values::{
     absolute, addresses, annotations, boolean, choice, digest, extras_max_mib, folders, integer, list, memory_mib,
-    milliseconds, open_files, pool, sockets, spare_nics, tcg_cache_mib, text, token_host, vcpus,
+    milliseconds, open_files, pool, scratch_mib, sockets, spare_nics, tcg_cache_mib, text, token_host, vcpus,
 };
 use crate::vmm::factory::boards;
 
@@ -28,7 +28,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 48] = [
+pub(crate) const KEYS: [ConfigKey; 51] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("max_vcpus", |config, value| put(&mut config.max_vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
@@ -104,6 +104,9 @@ pub(crate) const KEYS: [ConfigKey; 48] = [
     key("workspace_dir", |config, value| put(&mut config.workspace_dir, absolute(value).map(Some))),
     key("volume_dirs", |config, value| put(&mut config.volume_dirs, folders(value))),
     key("direct_volume_dir", |config, value| put(&mut config.direct_volume_dir, absolute(value).map(Some))),
+    key("rootfs", |config, value| put(&mut config.rootfs.mode, choice(value, &RootfsMode::NAMES))),
+    key("overlay_mib", |config, value| put(&mut config.rootfs.overlay_mib, integer(value).and_then(scratch_mib))),
+    key("copy_back_timeout_ms", |config, value| put(&mut config.rootfs.copy_back_timeout, milliseconds(value))),
     key("scratch_dir", |config, value| put(&mut config.scratch_dir, absolute(value))),
     key("sockets", |config, value| put(&mut config.sockets, sockets(value))),
 ];

@@ -48,8 +48,11 @@ pub(crate) const SCRATCH_ENCRYPTED: &str = "io.husk.scratch_encrypted";
 /// The root hashes that the verified layers of a container's root filesystem may have.
 pub(crate) const ROOT_HASHES: &str = "io.husk.root_hashes";
 
+/// `virtiofs`, `overlay` or `auto`: how the guest gets the root filesystem.
+pub(crate) const ROOTFS: &str = "io.husk.rootfs";
+
 /// All annotations.
-pub(crate) const NAMES: [&str; 17] = [
+pub(crate) const NAMES: [&str; 18] = [
     VCPUS,
     PROFILE,
     MEMORY_MIB,
@@ -64,6 +67,7 @@ pub(crate) const NAMES: [&str; 17] = [
     SCRATCH_MIB,
     SCRATCH_ENCRYPTED,
     ROOT_HASHES,
+    ROOTFS,
     WORKSPACE,
     EXTRAS_FILES,
     SUPERVISOR,

@@ -26,6 +26,11 @@ pub(crate) const MAX_VCPUS: u32 = 64;
 /// Where files of scratch disks are unless `scratch_dir` names another folder: on a disk of every host (FHS 3.0, 5.15).
 const SCRATCH_DIR: &str = "/var/tmp";
 
+/// The size of a disk for a container's changes, MiB: it takes no more of the host's disk than is written.
+const OVERLAY_MIB: u64 = 16 << 10;
+/// How long the guest may copy a container's changes.
+const COPY_BACK_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+
 /// How long a VM waits in the pool at most.
 const POOL_IDLE: Duration = Duration::from_secs(60 * 60);
 
@@ -93,6 +98,34 @@ pub enum HostPid {
     Reject,
     /// Its containers share a PID namespace of the pod's own.
     Pod,
+}
+
+/// The key `rootfs`: how the guest gets the root filesystem of a container whose snapshot is a folder of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RootfsMode {
+    /// The guest reads and writes the host's files.
+    Virtiofs,
+    /// The guest writes to a disk of the container, whose contents the host gets when the container exits or is paused.
+    Overlay,
+    /// The fastest one that no tool of the host notices.
+    Auto,
+}
+
+impl RootfsMode {
+    /// The values of the key and the annotation.
+    pub(crate) const NAMES: [(&str, Self); 3] =
+        [("virtiofs", Self::Virtiofs), ("overlay", Self::Overlay), ("auto", Self::Auto)];
+}
+
+/// Settings of root filesystems.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RootfsSettings {
+    /// How the guest gets them.
+    pub mode: RootfsMode,
+    /// The size of the disk for a container's changes, MiB.
+    pub overlay_mib: u64,
+    /// How long the guest may take to copy a container's changes to the host.
+    pub copy_back_timeout: Duration,
 }
 
 /// A number of virtual CPUs by purpose.
@@ -206,6 +239,8 @@ pub struct Config {
     pub volume_dirs: Vec<PathBuf>,
     /// The folder that describes direct-assigned volumes; without it, there are none.
     pub direct_volume_dir: Option<PathBuf>,
+    /// Root filesystems.
+    pub rootfs: RootfsSettings,
     /// The folder for the files of scratch disks.
     pub scratch_dir: PathBuf,
     /// The Unix sockets of the host that containers may mount.
@@ -261,6 +296,11 @@ impl Default for Config {
             workspace_dir: None,
             volume_dirs: Vec::new(),
             direct_volume_dir: None,
+            rootfs: RootfsSettings {
+                mode: RootfsMode::Virtiofs,
+                overlay_mib: OVERLAY_MIB,
+                copy_back_timeout: COPY_BACK_TIMEOUT,
+            },
             scratch_dir: SCRATCH_DIR.into(),
             sockets: Vec::new(),
         }

@@ -35,6 +35,8 @@ pub(crate) enum Kind {
     Device,
     /// Data that ends with the VM.
     Scratch,
+    /// The upper layer of a container's overlay. What is to stay of it is copied before the container ends.
+    Overlay,
 }
 
 impl Kind {
@@ -46,6 +48,7 @@ impl Kind {
             Self::Volume => "volume",
             Self::Device => "device",
             Self::Scratch => "scratch",
+            Self::Overlay => "overlay",
         }
     }
 }
@@ -60,6 +63,8 @@ pub(crate) struct GuestMount {
     pub(crate) grow: bool,
     /// What the guest sets up between the disk and its filesystem.
     pub(crate) layer: Option<GuestLayer>,
+    /// Nobody reads the disk after the guest.
+    pub(crate) temporary: bool,
 }
 
 /// What the guest sets up between a disk and its filesystem.

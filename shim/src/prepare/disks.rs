@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::config::annotations::Annotations;
 use crate::config::names;
 use crate::config::problem::Problem;
-use crate::config::settings::Config;
+use crate::config::settings::{Config, RootfsMode};
 use crate::config::volumes::VolumeRequest;
 use crate::host::digest::Sha256Digest;
 use crate::rootfs::plan::RootPlan;
@@ -21,6 +21,8 @@ pub(crate) struct RequestedDisks {
     pub(crate) scratch: Option<Scratch>,
     /// The root hashes that the layers of the root may have; any if there are none.
     root_hashes: Vec<Sha256Digest>,
+    /// How the guest is to get the root filesystem.
+    pub(super) rootfs: Option<RootfsMode>,
 }
 
 /// A disk for data that ends with the VM.
@@ -31,6 +33,18 @@ pub(crate) struct Scratch {
     pub(crate) folder: PathBuf,
     /// The guest encrypts it with a key of its own.
     pub(crate) encrypted: bool,
+}
+
+impl Scratch {
+    /// Checks the folder.
+    ///
+    /// # Errors
+    /// If it does not exist.
+    pub(super) fn check(&self) -> Result<(), Problem> {
+        let folder = self.folder.display().to_string();
+        let missing = || Problem::quoted("scratch_dir", &folder, "is not a folder of the host");
+        if self.folder.is_dir() { Ok(()) } else { Err(missing()) }
+    }
 }
 
 impl RequestedDisks {
@@ -46,12 +60,7 @@ impl RequestedDisks {
             let why = format!("there is no scratch disk: set {}", names::SCRATCH_MIB);
             problems.push(Problem::quoted(format!("annotation {}", names::SCRATCH_ENCRYPTED), "true", why));
         }
-        if let Some(Scratch { folder, .. }) = &scratch
-            && !folder.is_dir()
-        {
-            let folder = folder.display().to_string();
-            problems.push(Problem::quoted("scratch_dir", &folder, "is not a folder of the host"));
-        }
+        problems.extend(scratch.as_ref().and_then(|scratch| scratch.check().err()));
         let taken = |path: &Path| rewritten.mounts_any(&[&path.to_string_lossy()]);
         let volumes = annotations.volumes.iter().map(|volume| (names::VOLUMES, volume.destination.as_path()));
         let scratches = scratch.iter().map(|_| (names::SCRATCH_MIB, Path::new(SCRATCH)));
@@ -63,8 +72,12 @@ impl RequestedDisks {
                 "the spec mounts something else there",
             ));
         }
-        let root_hashes = annotations.root_hashes.clone();
-        let requested = Self { volumes: annotations.volumes.clone(), scratch, root_hashes };
+        let requested = Self {
+            volumes: annotations.volumes.clone(),
+            scratch,
+            root_hashes: annotations.root_hashes.clone(),
+            rootfs: annotations.rootfs,
+        };
         if problems.is_empty() { Ok(requested) } else { Err(problems) }
     }
 

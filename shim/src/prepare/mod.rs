@@ -13,6 +13,7 @@
 //! | `pod.rs`       | what the CRI plugin says of a pod (pure)                             |
 //! | `pod_files.rs` | the files that a pod's containers find in `/etc`                     |
 //! | `pooled.rs`    | VMs of the pool: what they are booted with, and whom they serve      |
+//! | `root.rs`      | how the guest gets the root filesystem                               |
 //! | `sandbox.rs`   | what containerd's Sandbox API says of a sandbox (pure)               |
 //! | `size.rs`      | the size of the VM (pure)                                            |
 //! | `sysctls.rs`   | the sysctls of a pod without a pause container (pure)                |
@@ -28,6 +29,7 @@ pub(crate) mod overhead;
 mod pod;
 mod pod_files;
 pub(crate) mod pooled;
+pub(crate) mod root;
 mod sandbox;
 pub(crate) mod size;
 mod sysctls;
@@ -63,10 +65,11 @@ pub(crate) use crate::prepare::network::RequestedNetwork;
 use crate::prepare::pod::Role;
 use crate::prepare::pod_files::Node;
 pub(crate) use crate::prepare::pod_files::{PodFile, RESOLV_CONF};
+use crate::prepare::root::PlannedRoot;
 use crate::prepare::sandbox::SandboxRequest;
 use crate::prepare::size::Size;
 use crate::rootfs::direct;
-use crate::rootfs::plan::{self, HostRoot, HostView, RootPlan};
+use crate::rootfs::plan::{self, HostView, RootFacts};
 use crate::rootfs::socket;
 use crate::rootfs::spec::parse::{Parsed, parse};
 use crate::rootfs::spec::resources::HostResources;
@@ -91,8 +94,8 @@ impl PrepareError {
 pub struct Prepared {
     /// The spec for the guest, and what the host does for the container.
     pub rewritten: Rewritten,
-    /// Where its root comes from.
-    pub(crate) root: RootPlan,
+    /// Its root filesystem.
+    pub(crate) root: PlannedRoot,
     /// What the spec contains, but husk does not know, for the log.
     pub(crate) ignored: Vec<String>,
     /// The runtime's options that have nothing to do here, for the log.
@@ -139,6 +142,14 @@ impl Prepared {
     /// How long the guest may take to end what has to end.
     pub(crate) fn kill_timeout(&self) -> Duration {
         self.boot.config.kill_timeout
+    }
+
+    fn root_facts(&self) -> RootFacts {
+        RootFacts {
+            read_only: self.rewritten.read_only,
+            of_pods_sandbox: self.role == Role::Sandbox,
+            of_kubernetes: self.role == Role::Container,
+        }
     }
 
     /// Whether it is a pod's sandbox container.
@@ -280,7 +291,10 @@ fn prepare_with(
     match (prepare_spec(config, places, subject, sandbox, siblings), root) {
         (Ok(mut prepared), Ok(root)) => {
             prepared.disks.check_root(&root).map_err(all)?;
-            prepared.boot.machine.guest.disks |= matches!(root, RootPlan::Guest(_));
+            let config = &prepared.boot.config;
+            let mode = prepared.disks.rootfs.unwrap_or(config.rootfs.mode);
+            let root = PlannedRoot::decide(root, mode, prepared.root_facts(), config).map_err(all)?;
+            prepared.boot.machine.guest.disks |= root.needs_disks();
             Ok(Prepared { root, ..prepared })
         }
         (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
@@ -361,7 +375,7 @@ fn prepare_spec(
     }
     Ok(Prepared {
         rewritten,
-        root: RootPlan::Host(HostRoot::default()),
+        root: PlannedRoot::none(),
         ignored,
         ignored_options: Vec::new(),
         boot,

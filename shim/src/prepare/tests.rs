@@ -45,6 +45,7 @@ struct Booted {
     qemu: PathBuf,
     args: Vec<String>,
     pool: PoolSettings,
+    root: PlannedRoot,
 }
 
 impl TestHost {
@@ -123,7 +124,8 @@ impl TestHost {
         let Board::Qemu(board) = prepared.boot.config.board;
         let args = arguments(&plan.spec, board, &FDS);
         let pool = prepared.boot.config.pool;
-        Ok(Booted { plan, spec: prepared.rewritten.spec, qemu: prepared.boot.host.vmm, args, pool })
+        let (root, qemu) = (prepared.root, prepared.boot.host.vmm);
+        Ok(Booted { plan, spec: prepared.rewritten.spec, qemu, args, pool, root })
     }
 }
 
@@ -142,6 +144,12 @@ fn word(outcome: &Outcome, beginning: &str) -> String {
 /// A property of what would be booted, or why nothing is.
 fn booted(outcome: &Outcome, show: fn(&Booted) -> String) -> String {
     outcome.as_ref().map_or_else(Clone::clone, show)
+}
+
+/// A property of the overlay.
+fn overlay(outcome: &Outcome, show: fn(&root::Overlay) -> String) -> String {
+    let overlay = outcome.as_ref().map(|booted| booted.root.overlay.as_ref().map(show));
+    overlay.map_or_else(Clone::clone, |shown| shown.unwrap_or_default())
 }
 
 /// A key, a value, the property that the value changes, and the property's expected beginning.
@@ -271,6 +279,14 @@ const PROOFS: &[Proof] = &[
     ("volume_dirs", "[\"{host}/other\"]", |o| booted(o, |b| b.plan.spec.guest.disks.to_string()), "true"),
     ("direct_volume_dir", "\"{host}/other/direct\"", |o| booted(o, |b| b.plan.spec.guest.disks.to_string()), "true"),
     (
+        "rootfs",
+        "\"overlay\"",
+        |o| booted(o, |b| format!("{:?} {}", b.root.choice.kind, b.plan.spec.guest.disks)),
+        "Overlay true",
+    ),
+    ("overlay_mib", "64", |o| overlay(o, |overlay| overlay.scratch.mib.to_string()), "64"),
+    ("copy_back_timeout_ms", "8", |o| overlay(o, |overlay| format!("{:?}", overlay.timeout)), "8ms"),
+    (
         "scratch_dir",
         "\"/none\"",
         |o| booted(o, |_| "a VM".to_owned()),
@@ -290,6 +306,8 @@ const WITH: &[(&str, (&str, &str))] = &[
     ("volume_dirs", ("io.husk.volumes", r#"[{"source": "{host}/other/a.img", "destination": "/data"}]"#)),
     ("direct_volume_dir", (MOUNTED, "{host}/other")),
     ("scratch_dir", ("io.husk.scratch_mib", "64")),
+    ("overlay_mib", ("io.husk.rootfs", "overlay")),
+    ("copy_back_timeout_ms", ("io.husk.rootfs", "overlay")),
     ("extras_max_mib", ("io.husk.extras.files", r#"{"/x": {"source": "{host}/other/workspace", "mode": "0644"}}"#)),
 ];
 

@@ -9,6 +9,7 @@ use containerd_shim_protos::api::{
     KillRequest, PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, StateRequest, StateResponse,
     StatsRequest, StatsResponse,
 };
+use husk_protos::chain::Chain;
 use protobuf::well_known_types::timestamp::Timestamp;
 
 use crate::sandbox::container::guest_reply;
@@ -99,10 +100,21 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Freezes all processes of a container.
+    /// Freezes all processes of a container. When this returns, the host has all changes of its root filesystem; if it
+    /// cannot have them, the processes run again.
     pub(crate) async fn pause(&self, request: PauseRequest) -> Result<(), SandboxError> {
         let (container, vm) = (self.container(&request.id)?, self.live_vm()?);
         container.request(Request::Pause, vm.guest.task.pause(vm.guest.context(), &request)).await?;
+        let Some(changes) = &container.root.changes else { return Ok(()) };
+        if let Err(error) = changes.copy_paused().await {
+            let resumed = self.resume(ResumeRequest { id: request.id, ..Default::default() }).await;
+            if let Err(error) = resumed
+                && vm.cause_of_death().is_none()
+            {
+                tracing::error!(container = container.id, error = %Chain(&error), "failed to resume the container");
+            }
+            return Err(error.into());
+        }
         Ok(())
     }
 

@@ -12,7 +12,7 @@ use husk_protos::chain::Chain;
 use crate::guest::client::GuestError;
 use crate::prepare;
 use crate::prepare::{Attachments, Prepared, Siblings};
-use crate::sandbox::container::Container;
+use crate::sandbox::container::{Container, Root};
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::holder::{join_cgroup, watch_holder};
 use crate::sandbox::hooks;
@@ -99,9 +99,11 @@ impl Sandbox {
         self.lease_volumes(&id, &prepared.rewritten.binds).await;
         hooked?;
         let below = std::mem::take(&mut places.below);
+        let in_guest = prepared.root.in_guest(&id, &places.root);
+        let share_root = std::mem::replace(&mut places.root, in_guest);
         prepared.rewritten.place(places);
         self.complete_share(&vm, &share, &id).await?;
-        let disk_root = self.attach_root(&vm, &id, &prepared.root).await?;
+        let (disk_root, changes) = self.attach_root(&vm, &id, &prepared.root, &share_root).await?;
         self.attach_disks(&vm, &id, &mut prepared).await?;
         // The hooks may have added links after the boot has looked for some.
         vm.settle_network().await?;
@@ -120,7 +122,8 @@ impl Sandbox {
         let in_vms_network = prepared.rewritten.in_vms_network();
         let ends_with_init = prepared.rewritten.ends_with_init();
         let publisher = self.publisher.clone();
-        let container = Container::new(request, subject, in_vms_network, ends_with_init, poststart, publisher);
+        let root = Root { choice: prepared.root.choice, changes };
+        let container = Container::new(request, subject, in_vms_network, ends_with_init, poststart, root, publisher);
         // Register the container before the guest creates it: its first events may arrive before the response.
         self.lock().containers.insert(id, ContainerSlot::Ready(container.clone()));
         let pid = self.create_in_guest(&vm, &guest_request, prepared.rewritten.read_only).await?;

@@ -67,9 +67,10 @@ impl Disks {
         self.table().disks.clear();
     }
 
-    /// Whether the guest may have something to write to a disk.
+    /// Whether the guest may have something to write to a disk that outlives the container.
     pub(super) fn any_writable(&self) -> bool {
-        self.table().disks.iter().any(|disk| disk.access == Access::Exclusive)
+        let matters = |disk: &Disk| disk.access == Access::Exclusive && disk.kind != Kind::Overlay;
+        self.table().disks.iter().any(matters)
     }
 
     /// Whether the VM has a scratch disk that its guest does not encrypt.

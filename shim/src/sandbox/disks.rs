@@ -277,8 +277,8 @@ async fn attach_in_guest(
 }
 
 /// A mount in the words of the protocol.
-fn guest_mount(GuestMount { fs_type, flags, data, grow, layer }: GuestMount) -> DiskMount {
-    let mut mount = DiskMount { type_: fs_type, flags, data, grow, ..Default::default() };
+fn guest_mount(GuestMount { fs_type, flags, data, grow, layer, temporary }: GuestMount) -> DiskMount {
+    let mut mount = DiskMount { type_: fs_type, flags, data, grow, temporary, ..Default::default() };
     match layer {
         None => {}
         Some(GuestLayer::Verified(Verity { root_hash, hash_offset })) => {

@@ -57,6 +57,7 @@ impl Sandbox {
             process.discard();
             return Ok(response);
         }
+        container.changes_finished().await;
         container.finish_output().await;
         if tokio::time::timeout(EVENT_LAG, container.delete_published()).await.is_err() {
             tracing::warn!(container = id, "the guest did not report the deletion");

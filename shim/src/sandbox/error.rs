@@ -10,6 +10,7 @@ use crate::network::NetworkError;
 use crate::prepare::PrepareError;
 use crate::rootfs::plan::FolderError;
 use crate::rootfs::share::ShareError;
+use crate::sandbox::container::changes::ChangesError;
 use crate::sandbox::container::guest_reply::InvalidReply;
 use crate::sandbox::disk_error::DiskError;
 use crate::state::StateError;
@@ -83,6 +84,9 @@ pub(crate) enum SandboxError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The changes of a root filesystem.
+    #[error(transparent)]
+    Changes(#[from] ChangesError),
     /// The sandbox's network namespace.
     #[error(transparent)]
     Namespace(#[from] NetworkError),

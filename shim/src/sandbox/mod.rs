@@ -34,6 +34,7 @@ mod waited;
 mod watch;
 mod without_guest;
 
+pub(crate) use container::changes::ChangesError;
 pub(crate) use disk_error::DiskError;
 pub(crate) use error::SandboxError;
 pub(crate) use registry::Sandbox;

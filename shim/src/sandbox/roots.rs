@@ -1,4 +1,4 @@
-//! Root filesystems that consist of disks: their images are created if necessary, attached, and described to the guest.
+//! Root filesystems that the guest mounts: their disks are created if necessary, attached, and described to the guest.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,23 +6,44 @@ use std::sync::Arc;
 use husk_protos::bundle::{self, DiskFolder, DiskRoot};
 
 use crate::disks::image::{Access, Image};
-use crate::disks::{GuestLayer, GuestMount, Kind, NewDisk, format};
+use crate::disks::{GuestLayer, GuestMount, Kind, NewDisk, format, scratch};
+use crate::prepare::disks::Scratch;
+use crate::prepare::root::{Overlay, PlannedRoot};
 use crate::rootfs::plan::{GuestRoot, NewFolder, Place, RootDisk, RootPlan, Top};
+use crate::sandbox::container::changes::Changes;
 use crate::sandbox::disk_error::DiskError;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
 use crate::sandbox::thread::blocking;
 use crate::vm::Vm;
 
+/// The folders of a disk for changes.
+const UPPER: &str = "upper";
+const WORK: &str = "work";
+/// Options of an overlay. `volatile`: the disk ends with the VM, so that nothing has to reach the host's disk. Without the
+/// others, the upper layer could refer to the files below it, and would be no complete description of the changes.
+const OPTIONS: [&str; 4] = ["volatile", "index=off", "metacopy=off", "redirect_dir=off"];
+
+/// What the guest mounts for a root, and what it has to copy back of it.
+type Attached = (Option<DiskRoot>, Option<Arc<Changes>>);
+
 impl Sandbox {
-    /// Attaches the disks of a container's root, if it has any. Returns what the guest mounts.
+    /// Attaches the disks of a container's root, if it has any. `share` is where the guest finds the root in the share.
     pub(super) async fn attach_root(
         &self,
         vm: &Arc<Vm>,
         id: &str,
-        plan: &RootPlan,
-    ) -> Result<Option<DiskRoot>, SandboxError> {
-        let RootPlan::Guest(root) = plan else { return Ok(None) };
+        root: &PlannedRoot,
+        share: &Path,
+    ) -> Result<Attached, SandboxError> {
+        match (&root.plan, &root.overlay) {
+            (RootPlan::Guest(root), _) => Ok((Some(self.attach_disks_of_root(vm, id, root).await?), None)),
+            (RootPlan::Host(_), Some(overlay)) => self.attach_overlay(vm, id, overlay, share).await,
+            (RootPlan::Host(_), None) => Ok((None, None)),
+        }
+    }
+
+    async fn attach_disks_of_root(&self, vm: &Arc<Vm>, id: &str, root: &GuestRoot) -> Result<DiskRoot, SandboxError> {
         let mut paths = Vec::new();
         for disk in &root.disks {
             if let Some(format) = &disk.format {
@@ -36,12 +57,43 @@ impl Sandbox {
                 fs_type: disk.fs_type.clone(),
                 flags: disk.flags.bits(),
                 data: disk.data.clone(),
-                grow: false,
                 layer: disk.verity.map(GuestLayer::Verified),
+                ..GuestMount::default()
             };
             paths.push(self.attach_disk(vm, id, NewDisk::new(kind, image, Some(mount))).await?.guest_path);
         }
-        Ok(Some(disk_root(root, &paths)))
+        Ok(disk_root(root, &paths))
+    }
+
+    /// Attaches a new disk for the changes to a root in the share.
+    async fn attach_overlay(
+        &self,
+        vm: &Arc<Vm>,
+        id: &str,
+        overlay: &Overlay,
+        share: &Path,
+    ) -> Result<Attached, SandboxError> {
+        let Scratch { mib, folder, encrypted } = &overlay.scratch;
+        let (image, layer) = scratch::create(folder, *mib, *encrypted).await.map_err(DiskError::from)?;
+        let mount = GuestMount { fs_type: "ext4".to_owned(), layer, temporary: true, ..GuestMount::default() };
+        let disk = self.attach_disk(vm, id, NewDisk::new(Kind::Overlay, image, Some(mount))).await?.guest_path;
+        let folder = |path: &str| DiskFolder { disk: text(&disk), path: path.to_owned(), ..Default::default() };
+        let below = DiskFolder { disk: text(share), ..Default::default() };
+        let new_folder =
+            |path| bundle::NewFolder { folder: Some(folder(path)).into(), mode: 0o755, ..Default::default() };
+        let root = DiskRoot {
+            folders: vec![new_folder(UPPER), new_folder(WORK)],
+            lower: vec![below.clone()],
+            overlay: true,
+            upper: Some(folder(UPPER)).into(),
+            work: Some(folder(WORK)).into(),
+            options: OPTIONS.map(str::to_owned).to_vec(),
+            attributes_of: Some(below.clone()).into(),
+            ..Default::default()
+        };
+        let recent = self.recent().clone();
+        let changes = Changes::new(vm.clone(), recent, id, [folder(UPPER), below], overlay.timeout);
+        Ok((Some(root), Some(Arc::new(changes))))
     }
 }
 

@@ -37,7 +37,7 @@ impl Sandbox {
     /// Creates the folders that the mounts of the root require.
     pub(super) async fn mount(&self, share: &Share, id: &str, prepared: &Prepared) -> Result<Places, SandboxError> {
         let (share, journal) = (share.clone(), self.journal.clone());
-        let (id, root, rewritten) = (id.to_owned(), prepared.root.clone(), prepared.rewritten.clone());
+        let (id, root, rewritten) = (id.to_owned(), prepared.root.plan.clone(), prepared.rewritten.clone());
         blocking("mount", move || {
             let mut record = |owner: &Owner, steps: Vec<Step>| journal.record(owner, steps);
             let root = match &root {

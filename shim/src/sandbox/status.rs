@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use crate::console::GuestLogs;
 use crate::guest::report;
+use crate::sandbox::container::Container;
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
 use crate::state::State;
 use crate::state::recent::Recent;
 use crate::state::status;
-use crate::state::status::{ContainerStatus, HealthStatus, List, Live, Status, Summary};
+use crate::state::status::{ContainerStatus, HealthStatus, List, Live, RootStatus, Status, Summary};
 use crate::vm::Vm;
 
 /// Why an operator's request cannot be met.
@@ -103,7 +104,18 @@ impl Sandbox {
         let supervisor = vm.health().supervisor().borrow().as_ref().map(report::supervisor_status);
         let shared_volumes = self.shared_volumes().await;
         let (memory, files) = (Some(vm.memory_status().await), Some(vm.files_status()));
-        let (watches, disks) = (self.watches.status(), self.disks.status());
-        Live { health: Some(health), supervisor, network, memory, files, shared_volumes, watches, disks }
+        let (watches, disks, roots) = (self.watches.status(), self.disks.status(), self.root_statuses());
+        Live { health: Some(health), supervisor, network, memory, files, shared_volumes, watches, disks, roots }
+    }
+
+    fn root_statuses(&self) -> Vec<RootStatus> {
+        let status = |container: &Arc<Container>| RootStatus {
+            container: container.id.clone(),
+            kind: container.root.choice.kind.name().to_owned(),
+            reason: container.root.choice.why.to_owned(),
+        };
+        let mut roots: Vec<RootStatus> = self.containers().iter().map(status).collect();
+        roots.sort_by(|a, b| a.container.cmp(&b.container));
+        roots
     }
 }

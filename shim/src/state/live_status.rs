@@ -24,6 +24,18 @@ pub struct DiskStatus {
     pub containers: Vec<String>,
 }
 
+/// How the VM gets the root filesystem of a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RootStatus {
+    /// The container.
+    pub container: String,
+    /// `virtiofs`, `overlay` or `disks`.
+    pub kind: String,
+    /// Why.
+    pub reason: String,
+}
+
 /// The sources whose changes by the host reach programs in the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]

@@ -16,7 +16,7 @@ use crate::state::facts::{Boot, MachineRecord, Milestone};
 use crate::state::life;
 use crate::state::life::{Life, VmState};
 use crate::state::links::NetworkStatus;
-pub use crate::state::live_status::{DiskStatus, FilesStatus, MemoryStatus, WatchStatus, WatchedVolume};
+pub use crate::state::live_status::{DiskStatus, FilesStatus, MemoryStatus, RootStatus, WatchStatus, WatchedVolume};
 use crate::state::store::State;
 use crate::state::volumes::SharedVolume;
 
@@ -112,6 +112,9 @@ pub struct Live {
     /// The disks that containers use. Absent from the JSON when empty.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskStatus>,
+    /// The root filesystems of the containers. Absent from the JSON when empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub roots: Vec<RootStatus>,
 }
 
 /// A sandbox's shim.

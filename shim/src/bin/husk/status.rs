@@ -6,8 +6,8 @@ use std::io::{self, Write};
 use anyhow::Result;
 use husk_shim::state::life::now_ms;
 use husk_shim::state::status::{
-    ContainerStatus, DiskStatus, FilesStatus, HealthStatus, MachineStatus, MemoryStatus, ProcessStatus, Status,
-    SupervisorStatus, TransitionStatus, WatchedVolume,
+    ContainerStatus, DiskStatus, FilesStatus, HealthStatus, MachineStatus, MemoryStatus, ProcessStatus, RootStatus,
+    Status, SupervisorStatus, TransitionStatus, WatchedVolume,
 };
 use husk_shim::state::volumes::SharedVolume;
 
@@ -61,6 +61,9 @@ fn page(known: &Known<Status>, now_ms: u64) -> String {
         if let Some(problem) = &open.problem {
             line("WARNING", format!("the share does not respond: virtiofsd {}", shown(problem)));
         }
+    }
+    for RootStatus { container, kind, reason } in live.iter().flat_map(|live| &live.roots) {
+        line("root", format!("of {}: {} ({})", shown(container), shown(kind), shown(reason)));
     }
     for attached in live.iter().flat_map(|live| &live.disks) {
         line("disk", disk(attached));
@@ -273,6 +276,7 @@ mod tests {
             "disks": [{"serial": "volume-1\u{1b}", "path": "/v/pg.img", "bytes": 33_554_432, "state": "mounted",
                 "containers": ["web"]}, {"serial": "layer-2", "path": "/l", "read_only": true, "bytes": 1 << 20,
                 "state": "mounted", "protection": "verified\u{1b}", "containers": ["web"]}],
+            "roots": [{"container": "web\u{1b}", "kind": "overlay", "reason": "configured"}],
             "files": {"open": 700, "limit": 20000, "configured": 131_072},
             "network": {"netns": "/run/netns/web", "links": [{"mac": "02:00:00:00:00:01",
                 "guest": {"name": "eth0", "mtu": 1500, "up": true, "carrier": true}}]},
@@ -303,6 +307,7 @@ mod tests {
             "WARNING     sandbox db in namespace default can write to /srv/a^[ too: file locks and inotify do not work between two VMs",
             "disk        volume-1^[: /v/pg.img, 32 MiB, read-write, mounted for web",
             "disk        layer-2: /l, 1 MiB, read-only, verified^[, mounted for web",
+            "root        of web^[: overlay (configured)",
             "watched     /srv/c^[: 7 changes reported, 1 lost",
             "watched     /srv/d: not watched: no^G; 0 changes reported, 0 lost",
             "WARNING     the kernel's queue of changes has overflowed 2 times",

@@ -3,6 +3,7 @@
 //!
 //! | file          | contents                                                                 |
 //! |---------------|--------------------------------------------------------------------------|
+//! | `choice.rs`   | how the guest gets a root of the host's folders                          |
 //! | `guest.rs`    | roots of disks                                                           |
 //! | `host.rs`     | roots of the host's folders, and the only effects here: they are created |
 //! | `options.rs`  | the options of filesystems, and those of containerd's mount manager      |
@@ -18,6 +19,7 @@
 //! `format/mkdir/overlay`, and mounts those on which they depend. husk claims what it does itself ([`TYPES`] and
 //! [`TRANSFORMS`]). containerd keeps the numbers of mounts only if it mounts none itself, so husk claims all of them.
 
+mod choice;
 mod guest;
 mod host;
 mod options;
@@ -28,6 +30,7 @@ mod view;
 
 use containerd_shim_protos::types::mount::Mount;
 
+pub(crate) use self::choice::{RootChoice, RootFacts, RootKind, choose};
 pub(crate) use self::host::{FolderError, create_folders};
 pub(crate) use self::options::{NewFolder, is_known as is_known_option};
 use self::part::Part;

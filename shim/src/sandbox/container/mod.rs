@@ -26,10 +26,12 @@ use ttrpc::Code;
 
 use crate::containerd::publisher::Publisher;
 use crate::host::hooks::{Hook, Subject};
+use crate::rootfs::plan::RootChoice;
 use crate::rootfs::spec::Sibling;
 use crate::state::status::ProcessStatus;
 use crate::stdio::Stdio;
 
+pub(crate) mod changes;
 pub(crate) mod guest_event;
 pub(crate) mod guest_reply;
 pub(crate) mod order;
@@ -38,12 +40,21 @@ mod publish;
 #[cfg(test)]
 mod tests;
 
+use changes::Changes;
 use guest_event::TaskChange;
 use order::{IllegalEvent, Request, Requested};
 use process::{EXIT_RECORDED, Exit, Process};
 
 /// Exit status of a process that dies with its VM: as if killed by SIGKILL.
 const KILLED: u32 = 137;
+
+/// A container's root filesystem.
+pub(super) struct Root {
+    /// How the guest gets it.
+    pub(super) choice: RootChoice,
+    /// What the guest copies to the host, if it writes elsewhere.
+    pub(super) changes: Option<Arc<Changes>>,
+}
 
 /// A container that exists in the guest, or existed until the VM died.
 pub(crate) struct Container {
@@ -56,6 +67,7 @@ pub(crate) struct Container {
     ends_with_init: AtomicBool,
     /// The hooks that follow its start.
     pub(super) poststart: Vec<Hook>,
+    pub(super) root: Root,
     /// containerd's request.
     request: CreateTaskRequest,
     publisher: Publisher,
@@ -77,6 +89,7 @@ impl Container {
         in_vms_network: bool,
         ends_with_init: bool,
         poststart: Vec<Hook>,
+        root: Root,
         publisher: Publisher,
     ) -> Arc<Self> {
         let init = Arc::new(Process::new("", Stdio::from(&request), subject.pid));
@@ -86,6 +99,7 @@ impl Container {
             in_vms_network,
             ends_with_init: AtomicBool::new(ends_with_init),
             poststart,
+            root,
             request,
             publisher,
             processes: Mutex::new(HashMap::from([(String::new(), init)])),
@@ -146,6 +160,15 @@ impl Container {
             process.finish_output().await;
         }))
         .await;
+    }
+
+    /// Waits until the changes of the root filesystem are on the host, if the guest writes them elsewhere. `EXIT_RECORDED`
+    /// limits how long the exit may take to arrive, and the copy has a limit of its own.
+    pub(super) async fn changes_finished(&self) {
+        let Some((init, _)) = self.process("").zip(self.root.changes.as_ref()) else { return };
+        if tokio::time::timeout(EXIT_RECORDED, init.exit_reported()).await.is_ok() {
+            init.exited().await;
+        }
     }
 
     /// The processes for an operator's status, the init process first.
@@ -222,6 +245,9 @@ impl Container {
         match change {
             TaskChange::Created { .. } => self.publish(topics::TASK_CREATE_EVENT_TOPIC, &self.created(pid), at).await,
             TaskChange::Started { .. } => {
+                if let Some(changes) = &self.root.changes {
+                    changes.note_start();
+                }
                 let event = TaskStart { container_id, pid, ..Default::default() };
                 self.publish(topics::TASK_START_EVENT_TOPIC, &event, at).await;
             }
@@ -324,6 +350,7 @@ impl Container {
         // Complete: the guest reports the exits of execs before the exit of the init process.
         let mut execs = if is_init { std::mem::take(&mut *pending) } else { JoinSet::new() };
         let (container_id, publisher) = (self.id.clone(), self.publisher.clone());
+        let changes = self.root.changes.clone().filter(|_| is_init);
         pending.spawn(async move {
             if !process.drained().await {
                 tracing::warn!(
@@ -333,6 +360,10 @@ impl Container {
                 );
             }
             while execs.join_next().await.is_some() {}
+            if let Some(changes) = changes {
+                // Before a client looks at the snapshot, or deletes the container.
+                changes.finish().await;
+            }
             // As with runc, the PID is gone when a client learns of the exit.
             process.end_representation().await;
             if !process.record_exit(exit.clone()) {

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::containerd::publisher::Kept;
+use crate::rootfs::plan::RootKind;
 use crate::stdio::Output;
 
 /// PID of the container's holder.
@@ -17,7 +18,9 @@ fn container() -> (Arc<Container>, Kept) {
     let (publisher, kept) = Publisher::kept();
     let subject = Subject { id: "c".into(), bundle: "/bundle".into(), annotations: Default::default(), pid: HOLDER };
     let request = CreateTaskRequest { id: "c".into(), ..Default::default() };
-    let container = Container::new(request, subject, true, true, Vec::new(), publisher);
+    let choice = RootChoice { kind: RootKind::Virtiofs, why: "configured" };
+    let root = Root { choice, changes: None };
+    let container = Container::new(request, subject, true, true, Vec::new(), root, publisher);
     container.process("").unwrap().set_guest_pid(1);
     (container, kept)
 }
