@@ -47,7 +47,7 @@ async fn a_jailed_program_has_its_own_user_and_namespaces_and_no_privileges() {
     let user = User { uid: 65534, gid: 65533, groups: vec![7] };
     let namespaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNET;
     let loader = Loader::unreadable(Path::new("/bin/bash")).unwrap();
-    let jail = Jail { namespaces, user: Some(user), loader, filter: None };
+    let jail = Jail { namespaces, user: Some(user), loader, filter: None, capabilities: None, read_only: false };
     // The other end tells when the program may go on.
     let (ours, theirs) = UnixStream::pair().unwrap();
     let script = format!("echo $$; while read line; do echo \"$line\"; done </proc/self/status; read <&{FIRST_FD}");
@@ -74,7 +74,14 @@ async fn a_jailed_program_has_its_own_user_and_namespaces_and_no_privileges() {
 async fn programs_with_pid_namespaces_start_one_after_the_other_and_others_stay_in_the_shims() {
     let output = tempfile::tempfile().unwrap();
     for own in [true, true, false] {
-        let jail = own.then(|| Jail { namespaces: CloneFlags::CLONE_NEWPID, user: None, loader: None, filter: None });
+        let jail = own.then(|| Jail {
+            namespaces: CloneFlags::CLONE_NEWPID,
+            user: None,
+            loader: None,
+            filter: None,
+            capabilities: None,
+            read_only: false,
+        });
         let child = start("[ $$ = 1 ] && exit 1; exit 2", &output, Vec::new(), jail);
         assert_eq!(child.exited().await.0.code(), Some(if own { 1 } else { 2 }));
     }
@@ -93,7 +100,14 @@ async fn a_process_without_a_mount_namespace_of_its_own_keeps_its_root() {
 #[tokio::test]
 async fn a_jailed_program_can_lose_its_root() {
     let output = tempfile::tempfile().unwrap();
-    let jail = Jail { namespaces: CloneFlags::CLONE_NEWNS, user: None, loader: None, filter: None };
+    let jail = Jail {
+        namespaces: CloneFlags::CLONE_NEWNS,
+        user: None,
+        loader: None,
+        filter: None,
+        capabilities: None,
+        read_only: false,
+    };
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     // Built into the shell, which can start nothing from an empty root.
     let script = format!(
@@ -106,4 +120,35 @@ async fn a_jailed_program_can_lose_its_root() {
     ours.write_all(b"\n").unwrap();
     child.exited().await;
     assert_eq!(written(output), "etc contents\nno\n");
+}
+
+#[tokio::test]
+async fn root_in_a_jail_can_keep_two_capabilities_and_write_to_nothing_but_its_descriptors() {
+    let output = tempfile::tempfile().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = tempfile::NamedTempFile::new_in(&folder).unwrap();
+    let jail = Jail {
+        namespaces: CloneFlags::CLONE_NEWNS,
+        user: None,
+        loader: None,
+        filter: None,
+        // CAP_DAC_READ_SEARCH and CAP_SYS_ADMIN.
+        capabilities: Some(1 << 2 | 1 << 21),
+        read_only: true,
+    };
+    let (old, new) = (file.path().display().to_string(), folder.path().join("new").display().to_string());
+    let script = format!(
+        "while read line; do echo \"$line\"; done </proc/self/status
+        for path in {old} {new} /dev/null; do {{ echo x >\"$path\"; }} 2>&{FIRST_FD} && echo \"wrote $path\"; done
+        echo inherited >/proc/self/fd/{FIRST_FD}"
+    );
+    let inherited = file.reopen().unwrap();
+    let child = start(&script, &output, vec![(inherited.into(), FIRST_FD)], Some(jail));
+    assert_eq!(child.exited().await.to_string(), "exited with status 0");
+    let text = written(output);
+    let kept = "0000000000200004";
+    assert_eq!(status(&text, &["CapPrm", "CapEff", "CapBnd"]), [kept; 3], "{text}");
+    assert!(!text.contains("wrote"), "{text}");
+    assert!(std::fs::read_to_string(file.path()).unwrap().ends_with("inherited\n"));
+    assert!(!folder.path().join("new").exists());
 }

@@ -150,7 +150,7 @@ pub(super) fn start(
 /// drops all capabilities but those that the owner of every file needs: root, because the files have every owner.
 fn jail() -> Jail {
     let namespaces = CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
-    Jail { namespaces, user: None, loader: None, filter: None }
+    Jail { namespaces, user: None, loader: None, filter: None, capabilities: None, read_only: false }
 }
 
 #[cfg(test)]

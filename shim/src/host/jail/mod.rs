@@ -13,6 +13,7 @@
 
 use std::io;
 
+use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
@@ -56,6 +57,10 @@ pub(crate) struct Jail {
     pub(crate) loader: Option<Loader>,
     /// The system calls that it may use; all if none. Must allow what the start of a program uses.
     pub(crate) filter: Option<Filter>,
+    /// Root's capabilities that remain, as bits (linux/capability.h); all if none.
+    pub(crate) capabilities: Option<u64>,
+    /// All mounts of the host are read-only, and no device can be opened. Requires a mount namespace.
+    pub(crate) read_only: bool,
 }
 
 impl Jail {
@@ -72,6 +77,9 @@ impl Jail {
             mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)?;
             if let Some(loader) = &self.loader {
                 loader.mount()?;
+            }
+            if self.read_only {
+                protect_mounts()?;
             }
             // A working directory elsewhere would stay reachable when the root is taken away.
             chdir("/")?;
@@ -90,6 +98,7 @@ impl Jail {
             lower(Resource::RLIMIT_NOFILE, OPEN_MAX)?;
         }
         prctl::set_no_new_privs()?;
+        self.capabilities.map_or(Ok(()), keep_capabilities)?;
         self.filter.as_ref().map_or(Ok(()), Filter::install)
     }
 }
@@ -100,10 +109,48 @@ fn lower(resource: Resource, most: u64) -> io::Result<()> {
     Ok(setrlimit(resource, soft.min(most), hard.min(most))?)
 }
 
+/// Makes all mounts of the process's namespace read-only, and the devices on them useless. Descriptors that are open keep
+/// their rights.
+fn protect_mounts() -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: the path is zero-terminated, and the structure is as long as stated. Both outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            c"/".as_ptr(),
+            libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Ok(Errno::result(result).map(drop)?)
+}
+
+/// Takes all other capabilities from the programs that this process starts: root's are bounded by the bounding set
+/// (capabilities(7)).
+fn keep_capabilities(kept: u64) -> io::Result<()> {
+    for capability in (0..u64::BITS).filter(|capability| kept >> capability & 1 == 0) {
+        // SAFETY: the call takes numbers.
+        match Errno::result(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0) }) {
+            Ok(_) => {}
+            // The kernel has no more.
+            Err(Errno::EINVAL) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
 fn become_user(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
     // SAFETY: the kernel reads as many IDs as the slice has. Not nix's function: its IDs would have to be allocated.
     let set = unsafe { libc::setgroups(groups.len(), groups.as_ptr()) };
-    nix::errno::Errno::result(set)?;
+    Errno::result(set)?;
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)?;

@@ -176,7 +176,14 @@ impl Qemu {
             path: self.program.clone(),
             source,
         })?;
-        Ok(Jail { namespaces, user: spec.user.clone(), loader, filter: Some(syscalls::filter(user_network)) })
+        Ok(Jail {
+            namespaces,
+            user: spec.user.clone(),
+            loader,
+            filter: Some(syscalls::filter(user_network)),
+            capabilities: None,
+            read_only: false,
+        })
     }
 }
 
