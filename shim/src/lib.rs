@@ -35,7 +35,7 @@ pub mod config;
 pub mod console;
 pub mod containerd;
 pub mod ctl;
-mod disks;
+pub mod disks;
 pub mod extras;
 mod forward;
 #[doc(hidden)]

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use husk_protos::chain::Chain;
 use husk_shim::containerd::flags::Flags;
+use husk_shim::disks::layers;
 use husk_shim::pool::launch;
 use husk_shim::{serve, waiting};
 
@@ -34,6 +35,8 @@ fn run() -> Result<()> {
     match flags.action.as_str() {
         launch::FILL => waiting::fill(),
         launch::WAIT => waiting::wait(),
+        layers::launch::ORDER => layers::launch::start().context("start the builder of layers"),
+        layers::launch::BUILD => layers::builder::run(),
         "start" => serve::start(&flags),
         "delete" => serve::delete(&flags),
         "" => serve::serve(&flags),

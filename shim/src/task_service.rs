@@ -119,6 +119,7 @@ pub(crate) fn to_ttrpc(error: SandboxError) -> ttrpc::Error {
         | Error::Format(_)
         | Error::Share(_)
         | Error::Disk(_)
+        | Error::Layers(_)
         | Error::Changes(ChangesError::Incomplete { .. })
         | Error::Namespace(_)
         | Error::Cgroup(_)

@@ -10,8 +10,9 @@ use super::ids::IdRange;
 use super::kernel_params;
 use super::settings::{AccelMode, Config, HostPid, NetworkMode, Profile, RootfsMode, StreamMode, VsockMode};
 use super::values::{
-    absolute, addresses, annotations, boolean, choice, digest, extras_max_mib, folders, integer, list, memory_mib,
-    milliseconds, open_files, pool, scratch_mib, sockets, spare_nics, tcg_cache_mib, text, token_host, vcpus,
+    absolute, addresses, annotations, boolean, choice, digest, extras_max_mib, folders, integer, layer_cache_mib, list,
+    memory_mib, milliseconds, open_files, pool, scratch_mib, sockets, spare_nics, tcg_cache_mib, text, token_host,
+    vcpus,
 };
 use crate::vmm::factory::boards;
 
@@ -28,7 +29,7 @@ const fn key(name: &'static str, set: SetValue) -> ConfigKey {
 }
 
 /// All keys. A test in `prepare` shows an effect of each.
-pub(crate) const KEYS: [ConfigKey; 51] = [
+pub(crate) const KEYS: [ConfigKey; 53] = [
     key("vcpus", |config, value| put(&mut config.vcpus, integer(value).and_then(vcpus).map(Some))),
     key("max_vcpus", |config, value| put(&mut config.max_vcpus, integer(value).and_then(vcpus).map(Some))),
     key("profile", |config, value| put(&mut config.profile, choice(value, &Profile::NAMES).map(Some))),
@@ -108,6 +109,8 @@ pub(crate) const KEYS: [ConfigKey; 51] = [
     key("overlay_mib", |config, value| put(&mut config.rootfs.overlay_mib, integer(value).and_then(scratch_mib))),
     key("copy_back_timeout_ms", |config, value| put(&mut config.rootfs.copy_back_timeout, milliseconds(value))),
     key("scratch_dir", |config, value| put(&mut config.scratch_dir, absolute(value))),
+    key("layer_cache_dir", |config, value| put(&mut config.layer_cache_dir, absolute(value))),
+    key("layer_cache_mib", |config, value| put(&mut config.layer_cache_mib, integer(value).and_then(layer_cache_mib))),
     key("sockets", |config, value| put(&mut config.sockets, sockets(value))),
 ];
 

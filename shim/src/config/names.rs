@@ -48,7 +48,7 @@ pub(crate) const SCRATCH_ENCRYPTED: &str = "io.husk.scratch_encrypted";
 /// The root hashes that the verified layers of a container's root filesystem may have.
 pub(crate) const ROOT_HASHES: &str = "io.husk.root_hashes";
 
-/// `virtiofs`, `overlay` or `auto`: how the guest gets the root filesystem.
+/// `virtiofs`, `overlay`, `erofs` or `auto`: how the guest gets the root filesystem.
 pub(crate) const ROOTFS: &str = "io.husk.rootfs";
 
 /// All annotations.

@@ -30,6 +30,10 @@ const SCRATCH_DIR: &str = "/var/tmp";
 const OVERLAY_MIB: u64 = 16 << 10;
 /// How long the guest may copy a container's changes.
 const COPY_BACK_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+/// Where images of layers are unless `layer_cache_dir` names another folder: they can be made again (FHS 3.0, 5.5).
+const LAYER_CACHE_DIR: &str = "/var/cache/husk/layers";
+/// Most space of all images of layers, MiB: a node's most used images without their compression.
+const LAYER_CACHE_MIB: u64 = 8192;
 
 /// How long a VM waits in the pool at most.
 const POOL_IDLE: Duration = Duration::from_secs(60 * 60);
@@ -107,14 +111,16 @@ pub enum RootfsMode {
     Virtiofs,
     /// The guest writes to a disk of the container, whose contents the host gets when the container exits or is paused.
     Overlay,
+    /// Like `Overlay`, but the guest reads images of the snapshot's layers once there are some.
+    Erofs,
     /// The fastest one that no tool of the host notices.
     Auto,
 }
 
 impl RootfsMode {
     /// The values of the key and the annotation.
-    pub(crate) const NAMES: [(&str, Self); 3] =
-        [("virtiofs", Self::Virtiofs), ("overlay", Self::Overlay), ("auto", Self::Auto)];
+    pub(crate) const NAMES: [(&str, Self); 4] =
+        [("virtiofs", Self::Virtiofs), ("overlay", Self::Overlay), ("erofs", Self::Erofs), ("auto", Self::Auto)];
 }
 
 /// Settings of root filesystems.
@@ -243,6 +249,10 @@ pub struct Config {
     pub rootfs: RootfsSettings,
     /// The folder for the files of scratch disks.
     pub scratch_dir: PathBuf,
+    /// The folder for images of layers.
+    pub layer_cache_dir: PathBuf,
+    /// Most space of all these images, MiB.
+    pub layer_cache_mib: u64,
     /// The Unix sockets of the host that containers may mount.
     pub sockets: Vec<AllowedSocket>,
 }
@@ -302,6 +312,8 @@ impl Default for Config {
                 copy_back_timeout: COPY_BACK_TIMEOUT,
             },
             scratch_dir: SCRATCH_DIR.into(),
+            layer_cache_dir: LAYER_CACHE_DIR.into(),
+            layer_cache_mib: LAYER_CACHE_MIB,
             sockets: Vec::new(),
         }
     }

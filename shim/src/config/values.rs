@@ -25,6 +25,9 @@ const SCRATCH_MIB: std::ops::RangeInclusive<u64> = 16..=16 << 20;
 /// guest can fill. virtiofsd needs some 600 for itself.
 const OPEN_FILES: std::ops::RangeInclusive<u64> = 2048..=1_048_576;
 
+/// Limits of `layer_cache_mib`. A smaller one has no room for usual layers.
+const LAYER_CACHE_MIB: std::ops::RangeInclusive<u64> = 16..=16_777_216;
+
 /// Limits of `tcg_cache_mib`. The most is QEMU's. With less than the least, QEMU spends its time translating the same code
 /// again.
 const TCG_CACHE_MIB: std::ops::RangeInclusive<u64> = 16..=2048;
@@ -39,6 +42,12 @@ pub(crate) fn tcg_cache_mib(size: i64) -> Result<u64, String> {
 pub(crate) fn open_files(limit: i64) -> Result<u64, String> {
     let limit = u64::try_from(limit).ok().filter(|limit| OPEN_FILES.contains(limit));
     limit.ok_or_else(|| format!("must be a number from {} to {}", OPEN_FILES.start(), OPEN_FILES.end()))
+}
+
+/// Checks the size of all images of layers.
+pub(crate) fn layer_cache_mib(size: i64) -> Result<u64, String> {
+    let size = u64::try_from(size).ok().filter(|size| LAYER_CACHE_MIB.contains(size));
+    size.ok_or_else(|| format!("must be a number from {} to {}", LAYER_CACHE_MIB.start(), LAYER_CACHE_MIB.end()))
 }
 
 /// Checks a number of virtual CPUs.

@@ -1,6 +1,7 @@
 //! Makes filesystems on blank files with the host's mkfs programs. The files are husk's own: the programs read nothing that
-//! a guest has written.
+//! a guest has written, unless they are in a jail.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek};
 use std::os::fd::AsRawFd;
@@ -15,6 +16,7 @@ use nix::unistd::linkat;
 
 use super::image::Image;
 use crate::host::child::{ChildExit, FIRST_FD, Launch, LaunchError};
+use crate::host::jail::Jail;
 use crate::host::text::clean;
 
 /// Where the programs are besides PATH: containerd's has no sbin on some hosts.
@@ -41,8 +43,8 @@ pub(crate) enum FormatError {
     #[error("{program} {exit}: {output}")]
     Failed { program: String, exit: ChildExit, output: String },
     /// The program did not end.
-    #[error("{program} did not end within {} s", DEADLINE.as_secs())]
-    Deadline { program: String },
+    #[error("{program} did not end within {} s", within.as_secs())]
+    Deadline { program: String, within: Duration },
     /// Its output or the image.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -139,22 +141,35 @@ async fn run(program: &str, args: &[&str], image: &File) -> Result<(), FormatErr
 
 /// [`run`] with variables of the environment.
 async fn run_with(program: &str, args: &[&str], image: &File, env: &[(&str, &str)]) -> Result<(), FormatError> {
-    let output = File::from(memfd_create(c"husk-mkfs", MFdFlags::MFD_CLOEXEC).map_err(io::Error::from)?);
     let target = Image::inherited(FIRST_FD);
+    let args = args.iter().copied().chain([target.as_str()]).map(Into::into).collect();
+    run_in(None, DEADLINE, program, args, env, image).await
+}
+
+/// Runs a program that has the file as descriptor [`FIRST_FD`].
+pub(super) async fn run_in(
+    jail: Option<Jail>,
+    within: Duration,
+    program: &str,
+    args: Vec<OsString>,
+    env: &[(&str, &str)],
+    image: &File,
+) -> Result<(), FormatError> {
+    let output = File::from(memfd_create(c"husk-mkfs", MFdFlags::MFD_CLOEXEC).map_err(io::Error::from)?);
     let launch = Launch {
         program: find(program)?,
-        args: args.iter().copied().chain([target.as_str()]).map(Into::into).collect(),
+        args,
         env: env.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect(),
         fds: vec![(image.try_clone()?.into(), FIRST_FD)],
-        jail: None,
+        jail,
         output: output.try_clone()?,
         cgroups: Vec::new(),
         leads: false,
     };
     let child = launch.spawn().map_err(|source| FormatError::Start { program: program.to_owned(), source })?;
-    let Ok(exit) = tokio::time::timeout(DEADLINE, child.exited()).await else {
+    let Ok(exit) = tokio::time::timeout(within, child.exited()).await else {
         child.kill();
-        return Err(FormatError::Deadline { program: program.to_owned() });
+        return Err(FormatError::Deadline { program: program.to_owned(), within });
     };
     if !exit.0.success() {
         return Err(FormatError::Failed { program: program.to_owned(), exit, output: read(output)? });
@@ -162,10 +177,18 @@ async fn run_with(program: &str, args: &[&str], image: &File, env: &[(&str, &str
     Ok(())
 }
 
-fn find(program: &str) -> Result<PathBuf, FormatError> {
+/// Where a program of the host is.
+///
+/// # Errors
+/// It is missing.
+pub(super) fn find(program: &str) -> Result<PathBuf, FormatError> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(SBIN.map(PathBuf::from));
-    let package = if program == "mkfs.xfs" { "xfsprogs" } else { "e2fsprogs" };
+    let package = match program {
+        "mkfs.xfs" => "xfsprogs",
+        "mkfs.erofs" => "erofs-utils",
+        _ => "e2fsprogs",
+    };
     let missing = || FormatError::Missing { program: program.to_owned(), package };
     folders.map(|folder| folder.join(program)).find(|program| program.is_file()).ok_or_else(missing)
 }

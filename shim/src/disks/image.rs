@@ -129,6 +129,15 @@ impl Image {
         Ok(Self::of(file, path, Access::Exclusive, false, &metadata))
     }
 
+    /// An image that is this file, which never changes, opened at `path`.
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub(super) fn held(file: File, path: &Path) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        Ok(Self::of(file, path, Access::Shared, false, &metadata))
+    }
+
     /// Locks the image, for as long as a descriptor of it is open: that of this value, or of the machine. Returns false
     /// if another process has it.
     ///

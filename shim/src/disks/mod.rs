@@ -5,6 +5,7 @@
 //! | `image.rs`  | opens and locks a file or block device                              |
 //! | `blank.rs`  | whether a file is provably blank                                    |
 //! | `format.rs` | makes filesystems on blank files, and images                                 |
+//! | `layers/`   | read-only images of the layers of root filesystems                  |
 //! | `volume.rs` | the file of a volume: created, grown, and formatted on its first use |
 //! | `scratch.rs` | a file without a name for data that ends with the VM              |
 //! | `written.rs` | which parts of a file have been written                            |
@@ -14,6 +15,7 @@
 mod blank;
 pub(crate) mod format;
 pub(crate) mod image;
+pub mod layers;
 pub(crate) mod scratch;
 pub(crate) mod volume;
 pub(crate) mod written;

@@ -15,6 +15,7 @@
 //! | `socket.rs`  | unix sockets in the sandbox's directory                     |
 //! | `unix.rs`    | unix sockets of other programs                              |
 //! | `usage.rs`   | CPU time and memory of processes                            |
+//! | `xattr.rs`   | extended attributes of files                                |
 //! | `blocked.rs` | whether a process serves its requests                       |
 //! | `run_delay.rs` | how long threads wait for a CPU                           |
 //! | `lock.rs`    | locks of files that their last user removes                 |
@@ -45,3 +46,4 @@ pub mod text;
 pub(crate) mod thread;
 pub(crate) mod unix;
 pub(crate) mod usage;
+pub(crate) mod xattr;

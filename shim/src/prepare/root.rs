@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_protos::ROOTS_PATH;
+use husk_protos::chain::Chain;
 
 use super::disks::Scratch;
 use crate::config::problem::Problem;
 use crate::config::settings::{Config, RootfsMode};
-use crate::rootfs::plan::{HostRoot, RootChoice, RootFacts, RootKind, RootPlan, choose};
+use crate::disks::layers::{Store, mkfs};
+use crate::rootfs::plan::{HostRoot, Layers, RootChoice, RootFacts, RootKind, RootPlan, choose};
 
 /// A container's root, as it was planned.
 #[derive(Clone, Debug)]
@@ -28,6 +30,10 @@ pub(crate) struct Overlay {
     pub(crate) scratch: Scratch,
     /// How long the guest may copy it back.
     pub(crate) timeout: Duration,
+    /// Where images of layers are.
+    pub(crate) store: Store,
+    /// The layers for which the guest gets images.
+    pub(crate) layers: Option<Layers>,
 }
 
 impl PlannedRoot {
@@ -47,13 +53,23 @@ impl PlannedRoot {
         facts: RootFacts,
         config: &Config,
     ) -> Result<Self, Vec<Problem>> {
-        let choice = choose(&plan, mode, facts);
+        let mut choice = choose(&plan, mode, facts);
         if choice.kind != RootKind::Overlay {
             return Ok(Self { plan, choice, overlay: None });
         }
         let scratch = Scratch { mib: config.rootfs.overlay_mib, folder: config.scratch_dir.clone(), encrypted: false };
         scratch.check().map_err(|problem| vec![problem])?;
-        let overlay = Overlay { scratch, timeout: config.rootfs.copy_back_timeout };
+        let layers = match (&plan, mode) {
+            (RootPlan::Host(root), RootfsMode::Erofs) => {
+                let rejected = |why: String| vec![Problem::quoted("rootfs", "erofs", why)];
+                mkfs::check().map_err(|error| rejected(Chain(&error).to_string()))?;
+                Layers::of(root).inspect_err(|why| choice.why = why).ok()
+            }
+            (RootPlan::Host(root), RootfsMode::Auto) => mkfs::check().ok().and_then(|()| Layers::of(root).ok()),
+            _ => None,
+        };
+        let store = Store::new(config.layer_cache_dir.clone(), config.layer_cache_mib);
+        let overlay = Overlay { scratch, timeout: config.rootfs.copy_back_timeout, store, layers };
         Ok(Self { plan, choice, overlay: Some(overlay) })
     }
 
@@ -61,7 +77,7 @@ impl PlannedRoot {
     pub(crate) fn in_guest(&self, container: &str, share: &Path) -> PathBuf {
         match self.choice.kind {
             RootKind::Virtiofs => share.to_owned(),
-            RootKind::Overlay | RootKind::Disks => Path::new(ROOTS_PATH).join(container),
+            RootKind::Overlay | RootKind::Erofs | RootKind::Disks => Path::new(ROOTS_PATH).join(container),
         }
     }
 

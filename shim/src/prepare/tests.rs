@@ -284,6 +284,13 @@ const PROOFS: &[Proof] = &[
         |o| booted(o, |b| format!("{:?} {}", b.root.choice.kind, b.plan.spec.guest.disks)),
         "Overlay true",
     ),
+    (
+        "layer_cache_dir",
+        "\"/layers\"",
+        |o| overlay(o, |overlay| overlay.store.folder().display().to_string()),
+        "/layers",
+    ),
+    ("layer_cache_mib", "64", |o| overlay(o, |overlay| overlay.store.limit().to_string()), "67108864"),
     ("overlay_mib", "64", |o| overlay(o, |overlay| overlay.scratch.mib.to_string()), "64"),
     ("copy_back_timeout_ms", "8", |o| overlay(o, |overlay| format!("{:?}", overlay.timeout)), "8ms"),
     (
@@ -308,6 +315,8 @@ const WITH: &[(&str, (&str, &str))] = &[
     ("scratch_dir", ("io.husk.scratch_mib", "64")),
     ("overlay_mib", ("io.husk.rootfs", "overlay")),
     ("copy_back_timeout_ms", ("io.husk.rootfs", "overlay")),
+    ("layer_cache_dir", ("io.husk.rootfs", "overlay")),
+    ("layer_cache_mib", ("io.husk.rootfs", "overlay")),
     ("extras_max_mib", ("io.husk.extras.files", r#"{"/x": {"source": "{host}/other/workspace", "mode": "0644"}}"#)),
 ];
 

@@ -103,7 +103,7 @@ impl Sandbox {
         let share_root = std::mem::replace(&mut places.root, in_guest);
         prepared.rewritten.place(places);
         self.complete_share(&vm, &share, &id).await?;
-        let (disk_root, changes) = self.attach_root(&vm, &id, &prepared.root, &share_root).await?;
+        let attached = self.attach_root(&vm, &id, &prepared.root, &share_root).await?;
         self.attach_disks(&vm, &id, &mut prepared).await?;
         // The hooks may have added links after the boot has looked for some.
         vm.settle_network().await?;
@@ -111,7 +111,7 @@ impl Sandbox {
         let [stdin, stdout, stderr] = stdio.in_guest(STREAM);
         let guest_request = CreateTaskRequest {
             id: id.clone(),
-            bundle: self.put_bundle(&vm, &id, &prepared, below, disk_root).await?,
+            bundle: self.put_bundle(&vm, &id, &prepared, below, attached.root).await?,
             terminal: request.terminal,
             stdin,
             stdout,
@@ -122,7 +122,7 @@ impl Sandbox {
         let in_vms_network = prepared.rewritten.in_vms_network();
         let ends_with_init = prepared.rewritten.ends_with_init();
         let publisher = self.publisher.clone();
-        let root = Root { choice: prepared.root.choice, changes };
+        let root = Root { choice: attached.choice, changes: attached.changes };
         let container = Container::new(request, subject, in_vms_network, ends_with_init, poststart, root, publisher);
         // Register the container before the guest creates it: its first events may arrive before the response.
         self.lock().containers.insert(id, ContainerSlot::Ready(container.clone()));

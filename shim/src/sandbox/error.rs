@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::disks::format::FormatError;
+use crate::disks::layers::store::StoreError;
 use crate::guest::client::GuestError;
 use crate::host::child::LaunchError;
 use crate::host::hooks::HookError;
@@ -84,6 +85,9 @@ pub(crate) enum SandboxError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The images of layers.
+    #[error(transparent)]
+    Layers(#[from] StoreError),
     /// The changes of a root filesystem.
     #[error(transparent)]
     Changes(#[from] ChangesError),

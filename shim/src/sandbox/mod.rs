@@ -15,6 +15,7 @@ pub(crate) mod events;
 mod files;
 mod holder;
 mod hooks;
+mod layers;
 mod limits;
 mod managed;
 mod network;

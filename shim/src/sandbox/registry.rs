@@ -11,6 +11,7 @@ use tokio::sync::watch;
 
 use crate::console::GuestLogs;
 use crate::containerd::publisher::Publisher;
+use crate::disks::layers::Store;
 use crate::forward::address::Forwarding;
 use crate::forward::socket::Sockets;
 use crate::host::cgroup::Limits;
@@ -90,6 +91,13 @@ pub(super) struct Slots {
     pub(super) managed: Option<Managed>,
 }
 
+/// Images of layers that are to be made.
+#[derive(Debug)]
+pub(super) struct WantedLayers {
+    pub(super) store: Store,
+    pub(super) layers: Vec<PathBuf>,
+}
+
 /// The sandbox of one shim.
 pub(crate) struct Sandbox {
     pub(super) id: String,
@@ -120,6 +128,8 @@ pub(crate) struct Sandbox {
     pub(super) in_cgroup: Mutex<bool>,
     /// The VM that replaces the one from the pool, once the first container runs.
     pub(super) refill: Mutex<Option<PoolRequest>>,
+    /// Images of layers that are to be made after the next start.
+    pub(super) wanted_layers: Mutex<Option<WantedLayers>>,
     slots: Mutex<Slots>,
     /// True after everything has been cleaned up.
     pub(super) ended: watch::Sender<bool>,
@@ -163,6 +173,7 @@ impl Sandbox {
             host_limits: Mutex::default(),
             in_cgroup: Mutex::default(),
             refill: Mutex::default(),
+            wanted_layers: Mutex::default(),
             slots: Mutex::new(Slots {
                 vm: VmSlot::Empty,
                 spare,

@@ -9,7 +9,7 @@ use crate::disks::image::{Access, Image};
 use crate::disks::{GuestLayer, GuestMount, Kind, NewDisk, format, scratch};
 use crate::prepare::disks::Scratch;
 use crate::prepare::root::{Overlay, PlannedRoot};
-use crate::rootfs::plan::{GuestRoot, NewFolder, Place, RootDisk, RootPlan, Top};
+use crate::rootfs::plan::{GuestRoot, NewFolder, Place, RootChoice, RootDisk, RootKind, RootPlan, Top};
 use crate::sandbox::container::changes::Changes;
 use crate::sandbox::disk_error::DiskError;
 use crate::sandbox::error::SandboxError;
@@ -24,8 +24,15 @@ const WORK: &str = "work";
 /// others, the upper layer could refer to the files below it, and would be no complete description of the changes.
 const OPTIONS: [&str; 4] = ["volatile", "index=off", "metacopy=off", "redirect_dir=off"];
 
-/// What the guest mounts for a root, and what it has to copy back of it.
-type Attached = (Option<DiskRoot>, Option<Arc<Changes>>);
+/// A root whose disks are attached.
+pub(super) struct Attached {
+    /// What the guest mounts.
+    pub(super) root: Option<DiskRoot>,
+    /// What the guest has to copy back.
+    pub(super) changes: Option<Arc<Changes>>,
+    /// How the guest has it.
+    pub(super) choice: RootChoice,
+}
 
 impl Sandbox {
     /// Attaches the disks of a container's root, if it has any. `share` is where the guest finds the root in the share.
@@ -37,9 +44,12 @@ impl Sandbox {
         share: &Path,
     ) -> Result<Attached, SandboxError> {
         match (&root.plan, &root.overlay) {
-            (RootPlan::Guest(root), _) => Ok((Some(self.attach_disks_of_root(vm, id, root).await?), None)),
-            (RootPlan::Host(_), Some(overlay)) => self.attach_overlay(vm, id, overlay, share).await,
-            (RootPlan::Host(_), None) => Ok((None, None)),
+            (RootPlan::Guest(disks), _) => {
+                let of_disks = self.attach_disks_of_root(vm, id, disks).await?;
+                Ok(Attached { root: Some(of_disks), changes: None, choice: root.choice })
+            }
+            (RootPlan::Host(_), Some(overlay)) => self.attach_overlay(vm, id, overlay, root.choice, share).await,
+            (RootPlan::Host(_), None) => Ok(Attached { root: None, changes: None, choice: root.choice }),
         }
     }
 
@@ -71,19 +81,31 @@ impl Sandbox {
         vm: &Arc<Vm>,
         id: &str,
         overlay: &Overlay,
+        mut choice: RootChoice,
         share: &Path,
     ) -> Result<Attached, SandboxError> {
+        let below = DiskFolder { disk: text(share), ..Default::default() };
+        let mut lower = vec![below.clone()];
+        if let Some(layers) = &overlay.layers {
+            match self.attach_layers(vm, id, &overlay.store, layers).await? {
+                Ok(images) => {
+                    let whole = |path: &PathBuf| DiskFolder { disk: text(path), ..Default::default() };
+                    lower = images.iter().map(whole).collect();
+                    choice.kind = RootKind::Erofs;
+                }
+                Err(why) => choice.why = why,
+            }
+        }
         let Scratch { mib, folder, encrypted } = &overlay.scratch;
         let (image, layer) = scratch::create(folder, *mib, *encrypted).await.map_err(DiskError::from)?;
         let mount = GuestMount { fs_type: "ext4".to_owned(), layer, temporary: true, ..GuestMount::default() };
         let disk = self.attach_disk(vm, id, NewDisk::new(Kind::Overlay, image, Some(mount))).await?.guest_path;
         let folder = |path: &str| DiskFolder { disk: text(&disk), path: path.to_owned(), ..Default::default() };
-        let below = DiskFolder { disk: text(share), ..Default::default() };
         let new_folder =
             |path| bundle::NewFolder { folder: Some(folder(path)).into(), mode: 0o755, ..Default::default() };
         let root = DiskRoot {
             folders: vec![new_folder(UPPER), new_folder(WORK)],
-            lower: vec![below.clone()],
+            lower,
             overlay: true,
             upper: Some(folder(UPPER)).into(),
             work: Some(folder(WORK)).into(),
@@ -93,7 +115,7 @@ impl Sandbox {
         };
         let recent = self.recent().clone();
         let changes = Changes::new(vm.clone(), recent, id, [folder(UPPER), below], overlay.timeout);
-        Ok((Some(root), Some(Arc::new(changes))))
+        Ok(Attached { root: Some(root), changes: Some(Arc::new(changes)), choice })
     }
 }
 

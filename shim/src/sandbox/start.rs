@@ -51,6 +51,7 @@ impl Sandbox {
                 if exec_id.is_empty() {
                     self.run_poststart_hooks(&vm, &container).await?;
                     self.refill_pool();
+                    self.make_layers();
                     tokio::spawn(async move { vm.set_memory_target().await });
                 }
                 Ok(process.pid())

@@ -30,7 +30,7 @@ pub struct DiskStatus {
 pub struct RootStatus {
     /// The container.
     pub container: String,
-    /// `virtiofs`, `overlay` or `disks`.
+    /// `virtiofs`, `overlay`, `erofs` or `disks`.
     pub kind: String,
     /// Why.
     pub reason: String,

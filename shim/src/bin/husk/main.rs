@@ -3,7 +3,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `list`, `status`, `boot_profile`, `events`, `logs`, `console`, `exec`, `check_config`, `metadata`, `node`, `pool` | a command |
+//! | `list`, `status`, `boot_profile`, `events`, `logs`, `console`, `exec`, `check_config`, `metadata`, `node`, `pool`, `layers` | a command |
 //! | `manual` | the manual pages, for the package |
 //! | `find` | selects a sandbox, and reads its status from the shim or from disk |
 //! | `client` | calls the methods of a shim |
@@ -17,6 +17,7 @@ mod console;
 mod events;
 mod exec;
 mod find;
+mod layers;
 mod list;
 mod logs;
 mod manual;
@@ -150,6 +151,13 @@ enum Command {
         #[command(flatten)]
         format: Format,
     },
+    /// Lists the images of layers that VMs share, and why a layer has none
+    ///
+    /// husk makes them in the background for `rootfs = "erofs"`. The image that was used least recently goes first.
+    Layers {
+        #[command(flatten)]
+        format: Format,
+    },
     /// Prints a shell completion script
     ///
     /// Example for bash: husk completion bash >/etc/bash_completion.d/husk
@@ -211,6 +219,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Exec { sandbox, options } => return Ok(exec::run(&sandbox.id, &options)),
         Command::BootProfile { sandbox, format } => boot_profile::run(&sandbox.id, format.json)?,
         Command::CheckConfig { file, format } => return check_config::run(file.as_deref(), format.json),
+        Command::Layers { format } => layers::run(format.json)?,
         Command::Metadata(command) => metadata::run(command)?,
         Command::Node(command) => node::run(&command)?,
         Command::Pool(command) => pool::run(&command)?,

@@ -12,6 +12,8 @@ pub(crate) enum RootKind {
     Virtiofs,
     /// From the share, and it writes to a disk.
     Overlay,
+    /// From images of the snapshot's layers, and it writes to a disk.
+    Erofs,
     /// From disks.
     Disks,
 }
@@ -22,6 +24,7 @@ impl RootKind {
         match self {
             Self::Virtiofs => "virtiofs",
             Self::Overlay => "overlay",
+            Self::Erofs => "erofs",
             Self::Disks => "disks",
         }
     }
@@ -45,7 +48,7 @@ pub(crate) struct RootFacts {
     pub(crate) of_kubernetes: bool,
 }
 
-/// Chooses.
+/// Chooses. A root with images of its layers is an overlay until they are found.
 pub(crate) fn choose(plan: &RootPlan, mode: RootfsMode, facts: RootFacts) -> RootChoice {
     let virtiofs = |why| RootChoice { kind: RootKind::Virtiofs, why };
     let overlay = |why| RootChoice { kind: RootKind::Overlay, why };
@@ -57,7 +60,7 @@ pub(crate) fn choose(plan: &RootPlan, mode: RootfsMode, facts: RootFacts) -> Roo
         (RootPlan::Host(root), _) if root.mounts.last().is_some_and(is_read_only) => {
             virtiofs("the snapshot is read-only")
         }
-        (_, RootfsMode::Overlay) => overlay("configured"),
+        (_, RootfsMode::Overlay | RootfsMode::Erofs) => overlay("configured"),
         // The kubelet and the CRI plugin give each start of a container a new snapshot, and look into none.
         (_, RootfsMode::Auto) if facts.of_kubernetes => overlay("auto: Kubernetes uses a snapshot for one start only"),
         (_, RootfsMode::Auto) => virtiofs("auto: programs of the host may use the snapshot while the container runs"),
@@ -93,7 +96,7 @@ mod tests {
         let sandbox = RootFacts { of_pods_sandbox: true, ..facts };
         let read_only = RootFacts { read_only: true, ..kubernetes };
         let (virtiofs, overlay) = (RootKind::Virtiofs, RootKind::Overlay);
-        // The kinds for the modes virtiofs, overlay and auto.
+        // The kinds for the modes virtiofs, overlay and auto. Those for erofs are the ones for overlay.
         let table = [
             (&writable, facts, [virtiofs, overlay, virtiofs]),
             (&writable, kubernetes, [virtiofs, overlay, overlay]),
@@ -108,6 +111,7 @@ mod tests {
         for (plan, facts, expected) in table {
             let modes = [RootfsMode::Virtiofs, RootfsMode::Overlay, RootfsMode::Auto];
             assert_eq!(modes.map(|mode| choose(plan, mode, facts).kind), expected, "{plan:?} {facts:?}");
+            assert_eq!(choose(plan, RootfsMode::Erofs, facts).kind, expected[1], "{plan:?} {facts:?}");
         }
     }
 }

@@ -6,6 +6,7 @@
 //! | `choice.rs`   | how the guest gets a root of the host's folders                          |
 //! | `guest.rs`    | roots of disks                                                           |
 //! | `host.rs`     | roots of the host's folders, and the only effects here: they are created |
+//! | `layers.rs`   | the layers of an overlay of the host's folders                           |
 //! | `options.rs`  | the options of filesystems, and those of containerd's mount manager      |
 //! | `part.rs`     | one mount: its transforms, its type, and what it refers to               |
 //! | `root.rs`     | what a root consists of                                                  |
@@ -22,6 +23,7 @@
 mod choice;
 mod guest;
 mod host;
+mod layers;
 mod options;
 mod part;
 mod root;
@@ -32,6 +34,7 @@ use containerd_shim_protos::types::mount::Mount;
 
 pub(crate) use self::choice::{RootChoice, RootFacts, RootKind, choose};
 pub(crate) use self::host::{FolderError, create_folders};
+pub(crate) use self::layers::Layers;
 pub(crate) use self::options::{NewFolder, is_known as is_known_option};
 use self::part::Part;
 pub(crate) use self::part::TRANSFORMS;
