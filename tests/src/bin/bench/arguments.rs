@@ -21,11 +21,12 @@ pub(crate) enum Part {
     Pods,
     Pool,
     Files,
+    Disks,
     Boots,
 }
 
 /// Name on the command line, title in the table, and what is measured. By default, all parts but the last run.
-pub(crate) const PARTS: [(Part, &str, &str, &str); 14] = [
+pub(crate) const PARTS: [(Part, &str, &str, &str); 15] = [
     (Part::Ctr, "ctr", "ctr, wall clock", "complete `ctr` commands, husk and runc in turn"),
     (Part::Steps, "steps", "the calls of a `ctr run`, wall clock", "each call that containerd makes for one `ctr run`"),
     (
@@ -79,6 +80,7 @@ pub(crate) const PARTS: [(Part, &str, &str, &str); 14] = [
         "files, in the container",
         "programs on virtio-fs, an overlay, erofs images, a volume and under runc",
     ),
+    (Part::Disks, "disks", "disks", "what a disk adds to a create in a VM that runs"),
     (Part::Boots, "boots", "boots in a row", "production VMs that hang; not by default"),
 ];
 
@@ -222,7 +224,7 @@ mod tests {
         let all = || Arguments {
             json: None,
             rounds: 20,
-            parts: PARTS[..13].iter().map(|(part, ..)| *part).collect(),
+            parts: PARTS[..14].iter().map(|(part, ..)| *part).collect(),
             boots: 200,
             vms: 50,
             kernel: None,
@@ -250,7 +252,7 @@ mod tests {
             ("--only", "--only needs a value"),
             (
                 "--only all",
-                "--only all: the parts are ctr, steps, streams, guest, programs, boot, footprint, host, density, network, pods, pool, files, boots",
+                "--only all: the parts are ctr, steps, streams, guest, programs, boot, footprint, host, density, network, pods, pool, files, disks, boots",
             ),
             ("--columns volume,x", "--columns x: the columns are virtiofs, overlay, erofs, volume"),
             ("--rounds 0", "--rounds 0: not a positive number"),

@@ -203,7 +203,8 @@ fn place(debian: &Debian, column: Column, name: &str) -> Result<Result<Place, St
     if let Some(why) = said.lines().find(|line| line.contains("rootfs")) {
         // Every build has it, with the key or without.
         if column != Column::Virtiofs {
-            return Ok(Err(why.trim().to_owned()));
+            // Without the list of all keys.
+            return Ok(Err(why.trim().split(';').next().unwrap_or_default().to_owned()));
         }
         config = debian.config(name, "")?;
     }

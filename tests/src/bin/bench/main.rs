@@ -14,6 +14,8 @@ mod ctr;
 #[cfg(not(target_env = "musl"))]
 mod density;
 #[cfg(not(target_env = "musl"))]
+mod disks;
+#[cfg(not(target_env = "musl"))]
 mod files;
 #[cfg(not(target_env = "musl"))]
 mod guest;
@@ -54,7 +56,7 @@ mod run {
 
     use crate::arguments::{Arguments, Command, PARTS, Part, help, parse};
     use crate::report::Report;
-    use crate::{boots, ctr, density, files, guest, host, network, pods, pool, programs, steps, streams};
+    use crate::{boots, ctr, density, disks, files, guest, host, network, pods, pool, programs, steps, streams};
 
     /// Exit status for a wrong argument.
     const USAGE: u8 = 2;
@@ -100,6 +102,7 @@ mod run {
                 Part::Pods => pods::run(arguments.rounds, &mut report),
                 Part::Pool => pool::run(arguments.rounds, &mut report),
                 Part::Files => files::run(&arguments.columns, arguments.rounds, &mut report),
+                Part::Disks => disks::run(arguments.rounds, &mut report),
                 Part::Boots => runtime.block_on(boots::run(arguments.boots, &mut report)),
             };
             // The results of the other parts are still useful.
