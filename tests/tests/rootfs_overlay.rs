@@ -6,10 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Runtime;
-use husk_tests::command;
+use husk_tests::command::{self, wait_for};
 use husk_tests::containerd::{Configured, Container, Containerd};
 use husk_tests::leftovers::Leftovers;
 use husk_tests::operator::{husk, husk_json};
+
+/// Deadline for the image of a small layer.
+const IMAGES: Duration = Duration::from_secs(60);
 
 /// Everything that a program can do to files of an image and to its own.
 const WRITES: &str = r#"
@@ -138,7 +141,8 @@ fn seen_by_host(containerd: &Containerd, id: &str, script: &str) -> Result<Strin
 fn a_paused_containers_snapshot_is_complete_and_a_full_disk_or_a_dead_vm_is_reported() -> Result<()> {
     let host = Host::start("rootfs = \"overlay\"\noverlay_mib = 32\n")?;
     let containerd = host.containerd();
-    containerd.unpacked_image()?;
+    // The first container creates directories of containerd that remain.
+    containerd.run(&[], &containerd.id("first"), &["true"]).ok()?;
     let before = Leftovers::now(containerd);
     let container = containerd.detached(&[], "paused", &["sleep", "1000"])?;
     let status = husk_json(containerd, &["status", "--json", container.id()])?;
@@ -186,8 +190,9 @@ fn a_paused_containers_snapshot_is_complete_and_a_full_disk_or_a_dead_vm_is_repo
 
 #[test]
 #[cfg_attr(runc, ignore = "about VMs")]
-fn auto_uses_an_overlay_for_a_container_of_kubernetes_only() -> Result<()> {
-    let host = Host::start("rootfs = \"auto\"\n")?;
+fn auto_uses_an_overlay_for_a_container_of_kubernetes_only_and_images_when_there_are_some() -> Result<()> {
+    let store = tempfile::tempdir()?;
+    let host = Host::start(&format!("rootfs = \"auto\"\nlayer_cache_dir = {:?}\n", store.path()))?;
     let containerd = host.containerd();
     let alone = containerd.detached(&[], "alone", &["sleep", "1000"])?;
     let status = husk_json(containerd, &["status", "--json", alone.id()])?;
@@ -209,13 +214,25 @@ fn auto_uses_an_overlay_for_a_container_of_kubernetes_only() -> Result<()> {
     let status = husk_json(containerd, &["status", "--json", &sandbox])?;
     let roots = status["roots"].as_array().context("no roots")?;
     for (container, kind, reason) in [
-        (&writes, "overlay", "auto: Kubernetes uses a snapshot for one start only"),
+        (&writes, "overlay", "the images of its layers are made in the background"),
         (&reads, "virtiofs", "the root is read-only"),
         (&shares, "virtiofs", "configured"),
     ] {
         let root = roots.iter().find(|root| root["container"] == container.id());
         ensure!(root.is_some_and(|root| root["kind"] == kind && root["reason"] == reason), "{status}");
     }
+    wait_for(IMAGES, "the image's layer has an image", || {
+        let layers = husk_json(containerd, &["layers", "--json"]).ok()?;
+        (layers["images"].as_array()?.len() == 1).then_some(())
+    })?;
+    let later = containerd.detached(&of_pod, "later", &["sleep", "1000"])?;
+    let status = husk_json(containerd, &["status", "--json", &sandbox])?;
+    let root = status["roots"].as_array().and_then(|roots| roots.iter().find(|root| root["container"] == later.id()));
+    let reason = "auto: Kubernetes uses a snapshot for one start only";
+    ensure!(root.is_some_and(|root| root["kind"] == "erofs" && root["reason"] == reason), "{status}");
+    later.script("echo x > /x")?;
+    later.kill_and_wait()?;
+    later.delete_task()?;
     // Another container's disk is its own, and ends with it.
     writes.script("echo x > /x")?;
     writes.kill_and_wait()?;

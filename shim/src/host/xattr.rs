@@ -49,7 +49,11 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let all = |path: &Path| {
             let mut all = Vec::new();
-            each(path, |name, value| Ok(all.push((name.to_owned(), value.to_vec())))).unwrap();
+            each(path, |name, value| {
+                all.push((name.to_owned(), value.to_vec()));
+                Ok(())
+            })
+            .unwrap();
             all
         };
         assert!(all(file.path()).is_empty());

@@ -27,7 +27,7 @@ fn main() {}
 #[cfg(not(target_env = "musl"))]
 mod run {
     use std::collections::BTreeMap;
-    use std::io::{BufRead, BufReader};
+    use std::io::{BufRead, BufReader, Write};
     use std::process::{Child, Command, Stdio};
     use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
     use std::thread;
@@ -162,7 +162,8 @@ mod run {
     pub(super) fn run(Arguments { rounds, seed }: Arguments) -> Result<()> {
         let debian = Debian::start()?;
         let (mut delays, mut confirmed) = (Delays(seed), Confirmed::default());
-        println!("{rounds} rounds, seed {seed}");
+        let mut out = std::io::stdout();
+        writeln!(out, "{rounds} rounds, seed {seed}")?;
         for round in 0..rounds {
             let plan = Plan { shim: round % 2 == 1, during_start: round > 0 && round % 10 >= 8, after: delays.next() };
             let began = Instant::now();
@@ -172,7 +173,7 @@ mod run {
             let (what, when) =
                 (if plan.shim { "shim" } else { "QEMU" }, if plan.during_start { "start" } else { "work" });
             let new = confirmed.count - before;
-            println!("round {round}: {what} killed during {when}, {new} confirmed, {:.1?}", began.elapsed());
+            writeln!(out, "round {round}: {what} killed during {when}, {new} confirmed, {:.1?}", began.elapsed())?;
         }
         let id = debian.containerd.id("check");
         let mut postgres = Postgres::start(&debian, &id, CHECK)?;
@@ -190,10 +191,11 @@ mod run {
         let mut fsck = Command::new("e2fsck");
         fsck.args(["-f", "-n"]).arg(debian.folder().join("pg.img"));
         command::run(fsck, None, END)?.ok().context("the volume's filesystem")?;
-        println!(
-            "{rounds} rounds: none of {} confirmed transactions is lost; checksums and filesystem are good",
-            confirmed.count
-        );
+        let count = confirmed.count;
+        writeln!(
+            out,
+            "{rounds} rounds: none of {count} confirmed transactions is lost; checksums and filesystem are good"
+        )?;
         Ok(())
     }
 
