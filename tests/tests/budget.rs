@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use husk_protos::HELD_NICS;
 use husk_protos::mac::mac_text;
 use husk_protos::system::BootStep;
@@ -121,17 +121,21 @@ async fn an_idle_init_uses_at_most_4_mib_and_sleeps() -> Result<()> {
     let before = guest.info().await?;
     eprintln!("RSS {} KiB, {} fds", before.init_rss_bytes / 1024, before.init_open_fds);
     ensure!(before.init_rss_bytes <= 4 * MIB, "{} bytes", before.init_rss_bytes);
-    // This is the measurement, not a wait for a condition.
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    let after = guest.info().await?;
-    let idle = Duration::from_nanos(after.uptime_ns - before.uptime_ns);
-    let woken = after.init_context_switches - before.init_context_switches;
-    eprintln!("{woken} switches in {idle:?} of the guest's time");
-    ensure!(idle > Duration::from_secs(600), "the guest's clock has advanced by {idle:?} only");
-    // The `info` call causes a few switches, and so does closing the container's connections.
-    ensure!(woken <= 10, "{woken} switches in {idle:?}");
-    guest.shut_down().await?;
-    Ok(())
+    // How far the guest's clock advances meanwhile depends on the machine's load.
+    for calls in 1..=30 {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let after = guest.info().await?;
+        let idle = Duration::from_nanos(after.uptime_ns - before.uptime_ns);
+        let woken = after.init_context_switches - before.init_context_switches;
+        eprintln!("{woken} switches in {idle:?} of the guest's time");
+        // Each call causes a few switches, and so does closing the container's connections.
+        ensure!(woken <= 10 * calls, "{woken} switches in {idle:?}, with {calls} calls");
+        if idle > Duration::from_secs(600) {
+            guest.shut_down().await?;
+            return Ok(());
+        }
+    }
+    bail!("the guest's clock has advanced by less than 600 s in a minute")
 }
 
 #[tokio::test]
