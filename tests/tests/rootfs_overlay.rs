@@ -11,7 +11,7 @@ use husk_tests::containerd::{Configured, Container, Containerd};
 use husk_tests::leftovers::Leftovers;
 use husk_tests::operator::{husk, husk_json};
 
-/// Deadline for the image of a small layer.
+/// Deadline for the images of small layers.
 const IMAGES: Duration = Duration::from_secs(60);
 
 /// Everything that a program can do to files of an image and to its own.
@@ -221,9 +221,9 @@ fn auto_uses_an_overlay_for_a_container_of_kubernetes_only_and_images_when_there
         let root = roots.iter().find(|root| root["container"] == container.id());
         ensure!(root.is_some_and(|root| root["kind"] == kind && root["reason"] == reason), "{status}");
     }
-    wait_for(IMAGES, "the image's layer has an image", || {
+    wait_for(IMAGES, "both layers of the image have images", || {
         let layers = husk_json(containerd, &["layers", "--json"]).ok()?;
-        (layers["images"].as_array()?.len() == 1).then_some(())
+        (layers["images"].as_array()?.len() == 2).then_some(())
     })?;
     let later = containerd.detached(&of_pod, "later", &["sleep", "1000"])?;
     let status = husk_json(containerd, &["status", "--json", &sandbox])?;
