@@ -255,6 +255,8 @@ fn a_sandbox_on_a_full_disk_is_rejected_and_leaves_nothing_behind() -> Result<()
     for created in [false, true] {
         let id = containerd.id("full");
         let shim = Shim::start_sandbox(containerd, &id)?;
+        // A shim that answers has made its own files. One that cannot make them ends.
+        let _: api::PlatformResponse = call(&shim, "Platform", &api::PlatformRequest::new())?;
         if created {
             create(&shim, "", &pod())?;
         }
