@@ -24,6 +24,7 @@
 //! | `text.rs`    | text that others have written                               |
 //! | `rate.rs`    | limits how often something happens                          |
 
+pub(crate) mod background;
 pub(crate) mod blocked;
 pub(crate) mod cgroup;
 pub(crate) mod child;

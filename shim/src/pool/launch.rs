@@ -3,13 +3,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 
 use super::request::PoolRequest;
 use crate::config::names::PLACED_ENV;
-use crate::host::child;
+use crate::host::background;
 
 /// The action of the process that starts shims that wait.
 pub const FILL: &str = "fill-pool";
@@ -37,9 +36,7 @@ pub(crate) fn requested() -> io::Result<PoolRequest> {
 /// The program cannot be run.
 pub fn fill(program: &Path, request: &PoolRequest, cgroups: Vec<File>) -> io::Result<ExitStatus> {
     let mut command = command(program, FILL, request)?;
-    // SAFETY: `join` only writes to open files, which is async-signal-safe.
-    unsafe { command.pre_exec(move || child::join(&cgroups)) };
-    command.stderr(Stdio::inherit()).status()
+    background::join(&mut command, cgroups).stderr(Stdio::inherit()).status()
 }
 
 /// Starts a shim that waits, in a session of its own.
@@ -47,21 +44,11 @@ pub fn fill(program: &Path, request: &PoolRequest, cgroups: Vec<File>) -> io::Re
 /// # Errors
 /// The program cannot be run.
 pub(crate) fn wait(program: &Path, request: &PoolRequest) -> io::Result<()> {
-    let mut command = command(program, WAIT, request)?;
-    // SAFETY: setsid is async-signal-safe.
-    unsafe {
-        command.pre_exec(|| {
-            nix::unistd::setsid()?;
-            Ok(())
-        })
-    };
-    // The caller exits, and leaves the shim to the init process.
-    command.spawn().map(drop)
+    background::start(command(program, WAIT, request)?)
 }
 
 fn command(program: &Path, action: &str, request: &PoolRequest) -> io::Result<Command> {
-    let mut command = Command::new(program);
-    command.arg(action).env(REQUEST, serde_json::to_string(request)?).env_remove(PLACED_ENV).current_dir("/");
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut command = background::command(program, action, REQUEST, request)?;
+    command.env_remove(PLACED_ENV);
     Ok(command)
 }

@@ -3,13 +3,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus};
 
 use super::store::Store;
 use crate::config::names::PLACED_ENV;
-use crate::host::child;
+use crate::host::background;
 
 /// The action of the process that starts the builder.
 pub const ORDER: &str = "order-layers";
@@ -30,10 +29,7 @@ pub(super) fn store() -> io::Result<Store> {
 /// # Errors
 /// The program cannot be run.
 pub(crate) fn order(program: &Path, store: &Store, cgroups: Vec<File>) -> io::Result<ExitStatus> {
-    let mut command = command(program, ORDER, store)?;
-    // SAFETY: `join` only writes to open files, which is async-signal-safe.
-    unsafe { command.pre_exec(move || child::join(&cgroups)) };
-    command.status()
+    background::join(&mut command(program, ORDER, store)?, cgroups).status()
 }
 
 /// Starts the builder in a session of its own, and leaves it to the init process.
@@ -41,20 +37,11 @@ pub(crate) fn order(program: &Path, store: &Store, cgroups: Vec<File>) -> io::Re
 /// # Errors
 /// The environment has no store, or the program cannot be run.
 pub fn start() -> io::Result<()> {
-    let mut command = command(&std::env::current_exe()?, BUILD, &store()?)?;
-    // SAFETY: setsid is async-signal-safe.
-    unsafe {
-        command.pre_exec(|| {
-            nix::unistd::setsid()?;
-            Ok(())
-        })
-    };
-    command.spawn().map(drop)
+    background::start(command(&std::env::current_exe()?, BUILD, &store()?)?)
 }
 
 fn command(program: &Path, action: &str, store: &Store) -> io::Result<Command> {
-    let mut command = Command::new(program);
-    command.arg(action).env(STORE, serde_json::to_string(store)?).env_remove(PLACED_ENV).current_dir("/");
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut command = background::command(program, action, STORE, store)?;
+    command.env_remove(PLACED_ENV);
     Ok(command)
 }
