@@ -102,7 +102,10 @@ fn life(containerd: &Containerd) -> Result<Vec<String>> {
 #[test]
 #[cfg_attr(runc, ignore = "about VMs")]
 fn events_equal_those_of_runcs_shim() -> Result<()> {
-    let runc = life(&Containerd::with(Setup { runtime: Some(Runtime::Runc), ..Setup::default() })?)?;
+    let mut runc = life(&Containerd::with(Setup { runtime: Some(Runtime::Runc), ..Setup::default() })?)?;
+    // runc's shim publishes one for each of the kernel's notifications, and a process whose memory the kernel has not
+    // yet taken back can cause another.
+    runc.dedup_by(|second, first| second == first && second.starts_with("/tasks/oom"));
     let husk = life(Containerd::shared()?)?;
     // The kernel notifies runc's shim of an OOM and of the resulting exit on separate paths, so these events race
     // there.
