@@ -28,6 +28,24 @@ pub(crate) fn set_nonblocking(fd: impl AsFd) -> nix::Result<()> {
     fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map(drop)
 }
 
+/// Sets how many bytes a vsock connection may have on their way (`SO_VM_SOCKETS_BUFFER_SIZE`, linux/vm_sockets.h): Linux
+/// limits both directions to it, whatever the other side has room for.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub(crate) fn set_vsock_buffer(socket: impl AsFd, bytes: u64) -> nix::Result<()> {
+    // linux/vm_sockets.h
+    const BUFFER_SIZE: i32 = 0;
+    const BUFFER_MAX_SIZE: i32 = 2;
+    for option in [BUFFER_MAX_SIZE, BUFFER_SIZE] {
+        let (value, size) = (std::ptr::from_ref(&bytes).cast(), size_of::<u64>() as libc::socklen_t);
+        // SAFETY: the descriptor is open, and the kernel reads `size` bytes of a number that lives until the return.
+        let set = unsafe { libc::setsockopt(socket.as_fd().as_raw_fd(), libc::AF_VSOCK, option, value, size) };
+        Errno::result(set)?;
+    }
+    Ok(())
+}
+
 /// Moves bytes between a pipe and another descriptor within the kernel, without waiting. Returns 0 at the end.
 ///
 /// # Errors

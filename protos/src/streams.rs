@@ -17,6 +17,9 @@ pub const CHUNK_MAX: usize = 256 * 1024;
 pub const HEADER: usize = 4;
 /// Capacity of pipes and fifos that carry streams, bytes (F_SETPIPE_SZ, fcntl(2)).
 pub const PIPE_SIZE: usize = 256 * 1024;
+/// Most bytes of an output between the pipes of guest and host. While the guest has room, it takes the whole pipe at once
+/// and need not be woken in between.
+pub const OUTPUT_WINDOW: u64 = 1024 * 1024;
 
 /// The header of a chunk of `length` bytes, or of the end of the input for 0.
 pub fn header(length: usize) -> [u8; HEADER] {

@@ -11,7 +11,7 @@ use husk_protos::chain::Chain;
 use husk_protos::frame;
 use husk_protos::relay::{CONNECTED, status};
 use husk_protos::stdio::{StreamKind, StreamRequest};
-use husk_protos::streams::{HEADER, PIPE_SIZE, length};
+use husk_protos::streams::{HEADER, OUTPUT_WINDOW, PIPE_SIZE, length};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use tokio::io::Interest;
@@ -24,7 +24,7 @@ use super::input::is_unread;
 use super::slot::{Client, Slot, ready_now};
 use super::{ProcessStreams, Streams};
 use crate::error::{CallError, FailureKind};
-use crate::fd::{splice, watch_fd};
+use crate::fd::{set_vsock_buffer, splice, watch_fd};
 
 /// Time for the first frame. The host sends it together with the secret.
 const FIRST_FRAME: Duration = Duration::from_secs(10);
@@ -44,7 +44,7 @@ pub(crate) async fn serve(mut host: VsockStream, streams: Arc<Streams>) {
         Err(_) => return tracing::warn!("the name of a raw stream did not arrive within {FIRST_FRAME:?}"),
     };
     let served = match watch_fd(OwnedFd::from(host), Interest::READABLE | Interest::WRITABLE) {
-        Ok(socket) => serve_named(&socket, &request, &streams).await,
+        Ok(socket) => serve_named(socket, &request, &streams).await,
         Err(error) => Err(error.into()),
     };
     if let Err(error) = served
@@ -61,27 +61,27 @@ fn is_hang_up(error: &io::Error) -> bool {
     matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset)
 }
 
-async fn serve_named(socket: &Socket, request: &StreamRequest, streams: &Streams) -> io::Result<()> {
+async fn serve_named(socket: Socket, request: &StreamRequest, streams: &Streams) -> io::Result<()> {
     let process = tokio::select! {
         process = streams.find(&request.container_id, &request.exec_id) => process,
         // The host sends nothing before the reply.
-        closed = closed(socket) => return closed,
+        closed = closed(&socket) => return closed,
     };
     let process = match process {
         Ok(process) => process,
-        Err(error) => return reject(socket, error).await,
+        Err(error) => return reject(&socket, error).await,
     };
     let (slot, name, interest) = match request.kind.enum_value() {
         Ok(StreamKind::STREAM_KIND_STDIN) => (&process.stdin, "stdin", Interest::WRITABLE),
         Ok(StreamKind::STREAM_KIND_STDOUT) => (&process.stdout, "stdout", Interest::READABLE),
         Ok(StreamKind::STREAM_KIND_STDERR) => (&process.stderr, "stderr", Interest::READABLE),
-        _ => return write_all(socket, &[libc::EINVAL as u8]).await,
+        _ => return write_all(&socket, &[libc::EINVAL as u8]).await,
     };
     attach(socket, slot, name, interest, &process).await
 }
 
 async fn attach(
-    socket: &Socket,
+    mut socket: Socket,
     slot: &Slot,
     name: &str,
     interest: Interest,
@@ -89,19 +89,23 @@ async fn attach(
 ) -> io::Result<()> {
     let client = match slot.attach(name, interest) {
         Ok(client) => client,
-        Err(error) => return reject(socket, error).await,
+        Err(error) => return reject(&socket, error).await,
     };
-    write_all(socket, &[CONNECTED]).await?;
+    write_all(&socket, &[CONNECTED]).await?;
     let (terminal, exited) = (process.terminal.is_some(), process.exited.subscribe());
     if interest == Interest::WRITABLE {
-        return Input::new(socket, client, exited, terminal).copy().await;
+        return Input::new(&socket, client, exited, terminal).copy().await;
     }
     // None: the output has ended.
     let Some(client) = client else { return Ok(()) };
     if terminal {
-        copy_terminal(socket, &client, exited).await?;
+        copy_terminal(&socket, &client, exited).await?;
     } else {
-        copy_pipe(socket, &client).await?;
+        set_vsock_buffer(socket.get_ref(), OUTPUT_WINDOW)?;
+        // Without interest in its room, which the kernel would announce after each packet. Each announcement costs two
+        // switches between PID 1 and the process.
+        socket = watch_fd(socket.into_inner(), Interest::READABLE)?;
+        copy_pipe(&socket, &client).await?;
     }
     client.end();
     Ok(())
@@ -125,7 +129,6 @@ async fn copy_pipe(socket: &Socket, output: &Client<'_>) -> io::Result<()> {
             closed = closed(socket) => return closed,
             readable = output.pipe.readable() => readable?,
         };
-        let mut writable = socket.writable().await?;
         match output.splice_to(socket.as_fd(), PIPE_SIZE) {
             Ok(0) => return Ok(()),
             // The pipe is probably empty, and asking costs less than another attempt.
@@ -137,11 +140,15 @@ async fn copy_pipe(socket: &Socket, output: &Client<'_>) -> io::Result<()> {
             // A process that writes without pause must not starve the rest of PID 1.
             Ok(_) => tokio::task::yield_now().await,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                // The process may have written since the attempt. Then the socket has room, and announces none.
+                // The process may have written since the attempt. Then the socket has room.
                 if output.is_empty()? {
                     readable.clear_ready();
                 } else if ready_now(socket.as_fd(), PollFlags::POLLOUT).is_empty() {
-                    writable.clear_ready();
+                    let full = watch_fd(socket.get_ref().try_clone()?, Interest::WRITABLE)?;
+                    tokio::select! {
+                        closed = closed(socket) => return closed,
+                        room = full.writable() => drop(room?),
+                    }
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

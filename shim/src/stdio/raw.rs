@@ -8,8 +8,8 @@ use std::task::{Poll, ready};
 
 use husk_protos::relay::read_status;
 use husk_protos::stdio::StreamKind;
-use husk_protos::streams::{CHUNK_MAX, HEADER, header};
-use husk_vsock::Stream;
+use husk_protos::streams::{CHUNK_MAX, HEADER, OUTPUT_WINDOW, header};
+use husk_vsock::{Stream, WINDOW};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::unix::pipe;
 use tokio::sync::Notify;
@@ -19,6 +19,9 @@ use crate::stdio::error::CopyError;
 use crate::stdio::fifo;
 use crate::stdio::progress::Progress;
 use crate::stdio::sink::Sink;
+
+// What the guest sends without an announcement, the device has room for.
+const _: () = assert!(OUTPUT_WINDOW == WINDOW as u64);
 
 thread_local! {
     /// The buffer of all copies. A copy uses it between a read and the write that follows at once, and keeps only what

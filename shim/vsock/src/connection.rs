@@ -280,7 +280,9 @@ impl Connection {
             Phase::Open { response_due: false } => {
                 if !self.announced.has(self.host_shut) {
                     Some(Op::Shutdown)
-                } else if self.update_due || self.receive.is_update_due() && !self.guest_shut.has(Shut::SEND) {
+                } else if self.update_due
+                    || self.receive.is_update_due(self.send.peer_alloc()) && !self.guest_shut.has(Shut::SEND)
+                {
                     Some(Op::CreditUpdate)
                 } else if self.host_ready && self.send.available() == 0 && !self.credit_requested {
                     Some(Op::CreditRequest)

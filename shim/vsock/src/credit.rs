@@ -35,6 +35,11 @@ impl SendCredit {
         self.sent = self.sent.wrapping_add(n);
     }
 
+    /// The guest's own receive buffer, bytes.
+    pub(crate) fn peer_alloc(&self) -> u32 {
+        self.peer_alloc
+    }
+
     fn in_flight(&self) -> u32 {
         self.sent.wrapping_sub(self.peer_forwarded)
     }
@@ -76,9 +81,11 @@ impl ReceiveCredit {
     }
 
     /// Whether enough of the window became free since the last announcement to announce it. The threshold is a quarter:
-    /// a guest that sends at full speed still has three quarters of the window while the update is on its way.
-    pub(crate) fn is_update_due(&self) -> bool {
-        self.forwarded.wrapping_sub(self.announced) >= self.window / 4
+    /// a guest that sends at full speed still has three quarters of the window while the update is on its way. Linux
+    /// sends no more than its own receive buffer has room for, here `peer_alloc`, even if the window is larger.
+    pub(crate) fn is_update_due(&self, peer_alloc: u32) -> bool {
+        let used = self.window.min(peer_alloc);
+        self.forwarded.wrapping_sub(self.announced) >= (used / 4).max(1)
     }
 
     /// Returns `buf_alloc` and `fwd_cnt` for an outgoing header, and counts them as announced.
@@ -130,14 +137,25 @@ mod tests {
         assert!(!credit.count_received(1));
         assert_eq!(credit.held(), 100);
         credit.count_forwarded(24);
-        assert!(!credit.is_update_due());
+        assert!(!credit.is_update_due(100));
         credit.count_forwarded(1);
-        assert!(credit.is_update_due());
+        assert!(credit.is_update_due(1000));
         assert_eq!(credit.announce(), (100, start.wrapping_add(25)));
-        assert!(!credit.is_update_due());
+        assert!(!credit.is_update_due(100));
         assert!(!credit.count_received(26));
         assert!(credit.count_received(25));
         credit.count_forwarded(u32::MAX);
         assert_eq!(credit.held(), 0);
+    }
+
+    #[test]
+    fn a_guest_with_a_small_buffer_is_told_of_room_before_it_has_to_stop() {
+        let mut credit = ReceiveCredit::new(1000);
+        assert!(credit.count_received(10));
+        // (forwarded in sum, the guest's buffer, whether an update is due)
+        for (forwarded, peer_alloc, due) in [(0, 0, false), (1, 0, true), (1, 8, false), (2, 8, true), (9, 40, false)] {
+            credit.count_forwarded(forwarded - credit.forwarded);
+            assert_eq!(credit.is_update_due(peer_alloc), due, "{forwarded} of a guest with {peer_alloc}");
+        }
     }
 }

@@ -48,6 +48,7 @@ mod worker;
 
 pub use device::{Device, Listener};
 pub use error::VsockError;
+pub use limits::WINDOW;
 pub use stream::Stream;
 
 /// Internals for the integration tests. Not part of the API.
@@ -56,7 +57,7 @@ pub mod testing {
     pub use crate::connection::{Connection, NextSend};
     pub use crate::forwarder::{Forwarder, LINGER, Progress};
     pub use crate::header::{HEADER_LEN, HOST_CID, Header, Op, Shut, TYPE_STREAM};
-    pub use crate::limits::{Limits, WINDOW};
+    pub use crate::limits::Limits;
     pub use crate::ring::Ring;
     pub use crate::shared::Shared;
     pub use crate::table::{ConnectionId, Entry, NextPacket, Outcome, Table};

@@ -17,9 +17,9 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::Epoll;
 
+use husk_vsock::WINDOW;
 use husk_vsock::testing::{
-    Forwarder, HEADER_LEN, HOST_CID, Header, LINGER, Op, Progress, Ring, Shut, TYPE_STREAM, WINDOW, forwarder, ring,
-    serve_host,
+    Forwarder, HEADER_LEN, HOST_CID, Header, LINGER, Op, Progress, Ring, Shut, TYPE_STREAM, forwarder, ring, serve_host,
 };
 
 const CID: u64 = 3;
