@@ -8,7 +8,7 @@ kind: PersistentVolumeClaim
 metadata: {name: $POD}
 spec: {accessModes: [ReadWriteOnce], volumeMode: Block, storageClassName: "", volumeName: $POD, resources: {requests: {storage: 16Mi}}}
 END
-# No controller binds the claim.
+# No controller binds the claim. The kubelet requires the capacity.
 claim=$(kubectl get persistentvolumeclaim "$POD" -o jsonpath='{.metadata.uid}')
 kubectl apply -f - >/dev/null <<END
 apiVersion: v1
@@ -22,7 +22,7 @@ spec:
   claimRef: {namespace: default, name: $POD, uid: $claim}
   nodeAffinity: {required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [$NODE]}]}]}}
 END
-kubectl patch persistentvolumeclaim "$POD" --subresource status --type merge --patch '{"status": {"phase": "Bound"}}' >/dev/null
+kubectl patch persistentvolumeclaim "$POD" --subresource status --type merge --patch '{"status": {"phase": "Bound", "capacity": {"storage": "16Mi"}}}' >/dev/null
 pod <<END
 terminationGracePeriodSeconds: 0
 containers:
