@@ -23,6 +23,8 @@ pod() {
         sed 's/^/  /'
     } | kubectl apply -f - >/dev/null
 }
+# sleeper NAME [SECONDS] prints a container that sleeps, to which more fields can be added.
+sleeper() { printf -- '- name: %s\n  image: %s\n  command: [sleep, "%s"]\n' "$1" "$BUSYBOX" "${2:-100000}"; }
 # await CONDITION, as `kubectl wait --for` takes it.
 await() { kubectl wait --for="$1" "pod/$POD" --timeout=240s >/dev/null; }
 # get JSONPATH prints a part of the pod.

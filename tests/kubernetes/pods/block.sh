@@ -26,9 +26,7 @@ kubectl patch persistentvolumeclaim "$POD" --subresource status --type merge --p
 pod <<END
 terminationGracePeriodSeconds: 0
 containers:
-- name: box
-  image: $BUSYBOX
-  command: [sleep, "100000"]
+$(sleeper box)
   volumeDevices: [{name: disk, devicePath: /dev/disk}]
 volumes: [{name: disk, persistentVolumeClaim: {claimName: $POD}}]
 END

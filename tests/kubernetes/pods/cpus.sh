@@ -4,9 +4,7 @@ RESOURCES='{}'
 pod <<END
 terminationGracePeriodSeconds: 0
 containers:
-- name: box
-  image: $BUSYBOX
-  command: [sleep, "34567"]
+$(sleeper box 34567)
   resources: {requests: {cpu: "1", memory: 64Mi}, limits: {cpu: "1", memory: 64Mi}}
 END
 await condition=Ready

@@ -2,9 +2,7 @@
 pod <<END
 terminationGracePeriodSeconds: 0
 containers:
-- name: box
-  image: $BUSYBOX
-  command: [sleep, "12345"]
+$(sleeper box 12345)
 END
 await condition=Ready
 kubectl debug "$POD" --profile=general --image "$BUSYBOX" --target box -c debugger -- sh -c 'ps -o args | grep "^sleep"; ls /proc/1/root/etc/group' >/dev/null 2>&1

@@ -4,13 +4,9 @@ pod <<END
 terminationGracePeriodSeconds: 0
 shareProcessNamespace: true
 containers:
-- name: big
-  image: $BUSYBOX
-  command: [sleep, "100000"]
+$(sleeper big)
   resources: {limits: {memory: 1Gi, cpu: "2"}, requests: {cpu: 100m}}
-- name: other
-  image: $BUSYBOX
-  command: [sleep, "23456"]
+$(sleeper other 23456)
   resources: {limits: {memory: 64Mi, cpu: 100m}}
 END
 await condition=Ready

@@ -5,9 +5,7 @@ hostname: name
 subdomain: sub
 hostAliases: [{ip: 192.0.2.9, hostnames: [alias]}]
 containers:
-- name: box
-  image: $BUSYBOX
-  command: [sleep, "100000"]
+$(sleeper box)
 END
 await condition=Ready
 inside box 'hostname; grep alias /etc/hosts; cat /etc/hostname'

@@ -6,9 +6,7 @@ mount --make-shared "$FILES/folder"
 pod <<END
 terminationGracePeriodSeconds: 0
 containers:
-- name: box
-  image: $BUSYBOX
-  command: [sleep, "100000"]
+$(sleeper box)
   volumeMounts:
   - {name: files, mountPath: /follows, mountPropagation: HostToContainer}
   - {name: files, mountPath: /stays}

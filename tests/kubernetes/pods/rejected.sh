@@ -12,9 +12,7 @@ refused() {
 }
 container="terminationGracePeriodSeconds: 0
 containers:
-- name: box
-  image: $BUSYBOX
-  command: [sleep, \"100000\"]"
+$(sleeper box)"
 refused hostNetwork 'FailedCreatePodSandBox.*hostNetwork.*a VM cannot share' <<END
 hostNetwork: true
 $container

@@ -6,9 +6,7 @@ box() {
     pod <<END
 terminationGracePeriodSeconds: 1
 containers:
-- name: box
-  image: $BUSYBOX
-  command: [sleep, "100000"]
+$(sleeper box)
   resources: {requests: {cpu: 500m, memory: 32Mi}, limits: {memory: $1, cpu: "$2"}}
 END
     await condition=Ready

@@ -3,16 +3,10 @@ show='grep -E "^(Uid|Gid|Groups|CapPrm|CapEff|NoNewPrivs|Seccomp):" /proc/self/s
 pod <<END
 terminationGracePeriodSeconds: 0
 containers:
-- name: plain
-  image: $BUSYBOX
-  command: [sleep, "100000"]
-- name: unconfined
-  image: $BUSYBOX
-  command: [sleep, "100000"]
+$(sleeper plain)
+$(sleeper unconfined)
   securityContext: {seccompProfile: {type: Unconfined}}
-- name: strict
-  image: $BUSYBOX
-  command: [sleep, "100000"]
+$(sleeper strict)
   securityContext:
     runAsUser: 1000
     runAsGroup: 2000

@@ -9,9 +9,7 @@ pod <<END
 terminationGracePeriodSeconds: 0
 securityContext: {fsGroup: 4321}
 containers:
-- name: box
-  image: $BUSYBOX
-  command: [sleep, "100000"]
+$(sleeper box)
   env: [{name: APP, valueFrom: {fieldRef: {fieldPath: "metadata.labels['app']"}}}]
   volumeMounts:
   - {name: disk, mountPath: /disk}
