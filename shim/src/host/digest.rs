@@ -39,6 +39,11 @@ impl Sha256Digest {
         Ok(Self(digest))
     }
 
+    /// The digest of what was hashed.
+    pub(crate) fn finish(hash: Sha256) -> Self {
+        Self(hash.finalize().into())
+    }
+
     /// The digest itself.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.0
@@ -84,7 +89,7 @@ fn copy(file: &File, to: &mut impl Write) -> io::Result<Sha256Digest> {
     }
     match from.limit() {
         0 => Err(too_large()),
-        _ => Ok(Sha256Digest(hash.finalize().into())),
+        _ => Ok(Sha256Digest::finish(hash)),
     }
 }
 

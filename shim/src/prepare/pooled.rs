@@ -17,6 +17,7 @@ use crate::config::annotations::Annotations;
 use crate::config::extras::Extras;
 use crate::config::load;
 use crate::guest::link::Carrier;
+use crate::host::digest::Sha256Digest;
 use crate::pool::request::PoolRequest;
 use crate::rootfs::spec::SpecLimits;
 
@@ -89,7 +90,7 @@ impl Bootable {
             return None;
         }
         match self.everything() {
-            Ok(text) => Some(hex(&Sha256::digest(text))),
+            Ok(text) => Some(shortened(Sha256Digest::finish(Sha256::new_with_prefix(text)))),
             Err(error) => {
                 tracing::debug!(%error, "no key for the pool");
                 None
@@ -118,7 +119,8 @@ fn identity(path: &Path) -> io::Result<(PathBuf, [u64; 3], [i64; 2])> {
     Ok((path.to_owned(), [file.dev(), file.ino(), file.size()], [file.mtime(), file.mtime_nsec()]))
 }
 
-fn hex(digest: &[u8]) -> String {
-    let digits: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    digits[..DIGITS].to_owned()
+fn shortened(digest: Sha256Digest) -> String {
+    let mut digits = digest.to_string();
+    digits.truncate(DIGITS);
+    digits
 }

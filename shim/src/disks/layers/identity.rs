@@ -18,6 +18,8 @@ use std::time::UNIX_EPOCH;
 use nix::errno::Errno;
 use sha2::{Digest, Sha256};
 
+use crate::host::digest::Sha256Digest;
+
 /// The folder of a snapshot that has the layer's files.
 const FS: &str = "fs";
 /// The folder of all snapshots, beside the snapshotter's database.
@@ -80,7 +82,7 @@ impl Identity {
         digest.update(born.to_le_bytes());
         digest.update(metadata.ctime().to_le_bytes());
         digest.update(metadata.ctime_nsec().to_le_bytes());
-        Ok(Self(hex(digest)))
+        Ok(Self(Sha256Digest::finish(digest).to_string()))
     }
 
     /// An identity that is the name of a file in the store.
@@ -96,11 +98,6 @@ impl Identity {
 /// Whether a text is a digest: a name in the store that is husk's.
 pub(super) fn is_digest(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-}
-
-/// A digest as text.
-pub(super) fn hex(digest: Sha256) -> String {
-    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The folder of all snapshots, if this is the folder of one.

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 
-use super::identity::hex;
+use crate::host::digest::Sha256Digest;
 use crate::host::xattr;
 
 /// Most files of a layer. mkfs.erofs keeps them in its memory.
@@ -75,7 +75,7 @@ pub(super) fn survey(layer: &Path, deadline: Instant) -> Result<Survey, TreeErro
         }
         Ok(())
     })?;
-    Ok(Survey { bytes, state: hex(state) })
+    Ok(Survey { bytes, state: Sha256Digest::finish(state).to_string() })
 }
 
 /// The digest of everything that an image of the layer has.
@@ -114,7 +114,7 @@ pub(super) fn digest(layer: &Path, deadline: Instant) -> Result<String, TreeErro
         }
         Ok(())
     })?;
-    Ok(hex(digest))
+    Ok(Sha256Digest::finish(digest).to_string())
 }
 
 /// The digest of a file from its beginning.
@@ -128,7 +128,7 @@ pub(super) fn file_digest(file: &mut File, deadline: Instant) -> io::Result<Stri
             return Err(io::ErrorKind::TimedOut.into());
         }
         match file.read(&mut buffer)? {
-            0 => return Ok(hex(digest)),
+            0 => return Ok(Sha256Digest::finish(digest).to_string()),
             length => digest.update(&buffer[..length]),
         }
     }
