@@ -60,5 +60,5 @@ impl Debian {
 }
 
 fn husk_config(folder: &Path) -> String {
-    format!("volume_dirs = [{folder:?}]\n")
+    format!("volume_dirs = [{folder:?}]\nlayer_cache_dir = {:?}\n", folder.join("layers"))
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Runtime;
+use husk_tests::command::wait_for;
 use husk_tests::containerd::Container;
 use husk_tests::debian::Debian;
 use husk_tests::operator;
@@ -14,6 +15,8 @@ use crate::report::{Better, Column, Report};
 
 /// Deadline for one measurement, on a loaded machine that emulates its VMs.
 const MEASURE: Duration = Duration::from_secs(600);
+/// Deadline for the image of a whole Debian, which is made with the lowest priority.
+const IMAGES: Duration = Duration::from_secs(600);
 /// Memory of a VM: what a database on a small host has.
 const MEMORY_MIB: u32 = 1024;
 const VOLUME_MIB: u32 = 2048;
@@ -161,6 +164,8 @@ struct Place {
     flags: Vec<String>,
     folder: &'static str,
     has_image: bool,
+    /// What `husk status` calls the root.
+    root: &'static str,
 }
 
 /// Measures these columns, and runc.
@@ -169,17 +174,22 @@ pub(crate) fn run(columns: &[Column], rounds: usize, report: &mut Report) -> Res
     let mut places = Vec::new();
     for (column, name) in COLUMNS.into_iter().filter(|(column, _)| columns.contains(column)) {
         match place(&debian, column, name)? {
-            Ok(place) => places.push(place),
+            Ok(place) => {
+                if column == Column::Erofs {
+                    make_images(&debian, &place)?;
+                }
+                places.push(place);
+            }
             Err(why) => report.note(format!("{name}: not measured: {why}")),
         }
     }
     let flags = ["--runtime", Runtime::Runc.name()].map(str::to_owned).to_vec();
-    places.push(Place { column: Column::Runc, flags, folder: "/work", has_image: true });
+    places.push(Place { column: Column::Runc, flags, folder: "/work", has_image: true, root: "" });
     let none = || places.iter().map(|place| (place.column, Vec::new())).collect::<Vec<_>>();
     let mut samples: Vec<Vec<(Column, Vec<f64>)>> = MEASURED.iter().map(|_| none()).collect();
     for round in 0..rounds.div_ceil(10) {
         let started: Vec<Started<'_>> =
-            places.iter().map(|place| Started::start(&debian, place, round)).collect::<Result<_>>()?;
+            places.iter().map(|place| Started::start(&debian, place, round, place.root)).collect::<Result<_>>()?;
         for (measured, samples) in MEASURED.iter().zip(&mut samples) {
             for (started, (_, values)) in started.iter().zip(samples) {
                 values.extend(started.measure(measured).with_context(|| measured.0)?);
@@ -194,25 +204,31 @@ pub(crate) fn run(columns: &[Column], rounds: usize, report: &mut Report) -> Res
     Ok(())
 }
 
-/// How a container gets this kind of filesystem, or why this build does not have it.
-fn place(debian: &Debian, column: Column, name: &str) -> Result<Result<Place, String>> {
+/// How a container gets this kind of filesystem, or why this host does not have it.
+fn place(debian: &Debian, column: Column, name: &'static str) -> Result<Result<Place, String>> {
     let root = if column == Column::Volume { "" } else { &format!("rootfs = {name:?}\n") };
-    let mut config = debian.config(name, root)?;
+    let config = debian.config(name, root)?;
     let checked = operator::husk(&debian.containerd, &["check-config", &config.display().to_string()])?;
-    let said = checked.text() + &checked.errors();
-    if let Some(why) = said.lines().find(|line| line.contains("rootfs")) {
-        // Every build has it, with the key or without.
-        if column != Column::Virtiofs {
-            // Without the list of all keys.
-            return Ok(Err(why.trim().split(';').next().unwrap_or_default().to_owned()));
-        }
-        config = debian.config(name, "")?;
+    if checked.code() != 0 {
+        return Ok(Err(checked.errors().lines().next().unwrap_or_default().to_owned()));
     }
     let mut flags = vec!["--runtime".to_owned(), Runtime::Husk.name().to_owned()];
     flags.extend(["--runtime-config-path".to_owned(), config.display().to_string()]);
     flags.extend(["--annotation".to_owned(), format!("io.husk.memory_mib={MEMORY_MIB}")]);
     let folder = if column == Column::Volume { "/volume" } else { "/work" };
-    Ok(Ok(Place { column, flags, folder, has_image: column != Column::Volume }))
+    let root = if column == Column::Volume { "virtiofs" } else { name };
+    Ok(Ok(Place { column, flags, folder, has_image: column != Column::Volume, root }))
+}
+
+/// Has images of the layers made: the first container on them starts without.
+fn make_images(debian: &Debian, place: &Place) -> Result<()> {
+    let first = Started::start(debian, place, 0, "overlay")?;
+    wait_for(IMAGES, "the image's layer has an image", || {
+        let layers = operator::husk_json(&debian.containerd, &["layers", "--json"]).ok()?;
+        (!layers["images"].as_array()?.is_empty()).then_some(())
+    })?;
+    drop(first);
+    Ok(())
 }
 
 /// A container in which everything is measured.
@@ -222,7 +238,8 @@ struct Started<'a> {
 }
 
 impl<'a> Started<'a> {
-    fn start(debian: &'a Debian, place: &'a Place, round: usize) -> Result<Self> {
+    /// `root` is how the container must have its root filesystem.
+    fn start(debian: &'a Debian, place: &'a Place, round: usize, root: &str) -> Result<Self> {
         let containerd = &debian.containerd;
         let id = containerd.id("files");
         let mut flags: Vec<&str> = vec!["--detach"];
@@ -235,6 +252,16 @@ impl<'a> Started<'a> {
         }
         debian.run(&flags, &id, "exec sleep 100000").ok()?;
         let started = Self { place, container: containerd.adopt(&id) };
+        if place.column != Column::Runc {
+            let status = operator::husk_json(containerd, &["status", "--json", &id])?;
+            ensure!(status["roots"][0]["kind"] == root, "the root is not {root}: {}", status["roots"]);
+            let volume = status["disks"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .any(|disk| disk["serial"].as_str().is_some_and(|serial| serial.starts_with("volume")));
+            ensure!(volume == (place.column == Column::Volume), "{}", status["disks"]);
+        }
         started.script(PREPARE)?;
         Ok(started)
     }
