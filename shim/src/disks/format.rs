@@ -21,6 +21,8 @@ use crate::host::text::clean;
 
 /// Where the programs are besides PATH: containerd's has no sbin on some hosts.
 const SBIN: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
+/// The program for ext4.
+pub(super) const EXT4: &str = "mke2fs";
 /// The programs write few blocks of a sparse file. A full or slow disk of the host ends them.
 const DEADLINE: Duration = Duration::from_secs(60);
 /// Most bytes of their output that a message shows.
@@ -72,7 +74,7 @@ pub(super) async fn ext4(image: &Image, life: Life) -> Result<(), FormatError> {
     if life == Life::OfVm {
         args.extend(["-O", "^has_journal"]);
     }
-    run("mke2fs", &args, image.file()).await?;
+    run(EXT4, &args, image.file()).await?;
     if life == Life::Lasting {
         sync(image.file()).await?;
     }
@@ -91,7 +93,7 @@ pub(super) async fn ext4_to_encrypt(image: &Image) -> Result<(), FormatError> {
     // The guest encrypts blocks of this size.
     let args = ["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-O", features, "-E", extended];
     // Zeroes are written too, instead of holes that are punched (e2fsprogs' lib/ext2fs/unix_io.c).
-    run_with("mke2fs", &args, image.file(), &[("UNIX_IO_NOZEROOUT", "1")]).await
+    run_with(EXT4, &args, image.file(), &[("UNIX_IO_NOZEROOUT", "1")]).await
 }
 
 /// Creates and formats the image of a filesystem (ext2, ext3, ext4 or xfs), unless the file exists. It gets its name when
@@ -111,7 +113,7 @@ pub(crate) async fn create(path: &Path, bytes: u64, fs_type: &str, uuid: Option<
     let of_xfs = uuid.map(|uuid| format!("uuid={uuid}"));
     let (program, mut args) = match fs_type {
         "xfs" => ("mkfs.xfs", vec!["-q", "-f"]),
-        _ => ("mke2fs", vec!["-q", "-F", "-t", fs_type]),
+        _ => (EXT4, vec!["-q", "-F", "-t", fs_type]),
     };
     match (&of_xfs, uuid) {
         (Some(uuid), _) if fs_type == "xfs" => args.extend(["-m", uuid]),

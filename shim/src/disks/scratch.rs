@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::GuestLayer;
-use super::format::{FormatError, Life, ext4, ext4_to_encrypt};
+use super::format::{EXT4, FormatError, Life, ext4, ext4_to_encrypt, find};
 use super::image::Image;
 use super::written;
 
@@ -48,6 +48,14 @@ pub(crate) async fn create(
     ext4_to_encrypt(&image).await?;
     let written = written::find(image.file()).map_err(ScratchError::Written)?;
     Ok((image, Some(GuestLayer::Encrypted { written })))
+}
+
+/// Whether the host has the program that [`create`] runs.
+///
+/// # Errors
+/// It is missing.
+pub(crate) fn check_host() -> Result<(), FormatError> {
+    find(EXT4).map(drop)
 }
 
 #[cfg(test)]

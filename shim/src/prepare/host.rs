@@ -18,6 +18,7 @@ use crate::guest::link::Carrier;
 use crate::host::open_files::FileLimits;
 use crate::prepare::boot_files::{self, BootFile};
 use crate::prepare::ids;
+use crate::prepare::root::PlannedRoot;
 use crate::prepare::size::HostSize;
 use crate::state;
 use crate::vm::OpenFiles;
@@ -121,6 +122,8 @@ pub struct Checked {
     pub exists: bool,
     /// The guest's kernel and initramfs.
     pub files: Vec<BootFile>,
+    /// What the host lacks and VMs do without.
+    pub notes: Vec<String>,
 }
 
 /// Checks a configuration file as a container's creation and a boot do: its keys, and whether the host has what they
@@ -141,8 +144,10 @@ pub fn check(named: Option<&Path>, places: &Places) -> Result<Checked, ConfigErr
         problems.extend(missing.into_iter().filter(|problem| !reported(&problem.key)));
         Vec::new()
     });
+    let (of_roots, note) = PlannedRoot::check(&config);
+    problems.extend(of_roots.into_iter().filter(|problem| !reported(&problem.key)));
     match problems.is_empty() {
-        true => Ok(Checked { path, exists: text.is_some(), files }),
+        true => Ok(Checked { path, exists: text.is_some(), files, notes: note.into_iter().collect() }),
         false => Err(ConfigError::Invalid { path, problems }),
     }
 }

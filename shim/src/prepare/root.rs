@@ -9,7 +9,9 @@ use husk_protos::chain::Chain;
 use super::disks::Scratch;
 use crate::config::problem::Problem;
 use crate::config::settings::{Config, RootfsMode};
+use crate::disks::format::FormatError;
 use crate::disks::layers::{Store, mkfs};
+use crate::disks::scratch;
 use crate::rootfs::plan::{HostRoot, Layers, RootChoice, RootFacts, RootKind, RootPlan, choose};
 
 /// A container's root, as it was planned.
@@ -34,6 +36,16 @@ pub(crate) struct Overlay {
     pub(crate) store: Store,
     /// The layers for which the guest gets images.
     pub(crate) layers: Option<Layers>,
+}
+
+/// The value of the key.
+fn name(mode: RootfsMode) -> &'static str {
+    RootfsMode::NAMES.iter().find(|(_, named)| *named == mode).map_or("", |(name, _)| name)
+}
+
+/// Without a program, the host cannot have roots of this kind.
+fn lacks(mode: RootfsMode, error: &FormatError) -> Problem {
+    Problem::quoted("rootfs", name(mode), Chain(error).to_string())
 }
 
 impl PlannedRoot {
@@ -61,8 +73,7 @@ impl PlannedRoot {
         scratch.check().map_err(|problem| vec![problem])?;
         let layers = match (&plan, mode) {
             (RootPlan::Host(root), RootfsMode::Erofs) => {
-                let rejected = |why: String| vec![Problem::quoted("rootfs", "erofs", why)];
-                mkfs::check().map_err(|error| rejected(Chain(&error).to_string()))?;
+                mkfs::check().map_err(|error| vec![lacks(mode, &error)])?;
                 Layers::of(root).inspect_err(|why| choice.why = why).ok()
             }
             (RootPlan::Host(root), RootfsMode::Auto) => mkfs::check().ok().and_then(|()| Layers::of(root).ok()),
@@ -71,6 +82,28 @@ impl PlannedRoot {
         let store = Store::new(config.layer_cache_dir.clone(), config.layer_cache_mib);
         let overlay = Overlay { scratch, timeout: config.rootfs.copy_back_timeout, store, layers };
         Ok(Self { plan, choice, overlay: Some(overlay) })
+    }
+
+    /// What the host lacks for the roots that a configuration asks for, and what it does without otherwise.
+    pub(super) fn check(config: &Config) -> (Vec<Problem>, Option<String>) {
+        let mode = config.rootfs.mode;
+        if mode == RootfsMode::Virtiofs {
+            return (Vec::new(), None);
+        }
+        let folder = Scratch { mib: config.rootfs.overlay_mib, folder: config.scratch_dir.clone(), encrypted: false };
+        let mut problems: Vec<Problem> = folder.check().err().into_iter().collect();
+        problems.extend(scratch::check_host().err().map(|error| lacks(mode, &error)));
+        let note = match (mode, mkfs::check()) {
+            (RootfsMode::Erofs, Err(error)) => {
+                problems.push(lacks(mode, &error));
+                None
+            }
+            (RootfsMode::Auto, Err(error)) => {
+                Some(format!("rootfs = \"auto\": without images of layers: {}", Chain(&error)))
+            }
+            _ => None,
+        };
+        (problems, note)
     }
 
     /// Where a container has it in the guest. `share` is its place in the share, if it has one.

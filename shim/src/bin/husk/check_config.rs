@@ -14,18 +14,21 @@ use crate::print;
 
 pub(crate) fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {
     let checked = host::check(file, &Places::of_process());
-    let (Checked { path, exists, files }, problems) = match checked {
+    let (Checked { path, exists, files, notes }, problems) = match checked {
         Ok(checked) => (checked, Vec::new()),
         Err(ConfigError::Invalid { path, problems }) => {
             let exists = path.exists();
-            (Checked { path, exists, files: Vec::new() }, problems.iter().map(ToString::to_string).collect())
+            (
+                Checked { path, exists, files: Vec::new(), notes: Vec::new() },
+                problems.iter().map(ToString::to_string).collect(),
+            )
         }
         Err(error) => return Err(error.into()),
     };
     let valid = problems.is_empty();
     if as_json {
         let digests: serde_json::Map<String, Value> = files.iter().map(described).collect();
-        let report = json!({"ok": valid, "file": path, "exists": exists, "problems": problems, "digests": digests});
+        let report = json!({"ok": valid, "file": path, "exists": exists, "problems": problems, "notes": notes, "digests": digests});
         print::json(&mut io::stdout(), &report)?;
     } else if !valid {
         for problem in problems {
@@ -37,6 +40,9 @@ pub(crate) fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {
         writeln!(io::stdout(), "ok: {} does not exist, so all defaults apply", path.display())?;
     }
     if !as_json {
+        for note in notes {
+            writeln!(io::stdout(), "note: {note}")?;
+        }
         // As they stand in the configuration file.
         for BootFile { key, path, sha256, verified } in files {
             let note = if verified { ", verified at each boot" } else { "" };
