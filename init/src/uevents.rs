@@ -1,4 +1,4 @@
-//! The kernel's uevents, as a signal that something has changed. What they say does not matter.
+//! The kernel's uevents, as a signal that something has changed. Of what they say, only the path of the device is used.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -8,6 +8,9 @@ use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProto
 
 /// Multicast group of the kernel's uevents, as opposed to udev's (libudev: UDEV_MONITOR_KERNEL).
 const KERNEL_EVENTS: u32 = 1;
+
+/// How much of an event is read, bytes: paths of devices are shorter.
+const BEGINNING: usize = 512;
 
 /// Subscribes to the kernel's uevents. The descriptor does not block.
 ///
@@ -20,16 +23,23 @@ pub(crate) fn subscribe() -> io::Result<OwnedFd> {
     Ok(uevents)
 }
 
-/// Discards all pending events.
+/// Discards all pending events. Returns whether one of them may be among those that `matter`: it gets their beginnings,
+/// ACTION@PATH.
 ///
 /// # Errors
 /// Those of recv(2).
-pub(crate) fn drain(uevents: &OwnedFd) -> io::Result<()> {
+pub(crate) fn drain(uevents: &OwnedFd, matter: impl Fn(&[u8]) -> bool) -> io::Result<bool> {
+    let (mut matters, mut event) = (false, [0; BEGINNING]);
     loop {
-        match recv(uevents.as_raw_fd(), &mut [0; 64], MsgFlags::MSG_DONTWAIT) {
-            Ok(0) | Err(Errno::EAGAIN) => return Ok(()),
-            // ENOBUFS: the kernel dropped events. One is enough.
-            Ok(_) | Err(Errno::EINTR | Errno::ENOBUFS) => {}
+        match recv(uevents.as_raw_fd(), &mut event, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) | Err(Errno::EAGAIN) => return Ok(matters),
+            Ok(length) => {
+                let beginning = event[..length].split(|byte| *byte == 0).next().unwrap_or_default();
+                matters |= matter(beginning);
+            }
+            Err(Errno::EINTR) => {}
+            // The kernel has dropped events.
+            Err(Errno::ENOBUFS) => matters = true,
             Err(error) => return Err(error.into()),
         }
     }

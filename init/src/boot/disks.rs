@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, BufRead, Read};
 use std::os::unix::fs::OpenOptionsExt;
 
-use crate::disks::find::find;
+use crate::disks::find::{by_serial, find};
 
 /// Bytes per read: more than the kernel's readahead, because every request to an emulated disk is expensive.
 const CHUNK: usize = 512 * 1024;
@@ -64,6 +64,6 @@ impl Read for DiskReader {
 /// # Errors
 /// Those of [`find`].
 pub(super) fn open(serial: &str) -> io::Result<DiskReader> {
-    find(serial, File::options().read(true).custom_flags(libc::O_DIRECT), || Ok(()))
+    find(serial, File::options().read(true).custom_flags(libc::O_DIRECT), || Ok(()), by_serial)
         .map(|(_, disk)| DiskReader::new(disk))
 }

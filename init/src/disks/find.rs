@@ -21,7 +21,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const SERIALS: [(&str, usize); 2] = [("serial", 0), ("device/vpd_pg80", 4)];
 
 /// Opens the block device with this serial, and returns its name too. Waits until it appears. `search` runs once before,
-/// to make the kernel look for it.
+/// to make the kernel look for it; `locate` returns the device's name once the kernel has found it.
 ///
 /// # Errors
 /// TimedOut when the device does not appear within 5 s, with the serials that exist; or an error of the kernel.
@@ -29,12 +29,13 @@ pub(crate) fn find(
     serial: &str,
     options: &OpenOptions,
     search: impl FnOnce() -> io::Result<()>,
+    locate: impl Fn(&str) -> io::Result<Option<String>>,
 ) -> io::Result<(String, File)> {
     // Subscribe before the first search: a device that appears in between would be missed. An event arrives when a disk
     // is ready to be opened.
     let uevents = subscribe()?;
     search()?;
-    let found = wait(&uevents, DEADLINE, || open(serial, options))?;
+    let found = wait(&uevents, DEADLINE, || open(locate(serial)?, options))?;
     found.ok_or_else(|| {
         let present = match serials() {
             Ok(all) if all.is_empty() => "there are none".to_owned(),
@@ -49,15 +50,37 @@ pub(crate) fn find(
     })
 }
 
-/// Calls `find` at once and after each batch of events until it finds something. Returns None at the deadline.
+/// The name of the block device with this serial, among all of the machine.
+///
+/// # Errors
+/// Those of sysfs.
+pub(crate) fn by_serial(serial: &str) -> io::Result<Option<String>> {
+    Ok(serials()?.into_iter().find_map(|(name, found)| (found == serial).then_some(name)))
+}
+
+/// Whether the block device with this name has this serial.
+///
+/// # Errors
+/// Those of sysfs.
+pub(super) fn has_serial(name: &str, expected: &str) -> io::Result<bool> {
+    Ok(serial(&Path::new(DEVICES).join(name))?.is_some_and(|found| found == expected))
+}
+
+/// Whether an event may say that a disk can be opened. A SCSI disk causes five others.
+fn is_of_disk(event: &[u8]) -> bool {
+    let mut path = event.split(|byte| *byte == b'/');
+    path.any(|folder| folder == b"block")
+}
+
+/// Calls `find` at once and after each batch of events of disks until it finds something. Returns None at the deadline.
 fn wait<T>(
     uevents: &OwnedFd,
     deadline: Duration,
     mut find: impl FnMut() -> io::Result<Option<T>>,
 ) -> io::Result<Option<T>> {
-    let end = Instant::now() + deadline;
+    let (end, mut changed) = (Instant::now() + deadline, true);
     loop {
-        if let Some(found) = find()? {
+        if changed && let Some(found) = find()? {
             return Ok(Some(found));
         }
         let left = end.saturating_duration_since(Instant::now());
@@ -65,15 +88,15 @@ fn wait<T>(
         let left = PollTimeout::try_from(left.as_millis() + u128::from(!left.is_zero())).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(uevents.as_fd(), PollFlags::POLLIN)], left) {
             Ok(0) => return Ok(None),
-            Ok(_) => drain(uevents)?,
-            Err(Errno::EINTR) => {}
+            Ok(_) => changed = drain(uevents, is_of_disk)?,
+            Err(Errno::EINTR) => changed = false,
             Err(error) => return Err(error.into()),
         }
     }
 }
 
-fn open(serial: &str, options: &OpenOptions) -> io::Result<Option<(String, File)>> {
-    let Some((name, _)) = serials()?.into_iter().find(|(_, found)| found == serial) else { return Ok(None) };
+fn open(name: Option<String>, options: &OpenOptions) -> io::Result<Option<(String, File)>> {
+    let Some(name) = name else { return Ok(None) };
     match options.open(format!("/dev/{name}")) {
         Ok(device) => Ok(Some((name, device))),
         // A device is listed shortly before it can be opened. Its uevent follows.
@@ -130,17 +153,23 @@ mod tests {
         let found = wait(&uevents, Duration::from_secs(60), || {
             searches += 1;
             // Two events, each after a search without a result.
-            let sent = if searches < 3 { kernel.send(b"add@/devices/x").map(drop) } else { Ok(()) };
+            let event = b"add@/devices/x/0:0:7:0/block/sdb\0ACTION=add\0";
+            let sent = if searches < 3 { kernel.send(event).map(drop) } else { Ok(()) };
             sent.map(|()| (searches == 3).then_some("vdb"))
         });
         assert_eq!((found.unwrap(), searches), (Some("vdb"), 3));
     }
 
     #[test]
-    fn a_missing_device_is_awaited_until_the_deadline_without_polling() {
+    fn a_missing_device_is_awaited_until_the_deadline_and_sought_after_events_of_disks_only() {
         let (kernel, uevents) = UnixDatagram::pair().unwrap();
         let uevents = OwnedFd::from(uevents);
-        kernel.send(b"add@/devices/another").unwrap();
+        for event in
+            [&b"add@/devices/x/0:0:7:0\0SUBSYSTEM=block/\0"[..], b"add@/devices/virtual/bdi/8:0", b"", b"\0/block/"]
+        {
+            kernel.send(event).unwrap();
+        }
+        kernel.send(b"add@/devices/virtual/block/dm-0").unwrap();
         let (began, deadline) = (Instant::now(), Duration::from_millis(50));
         let mut searches = 0;
         let found = wait(&uevents, deadline, || {

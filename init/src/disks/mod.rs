@@ -44,6 +44,10 @@ use crate::rpc::handle_uninterrupted;
 use filesystem::Filesystem;
 use mapper::Mapped;
 
+/// How far the kernel reads ahead on disks. A request has a price, and bytes have nearly none: without KVM, 64 MiB are read
+/// four times as fast as with the kernel's 128 KiB. The most that a request can have is 1280 KiB.
+const READ_AHEAD_KIB: u32 = 1024;
+
 /// A disk that containers use.
 #[derive(Debug)]
 struct Disk {
@@ -230,7 +234,14 @@ impl Disks {
 
 /// Finds a disk and mounts its filesystem. A failure leaves nothing behind.
 fn prepare(serial: &str, target: u32, mount: Option<DiskMount>) -> Result<Disk, CallError> {
-    let found = find::find(serial, File::options().read(true).custom_flags(libc::O_NONBLOCK), || scsi::search(target));
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    // Another disk may have the target as long as the kernel has not forgotten it.
+    let locate = |serial: &str| match scsi::disk(target)? {
+        Some(name) => Ok(find::has_serial(&name, serial)?.then_some(name)),
+        None => Ok(None),
+    };
+    let found = find::find(serial, &options, || scsi::search(target), locate);
     let (name, device) = found.map_err(|error| {
         forget_target(target);
         match error.kind() {
@@ -264,10 +275,14 @@ fn use_device(serial: &str, name: &str, device: &File, mount: Option<DiskMount>)
         ..Default::default()
     };
     let mut disk = Disk { name: name.to_owned(), numbers, users: BTreeSet::new(), mapped: None, filesystem: None };
+    read_ahead(name);
     let Some(mount) = mount else { return Ok(disk) };
     let AttachDiskResponse { major, minor, bytes, .. } = disk.numbers;
     disk.mapped = layer::set_up(serial, name, device, (&format!("{major}:{minor}"), bytes), &mount)?.map(Arc::new);
     let device = disk.mapped.as_ref().map_or_else(|| format!("/dev/{name}"), |mapped| mapped.path());
+    if let Some(mapped) = &disk.mapped {
+        read_ahead(mapped.path().trim_start_matches("/dev/"));
+    }
     match Filesystem::mount(&device, Path::new(DISKS_PATH).join(serial), &mount, bytes) {
         Ok(filesystem) => {
             disk.filesystem = Some(Arc::new(filesystem));
@@ -279,6 +294,15 @@ fn use_device(serial: &str, name: &str, device: &File, mount: Option<DiskMount>)
             }
             Err(error)
         }
+    }
+}
+
+/// Has the kernel read far ahead on a device, which works without, too. The file of the queue's folder would have the
+/// same effect, but a write to it waits for the queue.
+fn read_ahead(name: &str) {
+    let file = format!("/sys/class/block/{name}/bdi/read_ahead_kb");
+    if let Err(error) = fs::write(&file, READ_AHEAD_KIB.to_string()) {
+        tracing::warn!(file, %error, "a disk is read in small parts");
     }
 }
 

@@ -24,6 +24,21 @@ pub(super) fn search(target: u32) -> io::Result<()> {
     if none { Err(io::Error::new(ErrorKind::NotFound, "the machine has no SCSI controller")) } else { Ok(()) }
 }
 
+/// The name of the block device with this target, once the kernel has found it.
+///
+/// # Errors
+/// Those of sysfs.
+pub(super) fn disk(target: u32) -> io::Result<Option<String>> {
+    for unit in list(UNITS)? {
+        if is_target(&unit, target)
+            && let Some(device) = list(unit.join("device/block"))?.first()
+        {
+            return Ok(Some(name_of(device)));
+        }
+    }
+    Ok(None)
+}
+
 /// Makes the kernel write a disk's cache back and forget the disk.
 ///
 /// # Errors
@@ -38,8 +53,7 @@ pub(super) fn forget(name: &str) -> io::Result<()> {
 /// Those of sysfs.
 pub(super) fn forget_target(target: u32) -> io::Result<()> {
     for unit in list(UNITS)? {
-        let name = unit.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if is_target(&name, target) {
+        if is_target(&unit, target) {
             remove(&unit.join("device"))?;
         }
     }
@@ -47,8 +61,8 @@ pub(super) fn forget_target(target: u32) -> io::Result<()> {
 }
 
 /// Whether a unit's name, HOST:CHANNEL:TARGET:UNIT, has this target.
-fn is_target(name: &str, target: u32) -> bool {
-    name.split(':').nth(2).and_then(|part| part.parse().ok()) == Some(target)
+fn is_target(unit: &Path, target: u32) -> bool {
+    name_of(unit).split(':').nth(2).and_then(|part| part.parse().ok()) == Some(target)
 }
 
 fn remove(device: &Path) -> io::Result<()> {
@@ -58,7 +72,11 @@ fn remove(device: &Path) -> io::Result<()> {
     }
 }
 
-fn list(folder: &str) -> io::Result<Vec<PathBuf>> {
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn list(folder: impl AsRef<Path>) -> io::Result<Vec<PathBuf>> {
     match fs::read_dir(folder) {
         Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
@@ -73,7 +91,7 @@ mod tests {
     #[test]
     fn a_target_is_the_third_number() {
         for (name, expected) in [("0:0:7:0", true), ("7:7:0:7", false), ("0:0:70:0", false), ("7", false)] {
-            assert_eq!(is_target(name, 7), expected, "{name}");
+            assert_eq!(is_target(Path::new(name), 7), expected, "{name}");
         }
     }
 }
