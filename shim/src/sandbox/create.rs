@@ -17,6 +17,7 @@ use crate::sandbox::error::SandboxError;
 use crate::sandbox::holder::{join_cgroup, watch_holder};
 use crate::sandbox::hooks;
 use crate::sandbox::registry::{ContainerSlot, Sandbox, VmSlot};
+use crate::sandbox::roots::new_overlay;
 use crate::sandbox::start::STREAM;
 use crate::state::{Owner, check_identifier};
 use crate::stdio::Stdio;
@@ -86,9 +87,11 @@ impl Sandbox {
             self.run_create_hooks(&prepared.rewritten.hooks, &subject).await?;
             self.enter_cgroup(cgroup).await
         };
-        // Mount the root filesystem while the VM boots: it propagates to virtiofsd. Folders of the host follow.
-        let (vm, mounted, hooked) =
-            tokio::join!(self.ensure_vm(&prepared, attachments), self.mount(&share, &id, &prepared), hooked);
+        // Mount the root filesystem while the VM boots: it propagates to virtiofsd. Folders of the host follow. The disk for
+        // changes needs no VM either.
+        let (mounted, overlay) = (self.mount(&share, &id, &prepared), new_overlay(&prepared.root));
+        let (vm, mounted, hooked, overlay) =
+            tokio::join!(self.ensure_vm(&prepared, attachments), mounted, hooked, overlay);
         let vm = vm?;
         self.pin_vcpus().await?;
         self.limit_cgroup(&id).await?;
@@ -103,7 +106,7 @@ impl Sandbox {
         let share_root = std::mem::replace(&mut places.root, in_guest);
         prepared.rewritten.place(places);
         self.complete_share(&vm, &share, &id).await?;
-        let attached = self.attach_root(&vm, &id, &prepared.root, &share_root).await?;
+        let attached = self.attach_root(&vm, &id, &prepared.root, &share_root, overlay?).await?;
         self.attach_disks(&vm, &id, &mut prepared).await?;
         // The hooks may have added links after the boot has looked for some.
         vm.settle_network().await?;

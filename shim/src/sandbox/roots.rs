@@ -24,6 +24,9 @@ const WORK: &str = "work";
 /// others, the upper layer could refer to the files below it, and would be no complete description of the changes.
 const OPTIONS: [&str; 4] = ["volatile", "index=off", "metacopy=off", "redirect_dir=off"];
 
+/// Options of the filesystem on the disk: nothing has to reach the host's disk, and no table of inodes has to be cleared.
+const DISK_OPTIONS: &str = "nobarrier,noinit_itable";
+
 /// A root whose disks are attached.
 pub(super) struct Attached {
     /// What the guest mounts.
@@ -34,21 +37,41 @@ pub(super) struct Attached {
     pub(super) choice: RootChoice,
 }
 
+/// An overlay whose disk is not attached yet.
+pub(super) struct NewOverlay<'a> {
+    overlay: &'a Overlay,
+    image: Image,
+    layer: Option<GuestLayer>,
+}
+
+/// Creates the disk for the changes to a root, if it has one.
+///
+/// # Errors
+/// Those of the file and of its filesystem.
+pub(super) async fn new_overlay(root: &PlannedRoot) -> Result<Option<NewOverlay<'_>>, SandboxError> {
+    let Some(overlay) = &root.overlay else { return Ok(None) };
+    let Scratch { mib, folder, encrypted } = &overlay.scratch;
+    let (image, layer) = scratch::create(folder, *mib, *encrypted).await.map_err(DiskError::from)?;
+    Ok(Some(NewOverlay { overlay, image, layer }))
+}
+
 impl Sandbox {
-    /// Attaches the disks of a container's root, if it has any. `share` is where the guest finds the root in the share.
+    /// Attaches the disks of a container's root, if it has any. `share` is where the guest finds the root in the share, and
+    /// `new` the disk for its changes.
     pub(super) async fn attach_root(
         &self,
         vm: &Arc<Vm>,
         id: &str,
         root: &PlannedRoot,
         share: &Path,
+        new: Option<NewOverlay<'_>>,
     ) -> Result<Attached, SandboxError> {
-        match (&root.plan, &root.overlay) {
+        match (&root.plan, new) {
             (RootPlan::Guest(disks), _) => {
                 let of_disks = self.attach_disks_of_root(vm, id, disks).await?;
                 Ok(Attached { root: Some(of_disks), changes: None, choice: root.choice })
             }
-            (RootPlan::Host(_), Some(overlay)) => self.attach_overlay(vm, id, overlay, root.choice, share).await,
+            (RootPlan::Host(_), Some(new)) => self.attach_overlay(vm, id, new, root.choice, share).await,
             (RootPlan::Host(_), None) => Ok(Attached { root: None, changes: None, choice: root.choice }),
         }
     }
@@ -80,7 +103,7 @@ impl Sandbox {
         &self,
         vm: &Arc<Vm>,
         id: &str,
-        overlay: &Overlay,
+        NewOverlay { overlay, image, layer }: NewOverlay<'_>,
         mut choice: RootChoice,
         share: &Path,
     ) -> Result<Attached, SandboxError> {
@@ -96,9 +119,8 @@ impl Sandbox {
                 Err(why) => choice.why = why,
             }
         }
-        let Scratch { mib, folder, encrypted } = &overlay.scratch;
-        let (image, layer) = scratch::create(folder, *mib, *encrypted).await.map_err(DiskError::from)?;
-        let mount = GuestMount { fs_type: "ext4".to_owned(), layer, temporary: true, ..GuestMount::default() };
+        let (fs_type, data) = ("ext4".to_owned(), DISK_OPTIONS.to_owned());
+        let mount = GuestMount { fs_type, data, layer, temporary: true, ..GuestMount::default() };
         let disk = self.attach_disk(vm, id, NewDisk::new(Kind::Overlay, image, Some(mount))).await?.guest_path;
         let folder = |path: &str| DiskFolder { disk: text(&disk), path: path.to_owned(), ..Default::default() };
         let new_folder =
