@@ -3,9 +3,11 @@
 //! An image is leased and locked, the machine gets the disk, and the guest finds and mounts it; in reverse order for the
 //! end. The machine's descriptor keeps the lock, so the image is free as soon as the machine is dead, however it dies.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use futures::stream::{self, StreamExt};
 use husk_protos::DISKS_PATH;
 use husk_protos::chain::Chain;
 use husk_protos::disks::{AttachDiskRequest, DetachDiskRequest, DiskEncryption, DiskExtent, DiskMount, DiskVerity};
@@ -42,6 +44,12 @@ pub(super) struct Wanted {
     pub(super) volume: Option<Sizing>,
 }
 
+/// Opens an image.
+pub(super) type Open = Box<dyn FnOnce() -> Result<Image, DiskError> + Send>;
+
+/// How many disks are attached at the same time: while the guest mounts one, the machine gets the next.
+const AT_ONCE: usize = 4;
+
 impl Sandbox {
     /// Gives a container a disk. A disk that the VM has already is shared.
     ///
@@ -57,18 +65,42 @@ impl Sandbox {
         self.attach_opened(vm, container, disk).await
     }
 
-    /// Gives a container a disk, and opens its image if the VM does not have it.
+    /// Gives a container several disks, as [`Self::attach_disk`] does. Returns a result for each, in their order.
+    pub(super) async fn attach_several(
+        &self,
+        vm: &Arc<Vm>,
+        container: &str,
+        disks: Vec<NewDisk>,
+    ) -> Vec<Result<AttachedDisk, SandboxError>> {
+        let _changing = self.disks.changing.lock().await;
+        let attach = |disk: NewDisk| (Some(disk.image.id().to_owned()), self.attach_opened(vm, container, disk));
+        some_at_once(disks.into_iter().map(attach).collect()).await
+    }
+
+    /// Gives a container several disks, and opens the image of each that the VM does not have. Returns the disks in their
+    /// order.
     ///
     /// # Errors
-    /// As above.
+    /// The first of them, see [`Self::attach_disk`].
     pub(super) async fn attach_wanted(
         &self,
         vm: &Arc<Vm>,
         container: &str,
-        Wanted { kind, image, access, mount, volume }: Wanted,
-        open: impl FnOnce() -> Result<Image, DiskError> + Send + 'static,
-    ) -> Result<AttachedDisk, SandboxError> {
+        disks: Vec<(Wanted, Open)>,
+    ) -> Result<Vec<AttachedDisk>, SandboxError> {
         let _changing = self.disks.changing.lock().await;
+        let attach =
+            |(wanted, open): (Wanted, Open)| (wanted.image.clone(), self.attach_one(vm, container, wanted, open));
+        some_at_once(disks.into_iter().map(attach).collect()).await.into_iter().collect()
+    }
+
+    async fn attach_one(
+        &self,
+        vm: &Vm,
+        container: &str,
+        Wanted { kind, image, access, mount, volume }: Wanted,
+        open: Open,
+    ) -> Result<AttachedDisk, SandboxError> {
         if let Some(image) = &image
             && let Some(attached) = self.attach_image(vm, container, image, access, mount.as_ref()).await?
         {
@@ -231,6 +263,24 @@ impl Sandbox {
     }
 }
 
+/// Attaches disks, some at the same time, but one after the other where an image may be the same: then the first one is
+/// shared.
+async fn some_at_once<F: Future>(attaching: Vec<(Option<String>, F)>) -> Vec<F::Output> {
+    let mut images = HashSet::new();
+    let (first, later): (Vec<_>, Vec<_>) = attaching
+        .into_iter()
+        .enumerate()
+        .partition(|(_, (image, _))| image.as_ref().is_some_and(|image| images.insert(image.clone())));
+    let numbered = |(number, (_, attach)): (usize, (Option<String>, F))| async move { (number, attach.await) };
+    let first = first.into_iter().map(numbered).collect::<Vec<_>>();
+    let mut done: Vec<(usize, F::Output)> = stream::iter(first).buffer_unordered(AT_ONCE).collect().await;
+    for other in later.into_iter().map(numbered) {
+        done.push(other.await);
+    }
+    done.sort_by_key(|(number, _)| *number);
+    done.into_iter().map(|(_, attached)| attached).collect()
+}
+
 /// Locks an image and records whose it is.
 fn lease(journal: &Journal, owner: Owner, image: &Image) -> Result<(), (PathBuf, ImageLeaseError)> {
     let lease = || {
@@ -313,5 +363,37 @@ async fn unplug(vm: &Vm, serial: &str, number: u32) {
     {
         // The image stays locked, as long as the VM runs.
         tracing::error!(serial, error = %Chain(&error), "failed to take a disk away from the VM");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn disks_keep_their_order_and_an_image_that_is_wanted_twice_is_attached_before_it_is_shared() {
+        let (running, most, attached) = (RefCell::new(0), RefCell::new(0), RefCell::new(Vec::new()));
+        let attach = async |number: usize, image: Option<&str>| {
+            let before = attached.borrow().contains(&image);
+            *running.borrow_mut() += 1;
+            let now = *running.borrow();
+            most.replace_with(|most| now.max(*most));
+            // The later ones are faster.
+            for _ in number..20 {
+                tokio::task::yield_now().await;
+            }
+            *running.borrow_mut() -= 1;
+            attached.borrow_mut().push(image);
+            (number, before)
+        };
+        let images = [Some("a"), Some("b"), Some("a"), None, Some("c"), Some("d"), Some("e"), Some("f"), Some("b")];
+        let wanted = images.iter().enumerate();
+        let wanted = wanted.map(|(number, image)| (image.map(str::to_owned), attach(number, *image))).collect();
+        let done = some_at_once(wanted).await;
+        assert_eq!(done.iter().map(|(number, _)| *number).collect::<Vec<_>>(), (0..images.len()).collect::<Vec<_>>());
+        let shared: Vec<usize> = done.iter().filter(|(_, before)| *before).map(|(number, _)| *number).collect();
+        assert_eq!((shared, *most.borrow()), (vec![2, 8], AT_ONCE));
     }
 }

@@ -61,10 +61,12 @@ impl Sandbox {
         if self.disks.table().disks.len() + images.len() > MAX_DISKS {
             return Ok(Err("the VM has too many disks for the images of its layers"));
         }
+        let mount = || GuestMount { fs_type: "erofs".to_owned(), flags: libc::MS_RDONLY, ..GuestMount::default() };
+        let disks = images.into_iter().map(|image| NewDisk::new(Kind::Layer, image, Some(mount()))).collect();
+        let attached = self.attach_several(vm, id, disks).await;
         let mut paths = Vec::new();
-        for (image, layer) in images.into_iter().zip(&layers.lower) {
-            let mount = GuestMount { fs_type: "erofs".to_owned(), flags: libc::MS_RDONLY, ..GuestMount::default() };
-            match self.attach_disk(vm, id, NewDisk::new(Kind::Layer, image, Some(mount))).await {
+        for (attached, layer) in attached.into_iter().zip(&layers.lower) {
+            match attached {
                 Ok(attached) => paths.push(attached.guest_path),
                 Err(error) if vm.cause_of_death().is_some() => return Err(error),
                 Err(error) => {

@@ -14,7 +14,7 @@ use crate::prepare::disks::{SCRATCH, Scratch};
 use crate::rootfs::direct::DirectVolume;
 use crate::rootfs::spec::DirectMount;
 use crate::sandbox::disk_error::DiskError;
-use crate::sandbox::disks::Wanted;
+use crate::sandbox::disks::{Open, Wanted};
 use crate::sandbox::error::SandboxError;
 use crate::sandbox::registry::Sandbox;
 use crate::sandbox::thread::blocking;
@@ -38,6 +38,7 @@ impl Sandbox {
         if prepared.is_pods_sandbox() {
             return Ok(());
         }
+        let (mut wanted_volumes, mut places) = (Vec::new(), Vec::new());
         for volume in prepared.disks.volumes.clone() {
             let VolumeRequest { source, destination, size_mib, grow, read_only, verity } = volume;
             let wanted = Wanted {
@@ -53,8 +54,12 @@ impl Sandbox {
                 }),
                 volume: Some(Sizing { mib: size_mib, grow, read_only }),
             };
-            let open = move || volume::open(&source, read_only).map_err(DiskError::from);
-            let attached = self.attach_wanted(vm, id, wanted, open).await?;
+            let open: Open = Box::new(move || volume::open(&source, read_only).map_err(DiskError::from));
+            wanted_volumes.push((wanted, open));
+            places.push((destination, read_only));
+        }
+        let attached = self.attach_wanted(vm, id, wanted_volumes).await?;
+        for (attached, (destination, read_only)) in attached.into_iter().zip(places) {
             prepared.rewritten.mount_disk(&attached.guest_path, &destination, read_only);
         }
         if let Some(scratch) = prepared.disks.scratch.clone() {
@@ -66,16 +71,19 @@ impl Sandbox {
 
     /// Attaches block devices of the host, which have other numbers in the guest.
     async fn attach_devices(&self, vm: &Arc<Vm>, id: &str, prepared: &mut Prepared) -> Result<(), SandboxError> {
-        let mut numbers = Vec::new();
+        let (mut devices, mut numbers) = (Vec::new(), Vec::new());
         for device in prepared.rewritten.block_devices.clone() {
             let access = if device.read_only { Access::ReadOnly } else { Access::Exclusive };
             let (major, minor) = (device.major, device.minor);
             let image = Some(Image::id_of_device(major, minor));
             let wanted = Wanted { kind: Kind::Device, image, access, mount: None, volume: None };
-            let open = move || Image::open_device(major, minor, access).map_err(DiskError::from);
-            let attached = self.attach_wanted(vm, id, wanted, open).await?;
-            numbers.push(((major, minor), (attached.major.into(), attached.minor.into())));
+            let open: Open = Box::new(move || Image::open_device(major, minor, access).map_err(DiskError::from));
+            devices.push((wanted, open));
+            numbers.push((major, minor));
         }
+        let attached = self.attach_wanted(vm, id, devices).await?;
+        let in_guest = attached.into_iter().map(|disk| (disk.major.into(), disk.minor.into()));
+        let numbers: Vec<_> = numbers.into_iter().zip(in_guest).collect();
         prepared.rewritten.place_devices(&numbers);
         Ok(())
     }
@@ -83,6 +91,7 @@ impl Sandbox {
     /// Attaches block devices whose filesystems the guest mounts. The host has none of them mounted: a device that is in
     /// use cannot be opened exclusively, and one that is open so cannot be mounted.
     async fn attach_direct(&self, vm: &Arc<Vm>, id: &str, prepared: &mut Prepared) -> Result<(), SandboxError> {
+        let (mut volumes, mut places) = (Vec::new(), Vec::new());
         for DirectMount { index, volume } in prepared.rewritten.direct.clone() {
             let DirectVolume { device, fs_type, flags, data } = volume;
             let grow = fs_type == EXT4;
@@ -93,11 +102,15 @@ impl Sandbox {
                 mount: Some(GuestMount { fs_type, flags: flags.bits(), data, grow, ..GuestMount::default() }),
                 volume: None,
             };
-            let open = move || match Image::open(&device, Access::Exclusive)? {
+            let open: Open = Box::new(move || match Image::open(&device, Access::Exclusive)? {
                 image if image.is_device() => Ok(image),
                 _ => Err(DiskError::NoDevice(device)),
-            };
-            let attached = self.attach_wanted(vm, id, wanted, open).await?;
+            });
+            volumes.push((wanted, open));
+            places.push(index);
+        }
+        let attached = self.attach_wanted(vm, id, volumes).await?;
+        for (attached, index) in attached.into_iter().zip(places) {
             prepared.rewritten.place_disk(index, &attached.guest_path);
         }
         Ok(())

@@ -77,7 +77,7 @@ impl Sandbox {
     }
 
     async fn attach_disks_of_root(&self, vm: &Arc<Vm>, id: &str, root: &GuestRoot) -> Result<DiskRoot, SandboxError> {
-        let mut paths = Vec::new();
+        let mut disks = Vec::new();
         for disk in &root.disks {
             if let Some(format) = &disk.format {
                 let created = format::create(&disk.image, format.size, &format.fs_type, format.uuid.as_deref());
@@ -93,8 +93,10 @@ impl Sandbox {
                 layer: disk.verity.map(GuestLayer::Verified),
                 ..GuestMount::default()
             };
-            paths.push(self.attach_disk(vm, id, NewDisk::new(kind, image, Some(mount))).await?.guest_path);
+            disks.push(NewDisk::new(kind, image, Some(mount)));
         }
+        let attached = self.attach_several(vm, id, disks).await.into_iter();
+        let paths = attached.map(|attached| Ok(attached?.guest_path)).collect::<Result<Vec<_>, SandboxError>>()?;
         Ok(disk_root(root, &paths))
     }
 
