@@ -236,3 +236,34 @@ fn a_damaged_image_and_a_changed_layer_are_never_used() -> Result<()> {
         .with_context(|| host.log())?;
     Ok(())
 }
+
+/// No image has a trace of a file that the container has created, and removes.
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn what_a_container_removes_after_a_pause_is_not_in_its_snapshot() -> Result<()> {
+    let host = Host::new(Runtime::Husk)?;
+    drop(host.sleeping("first", host.snapshot()?)?);
+    host.await_images()?;
+    let rootfs = host.snapshot()?;
+    let upper = rootfs[0].options.iter().find_map(|option| option.strip_prefix("upperdir=")).context("no upper")?;
+    let upper = PathBuf::from(upper);
+    let shim = host.sleeping("paused", rootfs)?;
+    ensure!(host.root_of(&shim)?.starts_with("erofs "), "{}", host.root_of(&shim)?);
+    // Without anything to copy, and with something.
+    for (change, expected) in [
+        ("true", ""),
+        ("echo a >/a; echo b >/etc/b; mkdir -p /d/e; echo f >/d/e/f", "./a ./d/e/f ./etc/b"),
+        ("rm /a; mv /etc/b /etc/c; rm -r /d; mkdir -p /d/e; echo g >/d/e/g", "./d/e/g ./etc/c"),
+    ] {
+        shim.script("change", change)?;
+        shim.task.pause(&shim.bundle.id)?;
+        let files = sh(&upper, "echo $(find . -type f | sort)")?;
+        ensure!(files == expected, "{change}: {files:?}, not {expected:?}");
+        shim.task.resume(&shim.bundle.id)?;
+    }
+    shim.script("last", "rm -r /d /etc/c; echo z >/z")?;
+    shim.remove()?;
+    let files = sh(&upper, "echo $(find . -type f | sort) $(find . -type c)")?;
+    ensure!(files == "./z", "{files:?}");
+    Ok(())
+}

@@ -74,7 +74,7 @@ pub(crate) enum Request {
     /// Remove a stopped container, and run the spec's poststop hooks.
     Delete { id: String },
     /// Apply the upper layer of an overlay to the filesystem below it.
-    CopyBack { upper: copy_back::Folder, target: copy_back::Folder },
+    CopyBack { upper: copy_back::Folder, target: copy_back::Folder, images: Option<copy_back::Images> },
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -52,7 +52,9 @@ fn serve(request: &Request) -> Result<Reply, CallError> {
         Request::Exec { id, process, console } => exec::exec(id, process, console.as_deref()).map(Reply::Executed),
         Request::Update { id } => update::update(id).map(Reply::Updated),
         Request::Start { id } => start::start(id).map(|()| Reply::Done),
-        Request::CopyBack { upper, target } => copy_back::copy_back(upper, target).map(Reply::CopiedBack),
+        Request::CopyBack { upper, target, images } => {
+            copy_back::copy_back(upper, target, images.as_ref()).map(Reply::CopiedBack)
+        }
         Request::Delete { id } => {
             load(id)?.delete(false).map(|()| Reply::Done).map_err(|e| call_error("delete", id, &e))
         }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use husk_protos::ROOTS_PATH;
 use husk_protos::bundle::{self, DiskFolder, DiskRoot};
 
 use crate::disks::image::{Access, Image};
@@ -138,7 +139,9 @@ impl Sandbox {
             ..Default::default()
         };
         let recent = self.recent().clone();
-        let changes = Changes::new(vm.clone(), recent, id, [folder(UPPER), below], overlay.timeout);
+        let merged = (choice.kind == RootKind::Erofs)
+            .then(|| DiskFolder { disk: text(&Path::new(ROOTS_PATH).join(id)), ..Default::default() });
+        let changes = Changes::new(vm.clone(), recent, id, [folder(UPPER), below], merged, overlay.timeout);
         Ok(Attached { root: Some(root), changes: Some(Arc::new(changes)), choice })
     }
 }

@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::record::Record;
+
 /// Longest description of a failure, bytes.
 pub(super) const MESSAGE_MAX: usize = 512;
 /// How many files with several names are remembered. Further ones become a file for each name.
@@ -46,12 +48,19 @@ pub(super) struct Copier {
     pub(super) links: Links,
     pub(super) buffer: Vec<u8>,
     pub(super) report: Report,
+    /// Where new files are noted, if another copy may have to remove them.
+    pub(super) record: Option<Record>,
 }
 
 impl Copier {
-    pub(super) fn new(root: OwnedFd) -> Self {
+    pub(super) fn new(root: OwnedFd, record: Option<Record>) -> Self {
         let (path, buffer) = (PathBuf::new(), Vec::new());
-        Self { root, path, links: Links::default(), buffer, report: Report::default() }
+        Self { root, path, links: Links::default(), buffer, report: Report::default(), record }
+    }
+
+    /// Notes that the copy creates what is at this path.
+    pub(super) fn created(&mut self, path: &[u8]) -> io::Result<()> {
+        self.record.as_mut().map_or(Ok(()), |record| record.note(path))
     }
 
     /// Notes that the current entry is not, or not completely applied.

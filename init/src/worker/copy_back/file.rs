@@ -12,7 +12,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mknodat};
 use nix::unistd::{UnlinkatFlags, Whence, ftruncate, linkat, lseek64, symlinkat, unlinkat};
 
 use super::copier::{Copier, LINKS_MAX, Link};
-use super::pair::Pair;
+use super::pair::{Pair, exists_in};
 use super::remove;
 use crate::attributes::{Entry, copy_xattrs, in_overlay, kind, permissions};
 
@@ -21,6 +21,12 @@ use crate::attributes::{Entry, copy_xattrs, in_overlay, kind, permissions};
 const INCOMPLETE: &CStr = c".husk-copy-back";
 /// Bytes that are copied at once: the largest request of virtio-fs.
 const CHUNK: usize = 1 << 20;
+
+/// Whether a copy was interrupted.
+pub(super) fn has_incomplete(root: &OwnedFd) -> io::Result<bool> {
+    exists_in(root, INCOMPLETE)
+}
+
 /// Removes the file that a copy has not completed.
 pub(super) fn remove_incomplete(root: &OwnedFd) -> io::Result<()> {
     match unlinkat(root, INCOMPLETE, UnlinkatFlags::NoRemoveDir) {

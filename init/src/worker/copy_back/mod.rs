@@ -6,6 +6,10 @@
 //! | `copier.rs` | what is kept during a copy, and what is reported of it                |
 //! | `file.rs`   | creates one file as a copy of another, in place of what has its name  |
 //! | `pair.rs`   | a folder of the layer, and the one to which it belongs                |
+//! | `gone.rs`   | removes what an earlier copy has created                              |
+//! | `nothing.rs` | finds that there is nothing to apply                                  |
+//! | `place.rs`  | folders, as requests name them                                        |
+//! | `record.rs` | what earlier copies have created                                      |
 //! | `remove.rs` | removes a file, or a folder with everything in it                     |
 //!
 //! A file gets its name when it is complete, so that a copy that is interrupted leaves the old file or the new one. Applying
@@ -16,48 +20,34 @@
 
 mod copier;
 mod file;
+mod gone;
+mod nothing;
 mod pair;
+mod place;
+mod record;
 mod remove;
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use husk_protos::bundle::DiskFolder;
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
 use nix::sys::stat::{Mode, SFlag, fstatat, mkdirat, umask};
-use serde::{Deserialize, Serialize};
 
 use crate::attributes::{DEFAULT_ACL, Entry, copy_xattrs, in_overlay, kind};
 use crate::error::CallError;
-use crate::roots;
 pub(crate) use copier::Report;
 use copier::{Copier, shortened};
-use pair::{Pair, SELF, is_whiteout, reopen};
+use gone::OfImages;
+pub(crate) use nothing::is_nothing;
+use pair::{OPAQUE, Pair, SELF, exists_in, is_whiteout, reopen};
+pub(crate) use place::{Folder, Images};
+use record::Record;
 
 /// How deep the folders may be nested: each level takes three descriptors and stack.
 const DEPTH_MAX: usize = 1000;
-
-/// Marks a folder that hides the one below (Documentation/filesystems/overlayfs.rst).
-const OPAQUE: &CStr = c"trusted.overlay.opaque";
-
-/// A folder of a disk, or of the share.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Folder {
-    pub(crate) disk: String,
-    pub(crate) path: String,
-}
-
-impl Folder {
-    fn open(&self, what: &str) -> Result<OwnedFd, CallError> {
-        let place = DiskFolder { disk: self.disk.clone(), path: self.path.clone(), ..Default::default() };
-        let opened = roots::open(&place).and_then(|folder| reopen(&folder, SELF));
-        opened.map_err(|error| CallError::internal(format_args!("copy back: open the {what} {self:?}"), &error))
-    }
-}
 
 /// Why the rest is not applied: what concerns every other file too.
 #[derive(Debug, thiserror::Error)]
@@ -67,19 +57,30 @@ struct Stopped {
     source: io::Error,
 }
 
-/// Applies the layer `upper` to the filesystem whose root is `target`.
-pub(super) fn copy_back(upper: &Folder, target: &Folder) -> Result<Report, CallError> {
+/// Applies the layer `upper` to the filesystem whose root is `target`. `images` is the overlay, if its other layers are
+/// images.
+pub(super) fn copy_back(upper: &Folder, target: &Folder, images: Option<&Images>) -> Result<Report, CallError> {
     let pair = Pair { upper: upper.open("upper layer")?, target: target.open("filesystem")?, exact: false, new: false };
-    apply(pair).map_err(|error| CallError::internal("copy back", &error))
+    let failed = |error: &dyn std::error::Error| CallError::internal("copy back", error);
+    let (mut of_images, mut record) = (None, None);
+    if let Some(Images { merged, last }) = images {
+        let folder = upper.beside().open("disk of the upper layer")?;
+        if !last {
+            record = Some(folder.try_clone().and_then(Record::begin).map_err(|error| failed(&error))?);
+        }
+        of_images = Some(OfImages { merged: merged.open("overlay")?, folder });
+    }
+    apply(pair, of_images, record).map_err(|error| failed(&error))
 }
 
-fn apply(pair: Pair) -> Result<Report, Stopped> {
+fn apply(pair: Pair, images: Option<OfImages>, record: Option<Record>) -> Result<Report, Stopped> {
     // The modes of new files are those of the request.
     umask(Mode::empty());
     let stopped = |path: &Path, source| Stopped { path: shortened(path.display().to_string()), source };
     let root = pair.target.try_clone().map_err(|error| stopped(Path::new(""), error))?;
-    let mut copier = Copier::new(root);
+    let mut copier = Copier::new(root, record);
     let applied = file::remove_incomplete(&copier.root)
+        .and_then(|()| images.map_or(Ok(()), |images| copier.remove_gone(&pair, &images, DEPTH_MAX)))
         .and_then(|()| copier.folder(&pair, DEPTH_MAX))
         .and_then(|()| copier.folder_attributes(&pair));
     applied.or_else(|error| copier.note(error)).map_err(|error| stopped(&copier.path, error))?;
@@ -122,6 +123,11 @@ impl Copier {
             return Ok(());
         }
         self.report.entries += 1;
+        // What a new folder or an opaque one has is removed with it, or because the upper layer lacks it.
+        if !pair.exact && self.record.is_some() && !exists_in(&pair.target, name)? {
+            let path = self.path.as_os_str().as_encoded_bytes().to_owned();
+            self.created(&path)?;
+        }
         match kind(&stat) {
             SFlag::S_IFDIR => self.subfolder(pair, name, depth),
             _ => self.file(pair, name, &stat, depth),

@@ -4,11 +4,14 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::{FileStat, Mode, SFlag};
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstatat};
 
 use crate::attributes::kind;
 
+/// Marks a folder that hides the one below (Documentation/filesystems/overlayfs.rst).
+pub(super) const OPAQUE: &CStr = c"trusted.overlay.opaque";
 /// The folder itself.
 pub(super) const SELF: &CStr = c".";
 
@@ -31,4 +34,13 @@ pub(super) fn reopen(folder: &OwnedFd, name: &CStr) -> io::Result<OwnedFd> {
 /// Whether an entry of a layer hides one of the layers below (Documentation/filesystems/overlayfs.rst).
 pub(super) fn is_whiteout(stat: &FileStat) -> bool {
     kind(stat) == SFlag::S_IFCHR && stat.st_rdev == 0
+}
+
+/// Whether something has this name.
+pub(super) fn exists_in(folder: &OwnedFd, name: &CStr) -> io::Result<bool> {
+    match fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(_) => Ok(true),
+        Err(Errno::ENOENT) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }

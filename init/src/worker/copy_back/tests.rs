@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::PathBuf;
 
@@ -48,7 +49,7 @@ impl Layers {
     /// Copies back, and compares.
     fn copy_back(&self) -> Report {
         let folder = |name: &str| Folder { disk: self.path(name).display().to_string(), path: String::new() };
-        let report = super::copy_back(&folder("upper"), &folder("lower")).unwrap();
+        let report = super::copy_back(&folder("upper"), &folder("lower"), None).unwrap();
         // The overlay may remember what its lower layer had.
         umount2(&self.path("merged"), MntFlags::empty()).unwrap();
         self.mount();
@@ -225,7 +226,7 @@ fn what_cannot_be_copied_is_named_and_the_rest_is_copied() {
     fs::write(root.join("last"), "x").unwrap();
     fs::write(root.join(".husk-copy-back"), "of the container").unwrap();
     let folder = |name: &str| Folder { disk: layers.path(name).display().to_string(), path: String::new() };
-    let report = super::copy_back(&folder("upper"), &folder("lower")).unwrap();
+    let report = super::copy_back(&folder("upper"), &folder("lower"), None).unwrap();
     assert_eq!(report.failed, 2, "{report:?}");
     assert!(layers.path("lower/last").exists() && !layers.path("lower/.husk-copy-back").exists());
     assert!(report.failure.len() <= MESSAGE_MAX, "{report:?}");
@@ -234,9 +235,87 @@ fn what_cannot_be_copied_is_named_and_the_rest_is_copied() {
     mount(Some("full"), &layers.path("lower"), Some("tmpfs"), MsFlags::empty(), Some("size=64k")).unwrap();
     fs::write(layers.path("lower/last"), "old").unwrap();
     fs::write(layers.path("upper/last"), vec![1; 1 << 20]).unwrap();
-    let error = super::copy_back(&folder("upper"), &folder("lower")).unwrap_err().message;
+    let error = super::copy_back(&folder("upper"), &folder("lower"), None).unwrap_err().message;
     assert!(error.contains("apply /last, and what follows: No space left"), "{error}");
     // The old file is complete.
     assert_eq!(fs::read(layers.path("lower/last")).unwrap(), b"old");
     assert_eq!(fs::read_dir(layers.path("lower")).unwrap().count(), 1);
+}
+
+#[test]
+fn a_layer_that_changes_nothing_is_recognized() {
+    let layers = Layers::new(image);
+    let root = layers.path("merged");
+    let folder = |name: &str| Folder { disk: layers.path(name).display().to_string(), path: String::new() };
+    let is_nothing = || super::is_nothing(&folder("upper"), &folder("lower")).unwrap();
+    // The upper folder gets the attributes of the other one.
+    layers.copy_back();
+    assert!(is_nothing());
+    let changes: [(&str, &dyn Fn()); 6] = [
+        ("mode", &|| fs::set_permissions(&root, fs::Permissions::from_mode(0o711)).unwrap()),
+        ("owner", &|| chown(&root, Some(1), Some(2)).unwrap()),
+        ("a new attribute", &|| set_xattr(&root, "trusted.a", b"1")),
+        ("another value", &|| set_xattr(&root, "trusted.a", b"2")),
+        ("no attribute", &|| rustix::fs::lremovexattr(&root, "trusted.a").unwrap()),
+        ("a time", &|| File::open(&root).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap()),
+    ];
+    for (what, change) in changes {
+        change();
+        assert!(!is_nothing(), "{what}");
+        layers.copy_back();
+        assert!(is_nothing(), "{what}");
+    }
+    // What a copy has left that was interrupted.
+    fs::write(layers.path("lower/.husk-copy-back"), "").unwrap();
+    assert!(!is_nothing());
+    layers.copy_back();
+    fs::remove_file(root.join("etc/passwd")).unwrap();
+    assert!(!is_nothing(), "a file is hidden");
+}
+
+/// An overlay of an image, and a copy of the image that the layer is applied to.
+#[test]
+fn what_a_copy_has_created_goes_with_a_later_one_although_the_images_have_no_trace_of_it() {
+    let layers = Layers::new(image);
+    let root = layers.path("merged");
+    let disk = |path: &str| Folder { disk: layers.disk.path().display().to_string(), path: path.to_owned() };
+    let merged = || Folder { disk: root.display().to_string(), path: String::new() };
+    let target = disk("target");
+    let copied =
+        std::process::Command::new("cp").arg("-a").arg(layers.path("lower")).arg(layers.path("target")).status();
+    assert!(copied.unwrap().success());
+    let copy = |last| {
+        let images = Images { merged: merged(), last };
+        let report = super::copy_back(&disk("upper"), &target, Some(&images)).unwrap();
+        assert_eq!(report.failed, 0, "{report:?}");
+        assert_eq!(tree(&layers.path("target")), tree(&root));
+    };
+    fs::write(root.join("a"), "a").unwrap();
+    fs::write(root.join("etc/b"), "b").unwrap();
+    fs::create_dir_all(root.join("d/e")).unwrap();
+    fs::write(root.join("d/e/f"), "f").unwrap();
+    fs::create_dir(root.join("kept/new")).unwrap();
+    fs::write(root.join("kept/new/old"), "old").unwrap();
+    copy(false);
+    // Files of the host that no copy has created stay, where the overlay shows none.
+    fs::write(layers.path("target/etc/of-the-host"), "").unwrap();
+    fs::remove_file(root.join("a")).unwrap();
+    fs::rename(root.join("etc/b"), root.join("etc/c")).unwrap();
+    fs::remove_dir_all(root.join("d")).unwrap();
+    fs::remove_dir_all(root.join("kept/new")).unwrap();
+    fs::create_dir(root.join("kept/new")).unwrap();
+    fs::write(root.join("kept/new/young"), "young").unwrap();
+    fs::remove_file(root.join("etc/passwd")).unwrap();
+    let images = Images { merged: merged(), last: false };
+    super::copy_back(&disk("upper"), &target, Some(&images)).unwrap();
+    assert!(layers.path("target/etc/of-the-host").exists());
+    fs::remove_file(layers.path("target/etc/of-the-host")).unwrap();
+    copy(false);
+    // What became of everything that the first copy has created.
+    fs::remove_file(root.join("etc/c")).unwrap();
+    fs::remove_dir_all(root.join("kept/new")).unwrap();
+    symlink("/nowhere", root.join("kept/new")).unwrap();
+    fs::write(root.join("last"), "").unwrap();
+    copy(true);
+    assert!(!super::is_nothing(&disk("upper"), &target).unwrap());
 }

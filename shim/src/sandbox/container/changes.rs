@@ -39,6 +39,8 @@ pub(crate) struct Changes {
     container: String,
     upper: DiskFolder,
     target: DiskFolder,
+    /// The overlay, if its lower layers are images.
+    merged: Option<DiskFolder>,
     timeout: Duration,
     /// The container's program may have changed something.
     started: AtomicBool,
@@ -47,16 +49,18 @@ pub(crate) struct Changes {
 }
 
 impl Changes {
-    /// The changes in the first folder of the guest, which belong to the second one.
+    /// The changes in the first folder of the guest, which belong to the second one. `merged` is the overlay, if its lower
+    /// layers are images.
     pub(crate) fn new(
         vm: Arc<Vm>,
         recent: Recent,
         container: &str,
         [upper, target]: [DiskFolder; 2],
+        merged: Option<DiskFolder>,
         timeout: Duration,
     ) -> Self {
         let (container, started, finished) = (container.to_owned(), AtomicBool::new(false), Mutex::new(false));
-        Self { vm, recent, container, upper, target, timeout, started, finished }
+        Self { vm, recent, container, upper, target, merged, timeout, started, finished }
     }
 
     /// Notes that the container's program runs.
@@ -70,7 +74,7 @@ impl Changes {
         let mut finished = self.finished.lock().await;
         if !std::mem::replace(&mut *finished, true) && self.started.load(Ordering::Relaxed) {
             // It has been logged.
-            let _ = self.copy("changes of the container's root filesystem are lost").await;
+            let _ = self.copy(true, "changes of the container's root filesystem are lost").await;
         }
     }
 
@@ -83,12 +87,13 @@ impl Changes {
         if *finished {
             return Ok(());
         }
-        self.copy("the host does not have all changes of the paused container's root filesystem").await
+        self.copy(false, "the host does not have all changes of the paused container's root filesystem").await
     }
 
-    async fn copy(&self, failure: &'static str) -> Result<(), ChangesError> {
+    /// Copies. No other copy follows the `last` one.
+    async fn copy(&self, last: bool, failure: &'static str) -> Result<(), ChangesError> {
         let container = self.container.as_str();
-        let copied = match self.call().await {
+        let copied = match self.call(last).await {
             Ok(CopyBackResponse { entries, bytes, failed: 0, rejected, rejection, .. }) => {
                 tracing::info!(container, entries, bytes, "changes of the root filesystem copied to the host");
                 if rejected > 0 {
@@ -110,7 +115,7 @@ impl Changes {
         copied
     }
 
-    async fn call(&self) -> Result<CopyBackResponse, ChangesError> {
+    async fn call(&self, last: bool) -> Result<CopyBackResponse, ChangesError> {
         if let Some(cause) = self.vm.cause_of_death() {
             return Err(ChangesError::Dead(cause));
         }
@@ -118,6 +123,8 @@ impl Changes {
             id: self.container.clone(),
             upper: Some(self.upper.clone()).into(),
             target: Some(self.target.clone()).into(),
+            merged: self.merged.clone().into(),
+            last,
             timeout_ms: self.timeout.as_millis().try_into().unwrap_or(u64::MAX),
             ..Default::default()
         };
