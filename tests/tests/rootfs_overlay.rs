@@ -10,6 +10,7 @@ use husk_tests::command::{self, wait_for};
 use husk_tests::containerd::{Configured, Container, Containerd};
 use husk_tests::leftovers::Leftovers;
 use husk_tests::operator::{husk, husk_json};
+use serde_json::json;
 
 /// Deadline for the images of small layers.
 const IMAGES: Duration = Duration::from_secs(60);
@@ -215,7 +216,8 @@ fn auto_uses_an_overlay_for_a_container_of_kubernetes_only_and_images_when_there
     let roots = status["roots"].as_array().context("no roots")?;
     for (container, kind, reason) in [
         (&writes, "overlay", "the images of its layers are made in the background"),
-        (&reads, "virtiofs", "the root is read-only"),
+        // The disk is for places of mounts.
+        (&reads, "overlay", "the images of its layers are made in the background"),
         (&shares, "virtiofs", "configured"),
     ] {
         let root = roots.iter().find(|root| root["container"] == container.id());
@@ -230,6 +232,24 @@ fn auto_uses_an_overlay_for_a_container_of_kubernetes_only_and_images_when_there
     let root = status["roots"].as_array().and_then(|roots| roots.iter().find(|root| root["container"] == later.id()));
     let reason = "auto: Kubernetes uses a snapshot for one start only";
     ensure!(root.is_some_and(|root| root["kind"] == "erofs" && root["reason"] == reason), "{status}");
+    let on_images = containerd.detached(&read_only, "on-images", &["sleep", "1000"])?;
+    let status = husk_json(containerd, &["status", "--json", &sandbox])?;
+    let mut roots = status["roots"].as_array().into_iter().flatten();
+    let root = roots.find(|root| root["container"] == on_images.id());
+    ensure!(root.is_some_and(|root| root["kind"] == "erofs"), "{status}");
+    ensure!(on_images.script("ls /etc/passwd; echo x > /x || echo no")?.ends_with("/etc/passwd\nno"));
+    on_images.kill_and_wait()?;
+    on_images.delete_task()?;
+    // Without images, the guest would read the same files through an overlay.
+    let chosen = [&read_only[..], &["--annotation", "io.husk.rootfs=overlay"]].concat();
+    let shared = containerd.detached(&chosen, "shared", &["sleep", "1000"])?;
+    let status = husk_json(containerd, &["status", "--json", &sandbox])?;
+    let mut roots = status["roots"].as_array().into_iter().flatten();
+    let root = roots.find(|root| root["container"] == shared.id());
+    ensure!(
+        root.is_some_and(|root| root["kind"] == "virtiofs" && root["reason"] == "the root is read-only"),
+        "{status}"
+    );
     later.script("echo x > /x")?;
     later.kill_and_wait()?;
     later.delete_task()?;
@@ -238,7 +258,8 @@ fn auto_uses_an_overlay_for_a_container_of_kubernetes_only_and_images_when_there
     writes.kill_and_wait()?;
     writes.delete_task()?;
     let status = husk_json(containerd, &["status", "--json", &sandbox])?;
-    ensure!(status["disks"].as_array().is_none_or(Vec::is_empty), "{status}");
+    let left = status["disks"].as_array().into_iter().flatten();
+    ensure!(left.into_iter().all(|disk| disk["containers"] == json!([reads.id()])), "{status}");
     ensure!(reads.script("echo x > /x || echo no")?.ends_with("no"));
     Ok(())
 }

@@ -12,7 +12,7 @@ use crate::config::settings::{Config, RootfsMode};
 use crate::disks::format::FormatError;
 use crate::disks::layers::{Store, mkfs};
 use crate::disks::scratch;
-use crate::rootfs::plan::{HostRoot, Layers, RootChoice, RootFacts, RootKind, RootPlan, choose};
+use crate::rootfs::plan::{HostRoot, Layers, READ_ONLY, RootChoice, RootFacts, RootKind, RootPlan, choose};
 
 /// A container's root, as it was planned.
 #[derive(Clone, Debug)]
@@ -30,8 +30,9 @@ pub(crate) struct PlannedRoot {
 pub(crate) struct Overlay {
     /// The disk of its upper layer.
     pub(crate) scratch: Scratch,
-    /// How long the guest may copy it back.
-    pub(crate) timeout: Duration,
+    /// How long the guest may copy it back. It does not copy what is created in a read-only root before its program starts:
+    /// places for mounts.
+    pub(crate) timeout: Option<Duration>,
     /// Where images of layers are.
     pub(crate) store: Store,
     /// The layers for which the guest gets images.
@@ -69,8 +70,6 @@ impl PlannedRoot {
         if choice.kind != RootKind::Overlay {
             return Ok(Self { plan, choice, overlay: None });
         }
-        let scratch = Scratch { mib: config.rootfs.overlay_mib, folder: config.scratch_dir.clone(), encrypted: false };
-        scratch.check().map_err(|problem| vec![problem])?;
         let layers = match (&plan, mode) {
             (RootPlan::Host(root), RootfsMode::Erofs) => {
                 mkfs::check().map_err(|error| vec![lacks(mode, &error)])?;
@@ -79,8 +78,15 @@ impl PlannedRoot {
             (RootPlan::Host(root), RootfsMode::Auto) => mkfs::check().ok().and_then(|()| Layers::of(root).ok()),
             _ => None,
         };
+        if facts.read_only && layers.is_none() {
+            choice = RootChoice { kind: RootKind::Virtiofs, why: READ_ONLY };
+            return Ok(Self { plan, choice, overlay: None });
+        }
+        let scratch = Scratch { mib: config.rootfs.overlay_mib, folder: config.scratch_dir.clone(), encrypted: false };
+        scratch.check().map_err(|problem| vec![problem])?;
         let store = Store::new(config.layer_cache_dir.clone(), config.layer_cache_mib);
-        let overlay = Overlay { scratch, timeout: config.rootfs.copy_back_timeout, store, layers };
+        let timeout = (!facts.read_only).then_some(config.rootfs.copy_back_timeout);
+        let overlay = Overlay { scratch, timeout, store, layers };
         Ok(Self { plan, choice, overlay: Some(overlay) })
     }
 

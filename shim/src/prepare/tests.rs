@@ -292,7 +292,7 @@ const PROOFS: &[Proof] = &[
     ),
     ("layer_cache_mib", "64", |o| overlay(o, |overlay| overlay.store.limit().to_string()), "67108864"),
     ("overlay_mib", "64", |o| overlay(o, |overlay| overlay.scratch.mib.to_string()), "64"),
-    ("copy_back_timeout_ms", "8", |o| overlay(o, |overlay| format!("{:?}", overlay.timeout)), "8ms"),
+    ("copy_back_timeout_ms", "8", |o| overlay(o, |overlay| format!("{:?}", overlay.timeout)), "Some(8ms)"),
     (
         "scratch_dir",
         "\"/none\"",

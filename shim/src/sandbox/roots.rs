@@ -141,8 +141,10 @@ impl Sandbox {
         let recent = self.recent().clone();
         let merged = (choice.kind == RootKind::Erofs)
             .then(|| DiskFolder { disk: text(&Path::new(ROOTS_PATH).join(id)), ..Default::default() });
-        let changes = Changes::new(vm.clone(), recent, id, [folder(UPPER), below], merged, overlay.timeout);
-        Ok(Attached { root: Some(root), changes: Some(Arc::new(changes)), choice })
+        let changes = overlay
+            .timeout
+            .map(|timeout| Arc::new(Changes::new(vm.clone(), recent, id, [folder(UPPER), below], merged, timeout)));
+        Ok(Attached { root: Some(root), changes, choice })
     }
 }
 

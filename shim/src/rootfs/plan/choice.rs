@@ -48,6 +48,9 @@ pub(crate) struct RootFacts {
     pub(crate) of_kubernetes: bool,
 }
 
+/// Why a root without images is not an overlay.
+pub(crate) const READ_ONLY: &str = "the root is read-only";
+
 /// Chooses. A root with images of its layers is an overlay until they are found.
 pub(crate) fn choose(plan: &RootPlan, mode: RootfsMode, facts: RootFacts) -> RootChoice {
     let virtiofs = |why| RootChoice { kind: RootKind::Virtiofs, why };
@@ -56,7 +59,8 @@ pub(crate) fn choose(plan: &RootPlan, mode: RootfsMode, facts: RootFacts) -> Roo
         (RootPlan::Guest(_), _) => RootChoice { kind: RootKind::Disks, why: "the snapshotter uses images or devices" },
         (_, RootfsMode::Virtiofs) => virtiofs("configured"),
         _ if facts.of_pods_sandbox => virtiofs("a pod's sandbox container writes nothing"),
-        _ if facts.read_only => virtiofs("the root is read-only"),
+        // Without images, the guest would read the same files.
+        (_, RootfsMode::Overlay) if facts.read_only => virtiofs(READ_ONLY),
         (RootPlan::Host(root), _) if root.mounts.last().is_some_and(is_read_only) => {
             virtiofs("the snapshot is read-only")
         }
@@ -96,13 +100,14 @@ mod tests {
         let sandbox = RootFacts { of_pods_sandbox: true, ..facts };
         let read_only = RootFacts { read_only: true, ..kubernetes };
         let (virtiofs, overlay) = (RootKind::Virtiofs, RootKind::Overlay);
-        // The kinds for the modes virtiofs, overlay and auto. Those for erofs are the ones for overlay.
+        // The kinds for the modes virtiofs, overlay and auto. Those for erofs are the ones for overlay, unless the root is
+        // read-only.
         let table = [
             (&writable, facts, [virtiofs, overlay, virtiofs]),
             (&writable, kubernetes, [virtiofs, overlay, overlay]),
             (&folder, facts, [virtiofs, overlay, virtiofs]),
             (&writable, sandbox, [virtiofs; 3]),
-            (&writable, read_only, [virtiofs; 3]),
+            (&writable, read_only, [virtiofs, virtiofs, overlay]),
             (&host("overlay", &["lowerdir=/a:/b"]), kubernetes, [virtiofs; 3]),
             (&host("bind", &["rbind", "ro"]), kubernetes, [virtiofs; 3]),
             (&host("bind", &["rbind", "rw"]), kubernetes, [virtiofs, overlay, overlay]),
@@ -111,7 +116,8 @@ mod tests {
         for (plan, facts, expected) in table {
             let modes = [RootfsMode::Virtiofs, RootfsMode::Overlay, RootfsMode::Auto];
             assert_eq!(modes.map(|mode| choose(plan, mode, facts).kind), expected, "{plan:?} {facts:?}");
-            assert_eq!(choose(plan, RootfsMode::Erofs, facts).kind, expected[1], "{plan:?} {facts:?}");
+            let of_erofs = if facts.read_only { expected[2] } else { expected[1] };
+            assert_eq!(choose(plan, RootfsMode::Erofs, facts).kind, of_erofs, "{plan:?} {facts:?}");
         }
     }
 }

@@ -32,7 +32,7 @@ mod view;
 
 use containerd_shim_protos::types::mount::Mount;
 
-pub(crate) use self::choice::{RootChoice, RootFacts, RootKind, choose};
+pub(crate) use self::choice::{READ_ONLY, RootChoice, RootFacts, RootKind, choose};
 pub(crate) use self::host::{FolderError, create_folders};
 pub(crate) use self::layers::Layers;
 pub(crate) use self::options::{NewFolder, is_known as is_known_option};
