@@ -267,3 +267,33 @@ fn what_a_container_removes_after_a_pause_is_not_in_its_snapshot() -> Result<()>
     ensure!(files == "./z", "{files:?}");
     Ok(())
 }
+
+#[test]
+#[cfg_attr(runc, ignore = "about VMs")]
+fn a_root_of_a_hundred_layers_is_a_hundred_disks() -> Result<()> {
+    const LAYERS: u32 = 100;
+    let host = Host::new(Runtime::Husk)?;
+    let mut lower = vec![host.layer(1)?.display().to_string()];
+    for number in 1000..1000 + LAYERS - 1 {
+        let layer = host.layer(number)?;
+        fs::write(layer.join(format!("of-{number}")), number.to_string())?;
+        fs::write(layer.join("top"), number.to_string())?;
+        lower.insert(0, layer.display().to_string());
+    }
+    let snapshot = || -> Result<Vec<Mount>> {
+        let mut mounts = host.snapshot()?;
+        mounts[0].options.retain(|option| !option.starts_with("lowerdir="));
+        mounts[0].options.push(format!("lowerdir={}", lower.join(":")));
+        Ok(mounts)
+    };
+    drop(host.sleeping("first", snapshot()?)?);
+    wait_for(DEADLINE, "all layers have images", || (host.images().ok()?.len() == LAYERS as usize).then_some(()))
+        .with_context(|| host.log())?;
+    let shim = host.sleeping("hundred", snapshot()?)?;
+    ensure!(host.root_of(&shim)?.starts_with("erofs "), "{}", host.root_of(&shim)?);
+    let top = (999 + LAYERS - 1).to_string();
+    let shown = shim.script("look", "cat /top; ls / | grep -c of-; echo x >/top; cat /top")?;
+    ensure!(shown == format!("{top}\n{}\nx", LAYERS - 1), "{shown}");
+    shim.remove()?;
+    Ok(())
+}
