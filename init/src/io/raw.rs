@@ -43,8 +43,8 @@ pub(crate) async fn serve(mut host: VsockStream, streams: Arc<Streams>) {
         Ok(Err(error)) => return tracing::warn!(error = %Chain(&error), "failed to read the name of a raw stream"),
         Err(_) => return tracing::warn!("the name of a raw stream did not arrive within {FIRST_FRAME:?}"),
     };
-    let served = match watch_fd(OwnedFd::from(host), Interest::READABLE | Interest::WRITABLE) {
-        Ok(socket) => serve_named(socket, &request, &streams).await,
+    let served = match watch(host, &request) {
+        Ok(socket) => serve_named(&socket, &request, &streams).await,
         Err(error) => Err(error.into()),
     };
     if let Err(error) = served
@@ -55,33 +55,42 @@ pub(crate) async fn serve(mut host: VsockStream, streams: Arc<Streams>) {
     }
 }
 
+/// Registers a connection with the runtime. Without interest in its room, which the kernel would announce after each
+/// packet: an announcement costs two switches between PID 1 and the process.
+fn watch(host: VsockStream, request: &StreamRequest) -> io::Result<Socket> {
+    if request.kind != StreamKind::STREAM_KIND_STDIN.into() {
+        set_vsock_buffer(&host, OUTPUT_WINDOW)?;
+    }
+    Ok(watch_fd(OwnedFd::from(host), Interest::READABLE)?)
+}
+
 /// Whether the host has closed the connection, as it may at any time.
 fn is_hang_up(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
     matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset)
 }
 
-async fn serve_named(socket: Socket, request: &StreamRequest, streams: &Streams) -> io::Result<()> {
+async fn serve_named(socket: &Socket, request: &StreamRequest, streams: &Streams) -> io::Result<()> {
     let process = tokio::select! {
         process = streams.find(&request.container_id, &request.exec_id) => process,
         // The host sends nothing before the reply.
-        closed = closed(&socket) => return closed,
+        closed = closed(socket) => return closed,
     };
     let process = match process {
         Ok(process) => process,
-        Err(error) => return reject(&socket, error).await,
+        Err(error) => return reject(socket, error).await,
     };
     let (slot, name, interest) = match request.kind.enum_value() {
         Ok(StreamKind::STREAM_KIND_STDIN) => (&process.stdin, "stdin", Interest::WRITABLE),
         Ok(StreamKind::STREAM_KIND_STDOUT) => (&process.stdout, "stdout", Interest::READABLE),
         Ok(StreamKind::STREAM_KIND_STDERR) => (&process.stderr, "stderr", Interest::READABLE),
-        _ => return write_all(&socket, &[libc::EINVAL as u8]).await,
+        _ => return write_all(socket, &[libc::EINVAL as u8]).await,
     };
     attach(socket, slot, name, interest, &process).await
 }
 
 async fn attach(
-    mut socket: Socket,
+    socket: &Socket,
     slot: &Slot,
     name: &str,
     interest: Interest,
@@ -89,23 +98,19 @@ async fn attach(
 ) -> io::Result<()> {
     let client = match slot.attach(name, interest) {
         Ok(client) => client,
-        Err(error) => return reject(&socket, error).await,
+        Err(error) => return reject(socket, error).await,
     };
-    write_all(&socket, &[CONNECTED]).await?;
+    write_all(socket, &[CONNECTED]).await?;
     let (terminal, exited) = (process.terminal.is_some(), process.exited.subscribe());
     if interest == Interest::WRITABLE {
-        return Input::new(&socket, client, exited, terminal).copy().await;
+        return Input::new(socket, client, exited, terminal).copy().await;
     }
     // None: the output has ended.
     let Some(client) = client else { return Ok(()) };
     if terminal {
-        copy_terminal(&socket, &client, exited).await?;
+        copy_terminal(socket, &client, exited).await?;
     } else {
-        set_vsock_buffer(socket.get_ref(), OUTPUT_WINDOW)?;
-        // Without interest in its room, which the kernel would announce after each packet. Each announcement costs two
-        // switches between PID 1 and the process.
-        socket = watch_fd(socket.into_inner(), Interest::READABLE)?;
-        copy_pipe(&socket, &client).await?;
+        copy_pipe(socket, &client).await?;
     }
     client.end();
     Ok(())
@@ -144,10 +149,9 @@ async fn copy_pipe(socket: &Socket, output: &Client<'_>) -> io::Result<()> {
                 if output.is_empty()? {
                     readable.clear_ready();
                 } else if ready_now(socket.as_fd(), PollFlags::POLLOUT).is_empty() {
-                    let full = watch_fd(socket.get_ref().try_clone()?, Interest::WRITABLE)?;
                     tokio::select! {
                         closed = closed(socket) => return closed,
-                        room = full.writable() => drop(room?),
+                        room = room_in(socket) => room?,
                     }
                 }
             }
@@ -383,14 +387,19 @@ async fn closed(socket: &Socket) -> io::Result<()> {
     }
 }
 
+/// Waits until the connection has room, or has ended.
+async fn room_in(socket: &Socket) -> io::Result<()> {
+    let full = watch_fd(socket.get_ref().try_clone()?, Interest::WRITABLE)?;
+    full.writable().await.map(drop)
+}
+
 async fn write_all(socket: &Socket, mut data: &[u8]) -> io::Result<()> {
     while !data.is_empty() {
-        let mut ready = socket.writable().await?;
-        match ready.try_io(|socket| Ok(nix::unistd::write(socket.get_ref(), data)?)) {
-            Ok(Ok(written)) => data = &data[written..],
-            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-            Ok(Err(error)) => return Err(error),
-            Err(_would_block) => {}
+        match nix::unistd::write(socket.get_ref(), data) {
+            Ok(written) => data = &data[written..],
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => room_in(socket).await?,
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(())
@@ -412,7 +421,7 @@ mod tests {
     fn connection() -> (UnixStream, Socket) {
         let (host, guest) = UnixStream::pair().unwrap();
         set_nonblocking(&guest).unwrap();
-        (host, watch_fd(guest.into(), Interest::READABLE | Interest::WRITABLE).unwrap())
+        (host, watch_fd(guest.into(), Interest::READABLE).unwrap())
     }
 
     fn pattern(length: usize) -> Vec<u8> {
