@@ -375,7 +375,7 @@ mod tests {
     #[tokio::test]
     async fn disks_keep_their_order_and_an_image_that_is_wanted_twice_is_attached_before_it_is_shared() {
         let (running, most, attached) = (RefCell::new(0), RefCell::new(0), RefCell::new(Vec::new()));
-        let attach = async |number: usize, image: Option<&str>| {
+        let attach = async |number: usize, image: Option<&'static str>| {
             let before = attached.borrow().contains(&image);
             *running.borrow_mut() += 1;
             let now = *running.borrow();
