@@ -1,5 +1,6 @@
-# Functions of the scripts in `pods` and `stress`. Each prints what must be the same under runc and under husk, for the pod named
-# $POD with the RuntimeClass $CLASS on $NODE. It ends at the first command that fails. The pod is deleted afterwards.
+# Functions of the scripts in `pods`, `install` and `stress`. A script in `pods` prints what must be the same under runc and
+# under husk, for the pod named $POD with the RuntimeClass $CLASS on $NODE. It ends at the first command that fails. The pod
+# is deleted afterwards.
 
 BUSYBOX=registry.k8s.io/e2e-test-images/busybox:1.29-2
 NGINX=registry.k8s.io/e2e-test-images/nginx:1.14-2

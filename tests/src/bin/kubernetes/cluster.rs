@@ -1,5 +1,6 @@
-//! A control plane of one node: etcd, kube-apiserver and kubelet, without a scheduler and controllers. Pods name their
-//! node; the objects that controllers would make are made at the start.
+//! A control plane of one node: etcd, kube-apiserver and kubelet. Where husk is registered, it has no scheduler and no
+//! controllers: pods name their node, and the objects that controllers would make are made at the start. Where a test
+//! installs husk, it has both, and the API server checks what its users may do.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use husk_tests::artifacts::repository;
 use husk_tests::command::{self, Output};
 
 use crate::daemon::Daemon;
-use crate::node::{self, Node};
+use crate::node::{self, Husk, Node};
 
 /// The node's name.
 pub const NODE: &str = "node";
@@ -91,13 +92,19 @@ END
 /// husk's RuntimeClass, and the label of the nodes that it selects.
 const CLASS: &str = "setup/kubernetes/install/runtimeclass.yaml";
 const LABEL: &str = "io.husk/runtime=true";
+/// The programs that only a cluster without husk runs.
+const CONTROLLERS: &str = "kube-controller-manager";
+const SCHEDULER: &str = "kube-scheduler";
 /// The runtime handlers that have a class like it, of the same name.
 const HANDLERS: [&str; 4] = ["husk", "husk-shim", "husk-q35", "husk-shim-q35"];
 
-/// The other objects that tests need.
+/// The RuntimeClass of runc.
+const RUNC: &str =
+    r#"{"kind": "RuntimeClass", "apiVersion": "node.k8s.io/v1", "metadata": {"name": "runc"}, "handler": "runc"}"#;
+
+/// What controllers would make.
 const OBJECTS: &str = r#"
 {"kind": "List", "apiVersion": "v1", "items": [
-  {"kind": "RuntimeClass", "apiVersion": "node.k8s.io/v1", "metadata": {"name": "runc"}, "handler": "runc"},
   {"kind": "ServiceAccount", "apiVersion": "v1", "metadata": {"name": "default", "namespace": "default"}},
   {"kind": "ConfigMap", "apiVersion": "v1", "metadata": {"name": "kube-root-ca.crt", "namespace": "default"},
    "data": {"ca.crt": "none"}}
@@ -121,16 +128,17 @@ pub fn needs(version: &str) -> [PathBuf; 3] {
     [bin(version).join("kubelet"), bin(version).join("kube-apiserver"), node::bin().join("etcd")]
 }
 
+/// What must exist beside that before a cluster without husk can start.
+pub fn needs_without_husk(version: &str) -> [PathBuf; 2] {
+    [CONTROLLERS, SCHEDULER].map(|name| bin(version).join(name))
+}
+
 impl Cluster {
     /// Starts one with this minor version of Kubernetes. The daemons write their logs to `folder`.
     pub fn start(version: &str, folder: &Path) -> Result<Self> {
-        fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-        let node = Node::start(&folder.join("containerd.log"), "")?;
-        let mut cluster = Self { node, bin: bin(version), daemons: Vec::new() };
-        // Whatever has this name goes with the machine's containerd.
-        let group = format!("kubelet-{}", cluster.node.token());
-        cluster.sh(&PREPARE.replace("GROUP", &group), CALL)?.ok()?;
-        cluster.control_plane(folder)?;
+        let mut cluster = Self::prepare(version, folder, Husk::Registered(""))?;
+        cluster.control_plane(&["--authorization-mode=AlwaysAllow"], folder)?;
+        cluster.apply(RUNC)?;
         cluster.apply(OBJECTS)?;
         let class = repository().join(CLASS);
         let class = fs::read_to_string(&class).with_context(|| format!("read {}", class.display()))?;
@@ -138,12 +146,37 @@ impl Cluster {
             let named = class.replace("name: husk\n", &format!("name: {handler}\n"));
             cluster.apply(&named.replace("handler: husk\n", &format!("handler: {handler}\n")))?;
         }
-        cluster.kubelet(folder)?;
+        cluster.kubelet(&[&format!("--node-labels={LABEL}")], folder)?;
         cluster.node.mark_idle();
         Ok(cluster)
     }
 
-    fn control_plane(&mut self, folder: &Path) -> Result<()> {
+    /// Starts one without husk, with a scheduler and controllers, and an API server that authorizes its users.
+    pub fn without_husk(version: &str, folder: &Path) -> Result<Self> {
+        let mut cluster = Self::prepare(version, folder, Husk::Absent)?;
+        cluster.control_plane(&["--authorization-mode=Node,RBAC"], folder)?;
+        cluster.apply(RUNC)?;
+        let words = ["--kubeconfig=/run/node/admin.conf", "--leader-elect=false"];
+        cluster.spawn(&cluster.bin.join(SCHEDULER), &words, folder)?;
+        let of_accounts =
+            ["--root-ca-file=/run/node/pki/apiserver.crt", "--service-account-private-key-file=/run/node/pki/sa.key"];
+        cluster.spawn(&cluster.bin.join(CONTROLLERS), &[&words[..], &of_accounts].concat(), folder)?;
+        cluster.kubelet(&[], folder)?;
+        Ok(cluster)
+    }
+
+    /// A node on which the daemons can start.
+    fn prepare(version: &str, folder: &Path, husk: Husk) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+        let node = Node::start(&folder.join("containerd.log"), husk)?;
+        let cluster = Self { node, bin: bin(version), daemons: Vec::new() };
+        // Whatever has this name goes with the machine's containerd.
+        let group = format!("kubelet-{}", cluster.node.token());
+        cluster.sh(&PREPARE.replace("GROUP", &group), CALL)?.ok()?;
+        Ok(cluster)
+    }
+
+    fn control_plane(&mut self, options: &[&str], folder: &Path) -> Result<()> {
         let etcd = node::bin().join("etcd");
         let client = "http://127.0.0.1:2379";
         let words = ["--data-dir", "/run/node/etcd", "--listen-client-urls", client, "--advertise-client-urls", client];
@@ -158,17 +191,16 @@ impl Cluster {
             "--service-account-signing-key-file=/run/node/pki/sa.key",
             "--service-account-issuer=https://kubernetes.default.svc",
             "--token-auth-file=/run/node/tokens.csv",
-            "--authorization-mode=AlwaysAllow",
             "--service-cluster-ip-range=10.96.0.0/16",
             "--allow-privileged",
             "--endpoint-reconciler-type=none",
             "--kubelet-preferred-address-types=InternalIP",
         ];
-        self.spawn(&self.bin.join("kube-apiserver"), &words, folder)?;
+        self.spawn(&self.bin.join("kube-apiserver"), &[&words[..], options].concat(), folder)?;
         self.await_success("kubectl get --raw /readyz", "the API server is ready")
     }
 
-    fn kubelet(&mut self, folder: &Path) -> Result<()> {
+    fn kubelet(&mut self, options: &[&str], folder: &Path) -> Result<()> {
         let words = [
             "--config=/run/node/kubelet.yaml",
             "--kubeconfig=/run/node/kubelet.conf",
@@ -176,9 +208,8 @@ impl Cluster {
             "--cert-dir=/run/node/kubelet/pki",
             "--hostname-override=node",
             "--node-ip=192.0.2.1",
-            &format!("--node-labels={LABEL}"),
         ];
-        self.spawn(&self.bin.join("kubelet"), &words, folder)?;
+        self.spawn(&self.bin.join("kubelet"), &[&words[..], options].concat(), folder)?;
         self.await_kubelet()
     }
 
@@ -247,6 +278,13 @@ impl Cluster {
         let mut command = self.command();
         command.args(["-c", script]);
         command::run(command, None, deadline)
+    }
+
+    /// Kills containerd with SIGKILL and starts it again, beside the kubelet.
+    pub fn restart_containerd(&mut self) -> Result<()> {
+        self.node.daemon().kill()?;
+        self.node.daemon().start_again()?;
+        self.node.await_ready()
     }
 
     /// The node.

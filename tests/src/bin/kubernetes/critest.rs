@@ -9,7 +9,7 @@ use husk_tests::command;
 use husk_tests::table::Verdict;
 use serde_json::Value;
 
-use crate::node::{self, Node};
+use crate::node::{self, Husk, Node};
 use crate::outcome::{Outcome, Outcomes, in_one_line, left};
 
 /// After this time critest reports the tests that it has not run yet as not run.
@@ -23,7 +23,7 @@ const GRACE: Duration = Duration::from_secs(600);
 /// written to `folder`.
 pub fn run(handler: &str, matching: &str, folder: &Path) -> Result<Outcomes> {
     fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-    let node = Node::start(&folder.join("containerd.log"), HUSK).context("start a node")?;
+    let node = Node::start(&folder.join("containerd.log"), Husk::Registered(HUSK)).context("start a node")?;
     let report = folder.join("report.json");
     let mut command = node.enter("sh");
     command.args(["-c", r#"cd /run/tmp && exec "$@" >"$0" 2>&1"#]).arg(folder.join("output")).arg(program());

@@ -1,5 +1,5 @@
-//! Kubernetes under runc and under husk: critest, the test suite of the Container Runtime Interface, on a node, and pods
-//! on a cluster of one node.
+//! Kubernetes under runc and under husk: critest, the test suite of the Container Runtime Interface, on a node, pods
+//! on a cluster of one node, and husk's installation on one.
 //!
 //! `kubernetes [--kubernetes VERSION] [--only SUITE]... [--match TEXT] [--jobs N] [--update]` runs every test under both,
 //! prints a table of the differences and compares all results with `tests/kubernetes/expected.tsv`. It fails if anything
@@ -11,6 +11,8 @@ mod cluster;
 mod critest;
 #[cfg(not(target_env = "musl"))]
 mod daemon;
+#[cfg(not(target_env = "musl"))]
+mod install;
 #[cfg(not(target_env = "musl"))]
 mod node;
 #[cfg(not(target_env = "musl"))]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use husk_tests::artifacts::{Runtime, repository};
 use husk_tests::command::{self, Output};
-use husk_tests::containerd::Containerd;
+use husk_tests::containerd::{Containerd, ENV};
 use husk_tests::machine::Machine;
 use husk_tests::process::{self, Process};
 use husk_tests::registry::{Images, serve};
@@ -62,7 +62,8 @@ runtime-endpoint: unix:///run/node/containerd.sock
 image-endpoint: unix:///run/node/containerd.sock
 timeout: 120
 END
-cat >/run/node/config.toml <<END
+mkdir -p /etc/containerd
+cat >/etc/containerd/config.toml <<END
 CONFIG
 END
 { cat /run/containerd/husk.toml; echo; echo 'machine = "q35"'; } >/run/node/q35.toml
@@ -91,28 +92,44 @@ state = "/run/node/state"
       runtime_type = "io.containerd.runc.v2"
       [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
         SystemdCgroup = false
-    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk]
-      runtime_type = "io.containerd.husk.v1"
-      pod_annotations = ["io.husk.*"]
-      container_annotations = ["io.husk.*"]
-    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-shim]
-      runtime_type = "io.containerd.husk.v1"
-      pod_annotations = ["io.husk.*"]
-      container_annotations = ["io.husk.*"]
-      sandboxer = "shim"
-    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-q35]
-      runtime_type = "io.containerd.husk.v1"
-      options = { ConfigPath = "/run/node/q35.toml" }
-    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-shim-q35]
-      runtime_type = "io.containerd.husk.v1"
-      options = { ConfigPath = "/run/node/q35.toml" }
-      sandboxer = "shim"
 [plugins."io.containerd.nri.v1.nri"]
   disable = false
   socket_path = "/run/node/nri.sock"
   plugin_path = "/run/node/nri"
   plugin_config_path = "/run/node/nri.d"
 "#;
+
+/// husk's handlers.
+const HANDLERS: &str = r#"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk]
+  runtime_type = "io.containerd.husk.v1"
+  pod_annotations = ["io.husk.*"]
+  container_annotations = ["io.husk.*"]
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-shim]
+  runtime_type = "io.containerd.husk.v1"
+  pod_annotations = ["io.husk.*"]
+  container_annotations = ["io.husk.*"]
+  sandboxer = "shim"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-q35]
+  runtime_type = "io.containerd.husk.v1"
+  options = { ConfigPath = "/run/node/q35.toml" }
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-shim-q35]
+  runtime_type = "io.containerd.husk.v1"
+  options = { ConfigPath = "/run/node/q35.toml" }
+  sandboxer = "shim"
+"#;
+
+/// Puts the configuration where an installed husk reads it.
+const HUSK: &str = "mkdir -p /etc/husk && cp /run/containerd/husk.toml /etc/husk/config.toml";
+
+/// What a node has of husk when it starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Husk<'a> {
+    /// containerd's configuration has husk's handlers. The text is lines of husk's configuration.
+    Registered(&'a str),
+    /// A configuration of husk, and nothing else: a test installs it.
+    Absent,
+}
 
 /// What containers leave behind, besides processes.
 const LEFT: &str = "ls -d /run/husk/*/* 2>/dev/null; ip netns list | grep -v outside; true";
@@ -150,15 +167,22 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts one. containerd and the shims write to the file `log`; `husk` are lines of husk's configuration.
-    pub fn start(log: &Path, husk: &str) -> Result<Self> {
-        let machine = Machine::configured(Runtime::Husk, husk)?;
-        let config = CONFIG.replace("PLUGINS", &plugins().display().to_string());
-        machine.containerd().sh(&PREPARE.replace("REGISTRY", REGISTRY).replace("CONFIG", &config))?;
+    /// Starts one. containerd and the shims write to the file `log`.
+    pub fn start(log: &Path, husk: Husk) -> Result<Self> {
+        let (lines, handlers) = match husk {
+            Husk::Registered(lines) => (lines, HANDLERS),
+            Husk::Absent => ("", ""),
+        };
+        let machine = Machine::configured(Runtime::Husk, lines)?;
+        let config = CONFIG.replace("PLUGINS", &plugins().display().to_string()) + handlers;
+        machine.containerd().sh(&PREPARE.replace("REGISTRY", REGISTRY).replace("CONFIG", &config))?.ok()?;
+        if husk == Husk::Absent {
+            machine.containerd().sh(HUSK)?.ok()?;
+        }
         let listener =
             machine.containerd().in_network(|| TcpListener::bind(REGISTRY).context("listen for the registry"))?;
         serve(listener, Arc::new(Images::open(&images())?));
-        let daemon = start_containerd(machine.containerd(), log)?;
+        let daemon = start_containerd(machine.containerd(), log, husk)?;
         let mut node = Self { machine, daemon, idle: 0 };
         node.await_ready()?;
         node.crictl(&["pull", "registry.k8s.io/pause:3.10.1"])?;
@@ -294,9 +318,17 @@ fn search_path(machine: &Containerd) -> String {
     format!("{}:{}:{}", repository().join("out").display(), bin().display(), machine.search_path())
 }
 
-fn start_containerd(machine: &Containerd, log: &Path) -> Result<Daemon> {
+fn start_containerd(machine: &Containerd, log: &Path, husk: Husk) -> Result<Daemon> {
     let mut command = enter(machine, &bin().join("containerd"));
-    command.args(["--log-level", "debug", "--config", "/run/node/config.toml"]);
+    command.args(["--log-level", "debug", "--config", "/etc/containerd/config.toml"]);
+    if husk == Husk::Absent {
+        // It finds what is installed, and not this repository's.
+        for (name, _) in ENV {
+            command.env_remove(name);
+        }
+        let (ours, with_runc) = (bin(), machine.bin());
+        command.env("PATH", format!("{}:{}:/usr/sbin:/usr/bin:/sbin:/bin", ours.display(), with_runc.display()));
+    }
     Daemon::start(command, log).context("start containerd")
 }
 

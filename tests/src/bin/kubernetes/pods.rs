@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use husk_tests::artifacts::repository;
-use husk_tests::command::Output;
+use husk_tests::command::{self, Output};
 use husk_tests::table::Verdict;
 
 use crate::cluster::{Cluster, NODE};
@@ -54,11 +55,18 @@ pub fn run(version: &str, classes: &[&str], matching: &str, logs: &Path) -> Resu
 
 /// Runs a script, a path in [`folder`] without its suffix, for the pod of this name with this class.
 pub fn script(cluster: &Cluster, script: &str, class: &str, pod: &str, deadline: Duration) -> Result<Output> {
+    command::run(command(cluster, script, class, pod), None, deadline)
+}
+
+/// The command that runs a script.
+pub fn command(cluster: &Cluster, script: &str, class: &str, pod: &str) -> Command {
     let (top, folder) = (repository(), folder());
     let (top, folder) = (top.display(), folder.display());
     let variables = format!("CLASS={class} POD={pod} NODE={NODE} REPOSITORY={top}");
     let line = format!("set -eu; {variables}; . {folder}/common.sh; . {folder}/{script}.sh");
-    cluster.sh(&line, deadline)
+    let mut command = cluster.command();
+    command.args(["-c", &line]);
+    command
 }
 
 /// Runs a script for one class. Returns the result, and what it printed if it ended well.

@@ -16,7 +16,7 @@ use husk_tests::table::{Name, Results, Table, Verdict};
 
 use crate::node::RUNC;
 use crate::outcome::Outcomes;
-use crate::{cluster, critest, node, pods, stress};
+use crate::{cluster, critest, install, node, pods, stress};
 
 /// First lines of the table.
 const HEADER: &str = "\
@@ -34,6 +34,7 @@ const NEWEST: &str = "1.37";
 enum Source {
     Critest,
     Pods,
+    Install,
     Stress,
 }
 
@@ -45,11 +46,13 @@ struct Suite {
     handler: &'static str,
 }
 
-const SUITES: [Suite; 6] = [
+const SUITES: [Suite; 8] = [
     Suite { name: "critest", source: Source::Critest, handler: "husk" },
     Suite { name: "critest-shim", source: Source::Critest, handler: "husk-shim" },
     Suite { name: "pods", source: Source::Pods, handler: "husk" },
     Suite { name: "pods-shim", source: Source::Pods, handler: "husk-shim" },
+    Suite { name: "install", source: Source::Install, handler: "husk" },
+    Suite { name: "install-shim", source: Source::Install, handler: "husk-shim" },
     Suite { name: "stress", source: Source::Stress, handler: "husk" },
     Suite { name: "stress-shim", source: Source::Stress, handler: "husk-shim" },
 ];
@@ -58,6 +61,7 @@ const SUITES: [Suite; 6] = [
 enum Job {
     Critest(&'static str),
     Pods(Vec<&'static str>),
+    Install(Vec<&'static str>),
     Stress(Vec<&'static str>),
 }
 
@@ -113,7 +117,9 @@ fn parse(words: &[String]) -> Result<Arguments> {
 pub fn main(words: &[String]) -> Result<ExitCode> {
     let arguments = parse(words)?;
     let needs = node::needs().into_iter().chain([critest::needs()]).chain(cluster::needs(&arguments.version));
-    for file in needs {
+    let installs = arguments.suites.iter().any(|suite| suite.source == Source::Install);
+    let of_install = cluster::needs_without_husk(&arguments.version).into_iter().filter(|_| installs);
+    for file in needs.chain(of_install) {
         ensure!(file.exists(), "{} is missing: run tests/setup-kubernetes {}", file.display(), arguments.version);
     }
     let expected = expected()?;
@@ -159,7 +165,8 @@ fn logs() -> PathBuf {
     node::folder().join("output")
 }
 
-/// What there is to do for these suites. All pods run on one cluster, except under stress.
+/// What there is to do for these suites. All pods run on one cluster, except under stress and where husk is
+/// installed.
 fn jobs(suites: &[Suite]) -> VecDeque<Job> {
     let handlers = |source| -> Vec<&'static str> {
         let of_source: Vec<_> =
@@ -167,8 +174,11 @@ fn jobs(suites: &[Suite]) -> VecDeque<Job> {
         if of_source.is_empty() { of_source } else { [vec![RUNC], of_source].concat() }
     };
     let classes = |source| Some(handlers(source)).filter(|classes| !classes.is_empty());
-    let pods = classes(Source::Pods).map(Job::Pods).into_iter().chain(classes(Source::Stress).map(Job::Stress));
-    handlers(Source::Critest).into_iter().map(Job::Critest).chain(pods).collect()
+    let mut jobs: VecDeque<Job> = handlers(Source::Critest).into_iter().map(Job::Critest).collect();
+    jobs.extend(classes(Source::Pods).map(Job::Pods));
+    jobs.extend(classes(Source::Install).map(Job::Install));
+    jobs.extend(classes(Source::Stress).map(Job::Stress));
+    jobs
 }
 
 /// Runs the jobs, several at a time, each on a node of its own.
@@ -197,6 +207,7 @@ fn run_one(job: &Job, arguments: &Arguments) -> Result<Vec<((Source, &'static st
     let name = match job {
         Job::Critest(handler) => format!("critest-{handler}"),
         Job::Pods(_) => "pods".into(),
+        Job::Install(_) => "install".into(),
         Job::Stress(_) => "stress".into(),
     };
     let folder = logs().join(&name);
@@ -213,6 +224,10 @@ fn run_one(job: &Job, arguments: &Arguments) -> Result<Vec<((Source, &'static st
         Job::Pods(classes) => {
             let all = pods::run(&arguments.version, classes, &arguments.matching, &folder).context(name)?;
             classes.iter().map(|class| (Source::Pods, *class)).zip(all).collect()
+        }
+        Job::Install(classes) => {
+            let all = install::run(&arguments.version, classes, &folder).context(name)?;
+            classes.iter().map(|class| (Source::Install, *class)).zip(all).collect()
         }
         Job::Stress(classes) => {
             let all = stress::run(&arguments.version, classes, &arguments.matching, &folder).context(name)?;
