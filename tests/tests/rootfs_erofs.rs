@@ -277,7 +277,7 @@ fn a_root_of_a_hundred_layers_is_a_hundred_disks() -> Result<()> {
     for number in 1000..1000 + LAYERS - 1 {
         let layer = host.layer(number)?;
         fs::write(layer.join(format!("of-{number}")), number.to_string())?;
-        fs::write(layer.join("top"), number.to_string())?;
+        fs::write(layer.join("top"), format!("{number}\n"))?;
         lower.insert(0, layer.display().to_string());
     }
     let snapshot = || -> Result<Vec<Mount>> {
