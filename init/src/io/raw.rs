@@ -45,7 +45,7 @@ pub(crate) async fn serve(mut host: VsockStream, streams: Arc<Streams>) {
     };
     let served = match watch(host, &request) {
         Ok(socket) => serve_named(&socket, &request, &streams).await,
-        Err(error) => Err(error.into()),
+        Err(error) => Err(error),
     };
     if let Err(error) = served
         && !is_hang_up(&error)
