@@ -49,7 +49,7 @@ pub use generated::{
 pub use {protobuf, ttrpc};
 
 /// Version of the protocol. The host rejects a guest whose `Hello` has another one.
-pub const PROTOCOL: u32 = 10;
+pub const PROTOCOL: u32 = 11;
 
 /// Length of [`Hello.secret`](system::Hello::secret), bytes.
 pub const SECRET: usize = 32;
