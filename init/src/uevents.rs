@@ -23,23 +23,23 @@ pub(crate) fn subscribe() -> io::Result<OwnedFd> {
     Ok(uevents)
 }
 
-/// Discards all pending events. Returns whether one of them may be among those that `matter`: it gets their beginnings,
-/// ACTION@PATH.
+/// Discards all pending events. Returns whether `matters` is true for the beginning of one of them, ACTION@PATH, or the
+/// kernel has dropped some.
 ///
 /// # Errors
 /// Those of recv(2).
-pub(crate) fn drain(uevents: &OwnedFd, matter: impl Fn(&[u8]) -> bool) -> io::Result<bool> {
-    let (mut matters, mut event) = (false, [0; BEGINNING]);
+pub(crate) fn drain(uevents: &OwnedFd, matters: impl Fn(&[u8]) -> bool) -> io::Result<bool> {
+    let (mut any, mut event) = (false, [0; BEGINNING]);
     loop {
         match recv(uevents.as_raw_fd(), &mut event, MsgFlags::MSG_DONTWAIT) {
-            Ok(0) | Err(Errno::EAGAIN) => return Ok(matters),
+            Ok(0) | Err(Errno::EAGAIN) => return Ok(any),
             Ok(length) => {
                 let beginning = event[..length].split(|byte| *byte == 0).next().unwrap_or_default();
-                matters |= matter(beginning);
+                any |= matters(beginning);
             }
             Err(Errno::EINTR) => {}
             // The kernel has dropped events.
-            Err(Errno::ENOBUFS) => matters = true,
+            Err(Errno::ENOBUFS) => any = true,
             Err(error) => return Err(error.into()),
         }
     }

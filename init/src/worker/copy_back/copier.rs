@@ -58,8 +58,9 @@ impl Copier {
         Self { root, path, links: Links::default(), buffer, report: Report::default(), record }
     }
 
-    /// Notes that the copy creates what is at this path.
-    pub(super) fn created(&mut self, path: &[u8]) -> io::Result<()> {
+    /// Notes that the copy creates, or has created, the current entry.
+    pub(super) fn created(&mut self) -> io::Result<()> {
+        let path = self.path.as_os_str().as_encoded_bytes();
         self.record.as_mut().map_or(Ok(()), |record| record.note(path))
     }
 

@@ -30,7 +30,7 @@ impl Copier {
             let path = path?;
             self.path = Path::new(OsStr::from_bytes(&path)).to_owned();
             if let Err(error) = self.check(pair, merged, &path, depth) {
-                self.created(&path)?;
+                self.created()?;
                 self.note(error)?;
             }
         }
@@ -62,7 +62,7 @@ impl Copier {
         {
             Entry { folder: &folder, name: &name }.set(OPAQUE, b"y")?;
         }
-        self.created(path)
+        self.created()
     }
 }
 

@@ -1,16 +1,16 @@
 //! Applies the upper layer of an overlay to the filesystem below it, which the host serves: afterwards, the files there are
 //! those that the container sees.
 //!
-//! | file        | contents                                                              |
-//! |-------------|-----------------------------------------------------------------------|
-//! | `copier.rs` | what is kept during a copy, and what is reported of it                |
-//! | `file.rs`   | creates one file as a copy of another, in place of what has its name  |
-//! | `pair.rs`   | a folder of the layer, and the one to which it belongs                |
-//! | `gone.rs`   | removes what an earlier copy has created                              |
-//! | `nothing.rs` | finds that there is nothing to apply                                  |
-//! | `place.rs`  | folders, as requests name them                                        |
-//! | `record.rs` | what earlier copies have created                                      |
-//! | `remove.rs` | removes a file, or a folder with everything in it                     |
+//! | file         | contents                                                                           |
+//! |--------------|------------------------------------------------------------------------------------|
+//! | `copier.rs`  | what is kept during a copy, and what is reported of it                             |
+//! | `file.rs`    | creates one file as a copy of another, in place of what has its name               |
+//! | `gone.rs`    | removes what an earlier copy has created, and the container has removed since      |
+//! | `nothing.rs` | tells whether a layer changes anything, without a worker                           |
+//! | `pair.rs`    | a folder of the layer, and the one to which it belongs                             |
+//! | `place.rs`   | folders, as requests name them                                                     |
+//! | `record.rs`  | the list of what copies have created                                               |
+//! | `remove.rs`  | removes a file, or a folder with everything in it                                  |
 //!
 //! A file gets its name when it is complete, so that a copy that is interrupted leaves the old file or the new one. Applying
 //! the same layer again gives the same result.
@@ -125,8 +125,7 @@ impl Copier {
         self.report.entries += 1;
         // What a new folder or an opaque one has is removed with it, or because the upper layer lacks it.
         if !pair.exact && self.record.is_some() && !exists_in(&pair.target, name)? {
-            let path = self.path.as_os_str().as_encoded_bytes().to_owned();
-            self.created(&path)?;
+            self.created()?;
         }
         match kind(&stat) {
             SFlag::S_IFDIR => self.subfolder(pair, name, depth),
