@@ -39,6 +39,11 @@ pub(crate) struct Overlay {
     pub(crate) layers: Option<Layers>,
 }
 
+/// The disk of an overlay's upper layer.
+fn disk_for_changes(config: &Config) -> Scratch {
+    Scratch { mib: config.rootfs.overlay_mib, folder: config.scratch_dir.clone(), encrypted: false }
+}
+
 /// The value of the key.
 fn name(mode: RootfsMode) -> &'static str {
     RootfsMode::NAMES.iter().find(|(_, named)| *named == mode).map_or("", |(name, _)| name)
@@ -82,7 +87,7 @@ impl PlannedRoot {
             choice = RootChoice { kind: RootKind::Virtiofs, why: READ_ONLY };
             return Ok(Self { plan, choice, overlay: None });
         }
-        let scratch = Scratch { mib: config.rootfs.overlay_mib, folder: config.scratch_dir.clone(), encrypted: false };
+        let scratch = disk_for_changes(config);
         scratch.check().map_err(|problem| vec![problem])?;
         let store = Store::new(config.layer_cache_dir.clone(), config.layer_cache_mib);
         let timeout = (!facts.read_only).then_some(config.rootfs.copy_back_timeout);
@@ -96,8 +101,7 @@ impl PlannedRoot {
         if mode == RootfsMode::Virtiofs {
             return (Vec::new(), None);
         }
-        let folder = Scratch { mib: config.rootfs.overlay_mib, folder: config.scratch_dir.clone(), encrypted: false };
-        let mut problems: Vec<Problem> = folder.check().err().into_iter().collect();
+        let mut problems: Vec<Problem> = disk_for_changes(config).check().err().into_iter().collect();
         problems.extend(scratch::check_host().err().map(|error| lacks(mode, &error)));
         let note = match (mode, mkfs::check()) {
             (RootfsMode::Erofs, Err(error)) => {

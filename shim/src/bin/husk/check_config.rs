@@ -28,7 +28,9 @@ pub(crate) fn run(file: Option<&Path>, as_json: bool) -> Result<ExitCode> {
     let valid = problems.is_empty();
     if as_json {
         let digests: serde_json::Map<String, Value> = files.iter().map(described).collect();
-        let report = json!({"ok": valid, "file": path, "exists": exists, "problems": problems, "notes": notes, "digests": digests});
+        let report = json!({
+            "ok": valid, "file": path, "exists": exists, "problems": problems, "notes": notes, "digests": digests,
+        });
         print::json(&mut io::stdout(), &report)?;
     } else if !valid {
         for problem in problems {
