@@ -10,7 +10,7 @@ use husk_tests::command::{self, wait_for};
 use husk_tests::containerd::{Configured, Container, Containerd};
 use husk_tests::leftovers::Leftovers;
 use husk_tests::operator::{husk, husk_json};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Deadline for the images of small layers.
 const IMAGES: Duration = Duration::from_secs(60);
@@ -212,44 +212,38 @@ fn auto_uses_an_overlay_for_a_container_of_kubernetes_only_and_images_when_there
     let reads = containerd.detached(&read_only, "reads", &["sleep", "1000"])?;
     let chosen = [&of_pod[..], &["--annotation", "io.husk.rootfs=virtiofs"]].concat();
     let shares = containerd.detached(&chosen, "shares", &["sleep", "1000"])?;
-    let status = husk_json(containerd, &["status", "--json", &sandbox])?;
-    let roots = status["roots"].as_array().context("no roots")?;
+    let root_of = |container: &Container<'_>| -> Result<Value> {
+        let status = husk_json(containerd, &["status", "--json", &sandbox])?;
+        let mut roots = status["roots"].as_array().into_iter().flatten();
+        roots.find(|root| root["container"] == container.id()).cloned().with_context(|| status.to_string())
+    };
     for (container, kind, reason) in [
         (&writes, "overlay", "the images of its layers are made in the background"),
         // The disk is for places of mounts.
         (&reads, "overlay", "the images of its layers are made in the background"),
         (&shares, "virtiofs", "configured"),
     ] {
-        let root = roots.iter().find(|root| root["container"] == container.id());
-        ensure!(root.is_some_and(|root| root["kind"] == kind && root["reason"] == reason), "{status}");
+        let root = root_of(container)?;
+        ensure!(root["kind"] == kind && root["reason"] == reason, "{root}");
     }
     wait_for(IMAGES, "both layers of the image have images", || {
         let layers = husk_json(containerd, &["layers", "--json"]).ok()?;
         (layers["images"].as_array()?.len() == 2).then_some(())
     })?;
     let later = containerd.detached(&of_pod, "later", &["sleep", "1000"])?;
-    let status = husk_json(containerd, &["status", "--json", &sandbox])?;
-    let root = status["roots"].as_array().and_then(|roots| roots.iter().find(|root| root["container"] == later.id()));
-    let reason = "auto: Kubernetes uses a snapshot for one start only";
-    ensure!(root.is_some_and(|root| root["kind"] == "erofs" && root["reason"] == reason), "{status}");
+    let (root, reason) = (root_of(&later)?, "auto: Kubernetes uses a snapshot for one start only");
+    ensure!(root["kind"] == "erofs" && root["reason"] == reason, "{root}");
     let on_images = containerd.detached(&read_only, "on-images", &["sleep", "1000"])?;
-    let status = husk_json(containerd, &["status", "--json", &sandbox])?;
-    let mut roots = status["roots"].as_array().into_iter().flatten();
-    let root = roots.find(|root| root["container"] == on_images.id());
-    ensure!(root.is_some_and(|root| root["kind"] == "erofs"), "{status}");
+    let root = root_of(&on_images)?;
+    ensure!(root["kind"] == "erofs", "{root}");
     ensure!(on_images.script("ls /etc/passwd; echo x > /x || echo no")?.ends_with("/etc/passwd\nno"));
     on_images.kill_and_wait()?;
     on_images.delete_task()?;
     // Without images, the guest would read the same files through an overlay.
     let chosen = [&read_only[..], &["--annotation", "io.husk.rootfs=overlay"]].concat();
     let shared = containerd.detached(&chosen, "shared", &["sleep", "1000"])?;
-    let status = husk_json(containerd, &["status", "--json", &sandbox])?;
-    let mut roots = status["roots"].as_array().into_iter().flatten();
-    let root = roots.find(|root| root["container"] == shared.id());
-    ensure!(
-        root.is_some_and(|root| root["kind"] == "virtiofs" && root["reason"] == "the root is read-only"),
-        "{status}"
-    );
+    let root = root_of(&shared)?;
+    ensure!(root["kind"] == "virtiofs" && root["reason"] == "the root is read-only", "{root}");
     later.script("echo x > /x")?;
     later.kill_and_wait()?;
     later.delete_task()?;

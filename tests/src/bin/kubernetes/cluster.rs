@@ -92,15 +92,16 @@ END
 /// husk's RuntimeClass, and the label of the nodes that it selects.
 const CLASS: &str = "setup/kubernetes/install/runtimeclass.yaml";
 const LABEL: &str = "io.husk/runtime=true";
-/// The programs that only a cluster without husk runs.
-const CONTROLLERS: &str = "kube-controller-manager";
-const SCHEDULER: &str = "kube-scheduler";
 /// The runtime handlers that have a class like it, of the same name.
 const HANDLERS: [&str; 4] = ["husk", "husk-shim", "husk-q35", "husk-shim-q35"];
 
 /// The RuntimeClass of runc.
 const RUNC: &str =
     r#"{"kind": "RuntimeClass", "apiVersion": "node.k8s.io/v1", "metadata": {"name": "runc"}, "handler": "runc"}"#;
+
+/// The programs that only a cluster without husk runs.
+const CONTROLLERS: &str = "kube-controller-manager";
+const SCHEDULER: &str = "kube-scheduler";
 
 /// What controllers would make.
 const OBJECTS: &str = r#"

@@ -216,24 +216,19 @@ fn run_one(job: &Job, arguments: &Arguments) -> Result<Vec<((Source, &'static st
     }
     writeln!(std::io::stderr(), "kubernetes: {name}; output: {}", folder.display())?;
     let started = Instant::now();
-    let done = match job {
-        Job::Critest(handler) => {
-            let outcomes = critest::run(handler, &arguments.matching, &folder).context(name)?;
-            vec![((Source::Critest, *handler), outcomes)]
-        }
-        Job::Pods(classes) => {
-            let all = pods::run(&arguments.version, classes, &arguments.matching, &folder).context(name)?;
-            classes.iter().map(|class| (Source::Pods, *class)).zip(all).collect()
-        }
-        Job::Install(classes) => {
-            let all = install::run(&arguments.version, classes, &folder).context(name)?;
-            classes.iter().map(|class| (Source::Install, *class)).zip(all).collect()
-        }
-        Job::Stress(classes) => {
-            let all = stress::run(&arguments.version, classes, &arguments.matching, &folder).context(name)?;
-            classes.iter().map(|class| (Source::Stress, *class)).zip(all).collect()
-        }
+    let (version, matching) = (&arguments.version, &arguments.matching);
+    let (source, handlers, all) = match job {
+        Job::Critest(handler) => (
+            Source::Critest,
+            std::slice::from_ref(handler),
+            critest::run(handler, matching, &folder).map(|one| vec![one]),
+        ),
+        Job::Pods(classes) => (Source::Pods, &classes[..], pods::run(version, classes, matching, &folder)),
+        Job::Install(classes) => (Source::Install, &classes[..], install::run(version, classes, &folder)),
+        Job::Stress(classes) => (Source::Stress, &classes[..], stress::run(version, classes, matching, &folder)),
     };
+    let all = all.context(name)?;
+    let done: Vec<_> = handlers.iter().map(|handler| (source, *handler)).zip(all).collect();
     for ((source, handler), outcomes) in &done {
         let count = |wanted| outcomes.values().filter(|outcome| outcome.verdict == wanted).count();
         writeln!(
