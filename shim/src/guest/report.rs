@@ -23,11 +23,11 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Level;
 
 use super::clock;
-use super::silence::{Silence, window};
+use super::silence::{Silence, sample, window};
 use crate::console::Record;
 use crate::containerd::log as logging;
 use crate::host::rate::{Admitted, Bucket};
-use crate::host::run_delay::RunDelays;
+use crate::host::run_delay::{CpuWaits, RunDelays};
 use crate::host::text::clean;
 use crate::state::recent::{EventKind, Recent};
 use crate::state::status;
@@ -118,8 +118,7 @@ pub(crate) async fn receive(
                 biased;
                 read = &mut next => break read,
                 () = sleep_until(watched.until()) => {
-                    if !watched.is_late() {
-                        watched.begin();
+                    if watched.goes_on() {
                         continue;
                     }
                     // The shim itself may have been stopped, and the guest's reports are still on their way.
@@ -154,37 +153,44 @@ struct Watched<'a, Machine> {
     health: &'a GuestHealth,
     recent: &'a Recent,
     machine: Machine,
-    /// With the machine's threads when the current window began, if they are known.
-    late: Option<(Silence, Option<RunDelays>)>,
+    late: Option<Late>,
+}
+
+/// A heartbeat is late.
+struct Late {
+    silence: Silence,
+    waits: CpuWaits,
+    /// For how long the machine's threads have waited for a CPU in the current window.
+    waited: Duration,
 }
 
 impl<Machine: Fn() -> io::Result<RunDelays>> Watched<'_, Machine> {
     /// Until when the next heartbeat is waited for.
     fn until(&self) -> Instant {
-        let late = || *lock(&self.health.last) + window(self.health.interval);
-        self.late.as_ref().map_or_else(late, |(silence, _)| silence.until)
+        let interval = self.health.interval;
+        match &self.late {
+            Some(late) => late.silence.until.min(late.waits.last_sample() + sample(interval)),
+            None => *lock(&self.health.last) + window(interval),
+        }
     }
 
-    fn is_late(&self) -> bool {
-        self.late.is_some()
-    }
-
-    fn begin(&mut self) {
-        self.note("a heartbeat is late");
-        let silence = Silence::begin(self.health.interval, *lock(&self.health.last));
-        self.late = Some((silence, self.delays()));
+    /// Notes that a heartbeat is late, or measures the machine's waits. Whether the current window goes on.
+    fn goes_on(&mut self) -> bool {
+        let Some(late) = &mut self.late else {
+            self.note("a heartbeat is late");
+            let silence = Silence::begin(self.health.interval, *lock(&self.health.last));
+            self.late = Some(Late { silence, waits: CpuWaits::begin((self.machine)()), waited: Duration::ZERO });
+            return true;
+        };
+        late.waited += late.waits.sample((self.machine)()).0;
+        Instant::now() < late.silence.until
     }
 
     /// Whether the guest gets more time, because it had too little CPU time.
     fn extend(&mut self) -> bool {
-        let now = self.delays();
-        let Some((silence, before)) = &mut self.late else { return true };
-        let waited = match (&now, &*before) {
-            (Some(now), Some(before)) => now.longest_since(before, silence.since.elapsed()),
-            _ => Duration::ZERO,
-        };
-        let starved = silence.extend(waited);
-        *before = now;
+        let Some(late) = &mut self.late else { return true };
+        let waited = std::mem::take(&mut late.waited) + late.waits.sample((self.machine)()).0;
+        let starved = late.silence.extend(waited);
         if starved && !self.health.starved.swap(true, Ordering::Relaxed) {
             self.note("the VM is starved: the host gives it too little CPU time");
             tracing::warn!(
@@ -200,11 +206,6 @@ impl<Machine: Fn() -> io::Result<RunDelays>> Watched<'_, Machine> {
         if self.late.take().is_some() {
             self.note("the heartbeats have resumed");
         }
-    }
-
-    fn delays(&self) -> Option<RunDelays> {
-        let delays = (self.machine)();
-        delays.inspect_err(|error| tracing::debug!(%error, "failed to read how long the VM waits for CPUs")).ok()
     }
 
     fn note(&self, what: &str) {

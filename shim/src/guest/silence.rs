@@ -16,6 +16,11 @@ pub(super) fn window(interval: Duration) -> Duration {
     interval * 3 / 2
 }
 
+/// How often the machine's waits for a CPU are measured in a window.
+pub(super) fn sample(interval: Duration) -> Duration {
+    interval / 16
+}
+
 /// The silence of a guest whose heartbeat is late.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Silence {
@@ -35,8 +40,8 @@ impl Silence {
     }
 
     /// Begins another window, if `waited` of the ended one makes the guest starved and there is time left. `waited` is
-    /// the longest time for which one of the machine's threads has waited for a CPU: a thread that hangs in the guest
-    /// runs for the other half at least, unless the host is short of CPU time.
+    /// the time in which one of the machine's threads has waited for a CPU: a thread that hangs in the guest runs for the
+    /// other half at least, unless the host is short of CPU time.
     pub(super) fn extend(&mut self, waited: Duration) -> bool {
         let (now, end) = (Instant::now(), self.last + self.interval * STARVED);
         if 2 * waited < now - self.since || now >= end {

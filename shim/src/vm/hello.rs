@@ -11,7 +11,7 @@ use super::error::BootError;
 use super::plan::BootPlan;
 use super::processes::{CONSOLE_DEADLINE, CONSOLE_LINES, MACHINE_DELAY, Processes};
 use crate::guest::link::{HostPort, LinkError};
-use crate::host::run_delay::RunDelays;
+use crate::host::run_delay::{CpuWaits, RunDelays};
 
 /// The longest boot of a machine that waits for CPUs, in deadlines.
 const STARVED: u32 = 4;
@@ -72,14 +72,11 @@ impl Processes {
 /// or [`STARVED`] deadlines have passed. Returns for how long the machine has waited. When many VMs boot at once, the
 /// last would otherwise be killed shortly before they are ready, and those in their place as well.
 async fn expired(deadline: Duration, delays: impl Fn() -> io::Result<RunDelays>) -> Duration {
-    let (began, mut counted, mut before) = (Instant::now(), Duration::ZERO, delays().ok());
+    let (began, mut counted, mut waits) = (Instant::now(), Duration::ZERO, CpuWaits::begin(delays()));
     loop {
-        let since = Instant::now();
         tokio::time::sleep((deadline / PARTS).min(deadline - counted)).await;
-        let (passed, now) = (since.elapsed(), delays().ok());
-        let waited = before.zip(now.clone()).map(|(before, now)| now.longest_since(&before, passed));
-        counted += passed.saturating_sub(waited.unwrap_or_default());
-        before = now;
+        let (waited, passed) = waits.sample(delays());
+        counted += passed - waited;
         if counted >= deadline || began.elapsed() >= deadline * STARVED {
             return began.elapsed().saturating_sub(counted);
         }
