@@ -111,6 +111,21 @@ const OBJECTS: &str = r#"
    "data": {"ca.crt": "none"}}
 ]}"#;
 
+/// Where metrics-server listens on the node, and what leads the API server there. No proxy for Services runs.
+const METRICS: &str = r#"
+{"kind": "List", "apiVersion": "v1", "items": [
+  {"kind": "Service", "apiVersion": "v1", "metadata": {"name": "metrics-server", "namespace": "kube-system"},
+   "spec": {"ports": [{"name": "https", "port": 443, "targetPort": 10251}]}},
+  {"kind": "EndpointSlice", "apiVersion": "discovery.k8s.io/v1", "addressType": "IPv4",
+   "metadata": {"name": "metrics-server", "namespace": "kube-system",
+                "labels": {"kubernetes.io/service-name": "metrics-server"}},
+   "endpoints": [{"addresses": ["192.0.2.1"], "conditions": {"ready": true}}],
+   "ports": [{"name": "https", "port": 10251, "protocol": "TCP"}]},
+  {"kind": "APIService", "apiVersion": "apiregistration.k8s.io/v1", "metadata": {"name": "v1beta1.metrics.k8s.io"},
+   "spec": {"group": "metrics.k8s.io", "version": "v1beta1", "groupPriorityMinimum": 100, "versionPriority": 100,
+            "insecureSkipTLSVerify": true, "service": {"name": "metrics-server", "namespace": "kube-system"}}}
+]}"#;
+
 /// A running cluster. It ends with everything in it when it is dropped.
 pub struct Cluster {
     node: Node,
@@ -132,6 +147,11 @@ pub fn needs(version: &str) -> [PathBuf; 3] {
 /// What must exist beside that before a cluster without husk can start.
 pub fn needs_without_husk(version: &str) -> [PathBuf; 2] {
     [CONTROLLERS, SCHEDULER].map(|name| bin(version).join(name))
+}
+
+/// The program that serves the metrics of pods and nodes.
+pub fn metrics_server() -> PathBuf {
+    repository().join(".cache/metrics-server/metrics-server")
 }
 
 impl Cluster {
@@ -196,6 +216,7 @@ impl Cluster {
             "--allow-privileged",
             "--endpoint-reconciler-type=none",
             "--kubelet-preferred-address-types=InternalIP",
+            "--enable-aggregator-routing",
         ];
         self.spawn(&self.bin.join("kube-apiserver"), &[&words[..], options].concat(), folder)?;
         self.await_success("kubectl get --raw /readyz", "the API server is ready")
@@ -212,6 +233,29 @@ impl Cluster {
         ];
         self.spawn(&self.bin.join("kubelet"), &[&words[..], options].concat(), folder)?;
         self.await_kubelet()
+    }
+
+    /// Starts metrics-server, for `kubectl top`.
+    pub fn serve_metrics(&mut self, folder: &Path) -> Result<()> {
+        self.apply(METRICS)?;
+        let config = "/run/node/admin.conf";
+        let words = [
+            &format!("--kubeconfig={config}"),
+            &format!("--authentication-kubeconfig={config}"),
+            &format!("--authorization-kubeconfig={config}"),
+            "--authentication-tolerate-lookup-failure",
+            "--kubelet-insecure-tls",
+            "--kubelet-preferred-address-types=InternalIP",
+            "--metric-resolution=10s",
+            "--kubelet-request-timeout=8s",
+            "--cert-dir=/run/node/metrics",
+            "--secure-port=10251",
+        ];
+        self.spawn(&metrics_server(), &words, folder)?;
+        let available = "kubectl wait --for=condition=Available apiservice/v1beta1.metrics.k8s.io --timeout=1s";
+        self.await_success(available, "metrics-server answers the API server")?;
+        self.node.mark_idle();
+        Ok(())
     }
 
     fn await_kubelet(&mut self) -> Result<()> {

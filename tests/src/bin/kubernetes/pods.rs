@@ -38,7 +38,9 @@ fn scripts() -> Result<Vec<String>> {
 /// Runs the scripts with `matching` in their names for each class, the first of which is the reference: the others pass
 /// if they print the same. Returns the results in the order of the classes.
 pub fn run(version: &str, classes: &[&str], matching: &str, logs: &Path) -> Result<Vec<Outcomes>> {
-    let cluster = Cluster::start(version, logs).with_context(|| format!("start a cluster; see {}", logs.display()))?;
+    let mut cluster =
+        Cluster::start(version, logs).with_context(|| format!("start a cluster; see {}", logs.display()))?;
+    cluster.serve_metrics(logs)?;
     let mut all = vec![Outcomes::new(); classes.len()];
     for script in scripts()?.into_iter().filter(|name| name.contains(matching)) {
         let mut reference: Option<String> = None;

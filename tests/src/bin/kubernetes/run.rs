@@ -122,6 +122,8 @@ pub fn main(words: &[String]) -> Result<ExitCode> {
     for file in needs.chain(of_install) {
         ensure!(file.exists(), "{} is missing: run tests/setup-kubernetes {}", file.display(), arguments.version);
     }
+    let metrics_server = cluster::metrics_server();
+    ensure!(metrics_server.exists(), "{} is missing: run tests/setup-metrics-server", metrics_server.display());
     let expected = expected()?;
     let runs = run_all(jobs(&arguments.suites), &arguments)?;
     let (mut table, mut names) = (Table::default(), Vec::new());
