@@ -11,7 +11,7 @@ WATCH=registry.k8s.io/husk-tests/watch:latest
 # Files of the node, for this pod.
 FILES=/run/node/files/$POD
 mkdir -p "$FILES"
-# The pod's own resources. Without a request, its share of a busy machine's CPUs would be next to nothing.
+# The pod's own resources, or nothing. Without a request, its share of a busy machine's CPUs would be next to nothing.
 RESOURCES='{requests: {cpu: 500m}}'
 
 # pod creates the pod; its spec, in YAML, comes from stdin, and $ANNOTATIONS may have more annotations.
@@ -20,7 +20,7 @@ pod() {
         printf 'apiVersion: v1\nkind: Pod\nmetadata: {name: %s, labels: {app: test}, annotations: {color: green%s}}\n' \
             "$POD" "${ANNOTATIONS:+, $ANNOTATIONS}"
         printf 'spec:\n  runtimeClassName: %s\n  nodeName: %s\n' "$CLASS" "$NODE"
-        printf '  resources: %s\n' "$RESOURCES"
+        [ -z "$RESOURCES" ] || printf '  resources: %s\n' "$RESOURCES"
         sed 's/^/  /'
     } | kubectl apply -f - >/dev/null
 }

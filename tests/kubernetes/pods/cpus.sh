@@ -1,6 +1,7 @@
 # The static CPU manager gives a container one of the node's CPUs for itself. The container, or the VM that it is in, runs
 # there only.
-RESOURCES='{}'
+# Before 1.37, it gives none to a pod with resources of its own, and the API server completes an empty field.
+RESOURCES=
 pod <<END
 terminationGracePeriodSeconds: 0
 containers:
