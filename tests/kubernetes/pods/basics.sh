@@ -31,7 +31,8 @@ echo "logs: $(kubectl logs "$POD" -c init)"
 timeout 60 kubectl logs -f "$POD" -c box | sed 4q
 echo "exec: $(inside box 'echo out; echo err >&2; exit 3' 2>"$FILES/err" || echo "exit code $?"; cat "$FILES/err")"
 echo "stdin: $(echo typed | kubectl exec -i "$POD" -c box -- cat)"
-echo "terminal: $(script -qec "kubectl exec -it $POD -c box -- tty" /dev/null | tr -d '\r' | sed 's,.*/dev,/dev,')"
+# The terminal also shows script's end of input, if it arrives in time.
+echo "terminal: $(script -qec "kubectl exec -it $POD -c box -- tty" /dev/null | grep -ao '/dev/pts/[0-9]*')"
 echo data >"$FILES/there"
 kubectl cp "$FILES/there" "$POD:/data/there" -c box
 kubectl cp "$POD:/data/there" "$FILES/back" -c box >/dev/null
