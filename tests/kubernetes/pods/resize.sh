@@ -1,5 +1,6 @@
 # The limits of a running pod change in place, without a restart: within the VM's size, and beyond it on a board that can
-# grow. Elsewhere the limits stay, and kubectl describe says what the VM has. runc has no such size.
+# grow. Elsewhere the limits stay, and an event says what the VM has, or, in Kubernetes 1.34, the pod's condition. runc has no
+# such size.
 RESOURCES='{}'
 # box MEMORY CPUS creates a pod with a container with these limits.
 box() {
@@ -25,12 +26,14 @@ resized() {
     inside box 'cd /sys/fs/cgroup; cat memory.max 2>/dev/null || cat memory/memory.limit_in_bytes
         cat cpu.max 2>/dev/null || echo $(cat cpu/cpu.cfs_quota_us cpu/cpu.cfs_period_us)'
 }
+in_condition() { get '{.status.conditions[?(@.type=="PodResizeInProgress")].message}' | grep -q "$1"; }
+explains() { describes "$1" || in_condition "$1"; }
 box 64Mi 500m
 resized 128Mi 700m
 resized 96Mi 600m
 if [ "$CLASS" != runc ]; then
     resize 2Gi 600m
-    until_true describes 'VM.* has 512 MiB'
+    until_true explains 'VM.* has 512 MiB'
     inside box 'cat /sys/fs/cgroup/memory.max' | grep -qx $((96 << 20))
 fi
 kubectl delete pod "$POD" --timeout=120s >/dev/null
