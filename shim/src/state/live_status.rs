@@ -72,8 +72,6 @@ pub struct MemoryStatus {
     pub balloon_target_mib: Option<u64>,
     /// What it has given back for that, MiB; `None` without a balloon, or if that is not known.
     pub balloon_mib: Option<u64>,
-    /// The guest gives pages back that it has freed; `None` if that is not known.
-    pub reports_free_pages: Option<bool>,
 }
 
 /// The files that virtiofsd has open for the guest.

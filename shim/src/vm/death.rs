@@ -112,7 +112,7 @@ mod tests {
             Err(crate::vmm::VmmError::NoBalloon)
         }
 
-        async fn balloon(&self) -> Result<Option<crate::vmm::Balloon>, crate::vmm::VmmError> {
+        async fn balloon_mib(&self) -> Result<Option<u64>, crate::vmm::VmmError> {
             Ok(None)
         }
 

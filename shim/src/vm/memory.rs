@@ -55,8 +55,8 @@ impl Vm {
 
     /// The guest's memory on the host, as far as it is known.
     pub(crate) async fn memory_status(&self) -> MemoryStatus {
-        let balloon = match tokio::time::timeout(QUERY, self.machine.balloon()).await {
-            Ok(Ok(balloon)) => balloon,
+        let balloon_mib = match tokio::time::timeout(QUERY, self.machine.balloon_mib()).await {
+            Ok(Ok(mib)) => mib,
             Ok(Err(error)) => {
                 tracing::debug!(error = %Chain(&error), "failed to query the balloon");
                 None
@@ -66,8 +66,7 @@ impl Vm {
         MemoryStatus {
             on_host_mib: usage::shared_memory(self.machine.process()).ok().map(|bytes| bytes >> 20),
             balloon_target_mib: self.memory_target.mib(),
-            balloon_mib: balloon.map(|balloon| balloon.given_back_mib),
-            reports_free_pages: balloon.and_then(|balloon| balloon.reports_free_pages),
+            balloon_mib,
         }
     }
 

@@ -167,15 +167,6 @@ pub struct Sockets {
     pub log: File,
 }
 
-/// What a guest has given back to the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Balloon {
-    /// Memory in the balloon, MiB.
-    pub given_back_mib: u64,
-    /// The guest also gives back pages that it has freed; `None` if the VMM does not say.
-    pub reports_free_pages: Option<bool>,
-}
-
 /// A program that runs virtual machines.
 #[async_trait]
 pub trait Vmm: Send + Sync {
@@ -268,12 +259,12 @@ pub trait Machine: Send + Sync {
     /// The machine has no balloon, or the VMM does not answer.
     async fn set_memory_target(&self, target_mib: u64) -> Result<(), VmmError>;
 
-    /// What the guest has given back; none for a machine without a balloon.
+    /// What the guest has given back, MiB; none for a machine without a balloon.
     ///
     /// # Errors
     ///
     /// The VMM does not answer.
-    async fn balloon(&self) -> Result<Option<Balloon>, VmmError>;
+    async fn balloon_mib(&self) -> Result<Option<u64>, VmmError>;
 
     /// The threads (TIDs) that execute the virtual CPUs, in the order in which the guest numbers them. Several virtual
     /// CPUs may have the same. The VMM reports them: they may be no threads of the machine's process.

@@ -25,4 +25,4 @@ pub mod tsc;
 
 pub use error::VmmError;
 pub use factory::Board;
-pub use machine::{Accel, Balloon, Cache, Disk, GuestParams, Machine, NicEnd, PluggedDisk, Sockets, Spec, Vmm};
+pub use machine::{Accel, Cache, Disk, GuestParams, Machine, NicEnd, PluggedDisk, Sockets, Spec, Vmm};

@@ -145,13 +145,8 @@ fn health(health: &HealthStatus) -> String {
 }
 
 fn memory(memory: &MemoryStatus) -> String {
-    let MemoryStatus { on_host_mib, balloon_target_mib, balloon_mib, reports_free_pages } = memory;
+    let MemoryStatus { on_host_mib, balloon_target_mib, balloon_mib } = memory;
     let mut text = format!("the guest takes {} MiB of the host's memory", or_dash(on_host_mib.as_ref()));
-    text.push_str(match reports_free_pages {
-        Some(true) => " and gives back what it frees",
-        Some(false) => " and keeps what it frees",
-        None => "",
-    });
     if let Some(target) = balloon_target_mib {
         let given = or_dash(balloon_mib.as_ref());
         let _ = write!(text, "; {given} MiB in the balloon, for a target of {target} MiB");
@@ -272,7 +267,7 @@ mod tests {
             "shared_volumes": [{"path": "/srv/a\u{1b}", "namespace": "default", "sandbox": "db"}],
             "watches": {"overflows": 2, "volumes": [{"path": "/srv/c\u{1b}", "reported": 7, "lost": 1},
                 {"path": "/srv/d", "problem": "no\u{7}"}]},
-            "memory": {"on_host_mib": 41, "balloon_target_mib": 128, "balloon_mib": 127, "reports_free_pages": true},
+            "memory": {"on_host_mib": 41, "balloon_target_mib": 128, "balloon_mib": 127},
             "disks": [{"serial": "volume-1\u{1b}", "path": "/v/pg.img", "bytes": 33_554_432, "state": "mounted",
                 "containers": ["web"]}, {"serial": "layer-2", "path": "/l", "read_only": true, "bytes": 1 << 20,
                 "state": "mounted", "protection": "verified\u{1b}", "containers": ["web"]}],
@@ -302,7 +297,7 @@ mod tests {
             "init        0.1.0 from /i",
             "health      heartbeats are missing: last heartbeat 12.0 s ago, expected every 10.0 s, 1 missed",
             "supervisor  waiting, restarts 3, restarts again in 4.0 s, last exit: exited with^G status 1",
-            "memory      the guest takes 41 MiB of the host's memory and gives back what it frees; 127 MiB in the balloon, for a target of 128 MiB",
+            "memory      the guest takes 41 MiB of the host's memory; 127 MiB in the balloon, for a target of 128 MiB",
             "files       virtiofsd has 700 open, of at most 20000; the host does not allow the configured 131072",
             "WARNING     sandbox db in namespace default can write to /srv/a^[ too: file locks and inotify do not work between two VMs",
             "disk        volume-1^[: /v/pg.img, 32 MiB, read-write, mounted for web",

@@ -72,6 +72,8 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
     // QEMU reads a doubled comma in a value as one comma.
     push(&["-name", &format!("{},debug-threads=on", spec.name.replace(',', ",,"))]);
     push(&["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
+    // Whatever is not stable changes with QEMU's version: one such command ends the machine in QEMU 11.1.
+    push(&["-compat", "unstable-input=reject"]);
     push(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
     push(&["-machine", board.machine()]);
     push(&["-accel", &accel(spec)]);
@@ -502,8 +504,9 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn qemu_never_reboots_and_always_runs_with_its_seccomp_sandbox() {
+    fn qemu_never_reboots_and_always_runs_with_its_seccomp_sandbox_and_stable_commands() {
         let args = arguments(&spec(), Board::Microvm, &FDS);
+        assert_eq!(values(&args, "-compat"), ["unstable-input=reject"]);
         assert!(args.iter().any(|arg| arg == "-no-reboot"));
         assert_eq!(values(&args, "-sandbox").len(), 1);
     }

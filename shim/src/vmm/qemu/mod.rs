@@ -37,7 +37,7 @@ use crate::network::user;
 use crate::vmm::boot_file;
 use crate::vmm::error::VmmError;
 use crate::vmm::hugepages;
-use crate::vmm::machine::{Accel, Balloon, Disk, Machine, NicEnd, PluggedDisk, Sockets, Spec, Vmm};
+use crate::vmm::machine::{Accel, Disk, Machine, NicEnd, PluggedDisk, Sockets, Spec, Vmm};
 
 pub(crate) mod args;
 mod balloon;
@@ -385,7 +385,7 @@ impl Machine for QemuMachine {
         balloon::set_target(&*self.connection().await.map_err(failed)?, target_mib).await.map_err(failed)
     }
 
-    async fn balloon(&self) -> Result<Option<Balloon>, VmmError> {
+    async fn balloon_mib(&self) -> Result<Option<u64>, VmmError> {
         let failed = |source: qmp::QmpError| VmmError::Memory {
             what: "query the balloon",
             machine: NAME,
