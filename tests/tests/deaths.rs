@@ -85,13 +85,20 @@ fn expect_death(
 
 #[test]
 #[cfg_attr(runc, ignore = "about VMs")]
-fn a_killed_qemu_is_reported_as_the_cause() -> Result<()> {
-    let containerd = Containerd::start(Version::default_for_tests())?;
-    let cause = expect_death(&containerd, "killed", &[], |container| {
+fn a_killed_qemu_is_reported_as_the_cause_with_what_it_has_said() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let program = folder.path().join("qemu");
+    fs::write(&program, "#!/bin/sh\necho 'an assertion failed' >&2\nexec qemu-system-x86_64 \"$@\"\n")?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let configured = Configured::start(&format!("qemu = {:?}\n", program.display().to_string()))?;
+    let containerd = &configured.containerd;
+    let cause = expect_death(containerd, "killed", &[], |container| {
         containerd.qemu_of(container.id())?.kill();
         Ok(())
     })?;
     ensure!(cause == "QEMU was killed by signal 9", "{cause}");
+    let logged = containerd.await_logged("the VM died", 1)?;
+    ensure!(logged[0].contains(" processes=\"an assertion failed\""), "{logged:?}");
     Ok(())
 }
 

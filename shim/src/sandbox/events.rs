@@ -200,11 +200,13 @@ impl Sandbox {
         if tokio::time::timeout(LAST_EVENTS, rest).await.is_err() {
             tracing::warn!("the VM's last events were not read in time");
         }
-        if !vm.stopping() {
-            tracing::error!(cause, console = vm.console_tail(), "the VM died");
-        }
+        let stopping = vm.stopping();
         for container in self.containers() {
             container.vm_died(Timestamp::now());
+        }
+        if !stopping {
+            let processes = vm.last_words().await;
+            tracing::error!(cause, console = vm.console_tail(), processes, "the VM died");
         }
         // Last: it writes a file, and the exits must not wait for that.
         self.record_vm_death(&cause);

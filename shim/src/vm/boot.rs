@@ -119,6 +119,7 @@ impl Vm {
             orderly: spec.guest.supervisor || spec.guest.debug,
             memory_target: MemoryTarget::new(plan.balloon_target_mib, spec.memory_mib),
             console: processes.console.clone(),
+            logs: processes.logs.clone(),
             health,
             network: Mutex::new(network.map(Arc::new)),
             kill_timeout: plan.kill_timeout,

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::error::BootError;
 use super::plan::BootPlan;
-use super::processes::{CONSOLE_DEADLINE, CONSOLE_LINES, MACHINE_DELAY, Processes};
+use super::processes::{CONSOLE_DEADLINE, CONSOLE_LINES, MACHINE_DELAY, Processes, last_words};
 use crate::guest::link::{HostPort, LinkError};
 use crate::host::run_delay::{CpuWaits, RunDelays};
 
@@ -60,11 +60,8 @@ impl Processes {
 
     async fn ended(&self, cause: String) -> BootError {
         let cause = self.console.explain(cause, CONSOLE_DEADLINE).await;
-        let mut last = self.console.tail(CONSOLE_LINES);
-        for log in &self.logs {
-            last = format!("{last}\n{}", log.tail(MACHINE_DELAY).await).trim().to_owned();
-        }
-        BootError::Ended { cause, console: last }
+        let last = format!("{}\n{}", self.console.tail(CONSOLE_LINES), last_words(&self.logs).await);
+        BootError::Ended { cause, console: last.trim().to_owned() }
     }
 }
 

@@ -42,6 +42,15 @@ impl Processes {
     }
 }
 
+/// The last lines that the processes have printed, once they have ended.
+pub(super) async fn last_words(logs: &[HelperLog]) -> String {
+    let mut words = String::new();
+    for log in logs {
+        words = format!("{words}\n{}", log.tail(MACHINE_DELAY).await).trim().to_owned();
+    }
+    words
+}
+
 /// Kills virtiofsd with its workers. It would exit some time after the machine has closed its socket, or never if it is
 /// in an endless loop. If virtiofsd itself has exited, its workers may still run.
 pub(super) fn kill_share(share: &Child, workers: &[ProcessId]) {

@@ -16,9 +16,9 @@ use super::connections;
 use super::follow::{FollowError, Following};
 use super::memory_target::MemoryTarget;
 use super::open_files::OpenFiles;
-use super::processes::{CONSOLE_LINES, kill_share};
+use super::processes::{CONSOLE_LINES, kill_share, last_words};
 use super::share_health::ShareHealth;
-use crate::console::Attached;
+use crate::console::{Attached, HelperLog};
 use crate::guest::client::{Guest, GuestError};
 use crate::guest::report::GuestHealth;
 use crate::host::child::Child;
@@ -59,6 +59,8 @@ pub struct Vm {
     /// Memory that the guest is to get by with.
     pub(super) memory_target: MemoryTarget,
     pub(super) console: Attached,
+    /// The output of the machine's process and of virtiofsd.
+    pub(super) logs: [HelperLog; 2],
     pub(super) health: Arc<GuestHealth>,
     /// The VM's connection to a network namespace, if it has one.
     pub(super) network: Mutex<Option<Arc<Following>>>,
@@ -184,6 +186,11 @@ impl Vm {
     /// The console's last lines.
     pub(crate) fn console_tail(&self) -> String {
         self.console.tail(CONSOLE_LINES)
+    }
+
+    /// The last lines that the VM's processes on the host have printed. For a VM that is dead.
+    pub(crate) async fn last_words(&self) -> String {
+        last_words(&self.logs).await
     }
 
     /// Stops the VM: asks the guest to shut down, then kills the machine. Output and exits of the last processes may
