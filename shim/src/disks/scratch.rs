@@ -10,6 +10,10 @@ use super::format::{EXT4, FormatError, Life, ext4, ext4_to_encrypt, find};
 use super::image::Image;
 use super::written;
 
+/// Mount options of the filesystem. It ends with the VM: nothing has to reach the host's disk, an inode can be used again
+/// as soon as its file is deleted (kernel-config/patches/ext4-throwaway.patch), and no table of inodes has to be cleared.
+pub(crate) const MOUNT_OPTIONS: &str = "nobarrier,noinit_itable";
+
 /// Why there is no scratch disk.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ScratchError {

@@ -130,9 +130,8 @@ impl Sandbox {
             return Ok(attached.guest_path);
         }
         let (image, layer) = scratch::create(&folder, mib, encrypted).await.map_err(DiskError::from)?;
-        // An encrypted filesystem is not searched for tables of inodes to be cleared: each would be written once more.
-        let data = if encrypted { "noinit_itable" } else { "" };
-        let mount = GuestMount { fs_type: EXT4.to_owned(), data: data.to_owned(), layer, ..GuestMount::default() };
+        let data = scratch::MOUNT_OPTIONS.to_owned();
+        let mount = GuestMount { fs_type: EXT4.to_owned(), data, layer, ..GuestMount::default() };
         let disk = NewDisk::new(Kind::Scratch, image, Some(mount));
         Ok(self.attach_disk(vm, id, disk).await?.guest_path)
     }

@@ -25,9 +25,6 @@ const WORK: &str = "work";
 /// others, the upper layer could refer to the files below it, and would be no complete description of the changes.
 const OPTIONS: [&str; 4] = ["volatile", "index=off", "metacopy=off", "redirect_dir=off"];
 
-/// Options of the filesystem on the disk: nothing has to reach the host's disk, and no table of inodes has to be cleared.
-const DISK_OPTIONS: &str = "nobarrier,noinit_itable";
-
 /// A root whose disks are attached.
 pub(super) struct Attached {
     /// What the guest mounts.
@@ -122,7 +119,7 @@ impl Sandbox {
                 Err(why) => choice.why = why,
             }
         }
-        let (fs_type, data) = ("ext4".to_owned(), DISK_OPTIONS.to_owned());
+        let (fs_type, data) = ("ext4".to_owned(), scratch::MOUNT_OPTIONS.to_owned());
         let mount = GuestMount { fs_type, data, layer, temporary: true, ..GuestMount::default() };
         let disk = self.attach_disk(vm, id, NewDisk::new(Kind::Overlay, image, Some(mount))).await?.guest_path;
         let folder = |path: &str| DiskFolder { disk: text(&disk), path: path.to_owned(), ..Default::default() };

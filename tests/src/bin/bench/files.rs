@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::artifacts::Runtime;
-use husk_tests::command::wait_for;
+use husk_tests::command::{self, wait_for};
 use husk_tests::containerd::Container;
 use husk_tests::debian::Debian;
 use husk_tests::operator;
@@ -208,7 +208,10 @@ pub(crate) fn run(columns: &[Column], rounds: usize, report: &mut Report) -> Res
 fn place(debian: &Debian, column: Column, name: &'static str) -> Result<Result<Place, String>> {
     let root = if column == Column::Volume { "" } else { &format!("rootfs = {name:?}\n") };
     let config = debian.config(name, root)?;
-    let checked = operator::husk(&debian.containerd, &["check-config", &config.display().to_string()])?;
+    let mut check = operator::command(&debian.containerd, &["check-config", &config.display().to_string()])?;
+    // Where the shim finds `mkfs.erofs`.
+    check.env("PATH", debian.containerd.search_path());
+    let checked = command::run(check, None, operator::SOON)?;
     if checked.code() != 0 {
         return Ok(Err(checked.errors().lines().next().unwrap_or_default().to_owned()));
     }
