@@ -69,7 +69,6 @@ impl Vm {
         let (machine_log, output) = open_log(vmm.name(), vmm.id(), journal)?;
         let nics = std::mem::take(&mut network.nics);
         let sockets = Sockets { vsock, share: Some(share), nics, console: console_end, shell, log: output };
-
         let mut spec = linked(&plan.spec, &link, &ready_port, network.spare_nics());
         spec.user = Some(user::lease(plan, journal).await?);
         let machine = start_machine(vmm, &spec, sockets, journal, reached).await?;

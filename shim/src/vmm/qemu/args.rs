@@ -64,6 +64,9 @@ pub(crate) struct NicFds {
     pub(crate) vhost: Vec<i32>,
 }
 
+/// QEMU rejects commands that are not stable. They change with its version: one ends the machine in QEMU 11.1.
+const STABLE: [&str; 2] = ["-compat", "unstable-input=reject"];
+
 /// The arguments after the program's name.
 pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
     let mut args = Vec::with_capacity(48);
@@ -72,8 +75,7 @@ pub(crate) fn arguments(spec: &Spec, board: Board, fds: &Fds) -> Vec<String> {
     // QEMU reads a doubled comma in a value as one comma.
     push(&["-name", &format!("{},debug-threads=on", spec.name.replace(',', ",,"))]);
     push(&["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
-    // Whatever is not stable changes with QEMU's version: one such command ends the machine in QEMU 11.1.
-    push(&["-compat", "unstable-input=reject"]);
+    push(&STABLE);
     push(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
     push(&["-machine", board.machine()]);
     push(&["-accel", &accel(spec)]);
