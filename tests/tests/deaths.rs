@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -83,13 +83,19 @@ fn expect_death(
     Ok(cause)
 }
 
+/// A program in place of one of husk's.
+fn program(folder: &Path, script: &str) -> Result<PathBuf> {
+    let program = folder.join("program");
+    fs::write(&program, format!("#!/bin/sh\n{script}\n"))?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    Ok(program)
+}
+
 #[test]
 #[cfg_attr(runc, ignore = "about VMs")]
 fn a_killed_qemu_is_reported_as_the_cause_with_what_it_has_said() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let program = folder.path().join("qemu");
-    fs::write(&program, "#!/bin/sh\necho 'an assertion failed' >&2\nexec qemu-system-x86_64 \"$@\"\n")?;
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let program = program(folder.path(), "echo 'an assertion failed' >&2; exec qemu-system-x86_64 \"$@\"")?;
     let configured = Configured::start(&format!("qemu = {:?}\n", program.display().to_string()))?;
     let containerd = &configured.containerd;
     let cause = expect_death(containerd, "killed", &[], |container| {
@@ -107,15 +113,14 @@ fn a_killed_qemu_is_reported_as_the_cause_with_what_it_has_said() -> Result<()> 
 fn a_virtiofsd_in_an_endless_loop_of_errors_is_reported_as_the_cause_and_ends() -> Result<()> {
     // A hostile guest can drive virtiofsd into such a loop, in which it does not notice QEMU's end.
     let folder = tempfile::tempdir()?;
-    let (program, begin) = (folder.path().join("virtiofsd"), folder.path().join("begin"));
+    let begin = folder.path().join("begin");
     let endless = "while :; do echo '[ERROR virtiofsd] an error in a loop'; done";
     let script = format!(
-        "#!/bin/sh\n(while [ ! -e {} ]; do sleep 0.1; done; {endless}) &\nexec {} \"$@\"\n",
+        "(while [ ! -e {} ]; do sleep 0.1; done; {endless}) & exec {} \"$@\"",
         begin.display(),
         built("virtiofsd")?.display()
     );
-    fs::write(&program, script)?;
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let program = program(folder.path(), &script)?;
     let configured = Configured::start(&format!("virtiofsd = {:?}\n", program.display().to_string()))?;
     let cause = expect_death(&configured.containerd, "loop", &[], |_| Ok(fs::write(&begin, "")?))?;
     ensure!(cause.starts_with("virtiofsd prints errors without end: "), "{cause}");

@@ -193,7 +193,7 @@ fn a_paused_containers_snapshot_is_complete_and_a_full_disk_or_a_dead_vm_is_repo
 #[cfg_attr(runc, ignore = "about VMs")]
 fn auto_uses_an_overlay_for_a_container_of_kubernetes_only_and_images_when_there_are_some() -> Result<()> {
     let store = tempfile::tempdir()?;
-    // The lock of the program that makes images, so that there are none yet.
+    // The program that makes images waits for this lock: there are none as long as the test has it.
     let lock = fs::File::create(store.path().join("lock"))?;
     lock.lock()?;
     let host = Host::start(&format!("rootfs = \"auto\"\nlayer_cache_dir = {:?}\n", store.path()))?;

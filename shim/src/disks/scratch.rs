@@ -5,14 +5,14 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::GuestLayer;
 use super::format::{EXT4, FormatError, Life, ext4, ext4_to_encrypt, find};
 use super::image::Image;
 use super::written;
+use super::{GuestLayer, GuestMount};
 
 /// Mount options of the filesystem. It ends with the VM: nothing has to reach the host's disk, an inode can be used again
 /// as soon as its file is deleted (kernel-config/patches/ext4-throwaway.patch), and no table of inodes has to be cleared.
-pub(crate) const MOUNT_OPTIONS: &str = "nobarrier,noinit_itable";
+const MOUNT_OPTIONS: &str = "nobarrier,noinit_itable";
 
 /// Why there is no scratch disk.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +52,11 @@ pub(crate) async fn create(
     ext4_to_encrypt(&image).await?;
     let written = written::find(image.file()).map_err(ScratchError::Written)?;
     Ok((image, Some(GuestLayer::Encrypted { written })))
+}
+
+/// How the guest mounts an image that [`create`] has made with this layer.
+pub(crate) fn mount(layer: Option<GuestLayer>) -> GuestMount {
+    GuestMount { fs_type: "ext4".to_owned(), data: MOUNT_OPTIONS.to_owned(), layer, ..GuestMount::default() }
 }
 
 /// Whether the host has the program that [`create`] runs.

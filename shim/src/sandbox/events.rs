@@ -200,6 +200,7 @@ impl Sandbox {
         if tokio::time::timeout(LAST_EVENTS, rest).await.is_err() {
             tracing::warn!("the VM's last events were not read in time");
         }
+        // Once the exits are known, a client may stop the VM.
         let stopping = vm.stopping();
         for container in self.containers() {
             container.vm_died(Timestamp::now());

@@ -20,7 +20,7 @@ use crate::sandbox::registry::Sandbox;
 use crate::sandbox::thread::blocking;
 use crate::vm::Vm;
 
-/// The filesystem of volumes and scratch disks.
+/// The filesystem of volumes.
 const EXT4: &str = "ext4";
 
 impl Sandbox {
@@ -130,9 +130,7 @@ impl Sandbox {
             return Ok(attached.guest_path);
         }
         let (image, layer) = scratch::create(&folder, mib, encrypted).await.map_err(DiskError::from)?;
-        let data = scratch::MOUNT_OPTIONS.to_owned();
-        let mount = GuestMount { fs_type: EXT4.to_owned(), data, layer, ..GuestMount::default() };
-        let disk = NewDisk::new(Kind::Scratch, image, Some(mount));
+        let disk = NewDisk::new(Kind::Scratch, image, Some(scratch::mount(layer)));
         Ok(self.attach_disk(vm, id, disk).await?.guest_path)
     }
 }

@@ -119,8 +119,7 @@ impl Sandbox {
                 Err(why) => choice.why = why,
             }
         }
-        let (fs_type, data) = ("ext4".to_owned(), scratch::MOUNT_OPTIONS.to_owned());
-        let mount = GuestMount { fs_type, data, layer, temporary: true, ..GuestMount::default() };
+        let mount = GuestMount { temporary: true, ..scratch::mount(layer) };
         let disk = self.attach_disk(vm, id, NewDisk::new(Kind::Overlay, image, Some(mount))).await?.guest_path;
         let folder = |path: &str| DiskFolder { disk: text(&disk), path: path.to_owned(), ..Default::default() };
         let new_folder =

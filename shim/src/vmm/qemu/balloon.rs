@@ -19,8 +19,8 @@ pub(super) async fn set_target(qmp: &Qmp, target_mib: u64) -> Result<(), QmpErro
 
 /// What the guest has given back of `boot_mib` MiB, in MiB.
 ///
-/// Whether it has accepted to report free pages, only a command says that is not stable: in QEMU 11.1,
-/// `x-query-virtio-status` ends the machine.
+/// Only an unstable command says whether the guest reports free pages: `x-query-virtio-status`, which ends the machine in
+/// QEMU 11.1.
 pub(super) async fn query(qmp: &Qmp, boot_mib: u64) -> Result<u64, QmpError> {
     let reply = qmp.execute("query-balloon", json!({}), DEADLINE).await?;
     let left = reply["actual"].as_u64();
